@@ -1,0 +1,46 @@
+"""What an address is: the "host:port" text that instances announce, and the URL made from it.
+
+vLLM joins host and port with a colon and does not bracket IPv6 (0.9.2 - 0.23,
+``kv_connector/v1/p2p/p2p_nccl_engine.py``, ``f"{self._hostname}:{self._port}"``), so the last colon is the
+separator. The KV address goes into request ids exactly as it was announced, because vLLM dials that text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?\Z")
+_IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,16})?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One endpoint: ``text`` as announced, ``host`` without brackets, ``port``."""
+
+    text: str
+    host: str
+    port: int
+
+    @property
+    def netloc(self) -> str:
+        """host:port as a URL wants it, IPv6 in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Read "host:port", "[v6]:port" or vLLM's "v6:port".
+
+    Raises:
+        ValueError: not an address. Only characters that cannot end or confuse vLLM's id pattern pass.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ValueError(f"{text!r} has no port from 1 to 65535 after a colon")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not (_IPV6.match(host) if ":" in host else _HOST_NAME.match(host)):
+        raise ValueError(f"{text!r} has no host name or IP address before its port")
+    if "___" in host:
+        raise ValueError(f"{text!r} contains ___, which separates the parts of a request id")
+    return Address(text, host, int(port))

@@ -1,0 +1,92 @@
+"""One vLLM instance as the proxy knows it: what it is, whether it may serve, and how busy it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from disagg_proxy.cluster.address import Address
+
+
+class Role(Enum):
+    """What an instance does; the value is the word used in /stats and in logs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class State(Enum):
+    """Where an instance stands.
+
+    PROBING: known, but its HTTP side has not (or no longer) answered rightly, or its KV address is not known.
+    READY: may get requests. LOST: its pings stopped; kept a while so that /stats can say so.
+    """
+
+    PROBING = "probing"
+    READY = "ready"
+    LOST = "lost"
+
+
+class Source(Enum):
+    """How an instance became known."""
+
+    PING = "ping"
+    STATIC = "static"
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """State of one instance. Changed by the registry only, but for the load counters.
+
+    Attributes:
+        http: where its OpenAI server listens.
+        kv: where its KV connector listens, None until a ping tells.
+        models: served names in the engine's own order, the first is its default; each with the object that its
+            /v1/models showed.
+        reason: why it is in this state, for people.
+        last_ping: clock reading of the last ping, None if there was none.
+        probe_failures: failed probes in a row.
+        epoch: how often it stopped being ready; a change may mean another process.
+        in_flight: requests on it now; for decode until the last byte of the stream.
+        requests_total, failures_total: legs sent to it, and those that failed by its own fault.
+    """
+
+    role: Role
+    http: Address
+    kv: Address | None
+    source: Source
+    state: State = State.PROBING
+    reason: str = "not probed yet"
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    last_ping: float | None = None
+    changed_at: float = 0.0
+    probe_failures: int = 0
+    epoch: int = 0
+    in_flight: int = 0
+    requests_total: int = 0
+    failures_total: int = 0
+
+    @property
+    def key(self) -> str:
+        """Identity: its HTTP endpoint in one spelling."""
+        return self.http.netloc
+
+    @property
+    def default_model(self) -> str | None:
+        """The model that vLLM takes when a request names none."""
+        return next(iter(self.models), None)
+
+    def begin(self) -> None:
+        """Count one more leg on it."""
+        self.in_flight += 1
+        self.requests_total += 1
+
+    def end(self, failed: bool = False) -> None:
+        """Count that leg off; ``failed`` when the instance was at fault."""
+        self.in_flight -= 1
+        self.failures_total += failed
+
+    def __str__(self) -> str:
+        return f"{self.role.value} {self.http.text}"

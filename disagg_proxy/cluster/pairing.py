@@ -1,0 +1,87 @@
+"""Which prefill and which decode serve a request: both must be ready and serve the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.policy import Policy
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.errors import NoPair, UnknownModel
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two instances of one request."""
+
+    prefill: Instance
+    decode: Instance
+
+
+class Pairing:
+    """Chooses pairs from a registry with one policy per role."""
+
+    def __init__(self, registry: Registry, prefill_policy: Policy, decode_policy: Policy) -> None:
+        self._registry = registry
+        self._prefill_policy = prefill_policy
+        self._decode_policy = decode_policy
+        self._turn = 0
+
+    def choose(self, model: str | None) -> Pair:
+        """The pair for ``model``; None is the instances' own default model, as in vLLM.
+
+        Raises:
+            UnknownModel: no ready instance of either role serves it.
+            NoPair: a prefill or a decode that serves it is missing.
+        """
+        prefills, decodes = self._candidates(model)
+        turn = self._turn
+        self._turn += 1
+        return Pair(prefills[self._prefill_policy(prefills, turn)], decodes[self._decode_policy(decodes, turn)])
+
+    def choose_one(self, model: str | None) -> Instance:
+        """Any ready instance that serves ``model``, for routes that one engine answers alone."""
+        ready = [*self._registry.serving(Role.PREFILL, model), *self._registry.serving(Role.DECODE, model)]
+        if not ready:
+            raise self._nothing(model, [], [])
+        self._turn += 1
+        return ready[self._prefill_policy(ready, self._turn)]
+
+    def _candidates(self, model: str | None) -> tuple[Sequence[Instance], Sequence[Instance]]:
+        if model is not None:
+            prefills, decodes = (self._registry.serving(role, model) for role in (Role.PREFILL, Role.DECODE))
+        else:
+            # Each engine falls back to its own default, so only instances with the same one may meet.
+            default = self._default_model()
+            prefills, decodes = (
+                [i for i in self._registry.ready(role) if default is not None and i.default_model == default]
+                for role in (Role.PREFILL, Role.DECODE)
+            )
+        if not prefills or not decodes:
+            raise self._nothing(model, prefills, decodes)
+        return prefills, decodes
+
+    def _default_model(self) -> str | None:
+        """The default model of a prefill that some decode has as its default too."""
+        decodes = {instance.default_model for instance in self._registry.ready(Role.DECODE)}
+        defaults = [instance.default_model for instance in self._registry.ready(Role.PREFILL)]
+        return next((name for name in defaults if name in decodes), None)
+
+    def _nothing(
+        self, model: str | None, prefills: Sequence[Instance], decodes: Sequence[Instance]
+    ) -> NoPair | UnknownModel:
+        known = self._registry.models()
+        if model is not None and known and model not in known:
+            return UnknownModel(model, sorted(known))
+        missing = self._registry.missing()
+        if not missing:
+            what = f"that serves {model!r}" if model is not None else "with the same default model as the other side"
+            roles = [(Role.PREFILL, prefills), (Role.DECODE, decodes)]
+            missing = [f"no ready {role.value} instance {what}" for role, found in roles if not found]
+        return NoPair(missing)
+
+    def ready_pairs(self) -> int:
+        """How many prefill/decode combinations share a model."""
+        prefills, decodes = (self._registry.ready(role) for role in (Role.PREFILL, Role.DECODE))
+        return sum(1 for p in prefills for d in decodes if not p.models.keys().isdisjoint(d.models))

@@ -1,0 +1,204 @@
+"""The one place that knows all instances. Lives on the event loop's thread; time comes from the injected clock.
+
+Life of an instance: announced by a ping or named at start (PROBING), admitted when its HTTP side answered rightly
+(READY), back to PROBING when a probe or a connection fails, LOST when its pings stop, forgotten some time later.
+A ping that contradicts a live instance does not displace it: the instance is probed at once instead, and the
+newcomer gets in when that finds it gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from disagg_proxy.cluster.address import Address, parse_address
+from disagg_proxy.cluster.instance import Instance, Role, Source, State
+from disagg_proxy.config.model import StaticInstance
+
+MAX_INSTANCES = 1024
+"""Bound on memory: more endpoints than this on one machine are no engines."""
+
+_FORGET_AFTER = 60.0
+"""Seconds for which a lost instance stays visible in /stats."""
+
+Watcher = Callable[[Instance], None]
+"""Told about one instance; must not block or raise."""
+
+
+class Registry:
+    """All instances by their HTTP endpoint.
+
+    Args:
+        clock: monotonic seconds.
+        expiry: seconds without a ping after which a pinging instance is out.
+    """
+
+    def __init__(self, clock: Callable[[], float], expiry: float) -> None:
+        self._clock = clock
+        self._expiry = expiry
+        self._instances: dict[str, Instance] = {}
+        self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
+        self._on_change: list[Watcher] = []
+        self._on_probe_wanted: list[Watcher] = []
+
+    # -- who wants to know
+
+    def watch(self, changed: Watcher | None = None, probe_wanted: Watcher | None = None) -> None:
+        """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now."""
+        if changed:
+            self._on_change.append(changed)
+        if probe_wanted:
+            self._on_probe_wanted.append(probe_wanted)
+
+    def _want_probe(self, instance: Instance) -> None:
+        for watcher in self._on_probe_wanted:
+            watcher(instance)
+
+    def _move(self, instance: Instance, state: State, reason: str) -> None:
+        if instance.state is State.READY and state is not State.READY:
+            instance.epoch += 1
+        instance.state, instance.reason, instance.changed_at = state, reason, self._clock()
+        self._serving.clear()
+        for watcher in self._on_change:
+            watcher(instance)
+
+    # -- how instances come
+
+    def add_static(self, role: Role, named: StaticInstance) -> Instance:
+        """Take in an instance from the configuration."""
+        kv = None if named.kv_address is None else parse_address(named.kv_address)
+        instance = Instance(role, parse_address(named.http_address), kv, Source.STATIC)
+        self._take_in(instance)
+        return instance
+
+    def announce(self, role: Role, http: Address, kv: Address) -> str | None:
+        """Take in one ping; returns why it was not accepted, None if it was."""
+        known = self._instances.get(http.netloc)
+        if known is None or known.state is State.LOST:
+            return self._newcomer(role, http, kv)
+        if known.role is not role or (known.kv is not None and known.kv != kv):
+            return self._contradiction(known, role, kv)
+        known.last_ping = self._clock()
+        if known.kv is None:
+            known.kv = kv
+            self._want_probe(known)
+        return None
+
+    def _newcomer(self, role: Role, http: Address, kv: Address) -> str | None:
+        owner = next((i for i in self._instances.values() if i.kv == kv and i.state is not State.LOST), None)
+        if owner is not None and owner.key != http.netloc:
+            return f"the KV address {kv.text} belongs to {owner}"
+        if len(self._instances) >= MAX_INSTANCES and http.netloc not in self._instances:
+            return f"{MAX_INSTANCES} instances are known already"
+        self._take_in(Instance(role, http, kv, Source.PING, last_ping=self._clock()))
+        return None
+
+    def _take_in(self, instance: Instance) -> None:
+        self._instances[instance.key] = instance
+        self._move(instance, State.PROBING, instance.reason)
+        self._want_probe(instance)
+
+    def _contradiction(self, known: Instance, role: Role, kv: Address) -> str | None:
+        if known.state is State.PROBING and known.source is Source.PING:
+            del self._instances[known.key]
+            return self._newcomer(role, known.http, kv)
+        self._want_probe(known)
+        return f"{known} is ready with KV address {known.kv.text if known.kv else '?'}; it is probed again"
+
+    # -- what probes and legs find out
+
+    def admit(self, instance: Instance, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Its /health and /v1/models answered rightly."""
+        instance.probe_failures = 0
+        if instance.state is State.LOST:
+            return
+        if instance.kv is None:
+            instance.models = models
+            self.suspend(instance, "its KV address is unknown: name it as URL,KV_ADDRESS, or let it ping this proxy")
+            return
+        same = list(instance.models) == list(models)
+        instance.models = models
+        if instance.state is not State.READY or not same:
+            self._move(instance, State.READY, f"serves {', '.join(models)}")
+
+    def suspend(self, instance: Instance, reason: str) -> None:
+        """It must not get requests until a probe admits it again."""
+        if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
+            self._move(instance, State.PROBING, reason)
+
+    def look_again(self, instance: Instance) -> None:
+        """A leg failed in a way that leaves open whether the instance lives."""
+        if self.knows(instance):
+            self._want_probe(instance)
+
+    def lost_contact(self, instance: Instance, reason: str) -> None:
+        """A leg could not connect to it: out at once, and looked at again now."""
+        self.suspend(instance, reason)
+        self.look_again(instance)
+
+    def expire(self) -> None:
+        """Move instances whose pings stopped to LOST, and forget those that have been lost for long."""
+        now = self._clock()
+        for instance in list(self._instances.values()):
+            if instance.source is Source.STATIC or instance.last_ping is None:
+                continue
+            silent = now - instance.last_ping
+            if instance.state is State.LOST:
+                if now - instance.changed_at >= _FORGET_AFTER and not instance.in_flight:
+                    del self._instances[instance.key]
+            elif silent >= self._expiry:
+                self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
+
+    # -- what others ask
+
+    def knows(self, instance: Instance) -> bool:
+        """Whether it is still the instance at its endpoint."""
+        return self._instances.get(instance.key) is instance
+
+    def now(self) -> float:
+        """The registry's clock."""
+        return self._clock()
+
+    def instances(self) -> Sequence[Instance]:
+        """All that are known, prefills first, in the order of their coming."""
+        return sorted(self._instances.values(), key=lambda i: i.role is Role.DECODE)
+
+    def ready(self, role: Role) -> Sequence[Instance]:
+        """Ready instances of one role."""
+        return self._cached(role, None, lambda i: True)
+
+    def serving(self, role: Role, model: str | None) -> Sequence[Instance]:
+        """Ready instances of one role that serve ``model``; all ready ones for None."""
+        if model is None:
+            return self.ready(role)
+        return self._cached(role, model, lambda i: model in i.models)
+
+    def _cached(self, role: Role, model: str | None, wanted: Callable[[Instance], bool]) -> Sequence[Instance]:
+        found = self._serving.get((role, model))
+        if found is None:
+            found = tuple(
+                i for i in self._instances.values() if i.role is role and i.state is State.READY and wanted(i)
+            )
+            if found:
+                # Names that nobody serves are not kept: clients choose them, and there is no end to them.
+                self._serving[(role, model)] = found
+        return found
+
+    def models(self) -> dict[str, Mapping[str, Any]]:
+        """Every model that some ready instance serves, with what its /v1/models showed."""
+        ready = (i for i in self.instances() if i.state is State.READY)
+        return {name: card for instance in ready for name, card in reversed(list(instance.models.items()))}
+
+    def missing(self) -> list[str]:
+        """What keeps every pair from serving, in words; empty when both roles have a ready instance.
+
+        Clients read this, so it names no address.
+        """
+        lacks = []
+        for role in Role:
+            if self.ready(role):
+                continue
+            known = [i for i in self._instances.values() if i.role is role]
+            why = "; ".join(f"one is {i.state.value}: {i.reason}" for i in known[:3])
+            lacks.append(f"no {role.value} instance is ready ({why or 'none has registered'})")
+        return lacks

@@ -1,0 +1,48 @@
+"""The finished configuration: typed, immutable, passed to whatever needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInstance:
+    """An instance named on the command line instead of found by its pings.
+
+    Attributes:
+        http_address: "host:port" of its OpenAI server.
+        kv_address: "host:port" of its KV connector, None when only its pings will tell.
+    """
+
+    http_address: str
+    kv_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings. Meanings, units and defaults: ``disagg_proxy/config/table.py``."""
+
+    http_host: str = "0.0.0.0"
+    http_port: int = 10001
+    zmq_host: str = "0.0.0.0"
+    zmq_port: int = 30001
+    prefill: tuple[StaticInstance, ...] = ()
+    decode: tuple[StaticInstance, ...] = ()
+    allow_register: tuple[str, ...] = ("local",)
+    instance_expiry: float = 10.0
+    probe_interval: float = 5.0
+    connect_timeout: float = 5.0
+    prefill_timeout: float = 600.0
+    decode_timeout: float = 600.0
+    body_timeout: float = 60.0
+    shutdown_grace: float = 30.0
+    max_body_bytes: int = 64 * 1024 * 1024
+    prefill_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    decode_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    api_key: str = ""
+    engine_api_key: str = ""
+    cors_origins: tuple[str, ...] = ()
+    enable_profiling: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"

@@ -1,0 +1,112 @@
+"""The one table of settings. Flags, ``--help`` and the tables in both READMEs are made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagg_proxy.config import values
+from disagg_proxy.config.values import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        name: the field of :class:`disagg_proxy.config.model.Config`.
+        env: environment variable.
+        flag: command-line flag; given more often than once, a ``repeated`` one adds up.
+        default: the text that stands for the default; empty for none.
+        read: text to value, ValueError with a remedy.
+        help, help_zh: one sentence, English and Chinese.
+        repeated: whether the flag may be given several times.
+        secret: whether the value must not be shown.
+    """
+
+    name: str
+    env: str
+    flag: str
+    default: str
+    read: Reader
+    help: str
+    help_zh: str
+    repeated: bool = False
+    secret: bool = False
+
+
+_POLICY = values.choice("least_loaded", "round_robin")
+
+# fmt: off
+SETTINGS: tuple[Setting, ...] = (
+    Setting("http_host", "HTTP_PROXY_HOST", "--http-host", "0.0.0.0", values.host,
+            "address the HTTP endpoint listens on",
+            "HTTP 服务监听的地址"),
+    Setting("http_port", "HTTP_PROXY_PORT", "--http-port", "10001", values.port,
+            "port of the HTTP endpoint; 0 lets the kernel choose",
+            "HTTP 服务端口；0 表示由内核选择"),
+    Setting("zmq_host", "PROXY_HOST", "--zmq-host", "0.0.0.0", values.host,
+            "address on which instances register (ZMQ)",
+            "实例注册（ZMQ）监听的地址"),
+    Setting("zmq_port", "PROXY_PORT", "--zmq-port", "30001", values.port,
+            "port on which instances register (ZMQ)",
+            "实例注册（ZMQ）端口"),
+    Setting("prefill", "PREFILL_INSTANCES", "--prefill", "", values.instances,
+            "a prefill instance that does not ping: URL[,KV_ADDRESS]; repeat the flag, or separate by spaces",
+            "不发送心跳的 prefill 实例：URL[,KV_ADDRESS]；可重复该参数，或用空格分隔", repeated=True),
+    Setting("decode", "DECODE_INSTANCES", "--decode", "", values.instances,
+            "a decode instance that does not ping: URL[,KV_ADDRESS]; repeat the flag, or separate by spaces",
+            "不发送心跳的 decode 实例：URL[,KV_ADDRESS]；可重复该参数，或用空格分隔", repeated=True),
+    Setting("allow_register", "ALLOW_REGISTER", "--allow-register", "local", values.registrants,
+            "who may register, comma-separated: local (this machine's addresses), any, addresses, networks, host names",
+            "允许注册的来源，逗号分隔：local（本机地址）、any、地址、网段、主机名"),
+    Setting("instance_expiry", "INSTANCE_EXPIRY", "--instance-expiry", "10", values.seconds,
+            "seconds without a ping (sent every 3 s) after which an instance is out",
+            "超过多少秒没有心跳（每 3 秒一次）即移出实例"),
+    Setting("probe_interval", "PROBE_INTERVAL", "--probe-interval", "5", values.seconds,
+            "seconds between two looks at an instance's /health and /v1/models",
+            "检查实例 /health 与 /v1/models 的间隔秒数"),
+    Setting("connect_timeout", "CONNECT_TIMEOUT", "--connect-timeout", "5", values.seconds,
+            "seconds for a connection to an instance",
+            "连接实例的超时秒数"),
+    Setting("prefill_timeout", "PREFILL_TIMEOUT", "--prefill-timeout", "600", values.seconds,
+            "seconds for the whole prefill of a request, then 504",
+            "单个请求 prefill 的超时秒数，超时返回 504"),
+    Setting("decode_timeout", "DECODE_TIMEOUT", "--decode-timeout", "600", values.seconds,
+            "longest silence of decode in seconds: 504 before the answer begins, a cut connection afterwards",
+            "decode 最长静默秒数：回答开始前返回 504，开始后切断连接"),
+    Setting("body_timeout", "BODY_TIMEOUT", "--body-timeout", "60", values.seconds,
+            "seconds that a client may take to send its body, then 408",
+            "客户端发送请求体的超时秒数，超时返回 408"),
+    Setting("shutdown_grace", "SHUTDOWN_GRACE", "--shutdown-grace", "30", values.seconds,
+            "seconds that running requests get to finish after SIGTERM",
+            "收到 SIGTERM 后留给在途请求的秒数"),
+    Setting("max_body_bytes", "MAX_BODY_BYTES", "--max-body-bytes", "64M", values.size,
+            "largest request body, then 413; the default holds a prompt of 1M tokens",
+            "请求体上限，超出返回 413；默认值足够 100 万 token 的提示词"),
+    Setting("prefill_policy", "PREFILL_POLICY", "--prefill-policy", "least_loaded", _POLICY,
+            "how a prefill is chosen: least_loaded or round_robin",
+            "prefill 的选择策略：least_loaded 或 round_robin"),
+    Setting("decode_policy", "DECODE_POLICY", "--decode-policy", "least_loaded", _POLICY,
+            "how a decode is chosen: least_loaded or round_robin",
+            "decode 的选择策略：least_loaded 或 round_robin"),
+    Setting("api_key", "API_KEY", "--api-key", "", values.key,
+            "key that clients must send as Authorization: Bearer on everything but /health",
+            "客户端须以 Authorization: Bearer 携带的密钥（/health 除外）", secret=True),
+    Setting("engine_api_key", "ENGINE_API_KEY", "--engine-api-key", "", values.key,
+            "key that the instances ask for (vllm serve --api-key); replaces the client's Authorization",
+            "实例自身的密钥（vllm serve --api-key）；会替换客户端的 Authorization", secret=True),
+    Setting("cors_origins", "CORS_ORIGINS", "--cors-origins", "", values.origins,
+            "browser origins that may call, comma-separated, or *; none by default",
+            "允许跨域访问的来源，逗号分隔，或 *；默认不允许"),
+    Setting("enable_profiling", "ENABLE_PROFILING", "--enable-profiling", "0", values.flag,
+            "1 passes /start_profile and /stop_profile on to every instance",
+            "设为 1 时将 /start_profile 与 /stop_profile 转发给所有实例"),
+    Setting("log_level", "LOG_LEVEL", "--log-level", "info",
+            values.choice("debug", "info", "warning", "error"),
+            "debug, info, warning or error",
+            "日志级别：debug、info、warning 或 error"),
+    Setting("log_format", "LOG_FORMAT", "--log-format", "text", values.choice("text", "json"),
+            "text, or json for one JSON object a line",
+            "text，或 json（每行一个 JSON 对象）"),
+)
+# fmt: on

@@ -1,0 +1,131 @@
+"""How the text of one setting becomes a value. Each reader raises ValueError that says what would be right."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.config.model import StaticInstance
+
+Reader = Callable[[str], object]
+
+_SIZES = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+
+
+def host(raw: str) -> str:
+    """A host name or address to bind, without a port."""
+    bare = raw[1:-1] if raw.startswith("[") and raw.endswith("]") else raw
+    if not bare or any(c.isspace() or c in "/[]" for c in bare):
+        raise ValueError("must be a host name or an IP address without a port")
+    if ":" in bare:
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            raise ValueError("must be a host name or an IP address without a port") from None
+    return bare
+
+
+def port(raw: str) -> int:
+    """A TCP port; 0 lets the kernel choose."""
+    if not raw.isascii() or not raw.isdigit() or not 0 <= int(raw) <= 65535:
+        raise ValueError("must be a port from 0 to 65535")
+    return int(raw)
+
+
+def seconds(raw: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(raw)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e7:
+        raise ValueError("must be a number of seconds above 0")
+    return value
+
+
+def size(raw: str) -> int:
+    """A number of bytes, with an optional K, M or G (powers of 1024)."""
+    number, unit = (raw[:-1], raw[-1].upper()) if raw[-1:].isalpha() else (raw, "")
+    if not number.isascii() or not number.isdigit() or int(number) == 0 or unit not in _SIZES:
+        raise ValueError("must be a number of bytes such as 1048576, 512K, 64M or 1G")
+    return int(number) * _SIZES[unit]
+
+
+def flag(raw: str) -> bool:
+    """Yes or no."""
+    value = raw.lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("must be 1 or 0 (or true, false, yes, no, on, off)")
+
+
+def key(raw: str) -> str:
+    """A secret that travels in a header."""
+    if not raw.isascii() or not raw.isprintable() or " " in raw:
+        raise ValueError("must be printable ASCII without spaces, since it travels in a header")
+    return raw
+
+
+def choice(*options: str) -> Reader:
+    """One of ``options``, whatever the case."""
+
+    def read(raw: str) -> str:
+        value = raw.lower().replace("-", "_")
+        if value not in options:
+            raise ValueError("must be one of " + ", ".join(options))
+        return value
+
+    return read
+
+
+def origins(raw: str) -> tuple[str, ...]:
+    """Comma-separated browser origins, or * alone."""
+    found = tuple(part.strip().rstrip("/") for part in raw.split(",") if part.strip())
+    for origin in found:
+        parts = urlsplit(origin)
+        if origin != "*" and (parts.scheme not in ("http", "https") or not parts.netloc or parts.path):
+            raise ValueError(f"must be origins such as https://chat.example.org, or *; {origin!r} is not one")
+    return found
+
+
+def registrants(raw: str) -> tuple[str, ...]:
+    """Comma-separated: local, any, host names, addresses, networks."""
+    found = tuple(part.strip() for part in raw.split(",") if part.strip())
+    if not found:
+        raise ValueError("must name at least one of local, any, a host name, an address or a network")
+    for entry in found:
+        if "/" in entry:
+            try:
+                ipaddress.ip_network(entry, strict=False)
+            except ValueError:
+                raise ValueError(f"must hold networks such as 10.0.0.0/24; {entry!r} is not one") from None
+    return found
+
+
+def instances(raw: str) -> tuple[StaticInstance, ...]:
+    """Instances separated by white space, each ``URL`` or ``URL,KV_ADDRESS``."""
+    return tuple(_instance(part) for part in raw.split())
+
+
+def _instance(raw: str) -> StaticInstance:
+    url, comma, kv = raw.partition(",")
+    if "://" not in url:
+        url = "http://" + url
+    parts = urlsplit(url)
+    try:
+        port_number = parts.port
+    except ValueError:
+        port_number = None
+    if parts.scheme != "http" or not parts.hostname or not port_number or parts.path.strip("/") or parts.query:
+        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT]; {raw!r} is not")
+    http_address = parse_address(parts.netloc.rpartition("@")[2]).text
+    if not comma:
+        return StaticInstance(http_address)
+    try:
+        return StaticInstance(http_address, parse_address(kv).text)
+    except ValueError as error:
+        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT]; in {raw!r} {error}") from None

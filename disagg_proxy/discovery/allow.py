@@ -1,0 +1,57 @@
+"""Who may register: a check of host names and addresses against the ALLOW_REGISTER setting."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+
+
+class AllowList:
+    """Decides for the source of a message and for the addresses that it announces.
+
+    ``local`` in the setting means loopback, every address of this machine, and its own host names. Announced names
+    are compared, never looked up: a lookup on behalf of a stranger can take seconds.
+    """
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        self._any = "any" in entries
+        self._local = "local" in entries
+        self._networks = []
+        self._names = set()
+        for entry in entries:
+            if entry in ("any", "local"):
+                continue
+            try:
+                self._networks.append(ipaddress.ip_network(entry, strict=False))
+            except ValueError:
+                self._names.add(entry.lower())
+        if self._local:
+            self._names |= {"localhost", socket.gethostname().lower(), socket.getfqdn().lower()}
+
+    def permits(self, host: str) -> bool:
+        """Whether ``host`` (a name or an address, without port) may register."""
+        if self._any:
+            return True
+        try:
+            address = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            return host.lower() in self._names
+        mapped = getattr(address, "ipv4_mapped", None)
+        address = mapped or address
+        return any(address in network for network in self._networks) or (self._local and _is_own(address))
+
+
+def _is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether the address is one of this machine's: only those can be bound."""
+    if address.is_loopback:
+        return True
+    if address.is_multicast or address.is_unspecified:
+        return False
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True

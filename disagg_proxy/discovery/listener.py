@@ -1,0 +1,173 @@
+"""The ZMQ socket that instances ping, in a thread of its own.
+
+The thread only reads, decodes and hands over; registry and event loop stay on their own thread. Nothing that
+arrives can end it: whatever is not a permitted ping is counted, logged once per sender and dropped.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import zmq
+
+from disagg_proxy.discovery.allow import AllowList
+from disagg_proxy.discovery.announcement import Announcement, BadAnnouncement, decode
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_MS = 3000
+"""Half-open peers go after three of these."""
+
+_MAX_WIRE_BYTES = 1024 * 1024
+"""libzmq closes a connection that announces a longer message; shorter ones are counted as oversized."""
+
+_MAX_REMEMBERED = 1024
+"""Senders and pending announcements that are kept at most."""
+
+
+class BindError(Exception):
+    """The registration port cannot be opened."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What arrived: messages in all, and those dropped by kind."""
+
+    messages: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+class Listener:
+    """ROUTER socket on ``host:port``.
+
+    Args:
+        deliver: called in the listener's thread with all announcements that arrived together.
+    """
+
+    def __init__(self, host: str, port: int, allow: AllowList, deliver: Callable[[list[Announcement]], None]) -> None:
+        self.traffic = Traffic()
+        self._allow = allow
+        self._deliver = deliver
+        self._blamed: set[tuple[str, str]] = set()
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._stop_name = f"inproc://stop-{id(self)}"
+        self._stopper = self._context.socket(zmq.PAIR)
+        self._stopper.bind(self._stop_name)
+        self._configure()
+        try:
+            self._router.bind(_endpoint(host, port))
+        except (OSError, zmq.ZMQError) as error:
+            self._context.destroy(linger=0)
+            raise BindError(f"cannot listen for instances on {host}:{port} (PROXY_HOST, PROXY_PORT): {error}") from None
+        endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.port = int(endpoint.rpartition(":")[2])
+        self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
+
+    def _configure(self) -> None:
+        options = {
+            zmq.LINGER: 0,
+            zmq.IPV6: 1,
+            # A restarted instance comes with the identity of the old one while that connection still lives.
+            zmq.ROUTER_HANDOVER: 1,
+            zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
+            zmq.HEARTBEAT_TIMEOUT: 3 * _HEARTBEAT_MS,
+            zmq.HEARTBEAT_TTL: 3 * _HEARTBEAT_MS,
+            zmq.MAXMSGSIZE: _MAX_WIRE_BYTES,
+            zmq.RCVHWM: 1000,
+        }
+        for option, value in options.items():
+            self._router.setsockopt(option, value)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the socket and wait for the thread."""
+        if self._thread.is_alive():
+            self._stopper.send(b"")
+            self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _run(self) -> None:
+        stop = self._context.socket(zmq.PAIR)
+        stop.connect(self._stop_name)
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(stop, zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll())
+                if stop in ready:
+                    return
+                try:
+                    self._read_all()
+                except Exception:
+                    self.traffic.dropped["failed"] += 1
+                    log.exception("A registration message could not be handled")
+        finally:
+            stop.close(0)
+            self._router.close(0)
+
+    def _read_all(self) -> None:
+        """Take what is there, newest announcement of each instance last, and deliver it in one go."""
+        found: dict[tuple[str, str], Announcement] = {}
+        for _ in range(_MAX_REMEMBERED):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            announcement = self._read_one(frames)
+            if announcement is not None:
+                found[(announcement.http.netloc, announcement.kv.text)] = announcement
+        if found:
+            self._deliver(list(found.values()))
+
+    def _read_one(self, frames: list[zmq.Frame]) -> Announcement | None:
+        self.traffic.messages += 1
+        sender = _sender(frames)
+        try:
+            announcement = decode([frame.bytes for frame in frames[1:]])
+            for host in (sender, announcement.http.host, announcement.kv.host):
+                if not self._allow.permits(host):
+                    raise BadAnnouncement("forbidden", f"{host} may not register (ALLOW_REGISTER)")
+        except BadAnnouncement as error:
+            self.drop(error.kind, sender, str(error))
+            return None
+        return announcement
+
+    def drop(self, kind: str, sender: str, detail: str) -> None:
+        """Count a message that is not used, and say so once per sender and kind."""
+        self.traffic.dropped[kind] += 1
+        if (sender, kind) not in self._blamed and len(self._blamed) < _MAX_REMEMBERED:
+            self._blamed.add((sender, kind))
+            log.warning("Dropped a %s registration from %s: %s", kind, sender, detail[:300])
+
+
+def _sender(frames: list[zmq.Frame]) -> str:
+    try:
+        return str(frames[-1].get("Peer-Address"))
+    except zmq.ZMQError:
+        return "unknown"
+
+
+def _endpoint(host: str, port: int) -> str:
+    """libzmq binds addresses and device names only, so names are looked up here.
+
+    Raises:
+        OSError: the name is not known.
+    """
+    try:
+        ipaddress.ip_address(host)
+        address = host
+    except ValueError:
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    shown = f"[{address}]" if ":" in address else address
+    return f"tcp://{shown}:{port or '*'}"

@@ -1,0 +1,200 @@
+"""Every way a request can end without an answer: one typed tree, one JSON shape.
+
+Each error carries the HTTP status, OpenAI's ``type`` and ``code``, and the seconds for ``Retry-After`` where
+waiting helps. The HTTP layer turns any of them into a response in one place; nothing else in the package builds
+an error body. Messages say what the reader can change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+
+class ProxyError(Exception):
+    """The root: an outcome that the client is told about as OpenAI-style JSON.
+
+    Args:
+        message: one sentence for the person who reads the client's log.
+        param: the request field at fault, if one is.
+        retry_after: seconds after which the same request may succeed.
+    """
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to this error."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+    def body(self) -> bytes:
+        """The OpenAI error object, with Anthropic's outer ``type`` so that both clients can read it."""
+        return error_body(self.message, self.type, self.param, self.code)
+
+
+def error_body(message: str, kind: str, param: str | None, code: str | None) -> bytes:
+    """Encode one error the way OpenAI's and Anthropic's clients both understand."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return json.dumps({"type": "error", "error": error}, ensure_ascii=False).encode()
+
+
+class ClientError(ProxyError):
+    """The request itself must change. Never retried, never counted against an instance."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class BadRequest(ClientError):
+    """The body or a field of it cannot be served."""
+
+
+class UnsupportedField(ClientError):
+    """A field that vLLM accepts but that would harm a prefill or decode instance, or come back wrong."""
+
+    code = "unsupported_parameter"
+
+
+class WrongKey(ClientError):
+    """The API key is missing or differs from the configured one."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class NotFound(ClientError):
+    """No such path."""
+
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
+class UnknownModel(NotFound):
+    """No instance serves the model asked for."""
+
+    code = "model_not_found"
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        there = ", ".join(known) or "none yet"
+        super().__init__(f"The model {model!r} does not exist here. Models that exist: {there}.", param="model")
+
+
+class MethodNotAllowed(ClientError):
+    """The path exists, but not for this HTTP method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTimeout(ClientError):
+    """The client took too long to send its body."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class BodyTooLarge(ClientError):
+    """The body is longer than the configured maximum."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class UnsupportedEncoding(ClientError):
+    """The body is compressed, which vLLM does not read."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class NotServed(ProxyError):
+    """A vLLM route that cannot run on a prefill/decode pair."""
+
+    status = 501
+    type = "not_implemented_error"
+    code = "not_implemented"
+
+
+class Unavailable(ProxyError):
+    """Nothing can serve the request now, but something may soon."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "service_unavailable"
+
+
+class NoPair(Unavailable):
+    """No ready prefill and decode that serve the model together."""
+
+    code = "no_pair"
+
+    def __init__(self, missing: list[str]) -> None:
+        super().__init__("No prefill/decode pair can serve this: " + "; ".join(missing) + ".", retry_after=3)
+
+
+class EngineError(ProxyError):
+    """An instance did not do its part; ``leg`` is "prefill" or "decode"."""
+
+    status = 502
+    type = "upstream_error"
+    code = "engine_error"
+
+
+class EngineUnreachable(EngineError):
+    """The connection to an instance was refused or could not be made in time."""
+
+    code = "engine_unreachable"
+
+
+class EngineDisconnected(EngineError):
+    """An instance closed the connection before it answered.
+
+    ``unsent`` is True when the request cannot have been received, so that asking again is safe even for decode.
+    ``reused`` is True when it happened on a kept connection that an earlier request had used.
+    """
+
+    code = "engine_disconnected"
+
+    def __init__(self, message: str, *, unsent: bool, reused: bool) -> None:
+        super().__init__(message)
+        self.unsent = unsent
+        self.reused = reused
+
+
+class EngineFailed(EngineError):
+    """An instance answered with a server error, or with something that is no answer at all."""
+
+    code = "engine_failed"
+
+
+class EngineDeadline(ProxyError):
+    """An instance did not answer within its deadline."""
+
+    status = 504
+    type = "timeout_error"
+    code = "engine_deadline"
+
+
+class StreamCut(Exception):
+    """Decode failed after the answer had begun: the connection to the client is cut, nothing is added to it.
+
+    Not a :class:`ProxyError`: there is no status left to send.
+    """
+
+
+def headers_of(error: ProxyError) -> Mapping[str, str]:
+    """All response headers of ``error``, with the content type."""
+    return {"Content-Type": "application/json", **error.headers()}

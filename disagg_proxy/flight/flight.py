@@ -1,0 +1,248 @@
+"""The order of the two legs of one request, and the chosen outcome for each moment at which it can end.
+
+    prefill refused (4xx)          the client gets that answer; decode is not asked
+    prefill failed (5xx, broken)   502; decode is not asked, nothing is left to free
+    prefill too late               504 for the client; the leg runs on, then its KV is drained
+    client leaves during prefill   the same, with nobody to answer: a prefill that was sent is never cancelled
+    decode refused (4xx)           the client gets that answer; the KV is drained
+    decode cannot be reached       502; the KV is drained if the instance is still the same
+    decode broken before an answer 502, no drain: it may have been received, and a second decode of an id hangs
+    client leaves before the first byte of the answer    decode is aborted once it surely has the request
+    client leaves later            decode is aborted at once: vLLM frees everything itself
+    decode breaks in mid-answer    the client's connection is cut
+
+The legs run in a task of their own. The client is an observer: it waits for :meth:`Flight.answer`, reads the body,
+and whoever holds the flight calls :meth:`Flight.leave` when the client's HTTP exchange is over, however it ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import Enum
+
+from disagg_proxy.errors import EngineDeadline, EngineFailed, EngineUnreachable, ProxyError, Unavailable
+from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.legs import Legs
+from disagg_proxy.flight.relay import Relay
+from disagg_proxy.protocol.headers import answer_headers
+from disagg_proxy.protocol.redact import IdHider, hide
+from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
+from disagg_proxy.stats import Stats
+from disagg_proxy.upstream import Answer, WholeAnswer
+
+log = logging.getLogger(__name__)
+
+ABORT_GRACE = 5.0
+"""Seconds that decode gets to take in a request whose client left before the first byte. An abort that comes while
+the API server still tokenises would leave the KV on the instance; one that comes later frees it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the client gets: status, headers, and a body that is whole or still coming."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes | AsyncIterator[bytes]
+
+
+class _Phase(Enum):
+    PREFILL = 1
+    DECODE = 2
+    BODY = 3
+    OVER = 4
+
+
+class Flight:
+    """One request on its pair.
+
+    Args:
+        prefill_timeout: seconds after which the client gets a 504 for a prefill that has not answered.
+        own_key: whether the proxy's own key went to the instances, so that a 401 is not the client's doing.
+    """
+
+    def __init__(
+        self, legs: Legs, background: Background, stats: Stats, *, prefill_timeout: float, own_key: bool
+    ) -> None:
+        self._legs = legs
+        self._background = background
+        self._stats = stats
+        self._prefill_timeout = prefill_timeout
+        self._own_key = own_key
+        self._begun_at = stats.clock()
+        self._phase = _Phase.PREFILL
+        self._relay: Relay | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._left = False
+        self._result = "client_left"
+        stats.in_flight += 1
+
+    @property
+    def public_id(self) -> str:
+        """The id that clients see in the body."""
+        return self._legs.id.public
+
+    # -- the client's side
+
+    async def answer(self) -> Outcome:
+        """Run the legs until there is something to say to the client.
+
+        Raises:
+            ProxyError: the request ended without an answer of an instance.
+        """
+        loop = asyncio.get_running_loop()
+        self._task = self._background.spawn(self._run(), f"request {self.public_id}")
+        deadline = loop.call_later(self._prefill_timeout, self._prefill_late)
+        try:
+            return await self._outcome
+        finally:
+            deadline.cancel()
+
+    def leave(self) -> None:
+        """The client's HTTP exchange is over. Only the first call counts."""
+        if self._left:
+            return
+        self._left = True
+        self._outcome.cancel()
+        self._stats.in_flight -= 1
+        self._stats.outcomes[self._result] += 1
+        if self._phase is _Phase.DECODE and self._task is not None:
+            asyncio.get_running_loop().call_later(ABORT_GRACE, self._task.cancel)
+        elif self._relay is not None:
+            self._let_go(self._relay)
+        elif self._task is None:
+            self._legs.decode_lease.end()
+
+    def _prefill_late(self) -> None:
+        if self._phase is _Phase.PREFILL and not self._outcome.done():
+            self._result = "deadline"
+            self._outcome.set_exception(
+                EngineDeadline(f"The prefill did not finish within {self._prefill_timeout:g} s.")
+            )
+
+    # -- the legs
+
+    async def _run(self) -> None:
+        try:
+            outcome = await self._fly()
+        except ProxyError as error:
+            self._fail(error)
+        except BaseException:
+            self._fail(Unavailable("The request was given up.", retry_after=1))
+            raise
+        else:
+            if outcome is None:
+                return
+            if not self._outcome.done():
+                self._outcome.set_result(outcome)
+            elif self._relay is not None:
+                self._let_go(self._relay)
+
+    def _fail(self, error: ProxyError) -> None:
+        self._phase = _Phase.OVER
+        self._legs.decode_lease.end()
+        if not self._outcome.done():
+            self._result = "deadline" if isinstance(error, EngineDeadline) else "engine_error"
+            self._outcome.set_exception(error)
+
+    async def _fly(self) -> Outcome | None:
+        """Both legs in order; None when nobody waits for the answer any more."""
+        prefilled = await self._legs.prefill()
+        self._stats.prefill.add(self._stats.clock() - self._begun_at)
+        if prefilled.status != 200:
+            self._end_decode(failed=False)
+            return self._refusal(prefilled, "prefill")
+        if self._outcome.done():
+            await self._drain()
+            return None
+        self._phase = _Phase.DECODE
+        try:
+            answer = await self._legs.decode()
+        except EngineUnreachable:
+            self._legs.decode_lease.instance.failures_total += 1
+            self._background.spawn(self._drain(), f"drain {self.public_id}")
+            raise
+        except ProxyError:
+            self._end_decode(failed=True)
+            raise
+        if answer.status == 200:
+            return await self._relayed(answer, cached_tokens(prefilled.body))
+        refusal = await answer.whole()
+        if refusal.status < 500:
+            # The API server turned it away before its engine knew of it, so the KV still waits there.
+            self._background.spawn(self._drain(), f"drain {self.public_id}")
+            self._phase = _Phase.OVER
+        else:
+            self._end_decode(failed=True)
+        return self._refusal(refusal, "decode")
+
+    async def _drain(self) -> None:
+        try:
+            await self._legs.drain()
+        finally:
+            self._end_decode(failed=False)
+
+    def _end_decode(self, failed: bool) -> None:
+        self._phase = _Phase.OVER
+        self._legs.decode_lease.end(failed=failed)
+
+    # -- what the client is told
+
+    def _refusal(self, answer: WholeAnswer, leg: str) -> Outcome:
+        """A status other than 200: the engine's own 4xx passes, anything else is the engine's failure."""
+        own_key_refused = answer.status in (401, 403) and self._own_key
+        if not 400 <= answer.status < 500 or own_key_refused:
+            log.warning("The %s leg of %s got %d: %.300r", leg, self.public_id, answer.status, answer.body)
+            failure = EngineFailed(f"The {leg} instance failed with status {answer.status}.")
+            if own_key_refused:
+                failure = EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
+            elif (wait := answer.headers.get("Retry-After", "")).isdigit():
+                failure.retry_after = int(wait)
+            raise failure
+        self._result = "client_error"
+        return Outcome(answer.status, answer_headers(answer.headers, self._legs.id), hide(self._legs.id, answer.body))
+
+    async def _relayed(self, answer: Answer, cached: int) -> Outcome:
+        streamed = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+        headers = answer_headers(answer.headers, self._legs.id)
+        if not streamed:
+            # The repair may change the length, which goes out before the body.
+            whole = await answer.whole()
+            self._first_byte()
+            self._ended(complete=True)
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
+        self._relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), self._first_byte, self._ended)
+        self._phase = _Phase.BODY
+        return Outcome(200, headers, self._relay.__aiter__())
+
+    def _first_byte(self) -> None:
+        self._stats.ttft.add(self._stats.clock() - self._begun_at)
+
+    def _ended(self, complete: bool) -> None:
+        if complete:
+            self._result = "ok"
+            self._stats.total.add(self._stats.clock() - self._begun_at)
+        elif not self._left:
+            self._result = "cut"
+        self._end_decode(failed=not complete and not self._left)
+
+    def _let_go(self, relay: Relay) -> None:
+        """Abort decode, but not before its engine knows the request."""
+        if relay.begun or self._phase is _Phase.OVER:
+            relay.close()
+            return
+
+        async def wait_then_close() -> None:
+            try:
+                await asyncio.wait_for(relay.until_begun(), ABORT_GRACE)
+            except asyncio.TimeoutError:
+                log.info("%s: decode had not begun after %.0f s and is aborted", self.public_id, ABORT_GRACE)
+            finally:
+                relay.close()
+
+        self._background.spawn(wait_then_close(), f"abort {self.public_id}")

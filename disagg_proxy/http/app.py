@@ -1,0 +1,41 @@
+"""Putting the application together. Lifespan: the services start before the first request and stop after the last."""
+
+from __future__ import annotations
+
+from quart import Quart
+
+from disagg_proxy.config import Config
+from disagg_proxy.http.exchange import ExchangeOwner
+from disagg_proxy.http.generate import generation_routes
+from disagg_proxy.http.guard import install_guard
+from disagg_proxy.http.respond import install_error_handlers
+from disagg_proxy.http.single import single_routes
+from disagg_proxy.http.status import status_routes
+from disagg_proxy.services import Services
+
+
+def create_app(config: Config, services: Services | None = None) -> Quart:
+    """The ASGI application.
+
+    Args:
+        services: the parts to use; made from ``config`` when left out.
+
+    Raises:
+        BindError: ``services`` was left out and the registration port cannot be opened.
+    """
+    parts = services or Services(config)
+    app = Quart("disagg_proxy", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    app.config["BODY_TIMEOUT"] = config.body_timeout
+    app.config["RESPONSE_TIMEOUT"] = None
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.url_map.strict_slashes = False
+    app = install_guard(app, config)
+    install_error_handlers(app, config.max_body_bytes)
+    app.register_blueprint(generation_routes(parts))
+    app.register_blueprint(single_routes(parts))
+    app.register_blueprint(status_routes(parts))
+    app.before_serving(parts.start)
+    app.after_serving(parts.stop)
+    app.asgi_app = ExchangeOwner(app.asgi_app)  # type: ignore[method-assign]
+    return app

@@ -1,0 +1,55 @@
+"""Ownership at the level of one HTTP exchange.
+
+A client that leaves while the response start is pending makes Quart (0.22) drop the handler without running the
+``finally`` of a body generator. What must be given back in every case is therefore tied to the ASGI call itself,
+which always ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from disagg_proxy.errors import StreamCut
+from disagg_proxy.flight.flight import Flight
+
+log = logging.getLogger(__name__)
+
+_KEY = "disagg_proxy.flights"
+
+AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class ExchangeOwner:
+    """ASGI wrapper that ends the flights of an exchange when the exchange ends, however it ends."""
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        flights: list[Flight] = []
+        scope[_KEY] = flights
+        try:
+            await self._app(scope, receive, send)
+        except StreamCut as cut:
+            # Returning with an unfinished response makes the server close the connection: a visible cut.
+            log.warning("An answer was cut off: %s", cut)
+        finally:
+            for flight in flights:
+                flight.leave()
+
+
+def own(scope: Any, flight: Flight) -> None:
+    """Make ``flight`` end with the exchange of ``scope``."""
+    scope[_KEY].append(flight)
+
+
+class HideUnfinished(logging.Filter):
+    """Drops uvicorn's own line about the responses that were cut on purpose; the cause is logged here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "returned without completing response" not in str(record.msg)

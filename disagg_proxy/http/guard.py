@@ -1,0 +1,42 @@
+"""Who may call: the API key, and the browser origins."""
+
+from __future__ import annotations
+
+import hmac
+
+from quart import Quart, request
+from quart_cors import cors
+
+from disagg_proxy.config import Config
+from disagg_proxy.errors import WrongKey
+
+_OPEN_PATHS = frozenset({"/health"})
+
+
+def install_guard(app: Quart, config: Config) -> Quart:
+    """Check the key before every handler, and answer browsers' preflights, which carry none."""
+    if config.api_key:
+        expected = config.api_key.encode()
+
+        @app.before_request
+        async def check_key() -> None:
+            if request.path in _OPEN_PATHS or request.method == "OPTIONS":
+                return
+            if not hmac.compare_digest(_given_key().encode("utf-8", "surrogateescape"), expected):
+                raise WrongKey("The API key is missing or wrong; send it as Authorization: Bearer KEY.")
+
+    if config.cors_origins:
+        app = cors(
+            app,
+            allow_origin=list(config.cors_origins),
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+def _given_key() -> str:
+    """The bearer token; on Anthropic's route also its client's own header."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    return request.headers.get("X-Api-Key", "") if request.path.startswith("/v1/messages") else ""

@@ -1,0 +1,62 @@
+"""The Prometheus view: made from the state at each scrape, so that nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from disagg_proxy.cluster.instance import State
+from disagg_proxy.services import Services
+
+_PREFIX = "disagg_proxy_"
+
+
+class ProxyCollector(Collector):
+    """Instances, requests, drains and registrations."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the client library at each scrape."""
+        yield from self._instances()
+        stats, discovery = self._services.stats, self._services.discovery
+        yield GaugeMetricFamily(
+            _PREFIX + "requests_in_flight", "Generation requests whose clients wait", value=stats.in_flight
+        )
+        outcomes = CounterMetricFamily(
+            _PREFIX + "requests", "Finished generation requests by outcome", labels=["outcome"]
+        )
+        for outcome, count in stats.outcomes.items():
+            outcomes.add_metric([outcome], count)
+        yield outcomes
+        drains = CounterMetricFamily(_PREFIX + "drains", "Drains of prefilled KV by result", labels=["result"])
+        for result in ("started", "done", "failed"):
+            drains.add_metric([result], getattr(stats.drains, result))
+        yield drains
+        yield CounterMetricFamily(
+            _PREFIX + "registrations", "Registration messages received", value=discovery.listener.traffic.messages
+        )
+        dropped = CounterMetricFamily(
+            _PREFIX + "registrations_dropped", "Registration messages not used, by kind", labels=["kind"]
+        )
+        for kind, count in discovery.listener.traffic.dropped.items():
+            dropped.add_metric([kind], count)
+        dropped.add_metric(["refused"], sum(discovery.refused.values()))
+        yield dropped
+
+    def _instances(self) -> Iterable[Metric]:
+        labels = ["role", "instance"]
+        ready = GaugeMetricFamily(_PREFIX + "instance_ready", "1 when the instance may get requests", labels=labels)
+        load = GaugeMetricFamily(_PREFIX + "instance_in_flight", "Legs on the instance now", labels=labels)
+        legs = CounterMetricFamily(_PREFIX + "instance_requests", "Legs sent to the instance", labels=labels)
+        failures = CounterMetricFamily(_PREFIX + "instance_failures", "Legs that the instance failed", labels=labels)
+        for instance in self._services.registry.instances():
+            where = [instance.role.value, instance.http.text]
+            ready.add_metric(where, instance.state is State.READY)
+            load.add_metric(where, instance.in_flight)
+            legs.add_metric(where, instance.requests_total)
+            failures.add_metric(where, instance.failures_total)
+        return [ready, load, legs, failures]

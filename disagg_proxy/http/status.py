@@ -1,0 +1,110 @@
+"""What the proxy says of itself: /health, /livez, /stats, /metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from quart import Blueprint, Response
+
+from disagg_proxy import __version__
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.http.metrics import ProxyCollector
+from disagg_proxy.http.respond import json_response
+from disagg_proxy.services import Services
+
+
+def status_routes(services: Services) -> Blueprint:
+    """Routes that are answered from memory."""
+    blueprint = Blueprint("status", __name__)
+    metrics = CollectorRegistry()
+    metrics.register(ProxyCollector(services))
+
+    @blueprint.get("/livez")
+    async def livez() -> Response:
+        return json_response({"status": "ok"})
+
+    @blueprint.get("/health")
+    async def health() -> Response:
+        report = health_report(services)
+        return json_response(report, 200 if report["status"] == "ok" else 503)
+
+    @blueprint.get("/stats")
+    async def stats() -> Response:
+        return json_response(stats_report(services))
+
+    @blueprint.get("/metrics")
+    async def metrics_text() -> Response:
+        return Response(generate_latest(metrics), content_type=CONTENT_TYPE_LATEST)
+
+    return blueprint
+
+
+def health_report(services: Services) -> dict[str, Any]:
+    """Whether at least one pair can serve, and what is missing if none can. Names no address: it needs no key."""
+    registry = services.registry
+    pairs = services.pairing.ready_pairs()
+    missing = registry.missing()
+    if not pairs and not missing:
+        missing = ["no prefill and decode instance serve the same model"]
+    known = registry.instances()
+    return {
+        "status": "ok" if pairs else "unavailable",
+        "pairs": pairs,
+        **{
+            role.value: {"ready": len(registry.ready(role)), "known": sum(i.role is role for i in known)}
+            for role in Role
+        },
+        "missing": missing,
+    }
+
+
+def stats_report(services: Services) -> dict[str, Any]:
+    """Everything in numbers. Latencies in seconds over the last 2048 requests."""
+    stats, traffic = services.stats, services.discovery.listener.traffic
+    now = services.registry.now()
+    return {
+        "version": __version__,
+        "uptime_s": round(stats.clock() - stats.started_at, 3),
+        "instances": [instance_report(i, now) for i in services.registry.instances()],
+        "requests": {
+            "in_flight": stats.in_flight,
+            "finished": sum(stats.outcomes.values()),
+            "outcomes": dict(stats.outcomes),
+            "in_background": len(services.background),
+        },
+        "latency": {
+            "prefill": stats.prefill.summary(),
+            "ttft": stats.ttft.summary(),
+            "total": stats.total.summary(),
+        },
+        "drains": {
+            "started": stats.drains.started,
+            "done": stats.drains.done,
+            "failed": stats.drains.failed,
+        },
+        "discovery": {
+            "messages": traffic.messages,
+            "dropped": dict(traffic.dropped),
+            "refused": dict(services.discovery.refused),
+        },
+    }
+
+
+def instance_report(instance: Instance, now: float) -> dict[str, Any]:
+    """One instance as /stats shows it."""
+    return {
+        "role": instance.role.value,
+        "http_address": instance.http.text,
+        "kv_address": instance.kv.text if instance.kv else None,
+        "models": list(instance.models),
+        "state": instance.state.value,
+        "reason": instance.reason,
+        "source": instance.source.value,
+        "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
+        "in_flight": instance.in_flight,
+        "requests_total": instance.requests_total,
+        "failures_total": instance.failures_total,
+        "times_lost": instance.epoch,
+    }

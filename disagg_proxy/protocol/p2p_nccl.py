@@ -1,0 +1,35 @@
+"""The request id of P2pNcclConnector, and the id that clients see in its place.
+
+vLLM 0.9.2 - 0.23 (``kv_connector/v1/p2p/p2p_nccl_connector.py``, ``parse_request_id``) finds the peer of a request
+in its id: ``___decode_addr_(.*):(\\d+)`` on prefill, ``___prefill_addr_(.*):(\\d+)___`` on decode. The id travels as
+X-Request-Id on both legs and must be the same there, since it is the key of every KV tensor. An engine that gets a
+request whose id has no addresses dies.
+
+vLLM repeats the id in its answers. It names internal addresses, so clients get a public one of the same length:
+replacing it in place changes no length field and no chunk framing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from disagg_proxy.cluster.address import Address
+
+MARKERS = ("___prefill_addr_", "___decode_addr_")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestId:
+    """``internal`` goes to the instances, ``public`` to the client; both have the same length in bytes."""
+
+    internal: str
+    public: str
+
+
+def new_request_id(prefill_kv: Address, decode_kv: Address) -> RequestId:
+    """A fresh id that joins the two KV addresses, each as its instance announced it."""
+    head = f"{MARKERS[0]}{prefill_kv.text}{MARKERS[1]}{decode_kv.text}_"
+    unique = secrets.token_hex(16)
+    padding = secrets.token_hex(len(head) // 2 + 1)[: len(head)]
+    return RequestId(head + unique, unique + padding)

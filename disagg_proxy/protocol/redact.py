@@ -1,0 +1,48 @@
+"""Hiding the internal request id in a body that arrives in pieces.
+
+One pass over the bytes, no JSON and no SSE framing. An id may be split over two reads, so a tail that could be the
+beginning of one is held back until the next piece decides it.
+"""
+
+from __future__ import annotations
+
+from disagg_proxy.protocol.p2p_nccl import RequestId
+
+
+class IdHider:
+    """Replaces one id in one body. Feed the pieces in order, then :meth:`end`."""
+
+    def __init__(self, request_id: RequestId) -> None:
+        self._internal = request_id.internal.encode()
+        self._public = request_id.public.encode()
+        self._held = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """What may be passed on now; may be empty."""
+        data = self._held + piece if self._held else piece
+        if self._internal in data:
+            data = data.replace(self._internal, self._public)
+        cut = self._undecided(data)
+        self._held = data[cut:]
+        return data[:cut]
+
+    def end(self) -> bytes:
+        """What was held back and turned out to be no id."""
+        held, self._held = self._held, b""
+        return held
+
+    def _undecided(self, data: bytes) -> int:
+        """Where a tail that is a beginning of the id starts; the length of ``data`` when there is none."""
+        start = max(0, len(data) - len(self._internal) + 1)
+        first = self._internal[:1]
+        start = data.find(first, start)
+        while start >= 0:
+            if self._internal.startswith(data[start:]):
+                return start
+            start = data.find(first, start + 1)
+        return len(data)
+
+
+def hide(request_id: RequestId, text: bytes) -> bytes:
+    """Replace the id in a whole body or header value."""
+    return text.replace(request_id.internal.encode(), request_id.public.encode())

@@ -1,0 +1,74 @@
+"""All state of a running proxy in one object, made once and handed to whatever needs it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from multidict import CIMultiDict
+
+from disagg_proxy.cluster.pairing import Pair, Pairing
+from disagg_proxy.cluster.policy import POLICIES
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.config import Config
+from disagg_proxy.discovery.service import Discovery
+from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.flight import Flight
+from disagg_proxy.flight.legs import Legs
+from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.stats import Stats
+from disagg_proxy.upstream import Upstream
+
+log = logging.getLogger(__name__)
+
+
+class Services:
+    """The parts and how they are joined.
+
+    Args:
+        clock: monotonic seconds.
+
+    Raises:
+        BindError: the registration port cannot be opened. It is held from now on.
+    """
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.stats = Stats(clock)
+        self.registry = Registry(clock, config.instance_expiry)
+        self.pairing = Pairing(self.registry, POLICIES[config.prefill_policy], POLICIES[config.decode_policy])
+        self.background = Background()
+        self.discovery = Discovery(config, self.registry)
+        self._upstream: Upstream | None = None
+
+    @property
+    def upstream(self) -> Upstream:
+        """The client pool, from :meth:`start` to :meth:`stop`."""
+        if self._upstream is None:
+            raise RuntimeError("the services are not started")
+        return self._upstream
+
+    async def start(self) -> None:
+        """Begin on the running event loop."""
+        self._upstream = Upstream(self.config.connect_timeout)
+        await self.discovery.start(self._upstream)
+        log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
+
+    async def stop(self) -> None:
+        """Let what was sent to the instances end, then close everything."""
+        await self.background.finish(self.config.shutdown_grace)
+        await self.discovery.stop()
+        if self._upstream is not None:
+            await self._upstream.close()
+
+    def launch(self, path: str, headers: CIMultiDict[str], prepared: Prepared, pair: Pair) -> Flight:
+        """A flight of ``prepared`` on ``pair``; the caller must call its ``leave`` in the end."""
+        legs = Legs(self.upstream, self.registry, self.config, self.stats.drains, pair, path, headers, prepared)
+        return Flight(
+            legs,
+            self.background,
+            self.stats,
+            prefill_timeout=self.config.prefill_timeout,
+            own_key=bool(self.config.engine_api_key),
+        )

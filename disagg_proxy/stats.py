@@ -1,0 +1,70 @@
+"""Counts and recent latencies of the proxy itself. Plain numbers, changed on the event loop only."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_RECENT = 2048
+"""Latencies that the percentiles look back on."""
+
+
+class Latency:
+    """Percentiles over the last few thousand values, in seconds."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self.count = 0
+
+    def add(self, seconds: float) -> None:
+        """Take in one value."""
+        self._recent.append(seconds)
+        self.count += 1
+
+    def summary(self) -> dict[str, float | int | None]:
+        """count, and p50, p90, p99 and max of the recent values in seconds (None before the first)."""
+        values = sorted(self._recent)
+        if not values:
+            return {"count": 0, "p50_s": None, "p90_s": None, "p99_s": None, "max_s": None}
+        if len(values) == 1:
+            cuts = values * 99
+        else:
+            cuts = statistics.quantiles(values, n=100, method="inclusive")
+        p50, p90, p99, top = (round(v, 6) for v in (cuts[49], cuts[89], cuts[98], values[-1]))
+        return {"count": self.count, "p50_s": p50, "p90_s": p90, "p99_s": p99, "max_s": top}
+
+
+@dataclass(slots=True)
+class Drains:
+    """Prefilled KV whose decode will not come, freed on its decode instance."""
+
+    started: int = 0
+    done: int = 0
+    failed: int = 0
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals since the start.
+
+    Attributes:
+        clock: monotonic seconds.
+        outcomes: finished generation requests by how they ended.
+        prefill: from sending the prefill to its answer.
+        ttft: from the complete request to the first byte of the answer's body.
+        total: from the complete request to the last byte.
+    """
+
+    clock: Callable[[], float]
+    started_at: float = field(init=False)
+    in_flight: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    prefill: Latency = field(default_factory=Latency)
+    ttft: Latency = field(default_factory=Latency)
+    total: Latency = field(default_factory=Latency)
+    drains: Drains = field(default_factory=Drains)
+
+    def __post_init__(self) -> None:
+        self.started_at = self.clock()
