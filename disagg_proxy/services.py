@@ -16,6 +16,7 @@ from disagg_proxy.discovery.service import Discovery
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
+from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
@@ -62,9 +63,9 @@ class Services:
         if self._upstream is not None:
             await self._upstream.close()
 
-    def launch(self, path: str, headers: CIMultiDict[str], prepared: Prepared, pair: Pair) -> Flight:
+    def launch(self, route: Route, headers: CIMultiDict[str], prepared: Prepared, pair: Pair) -> Flight:
         """A flight of ``prepared`` on ``pair``; the caller must call its ``leave`` in the end."""
-        legs = Legs(self.upstream, self.registry, self.config, self.stats.drains, pair, path, headers, prepared)
+        legs = Legs(self.upstream, self.registry, self.config, self.stats.drains, pair, route, headers, prepared)
         return Flight(
             legs,
             self.background,

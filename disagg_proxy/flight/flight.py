@@ -27,7 +27,8 @@ from disagg_proxy.errors import EngineDeadline, EngineFailed, EngineUnreachable,
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.relay import Relay
-from disagg_proxy.protocol.headers import answer_headers
+from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
+from disagg_proxy.protocol.prefill_answer import Verdict, error_message, read_prefill
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from disagg_proxy.stats import Stats
@@ -153,12 +154,15 @@ class Flight:
         """Both legs in order; None when nobody waits for the answer any more."""
         prefilled = await self._legs.prefill()
         self._stats.prefill.add(self._stats.clock() - self._begun_at)
-        if prefilled.status != 200:
+        refusal = self._prefill_refusal(prefilled)
+        if refusal is not None:
             self._end_decode(failed=False)
-            return self._refusal(prefilled, "prefill")
+            return self._refusal(refusal, "prefill")
         if self._outcome.done():
             await self._drain()
             return None
+        if self._legs.prepared.prefill_answers:
+            return self._answered_by_prefill(prefilled)
         self._phase = _Phase.DECODE
         try:
             answer = await self._legs.decode()
@@ -180,6 +184,27 @@ class Flight:
             self._end_decode(failed=True)
         return self._refusal(refusal, "decode")
 
+    def _prefill_refusal(self, answer: WholeAnswer) -> WholeAnswer | None:
+        """What to tell the client when prefill did not do its work, None when it did."""
+        if answer.status != 200:
+            return answer
+        streamed = is_stream(answer.headers)
+        read = read_prefill(self._legs.route, answer.body, streamed, self._legs.prepared.choices)
+        if read.verdict is Verdict.DONE:
+            return None
+        if read.verdict is Verdict.UNKNOWN:
+            log.warning("%s: prefill's 200 is no answer: %.300r", self.public_id, answer.body)
+            raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
+        return WholeAnswer(read.status, NO_HEADERS, read.body)
+
+    def _answered_by_prefill(self, answer: WholeAnswer) -> Outcome:
+        self._phase = _Phase.OVER
+        self._background.spawn(self._drain(), f"drain {self.public_id}")
+        self._first_byte()
+        self._result = "ok"
+        self._stats.total.add(self._stats.clock() - self._begun_at)
+        return Outcome(200, answer_headers(answer.headers, self._legs.id), hide(self._legs.id, answer.body))
+
     async def _drain(self) -> None:
         try:
             await self._legs.drain()
@@ -197,7 +222,8 @@ class Flight:
         own_key_refused = answer.status in (401, 403) and self._own_key
         if not 400 <= answer.status < 500 or own_key_refused:
             log.warning("The %s leg of %s got %d: %.300r", leg, self.public_id, answer.status, answer.body)
-            failure = EngineFailed(f"The {leg} instance failed with status {answer.status}.")
+            said = hide(self._legs.id, error_message(answer.body)[:500].encode()).decode()
+            failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{said and ': ' + said}")
             if own_key_refused:
                 failure = EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
             elif (wait := answer.headers.get("Retry-After", "")).isdigit():
@@ -207,9 +233,8 @@ class Flight:
         return Outcome(answer.status, answer_headers(answer.headers, self._legs.id), hide(self._legs.id, answer.body))
 
     async def _relayed(self, answer: Answer, cached: int) -> Outcome:
-        streamed = answer.headers.get("Content-Type", "").startswith("text/event-stream")
         headers = answer_headers(answer.headers, self._legs.id)
-        if not streamed:
+        if not is_stream(answer.headers):
             # The repair may change the length, which goes out before the body.
             whole = await answer.whole()
             self._first_byte()

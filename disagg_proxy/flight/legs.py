@@ -15,6 +15,7 @@ from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, EngineError, EngineFailed, EngineUnreachable, ProxyError
+from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Drains
@@ -60,14 +61,14 @@ class Legs:
         config: Config,
         drains: Drains,
         pair: Pair,
-        path: str,
+        route: Route,
         headers: CIMultiDict[str],
         prepared: Prepared,
     ) -> None:
         if pair.prefill.kv is None or pair.decode.kv is None:
             raise ValueError("an instance without a KV address cannot be in a pair")
         self.id = new_request_id(pair.prefill.kv, pair.decode.kv)
-        self.path = path
+        self.route = route
         self.prepared = prepared
         self._upstream = upstream
         self._registry = registry
@@ -109,7 +110,7 @@ class Legs:
         answer = await self._upstream.request(
             "POST",
             self._prefill,
-            self.path,
+            self.route.path,
             headers=self._headers,
             body=self.prepared.prefill_body,
             silence=self._config.prefill_timeout * _ABANDON_FACTOR,
@@ -143,7 +144,7 @@ class Legs:
         return await self._upstream.request(
             "POST",
             self.decode_lease.instance,
-            self.path,
+            self.route.path,
             headers=self._headers,
             body=body,
             silence=self._config.decode_timeout,

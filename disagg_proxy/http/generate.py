@@ -28,7 +28,7 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
     async def handle() -> Response:
         prepared = prepare(route, await read_body())
         pair = services.pairing.choose(prepared.model)
-        flight = services.launch(route.path, forwarded_headers(services), prepared, pair)
+        flight = services.launch(route, forwarded_headers(services), prepared, pair)
         own(request.scope, flight)
         outcome = await flight.answer()
         response = Response(outcome.body, status=outcome.status, content_type="application/json")

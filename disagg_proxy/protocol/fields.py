@@ -7,9 +7,8 @@ Fields that are not named here pass untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Body = dict[str, Any]
 
@@ -20,69 +19,76 @@ class Route:
 
     Attributes:
         path: the same on the proxy and on the instances.
-        limits: fields that bound the number of generated tokens; prefill gets 1 in each.
+        dialect: whose request model it is.
     """
 
     path: str
-    limits: tuple[str, ...]
+    dialect: Literal["completions", "chat", "messages"]
 
 
-COMPLETIONS = Route("/v1/completions", ("max_tokens",))
-CHAT = Route("/v1/chat/completions", ("max_tokens", "max_completion_tokens"))
-MESSAGES = Route("/v1/messages", ("max_tokens",))
+COMPLETIONS = Route("/v1/completions", "completions")
+CHAT = Route("/v1/chat/completions", "chat")
+MESSAGES = Route("/v1/messages", "messages")
 ROUTES = (COMPLETIONS, CHAT, MESSAGES)
 
-STRIPPED = ("kv_transfer_params", "request_id")
-"""Never reach an instance: they steer the KV transfer, and they are the proxy's."""
+_STEERING = ("kv_transfer_params", "request_id")
+"""Fields that steer the KV transfer or name the engine's request; both are the proxy's own."""
 
-REMOVED_ON_PREFILL = ("min_tokens", "stream_options")
-"""Valid only together with what prefill must not have: more than one token, a stream."""
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None and value is not False
+_NOT_ON_DRAIN = ("echo", "logprobs", "top_logprobs", "prompt_logprobs")
+"""Costly, or garbage on decode, and nobody reads a drain's answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A field that is refused with 400 when ``applies`` to the body."""
+def strip(body: Body) -> bool:
+    """Take out, in place, what may reach neither instance; returns whether anything was there."""
+    found = False
+    for holder in (body, body.get("vllm_xargs")):
+        if isinstance(holder, dict):
+            for name in _STEERING:
+                found |= holder.pop(name, holder) is not holder
+    return found
 
-    field: str
-    applies: Callable[[Body], bool]
-    message: str
+
+def for_prefill(route: Route, body: Body) -> Body:
+    """The body that makes prefill compute the prompt and one token per choice, and no more."""
+    changed = dict(body)
+    if _at_least_one(body.get("max_tokens")) or (route.dialect != "messages" and body.get("max_tokens") is None):
+        changed["max_tokens"] = 1
+    # vLLM up to 0.14 reads `max_completion_tokens or max_tokens`, later versions whichever is not None.
+    if route.dialect == "chat" and _at_least_one(body.get("max_completion_tokens")):
+        changed["max_completion_tokens"] = 1
+    if "min_tokens" in body and not _at_most_one(body["min_tokens"]):
+        del changed["min_tokens"]
+    if body.get("stream"):
+        # Without a stream both legs refuse stream_options, and prefill shall be the one to say so.
+        changed.pop("stream_options", None)
+    changed["stream"] = False
+    if forces_tool(route, body):
+        # An answer that is not streamed is parsed, and a tool call that is cut off after one token does not parse.
+        changed["stream"] = True
+        if route.dialect == "chat":
+            changed["stream_options"] = {"include_usage": True}
+    return changed
 
 
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "prompt_logprobs",
-        lambda body: _is_set(body.get("prompt_logprobs")),
-        "prompt_logprobs cannot be served by separate prefill and decode instances: decode does not compute the "
-        "prompt. Leave the field out, or ask an undivided vLLM.",
-    ),
-    Refusal(
-        "echo",
-        lambda body: _is_set(body.get("echo")) and _is_set(body.get("logprobs")),
-        "echo together with logprobs asks for logprobs of the prompt, which separate prefill and decode instances "
-        "cannot give. Leave out one of the two.",
-    ),
-    Refusal(
-        "prompt_embeds",
-        lambda body: _is_set(body.get("prompt_embeds")),
-        "prompt_embeds cannot be handed from prefill to decode: the KV connector needs token ids. Send text or "
-        "token ids as prompt.",
-    ),
-    Refusal(
-        "use_beam_search",
-        lambda body: _is_set(body.get("use_beam_search")),
-        "Beam search cannot be served by separate prefill and decode instances: it makes requests of its own inside "
-        "the engine, whose ids carry no KV addresses. Leave the field out and use n with a temperature.",
-    ),
-    Refusal(
-        "truncate_prompt_tokens",
-        lambda body: isinstance(body.get("truncate_prompt_tokens"), int) and body["truncate_prompt_tokens"] < 0,
-        "A negative truncate_prompt_tokens makes the prompt depend on max_tokens, which prefill and decode get "
-        "different values of. Give the number of tokens to keep.",
-    ),
-)
+def for_drain(prefill_body: Body) -> Body:
+    """The body that frees prefilled KV on decode: one token of the same prompt, choices and ids."""
+    return {name: value for name, value in prefill_body.items() if name not in _NOT_ON_DRAIN}
 
-PREFILL_VALUES: Mapping[str, Any] = {"stream": False}
+
+def forces_tool(route: Route, body: Body) -> bool:
+    """Whether ``tool_choice`` makes the model call a tool, so that the answer is parsed as a call."""
+    choice = body.get("tool_choice")
+    if route.dialect == "chat":
+        return choice == "required" or isinstance(choice, dict)
+    return route.dialect == "messages" and isinstance(choice, dict) and choice.get("type") in ("any", "tool")
+
+
+def _at_least_one(limit: Any) -> bool:
+    """Whether pydantic's lax ``int`` may read ``limit`` as 1 or more; strings are left for decode to judge."""
+    if isinstance(limit, str):
+        return True
+    return isinstance(limit, (bool, int, float)) and limit >= 1 and limit == int(limit)
+
+
+def _at_most_one(limit: Any) -> bool:
+    return type(limit) is int and limit <= 1

@@ -1,7 +1,8 @@
 """Which headers cross the proxy, in each direction.
 
 Everything passes but what belongs to one connection (RFC 9110, 7.6.1), what the client library sets itself, and
-what could reach into the KV transfer: the request id is the proxy's own.
+what could reach into the KV transfer: the request id is the proxy's own, and X-data-parallel-rank (vLLM 0.14 and
+newer) would pick an engine behind the instance.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from disagg_proxy.protocol.p2p_nccl import RequestId
 
@@ -17,10 +18,15 @@ _HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     "upgrade".split()
 )
-_REQUEST_OWN = _HOP_BY_HOP | frozenset("host content-length expect accept-encoding x-request-id".split())
+_REQUEST_OWN = _HOP_BY_HOP | frozenset(
+    "host content-length expect accept-encoding x-request-id x-data-parallel-rank".split()
+)
 _ANSWER_OWN = _HOP_BY_HOP | frozenset("date server x-request-id".split())
 
 _MAX_ID = 256
+
+
+NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 
 
 class Lookup(Protocol):
@@ -69,3 +75,8 @@ def client_request_id(headers: Lookup) -> str | None:
     """The client's own X-Request-Id, to be returned to it; None when there is none worth returning."""
     value = headers.get("X-Request-Id", "")
     return value if value and len(value) <= _MAX_ID and value.isascii() and value.isprintable() else None
+
+
+def is_stream(headers: Mapping[str, str]) -> bool:
+    """Whether the body is a stream of server-sent events."""
+    return headers.get("Content-Type", "").startswith("text/event-stream")

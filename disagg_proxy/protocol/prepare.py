@@ -1,6 +1,6 @@
-"""From the client's bytes to the bodies of the legs. Pure; the rules themselves are in ``fields``.
+"""From the client's bytes to the bodies of the legs. Pure; the rules themselves are in ``fields`` and ``refusals``.
 
-The body is read with the standard library's ``json``, as vLLM's server does: duplicate keys, NaN and lone
+The body is read with the standard library's ``json``, as vLLM's server does: encodings, duplicate keys and lone
 surrogates then mean the same to the proxy and to both engines. Decode gets the client's own bytes unless a field in
 them must not pass.
 """
@@ -9,17 +9,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
-from disagg_proxy.errors import BadRequest, UnsupportedField
-from disagg_proxy.protocol.fields import (
-    PREFILL_VALUES,
-    REFUSALS,
-    REMOVED_ON_PREFILL,
-    STRIPPED,
-    Body,
-    Route,
-)
+from disagg_proxy.errors import BadRequest
+from disagg_proxy.protocol import refusals
+from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, strip
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,47 +23,43 @@ class Prepared:
     Attributes:
         model: the model asked for, None for the instances' default.
         prefill_body, decode_body, drain_body: JSON for each leg; the drain decodes one token of the same prompt.
+        choices: how many choices each prompt gets; 1 when the field holds no number.
+        prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
     """
 
     model: str | None
     prefill_body: bytes
     decode_body: bytes
     drain_body: bytes
+    choices: int = 1
+    prefill_answers: bool = False
 
 
 def prepare(route: Route, raw: bytes) -> Prepared:
     """Read, check and split one request.
 
     Raises:
-        BadRequest: not JSON, not an object, or a model that is no name.
+        BadRequest: not JSON, not an object, or a field that no version of vLLM can serve.
         UnsupportedField: a field that the pair cannot serve.
     """
     body = parse_object(raw)
     model = model_of(body)
-    for refusal in REFUSALS:
-        if refusal.applies(body):
-            raise UnsupportedField(refusal.message, param=refusal.field)
-    if any(name in body for name in STRIPPED):
-        for name in STRIPPED:
-            body.pop(name, None)
+    refusals.check(route, body)
+    prefill_answers = refusals.wants_prompt_logprobs(route, body)
+    if prefill_answers and not refusals.prefill_can_answer(body):
+        raise refusals.prompt_logprobs_refused(body)
+    if strip(body):
         raw = encode(body)
-    prefill_body = encode(for_prefill(route, body))
-    return Prepared(model, prefill_body, raw, prefill_body)
-
-
-def for_prefill(route: Route, body: Body) -> Body:
-    """The body that makes prefill compute the prompt and one token per choice, and no more."""
-    changed = {name: value for name, value in body.items() if name not in REMOVED_ON_PREFILL}
-    changed.update(PREFILL_VALUES)
-    for name in route.limits:
-        # A limit below 1 is left for prefill to refuse, or, with echo, to read as vLLM reads it.
-        if not _below_one(body.get(name)):
-            changed[name] = 1
-    return changed
-
-
-def _below_one(value: Any) -> bool:
-    return type(value) is int and value < 1
+    for_p = for_prefill(route, body)
+    choices = body.get("n")
+    return Prepared(
+        model,
+        encode(for_p),
+        raw,
+        encode(for_drain(for_p)),
+        choices if type(choices) is int else 1,
+        prefill_answers,
+    )
 
 
 def parse_object(raw: bytes) -> Body:
@@ -81,7 +71,7 @@ def parse_object(raw: bytes) -> Body:
     if not raw.strip():
         raise BadRequest("The body is empty; it must be a JSON object.")
     try:
-        body = json.loads(raw)
+        body = json.loads(raw, parse_constant=_no_constant)
     except RecursionError:
         raise BadRequest("The JSON body is nested too deeply.") from None
     except ValueError as error:
@@ -89,6 +79,11 @@ def parse_object(raw: bytes) -> Body:
     if not isinstance(body, dict):
         raise BadRequest(f"The body must be a JSON object, not {_json_name(body)}.")
     return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    """NaN and infinities are no JSON, and pass range checks in vLLM that are meant to stop them."""
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def model_of(body: Body) -> str | None:
@@ -100,7 +95,7 @@ def model_of(body: Body) -> str | None:
 
 
 def encode(body: Body) -> bytes:
-    """Compact JSON; ASCII only, so that any character survives."""
+    """Compact JSON; ASCII only, so that any character survives, lone surrogates too."""
     return json.dumps(body, separators=(",", ":")).encode()
 
 

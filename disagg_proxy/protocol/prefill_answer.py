@@ -1,0 +1,94 @@
+"""Whether prefill did its work, read from its whole answer. A 200 alone does not say so.
+
+vLLM 0.9.2 - 0.14 can put an error object into a 200 (docs/request-fields.md, 2g), and an answer that is streamed,
+as those to forced tool calls are, reports a refusal as an event. The first chunk of a stream is sent after the
+engine's first output, and prefill pushes the KV in that same step: a chunk proves the KV, an error before any chunk
+proves that there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from disagg_proxy.protocol.fields import Route
+
+
+class Verdict(Enum):
+    """DONE: the KV is on its way to decode. REFUSED: there is none. UNKNOWN: neither is certain."""
+
+    DONE = 1
+    REFUSED = 2
+    UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAnswer:
+    """What an answer with status 200 means; for a refusal also its own status and JSON body."""
+
+    verdict: Verdict
+    status: int = 200
+    body: bytes = b""
+
+
+_DONE = PrefillAnswer(Verdict.DONE)
+_UNKNOWN = PrefillAnswer(Verdict.UNKNOWN)
+
+
+def read_prefill(route: Route, body: bytes, streamed: bool, choices: int) -> PrefillAnswer:
+    """Judge the body of a 200.
+
+    Args:
+        streamed: whether it is an event stream.
+        choices: after an error in mid-stream only a single choice is known to be whole.
+    """
+    if not streamed:
+        return _judge_object(route, _object(body))
+    begun = False
+    for event in _events(body):
+        found = _judge_object(route, event)
+        if found.verdict is Verdict.DONE:
+            begun = True
+        elif found.verdict is Verdict.REFUSED:
+            if not begun:
+                return found
+            return _DONE if choices == 1 else _UNKNOWN
+    return _DONE if begun else _UNKNOWN
+
+
+def _judge_object(route: Route, answer: dict[str, Any]) -> PrefillAnswer:
+    error = answer.get("error") if isinstance(answer.get("error"), dict) else None
+    if error is None and answer.get("object") == "error":
+        error = answer
+    if error is not None:
+        code = error.get("code")
+        status = code if type(code) is int and 400 <= code < 600 else 400
+        return PrefillAnswer(Verdict.REFUSED, status, json.dumps({"type": "error", "error": error}).encode())
+    if route.dialect == "messages":
+        return _DONE if answer.get("type") in ("message", "message_start") else _UNKNOWN
+    return _DONE if isinstance(answer.get("choices"), list) else _UNKNOWN
+
+
+def _events(stream: bytes) -> Iterator[dict[str, Any]]:
+    for line in stream.splitlines():
+        if line.startswith(b"data:"):
+            yield _object(line[5:])
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def error_message(body: bytes) -> str:
+    """The message in an engine's error body of any version; empty when it has none."""
+    answer = _object(body)
+    inner = answer.get("error")
+    message = inner.get("message") if isinstance(inner, dict) else answer.get("message")
+    return message if isinstance(message, str) else ""

@@ -1,0 +1,89 @@
+"""Which instances meet: both ready, both serving the model asked for."""
+
+import pytest
+
+from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.pairing import Pairing
+from disagg_proxy.cluster.policy import least_loaded, round_robin
+from disagg_proxy.errors import NoPair, UnknownModel
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+@pytest.fixture
+def pairing(world):
+    return Pairing(world.registry, least_loaded, least_loaded)
+
+
+def test_only_instances_of_the_same_model_meet(world, pairing) -> None:
+    a, b = world.ready(P, 1, "a"), world.ready(P, 2, "b")
+    c, d = world.ready(D, 3, "b"), world.ready(D, 4, "a")
+    assert (pairing.choose("a").prefill, pairing.choose("a").decode) == (a, d)
+    assert (pairing.choose("b").prefill, pairing.choose("b").decode) == (b, c)
+    assert pairing.ready_pairs() == 2
+
+
+def test_prefill_and_decode_are_chosen_independently(world, pairing) -> None:
+    p1, p2 = world.ready(P, 1), world.ready(P, 2)
+    d1, d2 = world.ready(D, 3), world.ready(D, 4)
+    p1.begin()
+    d2.begin()
+    pair = pairing.choose("m")
+    assert (pair.prefill, pair.decode) == (p2, d1)
+
+
+def test_round_robin_uses_every_combination_member(world) -> None:
+    for port in (1, 2):
+        world.ready(P, port)
+    for port in (3, 4, 5):
+        world.ready(D, port)
+    pairing = Pairing(world.registry, round_robin, round_robin)
+    pairs = {(x.prefill.http.port, x.decode.http.port) for x in (pairing.choose("m") for _ in range(6))}
+    assert pairs == {(p, d) for p in (1, 2) for d in (3, 4, 5)}
+
+
+def test_unknown_model_names_those_that_exist(world, pairing) -> None:
+    world.ready(P, 1, "a", "lora")
+    world.ready(D, 2, "a")
+    with pytest.raises(UnknownModel, match="'zzz' does not exist here. Models that exist: a, lora"):
+        pairing.choose("zzz")
+
+
+def test_a_model_on_one_side_only_is_no_pair(world, pairing) -> None:
+    world.ready(P, 1, "a", "lora")
+    world.ready(D, 2, "a")
+    with pytest.raises(NoPair, match="no ready decode instance that serves 'lora'"):
+        pairing.choose("lora")
+
+
+def test_nobody_there_says_what_is_missing_and_when_to_come_back(pairing) -> None:
+    with pytest.raises(NoPair, match="no prefill instance is ready.*no decode instance is ready") as caught:
+        pairing.choose("m")
+    assert caught.value.headers() == {"Retry-After": "3"}
+
+
+def test_no_model_means_the_same_default_on_both_sides(world, pairing) -> None:
+    world.ready(P, 1, "a", "shared")
+    world.ready(D, 2, "b", "shared")
+    with pytest.raises(NoPair, match="same default model"):
+        pairing.choose(None)
+    decode = world.ready(D, 3, "a")
+    assert pairing.choose(None).decode is decode
+
+
+def test_one_engine_routes_take_either_role(world, pairing) -> None:
+    with pytest.raises(NoPair):
+        pairing.choose_one(None)
+    instance = world.ready(D, 2, "a")
+    assert pairing.choose_one("a") is instance
+    with pytest.raises(UnknownModel):
+        pairing.choose_one("b")
+
+
+def test_names_that_nobody_serves_are_not_remembered(world, pairing) -> None:
+    world.ready(P, 1)
+    world.ready(D, 2)
+    for i in range(100):
+        with pytest.raises(UnknownModel):
+            pairing.choose(f"made-up-{i}")
+    assert len(world.registry._serving) <= 4

@@ -1,0 +1,125 @@
+"""The life of an instance: announced, admitted, suspended, lost, forgotten, contradicted."""
+
+from disagg_proxy.cluster.instance import Role, Source, State
+from disagg_proxy.config import StaticInstance
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+def test_a_ping_alone_admits_nobody_but_wants_a_probe(world) -> None:
+    assert world.ping(P, 1) is None
+    assert world.instance(1).state is State.PROBING
+    assert world.probes == [world.instance(1)]
+    assert world.registry.ready(P) == ()
+
+
+def test_an_admitted_instance_serves_its_models(world) -> None:
+    instance = world.ready(P, 1, "a", "b")
+    assert world.registry.serving(P, "b") == (instance,)
+    assert world.registry.serving(P, "c") == ()
+    assert instance.default_model == "a"
+
+
+def test_one_lost_ping_ejects_nobody_three_do(world) -> None:
+    instance = world.ready(P, 1)
+    world.time += 6.1
+    world.registry.expire()
+    assert instance.state is State.READY
+    world.time += 4
+    world.registry.expire()
+    assert instance.state is State.LOST
+    assert world.registry.ready(P) == ()
+    assert instance.reason == "no ping for 10 s"
+
+
+def test_every_instance_expires_on_its_own(world) -> None:
+    old = world.ready(P, 1)
+    world.time += 5
+    fresh = world.ready(P, 2)
+    world.time += 6
+    world.registry.expire()
+    assert (old.state, fresh.state) == (State.LOST, State.READY)
+
+
+def test_a_lost_instance_comes_back_by_itself_as_a_new_one(world) -> None:
+    old = world.ready(P, 1)
+    world.time += 11
+    world.registry.expire()
+    new = world.ready(P, 1)
+    assert new is not old and new.state is State.READY
+    assert not world.registry.knows(old)
+
+
+def test_a_lost_instance_is_forgotten_but_not_while_it_is_in_use(world) -> None:
+    instance = world.ready(P, 1)
+    instance.begin()
+    world.time += 11
+    world.registry.expire()
+    world.time += 61
+    world.registry.expire()
+    assert world.registry.knows(instance)
+    instance.end()
+    world.registry.expire()
+    assert not world.registry.knows(instance)
+
+
+def test_suspended_is_out_until_a_probe_admits_it_again_and_counts_as_another_process(world) -> None:
+    instance = world.ready(D, 1)
+    world.registry.lost_contact(instance, "refused")
+    assert world.registry.ready(D) == () and instance.reason == "refused"
+    assert world.probes.count(instance) == 2
+    world.registry.admit(instance, {"m": {}})
+    assert world.registry.ready(D) == (instance,)
+    assert instance.epoch == 1
+
+
+def test_a_contradicting_ping_displaces_no_live_instance_but_has_it_probed(world) -> None:
+    instance = world.ready(P, 1)
+    for refusal in (world.ping(P, 1, 7777), world.ping(D, 1)):
+        assert refusal is not None and "probed again" in refusal
+    assert instance.kv.port == 1001 and instance.state is State.READY
+    assert world.probes.count(instance) == 3
+
+
+def test_a_restart_on_a_new_kv_port_gets_in_once_the_old_one_is_found_gone(world) -> None:
+    instance = world.ready(P, 1)
+    world.registry.lost_contact(instance, "refused")
+    assert world.ping(P, 1, 7777) is None
+    assert world.instance(1).kv.port == 7777
+    assert world.instance(1) is not instance
+
+
+def test_two_instances_cannot_share_a_kv_address(world) -> None:
+    world.ready(P, 1)
+    assert "belongs to" in world.ping(P, 2, 1001)
+
+
+def test_a_static_instance_needs_no_pings(world) -> None:
+    instance = world.registry.add_static(P, StaticInstance("127.0.0.1:1", "127.0.0.1:1001"))
+    world.registry.admit(instance, {"m": {}})
+    world.time += 1000
+    world.registry.expire()
+    assert instance.state is State.READY and instance.source is Source.STATIC
+
+
+def test_a_static_instance_without_kv_address_waits_for_one(world) -> None:
+    instance = world.registry.add_static(P, StaticInstance("127.0.0.1:1"))
+    world.registry.admit(instance, {"m": {}})
+    assert instance.state is State.PROBING and "KV address is unknown" in instance.reason
+    assert world.ping(P, 1) is None
+    world.registry.admit(instance, {"m": {}})
+    assert instance.state is State.READY
+
+
+def test_a_stranger_cannot_make_the_registry_grow_without_end(world) -> None:
+    refused = [world.ping(P, port) for port in range(1, 1100)]
+    assert refused[1023] is None and "1024 instances" in refused[1024]
+
+
+def test_what_is_missing_is_said_without_addresses(world) -> None:
+    world.ping(P, 1)
+    missing = world.registry.missing()
+    assert missing == [
+        "no prefill instance is ready (one is probing: not probed yet)",
+        "no decode instance is ready (none has registered)",
+    ]
