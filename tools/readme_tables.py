@@ -1,0 +1,34 @@
+"""Write the settings tables into both READMEs: ``python -m tools.readme_tables``. A test runs it in check mode."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from disagg_proxy.config.markdown import table
+
+ROOT = Path(__file__).parents[1]
+READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+
+
+def script_table(language: str) -> str:
+    """The script's own settings, printed by the script."""
+    command = [str(ROOT / "test_single_machine.sh"), "config", "--markdown", language]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def filled(language: str) -> str:
+    """The README of ``language`` with both tables as they should be."""
+    text = READMES[language].read_text(encoding="utf-8")
+    for name, content in (("proxy", table(language)), ("script", script_table(language))):
+        block = f"<!-- {name} settings -->\n{content}\n<!-- end -->"
+        text, found = re.subn(rf"<!-- {name} settings -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
+        if found != 1:
+            raise ValueError(f"{READMES[language].name} must have one '{name} settings' block, it has {found}")
+    return text
+
+
+if __name__ == "__main__":
+    for language, path in READMES.items():
+        path.write_text(filled(language), encoding="utf-8")
