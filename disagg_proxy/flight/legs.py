@@ -15,7 +15,7 @@ from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, EngineError, EngineFailed, EngineUnreachable, ProxyError
-from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.fields import MESSAGES, Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Drains
@@ -103,7 +103,8 @@ class Legs:
         except BaseException:
             lease.end()
             raise
-        lease.end(failed=whole.status >= 500)
+        # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
+        lease.end(failed=whole.status >= 500 and self.route is not MESSAGES)
         return whole
 
     async def _send_prefill(self, fresh: bool) -> WholeAnswer:

@@ -7,7 +7,7 @@ import asyncio
 from quart import Blueprint, Response, request
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.errors import NotFound, NotServed, UnknownModel
+from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
 from disagg_proxy.http.generate import forwarded_headers, read_body
 from disagg_proxy.http.respond import json_response, passed_on
 from disagg_proxy.protocol.prepare import model_of, parse_object
@@ -52,13 +52,25 @@ def single_routes(services: Services) -> Blueprint:
         )
         return await answer.whole()
 
+    async def ask_any(model: str | None, method: str, body: bytes) -> Response:
+        """The first engine that can be reached; these routes change nothing, so asking again is safe."""
+        while True:
+            instance = services.pairing.choose_one(model)
+            try:
+                answer = await ask(instance, method, request.path, body)
+            except EngineUnreachable:
+                services.registry.lost_contact(instance, "its HTTP port cannot be reached")
+                continue
+            if answer.status >= 500:
+                raise EngineFailed(f"The engine failed with status {answer.status}.")
+            return passed_on(answer)
+
     async def one_engine() -> Response:
         body = await read_body()
-        instance = services.pairing.choose_one(model_of(parse_object(body)))
-        return passed_on(await ask(instance, "POST", request.path, body))
+        return await ask_any(model_of(parse_object(body)), "POST", body)
 
     async def version() -> Response:
-        return passed_on(await ask(services.pairing.choose_one(None), "GET", "/version", b""))
+        return await ask_any(None, "GET", b"")
 
     async def every_engine() -> Response:
         if not services.config.enable_profiling:
