@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2
     configure_logging(config)
+    # uvicorn raises a signal that it has served once more, under the handler from before: as an interrupt, SIGTERM too
+    # ends here.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         listening = listen(config)
         services = Services(config)

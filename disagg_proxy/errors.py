@@ -42,7 +42,7 @@ class ProxyError(Exception):
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> bytes:
     """Encode one error the way OpenAI's and Anthropic's clients both understand."""
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return json.dumps({"type": "error", "error": error}, ensure_ascii=False).encode()
+    return json.dumps({"type": "error", "error": error}, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class ClientError(ProxyError):

@@ -27,8 +27,9 @@ def listen(config: Config) -> socket.socket:
     host, port = config.http_host, config.http_port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, address = found[0]
-        listening = socket.socket(family, kind)
+        # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; uvloop always does.
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)

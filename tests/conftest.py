@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
 import uvicorn
+from multidict import CIMultiDict
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
@@ -21,7 +24,15 @@ LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq
 
 
 class _Server(uvicorn.Server):
-    """Leaves the test runner's signal handlers alone."""
+    """Leaves the test runner's signal handlers alone, and ends when it is told to, not at its next look."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.told_to_exit = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.told_to_exit.wait()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,7 +62,7 @@ class Proxy:
             await asyncio.sleep(0.002)
 
     async def stop(self) -> None:
-        self.server.should_exit = True
+        self.server.told_to_exit.set()
         if self._serving is not None:
             await self._serving
         self.socket.close()
@@ -65,15 +76,23 @@ class Proxy:
     async def until_pairs(self, count: int = 1) -> None:
         await self.until(lambda: self.services.pairing.ready_pairs() >= count)
 
+    def knows(self, address: str) -> bool:
+        return any(i.http.text == address for i in self.services.registry.instances())
+
     def instance(self, address: str) -> Instance:
         return next(i for i in self.services.registry.instances() if i.http.text == address)
 
     async def until_state(self, address: str, state: State) -> None:
-        await self.until(lambda: self.instance(address).state is state)
+        await self.until(lambda: self.knows(address) and self.instance(address).state is state)
 
     async def until_quiet(self) -> None:
         """Wait until no background work (drains, abandoned prefills) is left."""
         while tasks := set(self.services.background._tasks):
+            await asyncio.wait(tasks)
+
+    async def until_idle(self) -> None:
+        """Wait until no exchange with a client is left either."""
+        while tasks := self.server.server_state.tasks | self.services.background._tasks:
             await asyncio.wait(tasks)
 
 
@@ -96,3 +115,71 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 Wait = Callable[..., Awaitable[None]]
+
+
+T = TypeVar("T")
+
+
+async def soon(awaitable: Awaitable[T], seconds: float = 10.0) -> T:
+    """The result, or a failure of the test where it does not come."""
+    return await asyncio.wait_for(awaitable, seconds)
+
+
+class Wire:
+    """A bare HTTP/1.1 connection, for what no well-behaved client does."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes | str) -> None:
+        self.writer.write(data.encode() if isinstance(data, str) else data)
+
+    def start(self, path: str, *headers: str) -> None:
+        """Send the head of a POST; the body is the caller's."""
+        lines = [f"POST {path} HTTP/1.1", "Host: proxy", "Content-Type: application/json", *headers]
+        self.send("\r\n".join(lines) + "\r\n\r\n")
+
+    def post(self, path: str, body: Any, *headers: str) -> None:
+        raw = json.dumps(body).encode()
+        self.start(path, f"Content-Length: {len(raw)}", *headers)
+        self.send(raw)
+
+    async def head(self) -> tuple[int, CIMultiDict[str]]:
+        """Status and headers of an answer."""
+        status, *lines = (await soon(self.reader.readuntil(b"\r\n\r\n"))).decode().rstrip().split("\r\n")
+        return int(status.split()[1]), CIMultiDict(line.split(": ", 1) for line in lines)
+
+    async def chunk(self) -> bytes:
+        """One piece of a chunked body; empty at its end."""
+        size = int(await soon(self.reader.readuntil(b"\r\n")), 16)
+        return (await soon(self.reader.readexactly(size + 2)))[:-2]
+
+    async def answer(self) -> tuple[int, CIMultiDict[str], bytes]:
+        """A whole answer."""
+        status, headers = await self.head()
+        if "Content-Length" in headers:
+            return status, headers, await soon(self.reader.readexactly(int(headers["Content-Length"])))
+        body = b""
+        while piece := await self.chunk():
+            body += piece
+        return status, headers, body
+
+    def leave(self) -> None:
+        """Drop the connection at once."""
+        self.writer.transport.abort()
+
+
+@pytest.fixture
+async def dial() -> AsyncIterator[Callable[[str], Awaitable[Wire]]]:
+    """Opens bare connections to a URL, and drops them at the end."""
+    wires: list[Wire] = []
+
+    async def open_one(url: str) -> Wire:
+        parts = urlsplit(url)
+        wires.append(Wire(*await asyncio.open_connection(parts.hostname, parts.port)))
+        return wires[-1]
+
+    yield open_one
+    for wire in wires:
+        wire.leave()

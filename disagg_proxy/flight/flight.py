@@ -28,7 +28,7 @@ from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
-from disagg_proxy.protocol.prefill_answer import Verdict, error_message, read_prefill
+from disagg_proxy.protocol.prefill_answer import Verdict, error_message, read_prefill, too_long
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from disagg_proxy.stats import Stats
@@ -175,7 +175,7 @@ class Flight:
             raise
         if answer.status == 200:
             return await self._relayed(answer, cached_tokens(prefilled.body))
-        refusal = await answer.whole()
+        refusal = self._meant(await answer.whole())
         if refusal.status < 500:
             # The API server turned it away before its engine knew of it, so the KV still waits there.
             self._background.spawn(self._drain(), f"drain {self.public_id}")
@@ -187,7 +187,7 @@ class Flight:
     def _prefill_refusal(self, answer: WholeAnswer) -> WholeAnswer | None:
         """What to tell the client when prefill did not do its work, None when it did."""
         if answer.status != 200:
-            return answer
+            return self._meant(answer)
         streamed = is_stream(answer.headers)
         read = read_prefill(self._legs.route, answer.body, streamed, self._legs.prepared.choices)
         if read.verdict is Verdict.DONE:
@@ -196,6 +196,10 @@ class Flight:
             log.warning("%s: prefill's 200 is no answer: %.300r", self.public_id, answer.body)
             raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
         return WholeAnswer(read.status, NO_HEADERS, read.body)
+
+    def _meant(self, answer: WholeAnswer) -> WholeAnswer:
+        refused = too_long(self._legs.route, answer.status, answer.body)
+        return answer if refused is None else WholeAnswer(400, NO_HEADERS, refused)
 
     def _answered_by_prefill(self, answer: WholeAnswer) -> Outcome:
         self._phase = _Phase.OVER

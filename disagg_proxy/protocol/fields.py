@@ -72,7 +72,9 @@ def for_prefill(route: Route, body: Body) -> Body:
 
 def for_drain(prefill_body: Body) -> Body:
     """The body that frees prefilled KV on decode: one token of the same prompt, choices and ids."""
-    return {name: value for name, value in prefill_body.items() if name not in _NOT_ON_DRAIN}
+    kept = {name: value for name, value in prefill_body.items() if name not in _NOT_ON_DRAIN}
+    # 0 goes with echo only.
+    return {**kept, "max_tokens": 1}
 
 
 def forces_tool(route: Route, body: Body) -> bool:
@@ -87,7 +89,7 @@ def _at_least_one(limit: Any) -> bool:
     """Whether pydantic's lax ``int`` may read ``limit`` as 1 or more; strings are left for decode to judge."""
     if isinstance(limit, str):
         return True
-    return isinstance(limit, (bool, int, float)) and limit >= 1 and limit == int(limit)
+    return isinstance(limit, (int, float)) and limit >= 1 and (isinstance(limit, int) or limit.is_integer())
 
 
 def _at_most_one(limit: Any) -> bool:

@@ -86,6 +86,18 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def too_long(route: Route, status: int, body: bytes) -> bytes | None:
+    """The 400's body that a 500 of /v1/messages means when prompt and max_tokens do not fit; None for all else.
+
+    vLLM answers 500 there to every exception (0.14 - 0.23, ``entrypoints/anthropic/api_router.py``). This one is
+    raised before the engine knows of the request, so KV that waits for it can still be drained.
+    """
+    message = error_message(body)
+    if route.dialect != "messages" or status != 500 or "maximum context length" not in message:
+        return None
+    return json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message": message}}).encode()
+
+
 def error_message(body: bytes) -> str:
     """The message in an engine's error body of any version; empty when it has none."""
     answer = _object(body)

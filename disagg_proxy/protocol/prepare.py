@@ -46,7 +46,7 @@ def prepare(route: Route, raw: bytes) -> Prepared:
     model = model_of(body)
     refusals.check(route, body)
     prefill_answers = refusals.wants_prompt_logprobs(route, body)
-    if prefill_answers and not refusals.prefill_can_answer(body):
+    if prefill_answers and not refusals.prefill_can_answer(route, body):
         raise refusals.prompt_logprobs_refused(body)
     if strip(body):
         raw = encode(body)

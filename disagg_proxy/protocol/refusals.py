@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from disagg_proxy.errors import BadRequest, UnsupportedField
-from disagg_proxy.protocol.fields import Body, Route
+from disagg_proxy.protocol.fields import Body, Route, forces_tool
 
 _EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
 
@@ -34,7 +34,9 @@ def check(route: Route, body: Body) -> None:
 def _limits(route: Route, body: Body) -> None:
     if route.dialect == "completions" and "max_tokens" in body and body["max_tokens"] is None:
         raise BadRequest("max_tokens must not be null here; leave it out or give a number.", param="max_tokens")
-    least, most = body.get("min_tokens"), body.get("max_completion_tokens") or body.get("max_tokens")
+    least, most = body.get("min_tokens"), body.get("max_tokens")
+    if route.dialect == "chat":
+        most = body.get("max_completion_tokens") or most
     if type(least) is int and type(most) is int and least > most:
         raise BadRequest(f"min_tokens ({least}) is above the limit of {most} tokens.", param="min_tokens")
 
@@ -83,11 +85,11 @@ def wants_prompt_logprobs(route: Route, body: Body) -> bool:
     return route.dialect == "chat" and body.get("top_logprobs", 0) is not None
 
 
-def prefill_can_answer(body: Body) -> bool:
+def prefill_can_answer(route: Route, body: Body) -> bool:
     """Whether prefill's single token is all that was asked for, so that its answer is the client's."""
-    if body.get("stream"):
+    if body.get("stream") or forces_tool(route, body):
         return False
-    limits = [body.get("max_tokens"), body.get("max_completion_tokens")]
+    limits = [body.get("max_tokens"), body.get("max_completion_tokens") if route.dialect == "chat" else None]
     given = [limit for limit in limits if limit is not None]
     return bool(given) and all(type(limit) is int and limit <= 1 for limit in given)
 
@@ -97,7 +99,7 @@ def prompt_logprobs_refused(body: Body) -> UnsupportedField:
     param = "prompt_logprobs" if body.get("prompt_logprobs") is not None else "echo"
     return UnsupportedField(
         "Logprobs of the prompt (prompt_logprobs, or echo with logprobs) come from prefill alone and can be had with "
-        "max_tokens 1 (completions: also 0 with echo) and without stream.",
+        "max_tokens 1 (completions: also 0 with echo), without stream and without a forced tool.",
         param=param,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -9,8 +11,43 @@ from typing import Any
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_proxy.sim import SimConfig, SimEngine, expected_chat_text, expected_text
 from tests.conftest import Proxy, running_proxy
+
+PROMPT = "San Francisco is a"
+CHAT = [{"role": "user", "content": "Where is San Francisco?"}]
+REQUESTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "sim-model", "prompt": PROMPT, "max_tokens": 8},
+    "/v1/chat/completions": {"model": "sim-model", "messages": CHAT, "max_tokens": 8},
+    "/v1/messages": {"model": "sim-model", "messages": CHAT, "max_tokens": 8},
+}
+"""A plain request for each generation route."""
+
+RIGHT = {
+    path: expected_text(PROMPT, 8) if "prompt" in body else expected_chat_text(CHAT, 8)
+    for path, body in REQUESTS.items()
+}
+"""The right answer to each."""
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """The text of a whole answer, of any route."""
+    if "content" in answer:
+        return "".join(block["text"] for block in answer["content"])
+    choice = answer["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+def text_of_events(stream: list[Any], index: int = 0) -> str:
+    """The text of one choice of a streamed answer, of any route."""
+    text = ""
+    for event in stream:
+        if event.get("type") == "content_block_delta":
+            text += event["delta"]["text"]
+        for choice in event.get("choices", ()):
+            if choice["index"] == index:
+                text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+    return text
 
 
 class Machine:
@@ -19,12 +56,14 @@ class Machine:
     def __init__(self, proxy: Proxy, stack: AsyncExitStack, http: aiohttp.ClientSession) -> None:
         self.proxy = proxy
         self.http = http
+        self.engines: list[SimEngine] = []
         self._stack = stack
 
     async def engine(self, role: str, **knobs: Any) -> SimEngine:
         engine = SimEngine(SimConfig(role=role, proxy=self.proxy.zmq, ping_seconds=0.2, **knobs))
         await engine.start()
         self._stack.push_async_callback(engine.stop)
+        self.engines.append(engine)
         return engine
 
     async def pair(self, **knobs: Any) -> tuple[SimEngine, SimEngine]:
@@ -41,6 +80,44 @@ class Machine:
     async def get(self, path: str) -> tuple[int, Any]:
         async with self.http.get(self.proxy.url + path) as answer:
             return answer.status, await answer.json()
+
+    async def send(self, path: str, body: bytes | str | dict[str, Any], **headers: str) -> tuple[int, Any, bytes]:
+        """Status, headers and raw bytes of one POST, of whose body not a byte is changed."""
+        raw = json.dumps(body).encode() if isinstance(body, dict) else body
+        headers = {"Content-Type": "application/json", **headers}
+        async with self.http.post(self.proxy.url + path, data=raw, headers=headers) as answer:
+            return answer.status, answer.headers, await answer.read()
+
+    async def stream(self, path: str, body: dict[str, Any], **headers: str) -> list[Any]:
+        """The events of one streamed answer."""
+        status, got, raw = await self.send(path, {**body, "stream": True}, **headers)
+        assert status == 200 and got["Content-Type"].startswith("text/event-stream"), raw
+        return events(raw)
+
+    async def unharmed(self, *engines: SimEngine) -> None:
+        """All work ends, no KV is left over, and no engine has died or hangs."""
+        await self.proxy.until_quiet()
+        for engine in engines:
+            try:
+                await asyncio.wait_for(engine.wait_until(_idle), 3)
+            except asyncio.TimeoutError:
+                raise AssertionError(f"not idle: {engine.state()}") from None
+            assert engine.state()["dead"] is None and engine.state()["listener"] == "alive"
+
+
+def _idle(state: dict[str, Any]) -> bool:
+    return bool(state["dead"]) or not (
+        state["running"] or state["waiting"] or state["stalled_on"] or state["kv_waiting"]
+    )
+
+
+def events(stream: bytes) -> list[Any]:
+    """The JSON of every data line; the stream's own end mark is checked and left out."""
+    data = [line.removeprefix(b"data: ") for line in stream.splitlines() if line.startswith(b"data: ")]
+    if data[-1] == b"[DONE]":
+        return [json.loads(line) for line in data[:-1]]
+    assert b'"message_stop"' in data[-1], data[-1]
+    return [json.loads(line) for line in data]
 
 
 @pytest.fixture
