@@ -1,0 +1,45 @@
+"""Frames of the KV transport: a length, then msgpack; and how a socket dies as under kill -9.
+
+In vLLM the control messages go over ZMQ and the tensors over NCCL. Here both share one TCP connection per pair;
+``DATA`` frames are the NCCL side of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Any
+
+import msgpack
+
+_LENGTH = struct.Struct("!I")
+_LINGER_NOT = struct.pack("ii", 1, 0)
+
+
+def pack(frame: dict[str, Any]) -> bytes:
+    """One frame as bytes."""
+    body: bytes = msgpack.packb(frame)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next frame, None when the connection has ended, orderly or not."""
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        frame: dict[str, Any] = msgpack.unpackb(await reader.readexactly(length))
+        return frame
+    except (asyncio.IncompleteReadError, ConnectionError, OSError):
+        return None
+
+
+def reset(transport: asyncio.BaseTransport) -> None:
+    """Close a connection at once with a TCP reset and drop what was not sent."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.fileno() != -1:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+        except OSError:
+            pass
+    if isinstance(transport, asyncio.WriteTransport):
+        transport.abort()
