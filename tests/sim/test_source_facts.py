@@ -1,4 +1,4 @@
-"""What vLLM 0.21's source says and engine-facts has not measured: hazards of the second rank."""
+"""What vLLM 0.21's source says and no measurement has shown yet: hazards of the second rank."""
 
 from __future__ import annotations
 
