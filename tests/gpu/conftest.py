@@ -74,6 +74,8 @@ class Machine:
             "PREFILL_GPU_MEMORY_UTILIZATION": "0.4",
             "DECODE_GPU_MEMORY_UTILIZATION": "0.4",
             "HTTP_PROXY_HOST": "127.0.0.1",
+            "EXTRA_PREFILL_ARGS": "--enable-auto-tool-choice --tool-call-parser hermes",
+            "EXTRA_DECODE_ARGS": "--enable-auto-tool-choice --tool-call-parser hermes",
             **{name: str(port) for name, port in self.ports.items()},
             **settings,
         }

@@ -116,19 +116,48 @@ async def test_200_requests_at_once(machine: Machine, record: Record) -> None:
     assert found == [200] * 200
 
 
+async def first_token(url: str, body: dict[str, Any]) -> dict[str, float]:
+    """Logprobs of the likeliest first tokens."""
+    status, answer = await post(url, COMPLETIONS, {**body, "max_tokens": 1, "logprobs": 10, "temperature": 0})
+    assert status == 200, answer
+    found: dict[str, float] = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+    return found
+
+
+def distance(one: dict[str, float], other: dict[str, float]) -> float:
+    """Largest difference of a logprob among the tokens that both name, of which there must be most."""
+    shared = one.keys() & other.keys()
+    assert len(shared) >= 6, (one, other)
+    return max(abs(one[token] - other[token]) for token in shared)
+
+
 async def test_first_token_logprobs_are_those_of_a_plain_engine(machine: Machine, plain: str, record: Record) -> None:
-    worst = 0.0
-    for length in (30, 500, 2000, 6000):
-        prompt = [20 + (7 * i + length) % 3000 for i in range(length)]
-        body = {"prompt": prompt, "max_tokens": 1, "logprobs": 5, "temperature": 0}
-        _, ours = await post(machine.proxy, COMPLETIONS, body)
-        _, theirs = await post(plain, COMPLETIONS, body)
-        ours, theirs = (answer["choices"][0]["logprobs"]["top_logprobs"][0] for answer in (ours, theirs))
-        shared = ours.keys() & theirs.keys()
-        assert len(shared) >= 4, (length, ours, theirs)
-        worst = max(worst, *(abs(ours[token] - theirs[token]) for token in shared))
-    record("first-token logprobs against a plain engine", largest_difference=round(worst, 4))
-    assert worst < 0.1
+    """Two comparisons, since kernels round differently when they compute many tokens at once or one.
+
+    A warm plain engine has all but the last token of these lengths (1 more than whole blocks of 16) in its prefix
+    cache and computes that one token, as decode does: the same to the bit, or nearly. A cold one computes the prompt
+    at once: within what the plain engine differs from itself.
+    """
+    same_way: list[float] = []
+    other_way: list[float] = []
+    noise: list[float] = []
+    for length in (33, 513, 2001, 6001):
+        for seed in (3, 11, 29):
+            prompt = [20 + (seed * i + length) % 3000 for i in range(length)]
+            cold = await first_token(plain, {"prompt": prompt})
+            warm = await first_token(plain, {"prompt": prompt})
+            split = await first_token(machine.proxy, {"prompt": prompt})
+            same_way.append(distance(warm, split))
+            other_way.append(distance(cold, split))
+            noise.append(distance(cold, warm))
+    record(
+        "first-token logprobs, 12 prompts of 33 to 6,001 tokens, largest difference",
+        split_from_warm_plain=round(max(same_way), 4),
+        split_from_cold_plain=round(max(other_way), 4),
+        warm_plain_from_cold_plain=round(max(noise), 4),
+    )
+    assert max(same_way) <= 0.25 * max(noise) + 0.01
+    assert max(other_way) <= 2 * max(noise) + 0.1
 
 
 async def test_clients_that_leave_during_long_prefills_leave_nothing(machine: Machine, record: Record) -> None:
