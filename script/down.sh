@@ -1,0 +1,137 @@
+# shellcheck shell=bash
+# `stop` and `restart`.
+
+cmd_stop() {
+  local name names=()
+  if ((${#} == 0)) || [[ $1 == all ]]; then
+    stop_everything
+    return
+  fi
+  lock_for stop
+  for name in "$@"; do
+    load_part "$name" || die 3 not_running "$name"
+    names+=("$name")
+    if [[ ${PART[role]:-} == decode ]]; then say stopped_decode "$name"; fi
+  done
+  stop_parts "$STOP_TIMEOUT" "${names[@]}"
+  release_lock
+  good stopped "${names[*]}"
+}
+
+# The supervisor goes first, or it would start again what is being stopped; then the proxy, so that
+# requests in flight still have their engines; then all engines at once.
+stop_everything() {
+  local name engines=() names=()
+  [[ -d $RUN_DIR ]] || {
+    say nothing_runs
+    return 0
+  }
+  interrupt_all
+  mapfile -t names < <(known_parts)
+  if ((${#names[@]} == 0)); then
+    say nothing_runs
+    return 0
+  fi
+  stop_parts 30 supervisor
+  lock_for stop
+  mapfile -t names < <(known_parts)
+  for name in "${names[@]}"; do
+    if [[ $name != proxy ]]; then engines+=("$name"); fi
+  done
+  stop_parts "$STOP_TIMEOUT" proxy
+  stop_parts "$STOP_TIMEOUT" "${engines[@]}"
+  rm -f -- "$RUN_DIR/settings" "$RUN_DIR"/*.restarts
+  release_lock
+  good stopped "${names[*]}"
+}
+
+# An `all` that still starts is told to give up; it stops what it started.
+interrupt_all() {
+  local deadline=$((SECONDS + STOP_TIMEOUT + 15))
+  if lock_holder && [[ $LOCK_COMMAND == all ]]; then
+    say interrupting_all "$LOCK_PID"
+    kill -TERM "$LOCK_PID" 2>/dev/null || true
+    while read_stat "$LOCK_PID" && [[ $STAT_STATE != [ZX] ]] && ((SECONDS < deadline)); do sleep 0.1; done
+  fi
+}
+
+cmd_restart() {
+  local name more=() chosen=("$@")
+  (($#)) || die 2 which_part restart
+  lock_for restart
+  ensure_python
+  resolve_engine
+  layout
+  check_gpus
+  for name in "$@"; do
+    [[ -n ${PART_ROLE[$name]:-} ]] || die 2 no_such_part "$name" "${PARTS[*]}"
+    if ! load_part "$name" && ! anything_alive; then die 3 not_running "$name"; fi
+    if [[ ${PART[mode]:-} == foreground ]]; then die 1 in_foreground "$name"; fi
+  done
+  for name in "$@"; do
+    [[ ${PART_ROLE[$name]} == decode ]] || continue
+    mapfile -t more < <(paired_prefills "$name" "${chosen[@]}")
+    if ((${#more[@]})); then say restart_prefills "${more[*]}" "$name"; fi
+    chosen+=("${more[@]}")
+  done
+  set -- "${chosen[@]}"
+  ask_proxy
+  stop_parts "$STOP_TIMEOUT" "$@"
+  STARTED=()
+  trap 'release_lock' EXIT
+  check_ports "$@"
+  for name in "$@"; do
+    rotate_log "$name"
+    rm -f -- "$RUN_DIR/$name.restarts"
+    launch "$name" "$LOG_DIR/$name.log"
+    STARTED+=("$name")
+  done
+  for name in "$@"; do
+    if [[ $name == proxy ]]; then
+      await "$SECONDS" proxy_up proxy "$(text wait_proxy)"
+    else
+      await "$SECONDS" engine_ready "$name" "$(text wait_engine "$name")"
+    fi
+  done
+  if part_alive proxy; then await "$SECONDS" pairs_ready proxy "$(text wait_pairs)"; fi
+  trap - EXIT
+  release_lock
+  good restarted "$*"
+}
+
+# What the proxy knows of the engines: PROXY_COUNT (requests so far) and PROXY_STATE by HTTP port. Both are empty when
+# it cannot be asked.
+declare -A PROXY_COUNT=() PROXY_STATE=()
+ask_proxy() {
+  local address count flying state reason
+  PROXY_COUNT=() PROXY_STATE=()
+  proxy_get /stats && [[ $HTTP_STATUS == 200 ]] || return 0
+  while IFS=$'\t' read -r address count flying state reason; do
+    PROXY_COUNT[${address##*:}]=$count
+    PROXY_STATE[${address##*:}]=$(text status_flying "$state" "$flying" "$reason")
+  done < <("$BASE_PYTHON" "$ROOT/script/instances.py" <<<"$HTTP_BODY" 2>/dev/null || true)
+}
+
+# Whether requests have gone to NAME since it was started. A proxy younger than the part has not counted them all,
+# and a proxy that cannot be asked says nothing: then yes.
+has_served() {
+  local count since proxy_since=''
+  load_part "$1" || return 0
+  count=${PROXY_COUNT[${PART_HTTP[$1]}]:-} since=${PART[since]:-0}
+  local before=${PART[served]:-0}
+  if load_part proxy; then proxy_since=${PART[since]:-}; fi
+  [[ -n $count && -n $proxy_since ]] && ((proxy_since <= since && count <= before)) || return 0
+  return 1
+}
+
+# paired_prefills DECODE [EXCEPT...]: prefills that have sent KV to it. They stay frozen, or hold a dead NCCL
+# communicator, once it is gone.
+paired_prefills() {
+  local decode=$1 name
+  shift
+  ask_proxy
+  has_served "$decode" || return 0
+  for name in "${PREFILLS[@]}"; do
+    if [[ " $* " != *" $name "* ]] && load_part "$name" && has_served "$name"; then printf '%s\n' "$name"; fi
+  done
+}

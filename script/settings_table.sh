@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# The one table of settings: name, kind of value, default, what it means in English and in Chinese.
+# `config`, `help` and the tables of both READMEs (`config --markdown en|zh`) are printed from it.
+# A default of "@" is worked out when the settings are read; the help text says how.
+
+# NAME|kind|default|English|Chinese
+SETTINGS_TABLE=$(
+  cat <<'TABLE'
+MODEL|text|@|model path or Hugging Face name; default: /share-data/wzk-1/model/Qwen3-4B when it exists, else Qwen/Qwen3-4B|模型路径或 Hugging Face 名称；默认：存在 /share-data/wzk-1/model/Qwen3-4B 时用它，否则 Qwen/Qwen3-4B
+SERVED_MODEL_NAME|names||names the model is served under, comma-separated; default: the last part of MODEL, and MODEL itself|对外提供的模型名，逗号分隔；默认：MODEL 的最后一段以及 MODEL 本身
+ENGINE|choice:auto,vllm,sim|auto|vllm, sim (simulated engines, no GPU needed), or auto: vllm when it is installed and two GPUs are there|vllm、sim（模拟引擎，无需 GPU）或 auto：已安装 vLLM 且有两块 GPU 时用 vllm
+PREFILL_GPU|gpu|@|GPU of the prefill engine; default 0, or the first of CUDA_VISIBLE_DEVICES|prefill 引擎的 GPU；默认 0，或 CUDA_VISIBLE_DEVICES 的第一个
+DECODE_GPU|gpu|@|GPU of the decode engine; default the next one after the prefill's|decode 引擎的 GPU；默认为 prefill 之后的下一个
+PREFILL_GPUS|gpus||several prefill engines: one entry each, 0,1; an entry 0+1 is one engine on two GPUs|多个 prefill 引擎：每项一个，如 0,1；0+1 表示一个引擎占两块 GPU
+DECODE_GPUS|gpus||several decode engines, written the same way|多个 decode 引擎，写法相同
+TENSOR_PARALLEL|count|1|GPUs of each engine, counted up from its PREFILL_GPU or DECODE_GPU|每个引擎的 GPU 数，从 PREFILL_GPU、DECODE_GPU 起往上数
+PREFILL_HTTP_PORT|port|20003|HTTP port of the first prefill engine; further ones are counted up|第一个 prefill 引擎的 HTTP 端口，其余依次递增
+DECODE_HTTP_PORT|port|20005|HTTP port of the first decode engine; further ones are counted up|第一个 decode 引擎的 HTTP 端口，其余依次递增
+PREFILL_KV_PORT|port|21001|KV port of the first prefill engine; every GPU of an engine takes one|第一个 prefill 引擎的 KV 端口；引擎的每块 GPU 占一个
+DECODE_KV_PORT|port|22001|KV port of the first decode engine; every GPU of an engine takes one|第一个 decode 引擎的 KV 端口；引擎的每块 GPU 占一个
+HTTP_PROXY_HOST|host|0.0.0.0|address the proxy's HTTP endpoint listens on|代理 HTTP 服务监听的地址
+HTTP_PROXY_PORT|port|10001|port of the proxy's HTTP endpoint: where requests go|代理 HTTP 服务端口：请求发到这里
+PROXY_HOST|host|127.0.0.1|address on which engines register with the proxy (ZMQ)|引擎向代理注册（ZMQ）的监听地址
+PROXY_PORT|port|30001|port on which engines register with the proxy (ZMQ)|引擎向代理注册（ZMQ）的端口
+ENGINE_HOST|host|127.0.0.1|address of the engines, also their VLLM_HOST_IP|引擎的地址，同时作为 VLLM_HOST_IP
+GPU_MEMORY_UTILIZATION|fraction||share of GPU memory for both roles, unless the role's own setting is given|两种角色的显存占比，除非给出角色自己的设置
+PREFILL_GPU_MEMORY_UTILIZATION|fraction|@|share of GPU memory for prefill; default 0.9|prefill 的显存占比；默认 0.9
+DECODE_GPU_MEMORY_UTILIZATION|fraction|@|share of GPU memory for decode; default 0.7: the KV buffer comes on top|decode 的显存占比；默认 0.7，KV 缓冲另计
+MAX_MODEL_LEN|count|10000|longest prompt plus answer, in tokens|提示词加回答的最大 token 数
+MAX_NUM_BATCHED_TOKENS|count|@|tokens in one step of an engine; default MAX_MODEL_LEN, at least 8192|引擎单步处理的 token 数；默认为 MAX_MODEL_LEN，至少 8192
+MAX_NUM_SEQS|count|256|requests in one step of an engine|引擎单步处理的请求数
+CHUNKED_PREFILL|choice:auto,on,off|auto|prefill in chunks; auto: only when MAX_NUM_BATCHED_TOKENS is below MAX_MODEL_LEN, because a chunk that ends inside a block can end the prefill engine|分块 prefill；auto：仅当 MAX_NUM_BATCHED_TOKENS 小于 MAX_MODEL_LEN 时启用，因为在块内结束的分块可能使 prefill 引擎退出
+ENFORCE_EAGER|choice:1,0,prefill|1|1: no CUDA graphs; prefill: decode with them; 0: both, prefill with piecewise ones|1：不用 CUDA graph；prefill：仅 decode 使用；0：都用，prefill 为分段式
+DTYPE|word|auto|data type of the model|模型的数据类型
+KV_BUFFER_SIZE|number|8e9|bytes of GPU memory on each decode GPU for KV that has arrived|每块 decode GPU 上用于已到达 KV 的显存字节数
+MEM_POOL_SIZE_GB|count|4|GiB of pinned host memory for each decode GPU, used when the KV buffer is full; vLLM rounds up to a power of two|每块 decode GPU 的锁页内存（GiB），KV 缓冲满时使用；vLLM 向上取 2 的幂
+EXTRA_PREFILL_ARGS|args||more arguments for prefill engines; they come last and win|prefill 引擎的附加参数，放在最后，优先生效
+EXTRA_DECODE_ARGS|args||more arguments for decode engines|decode 引擎的附加参数
+EXTRA_SIM_ARGS|args||more arguments for simulated engines (see python -m disagg_proxy.sim --help); EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS are for vllm only|模拟引擎的附加参数（见 python -m disagg_proxy.sim --help）；EXTRA_PREFILL_ARGS 与 EXTRA_DECODE_ARGS 仅用于 vllm
+EXTRA_PROXY_ARGS|args||more arguments for the proxy (see disagg_prefill_proxy_server.py --help)|代理的附加参数（见 disagg_prefill_proxy_server.py --help）
+API_KEY|secret||key that clients of the proxy must send|代理的客户端须携带的密钥
+ENGINE_API_KEY|secret||key that the engines ask the proxy for|引擎要求代理携带的密钥
+SUPERVISE|flag|1|restart what dies after all; the same as all --supervise and --no-supervise|all 之后重启退出的进程；等同于 all --supervise 与 --no-supervise
+RESTART_LIMIT|count|5|deaths of one process within RESTART_WINDOW after which it is given up|单个进程在 RESTART_WINDOW 内退出多少次后放弃重启
+RESTART_WINDOW|count|600|seconds over which RESTART_LIMIT counts|RESTART_LIMIT 的计数窗口（秒）
+RESTART_BACKOFF|number|1|seconds before a restart, doubled at each further death within the window, at most 60|重启前等待的秒数，窗口内每次退出翻倍，最多 60
+START_TIMEOUT|count|@|seconds that all waits until everything is ready; default 120 simulated, 1800 with vllm (a download may be part of it)|all 等待全部就绪的秒数；默认模拟引擎 120，vllm 1800（可能包含下载）
+STOP_TIMEOUT|count|20|seconds from TERM to KILL|从 TERM 到 KILL 的秒数
+TEST_TIMEOUT|count|60|seconds of silence after which a request of test has failed|test 的请求静默多少秒后算失败
+BENCH_REQUESTS|count|@|requests of bench; default 200 with vllm, 60 simulated|bench 的请求数；默认 vllm 200，模拟引擎 60
+BENCH_CONCURRENCY|count|16|requests of bench at once|bench 的并发请求数
+BENCH_INPUT_LEN|count|512|prompt length of bench, in tokens|bench 的提示词长度（token）
+BENCH_OUTPUT_LEN|count|64|answer length of bench, in tokens|bench 的回答长度（token）
+LOG_DIR|path|@|folder of the logs; default: logs beside this script, or RUN_DIR/logs when RUN_DIR is given|日志目录；默认为脚本旁的 logs，给出 RUN_DIR 时为 RUN_DIR/logs
+RUN_DIR|path|@|folder of PID files, private to the user; default: run beside this script|PID 文件目录，仅用户可访问；默认为脚本旁的 run
+PYTHON|text|@|Python to use or to make the virtual environment with; default python3|使用的 Python，或用它创建虚拟环境；默认 python3
+VENV_DIR|path|@|virtual environment, made when PYTHON lacks what requirements-proxy.txt asks for; default: .venv beside this script|虚拟环境，当 PYTHON 缺少 requirements-proxy.txt 中的包时创建；默认为脚本旁的 .venv
+ALLOW_SHARED_GPU|flag|0|1: let a prefill and a decode engine share a GPU, which NCCL refuses as far as known|1：允许 prefill 与 decode 共用一块 GPU，已知的 NCCL 会拒绝
+CONFIG|path||file with NAME=value lines; the environment wins over it|含 NAME=value 的文件；环境变量优先
+TABLE
+)
+readonly SETTINGS_TABLE

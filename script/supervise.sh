@@ -1,0 +1,185 @@
+# shellcheck shell=bash
+# Restarting what dies. A process of its own, so that `stop` can stop it first. Only deaths are its business: a part whose
+# PID file is gone was stopped on purpose.
+#   proxy or prefill dies    it alone is restarted
+#   decode dies              it is restarted, and so are the prefills that have sent to it: they stay frozen otherwise
+# Waits double with every death; a part that dies too often is given up, with the end of its log.
+
+SUPERVISOR_DONE=''
+declare -A DEATHS=() RESTART_AT=() GIVEN_UP=()
+
+start_supervisor() {
+  local name settings=()
+  for name in "${SETTING_NAMES[@]}"; do
+    case $name in
+      CONFIG) settings+=(CONFIG=) ;;
+      ENGINE) settings+=("ENGINE=$ENGINE_KIND") ;;
+      # A Python that was given decides where vLLM is looked for first.
+      PYTHON) if [[ ${SETTING_SOURCE[PYTHON]} != default ]]; then settings+=("PYTHON=$PYTHON"); fi ;;
+      *) if [[ ${SETTING_KIND[$name]} != secret ]]; then settings+=("$name=${!name}"); fi ;;
+    esac
+  done
+  pass_keys
+  rotate_log supervisor
+  SPAWN_FIELDS=(kind=script role=supervisor mode=background)
+  spawn supervisor "$LOG_DIR/supervisor.log" env "${settings[@]}" "$BASH" "$SELF" __supervise
+}
+
+cmd_supervise() {
+  trap 'SUPERVISOR_DONE=1' TERM INT
+  trap '' HUP
+  ensure_python
+  resolve_engine
+  layout
+  # Reading from a pipe that nobody writes to waits without starting a process.
+  local quiet _
+  exec {quiet}<> <(:)
+  supervisor_says sup_watching "${PARTS[*]}"
+  while [[ -z $SUPERVISOR_DONE ]]; do
+    if something_to_do; then supervise_once; fi
+    read -r -t 0.4 -u "$quiet" _ || true
+  done
+  supervisor_says sup_ends
+}
+
+supervisor_says() {
+  printf '%(%Y-%m-%d %H:%M:%S)T %s\n' -1 "$(text "$@")"
+}
+
+# A look without the lock, so that a quiet machine costs next to nothing.
+something_to_do() {
+  local name
+  ((${#RESTART_AT[@]} == 0)) || return 0
+  for name in "${PARTS[@]}"; do
+    load_part "$name" || continue
+    if [[ $PART_STATE == alive && -z ${GIVEN_UP[$name]:-} ]]; then continue; fi
+    if [[ $PART_STATE != alive && -n ${GIVEN_UP[$name]:-} ]]; then continue; fi
+    return 0
+  done
+  return 1
+}
+
+supervise_once() {
+  local name
+  # Another command that changes what runs has the lock: deaths are its doing.
+  take_lock 0 supervisor 2>/dev/null || return 0
+  for name in "${PARTS[@]}"; do
+    if ! load_part "$name"; then
+      unset "RESTART_AT[$name]"
+    elif [[ $PART_STATE == alive || ${PART[mode]:-} == foreground ]]; then
+      # Somebody brought it back: a fresh start for one that was given up.
+      if [[ -n ${GIVEN_UP[$name]:-} ]]; then unset "GIVEN_UP[$name]" "DEATHS[$name]"; fi
+      unset "RESTART_AT[$name]"
+    elif [[ -z ${RESTART_AT[$name]:-}${GIVEN_UP[$name]:-} ]]; then
+      died "$name"
+    fi
+  done
+  for name in "${!RESTART_AT[@]}"; do
+    if (($(now_ms) >= RESTART_AT[$name])) && may_start "$name"; then start_again "$name"; fi
+  done
+  release_lock
+}
+
+now_ms() {
+  local now=${EPOCHREALTIME:-}
+  if [[ -n $now ]]; then
+    now=${now/[.,]/}
+    printf '%s' "${now%???}"
+  else
+    printf '%(%s)T000' -1
+  fi
+}
+
+died() {
+  local name=$1 pid=$PART_PID now times=() time count wait_ms prefill
+  local -a frozen=()
+  printf -v now '%(%s)T' -1
+  for time in ${DEATHS[$name]:-}; do
+    if ((now - time < RESTART_WINDOW)); then times+=("$time"); fi
+  done
+  times+=("$now")
+  DEATHS[$name]=${times[*]} count=${#times[@]}
+  if [[ ${PART_ROLE[$name]} == decode ]]; then mapfile -t frozen < <(paired_prefills "$name"); fi
+  load_part "$name"
+  leave_marker "$name"
+  if ((count > RESTART_LIMIT)); then
+    GIVEN_UP[$name]=1
+    supervisor_says sup_given_up "$name" "$count" "$RESTART_WINDOW"
+    tail -n 15 -- "$LOG_DIR/$name.log" | sed 's/^/    /'
+    note_restart "$name" given-up "$(text sup_why_loop "$count")"
+  else
+    wait_ms=$(backoff_ms "$count")
+    RESTART_AT[$name]=$(($(now_ms) + wait_ms))
+    supervisor_says sup_died "$name" "$pid" "$((wait_ms / 1000)).$((wait_ms % 1000 / 100))" "$count" "$RESTART_LIMIT"
+    note_restart "$name" waiting "$(text sup_why_died "$pid")"
+  fi
+  for prefill in "${frozen[@]}"; do
+    if [[ -n ${GIVEN_UP[$prefill]:-}${RESTART_AT[$prefill]:-} ]]; then continue; fi
+    load_part "$prefill"
+    supervisor_says sup_frozen "$prefill" "$PART_PID" "$name"
+    leave_marker "$prefill"
+    RESTART_AT[$prefill]=$(now_ms)
+    note_restart "$prefill" waiting "$(text sup_why_frozen "$name")"
+  done
+}
+
+# Ends what is left of a part (loaded) and keeps a PID file that stands for "wanted, but not running".
+leave_marker() {
+  local http=${PART[http]:-} log=${PART[log]:-}
+  stop_parts 3 "$1"
+  printf '%s\n' pid=0 mode=background "role=${PART_ROLE[$1]}" "kind=$(kind_of "$1")" "http=$http" "log=$log" >"$RUN_DIR/$1.pid"
+}
+
+backoff_ms() {
+  local -i times=$1
+  local base
+  base=$(whole "${RESTART_BACKOFF}e3")
+  if ((times > 7)); then times=7; fi
+  base=$((base << (times - 1)))
+  if ((base > 60000)); then base=60000; fi
+  printf '%s' "$base"
+}
+
+# An engine waits for another one on its GPU to be ready, and for its ports to be free.
+may_start() {
+  local other port
+  for port in $(ports_of "$1"); do
+    if port_taken "$port"; then
+      supervisor_says sup_port "$1" "$port" "$(port_holder "$port")"
+      RESTART_AT[$1]=$(($(now_ms) + 5000))
+      return 1
+    fi
+  done
+  [[ $ENGINE_KIND == vllm && $1 != proxy ]] || return 0
+  for other in "${PREFILLS[@]}" "${DECODES[@]}"; do
+    if [[ $other != "$1" ]] && share_gpu "$1" "$other" && part_alive "$other" && ! engine_ready "$other"; then return 1; fi
+  done
+}
+
+start_again() {
+  local name=$1
+  unset "RESTART_AT[$name]"
+  ask_proxy
+  {
+    printf '\n'
+    supervisor_says sup_log_mark "$name"
+  } >>"$LOG_DIR/$name.log"
+  launch "$name" "$LOG_DIR/$name.log"
+  supervisor_says sup_started "$name" "$SPAWNED"
+  note_restart "$name" running
+}
+
+# note_restart NAME STATE [REASON]: what `status` shows. A start counts; the reason stays.
+note_restart() {
+  local count=0 reason='' key value
+  if [[ -r $RUN_DIR/$1.restarts ]]; then
+    while IFS='=' read -r key value; do
+      case $key in
+        count) count=$value ;;
+        reason) reason=$value ;;
+      esac
+    done <"$RUN_DIR/$1.restarts"
+  fi
+  if [[ $2 == running ]]; then count=$((count + 1)); fi
+  printf '%s\n' "count=$count" "state=$2" "at=$(printf '%(%s)T' -1)" "reason=${3:-$reason}" >"$RUN_DIR/$1.restarts"
+}

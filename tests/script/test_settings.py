@@ -1,0 +1,192 @@
+"""The table of settings, where values come from, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.script.machine import REPOSITORY, SCRIPT, Machine
+
+
+def shown(machine: Machine, **changes: str) -> dict[str, tuple[str, str]]:
+    """`config` as name to (value, source)."""
+    environment = machine.env
+    machine.env = {**environment, **changes}
+    lines = machine.ok("config").stdout.splitlines()
+    machine.env = environment
+    found = {}
+    for line in lines:
+        match = re.fullmatch(r"(\w+) +(.*?) +\((\w.*)\)", line)
+        assert match, line
+        found[match[1]] = (match[2], match[3])
+    return found
+
+
+DEFAULTS = {
+    "PREFILL_GPU": "0",
+    "DECODE_GPU": "1",
+    "PREFILL_HTTP_PORT": "20003",
+    "DECODE_HTTP_PORT": "20005",
+    "HTTP_PROXY_PORT": "10001",
+    "PROXY_PORT": "30001",
+    "PREFILL_KV_PORT": "21001",
+    "DECODE_KV_PORT": "22001",
+    "ENGINE": "auto",
+    "SUPERVISE": "1",
+    "LOG_DIR": str(REPOSITORY / "logs"),
+    "RUN_DIR": str(REPOSITORY / "run"),
+}
+
+
+def test_defaults(machine: Machine) -> None:
+    names = [*DEFAULTS, "MODEL"]
+    found = shown(machine, **dict.fromkeys(names, ""))
+    assert {name: found[name] for name in DEFAULTS} == {name: (value, "default") for name, value in DEFAULTS.items()}
+    model = "/share-data/wzk-1/model/Qwen3-4B"
+    assert found["MODEL"][0] == (model if os.path.exists(model) else "Qwen/Qwen3-4B")
+
+
+def test_environment_wins_over_file_and_file_over_default(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "my settings.env"
+    file.write_text(
+        "# a comment\n\nexport MODEL='a/b c'\nDECODE_GPU=3 # the fast one\nPREFILL_GPU=\"2\"\nMAX_NUM_SEQS = 7\r\n"
+    )
+    found = shown(machine, CONFIG=str(file), MODEL="", PREFILL_GPU="5")
+    assert found["MODEL"] == ("a/b c", "CONFIG file")
+    assert found["DECODE_GPU"] == ("3", "CONFIG file")
+    assert found["PREFILL_GPU"] == ("5", "environment")
+    assert found["MAX_NUM_SEQS"] == ("7", "CONFIG file")
+
+
+def test_file_is_never_executed(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "settings"
+    file.write_text(f"MODEL=$(touch {tmp_path}/ran)`touch {tmp_path}/ran`\n")
+    found = shown(machine, CONFIG=str(file), MODEL="")
+    assert found["MODEL"][0].startswith("$(touch")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_foreign_names_in_the_file_reach_the_programs(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "settings"
+    file.write_text("HF_HUB_OFFLINE=1\n")
+    assert "HF_HUB_OFFLINE" in machine.ok("config", CONFIG=str(file)).stderr
+
+
+@pytest.mark.parametrize("text", ["just words\n", "1A=b\n"])
+def test_bad_line_in_the_file(machine: Machine, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "settings"
+    file.write_text("MODEL=x\n" + text)
+    done = machine.run("config", CONFIG=str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "line 2" in done.stderr
+
+
+def test_missing_file(machine: Machine) -> None:
+    done = machine.run("config", CONFIG="nowhere.env")
+    assert done.returncode == 2 and "nowhere.env" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTP_PROXY_PORT", "0"),
+        ("HTTP_PROXY_PORT", "65536"),
+        ("PREFILL_KV_PORT", "08"),
+        ("ENGINE", "gpu"),
+        ("PREFILL_GPU_MEMORY_UTILIZATION", "1.5"),
+        ("GPU_MEMORY_UTILIZATION", "0"),
+        ("MAX_MODEL_LEN", "many"),
+        ("KV_BUFFER_SIZE", "8GB"),
+        ("SUPERVISE", "yes"),
+        ("PREFILL_GPUS", "0,,1"),
+        ("PREFILL_GPU", "0,1"),
+        ("HTTP_PROXY_HOST", "a b"),
+        ("SERVED_MODEL_NAME", "a b"),
+        ("DTYPE", "x;y"),
+        ("MODEL", "two\nlines"),
+    ],
+)
+def test_bad_value_is_one_line_with_the_name(machine: Machine, name: str, value: str) -> None:
+    machine.env[name] = value
+    done = machine.run("config")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert name in done.stderr
+
+
+@pytest.mark.parametrize("name", ["EXTRA_SIM_ARGS", "EXTRA_PROXY_ARGS"])
+def test_open_quote_in_arguments(machine: Machine, name: str) -> None:
+    machine.env[name] = "--flag 'open"
+    done = machine.run("env")
+    assert done.returncode == 2
+    assert "--flag 'open" in done.stderr
+
+
+def test_secrets_are_not_shown(machine: Machine) -> None:
+    for command in ("config", "env"):
+        done = machine.ok(command, API_KEY="tell-nobody")
+        assert "tell-nobody" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_markdown_has_every_setting(machine: Machine, language: str) -> None:
+    lines = machine.ok("config", "--markdown", language).stdout.splitlines()
+    names = [re.fullmatch(r"\| `(\w+)` \| (`.+`)? ?\| (.+) \|", line) for line in lines[2:]]
+    assert all(names)
+    assert [match[1] for match in names if match] == list(shown(machine))
+
+
+def test_markdown_does_not_depend_on_the_environment(machine: Machine) -> None:
+    first = machine.ok("config", "--markdown", "en").stdout
+    assert machine.ok("config", "--markdown", "en", MODEL="other", LC_ALL="zh_CN.UTF-8").stdout == first
+
+
+def test_help_has_every_setting_and_command(machine: Machine) -> None:
+    text = machine.ok("help").stdout
+    for name in shown(machine):
+        assert re.search(rf"^  {name}(=.*)?$", text, re.M), name
+    completions = (REPOSITORY / "completions/test_single_machine.bash").read_text()
+    commands = re.findall(r"^  ([a-z]+) ", text.split("Settings,")[0], re.M)
+    assert len(commands) > 10
+    offered = re.search(r"commands='([^']*)'", completions)
+    assert offered and offered[1].split() == commands
+
+
+def test_chinese_when_the_locale_is(machine: Machine) -> None:
+    assert "用法" in machine.ok("help", LC_ALL="zh_CN.UTF-8").stdout
+    assert "用法" in machine.ok("help", LC_ALL="", LANG="zh_TW.UTF-8").stdout
+    assert "用法" not in machine.ok("help", LC_ALL="en_US.UTF-8", LANG="zh_CN.UTF-8").stdout
+
+
+def test_no_command_and_no_terminal(machine: Machine) -> None:
+    done = machine.run()
+    assert done.returncode == 2 and "Usage" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("words", [["frobnicate"], ["all", "--fast"], ["logs", "-n", "x"], ["restart"], ["test", "x"]])
+def test_wrong_usage(machine: Machine, words: list[str]) -> None:
+    assert machine.run(*words).returncode == 2
+
+
+def test_symlink_from_another_folder_and_sh(machine: Machine, tmp_path: Path) -> None:
+    link = tmp_path / "a b" / "link to it"
+    link.parent.mkdir()
+    link.symlink_to(SCRIPT)
+    for command in ([str(link)], ["sh", str(link)]):
+        done = subprocess.run([*command, "help"], cwd="/", env=machine.env, capture_output=True, text=True, check=True)
+        assert "RUN_DIR" in done.stdout
+
+
+def test_cuda_visible_devices_names_the_gpus(machine: Machine) -> None:
+    found = shown(machine, CUDA_VISIBLE_DEVICES="4,6")
+    assert (found["PREFILL_GPU"][0], found["DECODE_GPU"][0]) == ("4", "6")
+
+
+def test_paths_are_seen_from_the_user(machine: Machine) -> None:
+    found = shown(machine, RUN_DIR="here", LOG_DIR="")
+    assert found["RUN_DIR"][0] == str(machine.run_dir.parent / "here")
+    assert found["LOG_DIR"][0] == str(machine.run_dir.parent / "here/logs")

@@ -1,0 +1,141 @@
+"""What dies comes back, with the prefills that would stay frozen; what dies too often is given up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.script.machine import FAST, Machine, wait_for
+
+
+def kill(machine: Machine, name: str) -> int:
+    pid = machine.pid(name)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def back(machine: Machine, name: str, old: int) -> bool:
+    return machine.fields(name).get("pid", "0") not in ("0", str(old))
+
+
+def pairs(machine: Machine) -> int:
+    return int(machine.get("/health").get("pairs", 0))
+
+
+def serves(machine: Machine) -> bool:
+    try:
+        return bool(machine.complete(timeout=10)["choices"])
+    except OSError:
+        return False
+
+
+def test_decode_killed_under_load(machine: Machine) -> None:
+    """Service is back, no request hangs, and the prefill that had sent to it is restarted as well."""
+    machine.ok("all", EXTRA_SIM_ARGS="--ping-seconds 0.2 --time-per-output-token 0.01")
+    prefill = machine.pid("prefill")
+    ended: list[bool] = []
+
+    def load(number: int) -> None:
+        try:
+            machine.complete(timeout=40, max_tokens=100, prompt=f"request {number}")
+            ended.append(True)
+        except OSError:  # an error is an answer; a hang would be a TimeoutError after 40 s
+            ended.append(False)
+
+    with ThreadPoolExecutor(8) as pool:
+        begun = time.monotonic()
+        for number in range(24):
+            pool.submit(load, number)
+        wait_for(lambda: bool(machine.get("/stats")["instances"][-1]["in_flight"]))
+        decode = kill(machine, "decode")
+    assert len(ended) == 24 and time.monotonic() - begun < 35
+    wait_for(lambda: back(machine, "decode", decode) and back(machine, "prefill", prefill))
+    wait_for(lambda: serves(machine))
+    log = machine.log("supervisor")
+    assert f"decode (PID {decode}) died" in log
+    assert f"prefill (PID {prefill}) has sent KV to decode" in log
+    machine.ok("test")
+    status = machine.ok("status").stdout
+    assert f"PID {decode} died" in status and "had sent KV" in status
+    machine.ok("stop")
+    assert machine.leftovers() == {}
+
+
+def test_prefill_and_proxy_come_back_alone(machine: Machine) -> None:
+    machine.ok("all")
+    machine.ok("test")
+    for name in ("prefill", "proxy"):
+        others = {other: machine.pid(other) for other in ("proxy", "prefill", "decode") if other != name}
+        old = kill(machine, name)
+        wait_for(lambda name=name, old=old: back(machine, name, old))  # type: ignore[misc]
+        wait_for(lambda: serves(machine))
+        assert {other: machine.pid(other) for other in others} == others
+    assert "sent KV" not in machine.log("supervisor")
+
+
+def test_prefill_that_sent_nothing_stays(machine: Machine) -> None:
+    machine.ok("all", PREFILL_GPUS="0", DECODE_GPUS="1,2")
+    before = machine.pid("prefill")
+    old = kill(machine, "decode2")
+    wait_for(lambda: back(machine, "decode2", old))
+    assert machine.pid("prefill") == before
+    wait_for(lambda: pairs(machine) == 2)
+
+
+def test_a_crash_loop_ends(machine: Machine) -> None:
+    machine.ok("all", RESTART_LIMIT="2", RESTART_BACKOFF="0.05")
+    for _ in range(3):
+        wait_for(lambda: machine.fields("decode").get("pid", "0") != "0")
+        old = kill(machine, "decode")
+        wait_for(lambda old=old: machine.fields("decode").get("pid") != str(old))  # type: ignore[misc]
+    wait_for(lambda: "given up" in machine.log("supervisor"))
+    status = machine.run("status")
+    assert status.returncode == 1 and "given up" in status.stdout and "given-up" in status.stdout
+    assert machine.log("supervisor").count("decode started again") == 2
+    machine.ok("restart", "decode")
+    wait_for(lambda: serves(machine))
+    assert "given up" not in machine.ok("status").stdout
+
+
+def test_waits_double(machine: Machine) -> None:
+    machine.ok("all", RESTART_BACKOFF="0.2")
+    for wait in ("0.2", "0.4", "0.8"):
+        wait_for(lambda: machine.fields("proxy").get("pid", "0") != "0")
+        kill(machine, "proxy")
+        wait_for(lambda wait=wait: f"restart in {wait} s" in machine.log("supervisor"))  # type: ignore[misc]
+
+
+def test_a_part_that_was_stopped_stays_stopped(machine: Machine) -> None:
+    machine.ok("all")
+    machine.ok("stop", "decode")
+    prefill = kill(machine, "prefill")
+    wait_for(lambda: back(machine, "prefill", prefill))  # the supervisor has looked at everything meanwhile
+    assert machine.fields("decode") == {}
+
+
+def test_no_supervise(machine: Machine) -> None:
+    machine.ok("all", "--no-supervise", EXTRA_SIM_ARGS=FAST)
+    assert machine.fields("supervisor") == {}
+    machine.ok("stop")
+
+
+def test_all_after_everything_was_given_up(machine: Machine) -> None:
+    """The supervisor of before goes, so that there are never two."""
+    machine.ok("all", RESTART_BACKOFF="30")
+    first = machine.pid("supervisor")
+    for name in ("proxy", "prefill", "decode"):
+        kill(machine, name)
+    wait_for(lambda: all(machine.fields(name).get("pid") == "0" for name in ("proxy", "prefill", "decode")))
+    machine.ok("all")
+    assert machine.pid("supervisor") != first and first not in machine.leftovers()
+    machine.ok("test")
+
+
+def test_stop_while_a_restart_is_due(machine: Machine) -> None:
+    machine.ok("all", RESTART_BACKOFF="30")
+    kill(machine, "decode")
+    wait_for(lambda: "decode (PID" in machine.log("supervisor"))
+    machine.ok("stop")
+    assert machine.leftovers() == {}
