@@ -154,9 +154,13 @@ class EngineError(ProxyError):
 
 
 class EngineUnreachable(EngineError):
-    """The connection to an instance was refused or could not be made in time."""
+    """No connection to an instance: ``refused``, so that no process listens there, or only not made in time."""
 
     code = "engine_unreachable"
+
+    def __init__(self, message: str, *, refused: bool = True) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class EngineDisconnected(EngineError):

@@ -6,9 +6,11 @@ import logging
 import socket
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.listener import BindError
+from disagg_proxy.errors import BadRequest
 from disagg_proxy.http import create_app
 from disagg_proxy.services import Services
 
@@ -16,6 +18,20 @@ _BACKLOG = 2048
 
 _KEEP_ALIVE = 75
 """Seconds an idle client connection is kept; longer than the pools of common clients, so that they close first."""
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP, but with errors as JSON also where no application sees the request."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, and close."""
+        body = BadRequest(f"This is not HTTP/1.1: {msg}").body()
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
 
 def listen(config: Config) -> socket.socket:
@@ -49,13 +65,14 @@ def server_config(config: Config, services: Services) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(config, services),
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="on",
         access_log=False,
         log_config=None,
         log_level=max(logging.WARNING, logging.getLevelName(config.log_level.upper())),
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace)),
         backlog=_BACKLOG,

@@ -185,9 +185,16 @@ class Registry:
         return found
 
     def models(self) -> dict[str, Mapping[str, Any]]:
-        """Every model that some ready instance serves, with what its /v1/models showed."""
-        ready = (i for i in self.instances() if i.state is State.READY)
-        return {name: card for instance in ready for name, card in reversed(list(instance.models.items()))}
+        """Every model that some ready instance serves, with what its /v1/models showed.
+
+        In the instances' own order: clients that name no model take the first.
+        """
+        found: dict[str, Mapping[str, Any]] = {}
+        for instance in self.instances():
+            if instance.state is State.READY:
+                for name, card in instance.models.items():
+                    found.setdefault(name, card)
+        return found
 
     def missing(self) -> list[str]:
         """What keeps every pair from serving, in words; empty when both roles have a ready instance.

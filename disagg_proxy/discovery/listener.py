@@ -153,7 +153,7 @@ class Listener:
 
 def _sender(frames: list[zmq.Frame]) -> str:
     try:
-        return str(frames[-1].get("Peer-Address"))
+        return str(frames[-1].get("Peer-Address")).removeprefix("::ffff:")
     except zmq.ZMQError:
         return "unknown"
 

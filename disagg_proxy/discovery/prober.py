@@ -125,7 +125,7 @@ def _models(answer: WholeAnswer) -> dict[str, Mapping[str, Any]]:
     try:
         cards = json.loads(answer.body)["data"]
         found = {card["id"]: card for card in cards if isinstance(card["id"], str)}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _NotServing("its /v1/models is not an OpenAI model list") from None
     if not found:
         raise _NotServing("its /v1/models lists no model")

@@ -12,6 +12,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement
+from disagg_proxy.discovery.lifeline import Lifelines
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.prober import Prober
 from disagg_proxy.upstream import Upstream
@@ -41,6 +42,7 @@ class Discovery:
         self._waiting: dict[tuple[str, str], Announcement] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._prober: Prober | None = None
+        self._lifelines: Lifelines | None = None
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self, upstream: Upstream) -> None:
@@ -51,6 +53,8 @@ class Discovery:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._prober = Prober(self._registry, upstream, self._config.probe_interval, headers)
         self._prober.start()
+        self._lifelines = Lifelines(self._registry, self._config.connect_timeout)
+        self._lifelines.start()
         for role, named in ((Role.PREFILL, self._config.prefill), (Role.DECODE, self._config.decode)):
             for static in named:
                 self._registry.add_static(role, static)
@@ -66,6 +70,8 @@ class Discovery:
             await asyncio.gather(self._expiry, return_exceptions=True)
         if self._prober:
             await self._prober.stop()
+        if self._lifelines:
+            await self._lifelines.stop()
 
     def _deliver(self, announcements: list[Announcement]) -> None:
         """In the listener's thread: keep the newest of each instance until the loop takes them all."""

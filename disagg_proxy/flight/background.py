@@ -32,10 +32,12 @@ class Background:
         return len(self._tasks)
 
     async def finish(self, grace: float) -> None:
-        """Wait up to ``grace`` seconds for what runs, then cancel the rest."""
-        if not self._tasks:
-            return
-        _, late = await asyncio.wait(set(self._tasks), timeout=grace)
+        """Wait up to ``grace`` seconds for what runs and what that begins, then cancel the rest."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + grace
+        while self._tasks and (left := end - clock()) > 0:
+            await asyncio.wait(self._tasks, timeout=left)
+        late = set(self._tasks)
         if late:
             log.warning("%d background requests did not end within %.0f s and are given up", len(late), grace)
         for task in late:

@@ -5,7 +5,7 @@
     prefill too late               504 for the client; the leg runs on, then its KV is drained
     client leaves during prefill   the same, with nobody to answer: a prefill that was sent is never cancelled
     decode refused (4xx)           the client gets that answer; the KV is drained
-    decode cannot be reached       502; the KV is drained if the instance is still the same
+    decode cannot be reached       502; refused, its KV is gone with it; not in time, the KV is drained
     decode broken before an answer 502, no drain: it may have been received, and a second decode of an id hangs
     client leaves before the first byte of the answer    decode is aborted once it surely has the request
     client leaves later            decode is aborted at once: vLLM frees everything itself
@@ -226,7 +226,7 @@ class Flight:
         own_key_refused = answer.status in (401, 403) and self._own_key
         if not 400 <= answer.status < 500 or own_key_refused:
             log.warning("The %s leg of %s got %d: %.300r", leg, self.public_id, answer.status, answer.body)
-            said = hide(self._legs.id, error_message(answer.body)[:500].encode()).decode()
+            said = hide(self._legs.id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
             failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{said and ': ' + said}")
             if own_key_refused:
                 failure = EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")

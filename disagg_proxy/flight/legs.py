@@ -178,8 +178,8 @@ class Legs:
             log.debug("Drained %s on %s", self.id.public, instance)
 
     def _blame(self, instance: Instance, error: ProxyError) -> None:
-        """A refused connection takes the instance out at once."""
-        if isinstance(error, EngineUnreachable):
+        """A refused connection takes the instance out at once; one that only timed out may come from a busy server."""
+        if isinstance(error, EngineUnreachable) and error.refused:
             self._registry.lost_contact(instance, "its HTTP port cannot be reached")
         elif isinstance(error, EngineError):
             self._registry.look_again(instance)

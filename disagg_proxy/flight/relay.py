@@ -7,6 +7,7 @@ sockets hold.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -60,6 +61,9 @@ class Relay:
             if rest:
                 yield rest
         except ProxyError as error:
+            if self._over:
+                # Given up: nobody waits for more, and this must not look like the body's proper end.
+                raise asyncio.CancelledError from None
             self._end(complete=False)
             raise StreamCut(error.message) from error
         self._end(complete=True)

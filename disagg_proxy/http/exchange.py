@@ -7,6 +7,7 @@ which always ends.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -38,6 +39,8 @@ class ExchangeOwner:
         except StreamCut as cut:
             # Returning with an unfinished response makes the server close the connection: a visible cut.
             log.warning("An answer was cut off: %s", cut)
+        except asyncio.CancelledError:
+            log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
         finally:
             for flight in flights:
                 flight.leave()

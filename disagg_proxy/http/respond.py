@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from quart import Quart, Response
+from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
 from disagg_proxy.errors import (
@@ -18,7 +18,7 @@ from disagg_proxy.errors import (
     ProxyError,
     headers_of,
 )
-from disagg_proxy.protocol.headers import answer_headers
+from disagg_proxy.protocol.headers import answer_headers, client_request_id
 from disagg_proxy.upstream import WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,10 @@ def error_response(error: ProxyError) -> Response:
     """The one place where an error becomes a response."""
     if error.status >= 500:
         log.warning("%d %s: %s", error.status, error.code, error.message)
-    return Response(error.body(), status=error.status, headers=dict(headers_of(error)))
+    headers = dict(headers_of(error))
+    if (own_id := client_request_id(request.headers)) is not None:
+        headers["X-Request-Id"] = own_id
+    return Response(error.body(), status=error.status, headers=headers)
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -58,8 +58,10 @@ def single_routes(services: Services) -> Blueprint:
             instance = services.pairing.choose_one(model)
             try:
                 answer = await ask(instance, method, request.path, body)
-            except EngineUnreachable:
-                services.registry.lost_contact(instance, "its HTTP port cannot be reached")
+            except EngineUnreachable as error:
+                if not error.refused:
+                    raise
+                services.registry.lost_contact(instance, "its HTTP port refuses connections")
                 continue
             if answer.status >= 500:
                 raise EngineFailed(f"The engine failed with status {answer.status}.")

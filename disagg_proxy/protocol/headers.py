@@ -2,7 +2,7 @@
 
 Everything passes but what belongs to one connection (RFC 9110, 7.6.1), what the client library sets itself, and
 what could reach into the KV transfer: the request id is the proxy's own, and X-data-parallel-rank (vLLM 0.14 and
-newer) would pick an engine behind the instance.
+newer) would pick an engine behind the instance. Remote-Addr is no header of the client's: Quart adds it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HOP_BY_HOP = frozenset(
     "upgrade".split()
 )
 _REQUEST_OWN = _HOP_BY_HOP | frozenset(
-    "host content-length expect accept-encoding x-request-id x-data-parallel-rank".split()
+    "host content-length expect accept-encoding x-request-id x-data-parallel-rank remote-addr".split()
 )
 _ANSWER_OWN = _HOP_BY_HOP | frozenset("date server x-request-id".split())
 
@@ -46,16 +46,28 @@ def request_headers(pairs: Iterable[tuple[str, str]], dropped: frozenset[str], e
 
     Args:
         dropped: what :func:`connection_tokens` found.
-        engine_api_key: replaces the client's Authorization when it is set.
+        engine_api_key: replaces the client's own key when it is set.
     """
     kept = CIMultiDict(
-        (name, value) for name, value in pairs if (lower := name.lower()) not in _REQUEST_OWN and lower not in dropped
+        (name, value if value.isascii() else _as_sent(value))
+        for name, value in pairs
+        if (lower := name.lower()) not in _REQUEST_OWN and lower not in dropped
     )
     # A compressed answer could not be searched for the internal id.
     kept["Accept-Encoding"] = "identity"
     if engine_api_key:
+        # Where Anthropic's client puts its key.
+        kept.popall("X-Api-Key", None)
         kept["Authorization"] = f"Bearer {engine_api_key}"
     return kept
+
+
+def _as_sent(value: str) -> str:
+    """Bytes beyond ASCII arrive read as Latin-1 and leave as UTF-8: undone where UTF-8 is what they are."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
 
 
 def answer_headers(headers: Mapping[str, str], request_id: RequestId | None) -> list[tuple[str, str]]:

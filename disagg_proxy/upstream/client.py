@@ -26,6 +26,10 @@ _KEEP_IDLE = 3.0
 """Seconds an idle connection is kept. vLLM's server closes them after 5 s (0.9.2 - 0.23, ``vllm/envs.py``,
 VLLM_HTTP_TIMEOUT_KEEP_ALIVE); staying below means that a request is not sent into a closing connection."""
 
+_WARY = 2 * _KEEP_IDLE
+"""Seconds without kept connections after an error answer: vLLM closes the connection after some 400s without saying
+so. aiohttp takes it back into the pool before the status can be looked at, so it must be left there to grow old."""
+
 _OWN_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
 
@@ -62,7 +66,7 @@ class Answer:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             self._response.close()
             raise _translate(error, self._leg, reused=False) from error
-        self._finish()
+        self._response.release()
 
     async def whole(self) -> WholeAnswer:
         """The rest of the body at once. Raises as :meth:`chunks` does; closes the connection when cancelled."""
@@ -71,13 +75,6 @@ class Answer:
         except asyncio.CancelledError:
             self.close()
             raise
-
-    def _finish(self) -> None:
-        if self.status >= 400:
-            # vLLM 0.21 closes the connection after some 400s without saying so, and the next request on it is lost.
-            self._response.close()
-        else:
-            self._response.release()
 
     def close(self) -> None:
         """Give up the rest; the instance sees the connection close and aborts its work. Harmless when read."""
@@ -95,6 +92,7 @@ class Upstream:
         self._connect_timeout = connect_timeout
         self._kept = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE))
         self._fresh = self._session(aiohttp.TCPConnector(limit=0, force_close=True))
+        self._wary_until: dict[str, float] = {}
 
     def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
@@ -139,8 +137,9 @@ class Upstream:
             EngineDeadline: silence.
         """
         seen = SimpleNamespace(reused=False)
+        session = self._fresh if fresh or self._is_wary(instance.http.netloc) else self._kept
         try:
-            response = await (self._fresh if fresh else self._kept).request(
+            response = await session.request(
                 method,
                 _url(instance.http.netloc, path),
                 data=body or None,
@@ -152,7 +151,19 @@ class Upstream:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             log.info("%s: %s on the %s leg: %s", instance, type(error).__name__, leg, error)
             raise _translate(error, leg, reused=seen.reused) from error
+        if response.status >= 400:
+            self._wary_until[instance.http.netloc] = asyncio.get_running_loop().time() + _WARY
         return Answer(response, leg)
+
+    def _is_wary(self, netloc: str) -> bool:
+        """Whether a kept connection to that endpoint may be a dead one."""
+        until = self._wary_until.get(netloc)
+        if until is None:
+            return False
+        if asyncio.get_running_loop().time() < until:
+            return True
+        del self._wary_until[netloc]
+        return False
 
 
 @lru_cache(maxsize=4096)
@@ -170,7 +181,8 @@ async def _note_reuse(
 def _translate(error: Exception, leg: str, *, reused: bool) -> EngineError | EngineDeadline:
     """Foreign exception to outcome. The order matters: aiohttp's types overlap."""
     if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        return EngineUnreachable(f"The {leg} instance could not be reached.")
+        refused = not isinstance(error, asyncio.TimeoutError)
+        return EngineUnreachable(f"The {leg} instance could not be reached.", refused=refused)
     if isinstance(error, asyncio.TimeoutError):
         return EngineDeadline(f"The {leg} instance said nothing within its deadline.")
     # Raised by a write into a transport that was closed before: the request, or its last part, never left.

@@ -57,12 +57,14 @@ class Machine:
         self.proxy = proxy
         self.http = http
         self.engines: list[SimEngine] = []
-        self._stack = stack
+        stack.push_async_callback(self._stop_engines)
+
+    async def _stop_engines(self) -> None:
+        await asyncio.gather(*(engine.stop() for engine in self.engines))
 
     async def engine(self, role: str, **knobs: Any) -> SimEngine:
         engine = SimEngine(SimConfig(role=role, proxy=self.proxy.zmq, ping_seconds=0.2, **knobs))
         await engine.start()
-        self._stack.push_async_callback(engine.stop)
         self.engines.append(engine)
         return engine
 

@@ -1,4 +1,4 @@
-"""The table of requests in docs/engine-behaviour.md: what works, what is refused, what kills, what comes back as garbage."""
+"""The table of requests in docs/engine-behaviour.md: what works, is refused, kills, or comes back as garbage."""
 
 from __future__ import annotations
 

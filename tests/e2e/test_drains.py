@@ -1,0 +1,129 @@
+"""Drains: what frees KV whose decode will not come, when it is sent, and when it must not be."""
+
+import asyncio
+
+import pytest
+
+from disagg_proxy.cluster.instance import State
+from tests.conftest import soon
+from tests.e2e.conftest import REQUESTS, RIGHT, text_of
+from tests.e2e.test_disconnects import left
+
+PATH = "/v1/completions"
+ASK = REQUESTS[PATH]
+
+
+async def abandon(machine, prefill, dial, path: str, body: dict) -> None:
+    """Send a request, and leave while prefill computes; prefill goes on."""
+    client = await dial(machine.proxy.url)
+    with prefill.faults.held("answer"):
+        client.post(path, body)
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        await left(machine, client)
+    await soon(machine.proxy.until_idle())
+
+
+@pytest.mark.parametrize(
+    ("path", "extra"),
+    [
+        ("/v1/completions", {"n": 2, "min_tokens": 4, "stop": ["x"]}),
+        ("/v1/completions", {"prompt": ["one", "two and more"], "best_of": 1}),
+        ("/v1/completions", {"prompt": [5, 6, 7], "logprobs": 3, "stream_options": {"include_usage": True}}),
+        ("/v1/chat/completions", {"n": 3, "max_completion_tokens": 50, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/messages", {"system": "Be brief.", "stop_sequences": ["x"]}),
+    ],
+)
+async def test_a_drain_is_one_token_of_the_same_prompt_under_the_same_id(machine, pair, dial, path, extra) -> None:
+    prefill, decode = pair
+    body = {**REQUESTS[path], "max_tokens": 100, "stream": True, **extra}
+    await abandon(machine, prefill, dial, path, body)
+    (prefilled,), (drain,) = prefill.received(path), decode.received(path)
+    assert drain.headers["X-Request-Id"] == prefilled.headers["X-Request-Id"]
+    assert drain.json["max_tokens"] == 1 and drain.json.get("max_completion_tokens", 1) == 1
+    assert drain.json["stream"] is False
+    assert not {"min_tokens", "stream_options", "logprobs", "top_logprobs"} & drain.json.keys()
+    for field in ("prompt", "messages", "system", "n", "model"):
+        assert drain.json.get(field) == body.get(field)
+    assert (await machine.get("/stats"))[1]["drains"] == {"started": 1, "done": 1, "failed": 0}
+    await machine.unharmed(*pair)
+
+
+async def test_orphans_that_would_fill_decode_many_times_over_do_it_no_harm(machine, dial) -> None:
+    prompt = [9] * 1000
+    # Buffer and pool hold five of these; the first undrained ones beyond that would freeze both engines for ever.
+    prefill, decode = await machine.pair(kv_bytes_per_token=1000, kv_buffer_bytes=4_000_000, kv_pool_bytes=1_048_576)
+    for _ in range(24):
+        await abandon(machine, prefill, dial, PATH, {**ASK, "prompt": prompt})
+    assert machine.proxy.services.stats.drains.done == 24
+    assert decode.state()["kv_buffer_used"] == decode.state()["kv_pool_used"] == 0
+    await machine.unharmed(prefill, decode)
+    assert text_of((await machine.post(PATH, ASK))[2]) == RIGHT[PATH]
+
+
+async def test_a_drain_that_fails_is_counted_and_not_repeated(machine, pair, dial, caplog) -> None:
+    prefill, decode = pair
+    decode.faults.fail_next(500, path=PATH)
+    await abandon(machine, prefill, dial, PATH, ASK)
+    drains = machine.proxy.services.stats.drains
+    assert (drains.started, drains.done, drains.failed) == (1, 0, 1)
+    assert len(decode.received(PATH)) == 1
+    assert machine.proxy.instance(decode.http_address).in_flight == 0
+    assert "stays on decode" in caplog.text
+
+
+async def test_nothing_is_drained_after_a_failed_prefill(machine, pair, dial) -> None:
+    prefill, decode = pair
+    client = await dial(machine.proxy.url)
+    with prefill.faults.held():
+        client.post(PATH, ASK)
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "schedule"))
+        await left(machine, client)
+        await prefill.kill()
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.drains.started == 0 and not decode.received(PATH)
+    assert machine.proxy.instance(decode.http_address).in_flight == 0
+
+
+@pytest.mark.settings(probe_interval=0.05)
+@pytest.mark.parametrize("leaves", [True, False], ids=["client gone", "client waits"])
+async def test_a_restarted_decode_is_not_asked_for_kv_that_it_never_got(machine, pair, dial, leaves: bool) -> None:
+    prefill, decode = pair
+    client = await dial(machine.proxy.url)
+    prefill.faults.hold("answer")
+    client.post(PATH, ASK)
+    await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+    await soon(decode.wait_until(lambda state: state["kv_received"] == decode.config.kv_layers))
+    if leaves:
+        await left(machine, client)
+    await decode.kill()
+    await soon(machine.proxy.until_state(decode.http_address, State.PROBING))
+    again = decode.restarted()
+    await again.start()
+    try:
+        await soon(machine.proxy.until_state(decode.http_address, State.READY))
+        prefill.faults.release()
+        if not leaves:
+            status, _, body = await client.answer()
+            assert status == 502 and b"went away during the prefill" in body
+        await soon(machine.proxy.until_idle())
+        assert not again.received(PATH), "it would wait for ever for KV that went with the old process"
+        assert machine.proxy.services.stats.drains.done == 0
+        assert machine.proxy.instance(decode.http_address).in_flight == 0
+    finally:
+        await again.stop()
+
+
+async def test_many_abandoned_prefills_of_one_batch_are_all_drained(machine, pair, dial) -> None:
+    prefill, decode = pair
+    clients = [await dial(machine.proxy.url) for _ in range(20)]
+    with prefill.faults.held():
+        for number, client in enumerate(clients):
+            client.post(PATH, {**ASK, "prompt": f"number {number}"})
+        await soon(prefill.wait_until(lambda state: state["waiting"] == 20))
+        for client in clients:
+            client.leave()
+        while tasks := set(machine.proxy.server.server_state.tasks):
+            await soon(asyncio.wait(tasks))
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.drains.done == 20
+    await machine.unharmed(prefill, decode)

@@ -1,0 +1,62 @@
+"""Whatever way an exchange ends, its flights end with it."""
+
+import asyncio
+import logging
+
+import pytest
+
+from disagg_proxy.errors import StreamCut
+from disagg_proxy.http.exchange import ExchangeOwner, own
+
+
+class Left:
+    """Stands for a flight."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def leave(self) -> None:
+        self.times += 1
+
+
+async def run(flights: list[Left], ends_with: BaseException | None = None) -> None:
+    async def app(scope, receive, send) -> None:
+        for flight in flights:
+            own(scope, flight)
+        if ends_with is not None:
+            raise ends_with
+
+    await ExchangeOwner(app)({"type": "http"}, None, None)
+
+
+async def test_flights_end_with_a_finished_exchange() -> None:
+    flights = [Left(), Left()]
+    await run(flights)
+    assert [flight.times for flight in flights] == [1, 1]
+
+
+@pytest.mark.parametrize("cause", [StreamCut("why"), asyncio.CancelledError()], ids=["cut", "shutdown"])
+async def test_a_cut_is_logged_and_leaves_the_response_unfinished(cause: BaseException, caplog) -> None:
+    flight = Left()
+    await run([flight], cause)
+    assert flight.times == 1
+    (said,) = caplog.records
+    assert said.levelno == logging.WARNING and said.exc_info is None
+    assert said.getMessage().startswith("An answer was cut off: ")
+
+
+async def test_a_bug_goes_on_to_the_server_after_the_flights_have_ended() -> None:
+    flight = Left()
+    with pytest.raises(ValueError):
+        await run([flight], ValueError())
+    assert flight.times == 1
+
+
+async def test_the_lifespan_owns_no_flights() -> None:
+    seen = []
+
+    async def app(scope, receive, send) -> None:
+        seen.append(dict(scope))
+
+    await ExchangeOwner(app)({"type": "lifespan"}, None, None)
+    assert seen == [{"type": "lifespan"}]

@@ -1,0 +1,231 @@
+"""The command as a process: settings, ports, signals, exit codes, and what it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from disagg_proxy import __version__, cli
+from disagg_proxy.config.table import SETTINGS
+from disagg_proxy.sim import SimConfig, SimEngine, expected_text
+from tests.conftest import soon
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [sys.executable, str(ROOT / "disagg_prefill_proxy_server.py")]
+MODULE = [sys.executable, "-m", "disagg_proxy"]
+LOCAL = {"HTTP_PROXY_HOST": "127.0.0.1", "HTTP_PROXY_PORT": "0", "PROXY_HOST": "127.0.0.1", "PROXY_PORT": "0"}
+ASK = {"model": "sim-model", "prompt": "San Francisco is a", "max_tokens": 8}
+
+
+class Command:
+    """One run of the command, and what it has written to standard error so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.written = ""
+        self.url = self.zmq = ""
+
+    async def until_written(self, pattern: str) -> re.Match[str]:
+        """Read on until ``pattern`` is found in all that was written."""
+        while not (found := re.search(pattern, self.written, re.DOTALL)):
+            line = await soon(self.process.stderr.readline())
+            assert line, self.written
+            self.written += line.decode()
+        return found
+
+    async def until_ready(self) -> Command:
+        self.url, self.zmq = (
+            await self.until_written(r"Serving on (http://\S+:\d+).*may register on (\S+:\d+)")
+        ).groups()
+        return self
+
+    async def until_serving(self) -> None:
+        await self.until_written(r"prefill \S+ is ready")
+        await self.until_written(r"decode \S+ is ready")
+
+    async def end(self, signal_number: int | None = None) -> int:
+        """The exit code; all that was written is in ``written`` then."""
+        if signal_number is not None:
+            self.process.send_signal(signal_number)
+        _, rest = await soon(self.process.communicate())
+        self.written += rest.decode()
+        return self.process.returncode
+
+
+Run = Callable[..., Awaitable[Command]]
+
+
+@pytest.fixture
+async def run() -> AsyncIterator[Run]:
+    """Starts the command with an environment of its own; kills what a failed test has left running."""
+    commands: list[Command] = []
+
+    async def start(*flags: str, entry: list[str] = MODULE, cwd: Path = ROOT, **settings: str) -> Command:
+        process = await asyncio.create_subprocess_exec(
+            *entry,
+            *flags,
+            cwd=cwd,
+            env={"PATH": os.environ["PATH"], **LOCAL, **settings},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        commands.append(Command(process))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        if command.process.returncode is None:
+            command.process.kill()
+            await command.process.communicate()
+
+
+@pytest.fixture
+async def engines() -> AsyncIterator[Callable[[str], Awaitable[list[SimEngine]]]]:
+    async with AsyncExitStack() as stack:
+
+        async def start(zmq: str) -> list[SimEngine]:
+            pair = [SimEngine(SimConfig(role=role, proxy=zmq, ping_seconds=0.1)) for role in ("prefill", "decode")]
+            for engine in pair:
+                await engine.start()
+                stack.push_async_callback(engine.stop)
+            return pair
+
+        yield start
+
+
+async def test_help_names_every_setting(run: Run, tmp_path: Path) -> None:
+    command = await run("--help", entry=SCRIPT, cwd=tmp_path)
+    out, err = await soon(command.process.communicate())
+    assert command.process.returncode == 0 and not err
+    for setting in SETTINGS:
+        assert setting.flag in out.decode() and setting.env in out.decode()
+
+
+def test_version_is_the_packages(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "named"),
+    [
+        (["--http-port", "80000"], {}, "--http-port"),
+        (["--nonsense"], {}, "--nonsense"),
+        (["--http-port"], {}, "--http-port"),
+        (["left over"], {}, "left over"),
+        ([], {"PROXY_PORT": "many"}, "PROXY_PORT"),
+        ([], {"INSTANCE_EXPIRY": "-1"}, "INSTANCE_EXPIRY"),
+        (["--prefill", "ftp://x"], {}, "--prefill"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_2_before_any_port_opens(
+    capsys, monkeypatch, argv: list[str], environ: dict[str, str], named: str
+) -> None:
+    def opened(*args: object) -> None:
+        raise AssertionError("a port was opened")
+
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "listen", opened)
+    monkeypatch.setattr(cli, "Services", opened)
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and named in captured.err and not captured.out
+
+
+async def test_a_bad_setting_ends_the_process_with_2(run: Run) -> None:
+    command = await run(LOG_LEVEL="loud")
+    assert await command.end() == 2
+    assert command.written == ("disagg-proxy: LOG_LEVEL: must be one of debug, info, warning, error, not 'loud'\n"), (
+        command.written
+    )
+
+
+def test_a_secret_is_not_shown_when_it_is_bad(capsys) -> None:
+    assert cli.main(["--api-key", "two words"]) == 2
+    assert "two words" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("port", "says"), [("HTTP_PROXY_PORT", "clients on 127.0.0.1:"), ("PROXY_PORT", "instances on 127.0.0.1:")]
+)
+async def test_a_port_in_use_is_one_line_and_exit_1(run: Run, port: str, says: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = await run(**{port: str(taken.getsockname()[1])})
+        assert await command.end() == 1
+    assert command.written.count("\n") == 1, command.written
+    assert says in command.written and port in command.written and "ddress already in use" in command.written
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_a_signal_ends_it_with_0_and_nothing_is_left(run: Run, number: int) -> None:
+    command = await (await run()).until_ready()
+    children = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
+    assert not children.exists() or not children.read_text()
+    assert await command.end(number) == 0
+    assert command.written.count("\n") == 2, command.written
+    for address in (command.url.removeprefix("http://"), command.zmq):
+        host, _, port = address.rpartition(":")
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind((host, int(port)))
+
+
+async def test_it_runs_from_another_directory_and_serves(run: Run, engines, http, tmp_path: Path) -> None:
+    command = await (await run(entry=SCRIPT, cwd=tmp_path)).until_ready()
+    await engines(command.zmq)
+    await command.until_serving()
+    async with http.post(command.url + "/v1/completions", json=ASK) as answer:
+        assert (await answer.json())["choices"][0]["text"] == expected_text(ASK["prompt"], 8)
+    assert await command.end(signal.SIGTERM) == 0
+    assert "Traceback" not in command.written
+
+
+async def test_sigterm_lets_a_running_stream_finish(run: Run, engines, http, dial) -> None:
+    command = await (await run()).until_ready()
+    _, decode = await engines(command.zmq)
+    await command.until_serving()
+    decode.faults.hold("schedule", after=2)
+    async with http.post(command.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
+        await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+        idle = await dial(command.url)
+        idle.send("GET /livez HTTP/1.1\r\nHost: proxy\r\n\r\n")
+        assert (await idle.answer())[0] == 200
+        command.process.send_signal(signal.SIGTERM)
+        assert await soon(idle.reader.read()) == b"", "connections without a request are closed at once"
+        decode.faults.release()
+        assert (await soon(answer.read())).endswith(b"data: [DONE]\n\n")
+    assert await command.end() == 0
+    assert "Traceback" not in command.written
+
+
+async def test_log_lines_are_json_and_a_cut_stream_is_one_of_them(run: Run, engines, http) -> None:
+    command = await (await run("--log-format", "json", "--api-key", "sk-quiet", LOG_LEVEL="debug")).until_ready()
+    _, decode = await engines(command.zmq)
+    await command.until_serving()
+    decode.faults.cut_stream_after(2)
+    headers = {"Authorization": "Bearer sk-quiet"}
+    async with http.post(command.url + "/v1/completions", json={**ASK, "stream": True}, headers=headers) as answer:
+        with pytest.raises(aiohttp.ClientError):
+            await soon(answer.read())
+    assert await command.end(signal.SIGTERM) == 0
+    lines = [json.loads(line) for line in command.written.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+    bad = [line for line in lines if line["level"] in ("warning", "error")]
+    cause = "An answer was cut off: The decode instance closed the connection without an answer."
+    assert [line["message"] for line in bad] == [cause]
+    assert "sk-quiet" not in command.written and "exception" not in bad[0]
