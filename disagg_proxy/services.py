@@ -13,6 +13,7 @@ from disagg_proxy.cluster.policy import POLICIES
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.service import Discovery
+from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
@@ -65,9 +66,12 @@ class Services:
 
     def launch(self, route: Route, headers: CIMultiDict[str], prepared: Prepared, pair: Pair) -> Flight:
         """A flight of ``prepared`` on ``pair``; the caller must call its ``leave`` in the end."""
-        legs = Legs(self.upstream, self.registry, self.config, self.stats.drains, pair, route, headers, prepared)
+
+        def legs(pair: Pair) -> Legs:
+            return Legs(self.upstream, self.registry, self.config, self.stats.drains, pair, route, headers, prepared)
+
         return Flight(
-            legs,
+            Attempts(legs, self.pairing, prepared.model, pair, self.config.max_tries),
             self.background,
             self.stats,
             prefill_timeout=self.config.prefill_timeout,

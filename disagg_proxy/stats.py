@@ -55,6 +55,7 @@ class Stats:
         prefill: from sending the prefill to its answer.
         ttft: from the complete request to the first byte of the answer's body.
         total: from the complete request to the last byte.
+        failovers: tries on another pair after an instance failed.
     """
 
     clock: Callable[[], float]
@@ -65,6 +66,7 @@ class Stats:
     ttft: Latency = field(default_factory=Latency)
     total: Latency = field(default_factory=Latency)
     drains: Drains = field(default_factory=Drains)
+    failovers: int = 0
 
     def __post_init__(self) -> None:
         self.started_at = self.clock()

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from disagg_proxy.cluster.address import Address
+from disagg_proxy.cluster.breaker import Breaker
 
 
 class Role(Enum):
@@ -38,7 +39,7 @@ class Source(Enum):
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """State of one instance. Changed by the registry only, but for the load counters.
+    """State of one instance. Changed by the registry, and by leases: load, totals, breaker.
 
     Attributes:
         http: where its OpenAI server listens.
@@ -51,6 +52,7 @@ class Instance:
         epoch: how often it stopped being ready; a change may mean another process.
         in_flight: requests on it now; for decode until the last byte of the stream.
         requests_total, failures_total: legs sent to it, and those that failed by its own fault.
+        breaker: leaves it alone while it keeps failing.
     """
 
     role: Role
@@ -67,6 +69,7 @@ class Instance:
     in_flight: int = 0
     requests_total: int = 0
     failures_total: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
 
     @property
     def key(self) -> str:
@@ -77,16 +80,6 @@ class Instance:
     def default_model(self) -> str | None:
         """The model that vLLM takes when a request names none."""
         return next(iter(self.models), None)
-
-    def begin(self) -> None:
-        """Count one more leg on it."""
-        self.in_flight += 1
-        self.requests_total += 1
-
-    def end(self, failed: bool = False) -> None:
-        """Count that leg off; ``failed`` when the instance was at fault."""
-        self.in_flight -= 1
-        self.failures_total += failed
 
     def __str__(self) -> str:
         return f"{self.role.value} {self.http.text}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from disagg_proxy.cluster.instance import Instance, Role
@@ -28,14 +28,22 @@ class Pairing:
         self._decode_policy = decode_policy
         self._turn = 0
 
-    def choose(self, model: str | None) -> Pair:
+    def choose(self, model: str | None, without: Collection[Instance] = ()) -> Pair:
         """The pair for ``model``; None is the instances' own default model, as in vLLM.
+
+        Args:
+            without: instances that this request has already met in vain.
 
         Raises:
             UnknownModel: no ready instance of either role serves it.
-            NoPair: a prefill or a decode that serves it is missing.
+            NoPair: a prefill or a decode that serves it is missing, or left alone by its breaker.
         """
-        prefills, decodes = self._candidates(model)
+        found = self._candidates(model)
+        now = self._registry.now()
+        prefills, decodes = ([i for i in side if i.breaker.permits(now) and i not in without] for side in found)
+        if not prefills or not decodes:
+            idle = [role.value for role, side in zip(Role, (prefills, decodes), strict=True) if not side]
+            raise NoPair([f"every {role} instance has kept failing and is left alone for a while" for role in idle])
         turn = self._turn
         self._turn += 1
         return Pair(prefills[self._prefill_policy(prefills, turn)], decodes[self._decode_policy(decodes, turn)])

@@ -38,6 +38,7 @@ class Config:
     body_timeout: float = 60.0
     shutdown_grace: float = 30.0
     max_body_bytes: int = 64 * 1024 * 1024
+    max_tries: int = 3
     prefill_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     decode_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     api_key: str = ""

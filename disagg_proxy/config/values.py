@@ -34,6 +34,13 @@ def port(raw: str) -> int:
     return int(raw)
 
 
+def count(raw: str) -> int:
+    """A whole number from 1."""
+    if not raw.isascii() or not raw.isdigit() or not 1 <= int(raw) <= 10**9:
+        raise ValueError("must be a whole number from 1")
+    return int(raw)
+
+
 def seconds(raw: str) -> float:
     """A positive number of seconds."""
     try:

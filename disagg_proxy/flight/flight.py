@@ -1,11 +1,11 @@
 """The order of the two legs of one request, and the chosen outcome for each moment at which it can end.
 
     prefill refused (4xx)          the client gets that answer; decode is not asked
-    prefill failed (5xx, broken)   502; decode is not asked, nothing is left to free
+    prefill failed (5xx, broken)   another pair; without one 502. Decode is not asked, nothing is left to free
     prefill too late               504 for the client; the leg runs on, then its KV is drained
     client leaves during prefill   the same, with nobody to answer: a prefill that was sent is never cancelled
     decode refused (4xx)           the client gets that answer; the KV is drained
-    decode cannot be reached       502; refused, its KV is gone with it; not in time, the KV is drained
+    decode cannot be reached       another pair; without one 502. Refused, its KV is gone with it; else it is drained
     decode broken before an answer 502, no drain: it may have been received, and a second decode of an id hangs
     client leaves before the first byte of the answer    decode is aborted once it surely has the request
     client leaves later            decode is aborted at once: vLLM frees everything itself
@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from enum import Enum
 
-from disagg_proxy.errors import EngineDeadline, EngineFailed, EngineUnreachable, ProxyError, Unavailable
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable, ProxyError, Unavailable
+from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
-from disagg_proxy.flight.legs import Legs
+from disagg_proxy.flight.legs import Legs, NotAsked
+from disagg_proxy.flight.outcome import Outcome, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.flight.relay import Relay
-from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
-from disagg_proxy.protocol.prefill_answer import Verdict, error_message, read_prefill, too_long
+from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from disagg_proxy.stats import Stats
@@ -41,15 +41,6 @@ ABORT_GRACE = 5.0
 the API server still tokenises would leave the KV on the instance; one that comes later frees it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the client gets: status, headers, and a body that is whole or still coming."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes | AsyncIterator[bytes]
-
-
 class _Phase(Enum):
     PREFILL = 1
     DECODE = 2
@@ -58,7 +49,7 @@ class _Phase(Enum):
 
 
 class Flight:
-    """One request on its pair.
+    """One request, from its first pair to its last byte.
 
     Args:
         prefill_timeout: seconds after which the client gets a 504 for a prefill that has not answered.
@@ -66,9 +57,9 @@ class Flight:
     """
 
     def __init__(
-        self, legs: Legs, background: Background, stats: Stats, *, prefill_timeout: float, own_key: bool
+        self, attempts: Attempts, background: Background, stats: Stats, *, prefill_timeout: float, own_key: bool
     ) -> None:
-        self._legs = legs
+        self._attempts = attempts
         self._background = background
         self._stats = stats
         self._prefill_timeout = prefill_timeout
@@ -81,6 +72,11 @@ class Flight:
         self._left = False
         self._result = "client_left"
         stats.in_flight += 1
+
+    @property
+    def _legs(self) -> Legs:
+        """Those of the present try."""
+        return self._attempts.legs
 
     @property
     def public_id(self) -> str:
@@ -151,90 +147,103 @@ class Flight:
             self._outcome.set_exception(error)
 
     async def _fly(self) -> Outcome | None:
-        """Both legs in order; None when nobody waits for the answer any more."""
-        prefilled = await self._legs.prefill()
+        """Both legs in order, on one pair after another; None when nobody waits for the answer any more."""
+        while True:
+            try:
+                prefilled = await self._prefill()
+            except EngineError as error:
+                await self._another_or_raise(self._legs.pair.prefill, error)
+                continue
+            refused = prefill_refusal(self._legs.route, prefilled, self._legs.prepared.choices)
+            if refused is not None:
+                self._end_decode()
+                return self._refusal(refused, "prefill")
+            if self._outcome.done():
+                await self._drain(self._legs)
+                return None
+            told = self._told_by_prefill(prefilled)
+            if told is not None:
+                self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
+                self._phase = _Phase.OVER
+                return told
+            self._phase = _Phase.DECODE
+            try:
+                answer = await self._legs.decode()
+            except NotAsked as failure:
+                if failure.unreached:
+                    self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
+                await self._another_or_raise(self._legs.pair.decode, failure.error)
+                continue
+            except ProxyError:
+                self._end_decode(failed=True)
+                raise
+            if answer.status == 200:
+                return await self._relayed(answer, cached_tokens(prefilled.body))
+            return await self._refused_by_decode(answer)
+
+    async def _prefill(self) -> WholeAnswer:
+        """Prefill's answer, unless it is a failure of its own.
+
+        Raises:
+            EngineError: prefill failed; another one may do.
+            EngineDeadline: prefill says nothing.
+        """
+        answer = await self._legs.prefill()
         self._stats.prefill.add(self._stats.clock() - self._begun_at)
-        refusal = self._prefill_refusal(prefilled)
-        if refusal is not None:
-            self._end_decode(failed=False)
-            return self._refusal(refusal, "prefill")
-        if self._outcome.done():
-            await self._drain()
-            return None
-        if self._legs.prepared.prefill_answers:
-            return self._answered_by_prefill(prefilled)
-        self._phase = _Phase.DECODE
-        try:
-            answer = await self._legs.decode()
-        except EngineUnreachable:
-            self._legs.decode_lease.instance.failures_total += 1
-            self._background.spawn(self._drain(), f"drain {self.public_id}")
-            raise
-        except ProxyError:
-            self._end_decode(failed=True)
-            raise
-        if answer.status == 200:
-            return await self._relayed(answer, cached_tokens(prefilled.body))
-        refusal = self._meant(await answer.whole())
-        if refusal.status < 500:
+        if self._legs.is_failure(answer.status):
+            refusal(answer, "prefill", self._legs.id, self._own_key)
+        return answer
+
+    async def _another_or_raise(self, failed: Instance, error: EngineError) -> None:
+        """Go on with another pair, or end with what the last one said."""
+        blame = True if isinstance(error, EngineUnreachable) and failed is self._legs.pair.decode else None
+        self._legs.decode_lease.end(failed=blame)
+        if self._outcome.done() or not await self._attempts.another(failed, lambda: not self._outcome.done()):
+            raise error
+        self._phase = _Phase.PREFILL
+        self._stats.failovers += 1
+
+    async def _refused_by_decode(self, answer: Answer) -> Outcome:
+        refused = await answer.whole()
+        if refused.status < 500:
             # The API server turned it away before its engine knew of it, so the KV still waits there.
-            self._background.spawn(self._drain(), f"drain {self.public_id}")
+            self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
             self._phase = _Phase.OVER
         else:
-            self._end_decode(failed=True)
-        return self._refusal(refusal, "decode")
+            self._phase = _Phase.OVER
+            self._legs.end_lease(self._legs.decode_lease, refused.status)
+        return self._refusal(refused, "decode")
 
-    def _prefill_refusal(self, answer: WholeAnswer) -> WholeAnswer | None:
-        """What to tell the client when prefill did not do its work, None when it did."""
-        if answer.status != 200:
-            return self._meant(answer)
-        streamed = is_stream(answer.headers)
-        read = read_prefill(self._legs.route, answer.body, streamed, self._legs.prepared.choices)
-        if read.verdict is Verdict.DONE:
-            return None
-        if read.verdict is Verdict.UNKNOWN:
-            log.warning("%s: prefill's 200 is no answer: %.300r", self.public_id, answer.body)
-            raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
-        return WholeAnswer(read.status, NO_HEADERS, read.body)
+    def _refusal(self, answer: WholeAnswer, leg: str) -> Outcome:
+        outcome = refusal(answer, leg, self._legs.id, self._own_key)
+        self._result = "client_error"
+        return outcome
 
-    def _meant(self, answer: WholeAnswer) -> WholeAnswer:
-        refused = too_long(self._legs.route, answer.status, answer.body)
-        return answer if refused is None else WholeAnswer(400, NO_HEADERS, refused)
+    def _told_by_prefill(self, answer: WholeAnswer) -> Outcome | None:
+        """What prefill's answer already settles, so that decode has nothing to do but to free the KV."""
+        if self._legs.prepared.prefill_answers:
+            self._first_byte()
+            self._result = "ok"
+            self._stats.total.add(self._stats.clock() - self._begun_at)
+            return whole(answer, self._legs.id)
+        refused = over_context(self._legs, answer)
+        if refused is not None:
+            self._result = "client_error"
+        return refused
 
-    def _answered_by_prefill(self, answer: WholeAnswer) -> Outcome:
-        self._phase = _Phase.OVER
-        self._background.spawn(self._drain(), f"drain {self.public_id}")
-        self._first_byte()
-        self._result = "ok"
-        self._stats.total.add(self._stats.clock() - self._begun_at)
-        return Outcome(200, answer_headers(answer.headers, self._legs.id), hide(self._legs.id, answer.body))
-
-    async def _drain(self) -> None:
+    async def _drain(self, legs: Legs) -> None:
         try:
-            await self._legs.drain()
+            await legs.drain()
         finally:
-            self._end_decode(failed=False)
+            legs.decode_lease.end()
+            if legs is self._legs:
+                self._phase = _Phase.OVER
 
-    def _end_decode(self, failed: bool) -> None:
+    def _end_decode(self, failed: bool | None = None) -> None:
         self._phase = _Phase.OVER
         self._legs.decode_lease.end(failed=failed)
 
-    # -- what the client is told
-
-    def _refusal(self, answer: WholeAnswer, leg: str) -> Outcome:
-        """A status other than 200: the engine's own 4xx passes, anything else is the engine's failure."""
-        own_key_refused = answer.status in (401, 403) and self._own_key
-        if not 400 <= answer.status < 500 or own_key_refused:
-            log.warning("The %s leg of %s got %d: %.300r", leg, self.public_id, answer.status, answer.body)
-            said = hide(self._legs.id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
-            failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{said and ': ' + said}")
-            if own_key_refused:
-                failure = EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
-            elif (wait := answer.headers.get("Retry-After", "")).isdigit():
-                failure.retry_after = int(wait)
-            raise failure
-        self._result = "client_error"
-        return Outcome(answer.status, answer_headers(answer.headers, self._legs.id), hide(self._legs.id, answer.body))
+    # -- the answer's body
 
     async def _relayed(self, answer: Answer, cached: int) -> Outcome:
         headers = answer_headers(answer.headers, self._legs.id)
@@ -258,7 +267,7 @@ class Flight:
             self._stats.total.add(self._stats.clock() - self._begun_at)
         elif not self._left:
             self._result = "cut"
-        self._end_decode(failed=not complete and not self._left)
+        self._end_decode(failed=False if complete else None if self._left else True)
 
     def _let_go(self, relay: Relay) -> None:
         """Abort decode, but not before its engine knows the request."""

@@ -10,7 +10,8 @@ import logging
 
 from multidict import CIMultiDict
 
-from disagg_proxy.cluster.instance import Instance, State
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
@@ -27,32 +28,21 @@ _ABANDON_FACTOR = 2
 """A prefill that nobody waits for any more is given up after this many prefill timeouts: its instance is stuck."""
 
 
-class Lease:
-    """One leg's place in an instance's load."""
+class NotAsked(Exception):
+    """Decode cannot have received the request, so another pair may serve it; ``error`` is for when none can."""
 
-    def __init__(self, instance: Instance) -> None:
-        self.instance = instance
-        self.epoch = instance.epoch
-        self._ended = False
-        instance.begin()
-
-    def end(self, *, failed: bool = False) -> None:
-        """Give the place back; only the first call counts."""
-        if not self._ended:
-            self._ended = True
-            self.instance.end(failed)
+    def __init__(self, error: EngineError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
     @property
-    def same_process(self) -> bool:
-        """Whether the instance is ready and has been so, without a break, since the lease began.
-
-        After a restart its KV store is empty, and a decode of an older id would stall it for ever.
-        """
-        return self.instance.state is State.READY and self.instance.epoch == self.epoch
+    def unreached(self) -> bool:
+        """Whether the instance may live and hold the KV: the connection was not refused, only not made in time."""
+        return isinstance(self.error, EngineUnreachable) and not self.error.refused
 
 
 class Legs:
-    """The legs of one request on one pair. Creating it takes a place on the decode instance."""
+    """The legs of one try of a request, on one pair. Creating it takes a place on the decode instance."""
 
     def __init__(
         self,
@@ -76,8 +66,8 @@ class Legs:
         self._drains = drains
         self._headers = CIMultiDict(headers)
         self._headers["X-Request-Id"] = self.id.internal
-        self._prefill = pair.prefill
-        self.decode_lease = Lease(pair.decode)
+        self.pair = pair
+        self.decode_lease = Lease(registry, pair.decode)
 
     async def prefill(self) -> WholeAnswer:
         """Send the one-token body to prefill and read its whole answer.
@@ -88,7 +78,7 @@ class Legs:
         Raises:
             EngineError, EngineDeadline: there is no answer.
         """
-        lease = Lease(self._prefill)
+        lease = Lease(self._registry, self.pair.prefill)
         try:
             try:
                 whole = await self._send_prefill(fresh=False)
@@ -97,20 +87,34 @@ class Legs:
                     raise
                 whole = await self._send_prefill(fresh=True)
         except ProxyError as error:
-            self._blame(self._prefill, error)
+            self._blame(self.pair.prefill, error)
             lease.end(failed=True)
             raise
         except BaseException:
             lease.end()
             raise
-        # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
-        lease.end(failed=whole.status >= 500 and self.route is not MESSAGES)
+        self.end_lease(lease, whole.status)
         return whole
+
+    def is_failure(self, status: int) -> bool:
+        """Whether an instance that answers ``status`` failed, so that another one may do better."""
+        # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
+        return status >= 500 and not (self.route is MESSAGES and status == 500)
+
+    def end_lease(self, lease: Lease, status: int) -> None:
+        """Give back a place after an answer with ``status``.
+
+        Every version of vLLM answers some malformed requests with 500, and a client could have a healthy instance
+        left alone that way. So a 500 has the instance looked at, which finds a dead engine, but trips no breaker.
+        """
+        lease.end(failed=self.is_failure(status), certain=status != 500)
+        if status == 500:
+            self._registry.look_again(lease.instance)
 
     async def _send_prefill(self, fresh: bool) -> WholeAnswer:
         answer = await self._upstream.request(
             "POST",
-            self._prefill,
+            self.pair.prefill,
             self.route.path,
             headers=self._headers,
             body=self.prepared.prefill_body,
@@ -126,10 +130,11 @@ class Legs:
         Repeated only when the request cannot have been received.
 
         Raises:
+            NotAsked: the instance is gone, or another process than the KV was prefilled for, or not reached in time.
             EngineError, EngineDeadline: there is no answer.
         """
         if not self.decode_lease.same_process:
-            raise EngineFailed("The decode instance went away during the prefill.")
+            raise NotAsked(EngineFailed("The decode instance went away during the prefill."))
         try:
             try:
                 return await self._send_decode(self.prepared.decode_body, fresh=False)
@@ -139,6 +144,8 @@ class Legs:
                 return await self._send_decode(self.prepared.decode_body, fresh=True)
         except ProxyError as error:
             self._blame(self.decode_lease.instance, error)
+            if isinstance(error, EngineUnreachable):
+                raise NotAsked(error) from error
             raise
 
     async def _send_decode(self, body: bytes, fresh: bool) -> Answer:

@@ -73,6 +73,7 @@ def stats_report(services: Services) -> dict[str, Any]:
             "finished": sum(stats.outcomes.values()),
             "outcomes": dict(stats.outcomes),
             "in_background": len(services.background),
+            "failovers": stats.failovers,
         },
         "latency": {
             "prefill": stats.prefill.summary(),
@@ -107,4 +108,5 @@ def instance_report(instance: Instance, now: float) -> dict[str, Any]:
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,
         "times_lost": instance.epoch,
+        "breaker": instance.breaker.state(now).value,
     }

@@ -9,6 +9,7 @@ proves that there is none.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -86,16 +87,19 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def too_long(route: Route, status: int, body: bytes) -> bytes | None:
-    """The 400's body that a 500 of /v1/messages means when prompt and max_tokens do not fit; None for all else.
+_INPUT_TOKENS = re.compile(rb'(?<!\\)"input_tokens"\s*:\s*(\d+)')
+_OVER_CONTEXT = "maximum context length"
+"""In vLLM's words for it, 0.9.2 - 0.23."""
 
-    vLLM answers 500 there to every exception (0.14 - 0.23, ``entrypoints/anthropic/api_router.py``). This one is
-    raised before the engine knows of the request, so KV that waits for it can still be drained.
-    """
-    message = error_message(body)
-    if route.dialect != "messages" or status != 500 or "maximum context length" not in message:
-        return None
-    return json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message": message}}).encode()
+
+def input_tokens(body: bytes) -> int:
+    """The prompt's length as an answer to /v1/messages, whole or streamed, gives it; 0 when it does not."""
+    return max((int(found) for found in _INPUT_TOKENS.findall(body)), default=0)
+
+
+def is_over_context(body: bytes) -> bool:
+    """Whether an error body says that prompt and answer do not fit the model."""
+    return _OVER_CONTEXT in error_message(body)
 
 
 def error_message(body: bytes) -> str:

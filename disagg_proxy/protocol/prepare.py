@@ -25,6 +25,7 @@ class Prepared:
         prefill_body, decode_body, drain_body: JSON for each leg; the drain decodes one token of the same prompt.
         choices: how many choices each prompt gets; 1 when the field holds no number.
         prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
+        limit: tokens that the client asks for at most; 0 when that is no number.
     """
 
     model: str | None
@@ -33,6 +34,7 @@ class Prepared:
     drain_body: bytes
     choices: int = 1
     prefill_answers: bool = False
+    limit: int = 0
 
 
 def prepare(route: Route, raw: bytes) -> Prepared:
@@ -59,7 +61,16 @@ def prepare(route: Route, raw: bytes) -> Prepared:
         encode(for_drain(for_p)),
         choices if type(choices) is int else 1,
         prefill_answers,
+        _number(body.get("max_tokens")),
     )
+
+
+def _number(value: object) -> int:
+    """What pydantic's lax ``int`` makes of ``value``, or 0."""
+    try:
+        return int(value) if isinstance(value, (int, float, str)) else 0
+    except (ValueError, OverflowError):
+        return 0
 
 
 def parse_object(raw: bytes) -> Body:

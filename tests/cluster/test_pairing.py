@@ -26,8 +26,8 @@ def test_only_instances_of_the_same_model_meet(world, pairing) -> None:
 def test_prefill_and_decode_are_chosen_independently(world, pairing) -> None:
     p1, p2 = world.ready(P, 1), world.ready(P, 2)
     d1, d2 = world.ready(D, 3), world.ready(D, 4)
-    p1.begin()
-    d2.begin()
+    p1.in_flight += 1
+    d2.in_flight += 1
     pair = pairing.choose("m")
     assert (pair.prefill, pair.decode) == (p2, d1)
 

@@ -52,13 +52,13 @@ def test_a_lost_instance_comes_back_by_itself_as_a_new_one(world) -> None:
 
 def test_a_lost_instance_is_forgotten_but_not_while_it_is_in_use(world) -> None:
     instance = world.ready(P, 1)
-    instance.begin()
+    instance.in_flight += 1
     world.time += 11
     world.registry.expire()
     world.time += 61
     world.registry.expire()
     assert world.registry.knows(instance)
-    instance.end()
+    instance.in_flight -= 1
     world.registry.expire()
     assert not world.registry.knows(instance)
 

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from disagg_proxy.cluster.instance import State
 from disagg_proxy.sim import SimConfig, SimEngine, expected_chat_text, expected_text
 from tests.conftest import Proxy, running_proxy
 
@@ -69,9 +70,9 @@ class Machine:
         return engine
 
     async def pair(self, **knobs: Any) -> tuple[SimEngine, SimEngine]:
-        before = self.proxy.services.pairing.ready_pairs()
         engines = await self.engine("prefill", **knobs), await self.engine("decode", **knobs)
-        await self.proxy.until_pairs(before + 1)
+        for engine in engines:
+            await self.proxy.until_state(engine.http_address, State.READY)
         return engines
 
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:

@@ -12,8 +12,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.config import Config
-from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineFailed, EngineUnreachable, ProxyError
-from disagg_proxy.flight.legs import Legs
+from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable, ProxyError
+from disagg_proxy.flight.legs import Legs, NotAsked
 from disagg_proxy.protocol.fields import COMPLETIONS
 from disagg_proxy.protocol.prepare import prepare
 from disagg_proxy.stats import Drains
@@ -114,7 +114,7 @@ async def test_prefill(bench: Bench, outcomes: list, fresh: list[bool], error: t
         ([UNSENT, UNSENT], [False, True], EngineDisconnected),
         ([RESET], [False], EngineDisconnected),
         ([RESET_FRESH], [False], EngineDisconnected),
-        ([REFUSED], [False], EngineUnreachable),
+        ([REFUSED], [False], NotAsked),
         ([LATE], [False], EngineDeadline),
         ([500], [False], None),
     ],
@@ -144,7 +144,7 @@ async def test_what_a_failure_says_of_the_instance(bench: Bench, outcome, out: b
 async def test_a_decode_that_was_away_meanwhile_is_not_asked(bench: Bench) -> None:
     bench.world.registry.suspend(bench.decode, "gone")
     bench.world.registry.admit(bench.decode, bench.decode.models)
-    with pytest.raises(EngineFailed, match="went away during the prefill"):
+    with pytest.raises(NotAsked, match="went away during the prefill"):
         await bench.legs.decode()
     await bench.legs.drain()
     assert not bench.upstream.sent

@@ -1,0 +1,94 @@
+"""What the client is told when an instance's answer is not a 200: its own 4xx passes, anything else is its failure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from disagg_proxy.errors import BadRequest, EngineFailed, headers_of
+from disagg_proxy.flight.legs import Legs
+from disagg_proxy.protocol.fields import MESSAGES, Route
+from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
+from disagg_proxy.protocol.p2p_nccl import RequestId
+from disagg_proxy.protocol.prefill_answer import Verdict, error_message, input_tokens, is_over_context, read_prefill
+from disagg_proxy.protocol.redact import hide
+from disagg_proxy.upstream import WholeAnswer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the client gets: status, headers, and a body that is whole or still coming."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes | AsyncIterator[bytes]
+
+
+def whole(answer: WholeAnswer, request_id: RequestId) -> Outcome:
+    """An instance's whole answer for the client."""
+    return Outcome(answer.status, answer_headers(answer.headers, request_id), hide(request_id, answer.body))
+
+
+def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
+    """The refusal of a /v1/messages request whose prompt and limit together exceed decode's context, else None.
+
+    Decode would refuse it too, but vLLM 0.17 - 0.23 does so with a 500 on this route, after which nobody can tell
+    whether its engine has taken the KV.
+    """
+    decode, model = legs.pair.decode, legs.prepared.model or legs.pair.decode.default_model
+    longest = decode.models.get(model or "", {}).get("max_model_len")
+    tokens = input_tokens(prefilled.body)
+    if legs.route is not MESSAGES or type(longest) is not int or tokens + legs.prepared.limit <= longest:
+        return None
+    error = BadRequest(
+        f"This model's maximum context length is {longest} tokens, but the prompt has {tokens} and max_tokens asks "
+        f"for {legs.prepared.limit}.",
+        param="max_tokens",
+    )
+    return Outcome(error.status, list(headers_of(error).items()), error.body())
+
+
+def refusal(answer: WholeAnswer, leg: str, request_id: RequestId, own_key: bool) -> Outcome:
+    """The engine's own 4xx, for the client, and what should have been one.
+
+    Args:
+        own_key: whether the proxy's own key went to the instance, so that a 401 is not the client's doing.
+
+    Raises:
+        EngineFailed: any other status.
+    """
+    own_key_refused = answer.status in (401, 403) and own_key
+    if answer.status == 500 and is_over_context(answer.body):
+        # On /v1/messages vLLM 0.17 - 0.23 calls this mistake of the client's an internal error.
+        error = BadRequest(error_message(hide(request_id, answer.body)))
+        return Outcome(error.status, list(headers_of(error).items()), error.body())
+    if 400 <= answer.status < 500 and not own_key_refused:
+        return whole(answer, request_id)
+    log.warning("The %s leg of %s got %d: %.300r", leg, request_id.public, answer.status, answer.body)
+    if own_key_refused:
+        raise EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
+    said = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
+    failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{said and ': ' + said}")
+    if (wait := answer.headers.get("Retry-After", "")).isdigit():
+        failure.retry_after = int(wait)
+    raise failure
+
+
+def prefill_refusal(route: Route, answer: WholeAnswer, choices: int) -> WholeAnswer | None:
+    """The part of prefill's answer that refuses, None when prefill did its work.
+
+    Raises:
+        EngineFailed: a 200 that is no answer.
+    """
+    if answer.status != 200:
+        return answer
+    read = read_prefill(route, answer.body, is_stream(answer.headers), choices)
+    if read.verdict is Verdict.DONE:
+        return None
+    if read.verdict is Verdict.UNKNOWN:
+        log.warning("Prefill's 200 is no answer: %.300r", answer.body)
+        raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
+    return WholeAnswer(read.status, NO_HEADERS, read.body)
