@@ -145,6 +145,17 @@ class NoPair(Unavailable):
         super().__init__("No prefill/decode pair can serve this: " + "; ".join(missing) + ".", retry_after=3)
 
 
+class Overloaded(Unavailable):
+    """More requests than the limits and the queue in front of them hold."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after=2)
+
+
 class EngineError(ProxyError):
     """An instance did not do its part; ``leg`` is "prefill" or "decode"."""
 

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from multidict import CIMultiDict
 
+from disagg_proxy.admission.gate import Gate
+from disagg_proxy.admission.limits import Limits
+from disagg_proxy.admission.size import TokenGuess
 from disagg_proxy.cluster.pairing import Pair, Pairing
 from disagg_proxy.cluster.policy import POLICIES
 from disagg_proxy.cluster.registry import Registry
@@ -18,6 +21,7 @@ from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
@@ -40,6 +44,8 @@ class Services:
         self.stats = Stats(clock)
         self.registry = Registry(clock, config.instance_expiry)
         self.pairing = Pairing(self.registry, POLICIES[config.prefill_policy], POLICIES[config.decode_policy])
+        self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats)
+        self.token_guess = TokenGuess()
         self.background = Background()
         self.discovery = Discovery(config, self.registry)
         self._upstream: Upstream | None = None
@@ -64,16 +70,43 @@ class Services:
         if self._upstream is not None:
             await self._upstream.close()
 
-    def launch(self, route: Route, headers: CIMultiDict[str], prepared: Prepared, pair: Pair) -> Flight:
-        """A flight of ``prepared`` on ``pair``; the caller must call its ``leave`` in the end."""
+    async def launch(self, route: Route, headers: CIMultiDict[str], prepared: Prepared) -> Flight:
+        """A flight of ``prepared`` on a pair that has room; the caller must call its ``leave`` in the end.
+
+        Raises:
+            ProxyError: no pair, an unknown model, or too many requests.
+        """
+        tokens = self.token_guess.tokens(prepared.model, *prepared.prompt)
+        kv_bytes = tokens * self.config.kv_bytes_per_token
 
         def legs(pair: Pair) -> Legs:
-            return Legs(self.upstream, self.registry, self.config, self.stats.drains, pair, route, headers, prepared)
+            return Legs(
+                self.upstream, self.registry, self.config, self.stats.drains, pair, route, headers, prepared, kv_bytes
+            )
 
+        first = await self.gate.admit(prepared.model, kv_bytes, legs)
         return Flight(
-            Attempts(legs, self.pairing, prepared.model, pair, self.config.max_tries),
+            Attempts(first, legs, self.pairing, prepared.model, self.config.max_tries),
             self.background,
             self.stats,
             prefill_timeout=self.config.prefill_timeout,
             own_key=bool(self.config.engine_api_key),
+            prefilled=lambda body: self._learn(prepared, body),
         )
+
+    def _learn(self, prepared: Prepared, prefill_body: bytes) -> None:
+        """Follow how many bytes of text a token takes, where that is asked for."""
+        token_ids, text_bytes = prepared.prompt
+        if self.config.kv_bytes_per_token and not token_ids and prepared.choices == 1:
+            self.token_guess.learn(prepared.model, text_bytes, prompt_tokens(prefill_body))
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
+        in_flight=config.max_in_flight,
+        prefill=config.prefill_max_in_flight,
+        decode=config.decode_max_in_flight,
+        kv_buffer=config.kv_buffer_bytes,
+        queue=config.max_queue,
+        queue_timeout=config.queue_timeout,
+    )

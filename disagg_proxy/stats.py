@@ -56,6 +56,8 @@ class Stats:
         ttft: from the complete request to the first byte of the answer's body.
         total: from the complete request to the last byte.
         failovers: tries on another pair after an instance failed.
+        queued: time in the admission queue, of those that had to wait.
+        turned_away: requests that got 429 from the proxy itself.
     """
 
     clock: Callable[[], float]
@@ -67,6 +69,8 @@ class Stats:
     total: Latency = field(default_factory=Latency)
     drains: Drains = field(default_factory=Drains)
     failovers: int = 0
+    queued: Latency = field(default_factory=Latency)
+    turned_away: int = 0
 
     def __post_init__(self) -> None:
         self.started_at = self.clock()

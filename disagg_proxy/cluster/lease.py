@@ -1,4 +1,4 @@
-"""One leg's place in an instance's load, from before it is sent until it has ended."""
+"""What one request takes of an instance: a place in its load for each leg, and room in decode's KV buffer."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class Lease:
         else:
             self.instance.breaker.success()
 
+        self._registry.freed()
+
     @property
     def same_process(self) -> bool:
         """Whether the instance is ready and has been so, without a break, since the lease began.
@@ -44,3 +46,20 @@ class Lease:
         After a restart its KV store is empty, and a decode of an older id would stall it for ever.
         """
         return self.instance.state is State.READY and self.instance.epoch == self._epoch
+
+
+class KvClaim:
+    """KV of one prompt on a decode instance, from before its prefill is sent until decode has loaded it."""
+
+    def __init__(self, registry: Registry, instance: Instance, size: int) -> None:
+        self._registry = registry
+        self._instance = instance
+        self._size = size
+        instance.kv_waiting_bytes += size
+
+    def release(self) -> None:
+        """It does not wait any more; only the first call counts."""
+        if self._size:
+            self._instance.kv_waiting_bytes -= self._size
+            self._size = 0
+            self._registry.freed()

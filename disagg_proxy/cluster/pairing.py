@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from disagg_proxy.cluster.instance import Instance, Role
@@ -19,6 +19,10 @@ class Pair:
     decode: Instance
 
 
+class NoRoom(Exception):
+    """Every instance that could serve a request has as many as it may have."""
+
+
 class Pairing:
     """Chooses pairs from a registry with one policy per role."""
 
@@ -28,15 +32,22 @@ class Pairing:
         self._decode_policy = decode_policy
         self._turn = 0
 
-    def choose(self, model: str | None, without: Collection[Instance] = ()) -> Pair:
+    def choose(
+        self,
+        model: str | None,
+        without: Collection[Instance] = (),
+        room: Callable[[Instance], bool] | None = None,
+    ) -> Pair:
         """The pair for ``model``; None is the instances' own default model, as in vLLM.
 
         Args:
             without: instances that this request has already met in vain.
+            room: whether an instance may get one more request.
 
         Raises:
             UnknownModel: no ready instance of either role serves it.
             NoPair: a prefill or a decode that serves it is missing, or left alone by its breaker.
+            NoRoom: all that could serve it are full.
         """
         found = self._candidates(model)
         now = self._registry.now()
@@ -44,6 +55,10 @@ class Pairing:
         if not prefills or not decodes:
             idle = [role.value for role, side in zip(Role, (prefills, decodes), strict=True) if not side]
             raise NoPair([f"every {role} instance has kept failing and is left alone for a while" for role in idle])
+        if room is not None:
+            prefills, decodes = [i for i in prefills if room(i)], [i for i in decodes if room(i)]
+            if not prefills or not decodes:
+                raise NoRoom
         turn = self._turn
         self._turn += 1
         return Pair(prefills[self._prefill_policy(prefills, turn)], decodes[self._decode_policy(decodes, turn)])

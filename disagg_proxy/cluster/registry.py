@@ -40,11 +40,20 @@ class Registry:
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
+        self._on_freed: list[Callable[[], None]] = []
 
     # -- who wants to know
 
-    def watch(self, changed: Watcher | None = None, probe_wanted: Watcher | None = None) -> None:
-        """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now."""
+    def watch(
+        self,
+        changed: Watcher | None = None,
+        probe_wanted: Watcher | None = None,
+        freed: Callable[[], None] | None = None,
+    ) -> None:
+        """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now,
+        ``freed`` when an instance has room again for a request."""
+        if freed:
+            self._on_freed.append(freed)
         if changed:
             self._on_change.append(changed)
         if probe_wanted:
@@ -150,6 +159,11 @@ class Registry:
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
 
     # -- what others ask
+
+    def freed(self) -> None:
+        """A place or some KV on an instance was given back."""
+        for watcher in self._on_freed:
+            watcher()
 
     def knows(self, instance: Instance) -> bool:
         """Whether it is still the instance at its endpoint."""

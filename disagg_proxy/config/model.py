@@ -39,6 +39,13 @@ class Config:
     shutdown_grace: float = 30.0
     max_body_bytes: int = 64 * 1024 * 1024
     max_tries: int = 3
+    max_in_flight: int = 0
+    prefill_max_in_flight: int = 0
+    decode_max_in_flight: int = 256
+    kv_buffer_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    max_queue: int = 4096
+    queue_timeout: float = 120.0
     prefill_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     decode_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     api_key: str = ""

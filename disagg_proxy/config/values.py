@@ -41,6 +41,18 @@ def count(raw: str) -> int:
     return int(raw)
 
 
+def limit(raw: str) -> int:
+    """A whole number; 0 for no limit."""
+    if not raw.isascii() or not raw.isdigit() or int(raw) > 10**9:
+        raise ValueError("must be a whole number, 0 for no limit")
+    return int(raw)
+
+
+def size_or_none(raw: str) -> int:
+    """A number of bytes as :func:`size` reads it; 0 for unknown or no limit."""
+    return 0 if raw == "0" else size(raw)
+
+
 def seconds(raw: str) -> float:
     """A positive number of seconds."""
     try:

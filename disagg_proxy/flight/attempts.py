@@ -25,12 +25,13 @@ class Attempts:
     """The tries of one request.
 
     Args:
+        first: the legs to begin with.
         make: legs for a pair; takes places on its instances.
         tries: pairs that are tried at most.
     """
 
     def __init__(
-        self, make: Callable[[Pair], Legs], pairing: Pairing, model: str | None, first: Pair, tries: int
+        self, first: Legs, make: Callable[[Pair], Legs], pairing: Pairing, model: str | None, tries: int
     ) -> None:
         self._make = make
         self._pairing = pairing
@@ -38,8 +39,7 @@ class Attempts:
         self._left = tries - 1
         self._pause = _FIRST_PAUSE
         self._failed: set[Instance] = set()
-        self.pair = first
-        self.legs = make(first)
+        self.legs = first
 
     async def another(self, failed: Instance, waiting: Callable[[], bool]) -> bool:
         """Set up the legs of another pair without ``failed``; False when there is none, or no try left.
@@ -57,7 +57,6 @@ class Attempts:
         if pair is None or not waiting():
             return False
         log.info("%s failed a request; another try on %s and %s", failed, pair.prefill, pair.decode)
-        self.pair = pair
         self.legs = self._make(pair)
         return True
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from enum import Enum
 
 from disagg_proxy.cluster.instance import Instance
@@ -41,6 +42,11 @@ ABORT_GRACE = 5.0
 the API server still tokenises would leave the KV on the instance; one that comes later frees it."""
 
 
+_LOADED_AFTER = 0.5
+"""Seconds after which decode is taken to have loaded the KV of a request that is not streamed, since its answer shows
+nothing before its end. A decode with a free place loads in its next step."""
+
+
 class _Phase(Enum):
     PREFILL = 1
     DECODE = 2
@@ -54,16 +60,25 @@ class Flight:
     Args:
         prefill_timeout: seconds after which the client gets a 504 for a prefill that has not answered.
         own_key: whether the proxy's own key went to the instances, so that a 401 is not the client's doing.
+        prefilled: told the body of a prefill that did its work.
     """
 
     def __init__(
-        self, attempts: Attempts, background: Background, stats: Stats, *, prefill_timeout: float, own_key: bool
+        self,
+        attempts: Attempts,
+        background: Background,
+        stats: Stats,
+        *,
+        prefill_timeout: float,
+        own_key: bool,
+        prefilled: Callable[[bytes], None],
     ) -> None:
         self._attempts = attempts
         self._background = background
         self._stats = stats
         self._prefill_timeout = prefill_timeout
         self._own_key = own_key
+        self._prefilled = prefilled
         self._begun_at = stats.clock()
         self._phase = _Phase.PREFILL
         self._relay: Relay | None = None
@@ -112,7 +127,7 @@ class Flight:
         elif self._relay is not None:
             self._let_go(self._relay)
         elif self._task is None:
-            self._legs.decode_lease.end()
+            self._legs.give_back()
 
     def _prefill_late(self) -> None:
         if self._phase is _Phase.PREFILL and not self._outcome.done():
@@ -141,7 +156,7 @@ class Flight:
 
     def _fail(self, error: ProxyError) -> None:
         self._phase = _Phase.OVER
-        self._legs.decode_lease.end()
+        self._legs.give_back()
         if not self._outcome.done():
             self._result = "deadline" if isinstance(error, EngineDeadline) else "engine_error"
             self._outcome.set_exception(error)
@@ -158,6 +173,7 @@ class Flight:
             if refused is not None:
                 self._end_decode()
                 return self._refusal(refused, "prefill")
+            self._prefilled(prefilled.body)
             if self._outcome.done():
                 await self._drain(self._legs)
                 return None
@@ -167,6 +183,8 @@ class Flight:
                 self._phase = _Phase.OVER
                 return told
             self._phase = _Phase.DECODE
+            if not self._legs.prepared.streams:
+                asyncio.get_running_loop().call_later(_LOADED_AFTER, self._legs.kv.release)
             try:
                 answer = await self._legs.decode()
             except NotAsked as failure:
@@ -198,6 +216,7 @@ class Flight:
         """Go on with another pair, or end with what the last one said."""
         blame = True if isinstance(error, EngineUnreachable) and failed is self._legs.pair.decode else None
         self._legs.decode_lease.end(failed=blame)
+        self._legs.give_back()
         if self._outcome.done() or not await self._attempts.another(failed, lambda: not self._outcome.done()):
             raise error
         self._phase = _Phase.PREFILL
@@ -212,6 +231,7 @@ class Flight:
         else:
             self._phase = _Phase.OVER
             self._legs.end_lease(self._legs.decode_lease, refused.status)
+            self._legs.kv.release()
         return self._refusal(refused, "decode")
 
     def _refusal(self, answer: WholeAnswer, leg: str) -> Outcome:
@@ -235,13 +255,14 @@ class Flight:
         try:
             await legs.drain()
         finally:
-            legs.decode_lease.end()
+            legs.give_back()
             if legs is self._legs:
                 self._phase = _Phase.OVER
 
     def _end_decode(self, failed: bool | None = None) -> None:
         self._phase = _Phase.OVER
         self._legs.decode_lease.end(failed=failed)
+        self._legs.kv.release()
 
     # -- the answer's body
 
@@ -259,6 +280,7 @@ class Flight:
         return Outcome(200, headers, self._relay.__aiter__())
 
     def _first_byte(self) -> None:
+        self._legs.kv.release()
         self._stats.ttft.add(self._stats.clock() - self._begun_at)
 
     def _ended(self, complete: bool) -> None:
@@ -274,13 +296,4 @@ class Flight:
         if relay.begun or self._phase is _Phase.OVER:
             relay.close()
             return
-
-        async def wait_then_close() -> None:
-            try:
-                await asyncio.wait_for(relay.until_begun(), ABORT_GRACE)
-            except asyncio.TimeoutError:
-                log.info("%s: decode had not begun after %.0f s and is aborted", self.public_id, ABORT_GRACE)
-            finally:
-                relay.close()
-
-        self._background.spawn(wait_then_close(), f"abort {self.public_id}")
+        self._background.spawn(relay.close_once_begun(ABORT_GRACE), f"abort {self.public_id}")

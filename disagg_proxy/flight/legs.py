@@ -11,7 +11,7 @@ import logging
 from multidict import CIMultiDict
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.lease import Lease
+from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
@@ -42,7 +42,11 @@ class NotAsked(Exception):
 
 
 class Legs:
-    """The legs of one try of a request, on one pair. Creating it takes a place on the decode instance."""
+    """The legs of one try of a request, on one pair. Creating it takes its places on both instances.
+
+    Args:
+        kv_bytes: what the prompt's KV is estimated to take on decode.
+    """
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Legs:
         route: Route,
         headers: CIMultiDict[str],
         prepared: Prepared,
+        kv_bytes: int = 0,
     ) -> None:
         if pair.prefill.kv is None or pair.decode.kv is None:
             raise ValueError("an instance without a KV address cannot be in a pair")
@@ -67,7 +72,15 @@ class Legs:
         self._headers = CIMultiDict(headers)
         self._headers["X-Request-Id"] = self.id.internal
         self.pair = pair
+        self.prefill_lease = Lease(registry, pair.prefill)
         self.decode_lease = Lease(registry, pair.decode)
+        self.kv = KvClaim(registry, pair.decode, kv_bytes)
+
+    def give_back(self) -> None:
+        """Give up every place; harmless for those that were given back before."""
+        self.prefill_lease.end()
+        self.decode_lease.end()
+        self.kv.release()
 
     async def prefill(self) -> WholeAnswer:
         """Send the one-token body to prefill and read its whole answer.
@@ -78,7 +91,7 @@ class Legs:
         Raises:
             EngineError, EngineDeadline: there is no answer.
         """
-        lease = Lease(self._registry, self.pair.prefill)
+        lease = self.prefill_lease
         try:
             try:
                 whole = await self._send_prefill(fresh=False)

@@ -11,7 +11,7 @@ from disagg_proxy.flight.legs import Legs
 from disagg_proxy.protocol.fields import MESSAGES, Route
 from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
 from disagg_proxy.protocol.p2p_nccl import RequestId
-from disagg_proxy.protocol.prefill_answer import Verdict, error_message, input_tokens, is_over_context, read_prefill
+from disagg_proxy.protocol.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.protocol.redact import hide
 from disagg_proxy.upstream import WholeAnswer
 
@@ -40,7 +40,7 @@ def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
     """
     decode, model = legs.pair.decode, legs.prepared.model or legs.pair.decode.default_model
     longest = decode.models.get(model or "", {}).get("max_model_len")
-    tokens = input_tokens(prefilled.body)
+    tokens = prompt_tokens(prefilled.body)
     if legs.route is not MESSAGES or type(longest) is not int or tokens + legs.prepared.limit <= longest:
         return None
     error = BadRequest(

@@ -68,8 +68,20 @@ class Relay:
             raise StreamCut(error.message) from error
         self._end(complete=True)
 
-    async def until_begun(self) -> None:
-        """Read, for nobody, until the first byte or the end: proof that the engine has the request."""
+    async def close_once_begun(self, grace: float) -> None:
+        """Read on, for nobody, until the first byte proves that the engine has the request, then :meth:`close`.
+
+        Args:
+            grace: seconds after which to close in any case.
+        """
+        try:
+            await asyncio.wait_for(self._until_begun(), grace)
+        except asyncio.TimeoutError:
+            log.info("A decode that nobody waits for had not begun after %.0f s and is aborted", grace)
+        finally:
+            self.close()
+
+    async def _until_begun(self) -> None:
         try:
             async with aclosing(self._answer.chunks()) as pieces:
                 async for _ in pieces:

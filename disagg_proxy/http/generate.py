@@ -27,8 +27,7 @@ def generation_routes(services: Services) -> Blueprint:
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
         prepared = prepare(route, await read_body())
-        pair = services.pairing.choose(prepared.model)
-        flight = services.launch(route, forwarded_headers(services), prepared, pair)
+        flight = await services.launch(route, forwarded_headers(services), prepared)
         own(request.scope, flight)
         outcome = await flight.answer()
         response = Response(outcome.body, status=outcome.status, content_type="application/json")

@@ -87,14 +87,14 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_INPUT_TOKENS = re.compile(rb'(?<!\\)"input_tokens"\s*:\s*(\d+)')
+_PROMPT_TOKENS = re.compile(rb'(?<!\\)"(?:input|prompt)_tokens"\s*:\s*(\d+)')
 _OVER_CONTEXT = "maximum context length"
 """In vLLM's words for it, 0.9.2 - 0.23."""
 
 
-def input_tokens(body: bytes) -> int:
-    """The prompt's length as an answer to /v1/messages, whole or streamed, gives it; 0 when it does not."""
-    return max((int(found) for found in _INPUT_TOKENS.findall(body)), default=0)
+def prompt_tokens(body: bytes) -> int:
+    """The prompts' length in tokens as an answer's usage gives it, whole or streamed; 0 when it does not."""
+    return max((int(found) for found in _PROMPT_TOKENS.findall(body)), default=0)
 
 
 def is_over_context(body: bytes) -> bool:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from disagg_proxy.errors import BadRequest
 from disagg_proxy.protocol import refusals
 from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, strip
+from disagg_proxy.protocol.size import prompt_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Prepared:
         prefill_body, decode_body, drain_body: JSON for each leg; the drain decodes one token of the same prompt.
         choices: how many choices each prompt gets; 1 when the field holds no number.
         prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
+        streams: whether decode's answer shows its first token when it is there.
+        prompt: token ids and bytes of text in the prompts, for :class:`disagg_proxy.admission.size.TokenGuess`.
         limit: tokens that the client asks for at most; 0 when that is no number.
     """
 
@@ -35,6 +38,8 @@ class Prepared:
     choices: int = 1
     prefill_answers: bool = False
     limit: int = 0
+    streams: bool = True
+    prompt: tuple[int, int] = (0, 0)
 
 
 def prepare(route: Route, raw: bytes) -> Prepared:
@@ -62,6 +67,8 @@ def prepare(route: Route, raw: bytes) -> Prepared:
         choices if type(choices) is int else 1,
         prefill_answers,
         _number(body.get("max_tokens")),
+        bool(body.get("stream")),
+        prompt_size(body),
     )
 
 

@@ -96,8 +96,8 @@ async def test_giving_up_closes_the_answer_and_is_reported_once() -> None:
 
 async def test_the_first_byte_can_be_awaited_without_a_reader() -> None:
     relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
-    await relayed.relay.until_begun()
+    await relayed.relay._until_begun()
     assert relayed.ended == [], "its owner decides what becomes of it"
     broken = Relayed(BROKEN)
-    await broken.relay.until_begun()
+    await broken.relay._until_begun()
     assert broken.ended == []

@@ -1,0 +1,150 @@
+"""Who may start, and who waits: the limits, and the bounded queue in front of them.
+
+A burst of long prompts that goes straight to the engines fills decode's KV buffer and stops both of them, so it waits
+here instead. Requests of one model keep their order; models take turns, so that one whose instances are busy does not
+hold up another. A client that leaves the queue costs nothing; one that waits too long, or finds the queue full, gets
+429.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from disagg_proxy.admission.limits import Limits
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.pairing import NoRoom, Pair, Pairing
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.errors import Overloaded, ProxyError
+from disagg_proxy.flight.legs import Legs
+from disagg_proxy.stats import Stats
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """One request in the queue; ``admitted`` gets its legs, which hold their places already."""
+
+    model: str | None
+    kv_bytes: int
+    make: Callable[[Pair], Legs]
+    admitted: asyncio.Future[Legs]
+
+
+class Gate:
+    """Hands out pairs within the limits."""
+
+    def __init__(self, pairing: Pairing, registry: Registry, limits: Limits, stats: Stats) -> None:
+        self._pairing = pairing
+        self._registry = registry
+        self._limits = limits
+        self._stats = stats
+        self._queues: OrderedDict[str | None, deque[_Waiter]] = OrderedDict()
+        self._pumping = False
+        registry.watch(changed=lambda _: self._pump_soon(), freed=self._pump_soon)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(map(len, self._queues.values()))
+
+    async def admit(self, model: str | None, kv_bytes: int, make: Callable[[Pair], Legs]) -> Legs:
+        """Legs on a pair that has room, at once or after a wait in the queue.
+
+        Args:
+            kv_bytes: what the prompt's KV will take on decode, 0 when unknown.
+            make: creates the legs, which takes their places.
+
+        Raises:
+            ProxyError: no pair, an unknown model; Overloaded when the queue is full or the wait too long.
+        """
+        if model not in self._queues:
+            legs = self._try(model, kv_bytes, make)
+            if legs is not None:
+                return legs
+        if self.waiting >= self._limits.queue:
+            self._stats.turned_away += 1
+            raise Overloaded(f"{self._limits.queue} requests are waiting already (MAX_QUEUE).")
+        return await self._wait(model, kv_bytes, make)
+
+    async def _wait(self, model: str | None, kv_bytes: int, make: Callable[[Pair], Legs]) -> Legs:
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(model, kv_bytes, make, loop.create_future())
+        self._queues.setdefault(model, deque()).append(waiter)
+        begun = self._stats.clock()
+        timer = loop.call_later(self._limits.queue_timeout, self._late, waiter)
+        try:
+            return await waiter.admitted
+        except asyncio.CancelledError:
+            # The client left in the very moment in which its turn came.
+            if waiter.admitted.done() and not waiter.admitted.cancelled() and not waiter.admitted.exception():
+                waiter.admitted.result().give_back()
+            raise
+        finally:
+            timer.cancel()
+            self._remove(waiter)
+            self._stats.queued.add(self._stats.clock() - begun)
+            self._pump_soon()
+
+    def _late(self, waiter: _Waiter) -> None:
+        if not waiter.admitted.done():
+            self._stats.turned_away += 1
+            waited = f"{self._limits.queue_timeout:g} s"
+            waiter.admitted.set_exception(Overloaded(f"The request waited for {waited} in vain (QUEUE_TIMEOUT)."))
+
+    def _remove(self, waiter: _Waiter) -> None:
+        queue = self._queues.get(waiter.model)
+        if queue is not None and waiter in queue:
+            queue.remove(waiter)
+        if queue is not None and not queue:
+            self._queues.pop(waiter.model, None)
+
+    # -- deciding
+
+    def _try(self, model: str | None, kv_bytes: int, make: Callable[[Pair], Legs]) -> Legs | None:
+        """Legs if there is room now."""
+        limits = self._limits
+        decodes = (i for i in self._registry.instances() if i.role is Role.DECODE)
+        if limits.in_flight and sum(i.in_flight for i in decodes) >= limits.in_flight:
+            # Still say at once what no wait can cure.
+            self._pairing.choose(model)
+            return None
+
+        def room(instance: Instance) -> bool:
+            return limits.has_room(instance, kv_bytes)
+
+        try:
+            return make(self._pairing.choose(model, room=room))
+        except NoRoom:
+            return None
+
+    def _pump_soon(self) -> None:
+        if self._queues and not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Let in whoever fits, one of each model in turn."""
+        self._pumping = False
+        moved = True
+        while moved:
+            moved = False
+            for model in list(self._queues):
+                queue = self._queues.get(model)
+                while queue and queue[0].admitted.done():
+                    queue.popleft()
+                if not queue:
+                    self._queues.pop(model, None)
+                    continue
+                waiter = queue[0]
+                try:
+                    legs = self._try(model, waiter.kv_bytes, waiter.make)
+                except ProxyError as error:
+                    waiter.admitted.set_exception(error)
+                    moved = True
+                    continue
+                if legs is not None:
+                    waiter.admitted.set_result(legs)
+                    self._queues.move_to_end(model)
+                    moved = True

@@ -1,0 +1,38 @@
+"""How long the prompts of a request are, as far as that shows without a tokenizer. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from disagg_proxy.protocol.fields import Body
+
+
+def prompt_size(body: Body) -> tuple[int, int]:
+    """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
+    choices = body.get("n")
+    factor = choices if type(choices) is int and choices > 0 else 1
+    tokens, text = _measure(body.get("prompt"))
+    for name in ("messages", "system", "tools"):
+        more_tokens, more_text = _measure(body.get(name))
+        tokens, text = tokens + more_tokens, text + more_text
+    return tokens * factor, text * factor
+
+
+def _measure(value: Any) -> tuple[int, int]:
+    """Lists of numbers count as token ids, strings by their UTF-8 length (media not at all), containers by content."""
+    tokens = text = 0
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if item.startswith("data:"):
+                continue
+            text += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
+        elif isinstance(item, list):
+            if item and type(item[0]) is int:
+                tokens += len(item)
+            else:
+                waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+    return tokens, text
