@@ -145,6 +145,10 @@ class Registry:
         self.suspend(instance, reason)
         self.look_again(instance)
 
+    def doubt(self, instance: Instance) -> None:
+        """It is ready, but may be another process than before: what waited for it there is not asked from it."""
+        instance.epoch += 1
+
     def expire(self) -> None:
         """Move instances whose pings stopped to LOST, and forget those that have been lost for long."""
         now = self._clock()

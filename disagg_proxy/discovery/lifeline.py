@@ -2,24 +2,22 @@
 
 The kernel closes a dead process's sockets at once, long before three pings are missed. vLLM's server (uvicorn) sets
 its idle timeout only after a first response, so a connection that never asks anything lives as long as the process
-(uvicorn 0.20 - 0.54, ``protocols/http/httptools_impl.py``). An instance whose connection closed is out until a probe
-admits it again, as another process. A server that closes idle connections by itself is known by being there again at
-once, several times, and is then left without a lifeline.
+(uvicorn 0.20 - 0.54, ``protocols/http/httptools_impl.py``). When it closes, the instance is probed at once: a refused
+connection takes it out. If it answers, it may still be another process, so KV that was prefilled for the one before is
+not asked from it. A server that closes idle connections by itself shows as several such answers and is then left
+without a lifeline.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections.abc import Awaitable, Callable
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 
 log = logging.getLogger(__name__)
-
-_AT_ONCE = 1.0
-"""Seconds within which no vLLM restarts: an instance that is ready again sooner was never gone."""
 
 _FALSE_ALARMS = 3
 
@@ -29,14 +27,16 @@ class Lifelines:
 
     Args:
         connect_timeout: seconds for one attempt.
+        probe: looks at an instance now and tells the registry.
     """
 
-    def __init__(self, registry: Registry, connect_timeout: float) -> None:
+    def __init__(
+        self, registry: Registry, connect_timeout: float, probe: Callable[[Instance], Awaitable[None]]
+    ) -> None:
         self._registry = registry
         self._connect_timeout = connect_timeout
+        self._probe = probe
         self._held: dict[Instance, asyncio.Task[None]] = {}
-        self._closed_at: dict[Instance, float] = {}
-        self._false_alarms: Counter[Instance] = Counter()
 
     def start(self) -> None:
         """Follow the registry from now on."""
@@ -50,28 +50,30 @@ class Lifelines:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _on_change(self, instance: Instance) -> None:
-        if instance.state is State.LOST:
-            self._closed_at.pop(instance, None)
-            self._false_alarms.pop(instance, None)
         if instance.state is not State.READY or instance in self._held:
-            return
-        closed_at = self._closed_at.pop(instance, None)
-        if closed_at is not None:
-            at_once = self._registry.now() - closed_at < _AT_ONCE
-            self._false_alarms[instance] = self._false_alarms[instance] + 1 if at_once else 0
-        if self._false_alarms[instance] >= _FALSE_ALARMS:
-            log.info("%s closes idle connections; only probes and pings will tell of its death", instance)
             return
         task = asyncio.get_running_loop().create_task(self._hold(instance), name=f"lifeline {instance}")
         self._held[instance] = task
-        task.add_done_callback(lambda _: self._held.pop(instance, None))
 
     async def _hold(self, instance: Instance) -> None:
-        await self._until_closed(instance)
-        self._held.pop(instance, None)
-        if instance.state is State.READY:
-            self._closed_at[instance] = self._registry.now()
-            self._registry.lost_contact(instance, "its server closed the connection that is held open to it")
+        """Until the instance is out, or its server turns out to close idle connections."""
+        false_alarms = 0
+        while instance.state is State.READY:
+            epoch = instance.epoch
+            await self._until_closed(instance)
+            await self._probe(instance)
+            # Whoever follows the instance shall go on from what this look found.
+            self._registry.look_again(instance)
+            if instance.epoch != epoch:
+                # Out meanwhile; if it is ready again already, what is held must be a connection to that one.
+                false_alarms = 0
+                continue
+            self._registry.doubt(instance)
+            false_alarms += 1
+            if false_alarms == _FALSE_ALARMS:
+                log.info("%s closes idle connections; only probes and pings will tell of its death", instance)
+                break
+        del self._held[instance]
 
     async def _until_closed(self, instance: Instance) -> None:
         """Return when the connection is closed, or cannot be made."""

@@ -78,7 +78,7 @@ class Prober:
         wake = self._wake[instance]
         while self._registry.knows(instance) and instance.state is not State.LOST:
             wake.clear()
-            await self._look(instance)
+            await self.look(instance)
             if instance.state is State.READY:
                 retry = _FIRST_RETRY
                 pause = self._interval
@@ -90,7 +90,8 @@ class Prober:
             except asyncio.TimeoutError:
                 continue
 
-    async def _look(self, instance: Instance) -> None:
+    async def look(self, instance: Instance) -> None:
+        """Probe it once and tell the registry."""
         try:
             await self._get(instance, "/health")
             models = _models(await self._get(instance, "/v1/models"))

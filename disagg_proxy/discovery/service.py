@@ -53,7 +53,7 @@ class Discovery:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._prober = Prober(self._registry, upstream, self._config.probe_interval, headers)
         self._prober.start()
-        self._lifelines = Lifelines(self._registry, self._config.connect_timeout)
+        self._lifelines = Lifelines(self._registry, self._config.connect_timeout, self._prober.look)
         self._lifelines.start()
         for role, named in ((Role.PREFILL, self._config.prefill), (Role.DECODE, self._config.decode)):
             for static in named:

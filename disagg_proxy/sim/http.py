@@ -33,6 +33,14 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[Exchange], Awaitable[web.StreamResponse]]
 
 
+class _Server(web.Server):
+    """As uvicorn, and unlike aiohttp, without an idle timer before a connection's first request."""
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        asyncio.get_running_loop().call_soon(handler.keep_alive, True)
+
+
 class HttpSide:
     """Serves one engine.
 
@@ -89,7 +97,7 @@ class HttpSide:
 
     async def start(self, sock: socket.socket) -> None:
         """Serve on a bound socket."""
-        server = web.Server(
+        server = _Server(
             self._serve,
             handler_cancellation=True,
             access_log=None,

@@ -1,8 +1,10 @@
 """A process that dies is noticed when its sockets close, long before pings or probes tell."""
 
+import asyncio
+
 import pytest
 
-from disagg_proxy.cluster.instance import State
+from disagg_proxy.cluster.instance import Instance, State
 from tests.conftest import soon
 
 COMPLETIONS = "/v1/completions"
@@ -48,15 +50,26 @@ async def test_an_engine_that_comes_back_counts_as_another_process(machine, pair
 
 
 @pytest.mark.settings(probe_interval=60.0, instance_expiry=60.0)
-async def test_a_server_that_closes_idle_connections_by_itself_is_left_without_a_lifeline(machine, pair) -> None:
+async def test_a_server_that_closes_idle_connections_stays_in_and_loses_its_lifeline(
+    machine, pair, monkeypatch
+) -> None:
     instance = machine.proxy.instance(pair[0].http_address)
     lifelines = machine.proxy.services.discovery._lifelines
-    for alarm in range(1, 4):
-        # What the held connection would see if the server closed it.
-        held = lifelines._held[instance]
-        machine.proxy.services.registry.lost_contact(instance, "closed")
-        held.cancel()
-        lifelines._held.pop(instance, None)
-        lifelines._closed_at[instance] = machine.proxy.services.registry.now()
-        await soon(machine.proxy.until_state(instance.http.text, State.READY))
-        assert (instance in lifelines._held) == (alarm < 3)
+    closed = asyncio.Event()
+
+    async def closes(_: Instance) -> None:
+        await closed.wait()
+
+    monkeypatch.setattr(lifelines, "_until_closed", closes)
+    # The connection that is held already is the last one of the old kind.
+    held = lifelines._held[instance]
+    held.cancel()
+    await asyncio.gather(held, return_exceptions=True)
+    lifelines._held.pop(instance, None)
+    lifelines._on_change(instance)
+    closed.set()
+    await soon(lifelines._held[instance])
+    assert instance not in lifelines._held
+    assert instance.state is State.READY and instance.epoch == 3
+    status, _, _ = await machine.post(COMPLETIONS, ASK)
+    assert status == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -315,3 +316,16 @@ async def test_stop_token_ids(pair: Pair) -> None:
     choice = (await pair.post(pair.d, COMPLETIONS, {**body, "stop_token_ids": [ids[5]]})).json["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", ids[5])
     assert choice["token_ids"] == ids[: ids.index(ids[5]) + 1]
+
+
+async def test_a_connection_that_asks_nothing_stays_open_as_with_uvicorn() -> None:
+    engine = SimEngine(SimConfig(keepalive_seconds=0.05))
+    await engine.start()
+    host, port = engine.http_address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(reader.read(), 0.2)
+    finally:
+        writer.close()
+        await engine.stop()
