@@ -21,8 +21,21 @@ compose() {
 compose_proxy() {
   split_words "$EXTRA_PROXY_ARGS"
   LAUNCH_ENV=("HTTP_PROXY_HOST=$HTTP_PROXY_HOST" "HTTP_PROXY_PORT=$HTTP_PROXY_PORT"
-    "PROXY_HOST=$PROXY_HOST" "PROXY_PORT=$PROXY_PORT" "SHUTDOWN_GRACE=$(proxy_grace)")
+    "PROXY_HOST=$PROXY_HOST" "PROXY_PORT=$PROXY_PORT" "SHUTDOWN_GRACE=$(proxy_grace)"
+    "DECODE_MAX_IN_FLIGHT=${DECODE_MAX_IN_FLIGHT:-$MAX_NUM_SEQS}"
+    "KV_BUFFER_BYTES=${KV_BUFFER_BYTES:-$(($(whole "$KV_BUFFER_SIZE") * TP_SIZE))}"
+    "KV_BYTES_PER_TOKEN=${KV_BYTES_PER_TOKEN:-$(kv_bytes_per_token)}")
   LAUNCH=("$PROXY_PYTHON" "$ROOT/disagg_prefill_proxy_server.py" "${WORDS[@]}")
+}
+
+# With it the proxy lets no more prompts wait on a decode engine than its KV buffer holds; 0, when the model is not on
+# this machine yet, leaves that out.
+kv_bytes_per_token() {
+  if [[ $ENGINE_KIND == sim ]]; then
+    printf 147456
+  else
+    "$PROXY_PYTHON" "$ROOT/script/kv_bytes.py" "$MODEL" "$DTYPE"
+  fi
 }
 
 # The proxy gives SHUTDOWN_GRACE to requests in flight, and as long again to what they left to do in the background.

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from disagg_proxy.errors import StreamCut
+from disagg_proxy.errors import StreamCut, Unavailable, headers_of
 from disagg_proxy.flight.flight import Flight
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,22 @@ class ExchangeOwner:
             log.warning("An answer was cut off: %s", cut)
         except asyncio.CancelledError:
             log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
+            await _say_unavailable(send)
         finally:
             for flight in flights:
                 flight.leave()
+
+
+async def _say_unavailable(send: Any) -> None:
+    """A 503 for a client that has no answer yet; one that has a part of it sees the connection close."""
+    error = Unavailable("The proxy is shutting down.", retry_after=5)
+    headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
+    try:
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": error.body()})
+    except RuntimeError:
+        # uvicorn's word for a response that has begun.
+        return
 
 
 def own(scope: Any, flight: Flight) -> None:

@@ -1,6 +1,7 @@
 """SIGTERM: what runs gets the grace time to finish, drains included; nothing new is taken in."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -114,6 +115,18 @@ async def test_what_takes_longer_than_the_grace_time_is_cut(machine, pair, dial,
     pair[1].faults.release()
     await soon(pair[1].wait_until(lambda state: state["aborted"] == 1))
     await machine.unharmed(*pair)
+
+
+@pytest.mark.settings(shutdown_grace=1.0)
+async def test_a_request_without_an_answer_by_then_is_503_as_json(machine, pair, dial, shutdown: Shutdown) -> None:
+    client = await dial(machine.proxy.url)
+    with pair[0].faults.held():
+        client.post(PATH, STREAM)
+        await soon(pair[0].wait_until(lambda state: state["held_at"] == "schedule"))
+        await shutdown.begin()
+        status, headers, raw = await client.answer()
+    assert (status, json.loads(raw)["error"]["code"]) == (503, "service_unavailable") and headers["Retry-After"]
+    await shutdown.end()
 
 
 @pytest.mark.settings(shutdown_grace=0.3)
