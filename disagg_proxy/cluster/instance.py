@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from disagg_proxy.cluster.address import Address
+from disagg_proxy.address import Address
 from disagg_proxy.cluster.breaker import Breaker
 
 

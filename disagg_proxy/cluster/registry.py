@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from disagg_proxy.cluster.address import Address, parse_address
+from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
 from disagg_proxy.config.model import StaticInstance
 

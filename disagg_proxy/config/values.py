@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.address import parse_address
 from disagg_proxy.config.model import StaticInstance
 
 Reader = Callable[[str], object]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-from disagg_proxy.cluster.address import Address, parse_address
+from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.instance import Role
 
 MAX_BYTES = 4096

@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from disagg_proxy.cluster.address import Address
+from disagg_proxy.address import Address
 
 MARKERS = ("___prefill_addr_", "___decode_addr_")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.registry import Registry
 

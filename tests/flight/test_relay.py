@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.address import parse_address
 from disagg_proxy.errors import EngineDisconnected, StreamCut
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.protocol.p2p_nccl import RequestId, new_request_id

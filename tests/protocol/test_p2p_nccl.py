@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.address import parse_address
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.address import parse_address
 
 
 @pytest.mark.parametrize(
