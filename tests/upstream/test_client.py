@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack
 import aiohttp
 import pytest
 
-from disagg_proxy.cluster.address import parse_address
+from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError, EngineUnreachable
 from disagg_proxy.upstream import Answer, Upstream, client
