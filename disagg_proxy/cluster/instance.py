@@ -51,6 +51,7 @@ class Instance:
         probe_failures: failed probes in a row.
         epoch: how often it stopped being ready; a change may mean another process.
         in_flight: requests on it now; for decode until the last byte of the stream.
+        spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
         kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
         requests_total, failures_total: legs sent to it, and those that failed by its own fault.
         breaker: leaves it alone while it keeps failing.
@@ -67,6 +68,7 @@ class Instance:
     changed_at: float = 0.0
     probe_failures: int = 0
     epoch: int = 0
+    spoken_to: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
     kv_waiting_bytes: int = 0
     requests_total: int = 0

@@ -19,6 +19,13 @@ class Pair:
     decode: Instance
 
 
+STALE = (
+    "every ready prefill instance has sent KV to a decode process that is gone and would freeze on the new one; "
+    "restart the prefill instances"
+)
+"""vLLM 0.9.2 - 0.23 keeps the NCCL communicator of an address (``p2p_nccl_engine.py``, ``create_connect``)."""
+
+
 class NoRoom(Exception):
     """Every instance that could serve a request has as many as it may have."""
 
@@ -55,13 +62,24 @@ class Pairing:
         if not prefills or not decodes:
             idle = [role.value for role, side in zip(Role, (prefills, decodes), strict=True) if not side]
             raise NoPair([f"every {role} instance has kept failing and is left alone for a while" for role in idle])
+        prefills = self._with_partner(prefills, decodes)
+        if not prefills:
+            raise NoPair([STALE])
         if room is not None:
-            prefills, decodes = [i for i in prefills if room(i)], [i for i in decodes if room(i)]
-            if not prefills or not decodes:
+            decodes = [i for i in decodes if room(i)]
+            prefills = self._with_partner([i for i in prefills if room(i)], decodes)
+            if not prefills:
                 raise NoRoom
         turn = self._turn
         self._turn += 1
-        return Pair(prefills[self._prefill_policy(prefills, turn)], decodes[self._decode_policy(decodes, turn)])
+        prefill = prefills[self._prefill_policy(prefills, turn)]
+        partners = [i for i in decodes if self._registry.can_exchange(prefill, i)]
+        return Pair(prefill, partners[self._decode_policy(partners, turn)])
+
+    def _with_partner(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> list[Instance]:
+        """Prefills that can still exchange KV with one of ``decodes``."""
+        can = self._registry.can_exchange
+        return [p for p in prefills if any(can(p, d) for d in decodes)]
 
     def choose_one(self, model: str | None) -> Instance:
         """Any ready instance that serves ``model``, for routes that one engine answers alone."""
@@ -104,7 +122,15 @@ class Pairing:
             missing = [f"no ready {role.value} instance {what}" for role, found in roles if not found]
         return NoPair(missing)
 
-    def ready_pairs(self) -> int:
-        """How many prefill/decode combinations share a model."""
+    def why_no_pair(self) -> str:
+        """What keeps ready instances of both roles apart."""
         prefills, decodes = (self._registry.ready(role) for role in (Role.PREFILL, Role.DECODE))
-        return sum(1 for p in prefills for d in decodes if not p.models.keys().isdisjoint(d.models))
+        if any(not p.models.keys().isdisjoint(d.models) for p in prefills for d in decodes):
+            return STALE
+        return "no prefill and decode instance serve the same model"
+
+    def ready_pairs(self) -> int:
+        """How many prefill/decode combinations share a model and can exchange KV."""
+        prefills, decodes = (self._registry.ready(role) for role in (Role.PREFILL, Role.DECODE))
+        can = self._registry.can_exchange
+        return sum(1 for p in prefills for d in decodes if not p.models.keys().isdisjoint(d.models) and can(p, d))

@@ -8,6 +8,7 @@ newcomer gets in when that finds it gone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class Registry:
         self._expiry = expiry
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
+        self._processes: Counter[str] = Counter()
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
@@ -130,8 +132,14 @@ class Registry:
         if instance.state is not State.READY or not same:
             self._move(instance, State.READY, f"serves {', '.join(models)}")
 
-    def suspend(self, instance: Instance, reason: str) -> None:
-        """It must not get requests until a probe admits it again."""
+    def suspend(self, instance: Instance, reason: str, *, gone: bool = False) -> None:
+        """It must not get requests until a probe admits it again.
+
+        Args:
+            gone: its process has certainly ended.
+        """
+        if gone and instance.state is State.READY:
+            self._process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._move(instance, State.PROBING, reason)
 
@@ -141,8 +149,8 @@ class Registry:
             self._want_probe(instance)
 
     def lost_contact(self, instance: Instance, reason: str) -> None:
-        """A leg could not connect to it: out at once, and looked at again now."""
-        self.suspend(instance, reason)
+        """A leg's connection to it was refused: out at once, and looked at again now."""
+        self.suspend(instance, reason, gone=True)
         self.look_again(instance)
 
     def doubt(self, instance: Instance) -> None:
@@ -160,7 +168,31 @@ class Registry:
                 if now - instance.changed_at >= _FORGET_AFTER and not instance.in_flight:
                     del self._instances[instance.key]
             elif silent >= self._expiry:
+                self._process_ended(instance)
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
+
+    # -- who has exchanged KV with whom
+
+    def _process_ended(self, instance: Instance) -> None:
+        instance.spoken_to.clear()
+        if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < MAX_INSTANCES):
+            self._processes[instance.kv.text] += 1
+
+    def sends_towards(self, prefill: Instance, decode: Instance) -> None:
+        """Prefill gets a request whose KV goes to decode."""
+        if decode.kv is not None:
+            prefill.spoken_to[decode.kv.text] = self._processes[decode.kv.text]
+
+    def can_exchange(self, prefill: Instance, decode: Instance) -> bool:
+        """Whether prefill has never sent towards an earlier process at decode's KV address.
+
+        After a decode's restart on the same address such a prefill freezes at its next send, until it is restarted
+        too (vLLM 0.21, measured).
+        """
+        if decode.kv is None or not prefill.spoken_to:
+            return True
+        now = self._processes[decode.kv.text]
+        return prefill.spoken_to.get(decode.kv.text, now) == now
 
     # -- what others ask
 

@@ -27,11 +27,12 @@ _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0
 
 
 class _NotServing(Exception):
-    """Why an instance may not serve; ``tolerable`` when it may only be busy."""
+    """Why an instance may not serve; ``tolerable`` when it may only be busy, ``gone`` when its process has ended."""
 
-    def __init__(self, reason: str, tolerable: bool = False) -> None:
+    def __init__(self, reason: str, tolerable: bool = False, gone: bool = False) -> None:
         super().__init__(reason)
         self.tolerable = tolerable
+        self.gone = gone
 
 
 class Prober:
@@ -98,7 +99,7 @@ class Prober:
         except _NotServing as refusal:
             instance.probe_failures += 1
             if not refusal.tolerable or instance.probe_failures >= _TOLERATED_TIMEOUTS:
-                self._registry.suspend(instance, str(refusal))
+                self._registry.suspend(instance, str(refusal), gone=refusal.gone)
         else:
             self._registry.admit(instance, models)
 
@@ -108,8 +109,10 @@ class Prober:
                 "GET", instance, path, headers=self._headers, silence=self._interval, leg=instance.role.value
             )
             whole = await answer.whole()
-        except EngineUnreachable:
-            raise _NotServing("its HTTP port refuses connections") from None
+        except EngineUnreachable as error:
+            if error.refused:
+                raise _NotServing("its HTTP port refuses connections", gone=True) from None
+            raise _NotServing("its HTTP port cannot be reached", tolerable=True) from None
         except EngineDeadline:
             raise _NotServing(f"its {path} does not answer in time", tolerable=True) from None
         except EngineError:

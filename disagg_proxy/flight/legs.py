@@ -92,6 +92,7 @@ class Legs:
             EngineError, EngineDeadline: there is no answer.
         """
         lease = self.prefill_lease
+        self._registry.sends_towards(self.pair.prefill, self.pair.decode)
         try:
             try:
                 whole = await self._send_prefill(fresh=False)

@@ -47,7 +47,7 @@ def health_report(services: Services) -> dict[str, Any]:
     pairs = services.pairing.ready_pairs()
     missing = registry.missing()
     if not pairs and not missing:
-        missing = ["no prefill and decode instance serve the same model"]
+        missing = [services.pairing.why_no_pair()]
     known = registry.instances()
     return {
         "status": "ok" if pairs else "unavailable",
@@ -63,11 +63,10 @@ def health_report(services: Services) -> dict[str, Any]:
 def stats_report(services: Services) -> dict[str, Any]:
     """Everything in numbers. Latencies in seconds over the last 2048 requests."""
     stats, traffic = services.stats, services.discovery.listener.traffic
-    now = services.registry.now()
     return {
         "version": __version__,
         "uptime_s": round(stats.clock() - stats.started_at, 3),
-        "instances": [instance_report(i, now) for i in services.registry.instances()],
+        "instances": [instance_report(i, services) for i in services.registry.instances()],
         "requests": {
             "in_flight": stats.in_flight,
             "finished": sum(stats.outcomes.values()),
@@ -96,8 +95,12 @@ def stats_report(services: Services) -> dict[str, Any]:
     }
 
 
-def instance_report(instance: Instance, now: float) -> dict[str, Any]:
+def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
     """One instance as /stats shows it."""
+    registry = services.registry
+    now = registry.now()
+    decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
+    stale = [decode.http.text for decode in decodes if not registry.can_exchange(instance, decode)]
     return {
         "role": instance.role.value,
         "http_address": instance.http.text,
@@ -112,5 +115,6 @@ def instance_report(instance: Instance, now: float) -> dict[str, Any]:
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,
         "times_lost": instance.epoch,
+        "cannot_exchange_with": stale,
         "breaker": instance.breaker.state(now).value,
     }

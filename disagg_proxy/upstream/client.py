@@ -7,6 +7,7 @@ address: clients read them. Retry rule: docs/retry.md.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ async def _note_reuse(
 def _translate(error: Exception, leg: str, *, reused: bool) -> EngineError | EngineDeadline:
     """Foreign exception to outcome. The order matters: aiohttp's types overlap."""
     if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        refused = not isinstance(error, asyncio.TimeoutError)
+        refused = isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno == errno.ECONNREFUSED
         return EngineUnreachable(f"The {leg} instance could not be reached.", refused=refused)
     if isinstance(error, asyncio.TimeoutError):
         return EngineDeadline(f"The {leg} instance said nothing within its deadline.")

@@ -3,7 +3,7 @@
 import pytest
 
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.pairing import Pairing
+from disagg_proxy.cluster.pairing import STALE, Pairing
 from disagg_proxy.cluster.policy import least_loaded, round_robin
 from disagg_proxy.errors import NoPair, UnknownModel
 
@@ -87,3 +87,48 @@ def test_names_that_nobody_serves_are_not_remembered(world, pairing) -> None:
         with pytest.raises(UnknownModel):
             pairing.choose(f"made-up-{i}")
     assert len(world.registry._serving) <= 4
+
+
+def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_successor(world, pairing) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.sends_towards(prefill, decode)
+    assert pairing.ready_pairs() == 1
+    world.registry.suspend(decode, "refused", gone=True)
+    world.registry.admit(decode, {"m": {}})
+    assert pairing.ready_pairs() == 0 and pairing.why_no_pair() == STALE
+    with pytest.raises(NoPair, match="restart the prefill instances"):
+        pairing.choose("m")
+    world.registry.suspend(prefill, "refused", gone=True)
+    world.registry.admit(prefill, {"m": {}})
+    assert pairing.choose("m").prefill is prefill
+
+
+def test_another_prefill_takes_its_place(world, pairing) -> None:
+    stale, fresh, decode = world.ready(P, 1), world.ready(P, 3), world.ready(D, 2)
+    world.registry.sends_towards(stale, decode)
+    world.registry.suspend(decode, "refused", gone=True)
+    world.registry.admit(decode, {"m": {}})
+    assert {pairing.choose("m").prefill for _ in range(4)} == {fresh}
+    other = world.ready(D, 4)
+    chosen = {(pair.prefill, pair.decode) for pair in (pairing.choose("m") for _ in range(12))}
+    assert (stale, decode) not in chosen and (stale, other) in chosen
+
+
+def test_a_decode_that_was_only_late_is_the_same_process(world, pairing) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.sends_towards(prefill, decode)
+    world.registry.suspend(decode, "its /health does not answer in time")
+    world.registry.admit(decode, {"m": {}})
+    assert pairing.choose("m").decode is decode
+
+
+def test_silence_means_another_process_too(world, pairing) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.sends_towards(prefill, decode)
+    world.time += 5
+    world.ping(P, 1)
+    world.time += 6
+    world.registry.expire()
+    world.ready(D, 2)
+    with pytest.raises(NoPair, match="restart"):
+        pairing.choose("m")

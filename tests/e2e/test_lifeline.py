@@ -70,6 +70,6 @@ async def test_a_server_that_closes_idle_connections_stays_in_and_loses_its_life
     closed.set()
     await soon(lifelines._held[instance])
     assert instance not in lifelines._held
-    assert instance.state is State.READY and instance.epoch == 3
+    assert (instance.state, instance.epoch) == (State.READY, 3), instance.reason
     status, _, _ = await machine.post(COMPLETIONS, ASK)
     assert status == 200

@@ -26,7 +26,10 @@ async def run(flights: list[Left], ends_with: BaseException | None = None) -> No
         if ends_with is not None:
             raise ends_with
 
-    await ExchangeOwner(app)({"type": "http"}, None, None)
+    async def send(message) -> None:
+        raise RuntimeError("Unexpected ASGI message: the response has begun")
+
+    await ExchangeOwner(app)({"type": "http"}, None, send)
 
 
 async def test_flights_end_with_a_finished_exchange() -> None:
