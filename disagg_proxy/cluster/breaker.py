@@ -54,7 +54,12 @@ class Breaker:
         self._trying = False
 
     def failure(self, now: float) -> None:
-        """The instance failed a request."""
+        """The instance failed a request.
+
+        While it is open, what fails had been sent before and says nothing new.
+        """
+        if self.state(now) is BreakerState.OPEN:
+            return
         self._failures += 1
         if self._trying or self._failures >= FAILURES_TO_OPEN:
             self._pause = min(max(FIRST_PAUSE, self._pause * 2), LONGEST_PAUSE)

@@ -16,7 +16,9 @@ class Lease:
         self._ended = False
         instance.in_flight += 1
         instance.requests_total += 1
-        instance.breaker.begin(registry.now())
+        # The one of this process; a successor starts with its own.
+        self._breaker = instance.breaker
+        self._breaker.begin(registry.now())
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
         """Give the place back; only the first call counts.
@@ -31,11 +33,11 @@ class Lease:
         self.instance.in_flight -= 1
         self.instance.failures_total += bool(failed)
         if failed is None or not certain:
-            self.instance.breaker.undecided()
+            self._breaker.undecided()
         elif failed:
-            self.instance.breaker.failure(self._registry.now())
+            self._breaker.failure(self._registry.now())
         else:
-            self.instance.breaker.success()
+            self._breaker.success()
 
         self._registry.freed()
 

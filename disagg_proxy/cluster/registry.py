@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_proxy.address import Address, parse_address
+from disagg_proxy.cluster.breaker import Breaker
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
 from disagg_proxy.config.model import StaticInstance
 
@@ -175,6 +176,7 @@ class Registry:
 
     def _process_ended(self, instance: Instance) -> None:
         instance.spoken_to.clear()
+        instance.breaker = Breaker()
         if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < MAX_INSTANCES):
             self._processes[instance.kv.text] += 1
 

@@ -50,3 +50,10 @@ def test_a_trial_without_a_verdict_lets_the_next_one_try() -> None:
     breaker.begin(FIRST_PAUSE)
     breaker.undecided()
     assert breaker.permits(FIRST_PAUSE)
+
+
+def test_failures_of_requests_sent_before_it_opened_change_nothing() -> None:
+    breaker = opened()
+    for _ in range(50):
+        breaker.failure(0.1)
+    assert breaker.permits(FIRST_PAUSE)

@@ -123,3 +123,13 @@ def test_what_is_missing_is_said_without_addresses(world) -> None:
         "no prefill instance is ready (one is probing: not probed yet)",
         "no decode instance is ready (none has registered)",
     ]
+
+
+def test_a_new_process_starts_with_a_closed_breaker(world) -> None:
+    instance = world.ready(D, 1)
+    for _ in range(9):
+        instance.breaker.failure(world.time)
+    assert not instance.breaker.permits(world.time)
+    world.registry.suspend(instance, "refused", gone=True)
+    world.registry.admit(instance, {"m": {}})
+    assert instance.breaker.permits(world.time)

@@ -176,3 +176,26 @@ async def test_a_dead_engine_is_out_after_its_first_500(machine, pair) -> None:
     status, _, _ = await machine.post(COMPLETIONS, ASK)
     assert status in (502, 503)
     await soon(machine.proxy.until_state(pair[0].http_address, State.PROBING))
+
+
+async def test_streams_that_a_death_cuts_keep_nobody_from_the_next_process(machine, pair) -> None:
+    _, decode = pair
+    decode.faults.hold("answer", after=2)
+    streams = [
+        asyncio.ensure_future(machine.http.post(machine.proxy.url + COMPLETIONS, json={**ASK, "stream": True}))
+        for _ in range(3 * FAILURES_TO_OPEN)
+    ]
+    answers = await soon(asyncio.gather(*streams))
+    spare = await machine.engine("prefill")
+    await soon(machine.proxy.until_state(spare.http_address, State.READY))
+    await decode.kill()
+    for answer in answers:
+        answer.close()
+    await soon(machine.proxy.until_state(decode.http_address, State.PROBING))
+    again = decode.restarted()
+    await again.start()
+    try:
+        await soon(machine.proxy.until_state(decode.http_address, State.READY))
+        await served(machine, 1)
+    finally:
+        await again.stop()

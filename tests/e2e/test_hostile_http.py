@@ -257,8 +257,8 @@ async def test_a_pipelining_client_that_leaves_ends_the_request_that_runs(machin
         await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
         wire.send(WHOLE)
         assert (await machine.get("/livez"))[0] == 200
-    wire.leave()
-    await soon(machine.proxy.until_idle())
+        wire.leave()
+        await soon(machine.proxy.until_idle())
     await machine.unharmed(*pair)
 
 
@@ -356,14 +356,17 @@ async def test_a_body_refused_before_100_continue_ends_the_connection(machine, d
 
 @pytest.mark.settings(send_timeout=0.1)
 async def test_a_client_that_reads_nothing_is_cut_off(machine, dial) -> None:
-    pair = await machine.pair(time_per_output_token=0)
+    pair = await machine.pair()
     machine.proxy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     wire = await dial(machine.proxy.url)
     wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     wire.writer.transport.pause_reading()
-    wire.post(PATH, {**REQUESTS[PATH], "max_tokens": 3000, "stream": True})
-    await soon(pair[1].wait_until(lambda state: state["running"]))
+    wire.post(PATH, {**REQUESTS[PATH], "max_tokens": 10_000, "stream": True})
+    await soon(pair[1].wait_until(lambda _: bool(pair[1].received(PATH))))
     await soon(machine.proxy.until_idle())
+    wire.writer.transport.resume_reading()
+    with pytest.raises(ConnectionError):
+        await soon(wire.reader.read())
     await machine.unharmed(*pair)
 
 

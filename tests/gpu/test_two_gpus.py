@@ -42,7 +42,7 @@ def transferred(machine: Machine) -> float:
 
 
 async def healthy(machine: Machine) -> None:
-    status, body = await post(machine.proxy, COMPLETIONS, {"prompt": SENTENCE, "max_tokens": 4}, timeout=30)
+    status, body = await post(machine.proxy, COMPLETIONS, {"prompt": SENTENCE, "max_tokens": 4}, timeout=90)
     assert status == 200 and body["usage"]["completion_tokens"] == 4
 
 
@@ -162,17 +162,21 @@ async def test_first_token_logprobs_are_those_of_a_plain_engine(machine: Machine
 
 async def test_clients_that_leave_during_long_prefills_leave_nothing(machine: Machine, record: Record) -> None:
     """8,000 tokens are about 1.2 GB of KV: without drains seven of them fill the 8 GB buffer and both engines stop."""
+    await healthy(machine)
     drained = machine.stats()["drains"]["done"]
+    clients = 100
 
     async def leave(i: int) -> None:
         body = {"prompt": [i + 10] + [10 + (i + j) % 4000 for j in range(7999)], "max_tokens": 50}
         try:
-            await post(machine.proxy, COMPLETIONS, body, timeout=0.02 + 0.01 * (i % 12))
+            await post(machine.proxy, COMPLETIONS, body, timeout=0.02 + 0.02 * (i % 60))
         except asyncio.TimeoutError:
             pass
 
     begun = time.monotonic()
-    await asyncio.gather(*(leave(i) for i in range(40)))
+    during = asyncio.ensure_future(healthy(machine))
+    await asyncio.gather(*(leave(i) for i in range(clients)))
+    await during
     await healthy(machine)
     for _ in range(240):
         requests = machine.stats()["requests"]
@@ -181,7 +185,7 @@ async def test_clients_that_leave_during_long_prefills_leave_nothing(machine: Ma
         await asyncio.sleep(0.5)
     stats = machine.stats()
     record(
-        "40 clients left during 8,000-token prefills",
+        f"{clients} clients left during 8,000-token prefills",
         seconds_until_clean=round(time.monotonic() - begun, 1),
         drained=stats["drains"]["done"] - drained,
         drains_failed=stats["drains"]["failed"],
