@@ -120,6 +120,27 @@ class UnsupportedEncoding(ClientError):
     code = "unsupported_media_type"
 
 
+class HeadTooLarge(ClientError):
+    """The request line and the headers exceed a limit."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class HeadTimeout(ClientError):
+    """The client took too long to send its request line and headers."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class UnsupportedVersion(ClientError):
+    """Not HTTP/1.0 or HTTP/1.1."""
+
+    status = 505
+    code = "http_version_not_supported"
+
+
 class NotServed(ProxyError):
     """A vLLM route that cannot run on a prefill/decode pair."""
 

@@ -1,37 +1,23 @@
-"""The HTTP server around the application: which socket, which ASGI server, which limits. Reasons: docs/server.md."""
+"""The HTTP server around the application: which socket, which ASGI server. Reasons: docs/server.md."""
 
 from __future__ import annotations
 
 import logging
+import resource
 import socket
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.listener import BindError
-from disagg_proxy.errors import BadRequest
 from disagg_proxy.http import create_app
+from disagg_proxy.http.wire import protocol
 from disagg_proxy.services import Services
 
 _BACKLOG = 2048
 
 _KEEP_ALIVE = 75
 """Seconds an idle client connection is kept; longer than the pools of common clients, so that they close first."""
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, but with errors as JSON also where no application sees the request."""
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, and close."""
-        body = BadRequest(f"This is not HTTP/1.1: {msg}").body()
-        head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
 
 
 def listen(config: Config) -> socket.socket:
@@ -60,12 +46,23 @@ def listen(config: Config) -> socket.socket:
     return listening
 
 
+def _raise_file_limit() -> None:
+    """Allow this process as many connections as the system lets it have without asking."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):
+        # Some systems refuse what they have named as their own limit; the one in force remains.
+        pass
+
+
 def server_config(config: Config, services: Services) -> uvicorn.Config:
     """uvicorn on uvloop and httptools, with the application of ``services``."""
+    _raise_file_limit()
     return uvicorn.Config(
         create_app(config, services),
         loop="uvloop",
-        http=Protocol,
+        http=protocol(config),
         ws="none",
         lifespan="on",
         access_log=False,

@@ -36,8 +36,11 @@ class Config:
     prefill_timeout: float = 600.0
     decode_timeout: float = 600.0
     body_timeout: float = 60.0
+    header_timeout: float = 20.0
+    send_timeout: float = 300.0
     shutdown_grace: float = 30.0
     max_body_bytes: int = 64 * 1024 * 1024
+    max_header_bytes: int = 64 * 1024
     max_tries: int = 3
     max_in_flight: int = 0
     prefill_max_in_flight: int = 0
