@@ -49,7 +49,8 @@ class Instance:
         reason: why it is in this state, for people.
         last_ping: clock reading of the last ping, None if there was none.
         probe_failures: failed probes in a row.
-        epoch: how often it stopped being ready; a change may mean another process.
+        epoch: how often its process ended, or may have; after a change the KV it held is gone.
+        times_lost: how often it stopped being ready.
         in_flight: requests on it now; for decode until the last byte of the stream.
         spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
         kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
@@ -68,6 +69,7 @@ class Instance:
     changed_at: float = 0.0
     probe_failures: int = 0
     epoch: int = 0
+    times_lost: int = 0
     spoken_to: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
     kv_waiting_bytes: int = 0

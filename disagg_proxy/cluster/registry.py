@@ -41,6 +41,7 @@ class Registry:
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
         self._processes: Counter[str] = Counter()
+        self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
@@ -68,7 +69,7 @@ class Registry:
 
     def _move(self, instance: Instance, state: State, reason: str) -> None:
         if instance.state is State.READY and state is not State.READY:
-            instance.epoch += 1
+            instance.times_lost += 1
         instance.state, instance.reason, instance.changed_at = state, reason, self._clock()
         self._serving.clear()
         for watcher in self._on_change:
@@ -86,6 +87,12 @@ class Registry:
     def announce(self, role: Role, http: Address, kv: Address) -> str | None:
         """Take in one ping; returns why it was not accepted, None if it was."""
         known = self._instances.get(http.netloc)
+        if known is not None and known.state is State.LOST and (known.role, known.kv) == (role, kv):
+            # It was silent, which is no proof that its process ended.
+            known.last_ping = self._clock()
+            self._move(known, State.PROBING, "its pings are back")
+            self._want_probe(known)
+            return None
         if known is None or known.state is State.LOST:
             return self._newcomer(role, http, kv)
         if known.role is not role or (known.kv is not None and known.kv != kv):
@@ -137,10 +144,10 @@ class Registry:
         """It must not get requests until a probe admits it again.
 
         Args:
-            gone: its process has certainly ended.
+            gone: its connections are refused. Where a lifeline is held, that one tells whether the process has ended.
         """
-        if gone and instance.state is State.READY:
-            self._process_ended(instance)
+        if gone and instance.state is State.READY and not self.has_lifeline(instance):
+            self.process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._move(instance, State.PROBING, reason)
 
@@ -169,12 +176,13 @@ class Registry:
                 if now - instance.changed_at >= _FORGET_AFTER and not instance.in_flight:
                     del self._instances[instance.key]
             elif silent >= self._expiry:
-                self._process_ended(instance)
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
 
     # -- who has exchanged KV with whom
 
-    def _process_ended(self, instance: Instance) -> None:
+    def process_ended(self, instance: Instance) -> None:
+        """Its process is gone, and with it the KV it held and the peers it knew."""
+        instance.epoch += 1
         instance.spoken_to.clear()
         instance.breaker = Breaker()
         if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < MAX_INSTANCES):

@@ -39,8 +39,9 @@ class Lifelines:
         self._held: dict[Instance, asyncio.Task[None]] = {}
 
     def start(self) -> None:
-        """Follow the registry from now on."""
+        """Follow the registry from now on, and be its witness of who lives."""
         self._registry.watch(changed=self._on_change)
+        self._registry.has_lifeline = self._held.__contains__
 
     async def stop(self) -> None:
         """Let go of all."""
@@ -58,21 +59,18 @@ class Lifelines:
     async def _hold(self, instance: Instance) -> None:
         """Until the instance is out, or its server turns out to close idle connections."""
         false_alarms = 0
-        while instance.state is State.READY:
-            epoch = instance.epoch
+        while false_alarms < _FALSE_ALARMS:
             await self._until_closed(instance)
             await self._probe(instance)
             # Whoever follows the instance shall go on from what this look found.
             self._registry.look_again(instance)
-            if instance.epoch != epoch:
-                # Out meanwhile; if it is ready again already, what is held must be a connection to that one.
-                false_alarms = 0
-                continue
+            if instance.state is not State.READY:
+                self._registry.process_ended(instance)
+                break
             self._registry.doubt(instance)
             false_alarms += 1
-            if false_alarms == _FALSE_ALARMS:
-                log.info("%s closes idle connections; only probes and pings will tell of its death", instance)
-                break
+        else:
+            log.info("%s closes idle connections; only probes and pings will tell of its death", instance)
         del self._held[instance]
 
     async def _until_closed(self, instance: Instance) -> None:

@@ -43,6 +43,7 @@ class Relay:
         self._ended = ended
         self.begun = False
         self._over = False
+        self._letting_go = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._chunks()
@@ -71,9 +72,14 @@ class Relay:
     async def close_once_begun(self, grace: float) -> None:
         """Read on, for nobody, until the first byte proves that the engine has the request, then :meth:`close`.
 
+        Only the first call does so: a client that leaves as decode's headers come is noticed from both sides.
+
         Args:
             grace: seconds after which to close in any case.
         """
+        if self._letting_go:
+            return
+        self._letting_go = True
         try:
             await asyncio.wait_for(self._until_begun(), grace)
         except asyncio.TimeoutError:

@@ -114,7 +114,7 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
         "kv_waiting_bytes": instance.kv_waiting_bytes,
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,
-        "times_lost": instance.epoch,
+        "times_lost": instance.times_lost,
         "cannot_exchange_with": stale,
         "breaker": instance.breaker.state(now).value,
     }

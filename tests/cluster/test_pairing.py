@@ -122,7 +122,7 @@ def test_a_decode_that_was_only_late_is_the_same_process(world, pairing) -> None
     assert pairing.choose("m").decode is decode
 
 
-def test_silence_means_another_process_too(world, pairing) -> None:
+def test_silence_proves_no_death(world, pairing) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.sends_towards(prefill, decode)
     world.time += 5
@@ -130,5 +130,13 @@ def test_silence_means_another_process_too(world, pairing) -> None:
     world.time += 6
     world.registry.expire()
     world.ready(D, 2)
-    with pytest.raises(NoPair, match="restart"):
-        pairing.choose("m")
+    assert pairing.choose("m").decode is decode
+
+
+def test_a_refused_connection_proves_no_death_while_the_lifeline_holds(world, pairing) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.has_lifeline = lambda instance: True
+    world.registry.sends_towards(prefill, decode)
+    world.registry.lost_contact(decode, "refused")
+    world.registry.admit(decode, {"m": {}})
+    assert pairing.choose("m").decode is decode and decode.epoch == 0

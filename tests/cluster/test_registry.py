@@ -41,13 +41,20 @@ def test_every_instance_expires_on_its_own(world) -> None:
     assert (old.state, fresh.state) == (State.LOST, State.READY)
 
 
-def test_a_lost_instance_comes_back_by_itself_as_a_new_one(world) -> None:
+def test_a_lost_instance_comes_back_by_itself_as_the_same_process(world) -> None:
+    instance = world.ready(P, 1)
+    world.time += 11
+    world.registry.expire()
+    assert world.ready(P, 1) is instance
+    assert instance.state is State.READY and (instance.epoch, instance.times_lost) == (0, 1)
+
+
+def test_a_lost_instance_on_a_new_kv_port_is_a_new_one(world) -> None:
     old = world.ready(P, 1)
     world.time += 11
     world.registry.expire()
-    new = world.ready(P, 1)
-    assert new is not old and new.state is State.READY
-    assert not world.registry.knows(old)
+    assert world.ping(P, 1, 7777) is None
+    assert world.instance(1) is not old and not world.registry.knows(old)
 
 
 def test_a_lost_instance_is_forgotten_but_not_while_it_is_in_use(world) -> None:

@@ -142,7 +142,7 @@ async def test_what_a_failure_says_of_the_instance(bench: Bench, outcome, out: b
 
 
 async def test_a_decode_that_was_away_meanwhile_is_not_asked(bench: Bench) -> None:
-    bench.world.registry.suspend(bench.decode, "gone")
+    bench.world.registry.suspend(bench.decode, "gone", gone=True)
     bench.world.registry.admit(bench.decode, bench.decode.models)
     with pytest.raises(NotAsked, match="went away during the prefill"):
         await bench.legs.decode()
