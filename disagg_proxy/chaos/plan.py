@@ -32,8 +32,6 @@ KINDS: dict[str, str] = {
 """Every kind of trouble, in words."""
 
 NOT_YET: dict[str, str] = {
-    "refuse-decode": "a refused connection counts as its end: prefills that know it are kept from it for good",
-    "pings": "silence counts as the process's end too, and KV that was on its way stays there",
     "kill-sending": "the receiving decode's KV listener waits for ever, and nobody notices that it is frozen",
 }
 """Kinds that the proxy does not withstand yet, and what happens; "all" leaves them out."""

@@ -42,12 +42,17 @@ class Lease:
         self._registry.freed()
 
     @property
+    def process_ended(self) -> bool:
+        """Whether the process that the lease began with is gone, or may be, and with it the KV it held."""
+        return self.instance.epoch != self._epoch
+
+    @property
     def same_process(self) -> bool:
         """Whether the instance is ready and has been so, without a break, since the lease began.
 
         After a restart its KV store is empty, and a decode of an older id would stall it for ever.
         """
-        return self.instance.state is State.READY and self.instance.epoch == self._epoch
+        return self.instance.state is State.READY and not self.process_ended
 
 
 class KvClaim:

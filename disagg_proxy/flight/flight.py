@@ -5,7 +5,7 @@
     prefill too late               504 for the client; the leg runs on, then its KV is drained
     client leaves during prefill   the same, with nobody to answer: a prefill that was sent is never cancelled
     decode refused (4xx)           the client gets that answer; the KV is drained
-    decode cannot be reached       another pair; without one 502. Refused, its KV is gone with it; else it is drained
+    decode cannot be reached       another pair; without one 502. The KV is drained, unless its process has ended
     decode broken before an answer 502, no drain: it may have been received, and a second decode of an id hangs
     client leaves before the first byte of the answer    decode is aborted once it surely has the request
     client leaves later            decode is aborted at once: vLLM frees everything itself
@@ -188,7 +188,7 @@ class Flight:
             try:
                 answer = await self._legs.decode()
             except NotAsked as failure:
-                if failure.unreached:
+                if not self._legs.decode_lease.process_ended:
                     self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
                 await self._another_or_raise(self._legs.pair.decode, failure.error)
                 continue
