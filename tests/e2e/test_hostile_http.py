@@ -264,6 +264,14 @@ async def test_a_pipelining_client_that_leaves_ends_the_request_that_runs(machin
     await machine.unharmed(*pair)
 
 
+async def check_closed(wire: Wire, piece: bytes) -> None:
+    """The connection ends without a word; what crosses the closing on the wire may make that a reset."""
+    try:
+        assert await trickle(wire, piece) == b""
+    except ConnectionResetError:
+        pass
+
+
 @pytest.mark.settings(header_timeout=0.1)
 async def test_a_client_that_sends_nothing_is_closed(machine, dial) -> None:
     assert await answers(await dial(machine.proxy.url)) == []
@@ -287,7 +295,7 @@ async def test_a_kept_connection_is_closed_after_its_time_whatever_empty_lines_i
     wire = await dial(machine.proxy.url)
     wire.send(get("GET /livez HTTP/1.1"))
     assert (await wire.answer())[0] == 200
-    assert await trickle(wire, b"\r\n") == b""
+    await check_closed(wire, b"\r\n")
 
 
 @pytest.mark.settings(api_key="sk-right", body_timeout=0.1)
@@ -296,7 +304,7 @@ async def test_a_body_that_was_answered_early_must_end_too(machine, dial, piece:
     wire = await dial(machine.proxy.url)
     wire.start(PATH, "Content-Length: 1000000")
     check_error(*await wire.answer(), 401, "invalid_api_key")
-    assert await trickle(wire, piece) == b""
+    await check_closed(wire, piece)
 
 
 @pytest.mark.settings(max_header_bytes=2000)
