@@ -85,6 +85,11 @@ class Proxy:
     async def until_state(self, address: str, state: State) -> None:
         await self.until(lambda: self.knows(address) and self.instance(address).state is state)
 
+    async def until_clients(self, count: int) -> None:
+        """Wait until so many exchanges are left; one ends a moment after its client has the whole answer."""
+        while self.services.stats.in_flight != count:
+            await asyncio.sleep(0)
+
     async def until_quiet(self) -> None:
         """Wait until no background work (drains, abandoned prefills) is left."""
         while tasks := set(self.services.background._tasks):

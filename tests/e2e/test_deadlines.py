@@ -20,7 +20,7 @@ async def test_a_late_prefill_is_504_but_runs_on_and_is_drained(machine, pair, p
         message = check_error(*await machine.send(path, REQUESTS[path]), 504, "engine_deadline")
         assert message == "The prefill did not finish within 0.4 s."
         assert prefill.state()["waiting"] == 1 and prefill.state()["aborted"] == 0
-        assert machine.proxy.services.stats.in_flight == 0
+        await soon(machine.proxy.until_clients(0))
     await soon(machine.proxy.until_idle())
     (drain,) = decode.received(path)
     assert drain.headers["X-Request-Id"] == prefill.received(path)[0].headers["X-Request-Id"]
