@@ -119,9 +119,6 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-Wait = Callable[..., Awaitable[None]]
-
-
 T = TypeVar("T")
 
 

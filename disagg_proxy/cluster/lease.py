@@ -48,7 +48,7 @@ class Lease:
 
     @property
     def same_process(self) -> bool:
-        """Whether the instance is ready and has been so, without a break, since the lease began.
+        """Whether the instance is ready now, as the process that the lease began with.
 
         After a restart its KV store is empty, and a decode of an older id would stall it for ever.
         """

@@ -179,7 +179,7 @@ class Flight:
                 return None
             told = self._told_by_prefill(prefilled)
             if told is not None:
-                self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
+                self._drain_behind()
                 self._phase = _Phase.OVER
                 return told
             self._phase = _Phase.DECODE
@@ -189,7 +189,7 @@ class Flight:
                 answer = await self._legs.decode()
             except NotAsked as failure:
                 if not self._legs.decode_lease.process_ended:
-                    self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
+                    self._drain_behind()
                 await self._another_or_raise(self._legs.pair.decode, failure.error)
                 continue
             except ProxyError:
@@ -224,12 +224,11 @@ class Flight:
 
     async def _refused_by_decode(self, answer: Answer) -> Outcome:
         refused = await answer.whole()
+        self._phase = _Phase.OVER
         if refused.status < 500:
             # The API server turned it away before its engine knew of it, so the KV still waits there.
-            self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
-            self._phase = _Phase.OVER
+            self._drain_behind()
         else:
-            self._phase = _Phase.OVER
             self._legs.end_lease(self._legs.decode_lease, refused.status)
             self._legs.kv.release()
         return self._refusal(refused, "decode")
@@ -250,6 +249,10 @@ class Flight:
         if refused is not None:
             self._result = "client_error"
         return refused
+
+    def _drain_behind(self) -> None:
+        """Drain the present try's KV while this request goes on."""
+        self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
 
     async def _drain(self, legs: Legs) -> None:
         try:

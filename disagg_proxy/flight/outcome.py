@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from disagg_proxy.errors import BadRequest, EngineFailed, headers_of
+from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, headers_of
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.protocol.fields import MESSAGES, Route
 from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
@@ -32,6 +32,11 @@ def whole(answer: WholeAnswer, request_id: RequestId) -> Outcome:
     return Outcome(answer.status, answer_headers(answer.headers, request_id), hide(request_id, answer.body))
 
 
+def _told(error: ProxyError) -> Outcome:
+    """An error of the proxy's own wording as what the client gets."""
+    return Outcome(error.status, list(headers_of(error).items()), error.body())
+
+
 def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
     """The refusal of a /v1/messages request whose prompt and limit together exceed decode's context, else None.
 
@@ -48,7 +53,7 @@ def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
         f"for {legs.prepared.limit}.",
         param="max_tokens",
     )
-    return Outcome(error.status, list(headers_of(error).items()), error.body())
+    return _told(error)
 
 
 def refusal(answer: WholeAnswer, leg: str, request_id: RequestId, own_key: bool) -> Outcome:
@@ -64,7 +69,7 @@ def refusal(answer: WholeAnswer, leg: str, request_id: RequestId, own_key: bool)
     if answer.status == 500 and is_over_context(answer.body):
         # On /v1/messages vLLM 0.17 - 0.23 calls this mistake of the client's an internal error.
         error = BadRequest(error_message(hide(request_id, answer.body)))
-        return Outcome(error.status, list(headers_of(error).items()), error.body())
+        return _told(error)
     if 400 <= answer.status < 500 and not own_key_refused:
         return whole(answer, request_id)
     log.warning("The %s leg of %s got %d: %.300r", leg, request_id.public, answer.status, answer.body)

@@ -131,15 +131,10 @@ async def test_a_client_that_left_is_not_tried_for(machine, four) -> None:
     request = asyncio.ensure_future(machine.post(COMPLETIONS, ASK))
     await soon(prefills[0].wait_until(lambda s: s["held_at"] == "answer"))
     request.cancel()
-    await soon(_left(machine))
+    await soon(machine.proxy.until_clients(0))
     await prefills[0].kill()
     await soon(machine.proxy.until_quiet())
     assert not prefills[1].received(COMPLETIONS)
-
-
-async def _left(machine: Machine) -> None:
-    while machine.proxy.services.stats.in_flight:
-        await asyncio.sleep(0)
 
 
 @in_turn
