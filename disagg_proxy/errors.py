@@ -157,6 +157,11 @@ class Unavailable(ProxyError):
     code = "service_unavailable"
 
 
+def shutting_down() -> Unavailable:
+    """For who comes, or still waits, when the proxy ends."""
+    return Unavailable("The proxy is shutting down.", retry_after=5)
+
+
 class NoPair(Unavailable):
     """No ready prefill and decode that serve the model together."""
 

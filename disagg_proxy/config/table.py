@@ -84,8 +84,9 @@ SETTINGS: tuple[Setting, ...] = (
             "seconds in which a client must take some of its waiting answer, or it is cut off (within twice as long)",
             "有待读取的回答时，客户端在多少秒内须读取一部分，否则断开（最迟两倍时间）"),
     Setting("shutdown_grace", "SHUTDOWN_GRACE", "--shutdown-grace", "30", values.seconds,
-            "seconds that running requests get to finish after SIGTERM",
-            "收到 SIGTERM 后留给在途请求的秒数"),
+            "seconds from SIGTERM to the end, in all; requests get them but for the last fifth (5 s at most), which is "
+            "for drains",
+            "从收到 SIGTERM 到退出的总秒数；最后五分之一（最多 5 秒）留给 drain，其余留给已接受的请求"),
     Setting("max_body_bytes", "MAX_BODY_BYTES", "--max-body-bytes", "64M", values.size,
             "largest request body, then 413; the default holds a prompt of 1M tokens",
             "请求体上限，超出返回 413；默认值足够 100 万 token 的提示词"),

@@ -48,9 +48,12 @@ def health_report(services: Services) -> dict[str, Any]:
     missing = registry.missing()
     if not pairs and not missing:
         missing = [services.pairing.why_no_pair()]
+    stopping = services.stopping.begun.is_set()
+    if stopping:
+        missing = ["the proxy is shutting down", *missing]
     known = registry.instances()
     return {
-        "status": "ok" if pairs else "unavailable",
+        "status": "stopping" if stopping else "ok" if pairs else "unavailable",
         "pairs": pairs,
         **{
             role.value: {"ready": len(registry.ready(role)), "known": sum(i.role is role for i in known)}
