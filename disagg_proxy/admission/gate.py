@@ -108,7 +108,7 @@ class Gate:
         decodes = (i for i in self._registry.instances() if i.role is Role.DECODE)
         if limits.in_flight and sum(i.in_flight for i in decodes) >= limits.in_flight:
             # Still say at once what no wait can cure.
-            self._pairing.choose(model)
+            self._pairing.check(model)
             return None
 
         def room(instance: Instance) -> bool:

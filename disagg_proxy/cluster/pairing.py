@@ -56,15 +56,7 @@ class Pairing:
             NoPair: a prefill or a decode that serves it is missing, or left alone by its breaker.
             NoRoom: all that could serve it are full.
         """
-        found = self._candidates(model)
-        now = self._registry.now()
-        prefills, decodes = ([i for i in side if i.breaker.permits(now) and i not in without] for side in found)
-        if not prefills or not decodes:
-            idle = [role.value for role, side in zip(Role, (prefills, decodes), strict=True) if not side]
-            raise NoPair([f"every {role} instance has kept failing and is left alone for a while" for role in idle])
-        prefills = self._with_partner(prefills, decodes)
-        if not prefills:
-            raise NoPair([STALE])
+        prefills, decodes = self._able(model, without)
         if room is not None:
             decodes = [i for i in decodes if room(i)]
             prefills = self._with_partner([i for i in prefills if room(i)], decodes)
@@ -75,6 +67,23 @@ class Pairing:
         prefill = prefills[self._prefill_policy(prefills, turn)]
         partners = [i for i in decodes if self._registry.can_exchange(prefill, i)]
         return Pair(prefill, partners[self._decode_policy(partners, turn)])
+
+    def check(self, model: str | None) -> None:
+        """Raise what :meth:`choose` raises where no room could help; no turn is taken."""
+        self._able(model, ())
+
+    def _able(self, model: str | None, without: Collection[Instance]) -> tuple[Sequence[Instance], Sequence[Instance]]:
+        """Prefills and decodes that could serve ``model``, each of them with one of the others."""
+        found = self._candidates(model)
+        now = self._registry.now()
+        prefills, decodes = ([i for i in side if i.breaker.permits(now) and i not in without] for side in found)
+        if not prefills or not decodes:
+            idle = [role.value for role, side in zip(Role, (prefills, decodes), strict=True) if not side]
+            raise NoPair([f"every {role} instance has kept failing and is left alone for a while" for role in idle])
+        prefills = self._with_partner(prefills, decodes)
+        if not prefills:
+            raise NoPair([STALE])
+        return prefills, decodes
 
     def _with_partner(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> list[Instance]:
         """Prefills that can still exchange KV with one of ``decodes``."""
