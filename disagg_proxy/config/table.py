@@ -86,7 +86,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("shutdown_grace", "SHUTDOWN_GRACE", "--shutdown-grace", "30", values.seconds,
             "seconds from SIGTERM to the end, in all; requests get them but for the last fifth (5 s at most), which is "
             "for drains",
-            "从收到 SIGTERM 到退出的总秒数；最后五分之一（最多 5 秒）留给 drain，其余留给已接受的请求"),
+            "从收到 SIGTERM 到退出的总秒数；最后五分之一（最多 5 秒）留给排空，其余留给已接受的请求"),
     Setting("max_body_bytes", "MAX_BODY_BYTES", "--max-body-bytes", "64M", values.size,
             "largest request body, then 413; the default holds a prompt of 1M tokens",
             "请求体上限，超出返回 413；默认值足够 100 万 token 的提示词"),
@@ -133,6 +133,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("engine_api_key", "ENGINE_API_KEY", "--engine-api-key", "", values.key,
             "key that the instances ask for (vllm serve --api-key); replaces the client's Authorization",
             "实例自身的密钥（vllm serve --api-key）；会替换客户端的 Authorization", secret=True),
+    Setting("admin_key", "ADMIN_KEY", "--admin-key", "", values.key,
+            "key that opens /admin/drain, /admin/undrain and /admin/instances, which are off without one",
+            "/admin/drain、/admin/undrain 与 /admin/instances 的密钥；不设置则关闭这些接口", secret=True),
     Setting("cors_origins", "CORS_ORIGINS", "--cors-origins", "", values.origins,
             "browser origins that may call, comma-separated, or *; none by default",
             "允许跨域访问的来源，逗号分隔，或 *；默认不允许"),

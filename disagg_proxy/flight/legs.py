@@ -74,7 +74,7 @@ class Legs:
         self.pair = pair
         self.prefill_lease = Lease(registry, pair.prefill)
         self.decode_lease = Lease(registry, pair.decode)
-        self.kv = KvClaim(registry, pair.decode, kv_bytes)
+        self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
 
     def give_back(self) -> None:
         """Give up every place; harmless for those that were given back before."""

@@ -56,7 +56,7 @@ def health_report(services: Services) -> dict[str, Any]:
         "status": "stopping" if stopping else "ok" if pairs else "unavailable",
         "pairs": pairs,
         **{
-            role.value: {"ready": len(registry.ready(role)), "known": sum(i.role is role for i in known)}
+            role.value: {"ready": len(services.pairing.taking(role)), "known": sum(i.role is role for i in known)}
             for role in Role
         },
         "missing": missing,
@@ -110,10 +110,13 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
         "kv_address": instance.kv.text if instance.kv else None,
         "models": list(instance.models),
         "state": instance.state.value,
-        "reason": instance.reason,
+        "reason": instance.explanation,
+        "draining": instance.draining,
+        "idle": instance.idle,
         "source": instance.source.value,
         "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
         "in_flight": instance.in_flight,
+        "kv_waiting": instance.kv_waiting,
         "kv_waiting_bytes": instance.kv_waiting_bytes,
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,

@@ -9,6 +9,7 @@ from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.pairing import Pair, Pairing
 from disagg_proxy.cluster.policy import round_robin
+from disagg_proxy.errors import NoPair
 from disagg_proxy.stats import Stats
 from tests.cluster.conftest import World
 from tests.conftest import soon
@@ -54,3 +55,59 @@ async def test_those_that_waited_take_the_instances_in_turn(limits: dict[str, in
         served.append(place.pair.prefill)
         place.give_back()
     assert served == prefills * 3
+
+
+async def waiting(door: Door, count: int) -> None:
+    while door.gate.waiting != count:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_those_that_wait_when_the_last_instance_is_drained_go_on_after_the_undrain(role: Role) -> None:
+    door = Door(decode=1)
+    instances = {Role.PREFILL: door.world.ready(Role.PREFILL, 1), Role.DECODE: door.world.ready(Role.DECODE, 2)}
+    first = await soon(door.ask())
+    queued = [door.ask(), door.ask()]
+    await soon(waiting(door, 2))
+    door.world.registry.drain(instances[role])
+    first.give_back()
+    with pytest.raises(NoPair, match="drained for maintenance"):
+        await soon(door.ask())
+    assert door.gate.waiting == 2 and not any(one.done() for one in queued)
+    door.world.registry.drain(instances[role], draining=False)
+    for one in queued:
+        (await soon(one)).give_back()
+
+
+async def test_a_drained_instance_may_restart_meanwhile() -> None:
+    door = Door(decode=1)
+    registry = door.world.registry
+    prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    registry.sends_towards(prefill, decode)
+    first = await soon(door.ask())
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    for instance in (prefill, decode):
+        registry.drain(instance)
+    first.give_back()
+    for instance in (decode, prefill):
+        registry.suspend(instance, "refused", gone=True)
+        await asyncio.sleep(0)
+        assert door.gate.waiting == 1
+    for instance in (decode, prefill):
+        registry.admit(instance, {"m": {}})
+    for instance in (decode, prefill):
+        registry.drain(instance, draining=False)
+    assert (await soon(queued)).pair == Pair(prefill, decode)
+
+
+async def test_those_that_wait_are_told_when_an_undrained_side_goes() -> None:
+    door = Door(decode=1)
+    prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    await soon(door.ask())
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    door.world.registry.drain(decode)
+    door.world.registry.suspend(prefill, "refused", gone=True)
+    with pytest.raises(NoPair, match=r"no prefill instance is ready.*; no decode instance is ready \(one is drained"):
+        await soon(queued)
