@@ -119,7 +119,10 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             if isinstance(connection, Protocol):
                 connection.last_call()
-        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether the end has begun. With ``should_exit`` set during the start, older versions would skip the end."""
+        return await super().on_tick(counter) or self._services.stopping.begun.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what was accepted, close the port, cut off what is late, then stop the services."""

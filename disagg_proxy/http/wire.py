@@ -228,7 +228,7 @@ class Protocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         if self.expect_100_continue or self.stopping.begun.is_set():
-            self.cycle.keep_alive = False
+            _be_last(self.cycle)
         if not self.pipeline:
             self._current = self.cycle
         elif len(self.pipeline) <= _READ_AHEAD:
@@ -337,7 +337,7 @@ class Protocol(HttpToolsProtocol):
         if self._part:
             self._refuse(shutting_down())
         elif self.cycle is not None:
-            self.cycle.keep_alive = False
+            _be_last(self.cycle)
 
     def shutdown(self) -> None:
         # A client that is refused gets its moment to read why.
@@ -383,6 +383,13 @@ class Protocol(HttpToolsProtocol):
         still = self.transport.is_closing() or self.flow.write_paused or not self._answering()
         self._unsent = unsent if unsent and still else _NEVER
         return still and 0 < last <= unsent
+
+
+def _be_last(cycle: RequestResponseCycle) -> None:
+    """Close the connection after this answer, and say so if its head is not out yet."""
+    cycle.keep_alive = False
+    # uvicorn says so by itself only in newer versions.
+    cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
 
 _CHECKS: dict[bytes, Callable[[Protocol, bytes], None]] = {

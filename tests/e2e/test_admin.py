@@ -180,6 +180,7 @@ async def test_what_runs_on_it_ends_well_and_the_rest_goes_elsewhere(machine, op
     assert (await operator.undrain(a[side]))["reason"].startswith("serves sim-model")
     await served(machine, 4)
     assert len(a[side].received(PATH)) > 2
+    await soon(machine.proxy.until_idle())
     await machine.unharmed(*a, *b)
     assert machine.proxy.services.stats.outcomes == {"ok": 12}
 
@@ -232,9 +233,10 @@ async def test_a_wait_ends_with_an_undrain_and_when_its_time_is_over(machine, pa
     request = ask(machine)
     await soon(until(lambda: pair[1].received(PATH)))
     assert not (await operator.drain(pair[1], wait=0.01))["idle"]
+    drained = asyncio.Event()
+    machine.proxy.services.registry.watch(changed=lambda instance: drained.set())
     waiting = asyncio.create_task(operator.send("POST", "/admin/drain", instance=pair[1].http_address, wait=60))
-    changes = machine.proxy.server.server_state.tasks
-    await soon(until(lambda: len(changes) == 2))
+    await soon(drained.wait())
     await operator.undrain(pair[1])
     status, body = await soon(waiting)
     assert (status, body["draining"], body["idle"]) == (200, False, False)
