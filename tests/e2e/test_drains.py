@@ -44,7 +44,9 @@ async def test_a_drain_is_one_token_of_the_same_prompt_under_the_same_id(machine
     assert not {"min_tokens", "stream_options", "logprobs", "top_logprobs"} & drain.json.keys()
     for field in ("prompt", "messages", "system", "n", "model"):
         assert drain.json.get(field) == body.get(field)
-    assert (await machine.get("/stats"))[1]["drains"] == {"started": 1, "done": 1, "failed": 0}
+    counts = (await machine.get("/stats"))[1]["drains"]
+    assert counts.pop("tokens") > 0
+    assert counts == {"started": 1, "done": 1, "failed": 0, "waiting": 0}
     await machine.unharmed(*pair)
 
 
@@ -68,7 +70,7 @@ async def test_a_drain_that_fails_is_counted_and_not_repeated(machine, pair, dia
     assert (drains.started, drains.done, drains.failed) == (1, 0, 1)
     assert len(decode.received(PATH)) == 1
     assert machine.proxy.instance(decode.http_address).in_flight == 0
-    assert "stays on decode" in caplog.text
+    assert "is not drained from decode" in caplog.text
 
 
 async def test_nothing_is_drained_after_a_failed_prefill(machine, pair, dial) -> None:

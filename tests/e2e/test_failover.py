@@ -175,12 +175,13 @@ async def test_a_dead_engine_is_out_after_its_first_500(machine, pair) -> None:
 
 async def test_streams_that_a_death_cuts_keep_nobody_from_the_next_process(machine, pair) -> None:
     _, decode = pair
-    decode.faults.hold("answer", after=2)
+    endless = {**ASK, "stream": True, "max_tokens": 5000, "ignore_eos": True}
     streams = [
-        asyncio.ensure_future(machine.http.post(machine.proxy.url + COMPLETIONS, json={**ASK, "stream": True}))
+        asyncio.ensure_future(machine.http.post(machine.proxy.url + COMPLETIONS, json=endless))
         for _ in range(3 * FAILURES_TO_OPEN)
     ]
     answers = await soon(asyncio.gather(*streams))
+    decode.faults.hold("answer")
     spare = await machine.engine("prefill")
     await soon(machine.proxy.until_state(spare.http_address, State.READY))
     await decode.kill()
