@@ -36,7 +36,7 @@ def test_modules_and_files_named_in_the_pages_exist(page: Path) -> None:
 
 
 async def test_every_route_in_the_readme_exists() -> None:
-    services = Services(Config(**LOCAL))
+    services = Services(Config(**LOCAL, admin_key="k"))
     try:
         app = create_app(services.config, services)
         rules = {re.sub(r"<[^>]+>", "NAME", rule.rule) for rule in app.url_map.iter_rules()}

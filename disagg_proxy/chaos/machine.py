@@ -14,12 +14,10 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-import uvicorn
-
 from disagg_proxy.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_proxy.chaos.work import MAX_MODEL_LEN, MODEL
 from disagg_proxy.config import Config
-from disagg_proxy.server import listen, server_config
+from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
 from disagg_proxy.sim import SimConfig
 
@@ -44,7 +42,7 @@ _MOMENT = 1.0
 """Seconds that the right moment for a prefill's end is waited for."""
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Leaves signals to whoever runs the event loop."""
 
     @contextmanager
@@ -117,7 +115,7 @@ class Machine:
         self.ledger = Ledger()
         self.socket = listen(config)
         self.services = Services(config)
-        self.server = _Server(server_config(config, self.services))
+        self.server = _Server(server_config(config, self.services), self.services)
         self.url = "http://{}:{}".format(*self.socket.getsockname()[:2])
         self.prefills: list[Slot] = []
         self.decodes: list[Slot] = []
@@ -269,7 +267,7 @@ async def running_machine(
             raise RuntimeError(f"not ready: {machine.services.registry.missing()}")
         yield machine
     finally:
-        machine.server.should_exit = True
+        machine.server.signalled()
         await asyncio.gather(serving, return_exceptions=True)
         await asyncio.gather(*(slot.engine.stop() for slot in machine.slots))
         machine.socket.close()
