@@ -9,6 +9,7 @@ from typing import Any
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.breaker import Breaker
+from disagg_proxy.cluster.kv_kind import P2P, KvKind
 from disagg_proxy.cluster.pulse import Pulse
 
 
@@ -47,6 +48,7 @@ class Instance:
     Attributes:
         http: where its OpenAI server listens.
         kv: where its KV connector listens, None until a ping tells.
+        kind: how it exchanges KV. boot: which process it is, empty when it does not tell.
         models: served names in the engine's own order, the first is its default; each with the object that its
             /v1/models showed.
         reason: why it is in this state, for people.
@@ -72,6 +74,8 @@ class Instance:
     http: Address
     kv: Address | None
     source: Source
+    kind: KvKind = P2P
+    boot: str = ""
     state: State = State.PROBING
     reason: str = "not probed yet"
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

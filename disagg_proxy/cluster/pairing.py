@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policy import Policy
@@ -18,12 +19,27 @@ class Pair:
     prefill: Instance
     decode: Instance
 
+    def __str__(self) -> str:
+        return f"{self.prefill} and {self.decode}"
 
-STALE = (
-    "every ready prefill instance has sent KV to a decode process that is gone and would freeze on the new one; "
-    "restart the prefill instances"
-)
-"""vLLM 0.9.2 - 0.23 keeps the NCCL communicator of an address (``p2p_nccl_engine.py``, ``create_connect``)."""
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A decode that computes one request by itself."""
+
+    decode: Instance
+
+    def __str__(self) -> str:
+        return f"{self.decode} alone"
+
+
+class Wish(Enum):
+    """Who shall serve a request."""
+
+    PAIR = "a pair"
+    EITHER = "a pair, or a decode alone while there is none"
+    RATHER_ALONE = "a decode alone, or a pair while none can"
+    ALONE = "a decode alone"
 
 
 DRAINED = "others are drained for maintenance"
@@ -68,12 +84,54 @@ class Pairing:
         turn = self._turn
         self._turn += 1
         prefill = prefills[self._prefill_policy(prefills, turn)]
-        partners = [i for i in decodes if self._registry.can_exchange(prefill, i)]
+        partners = [i for i in decodes if self._registry.exchange.possible(prefill, i)]
         return Pair(prefill, partners[self._decode_policy(partners, turn)])
 
-    def check(self, model: str | None) -> None:
-        """Raise what :meth:`choose` raises where no room could help; no turn is taken."""
+    def place(
+        self,
+        model: str | None,
+        wish: Wish,
+        without: Collection[Instance] = (),
+        room: Callable[[Instance], bool] | None = None,
+    ) -> Pair | Alone:
+        """Who serves a request, by its wish; arguments and errors as for :meth:`choose`."""
+        if wish in (Wish.ALONE, Wish.RATHER_ALONE) and (wish is Wish.ALONE or self.loners(model, without)):
+            return self._choose_alone(model, without, room)
+        try:
+            return self.choose(model, without, room)
+        except NoPair:
+            if wish is Wish.PAIR or not self.loners(model, without):
+                raise
+            return self._choose_alone(model, without, room)
+
+    def check(self, model: str | None, wish: Wish = Wish.PAIR) -> None:
+        """Raise what :meth:`place` raises where no room could help; no turn is taken."""
+        if wish is not Wish.PAIR and self.loners(model):
+            return
         self._able(model, ())
+
+    def loners(self, model: str | None, without: Collection[Instance] = ()) -> Sequence[Instance]:
+        """Decodes that can serve ``model`` by themselves. P2pNcclConnector's cannot: they wait for KV for ever."""
+        now = self._registry.now()
+        return [
+            i
+            for i in self.taking(Role.DECODE, model)
+            if i.kind.together and i.breaker.permits(now) and i not in without
+        ]
+
+    def _choose_alone(
+        self, model: str | None, without: Collection[Instance], room: Callable[[Instance], bool] | None
+    ) -> Alone:
+        able = self.loners(model, without)
+        if not able:
+            raise self._nothing(model, (), ())
+        if room is not None:
+            able = [i for i in able if room(i)]
+            if not able:
+                raise NoRoom
+        turn = self._turn
+        self._turn += 1
+        return Alone(able[self._decode_policy(able, turn)])
 
     def _able(self, model: str | None, without: Collection[Instance]) -> tuple[Sequence[Instance], Sequence[Instance]]:
         """Prefills and decodes that could serve ``model``, each of them with one of the others."""
@@ -84,14 +142,19 @@ class Pairing:
             idle = [role.value for role, side in zip(Role, (prefills, decodes), strict=True) if not side]
             why = [f"every {role} instance has kept failing and is left alone for a while" for role in idle]
             raise self._apart(model, why)
-        prefills = self._with_partner(prefills, decodes)
-        if not prefills:
-            raise self._apart(model, [STALE])
-        return prefills, decodes
+        partnered = self._with_partner(prefills, decodes)
+        if not partnered:
+            raise self._apart(model, self._why_apart(prefills, decodes))
+        return partnered, decodes
+
+    def _why_apart(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> list[str]:
+        """Why none of them can exchange KV; names no address."""
+        why = self._registry.exchange.why_not
+        return sorted({why(p, d) or "" for p in prefills for d in decodes})
 
     def _with_partner(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> list[Instance]:
         """Prefills that can still exchange KV with one of ``decodes``."""
-        can = self._registry.can_exchange
+        can = self._registry.exchange.possible
         return [p for p in prefills if any(can(p, d) for d in decodes)]
 
     def choose_one(self, model: str | None) -> Instance:
@@ -149,14 +212,16 @@ class Pairing:
     def why_no_pair(self) -> str:
         """What keeps ready instances of both roles apart."""
         prefills, decodes = (self.taking(role) for role in (Role.PREFILL, Role.DECODE))
-        common = any(_share_a_model(p, d) for p in prefills for d in decodes)
-        why = STALE if common else "no prefill and decode instance serve the same model"
+        common = [(p, d) for p in prefills for d in decodes if _share_a_model(p, d)]
+        why = "no prefill and decode instance serve the same model"
+        if common:
+            why = "; ".join(sorted({self._registry.exchange.why_not(p, d) or "" for p, d in common}))
         return f"{why}; {DRAINED}" if self._drained_pair(_share_a_model) else why
 
     def ready_pairs(self) -> int:
         """How many prefill/decode combinations share a model, can exchange KV and take requests."""
         prefills, decodes = (self.taking(role) for role in (Role.PREFILL, Role.DECODE))
-        can = self._registry.can_exchange
+        can = self._registry.exchange.possible
         return sum(1 for p in prefills for d in decodes if _share_a_model(p, d) and can(p, d))
 
     def _drained_pair(self, fit: Callable[[Instance, Instance], bool]) -> bool:
@@ -169,7 +234,7 @@ class Pairing:
         if not any(drained.values()):
             return False
         prefills, decodes = ([*self.taking(role), *drained[role]] for role in (Role.PREFILL, Role.DECODE))
-        can = self._registry.can_exchange
+        can = self._registry.exchange.possible
         return any(
             (p.draining or d.draining) and fit(p, d) and (p.draining or can(p, d)) for p in prefills for d in decodes
         )

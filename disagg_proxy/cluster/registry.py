@@ -9,13 +9,14 @@ newcomer gets in when that finds it gone.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.breaker import Breaker
+from disagg_proxy.cluster.exchange import Exchange
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
+from disagg_proxy.cluster.kv_kind import P2P, KvKind
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
 
@@ -42,7 +43,7 @@ class Registry:
         self._expiry = expiry
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
-        self._processes: Counter[str] = Counter()
+        self.exchange = Exchange(MAX_INSTANCES)
         self._drained: set[str] = set()
         self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
         self._on_change: list[Watcher] = []
@@ -87,32 +88,39 @@ class Registry:
         self._take_in(instance)
         return instance
 
-    def announce(self, role: Role, http: Address, kv: Address) -> str | None:
+    def announce(self, role: Role, http: Address, kv: Address, kind: KvKind = P2P, boot: str = "") -> str | None:
         """Take in one ping; returns why it was not accepted, None if it was."""
         known = self._instances.get(http.netloc)
-        if known is not None and known.state is State.LOST and (known.role, known.kv) == (role, kv):
+        same = known is not None and (known.role, known.kv, known.kind) == (role, kv, kind)
+        if known is not None and known.state is State.LOST and same:
             # It was silent, which is no proof that its process ended.
             known.last_ping = self._clock()
             self._move(known, State.PROBING, "its pings are back")
             self._want_probe(known)
             return None
         if known is None or known.state is State.LOST:
-            return self._newcomer(role, http, kv)
-        if known.role is not role or (known.kv is not None and known.kv != kv):
-            return self._contradiction(known, role, kv)
+            return self._newcomer(role, http, kv, kind, boot)
+        if known.role is not role or (known.kv is not None and not same):
+            return self._contradiction(known, role, kv, kind, boot)
         known.last_ping = self._clock()
+        if known.boot != boot:
+            if known.boot:
+                self.process_ended(known)
+                self.suspend(known, "it was restarted")
+                self._want_probe(known)
+            known.boot = boot
         if known.kv is None:
-            known.kv = kv
+            known.kv, known.kind = kv, kind
             self._want_probe(known)
         return None
 
-    def _newcomer(self, role: Role, http: Address, kv: Address) -> str | None:
+    def _newcomer(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str) -> str | None:
         owner = next((i for i in self._instances.values() if i.kv == kv and i.state is not State.LOST), None)
         if owner is not None and owner.key != http.netloc:
             return f"the KV address {kv.text} belongs to {owner}"
         if len(self._instances) >= MAX_INSTANCES and http.netloc not in self._instances:
             return f"{MAX_INSTANCES} instances are known already"
-        self._take_in(Instance(role, http, kv, Source.PING, last_ping=self._clock()))
+        self._take_in(Instance(role, http, kv, Source.PING, kind, boot, last_ping=self._clock()))
         return None
 
     def _take_in(self, instance: Instance) -> None:
@@ -122,10 +130,10 @@ class Registry:
         self._move(instance, State.PROBING, instance.reason)
         self._want_probe(instance)
 
-    def _contradiction(self, known: Instance, role: Role, kv: Address) -> str | None:
+    def _contradiction(self, known: Instance, role: Role, kv: Address, kind: KvKind, boot: str) -> str | None:
         if known.state is State.PROBING and known.source is Source.PING:
             del self._instances[known.key]
-            return self._newcomer(role, known.http, kv)
+            return self._newcomer(role, known.http, kv, kind, boot)
         self._want_probe(known)
         return f"{known} is ready with KV address {known.kv.text if known.kv else '?'}; it is probed again"
 
@@ -175,6 +183,15 @@ class Registry:
             self._move(instance, State.PROBING, reason)
             self._want_probe(instance)
 
+    def process_ended(self, instance: Instance) -> None:
+        """Its process is gone, and with it the KV it held and the peers it knew."""
+        instance.epoch += 1
+        instance.breaker = Breaker()
+        instance.pulse = Pulse(self._clock())
+        instance.senders_frozen = 0
+        self.exchange.process_ended(instance)
+        self.thaw(instance, "its process has ended")
+
     def look_again(self, instance: Instance) -> None:
         """A leg failed in a way that leaves open whether the instance lives."""
         if self.knows(instance):
@@ -216,35 +233,6 @@ class Registry:
     def drained(self, role: Role) -> Sequence[Instance]:
         """Those of one role that are out for maintenance, in any state."""
         return [i for i in self._instances.values() if i.role is role and i.draining] if self._drained else ()
-
-    # -- who has exchanged KV with whom
-
-    def process_ended(self, instance: Instance) -> None:
-        """Its process is gone, and with it the KV it held and the peers it knew."""
-        instance.epoch += 1
-        instance.spoken_to.clear()
-        instance.breaker = Breaker()
-        instance.pulse = Pulse(self._clock())
-        instance.senders_frozen = 0
-        self.thaw(instance, "its process has ended")
-        if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < MAX_INSTANCES):
-            self._processes[instance.kv.text] += 1
-
-    def sends_towards(self, prefill: Instance, decode: Instance) -> None:
-        """Prefill gets a request whose KV goes to decode."""
-        if decode.kv is not None:
-            prefill.spoken_to[decode.kv.text] = self._processes[decode.kv.text]
-
-    def can_exchange(self, prefill: Instance, decode: Instance) -> bool:
-        """Whether prefill has never sent towards an earlier process at decode's KV address.
-
-        After a decode's restart on the same address such a prefill freezes at its next send, until it is restarted
-        too (vLLM 0.21, measured).
-        """
-        if decode.kv is None or not prefill.spoken_to:
-            return True
-        now = self._processes[decode.kv.text]
-        return prefill.spoken_to.get(decode.kv.text, now) == now
 
     # -- what others ask
 

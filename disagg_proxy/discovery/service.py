@@ -87,7 +87,7 @@ class Discovery:
         with self._lock:
             announcements, self._waiting = self._waiting, {}
         for a in announcements.values():
-            refusal = self._registry.announce(a.role, a.http, a.kv)
+            refusal = self._registry.announce(a.role, a.http, a.kv, a.kind, a.boot)
             if refusal is None:
                 continue
             name = a.http.netloc if len(self.refused) < _MAX_WAITING else "others"

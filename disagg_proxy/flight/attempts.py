@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Generic, TypeVar
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.pairing import Pair, Pairing
+from disagg_proxy.cluster.pairing import Alone, Pair
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.flight.legs import Legs
 
 log = logging.getLogger(__name__)
 
@@ -21,21 +21,28 @@ _FIRST_PAUSE = 0.05
 """Seconds before the second try, doubled before each further one."""
 
 
-class Attempts:
+L = TypeVar("L")
+
+
+class Attempts(Generic[L]):
     """The tries of one request.
 
     Args:
         first: the legs to begin with.
-        make: legs for a pair; takes places on its instances.
-        tries: pairs that are tried at most.
+        choose: who may serve it, without some; raises a ProxyError when nobody can.
+        make: legs on what was chosen; takes places there.
+        tries: choices that are tried at most.
     """
 
     def __init__(
-        self, first: Legs, make: Callable[[Pair], Legs], pairing: Pairing, model: str | None, tries: int
+        self,
+        first: L,
+        choose: Callable[[Collection[Instance]], Pair | Alone],
+        make: Callable[[Pair | Alone], L],
+        tries: int,
     ) -> None:
+        self._choose_without = choose
         self._make = make
-        self._pairing = pairing
-        self._model = model
         self._left = tries - 1
         self._pause = _FIRST_PAUSE
         self._failed: set[Instance] = set()
@@ -57,17 +64,17 @@ class Attempts:
         await asyncio.sleep(self._pause)
         self._pause *= 2
         # The pause may have changed who is there.
-        pair = self._choose(suspect)
-        if pair is None or not waiting():
+        found = self._choose(suspect)
+        if found is None or not waiting():
             return False
-        log.info("%s failed a request; another try on %s and %s", failed, pair.prefill, pair.decode)
-        self.legs = self._make(pair)
+        log.info("%s failed a request; another try on %s", failed, found)
+        self.legs = self._make(found)
         return True
 
-    def _choose(self, suspect: Instance | None) -> Pair | None:
+    def _choose(self, suspect: Instance | None) -> Pair | Alone | None:
         for without in ({*self._failed, suspect}, self._failed) if suspect else (self._failed,):
             try:
-                return self._pairing.choose(self._model, without=without)
+                return self._choose_without(without)
             except ProxyError:
                 continue
         return None

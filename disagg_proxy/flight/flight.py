@@ -35,6 +35,7 @@ from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.legs import Legs, NotAsked
 from disagg_proxy.flight.outcome import Outcome, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.flight.relay import Relay
+from disagg_proxy.flight.verdict import is_failure
 from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
@@ -72,7 +73,7 @@ class Flight:
 
     def __init__(
         self,
-        attempts: Attempts,
+        attempts: Attempts[Legs],
         background: Background,
         drainer: Drainer,
         stats: Stats,
@@ -208,7 +209,7 @@ class Flight:
         answer = await legs.prefill()
         if not legs.abandoned:
             self._client.prefilled()
-        if legs.is_failure(answer.status):
+        if is_failure(legs.route, answer.status):
             refusal(answer, "prefill", legs.id, self._own_key)
         return answer
 
@@ -244,8 +245,7 @@ class Flight:
             # The API server turned it away before its engine knew of it, so the KV still waits there.
             self._drain_behind()
         else:
-            self._legs.end_lease(self._legs.decode_lease, refused.status)
-            self._legs.end_decode()
+            self._legs.end_refused(refused.status)
         return self._refused(refused, "decode")
 
     def _refused(self, answer: WholeAnswer, leg: str) -> Outcome:

@@ -20,7 +20,8 @@ from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, EngineError, EngineFailed, EngineUnreachable, ProxyError
-from disagg_proxy.protocol.fields import MESSAGES, Route
+from disagg_proxy.flight.verdict import blame, end_lease
+from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.upstream import Answer, Upstream, WholeAnswer
@@ -99,6 +100,11 @@ class Legs:
         self.decode_lease.end(failed=failed)
         self.kv.release()
 
+    def end_refused(self, status: int) -> None:
+        """Decode answered, but not 200."""
+        end_lease(self._registry, self.decode_lease, self.route, status)
+        self.end_decode()
+
     def give_back(self) -> None:
         """Give up every place; harmless for those that were given back before."""
         self.prefill_lease.end()
@@ -114,7 +120,7 @@ class Legs:
             EngineError, EngineDeadline: there is no answer.
         """
         lease = self.prefill_lease
-        self._registry.sends_towards(self.pair.prefill, self.pair.decode)
+        self._registry.exchange.sends_towards(self.pair.prefill, self.pair.decode)
         vigil = lease.pulse.begin(
             self._registry.now,
             tokens=self._tokens,
@@ -131,7 +137,7 @@ class Legs:
             if whole.status == 200:
                 vigil.heard()
         except ProxyError as error:
-            self._blame(self.pair.prefill, error)
+            blame(self._registry, self.pair.prefill, error)
             lease.end(failed=True)
             raise
         except BaseException:
@@ -139,23 +145,8 @@ class Legs:
             raise
         finally:
             vigil.end()
-        self.end_lease(lease, whole.status)
+        end_lease(self._registry, lease, self.route, whole.status)
         return whole
-
-    def is_failure(self, status: int) -> bool:
-        """Whether an instance that answers ``status`` failed, so that another one may do better."""
-        # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
-        return status >= 500 and not (self.route is MESSAGES and status == 500)
-
-    def end_lease(self, lease: Lease, status: int) -> None:
-        """Give back a place after an answer with ``status``.
-
-        Every version of vLLM answers some malformed requests with 500, and a client could have a healthy instance
-        left alone that way. So a 500 has the instance looked at, which finds a dead engine, but trips no breaker.
-        """
-        lease.end(failed=self.is_failure(status), certain=status != 500)
-        if status == 500:
-            self._registry.look_again(lease.instance)
 
     async def _send_prefill(self, instance: Instance, fresh: bool) -> WholeAnswer:
         answer = await self._upstream.request(
@@ -177,11 +168,11 @@ class Legs:
         """
         decode, registry = self.pair.decode, self._registry
         model = self.prepared.model or decode.default_model
-        able = [p for p in registry.serving(Role.PREFILL, model) if registry.can_exchange(p, decode)]
+        able = [p for p in registry.serving(Role.PREFILL, model) if registry.exchange.possible(p, decode)]
         if not able:
             return False
         prefill = self.pair.prefill if self.pair.prefill in able else min(able, key=lambda one: one.draining)
-        registry.sends_towards(prefill, decode)
+        registry.exchange.sends_towards(prefill, decode)
         lease = Lease(registry, prefill)
         # It may be the next one that stands still.
         deadline = prefill.pulse.deadline(self._config.freeze_after_min, self._config.freeze_after_max)
@@ -214,7 +205,7 @@ class Legs:
                     raise
                 return await self._send_decode(self.prepared.decode_body, fresh=True)
         except ProxyError as error:
-            self._blame(self.decode_lease.instance, error)
+            blame(self._registry, self.decode_lease.instance, error)
             if isinstance(error, EngineUnreachable):
                 self.decoding.end(received=False)
                 raise NotAsked(error) from error
@@ -264,7 +255,7 @@ class Legs:
             return answer
         except ProxyError as error:
             self.decoding.end(received=not isinstance(error, EngineUnreachable))
-            self._blame(instance, error)
+            blame(self._registry, instance, error)
             raise
         except asyncio.CancelledError:
             if self.frozen is None:
@@ -273,13 +264,6 @@ class Legs:
             raise self.frozen from None
         finally:
             self.decoding.end()
-
-    def _blame(self, instance: Instance, error: ProxyError) -> None:
-        """A refused connection takes the instance out at once; one that only timed out may come from a busy server."""
-        if isinstance(error, EngineUnreachable) and error.refused:
-            self._registry.lost_contact(instance, "its HTTP port cannot be reached")
-        elif isinstance(error, EngineError):
-            self._registry.look_again(instance)
 
 
 def _uncancel() -> None:

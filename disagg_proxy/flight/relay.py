@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import ProxyError, StreamCut
-from disagg_proxy.protocol.redact import IdHider
+from disagg_proxy.protocol.redact import IdHider, NoHiding
 from disagg_proxy.protocol.usage import UsageRepair
 from disagg_proxy.upstream import Answer
 
@@ -28,7 +28,7 @@ class Relay:
     def __init__(
         self,
         answer: Answer,
-        hider: IdHider,
+        hider: IdHider | NoHiding,
         repair: UsageRepair,
         vigil: Vigil,
         ended: Callable[[bool], None],

@@ -105,7 +105,7 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
     registry = services.registry
     now = registry.now()
     decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
-    stale = [decode.http.text for decode in decodes if not registry.can_exchange(instance, decode)]
+    stale = [decode.http.text for decode in decodes if not registry.exchange.possible(instance, decode)]
     return {
         "role": instance.role.value,
         "http_address": instance.http.text,

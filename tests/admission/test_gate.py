@@ -83,7 +83,7 @@ async def test_a_drained_instance_may_restart_meanwhile() -> None:
     door = Door(decode=1)
     registry = door.world.registry
     prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
-    registry.sends_towards(prefill, decode)
+    registry.exchange.sends_towards(prefill, decode)
     first = await soon(door.ask())
     queued = door.ask()
     await soon(waiting(door, 1))

@@ -4,7 +4,8 @@ import pytest
 
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.lease import KvClaim, Lease
-from disagg_proxy.cluster.pairing import DRAINED, STALE, Pairing
+from disagg_proxy.cluster.exchange import STALE
+from disagg_proxy.cluster.pairing import DRAINED, Pairing
 from disagg_proxy.cluster.policy import least_loaded
 from disagg_proxy.errors import NoPair, UnknownModel
 
@@ -90,7 +91,7 @@ def test_instances_that_do_not_fit_say_that_others_are_drained(world, pairing) -
 
 def test_stale_prefills_say_that_others_are_drained(world, pairing) -> None:
     prefill, fresh, decode = world.ready(P, 1), world.ready(P, 2), world.ready(D, 3)
-    world.registry.sends_towards(prefill, decode)
+    world.registry.exchange.sends_towards(prefill, decode)
     restart(world, decode)
     world.registry.drain(fresh)
     assert refusal(pairing) == f"{STALE}; {DRAINED}."
