@@ -7,6 +7,7 @@ separator. The KV address goes into request ids exactly as it was announced, bec
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -39,8 +40,16 @@ def parse_address(text: str) -> Address:
         raise ValueError(f"{text!r} has no port from 1 to 65535 after a colon")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if not (_IPV6.match(host) if ":" in host else _HOST_NAME.match(host)):
+    if not (_is_ipv6(host) if ":" in host else _HOST_NAME.match(host)):
         raise ValueError(f"{text!r} has no host name or IP address before its port")
     if "___" in host:
         raise ValueError(f"{text!r} contains ___, which separates the parts of a request id")
     return Address(text, host, int(port))
+
+
+def _is_ipv6(host: str) -> bool:
+    """Whether it can stand in brackets in a URL; the pattern keeps odd zone names out."""
+    try:
+        return bool(_IPV6.match(host)) and ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False

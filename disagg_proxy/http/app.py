@@ -31,6 +31,8 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.url_map.strict_slashes = False
+    # A redirect would name whatever host the client made up.
+    app.url_map.merge_slashes = False
     app = install_guard(app, config)
     install_error_handlers(app, config.max_body_bytes)
     app.register_blueprint(generation_routes(parts))

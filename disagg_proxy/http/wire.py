@@ -192,7 +192,8 @@ class Protocol(HttpToolsProtocol):
         self._host = self._framed = self._chunked = self._upgrading = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
+        # llhttp leaves the white space behind a value, which is no part of it (RFC 9110, 5.5).
+        name, value = name.lower(), value.rstrip(b" \t")
         check = _CHECKS.get(name)
         if check is not None:
             check(self, value)

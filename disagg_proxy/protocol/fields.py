@@ -94,3 +94,18 @@ def _at_least_one(limit: Any) -> bool:
 
 def _at_most_one(limit: Any) -> bool:
     return type(limit) is int and limit <= 1
+
+
+def lax_int(value: Any) -> int | None:
+    """What vLLM's request models read in a number field (pydantic 2.14, lax ``int``); None where they refuse it."""
+    if isinstance(value, str) and value.isascii():
+        whole, point, zeros = value.strip().partition(".")
+        if point and (not zeros or zeros.strip("0")):
+            return None
+        try:
+            return int(whole)
+        except ValueError:
+            return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return int(value) if isinstance(value, int) else None

@@ -87,7 +87,7 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_PROMPT_TOKENS = re.compile(rb'(?<!\\)"(?:input|prompt)_tokens"\s*:\s*(\d+)')
+_PROMPT_TOKENS = re.compile(rb'(?<!\\)"(?:input|prompt)_tokens"\s*:\s*(\d{1,18})(?!\d)')
 _OVER_CONTEXT = "maximum context length"
 """In vLLM's words for it, 0.9.2 - 0.23."""
 

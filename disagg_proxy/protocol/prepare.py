@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import isfinite
 from typing import NoReturn
 
 from disagg_proxy.errors import BadRequest, UnsupportedField
 from disagg_proxy.protocol import refusals
-from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, strip
-from disagg_proxy.protocol.size import prompt_size
+from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, lax_int, strip
+from disagg_proxy.protocol.size import choices_of, prompt_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +64,18 @@ def prepare(route: Route, raw: bytes) -> Prepared:
     if strip(body):
         raw = encode(body)
     for_p = for_prefill(route, body)
-    choices = body.get("n")
     return Prepared(
         model,
         encode(for_p),
         raw,
         encode(for_drain(for_p)),
-        choices if type(choices) is int else 1,
+        choices_of(body),
         prefill_answers,
-        _number(body.get("max_tokens")),
+        lax_int(body.get("max_tokens")) or 0,
         bool(body.get("stream")),
         prompt_size(body),
         refusal,
     )
-
-
-def _number(value: object) -> int:
-    """What pydantic's lax ``int`` makes of ``value``, or 0."""
-    try:
-        return int(value) if isinstance(value, (int, float, str)) else 0
-    except (ValueError, OverflowError):
-        return 0
 
 
 def parse_object(raw: bytes) -> Body:
@@ -95,7 +87,7 @@ def parse_object(raw: bytes) -> Body:
     if not raw.strip():
         raise BadRequest("The body is empty; it must be a JSON object.")
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
+        body = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise BadRequest("The JSON body is nested too deeply.") from None
     except ValueError as error:
@@ -108,6 +100,14 @@ def parse_object(raw: bytes) -> Body:
 def _no_constant(name: str) -> NoReturn:
     """NaN and infinities are no JSON, and pass range checks in vLLM that are meant to stop them."""
     raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    """1e999 reads as infinity, which would reach prefill as the word for it, and decode as it was sent."""
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text[:20]} is beyond the range of numbers")
+    return value
 
 
 def model_of(body: Body) -> str | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from disagg_proxy.protocol.fields import Body
+from disagg_proxy.protocol.fields import Body, lax_int
+
+
+def choices_of(body: Body) -> int:
+    """How many choices each prompt gets: ``n`` as vLLM reads it, 1 where that is refused or missing."""
+    return max(1, lax_int(body.get("n")) or 1)
 
 
 def prompt_size(body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
-    choices = body.get("n")
-    factor = choices if type(choices) is int and choices > 0 else 1
+    factor = choices_of(body)
     tokens, text = _measure(body.get("prompt"))
     for name in ("messages", "system", "tools"):
         more_tokens, more_text = _measure(body.get(name))

@@ -5,7 +5,9 @@ Decode counts the KV that came from prefill as cached, so its figure is about th
 cached is prefill's figure, and 0 when prefill reported none (0.9.2 - 0.23, ``entrypoints/openai``, the places that
 set ``PromptTokenUsageInfo``).
 
-The text ``"prompt_tokens_details":`` can only be that key: within a JSON string its quotes would be escaped.
+The text ``"prompt_tokens_details":`` can only be that key: within a JSON string its quotes would be escaped. Its value
+is looked for in the bytes right behind it and no further, so that a body is repaired in the same way however it was
+cut on its way.
 """
 
 from __future__ import annotations
@@ -13,51 +15,65 @@ from __future__ import annotations
 import re
 
 _KEY = b'"prompt_tokens_details"'
-_VALUE = re.compile(rb'(?<!\\)("prompt_tokens_details"\s*:\s*\{[^{}]*?"cached_tokens"\s*:\s*)(\d+)')
-_LONGEST = 256
-"""Bytes after the key within which its value has ended."""
+_VALUE = re.compile(_KEY + rb'\s*:\s*\{[^{}]*?"cached_tokens"\s*:\s*(\d{1,18})(?=\s*[,}])')
+_WINDOW = 256
+"""Bytes from the key's beginning within which its value has ended."""
 
 
 def cached_tokens(prefill_body: bytes) -> int:
     """What prefill's answer says was cached; 0 when it says nothing."""
     found = _VALUE.search(prefill_body)
-    return int(found[2]) if found else 0
+    return int(found[1]) if found else 0
 
 
 def repair_usage(body: bytes, cached: int) -> bytes:
     """Put ``cached`` where ``body`` reports cached tokens."""
     if _KEY not in body:
         return body
-    return _VALUE.sub(lambda match: match[1] + str(cached).encode(), body)
+    repair = UsageRepair(cached)
+    return repair.feed(body) + repair.end()
 
 
 class UsageRepair:
     """The same for a body that arrives in pieces. Feed them in order, then :meth:`end`."""
 
     def __init__(self, cached: int) -> None:
-        self._cached = cached
+        self._cached = str(cached).encode()
         self._held = b""
 
     def feed(self, piece: bytes) -> bytes:
         """What may be passed on now; may be empty."""
-        data = self._held + piece if self._held else piece
-        cut = self._undecided(data)
-        self._held = data[cut:]
-        return repair_usage(data[:cut], self._cached)
+        return self._pass(self._held + piece if self._held else piece, ended=False)
 
     def end(self) -> bytes:
         """What was held back until the body ended."""
-        held, self._held = self._held, b""
-        return repair_usage(held, self._cached)
+        return self._pass(self._held, ended=True)
 
-    def _undecided(self, data: bytes) -> int:
-        """Where a key whose value has not ended yet, or a beginning of the key, starts; else the length."""
-        key = data.rfind(_KEY)
-        if key >= 0 and len(data) - key < _LONGEST and b"}" not in data[key:]:
-            return key
-        start = data.find(b'"', max(0, len(data) - len(_KEY) + 1))
-        while start >= 0:
-            if _KEY.startswith(data[start:]):
-                return start
-            start = data.find(b'"', start + 1)
-        return len(data)
+    def _pass(self, data: bytes, ended: bool) -> bytes:
+        """Everything up to the first key whose value has not ended yet, which is held back."""
+        passed: list[bytes] = []
+        at = 0
+        while (key := data.find(_KEY, at)) >= 0:
+            end = key + _WINDOW
+            if not ended and len(data) < end and data.find(b"}", key) < 0:
+                break
+            value = _VALUE.match(data, key, end)
+            if value:
+                passed += data[at : value.start(1)], self._cached
+                at = value.end(1)
+            else:
+                passed.append(data[at : key + len(_KEY)])
+                at = key + len(_KEY)
+        cut = key if key >= 0 else len(data) if ended else _beginning(data, at)
+        self._held = data[cut:]
+        return b"".join((*passed, data[at:cut])) if passed else data[:cut]
+
+
+def _beginning(data: bytes, at: int) -> int:
+    """Where a tail that is a beginning of the key starts; the length of ``data`` when there is none."""
+    start = data.find(b'"', max(at, len(data) - len(_KEY) + 1))
+    while start >= 0:
+        if _KEY.startswith(data[start:]):
+            return start
+        start = data.find(b'"', start + 1)
+    return len(data)

@@ -192,8 +192,9 @@ async def test_what_could_be_read_in_two_ways_is_refused_and_ends_the_connection
         post("Connection: Upgrade", "Upgrade: websocket", CHUNKED, body=TWO_CHUNKS),
         b"\r\n" + WHOLE,
         post(LENGTH, "X-A: \xff", body=BODY),
+        post(CHUNKED + " ", "X-A:\tb\t", body=TWO_CHUNKS, host="proxy "),
     ],
-    ids=["length", "chunks", "extension", "trailers", "case", "h2c", "websocket", "empty line", "latin-1"],
+    ids=["length", "chunks", "extension", "trailers", "case", "h2c", "websocket", "empty line", "latin-1", "white space"],
 )
 async def test_odd_but_clear_requests_are_served_and_so_is_the_next(machine, pair, dial, raw: bytes) -> None:
     for size in (len(raw), 7):
@@ -205,6 +206,25 @@ async def test_odd_but_clear_requests_are_served_and_so_is_the_next(machine, pai
         check_right(await wire.answer())
         check_right(await wire.answer())
     assert len(pair[1].received(PATH)) == 4
+
+
+async def test_white_space_around_a_value_is_no_part_of_it(machine, pair, dial) -> None:
+    wire = await dial(machine.proxy.url)
+    wire.send(post(LENGTH, "X-Request-Id: \t mine \t", "X-A:  a b  ", body=BODY))
+    answer = await wire.answer()
+    check_right(answer)
+    assert answer[1]["X-Request-Id"] == "mine"
+    assert pair[0].received(PATH)[0].headers["X-A"] == "a b"
+
+
+@pytest.mark.parametrize("host", ["proxy", "elsewhere.example", "a:b:c"])
+@pytest.mark.parametrize("path", ["/v1//models", "/v1/models//x", "/v1/responses//x", "/v1//completions"])
+async def test_no_path_is_answered_with_a_redirect(machine, dial, path: str, host: str) -> None:
+    wire = await dial(machine.proxy.url)
+    wire.send(post(line=f"GET {path} HTTP/1.1", host=host))
+    status, headers, body = await wire.answer()
+    assert status in (404, 501) and "Location" not in headers
+    assert json.loads(body)["error"]["code"] in ("not_found", "not_implemented", "model_not_found")
 
 
 @pytest.mark.settings(api_key="sk-right")

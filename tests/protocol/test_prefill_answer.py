@@ -116,6 +116,7 @@ def test_what_does_not_fit_the_model_is_known_by_vllms_words(body, over) -> None
         (b'{"content":[],"usage":{"input_tokens":40,"output_tokens":1}}', 40),
         (stream(b'{"usage":{"input_tokens":0}}', b'{"usage": {"input_tokens" : 1234}}'), 1234),
         (rb'{"content":[{"text":"\"input_tokens\":9"}],"usage":{"input_tokens":40}}', 40),
+        (b'{"prompt_tokens":' + b"9" * 5000 + b"}", 0),
         (b'{"usage":{"prompt_tokens":40,"prompt_tokens_details":{"cached_tokens":50}}}', 40),
         (b"", 0),
     ],

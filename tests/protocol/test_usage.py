@@ -38,6 +38,28 @@ def test_any_split_gives_the_same(cached: int) -> None:
             assert b"".join(map(repair.feed, pieces)) + repair.end() == repair_usage(body, cached)
 
 
+ODD = [
+    rb'"\"prompt_tokens_details":{"cached_tokens":5}',
+    b'"prompt_tokens_details":{"prompt_tokens_details":1,"cached_tokens":5}',
+    b'"prompt_tokens_details":{"a":{"prompt_tokens_details":{"cached_tokens":5}}}',
+    b'"prompt_tokens_details":{"cached_tokens":5' + b" " * 300 + b"}",
+    b'"prompt_tokens_details":{' + b" " * 210 + b'"cached_tokens":55}',
+    b'"prompt_tokens_details":{"cached_tokens":' + b"5" * 5000 + b"}",
+    b'"prompt_tokens_details":{"cached_tokens":5',
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_any_split_of_what_no_engine_sends_gives_the_same(odd: bytes) -> None:
+    for body in (odd, odd + DECODE):
+        whole = repair_usage(body, 77)
+        for first in range(len(body)):
+            repair = UsageRepair(77)
+            assert repair.feed(body[:first]) + repair.feed(body[first:]) + repair.end() == whole
+        repair = UsageRepair(77)
+        assert b"".join(repair.feed(body[i : i + 1]) for i in range(len(body))) + repair.end() == whole
+
+
 def test_an_ordinary_event_is_not_held_back() -> None:
     event = b'data: {"choices":[{"text":"a","finish_reason":null}]}\n\n'
     assert UsageRepair(1).feed(event) == event
