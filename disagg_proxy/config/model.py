@@ -49,6 +49,8 @@ class Config:
     decode_max_in_flight: int = 256
     kv_buffer_bytes: int = 0
     kv_bytes_per_token: int = 0
+    decode_alone: bool = True
+    decode_alone_below: int = 0
     max_queue: int = 4096
     queue_timeout: float = 120.0
     prefill_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
@@ -56,6 +58,7 @@ class Config:
     api_key: str = ""
     engine_api_key: str = ""
     admin_key: str = ""
+    kv_secret: str = ""
     cors_origins: tuple[str, ...] = ()
     enable_profiling: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from disagg_proxy.errors import StreamCut, headers_of, shutting_down
-from disagg_proxy.flight.flight import Flight
+from disagg_proxy.launch import Carrier
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class ExchangeOwner:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        flights: list[Flight] = []
+        flights: list[Carrier] = []
         scope[_KEY] = flights
         try:
             await self._app(scope, receive, send)
@@ -59,7 +59,7 @@ async def _say_unavailable(send: Any) -> None:
         return
 
 
-def own(scope: Any, flight: Flight) -> None:
+def own(scope: Any, flight: Carrier) -> None:
     """Make ``flight`` end with the exchange of ``scope``."""
     scope[_KEY].append(flight)
 

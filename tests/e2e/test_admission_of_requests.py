@@ -140,4 +140,4 @@ async def test_sizes_are_learnt_from_prefill(machine, pair) -> None:
     await machine.post(COMPLETIONS, {"model": "sim-model", "prompt": PROMPT, "max_tokens": 1})
     _, usage = await machine.get("/stats")
     seen = pair[0].received(COMPLETIONS)[0]
-    assert services.token_guess._ratios["sim-model"] > 0 and seen.json["max_tokens"] == 1 and usage
+    assert services.launcher.token_guess._ratios["sim-model"] > 0 and seen.json["max_tokens"] == 1 and usage
