@@ -94,16 +94,12 @@ class TorchCache:
         (self.row_bytes,) = sizes
         self.num_blocks = num_blocks
         self.planes = len(planes)
+        self.block_bytes = self.row_bytes * self.planes
         self.layout = "|".join(texts)
         self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
         self.device = planes[0].device
         self.on_gpu = self.device.type == "cuda"
         self._planes = [_widest(plane) for plane in planes]
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all planes."""
-        return self.row_bytes * self.planes
 
     def index(self, blocks: Sequence[int]) -> torch.Tensor:
         if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):

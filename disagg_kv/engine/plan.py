@@ -1,4 +1,4 @@
-"""What the scheduler half tells the worker half in one step. Plain data: it is pickled on its way to other processes."""
+"""What the scheduler half tells the worker half in one step. Plain data that travels pickled."""
 
 from __future__ import annotations
 

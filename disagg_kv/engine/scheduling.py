@@ -96,13 +96,13 @@ class SchedulerHalf:
                     offer.computed, offer.blocks = False, []
                     plan.suspends.append(name)
             for new in output.scheduled_new_reqs:
-                self._advance(plan, new.req_id, versions.first_group(new.block_ids), True, new.num_computed_tokens,
-                              output)  # fmt: skip
+                blocks = versions.first_group(new.block_ids)
+                self._advance(plan, output, new.req_id, blocks, True, new.num_computed_tokens)
             cached = output.scheduled_cached_reqs
             for place, name in enumerate(cached.req_ids):
                 if name in self._offers:
-                    self._advance(plan, name, versions.first_group(cached.new_block_ids[place]),
-                                  name in cached.resumed_req_ids, cached.num_computed_tokens[place], output)  # fmt: skip
+                    blocks, anew = versions.first_group(cached.new_block_ids[place]), name in cached.resumed_req_ids
+                    self._advance(plan, output, name, blocks, anew, cached.num_computed_tokens[place])
         return plan
 
     def finished(self, request: Any) -> bool:
@@ -146,7 +146,7 @@ class SchedulerHalf:
             self._transfers[name] = params.read(request, self._decode, self._settings)
         return self._transfers[name]
 
-    def _advance(self, plan: Plan, name: str, blocks: list[int], anew: bool, computed: int, output: Any) -> None:
+    def _advance(self, plan: Plan, output: Any, name: str, blocks: list[int], anew: bool, computed: int) -> None:
         offer = self._offers.get(name)
         if offer is None or offer.computed:
             return

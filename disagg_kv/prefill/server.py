@@ -44,12 +44,12 @@ class Server:
         self.port: int = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._channels: set[Channel] = set()
-        self._closed = False
+        self._closed = threading.Event()
         threading.Thread(target=self._listen, name="disagg-kv-listen", daemon=True).start()
 
     def close(self) -> None:
         with self._lock:
-            self._closed = True
+            self._closed.set()
             channels = list(self._channels)
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -62,19 +62,19 @@ class Server:
             return len(self._channels)
 
     def _listen(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             try:
                 sock, peer = self._socket.accept()
             except OSError as error:
-                if self._closed:
+                if self._closed.wait(0.1):
                     return
                 logger.warning("the KV port cannot accept a connection: %s", error)
-                threading.Event().wait(0.1)
                 continue
+            channel: Channel | None = None
             try:
                 channel = Channel(sock, min(_HANDSHAKE_SECONDS, self._node.settings.stall_timeout_s))
                 with self._lock:
-                    if self._closed or len(self._channels) >= self._node.settings.max_connections:
+                    if self._closed.is_set() or len(self._channels) >= self._node.settings.max_connections:
                         logger.warning("a connection from %s is refused: there are too many", peer[0])
                         channel.close()
                         continue
@@ -84,6 +84,8 @@ class Server:
                 ).start()
             except Exception:
                 logger.exception("a connection from %s could not be set up", peer)
+                with self._lock:
+                    self._channels = {kept for kept in self._channels if kept is not channel}
                 sock.close()
 
     def _serve(self, channel: Channel, peer: str) -> None:

@@ -73,7 +73,7 @@ class Identity:
 def _shape(value: object) -> Shape:
     if not isinstance(value, dict):
         raise WireError("not a shape")
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, kind in (("model", str), ("dtype", str), ("block_size", int), ("layout", str), ("planes", int),
                        ("block_bytes", int), ("tp", int)):  # fmt: skip
         field = value.get(name)

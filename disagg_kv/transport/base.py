@@ -19,7 +19,12 @@ class BlockCache(Protocol):
 
     planes: int
     row_bytes: int
+    block_bytes: int
     num_blocks: int
+    on_gpu: bool
+
+    def join(self, fence: Any) -> None:
+        """Returns once the fence is passed."""
 
     def index(self, blocks: Sequence[int]) -> Any:
         """The block ids as an index on the cache's device. IndexError for a block that does not exist."""

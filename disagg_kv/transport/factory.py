@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from disagg_kv.engine.layout import TorchCache
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.handshake import Identity
 from disagg_kv.settings import Settings
 from disagg_kv.trace import Trace
-from disagg_kv.transport.base import Transport
+from disagg_kv.transport.base import BlockCache, Transport
 from disagg_kv.transport.channel import Channel
-from disagg_kv.transport.tcp import MAX_STAGING, TcpTransport
 
 logger = logging.getLogger("vllm.disagg_kv")
+_MAX_TCP_STAGING = 16 * 1024 * 1024
+"""Larger pieces make nothing faster there."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Node:
 
     identity: Identity
     settings: Settings
-    cache: TorchCache
+    cache: BlockCache
     trace: Trace
+    opener: Callable[[Node, Channel, Mapping[str, Any]], Transport] | None = None
+    """In place of ``open_transport``, for a cache that is not torch's."""
 
     def transports(self) -> list[str]:
         """Names in order of preference. ValueError if NCCL is asked for without a GPU."""
@@ -40,7 +42,7 @@ class Node:
     @property
     def staging_bytes(self) -> int:
         """The most that this side wants to spend on one buffer, but at least one row."""
-        return max(self.settings.staging_mb << 20, self.cache.row_bytes)
+        return max(self.settings.staging_mb << 20, int(self.cache.row_bytes))
 
 
 def terms(node: Node, name: str, staging: object) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def terms(node: Node, name: str, staging: object) -> dict[str, Any]:
         raise WireError("the staging size is missing or too small")
     size = min(staging, node.staging_bytes)
     if name == "tcp":
-        return {"transport": name, "staging": max(min(size, MAX_STAGING), node.cache.row_bytes)}
+        return {"transport": name, "staging": max(min(size, _MAX_TCP_STAGING), node.cache.row_bytes)}
     from disagg_kv.transport.nccl import new_unique_id
 
     return {"transport": name, "staging": size, "nccl": new_unique_id().hex()}
@@ -63,10 +65,17 @@ def open_transport(node: Node, channel: Channel, ready: Mapping[str, Any]) -> Tr
     name = ready.get("transport")
     if name not in node.transports():
         raise WireError(f"transport {str(name)[:20]} was not offered")
+    if node.opener is not None:
+        return node.opener(node, channel, ready)
+    from disagg_kv.engine.layout import TorchCache
+
+    cache = cast(TorchCache, node.cache)
     if name == "tcp":
+        from disagg_kv.transport.tcp import TcpTransport
+
         if node.cache.on_gpu:
             logger.warning("KV travels over TCP through host memory, not NCCL (transport is set so on one side)")
-        return TcpTransport(channel, node.cache, staging)
+        return TcpTransport(channel, cache, staging)
     from disagg_kv.transport.nccl import DECODE, PREFILL, NcclTransport
 
     try:
@@ -76,5 +85,5 @@ def open_transport(node: Node, channel: Channel, ready: Mapping[str, Any]) -> Tr
     if len(unique_id) != 128:
         raise WireError("the NCCL id is not 128 bytes")
     rank = PREFILL if node.identity.role == "prefill" else DECODE
-    return NcclTransport(node.cache, rank, unique_id, staging, node.settings.staging_buffers,
+    return NcclTransport(cache, rank, unique_id, staging, node.settings.staging_buffers,
                          node.settings.stall_timeout_s, channel.broken)  # fmt: skip

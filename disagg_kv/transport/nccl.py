@@ -111,7 +111,7 @@ class NcclTransport:
         return list(cut(self._cache.planes, blocks, self._cache.row_bytes, self._staging))
 
     def _bytes(self, piece: Piece) -> int:
-        return piece.planes * piece.blocks * self._cache.row_bytes
+        return int(piece.planes * piece.blocks * self._cache.row_bytes)
 
     def _rows(self, piece: Piece, index: torch.Tensor, buffer: torch.Tensor, move: Callable[..., None]) -> None:
         size = piece.blocks * self._cache.row_bytes

@@ -14,9 +14,6 @@ from disagg_kv.engine.layout import TorchCache
 from disagg_kv.transport.channel import Channel
 from disagg_kv.transport.pieces import cut
 
-MAX_STAGING = 16 * 1024 * 1024
-"""Larger pieces make nothing faster here."""
-
 
 class TcpTransport:
     """See ``Transport``. ``staging_bytes`` is the size that both sides agreed on."""
