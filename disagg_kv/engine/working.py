@@ -42,7 +42,7 @@ class WorkerHalf:
         """Opens the KV port. Unsupported for a cache that cannot be moved, OSError if the port is taken."""
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         settings, role = self._settings, "decode" if self._decode else "prefill"
-        cache = TorchCache(layers, num_blocks)
+        self._cache = cache = TorchCache(layers, num_blocks)
         shape = Shape(self._model, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes,
                       self._tp)  # fmt: skip
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
@@ -82,7 +82,7 @@ class WorkerHalf:
         for address, key in plan.releases:
             self._links.release(address, key)
         if plan.loads:
-            fence, deadline = self._node.cache.mark(), time.monotonic() + self._settings.load_timeout_s
+            fence, deadline = self._cache.mark(), time.monotonic() + self._settings.load_timeout_s
             for load in plan.loads:
                 self._links.start(
                     Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence), load.address
@@ -91,7 +91,7 @@ class WorkerHalf:
     def computed(self, plan: Plan) -> None:
         """The step's kernels have been given to the GPU; what they compute may be sent behind them."""
         if plan.progress and self._ready:
-            fence = self._node.cache.mark()
+            fence = self._cache.mark()
             for step in plan.progress:
                 self._outbox.progress(step.request, step.blocks, step.ready, fence)
                 self._node.trace("computed", request=step.request, ready=step.ready)

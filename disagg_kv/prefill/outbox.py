@@ -88,6 +88,9 @@ class Outbox:
     def open(self, key: Key, request: str, total: int) -> None:
         """A prompt of this request will be ready some time. Opening a request again starts it anew."""
         with self._changed:
+            replaced = self._jobs.get(key)
+            if replaced is not None:
+                replaced.ended = "replaced"
             job = Job(key, request, total)
             if key.transfer in self._released:
                 job.ended = "released"
@@ -129,9 +132,15 @@ class Outbox:
                 self._end(job, reason)
 
     def finish(self, requests: Iterable[str]) -> None:
-        """These requests are over for the engine: their blocks stay until ``collect`` names them."""
+        """These requests are over for the engine: their blocks stay until ``collect`` names them. A prompt that is not
+        computed by now never will be."""
         with self._changed:
-            self._finished.update(request for request in requests if request in self._by_request)
+            for request in requests:
+                job = self._by_request.get(request)
+                if job is not None:
+                    self._finished.add(request)
+                    if job.ready < job.total:
+                        self._end(job, "not computed")
 
     def collect(self) -> set[str]:
         """Finished requests whose blocks may be freed; each is named once. Ends what nobody fetched in time."""
