@@ -114,7 +114,7 @@ class SchedulerHalf:
             if transfer is not None:
                 if self._loading.get(transfer.key) == name:
                     self._plan.cancels.append(name)
-                elif not {transfer.key}.intersection(self._loading, self._loaded) and name not in self._tried:
+                elif name not in self._tried and not self._known(transfer.key):
                     self._plan.releases.append((transfer.address, transfer.key))
             self._tried.discard(name)
             return False
@@ -139,6 +139,9 @@ class SchedulerHalf:
                 self._loaded[key] = None
                 while len(self._loaded) > _REMEMBERED:
                     self._loaded.popitem(last=False)
+
+    def _known(self, key: Key) -> bool:
+        return key in self._loading or key in self._loaded
 
     def _transfer(self, request: Any) -> Transfer | None:
         name = request.request_id
