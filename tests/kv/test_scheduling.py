@@ -160,8 +160,19 @@ def test_an_aborted_follower_does_not_release_what_the_first_loads() -> None:
     assert not plan.releases and not plan.cancels
 
 
-@pytest.mark.parametrize("params", [None, {}, [], "x", {"transfer_id": "t"},
-                                    {"transfer_id": "t", "from": "10.0.0.1:1"}, {"transfer_id": {}, "from": PEER}, {"transfer_id": "t", "from": {"a": 1}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "params",
+    [
+        None,
+        {},
+        [],
+        "x",
+        {"transfer_id": "t"},
+        {"transfer_id": "t", "from": "10.0.0.1:1"},
+        {"transfer_id": {}, "from": PEER},
+        {"transfer_id": "t", "from": {"a": 1}},
+    ],
+)
 def test_params_that_make_no_sense_are_ignored(params: Any) -> None:
     half, request = _half(True), Request("r", list(range(10)), params)
     assert half.matched(request, 0) == (0, False)
