@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Go, Want
+
+_REMEMBERED = 8192
+"""Released transfers that are remembered, for requests that are scheduled later."""
 
 
 @dataclass(eq=False)
@@ -63,13 +67,14 @@ class Inbox:
         self._by_request: dict[str, Load] = {}
         self._over: list[Load] = []
         self._unwanted: list[tuple[str, Key]] = []
+        self._released: OrderedDict[str, None] = OrderedDict()
 
     # The engine's thread.
 
     def start(self, load: Load) -> None:
         with self._changed:
-            if load.key in self._loads:
-                load.failed = "the same KV is being loaded"
+            if load.key in self._loads or load.key.transfer in self._released:
+                load.failed = "released" if load.key.transfer in self._released else "the same KV is being loaded"
                 self._over.append(load)
                 return
             self._loads[load.key] = self._by_request[load.request] = load
@@ -102,6 +107,17 @@ class Inbox:
         """Loads that are not over."""
         with self._changed:
             return len(self._loads)
+
+    # Another connection's thread.
+
+    def release(self, transfer: str) -> None:
+        """The proxy says that this KV will not come: what waits for it fails now, and what asks for it later too."""
+        with self._changed:
+            self._released[transfer] = None
+            while len(self._released) > _REMEMBERED:
+                self._released.popitem(last=False)
+            for load in [load for load in self._loads.values() if load.key.transfer == transfer]:
+                self._give_up(load, "released")
 
     # A peer's reader thread.
 

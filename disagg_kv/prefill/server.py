@@ -2,7 +2,7 @@
 
 One thread listens; each connection has one that reads and, once a decode engine has proved itself, one that sends.
 Whatever a connection does wrong ends that connection only. Decode engines listen too, but have nothing to send: their
-port lets the proxy see that the process lives.
+port lets the proxy see that the process lives, and release transfers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from disagg_kv.prefill.outbox import Lane, Outbox, Segment
@@ -36,8 +37,10 @@ _HANDSHAKE_SECONDS = 5.0
 class Server:
     """Listens from the start; ``close`` ends every connection."""
 
-    def __init__(self, node: Node, outbox: Outbox, port: int) -> None:
-        """OSError if the port cannot be bound."""
+    def __init__(self, node: Node, outbox: Outbox, port: int, on_release: Callable[[str], None] | None = None) -> None:
+        """``on_release`` is told, besides the outbox, which transfers the proxy releases. OSError if the port cannot be
+        bound."""
+        self._on_release = on_release
         self._node, self._outbox = node, outbox
         family = socket.AF_INET6 if ":" in node.settings.listen else socket.AF_INET
         self._socket = socket.create_server((node.settings.listen, port), family=family, backlog=128)
@@ -140,7 +143,10 @@ class Server:
             kind, body = channel.frame()
             if kind is not Kind.RELEASE:
                 raise WireError(f"{kind.name} is not for a control connection")
-            self._outbox.release(None, Release.decode(body))
+            release = Release.decode(body)
+            self._outbox.release(None, release)
+            if self._on_release is not None:
+                self._on_release(release.transfer)
 
     def _decode(self, channel: Channel, lane: Lane, peer: str, hello: dict[str, Any]) -> None:
         ready = terms(self._node, hello["chosen"], hello.get("staging"))

@@ -48,10 +48,19 @@ def read_frame(read_exactly: Callable[[int], bytes]) -> tuple[Kind, dict[str, An
 
     WireError for anything that is not a frame; the length is checked before the body is asked for.
     """
-    (length,) = _LENGTH.unpack(read_exactly(_LENGTH.size))
+    return decode_body(read_exactly(frame_length(read_exactly(_LENGTH.size))))
+
+
+def frame_length(data: bytes) -> int:
+    """Of what follows the first four bytes of a frame. WireError if it is not allowed."""
+    (length,) = _LENGTH.unpack(data)
     if not 1 <= length <= MAX_FRAME:
         raise WireError(f"a frame of {length} bytes (1 to {MAX_FRAME} are allowed)")
-    data = read_exactly(length)
+    return int(length)
+
+
+def decode_body(data: bytes) -> tuple[Kind, dict[str, Any]]:
+    """What follows the length of a frame. WireError if it is not a kind and an object."""
     try:
         kind = Kind(data[0])
         body = json.loads(data[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -13,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from disagg_kv.control import Control
 from disagg_kv.protocol.frames import Kind, encode
-from disagg_kv.protocol.handshake import Shape, nonce, proof
-from disagg_kv.protocol.messages import Release
+from disagg_kv.protocol.handshake import Refused, Shape, nonce
 from disagg_kv.transport.channel import Channel
 from tests.kv.memory import SHAPE, Decode, Prefill, key, until
 
@@ -177,22 +178,32 @@ def test_the_same_secret_is_accepted(prefill: Make, decode: Make) -> None:
     assert not d.result().failed_blocks
 
 
-def test_the_proxy_releases_a_transfer(prefill: Make, decode: Make) -> None:
+async def test_the_proxy_releases_a_transfer(prefill: Make, decode: Make) -> None:
     p, d = prefill(settings={"secret": "s"}), decode(settings={"secret": "s"})
     d.load(key("t"), p.address, [1])
-    _wait(lambda: p.outbox.held()["wants"] == 1)
-    channel = Channel.connect(("127.0.0.1", p.server.port), 5, 5)
-    hello = {"name": "disagg_kv", "version": 1, "role": "control", "boot": "x", "rank": 0, "shape": None,
-             "nonce": nonce()}  # fmt: skip
-    channel.write(encode(Kind.HELLO, hello))
-    kind, welcome = channel.frame()
-    assert kind is Kind.WELCOME
-    assert welcome["proof"] == proof("s", "prefill", hello, welcome)
-    channel.write(encode(Kind.PROOF, {"proof": proof("s", "control", hello, welcome)}))
-    assert channel.frame()[0] is Kind.READY
-    channel.write(Release("t").encode())
-    assert d.result().failed_blocks == {1}
-    channel.close()
+    await asyncio.to_thread(_wait, lambda: p.outbox.held()["wants"] == 1)
+    control = await Control.open(p.address, "s")
+    assert control.boot == "boot-prefill"
+    await control.release("t")
+    assert (await asyncio.to_thread(d.result)).failed_blocks == {1}
+    await control.close()
+
+
+async def test_the_proxy_notices_the_end_of_an_engine(prefill: Make) -> None:
+    p = prefill()
+    control = await Control.open(p.address)
+    closed = asyncio.create_task(control.wait_closed())
+    p.server.close()
+    await asyncio.wait_for(closed, 10)
+    await control.close()
+    with pytest.raises(OSError):
+        await Control.open(p.address)
+
+
+@pytest.mark.parametrize(("theirs", "mine"), [("s", ""), ("s", "x"), ("", "x")])
+async def test_the_proxy_with_a_wrong_secret(prefill: Make, theirs: str, mine: str) -> None:
+    with pytest.raises(Refused, match="secret"):
+        await Control.open(prefill(settings={"secret": theirs}).address, mine)
 
 
 def test_an_own_proof_cannot_be_sent_back(prefill: Make) -> None:

@@ -109,3 +109,13 @@ def test_the_same_key_is_loaded_once_at_a_time() -> None:
     assert news.requests == {"r2"}
     assert news.failed_blocks == {9}
     assert inbox.waiting() == 1
+
+
+def test_the_proxy_releases_a_transfer_before_and_while_it_is_loaded() -> None:
+    inbox, _, _ = _inbox()
+    inbox.release("t")
+    news = inbox.collect()
+    assert (news.requests, news.failed_blocks, news.unwanted) == ({"r"}, {5, 6, 7}, (("p", key("t")),))
+    inbox.start(Load(key("t", 1), "r2", (9,), 0, deadline=30, peer="p"))
+    assert inbox.collect().requests == {"r2"}
+    assert inbox.waiting() == 0
