@@ -108,6 +108,32 @@ def _transport(
             "wrong_planes": wrong}  # fmt: skip
 
 
+def _copies(rank: int, unique_id: bytes, pipe: Connection, shape: str, layers: int, tokens: int) -> dict[str, Any]:
+    """Gathering and scattering alone, with elements of 8 and of 16 bytes."""
+    import torch
+
+    from disagg_kv.engine.layout import TorchCache
+
+    count, result = -(-tokens // BLOCK), {}
+    tensors = _layers(shape, layers, 2 * count, seed=rank)
+    blocks = torch.randperm(2 * count)[:count].tolist()
+    for dtype in (torch.int64, torch.complex128):
+        cache = TorchCache(tensors, 2 * count, dtype)
+        index, buffer = cache.index(blocks), cache.buffer(count * cache.row_bytes)
+        for name, move in (("gather", cache.gather), ("scatter", cache.scatter)):
+            times = []
+            for _ in range(5):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for plane in range(cache.planes):
+                    move(plane, index, buffer)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            result[f"{name} {dtype}"] = {"ms": round(min(times) * 1e3, 2),
+                                         "gb_per_s": round(count * cache.block_bytes / min(times) / 1e9)}  # fmt: skip
+    return result
+
+
 def _vanish(rank: int, unique_id: bytes, pipe: Connection) -> dict[str, Any]:
     """The sender says nothing more: how long until the receiver is free again."""
     from disagg_kv.engine.layout import TorchCache
@@ -154,6 +180,8 @@ def _process(rank: int, pipe: Connection, results: Connection, arguments: argpar
             results.send((name, rank, {"error": f"{type(error).__name__}: {error}"}))
             raise
 
+    for shape in ("split", "joined"):
+        case(f"copies {shape}", _copies, shape, arguments.layers, arguments.tokens)
     for piece in (32, 64, 256):
         case(f"bare {piece} MiB", _bare, total, piece << 20)
     for shape in ("split", "joined"):

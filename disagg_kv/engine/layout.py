@@ -76,8 +76,9 @@ def describe(name: str, tensor: torch.Tensor, num_blocks: int) -> str:
 class TorchCache:
     """The registered KV cache of one rank; see ``BlockCache``."""
 
-    def __init__(self, layers: dict[str, torch.Tensor], num_blocks: int) -> None:
-        """``layers`` as vLLM registers them; layers that share one tensor count once. Unsupported if unusable."""
+    def __init__(self, layers: dict[str, torch.Tensor], num_blocks: int, widest: torch.dtype = torch.int64) -> None:
+        """``layers`` as vLLM registers them; layers that share one tensor count once. Unsupported if unusable.
+        ``widest``: the type as which bytes are copied, where they are aligned to it."""
         unique: dict[int, tuple[str, torch.Tensor]] = {}
         for name in sorted(layers, key=_by_number):
             tensor = layers[name]
@@ -99,7 +100,7 @@ class TorchCache:
         self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
         self.device = planes[0].device
         self.on_gpu = self.device.type == "cuda"
-        self._planes = [_widest(plane) for plane in planes]
+        self._planes = [_as_wide(plane, widest) for plane in planes]
 
     def index(self, blocks: Sequence[int]) -> torch.Tensor:
         if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
@@ -146,13 +147,13 @@ class TorchCache:
             torch.cuda.current_stream(self.device).synchronize()
 
 
-def _widest(plane: torch.Tensor) -> torch.Tensor:
-    """The same bytes as the widest integers that fit: fewer elements for the copy kernels."""
-    for dtype in (torch.int64, torch.int32, torch.int16):
+def _as_wide(plane: torch.Tensor, widest: torch.dtype) -> torch.Tensor:
+    """The same bytes as the widest elements that fit: fewer of them for the copy kernels."""
+    for dtype in (widest, torch.int64, torch.int32, torch.int16):
         size = dtype.itemsize
-        if (plane.shape[1] * plane.element_size() % size == 0 and plane.stride(0) * plane.element_size() % size == 0
-                and plane.data_ptr() % size == 0):  # fmt: skip
-            return plane.view(dtype) if plane.element_size() <= size else plane
+        places = (plane.shape[1] * plane.element_size(), plane.stride(0) * plane.element_size(), plane.data_ptr())
+        if size >= plane.element_size() and not any(place % size for place in places):
+            return plane.view(dtype)
     return plane.view(torch.uint8)
 
 
