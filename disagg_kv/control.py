@@ -40,6 +40,12 @@ class Control:
         self._writer.write(Release(transfer).encode())
         await self._writer.drain()
 
+    async def meet(self, address: str) -> None:
+        """Tells a decode engine to connect to this prefill engine now: the first request does not have to wait for it
+        (NCCL takes about a second). OSError if the engine is gone."""
+        self._writer.write(encode(Kind.MEET, {"from": address}))
+        await self._writer.drain()
+
     async def wait_closed(self) -> None:
         """Returns when the engine's process ends or closes the connection."""
         with contextlib.suppress(OSError):

@@ -144,12 +144,17 @@ def _expect(kind: Kind, body: dict[str, object], wanted: Kind) -> None:
 
 
 class Links:
-    """All connections of one rank. Used by the engine's thread only."""
+    """All connections of one rank. Only ``meet`` may be called by another thread than the engine's."""
 
     def __init__(self, node: Node, inbox: Inbox) -> None:
         self._node, self._inbox = node, inbox
         self._links: dict[str, Link] = {}
         self._made = 0
+        self._lock = threading.Lock()
+
+    def meet(self, address: str) -> None:
+        """Connects to the engine at this address, if there is no connection yet."""
+        self._link(address)
 
     def start(self, load: Load, address: str) -> None:
         """Asks the engine at ``address`` (of its rank 0) for the blocks. A load that cannot even be asked for fails."""
@@ -171,16 +176,25 @@ class Links:
 
     def give_up(self, unwanted: tuple[tuple[str, Key], ...]) -> None:
         """The same for loads that the inbox has given up; they are named by link."""
-        by_name = {link.peer: link for link in self._links.values()}
+        if not unwanted:
+            return
+        with self._lock:
+            by_name = {link.peer: link for link in self._links.values()}
         for peer, key in unwanted:
             if peer in by_name:
                 by_name[peer].post(Release(key.transfer, key).encode())
 
     def close(self) -> None:
-        for link in self._links.values():
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
             link.close()
 
     def _link(self, address: str) -> Link | None:
+        with self._lock:
+            return self._find_or_make(address)
+
+    def _find_or_make(self, address: str) -> Link | None:
         link = self._links.get(address)
         if link is not None and link.usable:
             return link

@@ -60,7 +60,8 @@ class SchedulerHalf:
         if transfer.key in self._loaded:
             self._tried.add(request.request_id)
             return 0, False
-        if missing < self._min_load or computed % self._block or request.num_tokens != request.num_prompt_tokens:
+        unfit = computed % self._block or request.num_tokens != request.num_prompt_tokens
+        if missing < self._min_load or unfit or versions.needs_whole_prompt(request):
             self._tried.add(request.request_id)
             self._plan.releases.append((transfer.address, transfer.key))
             return 0, False

@@ -93,6 +93,15 @@ def prompt_tokens(request: Any) -> Sequence[int] | None:
     return tokens
 
 
+def needs_whole_prompt(request: Any) -> bool:
+    """Whether the engine has to compute every token of the prompt itself (prompt_logprobs): loaded KV would leave their
+    logprobs undefined. From 0.32 vLLM asks for that itself."""
+    if getattr(request, "skip_reading_prefix_cache", False):
+        return True
+    sampling = getattr(request, "sampling_params", None)
+    return getattr(sampling, "prompt_logprobs", None) is not None
+
+
 def first_group(block_ids: Any) -> list[int]:
     """Block ids of the only cache group, from any of vLLM's forms."""
     return list(block_ids[0]) if block_ids else []

@@ -52,7 +52,10 @@ class WorkerHalf:
         self._outbox = Outbox(settings.hold_timeout_s, settings.max_waiting)
         self._inbox = Inbox()
         self._links = Links(node, self._inbox)
-        self._server = Server(node, self._outbox, self._port + self._rank, self._inbox.release)
+        self._server = Server(
+            node, self._outbox, self._port + self._rank, self._inbox.release,
+            self._links.meet if self._decode else None,
+        )  # fmt: skip
         self._announcer: Announcer | None = None
         if settings.proxy_ip and self._rank == 0:
             self._announcer = Announcer(settings, identity, self._host, self._server.port, transports)

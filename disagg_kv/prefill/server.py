@@ -37,10 +37,13 @@ _HANDSHAKE_SECONDS = 5.0
 class Server:
     """Listens from the start; ``close`` ends every connection."""
 
-    def __init__(self, node: Node, outbox: Outbox, port: int, on_release: Callable[[str], None] | None = None) -> None:
-        """``on_release`` is told, besides the outbox, which transfers the proxy releases. OSError if the port cannot be
-        bound."""
-        self._on_release = on_release
+    def __init__(
+        self, node: Node, outbox: Outbox, port: int, on_release: Callable[[str], None] | None = None,
+        on_meet: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """``on_release`` is told, besides the outbox, which transfers the proxy releases; ``on_meet`` to which prefill
+        engine it wants a connection. OSError if the port cannot be bound."""
+        self._on_release, self._on_meet = on_release, on_meet
         self._node, self._outbox = node, outbox
         family = socket.AF_INET6 if ":" in node.settings.listen else socket.AF_INET
         self._socket = socket.create_server((node.settings.listen, port), family=family, backlog=128)
@@ -141,6 +144,12 @@ class Server:
         channel.write(encode(Kind.READY, {}))
         while True:
             kind, body = channel.frame()
+            if kind is Kind.MEET and self._on_meet is not None:
+                address = str(body.get("from"))
+                if not self._node.settings.may_fetch_from(address):
+                    raise WireError(f"{address} is not among the peers that KV may come from (setting peers)")
+                self._on_meet(address)
+                continue
             if kind is not Kind.RELEASE:
                 raise WireError(f"{kind.name} is not for a control connection")
             release = Release.decode(body)

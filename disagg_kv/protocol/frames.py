@@ -26,6 +26,7 @@ class Kind(IntEnum):
     READY = 4  # [prefill] the connection is open
     REFUSE = 5  # [prefill] the connection is not opened, and why
     WANT = 10  # [decode] send me these blocks once you have them
+    MEET = 9  # [control, to decode] connect to this prefill engine now, before a request needs it
     RELEASE = 11  # [decode] I no longer want this key; [control] forget every key of this transfer
     GO = 12  # [prefill] these blocks come now
     GONE = 13  # [prefill] these blocks will not come, and why

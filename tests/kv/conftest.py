@@ -33,4 +33,4 @@ def decode() -> Iterator[Callable[..., Decode]]:
 
     yield make
     for one in made:
-        one.links.close()
+        one.close()

@@ -121,7 +121,14 @@ class Decode:
 
     def __post_init__(self) -> None:
         self.inbox = Inbox()
-        self.links = Links(node("decode", self.cache, self.shape, **self.settings), self.inbox)
+        here = node("decode", self.cache, self.shape, **self.settings)
+        self.links = Links(here, self.inbox)
+        self.server = Server(here, Outbox(hold_seconds=60), 0, self.inbox.release, self.links.meet)
+        self.address = f"127.0.0.1:{self.server.port}"
+
+    def close(self) -> None:
+        self.links.close()
+        self.server.close()
 
     def load(self, key: Key, address: str, blocks: Sequence[int], first: int = 0, seconds: float = 30) -> None:
         load = Load(key, f"d-{key.transfer}", blocks, first, time.monotonic() + seconds)

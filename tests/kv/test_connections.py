@@ -189,6 +189,30 @@ async def test_the_proxy_releases_a_transfer(prefill: Make, decode: Make) -> Non
     await control.close()
 
 
+async def test_the_proxy_releases_a_transfer_on_decode(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    d.load(key("t"), p.address, [1])
+    control = await Control.open(d.address)
+    await control.release("t")
+    assert (await asyncio.to_thread(d.result)).failed_blocks == {1}
+    await control.close()
+
+
+async def test_the_proxy_introduces_two_engines(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    control = await Control.open(d.address)
+    await control.meet(p.address)
+    await control.meet(p.address)
+    await asyncio.to_thread(_wait, lambda: p.outbox.held()["lanes"] == 1 and p.server.connections() == 1)
+    p.compute(key("t"), [1])
+    d.load(key("t"), p.address, [1])
+    assert not (await asyncio.to_thread(d.result)).failed_blocks
+    assert p.server.connections() == 1
+    await control.meet("10.0.0.1:5")
+    await asyncio.wait_for(control.wait_closed(), 10)
+    await control.close()
+
+
 async def test_the_proxy_notices_the_end_of_an_engine(prefill: Make) -> None:
     p = prefill()
     control = await Control.open(p.address)
@@ -249,7 +273,7 @@ def test_no_bytes_end_the_listener(hostile: Prefill, parts: list[bytes]) -> None
     assert not d.result().failed_blocks
     hostile.outbox.finish({"after"})
     _wait(lambda: hostile.outbox.collect() == {"after"})
-    d.links.close()
+    d.close()
     _wait(lambda: hostile.server.connections() == 0)
 
 

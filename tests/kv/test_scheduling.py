@@ -107,6 +107,17 @@ def test_what_fits_one_block_is_computed_and_released() -> None:
     assert _half(True, min_load_tokens=1).matched(_decode_request(tokens=12), 8) == (4, True)
 
 
+@pytest.mark.parametrize(
+    "more", [{"skip_reading_prefix_cache": True}, {"sampling_params": SimpleNamespace(prompt_logprobs=0)}]
+)
+def test_prompt_logprobs_are_computed(more: dict[str, Any]) -> None:
+    half, request = _half(True), _decode_request()
+    for name, value in more.items():
+        setattr(request, name, value)
+    assert half.matched(request, 0) == (0, False)
+    assert len(half.plan(_output()).releases) == 1
+
+
 def test_the_second_of_two_answers_waits_for_the_first() -> None:
     half = _half(True)
     first, second = _decode_request("0_r"), _decode_request("1_r")

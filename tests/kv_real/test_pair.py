@@ -75,6 +75,21 @@ async def test_chat(trio: Trio) -> None:
     assert await _external(trio) > before
 
 
+@pytest.mark.parametrize("order", ["prefill first", "at once"])
+async def test_prompt_logprobs(trio: Trio, order: str) -> None:
+    """Decode computes these prompts itself, so that every token has its logprob."""
+    body, before = _body(trio.prompt(100), prompt_logprobs=1, logprobs=1), await _external(trio)
+    _, answer = await trio.both(body, order, prompt_logprobs=None)
+    want = await trio.plain.post(body)
+    for got, expected in zip(
+        answer["choices"][0]["prompt_logprobs"][1:], want["choices"][0]["prompt_logprobs"][1:], strict=True
+    ):
+        assert {token: value["logprob"] for token, value in got.items()} == pytest.approx(
+            {token: value["logprob"] for token, value in expected.items()}, abs=1e-3
+        )
+    assert await _external(trio) == before
+
+
 @pytest.mark.parametrize("order", ["prefill first", "at once", "decode first"])
 async def test_a_list_of_prompts(trio: Trio, order: str) -> None:
     lengths = (40, 200, 7, 90)
