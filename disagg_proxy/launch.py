@@ -1,8 +1,8 @@
 """From a prepared request to the flight that carries it: who may serve it, and by which protocol.
 
-    p2p_nccl    prefill, then decode (flight/flight.py)
-    disagg_kv   both at once, or decode alone: for requests that no pair can serve, for short prompts, and while there
-                is no prefill (flight/together.py)
+p2p_nccl    prefill, then decode (flight/flight.py)
+disagg_kv   both at once, or decode alone: for requests that no pair can serve, for short prompts, and while there
+            is no prefill (flight/together.py)
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ class Launcher:
             return Wish.RATHER_ALONE
         return Wish.EITHER if self._config.decode_alone else Wish.PAIR
 
-    def _again(
-        self, model: str | None, wish: Wish, together: bool
-    ) -> Callable[[Collection[Instance]], Pair | Alone]:
+    def _again(self, model: str | None, wish: Wish, together: bool) -> Callable[[Collection[Instance]], Pair | Alone]:
         """Another choice for the same request, by the same protocol."""
 
         def choose(without: Collection[Instance]) -> Pair | Alone:

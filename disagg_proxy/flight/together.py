@@ -29,7 +29,7 @@ from disagg_proxy.upstream import Answer, WholeAnswer
 
 
 class TogetherFlight:
-    """One request, from its first pair to its last byte. Arguments as for :class:`disagg_proxy.flight.flight.Flight`."""
+    """One request, from its first pair to its last byte. Arguments as for the other flight."""
 
     def __init__(
         self,

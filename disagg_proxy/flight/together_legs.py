@@ -109,9 +109,7 @@ class TogetherLegs:
             if task is not None:
                 task.cancel()
 
-        vigil = lease.pulse.begin(
-            self._registry.now, tokens=self._tokens, give_up=give_up, receiver=None
-        )
+        vigil = lease.pulse.begin(self._registry.now, tokens=self._tokens, give_up=give_up, receiver=None)
         body = for_prefill(self.prepared.prefill_body, self.transfer_id)
         try:
             try:
@@ -143,7 +141,14 @@ class TogetherLegs:
 
     async def _send(self, lease: Lease, body: bytes, leg: str, silence: float, fresh: bool) -> Answer:
         return await self._upstream.request(
-            "POST", lease.instance, self.route.path, headers=self._headers, body=body, silence=silence, leg=leg, fresh=fresh
+            "POST",
+            lease.instance,
+            self.route.path,
+            headers=self._headers,
+            body=body,
+            silence=silence,
+            leg=leg,
+            fresh=fresh,
         )
 
     async def ask_decode(self) -> Answer:

@@ -45,6 +45,7 @@ def health_report(services: Services) -> dict[str, Any]:
     """Whether at least one pair can serve, and what is missing if none can. Names no address: it needs no key."""
     registry = services.registry
     pairs = services.pairing.ready_pairs()
+    alone = len(services.pairing.loners(None)) if services.config.decode_alone else 0
     missing = registry.missing()
     if not pairs and not missing:
         missing = [services.pairing.why_no_pair()]
@@ -53,8 +54,9 @@ def health_report(services: Services) -> dict[str, Any]:
         missing = ["the proxy is shutting down", *missing]
     known = registry.instances()
     return {
-        "status": "stopping" if stopping else "ok" if pairs else "unavailable",
+        "status": "stopping" if stopping else "ok" if pairs or alone else "unavailable",
         "pairs": pairs,
+        "decodes_that_serve_alone": alone,
         **{
             role.value: {"ready": len(services.pairing.taking(role)), "known": sum(i.role is role for i in known)}
             for role in Role
@@ -105,7 +107,7 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
     registry = services.registry
     now = registry.now()
     decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
-    stale = [decode.http.text for decode in decodes if not registry.exchange.possible(instance, decode)]
+    apart = {d.http.text: why for d in decodes if (why := registry.exchange.why_not(instance, d))}
     return {
         "role": instance.role.value,
         "http_address": instance.http.text,
@@ -123,7 +125,9 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,
         "times_lost": instance.times_lost,
-        "cannot_exchange_with": stale,
+        "kv_protocol": instance.kind.protocol,
+        "cannot_exchange_with": list(apart),
+        "cannot_exchange_because": apart,
         "breaker": instance.breaker.state(now).value,
         "freezes": instance.freezes,
         "replays": instance.replays,

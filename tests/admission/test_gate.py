@@ -7,7 +7,7 @@ import pytest
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.pairing import Pair, Pairing
+from disagg_proxy.cluster.pairing import Pair, Pairing, Wish
 from disagg_proxy.cluster.policy import round_robin
 from disagg_proxy.errors import NoPair
 from disagg_proxy.stats import Stats
@@ -40,7 +40,7 @@ class Door:
         self.gate = Gate(pairing, registry, Limits(queue=100, **limits), Stats(lambda: self.world.time))
 
     def ask(self) -> "asyncio.Task[Place]":
-        return asyncio.create_task(self.gate.admit("m", 0, lambda pair: Place(pair, self.world)))
+        return asyncio.create_task(self.gate.admit("m", Wish.PAIR, 0, lambda pair: Place(pair, self.world)))
 
 
 @pytest.mark.parametrize("limits", [{"in_flight": 1}, {"decode": 1}], ids=["in all", "of each decode"])
