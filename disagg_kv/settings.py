@@ -30,7 +30,7 @@ class Settings:
     """Port of this engine's HTTP server, for the announcement."""
     transport: str = "auto"
     """``nccl``, ``tcp``, or ``auto``: NCCL between GPUs, else TCP."""
-    load_timeout_s: float = 30.0
+    load_timeout_s: float = 120.0
     """Decode: how long a request waits for its KV before decode computes it itself."""
     hold_timeout_s: float = 60.0
     """Prefill: how long computed KV waits to be fetched."""

@@ -110,6 +110,8 @@ class Server:
         except Closed:
             logger.debug("%s has closed its connection", peer)
         except (OSError, WireError, ValueError, RuntimeError) as error:
+            if self._closed.is_set() or lane.closed:
+                return
             logger.warning("the connection of %s is ended: %s: %s", peer, type(error).__name__, error)
         except Exception:
             logger.exception("the connection of %s is ended", peer)
