@@ -198,10 +198,14 @@ class Server:
         ok, trace = False, self._node.trace
         count = len(segment.blocks)
         try:
-            self._node.cache.join(segment.fence)
-            trace("go", key=segment.key.transfer, blocks=count, last=segment.last)
-            channel.write(Go(segment.key, segment.first, count, segment.last).encode())
-            transport.send(segment.blocks, segment.fence)
+            cache = self._node.cache
+            parts = self._node.overlaps(transport.name) and cache.layered(segment.fence)
+            cache.join(segment.fence, 1 if parts else cache.planes)
+            trace("go", key=segment.key.transfer, blocks=count, last=segment.last, parts=parts)
+            channel.write(Go(segment.key, segment.first, count, segment.last, parts).encode())
+            transport.send(segment.blocks, segment.fence, parts)
+            if parts:
+                cache.join(segment.fence, cache.planes)
             ok = True
             trace("sent", key=segment.key.transfer, bytes=count * self._node.cache.block_bytes)
         finally:

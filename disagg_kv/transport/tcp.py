@@ -26,12 +26,12 @@ class TcpTransport:
         self._device: torch.Tensor | None = None
         self._stream: Any = None
 
-    def send(self, blocks: Sequence[int], fence: Any) -> None:
+    def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         cache, host = self._cache, self._buffers()
         with torch.inference_mode(), cache.on_stream(self._stream):
-            cache.wait(fence)
             index = cache.index(blocks)
             for piece in cut(cache.planes, len(blocks), cache.row_bytes, self._staging):
+                cache.join(fence, piece.plane + piece.planes)
                 size = piece.blocks * cache.row_bytes
                 rows = index[piece.block : piece.block + piece.blocks]
                 target = host if self._device is None else self._device
@@ -43,7 +43,7 @@ class TcpTransport:
                     cache.synchronize()
                 self._channel.write(memoryview(host[:total].numpy()))
 
-    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any) -> None:
+    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
         cache, host = self._cache, self._buffers()
         with torch.inference_mode(), cache.on_stream(self._stream):
             cache.wait(fence)

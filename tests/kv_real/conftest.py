@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ LOAD_SECONDS, HOLD_SECONDS = 6.0, 8.0
 CHUNK = 128
 BLOCKS = 64
 """Few enough that sixteen requests do not fit: decode has to preempt."""
+OVERLAP = os.environ.get("KV_OVERLAP", "always")
 _NUMBERS = itertools.count()
 
 
@@ -73,7 +75,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     sizes = ("--max-num-batched-tokens", str(CHUNK), "--num-gpu-blocks-override", str(BLOCKS))
     times = {"load_timeout_s": LOAD_SECONDS, "hold_timeout_s": HOLD_SECONDS}
     trio = Trio(
-        Engine("prefill", "kv_producer", folder, *sizes, **times),
+        Engine("prefill", "kv_producer", folder, *sizes, overlap=OVERLAP, staging_mb=1, **times),
         Engine("decode", "kv_consumer", folder, *sizes, **times),
         Engine("plain", "", folder),
     )
