@@ -199,7 +199,8 @@ def _ttft(ask: Callable[[dict[str, Any]], dict[str, Any]], prompt: Callable[[int
 
 
 def _transfers(prefill: Engine, decode: Engine, tokens: int) -> dict[str, Any]:
-    """From the traces: milliseconds from the last layer (the fence) to the blocks being on decode."""
+    """From the traces: milliseconds from the last layer's end on prefill's GPU to the blocks being on decode, and from
+    the first byte (GO) to there."""
     if not prefill.trace.exists() or not decode.trace.exists():
         return {}
     events: dict[str, dict[str, Any]] = {}
@@ -212,11 +213,14 @@ def _transfers(prefill: Engine, decode: Engine, tokens: int) -> dict[str, Any]:
                 and one["go"]["blocks"] >= tokens // 16]  # fmt: skip
     if not complete:
         return {}
-    took = sorted((one["received"]["time"] - one["go"]["time"]) * 1e3 for one in complete[1:] or complete)
+    complete = complete[1:] or complete
+    took = sorted((one["received"]["time"] - one["sent"]["computed"]) * 1e3 for one in complete)
+    whole = statistics.median((one["received"]["time"] - one["go"]["time"]) * 1e3 for one in complete)
     size = complete[0]["received"]["bytes"]
     return {"count": len(took), "bytes": size, "median_ms": round(statistics.median(took), 2),
             "min_ms": round(took[0], 2), "max_ms": round(took[-1], 2),
-            "gb_per_s": round(size / statistics.median(took) / 1e6, 1)}  # fmt: skip
+            "from_go_ms": round(whole, 2), "overlapped": sum(one["go"]["parts"] for one in complete),
+            "gb_per_s_from_go": round(size / whole / 1e6, 1)}  # fmt: skip
 
 
 def _burst(pair: Pair, prompt: Callable[[int], list[int]], order: str) -> dict[str, Any]:

@@ -195,10 +195,9 @@ class Server:
                 transport.close()
 
     def _send_segment(self, channel: Channel, lane: Lane, transport: Transport, segment: Segment) -> None:
-        ok, trace = False, self._node.trace
+        ok, trace, cache = False, self._node.trace, self._node.cache
         count = len(segment.blocks)
         try:
-            cache = self._node.cache
             parts = self._node.overlaps(transport.name) and cache.layered(segment.fence)
             cache.join(segment.fence, 1 if parts else cache.planes)
             trace("go", key=segment.key.transfer, blocks=count, last=segment.last, parts=parts)
@@ -207,6 +206,6 @@ class Server:
             if parts:
                 cache.join(segment.fence, cache.planes)
             ok = True
-            trace("sent", key=segment.key.transfer, bytes=count * self._node.cache.block_bytes)
+            trace("sent", key=segment.key.transfer, bytes=count * cache.block_bytes, computed=transport.computed_at)
         finally:
             self._outbox.sent(lane, segment, ok)

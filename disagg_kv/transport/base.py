@@ -46,6 +46,8 @@ class Transport(Protocol):
     """Moves runs of blocks in the order in which both sides call it."""
 
     name: str
+    computed_at: float
+    """Wall clock time at which the blocks of the last ``send`` were all computed, for the trace."""
 
     def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         """Returns when the blocks may be overwritten. ``fence`` as for ``BlockCache.join``; ``parts``: not all planes

@@ -47,6 +47,7 @@ class NcclTransport:
     """See ``Transport``. ``channel`` is the control connection, which carries PART and shows whether the peer lives."""
 
     name = "nccl"
+    computed_at = 0.0
 
     def __init__(
         self, cache: TorchCache, rank: int, unique_id: bytes, staging_bytes: int, slots: int, stall_seconds: float,
@@ -73,6 +74,7 @@ class NcclTransport:
             for number, piece in enumerate(self._pieces(len(blocks))):
                 slot, total = number % len(self._slots), self._bytes(piece)
                 cache.join(fence, piece.plane + piece.planes)
+                self.computed_at = time.time()
                 if parts:
                     self._channel.write(encode(Kind.PART, {}))
                 with torch.cuda.stream(self._copy):

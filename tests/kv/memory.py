@@ -63,6 +63,7 @@ class MemoryTransport:
     """Pieces of at most 64 bytes over the control connection."""
 
     name = "tcp"
+    computed_at = 0.0
 
     def __init__(self, cache: MemoryCache, channel: Channel) -> None:
         self._cache, self._channel = cache, channel
