@@ -62,7 +62,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
             self._worker = WorkerHalf(
                 decode, settings, versions.model_name(vllm_config), block_size,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
-                versions.host_ip(),
+                versions.host_ip(), versions.layers_run_once(vllm_config),
             )  # fmt: skip
 
     # Worker side.
@@ -84,7 +84,11 @@ class DisaggKVConnector(KVConnectorBase_V1):
         """Loads are never part of a running step."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Blocks are sent after the step, so that CUDA graphs may span all layers."""
+        """A layer may be sent while later ones are computed. Where a CUDA graph spans all layers this is not called,
+        and blocks are sent after the step."""
+        plan = self._current()
+        if self._worker is not None and plan is not None:
+            self._worker.layer_given(plan, layer_name)
 
     def wait_for_save(self) -> None:
         plan = self._current()

@@ -30,7 +30,7 @@ class Settings:
     """Port of this engine's HTTP server, for the announcement."""
     transport: str = "auto"
     """``nccl``, ``tcp``, or ``auto``: NCCL between GPUs, else TCP."""
-    load_timeout_s: float = 30.0
+    load_timeout_s: float = 120.0
     """Decode: how long a request waits for its KV before decode computes it itself."""
     hold_timeout_s: float = 60.0
     """Prefill: how long computed KV waits to be fetched."""
@@ -38,6 +38,8 @@ class Settings:
     """Prefill: share of the KV cache that may wait to be fetched; beyond it the oldest is given up."""
     stall_timeout_s: float = 5.0
     """How long a transfer that has begun may make no progress."""
+    overlap: str = "auto"
+    """Prefill: send layers while later ones are computed: ``always``, ``never``, or ``auto``: over NCCL."""
     min_load_tokens: int = 0
     """Decode: computes prompts itself of which fewer tokens than this are missing; 0: one block."""
     staging_mb: int = 64
@@ -71,6 +73,8 @@ class Settings:
     def _check(self) -> None:
         if self.transport not in ("auto", "nccl", "tcp"):
             raise ValueError(f"kv_connector_extra_config: transport is {self.transport!r}, not auto, nccl or tcp")
+        if self.overlap not in ("auto", "always", "never"):
+            raise ValueError(f"kv_connector_extra_config: overlap is {self.overlap!r}, not auto, always or never")
         for name in ("load_timeout_s", "hold_timeout_s", "stall_timeout_s"):
             if not 0 < getattr(self, name) <= 86400:
                 raise ValueError(f"kv_connector_extra_config: {name} has to be from 0 to 86400 seconds")

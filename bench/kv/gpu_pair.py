@@ -168,11 +168,13 @@ def _first_token(answer: dict[str, Any]) -> dict[str, float]:
     return top
 
 
-def _correct(pair: Pair, plain: Engine, orders: tuple[str, ...], prompt: Callable[[int], list[int]]) -> dict[str, Any]:
+def _correct(
+    pair: Pair, plain: Engine, orders: tuple[str, ...], prompt: Callable[[int], list[int]], lengths: list[int]
+) -> dict[str, Any]:
     """First-token logprobs against the plain engine (bf16: compare with a tolerance), and how many texts are equal."""
     cases = []
     for order in orders:
-        for length in LENGTHS:
+        for length in lengths:
             body = {"prompt": prompt(length), "max_tokens": 8, "logprobs": 5}
             before = pair.decode.loaded_tokens()
             got, want = pair.ask(body, order), plain.ask(body)
@@ -197,7 +199,8 @@ def _ttft(ask: Callable[[dict[str, Any]], dict[str, Any]], prompt: Callable[[int
 
 
 def _transfers(prefill: Engine, decode: Engine, tokens: int) -> dict[str, Any]:
-    """From the traces: milliseconds from the last layer (the fence) to the blocks being on decode."""
+    """From the traces: milliseconds from the last layer's end on prefill's GPU to the blocks being on decode, and from
+    the first byte (GO) to there."""
     if not prefill.trace.exists() or not decode.trace.exists():
         return {}
     events: dict[str, dict[str, Any]] = {}
@@ -210,15 +213,18 @@ def _transfers(prefill: Engine, decode: Engine, tokens: int) -> dict[str, Any]:
                 and one["go"]["blocks"] >= tokens // 16]  # fmt: skip
     if not complete:
         return {}
-    took = sorted((one["received"]["time"] - one["go"]["time"]) * 1e3 for one in complete[1:] or complete)
+    complete = complete[1:] or complete
+    took = sorted((one["received"]["time"] - one["sent"]["computed"]) * 1e3 for one in complete)
+    whole = statistics.median((one["received"]["time"] - one["go"]["time"]) * 1e3 for one in complete)
     size = complete[0]["received"]["bytes"]
     return {"count": len(took), "bytes": size, "median_ms": round(statistics.median(took), 2),
             "min_ms": round(took[0], 2), "max_ms": round(took[-1], 2),
-            "gb_per_s": round(size / statistics.median(took) / 1e6, 1)}  # fmt: skip
+            "from_go_ms": round(whole, 2), "overlapped": sum(one["go"]["parts"] for one in complete),
+            "gb_per_s_from_go": round(size / whole / 1e6, 1)}  # fmt: skip
 
 
 def _burst(pair: Pair, prompt: Callable[[int], list[int]], order: str) -> dict[str, Any]:
-    bodies = [{"prompt": prompt(1000), "max_tokens": 32} for _ in range(48)]
+    bodies = [{"prompt": prompt(900), "max_tokens": 32} for _ in range(48)]
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(48) as pool:
         answers = list(pool.map(lambda body: pair.ask(body, order), bodies))
@@ -240,7 +246,7 @@ def main() -> int:
     arguments = parser.parse_args()
     Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     deadline, own = time.monotonic() + arguments.limit, arguments.connector == "own"
-    numbers = random.Random(3)
+    numbers, longest = random.Random(3), arguments.max_model_len - 16
 
     def prompt(length: int) -> list[int]:
         return [numbers.randrange(10, 200) for _ in range(length)]
@@ -278,8 +284,8 @@ def main() -> int:
         pair.ask({"prompt": prompt(100), "max_tokens": 2}, "prefill first")
         record("first_request_s", round(time.perf_counter() - start, 2))
         step = "correct"
-        record("correct", _correct(pair, plain, orders, prompt))
-        for length in (1000, 8000):
+        record("correct", _correct(pair, plain, orders, prompt, [one for one in LENGTHS if one < longest]))
+        for length in [one for one in (1000, 8000) if one < longest]:
             step = f"ttft {length}"
             for engine in (prefill, decode, plain):
                 engine.ask({"prompt": prompt(length), "max_tokens": 2})
@@ -297,7 +303,9 @@ def main() -> int:
         record("burst", {order: _burst(pair, prompt, order) for order in orders})
         if own:
             step = "prefill killed"
-            running = pair.pool.submit(pair.ask, {"prompt": prompt(4000), "max_tokens": 400}, "prefill first")
+            running = pair.pool.submit(
+                pair.ask, {"prompt": prompt(min(4000, longest // 2)), "max_tokens": 400}, "prefill first"
+            )
             time.sleep(1)
             prefill.kill()
             body = {"prompt": prompt(161), "max_tokens": 8, "logprobs": 5, "kv_transfer_params":

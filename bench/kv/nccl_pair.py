@@ -62,6 +62,29 @@ def _bare(rank: int, unique_id: bytes, pipe: Connection, total: int, piece: int)
     return {"ms": [round(value * 1e3, 2) for value in times], "gb_per_s": round(total / min(times[2:]) / 1e9, 1)}
 
 
+class _Silent:
+    """A control connection on which nothing is said, and which is broken some seconds after it was first looked at."""
+
+    def __init__(self, seconds: float = 600) -> None:
+        self._seconds, self._start = seconds, 0.0
+
+    def broken(self) -> bool:
+        self._start = self._start or time.monotonic()
+        return time.monotonic() - self._start > self._seconds
+
+
+def _silent(seconds: float = 600) -> Any:
+    return _Silent(seconds)
+
+
+def _passed(cache: Any) -> Any:
+    from disagg_kv.engine.fences import StepFence
+
+    fence = StepFence(cache.planes)
+    fence.finish(cache.mark())
+    return fence
+
+
 def _meet(pipe: Connection) -> None:
     pipe.send("here")
     pipe.recv()
@@ -81,16 +104,16 @@ def _transport(
     generator = torch.Generator().manual_seed(7 + rank)
     blocks = torch.randperm(total_blocks, generator=generator)[:count].tolist()
     start = time.perf_counter()
-    transport = NcclTransport(cache, rank, unique_id, staging, slots, 10, lambda: False)
+    transport = NcclTransport(cache, rank, unique_id, staging, slots, 10, _silent())
     opened, times = time.perf_counter() - start, []
     for _ in range(8):
         torch.cuda.synchronize()
         _meet(pipe)
         start = time.perf_counter()
         if rank == 0:
-            transport.send(blocks, cache.mark())
+            transport.send(blocks, _passed(cache), False)
         else:
-            transport.receive(blocks, count, cache.mark())
+            transport.receive(blocks, count, cache.mark(), False)
         times.append(time.perf_counter() - start)
     wrong = 0
     if rank == 1:
@@ -141,15 +164,13 @@ def _vanish(rank: int, unique_id: bytes, pipe: Connection) -> dict[str, Any]:
     from disagg_kv.transport.nccl import NcclTransport
 
     cache = TorchCache(_layers("joined", 4, 64, seed=rank), 64)
-    gone = time.monotonic() + 1.0
-    transport = NcclTransport(cache, rank, unique_id, 1 << 20, 2, 30, lambda: time.monotonic() > gone)
+    transport = NcclTransport(cache, rank, unique_id, 1 << 20, 2, 30, _silent(1.0 if rank == 1 else 60.0))
     _meet(pipe)
     result = "sender"
     start = time.monotonic()
     if rank == 1:
-        gone = start + 1.0
         try:
-            transport.receive(list(range(32)), 32, None)
+            transport.receive(list(range(32)), 32, None, False)
             result = "it returned without an error"
         except Stalled as error:
             result = str(error)

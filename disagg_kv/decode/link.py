@@ -119,7 +119,7 @@ class Link:
         self._node.trace("receive", key=go.key.transfer, blocks=go.count)
         try:
             blocks = None if load is None else load.blocks[load.filled : load.filled + go.count]
-            transport.receive(blocks, go.count, None if load is None else load.fence)
+            transport.receive(blocks, go.count, None if load is None else load.fence, go.parts)
             ok = True
             self._node.trace("received", key=go.key.transfer, bytes=go.count * self._node.cache.block_bytes)
         finally:

@@ -17,6 +17,11 @@ from typing import Any
 
 import torch
 
+from disagg_kv.engine.fences import StepFence
+
+_STEP_SECONDS = 60.0
+"""A sender that waits longer than this for a layer of a running step gives up."""
+
 
 class Unsupported(ValueError):
     """This engine's KV cache cannot be moved by this connector; the text says why."""
@@ -95,6 +100,11 @@ class TorchCache:
         (self.row_bytes,) = sizes
         self.num_blocks = num_blocks
         self.planes = len(planes)
+        per_layer = self.planes // len(unique)
+        self.layers = {
+            name: (place * per_layer, (place + 1) * per_layer) for place, (name, _) in enumerate(unique.values())
+        }
+        """First plane of each layer, and the one behind its last."""
         self.block_bytes = self.row_bytes * self.planes
         self.layout = "|".join(texts)
         self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
@@ -137,10 +147,13 @@ class TorchCache:
         if fence is not None:
             torch.cuda.current_stream(self.device).wait_event(fence)
 
-    def join(self, fence: Any) -> None:
-        """Returns once the fence is passed."""
-        if fence is not None:
-            fence.synchronize()
+    def layered(self, fence: StepFence) -> bool:
+        return not fence.finished
+
+    def join(self, fence: StepFence, planes: int) -> None:
+        mark = fence.wait(planes, _STEP_SECONDS)
+        if mark is not None:
+            mark.synchronize()
 
     def synchronize(self) -> None:
         if self.on_gpu:

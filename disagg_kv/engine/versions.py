@@ -44,6 +44,12 @@ def check_parallel(config: Any) -> None:
             raise ValueError(f"this connector does not support {name} {size}; only tensor parallelism")
 
 
+def layers_run_once(config: Any) -> bool:
+    """Whether each layer runs once in a step; with dual batch overlap it runs for each half of the batch."""
+    parallel = config.parallel_config
+    return not (getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
+
+
 def tensor_parallel_size(config: Any) -> int:
     return int(config.parallel_config.tensor_parallel_size)
 

@@ -12,6 +12,7 @@ import torch
 from disagg_kv.decode.inbox import Inbox, Load
 from disagg_kv.decode.link import Links
 from disagg_kv.engine.announce import Announcer
+from disagg_kv.engine.fences import StepFence
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.engine.plan import Plan
 from disagg_kv.prefill.outbox import Outbox
@@ -30,11 +31,22 @@ class WorkerHalf:
     """Does nothing until the cache is registered."""
 
     def __init__(
-        self, decode: bool, settings: Settings, model: str, block_size: int, tp: int, rank: int, port: int, host: str
+        self,
+        decode: bool,
+        settings: Settings,
+        model: str,
+        block_size: int,
+        tp: int,
+        rank: int,
+        port: int,
+        host: str,
+        overlap: bool,
     ) -> None:
         self._decode, self._settings = decode, settings
         self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
         self._port, self._host = port, host
+        self._overlap = overlap and not decode
+        self._step: StepFence | None = None
         self._failed: set[int] = set()
         self._ready = False
 
@@ -48,6 +60,7 @@ class WorkerHalf:
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
         node = Node(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
         transports = node.transports()
+        self._overlap = self._overlap and any(node.overlaps(name) for name in transports)
         self._node = node
         self._outbox = Outbox(settings.hold_timeout_s, settings.max_waiting)
         self._inbox = Inbox()
@@ -72,12 +85,21 @@ class WorkerHalf:
             if not self._outbox.suspend(name, self._settings.stall_timeout_s):
                 logger.warning("a transfer of the preempted request %s was broken off", name)
 
+    def layer_given(self, plan: Plan, layer: str) -> None:
+        """The GPU has been given this layer of the step; what it writes may be sent behind that."""
+        if not plan.progress or not self._overlap or layer not in self._cache.layers:
+            return
+        if self._step is None:
+            self._open(plan)
+            self._advance(plan, StepFence(self._cache.planes))
+        assert self._step is not None
+        self._step.layer(*self._cache.layers[layer], self._cache.mark())
+
     def begin(self, plan: Plan) -> None:
-        """Starts and ends what the step wants started and ended."""
+        """Starts and ends what the step wants started and ended. Comes before the layers up to 0.26, later behind."""
         if not self._ready:
             return
-        for opening in plan.opens:
-            self._outbox.open(opening.key, opening.request, opening.total)
+        self._open(plan)
         for name, reason in plan.drops:
             self._outbox.drop(name, reason)
         for name in plan.cancels:
@@ -94,10 +116,12 @@ class WorkerHalf:
     def computed(self, plan: Plan) -> None:
         """The step's kernels have been given to the GPU; what they compute may be sent behind them."""
         if plan.progress and self._ready:
-            fence = self._cache.mark()
-            for step in plan.progress:
-                self._outbox.progress(step.request, step.blocks, step.ready, fence)
-                self._node.trace("computed", request=step.request, ready=step.ready)
+            fence = self._step or StepFence(self._cache.planes)
+            fence.finish(self._cache.mark())
+            if self._step is None:
+                self._advance(plan, fence)
+            self._step = None
+            self._node.trace("computed", requests=len(plan.progress))
 
     def finished(self, plan: Plan | None, over: set[str]) -> tuple[set[str], set[str]]:
         """Requests whose sending and whose receiving has ended. ``over``: finished for the engine since last time."""
@@ -119,6 +143,16 @@ class WorkerHalf:
         """Blocks of loads that ended without success, each named once."""
         failed, self._failed = self._failed, set()
         return failed
+
+    def _open(self, plan: Plan) -> None:
+        opens, plan.opens = plan.opens, []
+        for opening in opens:
+            self._outbox.open(opening.key, opening.request, opening.total)
+
+    def _advance(self, plan: Plan, fence: StepFence) -> None:
+        self._step = fence
+        for step in plan.progress:
+            self._outbox.progress(step.request, step.blocks, step.ready, fence)
 
     def close(self) -> None:
         if self._ready:

@@ -110,6 +110,8 @@ class Server:
         except Closed:
             logger.debug("%s has closed its connection", peer)
         except (OSError, WireError, ValueError, RuntimeError) as error:
+            if self._closed.is_set() or lane.closed:
+                return
             logger.warning("the connection of %s is ended: %s: %s", peer, type(error).__name__, error)
         except Exception:
             logger.exception("the connection of %s is ended", peer)
@@ -193,14 +195,17 @@ class Server:
                 transport.close()
 
     def _send_segment(self, channel: Channel, lane: Lane, transport: Transport, segment: Segment) -> None:
-        ok, trace = False, self._node.trace
+        ok, trace, cache = False, self._node.trace, self._node.cache
         count = len(segment.blocks)
         try:
-            self._node.cache.join(segment.fence)
-            trace("go", key=segment.key.transfer, blocks=count, last=segment.last)
-            channel.write(Go(segment.key, segment.first, count, segment.last).encode())
-            transport.send(segment.blocks, segment.fence)
+            parts = self._node.overlaps(transport.name) and cache.layered(segment.fence)
+            cache.join(segment.fence, 1 if parts else cache.planes)
+            trace("go", key=segment.key.transfer, blocks=count, last=segment.last, parts=parts)
+            channel.write(Go(segment.key, segment.first, count, segment.last, parts).encode())
+            transport.send(segment.blocks, segment.fence, parts)
+            if parts:
+                cache.join(segment.fence, cache.planes)
             ok = True
-            trace("sent", key=segment.key.transfer, bytes=count * self._node.cache.block_bytes)
+            trace("sent", key=segment.key.transfer, bytes=count * cache.block_bytes, computed=transport.computed_at)
         finally:
             self._outbox.sent(lane, segment, ok)

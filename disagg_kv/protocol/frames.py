@@ -29,6 +29,7 @@ class Kind(IntEnum):
     MEET = 9  # [control, to decode] connect to this prefill engine now, before a request needs it
     RELEASE = 11  # [decode] I no longer want this key; [control] forget every key of this transfer
     GO = 12  # [prefill] these blocks come now
+    PART = 14  # [prefill] of a GO with parts, over NCCL: the next piece comes now
     GONE = 13  # [prefill] these blocks will not come, and why
 
 

@@ -59,15 +59,17 @@ class Release:
 
 @dataclass(frozen=True)
 class Go:
-    """Prefill sends blocks ``first`` to ``first + count - 1`` now; ``last`` when nothing follows."""
+    """Prefill sends blocks ``first`` to ``first + count - 1`` now; ``last`` when nothing follows; ``parts`` when they
+    are still being computed, layer by layer."""
 
     key: Key
     first: int
     count: int
     last: bool
+    parts: bool = False
 
     def encode(self) -> bytes:
-        body = {**self.key.to_wire(), "first": self.first, "count": self.count, "last": self.last}
+        body = {**self.key.to_wire(), "first": self.first, "count": self.count, "last": self.last, "parts": self.parts}
         return encode(Kind.GO, body)
 
     @classmethod
@@ -77,6 +79,7 @@ class Go:
             _number(body, "first", 0, _MAX_BLOCKS),
             _number(body, "count", 1, _MAX_BLOCKS),
             body.get("last") is True,
+            body.get("parts") is True,
         )
 
 

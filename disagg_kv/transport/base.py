@@ -23,8 +23,11 @@ class BlockCache(Protocol):
     num_blocks: int
     on_gpu: bool
 
-    def join(self, fence: Any) -> None:
-        """Returns once the fence is passed."""
+    def layered(self, fence: Any) -> bool:
+        """Whether the fence is passed plane by plane, and not yet altogether."""
+
+    def join(self, fence: Any, planes: int) -> None:
+        """Returns once the first ``planes`` planes of the blocks behind this fence may be read."""
 
     def index(self, blocks: Sequence[int]) -> Any:
         """The block ids as an index on the cache's device. IndexError for a block that does not exist."""
@@ -43,12 +46,16 @@ class Transport(Protocol):
     """Moves runs of blocks in the order in which both sides call it."""
 
     name: str
+    computed_at: float
+    """Wall clock time at which the blocks of the last ``send`` were all computed, for the trace."""
 
-    def send(self, blocks: Sequence[int], fence: Any) -> None:
-        """Returns when the blocks may be overwritten."""
+    def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
+        """Returns when the blocks may be overwritten. ``fence`` as for ``BlockCache.join``; ``parts``: not all planes
+        are computed yet, and both sides know it."""
 
-    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any) -> None:
-        """Returns when ``count`` blocks are in the cache, or thrown away if ``blocks`` is None."""
+    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
+        """Returns when ``count`` blocks are in the cache, or thrown away if ``blocks`` is None. ``fence``: a mark
+        behind which the blocks may be written."""
 
     def close(self) -> None:
         """Frees what it has; also ends a transfer that hangs."""

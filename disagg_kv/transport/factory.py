@@ -39,6 +39,10 @@ class Node:
             return ["nccl", "tcp"] if self.cache.on_gpu else ["tcp"]
         return [wanted]
 
+    def overlaps(self, transport: str) -> bool:
+        """Whether prefill sends layers while later ones are being computed."""
+        return self.settings.overlap == "always" or (self.settings.overlap == "auto" and transport == "nccl")
+
     @property
     def staging_bytes(self) -> int:
         """The most that this side wants to spend on one buffer, but at least one row."""
@@ -86,4 +90,4 @@ def open_transport(node: Node, channel: Channel, ready: Mapping[str, Any]) -> Tr
         raise WireError("the NCCL id is not 128 bytes")
     rank = PREFILL if node.identity.role == "prefill" else DECODE
     return NcclTransport(cache, rank, unique_id, staging, node.settings.staging_buffers,
-                         node.settings.stall_timeout_s, channel.broken)  # fmt: skip
+                         node.settings.stall_timeout_s, channel)  # fmt: skip

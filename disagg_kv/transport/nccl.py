@@ -5,7 +5,8 @@ is that of the GO frames, so both sides agree without further words. Rows are ga
 buffers on one stream and sent on another, so that copying the next piece overlaps the wire; the same in reverse on
 decode. Nothing runs on the engine's own stream, which only leaves fences, and no step waits for a transfer.
 
-A receive kernel occupies the GPU while it waits: decode starts it only when GO says that the blocks are computed.
+A receive kernel occupies the GPU while it waits: decode starts it only when GO, or PART for each piece while prefill
+still computes, says that it is computed.
 A transfer that does not end in time, or whose peer's TCP connection breaks, is aborted (ncclCommAbort).
 """
 
@@ -25,7 +26,9 @@ from vllm.distributed.device_communicators.pynccl_wrapper import (
 )
 
 from disagg_kv.engine.layout import TorchCache
+from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.transport.base import Stalled
+from disagg_kv.transport.channel import Channel
 from disagg_kv.transport.pieces import Piece, cut
 
 PREFILL, DECODE = 0, 1
@@ -41,17 +44,18 @@ def new_unique_id() -> bytes:
 
 
 class NcclTransport:
-    """See ``Transport``. ``broken`` says whether the peer's control connection is gone."""
+    """See ``Transport``. ``channel`` is the control connection, which carries PART and shows whether the peer lives."""
 
     name = "nccl"
+    computed_at = 0.0
 
     def __init__(
         self, cache: TorchCache, rank: int, unique_id: bytes, staging_bytes: int, slots: int, stall_seconds: float,
-        broken: Callable[[], bool],
+        channel: Channel,
     ) -> None:  # fmt: skip
         """Joins the communicator; blocks until the other side does too, about a second."""
         self._cache, self._rank, self._staging = cache, rank, staging_bytes
-        self._stall, self._broken = stall_seconds, broken
+        self._stall, self._channel = stall_seconds, channel
         torch.cuda.set_device(cache.device)
         self._nccl = NCCLLibrary()
         self._comm: Any = self._nccl.ncclCommInitRank(2, self._nccl.unique_id_from_bytes(unique_id), rank)
@@ -62,14 +66,17 @@ class NcclTransport:
         self._emptied = [torch.cuda.Event() for _ in range(slots)]
         self._first_exchange()
 
-    def send(self, blocks: Sequence[int], fence: Any) -> None:
+    def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         cache = self._cache
         with torch.inference_mode():
             with torch.cuda.stream(self._copy):
-                cache.wait(fence)
                 index = cache.index(blocks)
             for number, piece in enumerate(self._pieces(len(blocks))):
                 slot, total = number % len(self._slots), self._bytes(piece)
+                cache.join(fence, piece.plane + piece.planes)
+                self.computed_at = time.time()
+                if parts:
+                    self._channel.write(encode(Kind.PART, {}))
                 with torch.cuda.stream(self._copy):
                     self._copy.wait_event(self._emptied[slot])
                     self._rows(piece, index, self._slots[slot], cache.gather)
@@ -79,7 +86,7 @@ class NcclTransport:
                 self._emptied[slot].record(self._wire)
             self._join(self._wire, len(blocks))
 
-    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any) -> None:
+    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
         cache = self._cache
         with torch.inference_mode():
             with torch.cuda.stream(self._copy):
@@ -87,6 +94,8 @@ class NcclTransport:
                 index = None if blocks is None else cache.index(blocks)
             for number, piece in enumerate(self._pieces(count)):
                 slot, total = number % len(self._slots), self._bytes(piece)
+                if parts and (kind := self._channel.frame(patient=False)[0]) is not Kind.PART:
+                    raise WireError(f"{kind.name} came instead of PART")
                 self._wire.wait_event(self._emptied[slot])
                 self._get(self._slots[slot], total)
                 self._filled[slot].record(self._wire)
@@ -142,7 +151,7 @@ class NcclTransport:
             now = time.monotonic()
             if now - checked > _CHECK_SECONDS:
                 checked = now
-                if self._broken():
+                if self._channel.broken():
                     raise Stalled("the peer is gone")
                 if now - start > limit:
                     raise Stalled(f"a transfer of {blocks} blocks has taken {now - start:.1f} s")

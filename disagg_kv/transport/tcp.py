@@ -5,6 +5,7 @@ The bytes follow the GO frame. A cache on a GPU goes through a pinned buffer and
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class TcpTransport:
     """See ``Transport``. ``staging_bytes`` is the size that both sides agreed on."""
 
     name = "tcp"
+    computed_at = 0.0
 
     def __init__(self, channel: Channel, cache: TorchCache, staging_bytes: int) -> None:
         self._channel, self._cache, self._staging = channel, cache, staging_bytes
@@ -26,12 +28,13 @@ class TcpTransport:
         self._device: torch.Tensor | None = None
         self._stream: Any = None
 
-    def send(self, blocks: Sequence[int], fence: Any) -> None:
+    def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         cache, host = self._cache, self._buffers()
         with torch.inference_mode(), cache.on_stream(self._stream):
-            cache.wait(fence)
             index = cache.index(blocks)
             for piece in cut(cache.planes, len(blocks), cache.row_bytes, self._staging):
+                cache.join(fence, piece.plane + piece.planes)
+                self.computed_at = time.time()
                 size = piece.blocks * cache.row_bytes
                 rows = index[piece.block : piece.block + piece.blocks]
                 target = host if self._device is None else self._device
@@ -43,7 +46,7 @@ class TcpTransport:
                     cache.synchronize()
                 self._channel.write(memoryview(host[:total].numpy()))
 
-    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any) -> None:
+    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
         cache, host = self._cache, self._buffers()
         with torch.inference_mode(), cache.on_stream(self._stream):
             cache.wait(fence)

@@ -39,7 +39,10 @@ class MemoryCache:
     def content(self, blocks: Sequence[int]) -> list[list[bytes]]:
         return [[self.rows[plane][block] for block in blocks] for plane in range(self.planes)]
 
-    def join(self, fence: Any) -> None:
+    def layered(self, fence: Any) -> bool:
+        return False
+
+    def join(self, fence: Any, planes: int) -> None:
         if fence is not None:
             fence()
 
@@ -60,17 +63,18 @@ class MemoryTransport:
     """Pieces of at most 64 bytes over the control connection."""
 
     name = "tcp"
+    computed_at = 0.0
 
     def __init__(self, cache: MemoryCache, channel: Channel) -> None:
         self._cache, self._channel = cache, channel
 
-    def send(self, blocks: Sequence[int], fence: Any) -> None:
+    def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         for piece in cut(self._cache.planes, len(blocks), 8, 64):
             for plane in range(piece.plane, piece.plane + piece.planes):
                 for block in blocks[piece.block : piece.block + piece.blocks]:
                     self._channel.write(self._cache.rows[plane][block])
 
-    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any) -> None:
+    def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
         for piece in cut(self._cache.planes, count, 8, 64):
             for plane in range(piece.plane, piece.plane + piece.planes):
                 for place in range(piece.block, piece.block + piece.blocks):

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from disagg_kv.engine.fences import StepFence  # noqa: E402
 from disagg_kv.engine.layout import TorchCache, Unsupported, check_specs  # noqa: E402
 from disagg_kv.transport.channel import Channel  # noqa: E402
 from disagg_kv.transport.tcp import TcpTransport  # noqa: E402
@@ -133,9 +134,12 @@ def test_the_tcp_transport(staging: int) -> None:
     target = TorchCache(tensors, BLOCKS)
     left, right = socket.socketpair()
     one, two = _channel(left), _channel(right)
-    sender = threading.Thread(target=TcpTransport(one, source, staging).send, args=([2, 5, 8, 1], None))
+    fence = StepFence(source.planes)
+    sender = threading.Thread(target=TcpTransport(one, source, staging).send, args=([2, 5, 8, 1], fence, True))
     sender.start()
-    TcpTransport(two, target, staging).receive([0, 1, 2, 3], 4, None)
+    for plane in range(source.planes):
+        fence.layer(plane, plane + 1, None)
+    TcpTransport(two, target, staging).receive([0, 1, 2, 3], 4, None, True)
     sender.join(20)
     for number in range(3):
         want = (_numbered(BLOCKS, 1, 4, 16) * (number + 1))[[2, 5, 8, 1]]

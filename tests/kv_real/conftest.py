@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.kv_real.engines import MODEL, PYTHON, Engine
+from tests.kv_real.engines import MODEL, PYTHON, Engine, free_port
 
 LOAD_SECONDS, HOLD_SECONDS = 6.0, 8.0
 CHUNK = 128
 BLOCKS = 64
 """Few enough that sixteen requests do not fit: decode has to preempt."""
+OVERLAP = os.environ.get("KV_OVERLAP", "always")
 _NUMBERS = itertools.count()
 
 
@@ -27,6 +29,8 @@ class Trio:
     prefill: Engine
     decode: Engine
     plain: Engine
+    proxy_port: int
+    """Where the engines announce themselves; a proxy may listen there."""
     seed: random.Random = field(default_factory=lambda: random.Random(5))
 
     def prompt(self, length: int) -> list[int]:
@@ -73,10 +77,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     sizes = ("--max-num-batched-tokens", str(CHUNK), "--num-gpu-blocks-override", str(BLOCKS))
     times = {"load_timeout_s": LOAD_SECONDS, "hold_timeout_s": HOLD_SECONDS}
     trio = Trio(
-        Engine("prefill", "kv_producer", folder, *sizes, **times),
+        Engine("prefill", "kv_producer", folder, *sizes, overlap=OVERLAP, staging_mb=1, **times),
         Engine("decode", "kv_consumer", folder, *sizes, **times),
         Engine("plain", "", folder),
+        free_port(),
     )
+    for engine in (trio.prefill, trio.decode):
+        engine.extra |= {"proxy_ip": "127.0.0.1", "proxy_port": trio.proxy_port, "http_port": engine.port}
     all_three = (trio.prefill, trio.decode, trio.plain)
     try:
         for engine in all_three:
