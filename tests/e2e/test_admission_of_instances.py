@@ -13,7 +13,7 @@ import zmq.asyncio
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.sim import SimConfig, SimEngine
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, RIGHT, text_of
+from tests.machine import REQUESTS, RIGHT, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disagg_proxy.sim import expected_text
-from tests.e2e.conftest import CHAT, PROMPT, REQUESTS, RIGHT, text_of
+from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 COMPLETIONS, CHATS, MESSAGES = REQUESTS
 

@@ -8,7 +8,7 @@ import pytest
 
 from disagg_proxy.http.single import NOT_SERVED
 from disagg_proxy.sim import encode, expected_text, render_chat
-from tests.e2e.conftest import CHAT, PROMPT, REQUESTS, RIGHT, text_of
+from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 GENERATION = list(REQUESTS)
 

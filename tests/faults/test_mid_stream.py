@@ -10,7 +10,7 @@ import pytest
 from disagg_proxy.http.exchange import HideUnfinished
 from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
+from tests.machine import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 
 PATH = "/v1/completions"
 STREAM = {**REQUESTS[PATH], "stream": True}

@@ -6,29 +6,15 @@ import pytest
 
 from disagg_proxy.cluster.breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.discovery.lifeline import Lifelines
 from disagg_proxy.sim import SimEngine, expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import Machine
+from tests.machine import Machine
 
 COMPLETIONS = "/v1/completions"
 ASK = {"prompt": "San Francisco is a", "max_tokens": 5}
 RIGHT = expected_text(ASK["prompt"], 5)
 in_turn = pytest.mark.settings(prefill_policy="round_robin", decode_policy="round_robin")
 stubborn = pytest.mark.settings(prefill_policy="round_robin", decode_policy="round_robin", probe_interval=60.0)
-
-
-@pytest.fixture
-async def four(machine: Machine) -> tuple[list[SimEngine], list[SimEngine]]:
-    """Two prefills and two decodes."""
-    pairs = [await machine.pair(), await machine.pair()]
-    return [p for p, _ in pairs], [d for _, d in pairs]
-
-
-@pytest.fixture
-def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deaths that no lifeline tells of: what requests meet that are a moment faster."""
-    monkeypatch.setattr(Lifelines, "_on_change", lambda self, instance: None)
 
 
 async def served(machine: Machine, count: int = 4) -> None:

@@ -7,11 +7,9 @@ import json
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.discovery.lifeline import Lifelines
 from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, RIGHT, events, text_of, text_of_events
-from tests.e2e.test_errors_client import check_error
+from tests.machine import REQUESTS, RIGHT, check_error, events, text_of, text_of_events
 
 COMPLETIONS = "/v1/completions"
 ASK = REQUESTS[COMPLETIONS]
@@ -63,12 +61,6 @@ async def test_a_4xx_of_decode_passes_and_its_kv_is_drained(machine, pair, path:
     assert drain.json["max_tokens"] == 1 and drain.json["stream"] is False
     assert machine.proxy.services.stats.drains.done == 1
     await machine.unharmed(prefill, decode)
-
-
-@pytest.fixture
-def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A death that the lifeline has not told of yet: what a request meets that is a moment faster."""
-    monkeypatch.setattr(Lifelines, "_on_change", lambda self, instance: None)
 
 
 @pytest.mark.settings(probe_interval=60.0)

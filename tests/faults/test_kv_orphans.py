@@ -6,8 +6,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, RIGHT, text_of
-from tests.e2e.test_disconnects import left
+from tests.machine import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -19,7 +18,7 @@ async def abandon(machine, prefill, dial, path: str, body: dict) -> None:
     with prefill.faults.held("answer"):
         client.post(path, body)
         await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
-        await left(machine, client)
+        await machine.left(client)
     await soon(machine.proxy.until_idle())
 
 
@@ -57,7 +56,7 @@ async def test_orphans_that_would_fill_decode_many_times_over_do_it_no_harm(mach
     assert machine.proxy.services.stats.drains.done == 24
     assert decode.state()["kv_buffer_used"] == decode.state()["kv_pool_used"] == 0
     await machine.unharmed(prefill, decode)
-    assert text_of((await machine.post(PATH, ASK))[2]) == RIGHT[PATH]
+    await machine.check_right()
 
 
 async def test_a_drain_that_fails_is_counted_and_not_repeated(machine, pair, dial, caplog) -> None:
@@ -77,7 +76,7 @@ async def test_nothing_is_drained_after_a_failed_prefill(machine, pair, dial) ->
     with prefill.faults.held():
         client.post(PATH, ASK)
         await soon(prefill.wait_until(lambda state: state["held_at"] == "schedule"))
-        await left(machine, client)
+        await machine.left(client)
         await prefill.kill()
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.started == 0 and not decode.received(PATH)
@@ -94,7 +93,7 @@ async def test_a_restarted_decode_is_not_asked_for_kv_that_it_never_got(machine,
     await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
     await soon(decode.wait_until(lambda state: state["kv_received"] == decode.config.kv_layers))
     if leaves:
-        await left(machine, client)
+        await machine.left(client)
     await decode.kill()
     await soon(machine.proxy.until_state(decode.http_address, State.PROBING))
     again = decode.restarted()

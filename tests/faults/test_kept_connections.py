@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, RIGHT, text_of
-from tests.e2e.test_errors_client import check_error
+from tests.machine import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

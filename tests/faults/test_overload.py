@@ -7,7 +7,7 @@ import pytest
 
 from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import Machine
+from tests.machine import Machine
 
 COMPLETIONS = "/v1/completions"
 PROMPT = "San Francisco is a"
