@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -67,6 +68,19 @@ class Machine:
         engine = SimEngine(SimConfig(role=role, proxy=self.proxy.zmq, ping_seconds=0.2, **knobs))
         await engine.start()
         self.engines.append(engine)
+        return engine
+
+    async def kill(self, engine: SimEngine) -> None:
+        """As kill -9; return when the proxy has noticed."""
+        await engine.kill()
+        await soon(self.proxy.until_state(engine.http_address, State.PROBING))
+
+    async def restart(self, killed: SimEngine, **knobs: Any) -> SimEngine:
+        """Another process on the addresses of one that was killed; return when the proxy has taken it in."""
+        engine = SimEngine(replace(killed.restarted().config, **knobs))
+        await engine.start()
+        self.engines.append(engine)
+        await soon(self.proxy.until_state(engine.http_address, State.READY))
         return engine
 
     async def pair(self, **knobs: Any) -> tuple[SimEngine, SimEngine]:

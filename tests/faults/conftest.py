@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from urllib.parse import urlsplit
 
@@ -18,6 +19,19 @@ __all__ = ["machine", "pair"]
 # With logprobs every token is about a kilobyte, so the stream is several times what all socket buffers hold.
 LARGE = {**REQUESTS["/v1/completions"], "max_tokens": 3000, "ignore_eos": True, "logprobs": 20, "stream": True}
 SMALL = 16 * 1024
+
+in_turn = pytest.mark.settings(prefill_policy="round_robin", decode_policy="round_robin")
+"""The first request of two pairs goes to the first prefill and the first decode, the second to the others."""
+
+
+def ids(*engines: SimEngine, path: str = "/v1/completions") -> list[str]:
+    """The ids of all requests to ``path`` that these engines received, in their order on each."""
+    return [request.headers["X-Request-Id"] for engine in engines for request in engine.received(path)]
+
+
+def without_kept_connections(proxy: Proxy, engine: SimEngine) -> None:
+    """From now on every request to ``engine`` needs a new connection, as after a pause."""
+    proxy.services.upstream._wary_until[engine.http_address] = math.inf
 
 
 async def dial_slowly(proxy: Proxy) -> Wire:

@@ -1,4 +1,4 @@
-"""A process that dies is noticed when its sockets close, long before pings or probes tell."""
+"""An engine dies: noticed when its sockets close, long before pings or probes tell, or by its /health after a 500."""
 
 import asyncio
 
@@ -6,47 +6,29 @@ import pytest
 
 from disagg_proxy.cluster.instance import Instance, State
 from tests.conftest import soon
+from tests.machine import REQUESTS, check_error
 
-COMPLETIONS = "/v1/completions"
-ASK = {"prompt": "San Francisco is a", "max_tokens": 3}
+PATH = "/v1/completions"
+ASK = REQUESTS[PATH]
 
 
 @pytest.mark.settings(probe_interval=60.0, instance_expiry=60.0)
 @pytest.mark.parametrize("victim", [0, 1], ids=["prefill", "decode"])
 async def test_a_killed_engine_is_out_at_once_and_nothing_is_sent_towards_it(machine, pair, victim: int) -> None:
-    await pair[victim].kill()
-    await soon(machine.proxy.until_state(pair[victim].http_address, State.PROBING))
+    await machine.kill(pair[victim])
     other = pair[1 - victim]
-    status, _, body = await machine.post(COMPLETIONS, ASK)
+    status, _, body = await machine.post(PATH, ASK)
     assert (status, body["error"]["code"]) == (503, "no_pair")
-    assert not other.received(COMPLETIONS)
+    assert not other.received(PATH)
 
 
 @pytest.mark.settings(probe_interval=60.0, instance_expiry=60.0)
 async def test_the_others_go_on(machine, pair) -> None:
     await machine.pair()
-    await pair[0].kill()
-    await soon(machine.proxy.until_state(pair[0].http_address, State.PROBING))
+    await machine.kill(pair[0])
     for _ in range(4):
-        status, _, _ = await machine.post(COMPLETIONS, ASK)
-        assert status == 200
-    assert not pair[0].received(COMPLETIONS)
-
-
-@pytest.mark.settings(probe_interval=60.0, instance_expiry=60.0)
-async def test_an_engine_that_comes_back_counts_as_another_process(machine, pair) -> None:
-    prefill = pair[0]
-    await prefill.kill()
-    await soon(machine.proxy.until_state(prefill.http_address, State.PROBING))
-    again = prefill.restarted()
-    await again.start()
-    try:
-        await soon(machine.proxy.until_state(prefill.http_address, State.READY))
-        assert machine.proxy.instance(prefill.http_address).epoch == 1
-        status, _, _ = await machine.post(COMPLETIONS, ASK)
-        assert status == 200
-    finally:
-        await again.stop()
+        await machine.check_right()
+    assert not pair[0].received(PATH)
 
 
 @pytest.mark.settings(probe_interval=60.0, instance_expiry=60.0)
@@ -71,5 +53,46 @@ async def test_a_server_that_closes_idle_connections_stays_in_and_loses_its_life
     await soon(lifelines._held[instance])
     assert instance not in lifelines._held
     assert (instance.state, instance.epoch) == (State.READY, 3), instance.reason
-    status, _, _ = await machine.post(COMPLETIONS, ASK)
-    assert status == 200
+    await machine.check_right()
+
+
+@pytest.mark.settings(probe_interval=0.05)
+@pytest.mark.parametrize("leg", [0, 1], ids=["prefill", "decode"])
+async def test_a_dead_engine_is_found_out_by_its_health(machine, pair, leg: int) -> None:
+    engine = pair[leg]
+    async with machine.http.post(f"http://{engine.http_address}{PATH}", json=ASK) as direct:
+        assert direct.status == 500, "a request without addresses in its id kills an engine"
+    await soon(machine.proxy.until_state(engine.http_address, State.PROBING))
+    assert "/health answers 503" in machine.proxy.instance(engine.http_address).reason
+    check_error(*await machine.send(PATH, ASK), 503, "no_pair")
+
+
+@pytest.mark.settings(probe_interval=60.0)
+async def test_a_prefill_that_has_died_is_502_until_it_is_found_out(machine, pair) -> None:
+    prefill, decode = pair
+    async with machine.http.post(f"http://{prefill.http_address}{PATH}", json=ASK) as direct:
+        assert direct.status == 500
+    assert "EngineCore" in check_error(*await machine.send(PATH, ASK), 502, "engine_failed")
+    assert not decode.received(PATH)
+
+
+async def test_a_dead_engine_is_out_after_its_first_500(machine, pair) -> None:
+    pair[0].faults.health_status = 503
+    pair[0].faults.fail_next(500, b"EngineDeadError", path=PATH)
+    status, _, _ = await machine.post(PATH, ASK)
+    assert status in (502, 503)
+    await soon(machine.proxy.until_state(pair[0].http_address, State.PROBING))
+
+
+@pytest.mark.settings(probe_interval=60.0)
+@pytest.mark.parametrize("role", [0, 1], ids=["prefill", "decode"])
+async def test_an_instance_that_was_killed_is_out_when_it_refuses_and_back_when_it_is_back(machine, role) -> None:
+    engines = list(await machine.pair())
+    spare = await machine.pair()
+    engine = engines[role]
+    await machine.kill(engine)
+    for _ in range(4):
+        await machine.check_right()
+    assert not engine.received(PATH) and len(spare[role].received(PATH)) == 4
+    await machine.restart(engine)
+    assert machine.proxy.instance(engine.http_address).epoch == 1

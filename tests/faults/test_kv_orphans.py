@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
 from tests.machine import REQUESTS
 
@@ -81,35 +80,6 @@ async def test_nothing_is_drained_after_a_failed_prefill(machine, pair, dial) ->
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.started == 0 and not decode.received(PATH)
     assert machine.proxy.instance(decode.http_address).in_flight == 0
-
-
-@pytest.mark.settings(probe_interval=0.05)
-@pytest.mark.parametrize("leaves", [True, False], ids=["client gone", "client waits"])
-async def test_a_restarted_decode_is_not_asked_for_kv_that_it_never_got(machine, pair, dial, leaves: bool) -> None:
-    prefill, decode = pair
-    client = await dial(machine.proxy.url)
-    prefill.faults.hold("answer")
-    client.post(PATH, ASK)
-    await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
-    await soon(decode.wait_until(lambda state: state["kv_received"] == decode.config.kv_layers))
-    if leaves:
-        await machine.left(client)
-    await decode.kill()
-    await soon(machine.proxy.until_state(decode.http_address, State.PROBING))
-    again = decode.restarted()
-    await again.start()
-    try:
-        await soon(machine.proxy.until_state(decode.http_address, State.READY))
-        prefill.faults.release()
-        if not leaves:
-            status, _, body = await client.answer()
-            assert status == 502 and b"went away during the prefill" in body
-        await soon(machine.proxy.until_idle())
-        assert not again.received(PATH), "it would wait for ever for KV that went with the old process"
-        assert machine.proxy.services.stats.drains.done == 0
-        assert machine.proxy.instance(decode.http_address).in_flight == 0
-    finally:
-        await again.stop()
 
 
 async def test_many_abandoned_prefills_of_one_batch_are_all_drained(machine, pair, dial) -> None:

@@ -1,5 +1,5 @@
-"""What an engine does wrong before the answer begins: the status that the client gets, and what the other engine is
-asked."""
+"""Prefill fails: another one is tried while one is there and the client waits; decode never hears of it, and there is
+nothing to drain."""
 
 import asyncio
 import json
@@ -7,24 +7,18 @@ import json
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.machine import REQUESTS, RIGHT, check_error, events, text_of, text_of_events
+from tests.faults.conftest import ids, in_turn
+from tests.machine import REQUESTS, check_error
 
-COMPLETIONS = "/v1/completions"
-ASK = REQUESTS[COMPLETIONS]
+PATH = "/v1/completions"
+ASK = REQUESTS[PATH]
 REFUSAL = b'{"error": {"message": "slow down", "type": "BadRequestError", "param": "top_k", "code": 418}}'
-
-
-async def check_right(machine) -> None:
-    """The next request is answered rightly."""
-    status, _, body = await machine.post(COMPLETIONS, ASK)
-    assert status == 200 and text_of(body) == RIGHT[COMPLETIONS]
 
 
 @pytest.mark.parametrize(
     ("path", "status"),
-    [*((COMPLETIONS, status) for status in (400, 401, 404, 413, 422)), *((p, 429) for p in REQUESTS)],
+    [*((PATH, status) for status in (400, 401, 404, 413, 422)), *((p, 429) for p in REQUESTS)],
 )
 async def test_a_4xx_of_prefill_passes_and_decode_is_not_asked(machine, pair, path: str, status: int) -> None:
     prefill, decode = pair
@@ -39,60 +33,26 @@ async def test_a_4xx_of_prefill_passes_and_decode_is_not_asked(machine, pair, pa
 
 
 async def test_what_vllm_itself_refuses_comes_back_in_its_words(machine, pair) -> None:
-    status, _, body = await machine.post(COMPLETIONS, {**ASK, "temperature": -1})
+    status, _, body = await machine.post(PATH, {**ASK, "temperature": -1})
     direct = {"X-Request-Id": "___prefill_addr_127.0.0.1:1___decode_addr_127.0.0.1:2_x"}
     async with machine.http.post(
-        f"http://{pair[0].http_address}{COMPLETIONS}", json={**ASK, "temperature": -1, "max_tokens": 1}, headers=direct
+        f"http://{pair[0].http_address}{PATH}", json={**ASK, "temperature": -1, "max_tokens": 1}, headers=direct
     ) as answer:
         assert (status, body) == (answer.status, await answer.json())
     assert status == 400
-
-
-@pytest.mark.parametrize("path", REQUESTS)
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-async def test_a_4xx_of_decode_passes_and_its_kv_is_drained(machine, pair, path: str, stream: bool) -> None:
-    prefill, decode = pair
-    decode.faults.fail_next(429, REFUSAL, {"Retry-After": "7"}, path=path)
-    status, headers, raw = await machine.send(path, {**REQUESTS[path], "stream": stream})
-    assert (status, headers["Retry-After"], raw) == (429, "7", REFUSAL)
-    await soon(machine.proxy.until_idle())
-    refused, drain = decode.received(path)
-    assert refused.headers["X-Request-Id"] == drain.headers["X-Request-Id"]
-    assert drain.json["max_tokens"] == 1 and drain.json["stream"] is False
-    assert machine.proxy.services.stats.drains.done == 1
-    await machine.unharmed(prefill, decode)
 
 
 @pytest.mark.settings(probe_interval=60.0)
 async def test_prefill_that_cannot_be_reached_is_502_and_out_at_once(unnoticed, machine, pair) -> None:
     prefill, decode = pair
     await prefill.kill()
-    message = check_error(*await machine.send(COMPLETIONS, ASK), 502, "engine_unreachable")
+    message = check_error(*await machine.send(PATH, ASK), 502, "engine_unreachable")
     assert message == "The prefill instance could not be reached."
-    assert not decode.received(COMPLETIONS)
+    assert not decode.received(PATH)
     assert machine.proxy.instance(prefill.http_address).state is State.PROBING
     status, health = await machine.get("/health")
     assert (status, health["pairs"]) == (503, 0) and "no prefill instance is ready" in health["missing"][0]
-    check_error(*await machine.send(COMPLETIONS, ASK), 503, "no_pair")
-
-
-@pytest.mark.settings(probe_interval=60.0)
-async def test_decode_that_cannot_be_reached_is_502_and_out_at_once(unnoticed, machine, pair) -> None:
-    prefill, decode = pair
-    prefill.faults.hold("answer")
-    request = machine.send(COMPLETIONS, ASK)
-
-    async def fail() -> None:
-        await prefill.wait_until(lambda state: state["held_at"] == "answer")
-        await decode.wait_until(lambda state: state["kv_received"] == decode.config.kv_layers)
-        await decode.kill()
-        prefill.faults.release()
-
-    (status, headers, raw), _ = await soon(asyncio.gather(request, fail()))
-    assert check_error(status, headers, raw, 502, "engine_unreachable") == "The decode instance could not be reached."
-    assert machine.proxy.instance(decode.http_address).state is State.PROBING
-    await soon(machine.proxy.until_idle())
-    assert machine.proxy.instance(decode.http_address).in_flight == 0
+    check_error(*await machine.send(PATH, ASK), 503, "no_pair")
 
 
 @pytest.mark.parametrize(
@@ -100,15 +60,15 @@ async def test_decode_that_cannot_be_reached_is_502_and_out_at_once(unnoticed, m
 )
 async def test_a_5xx_of_prefill_is_502_and_decode_is_not_asked(machine, pair, status: int, body: bytes) -> None:
     prefill, decode = pair
-    prefill.faults.fail_next(status, body, {"Retry-After": "7"}, path=COMPLETIONS)
-    got, headers, raw = await machine.send(COMPLETIONS, ASK)
+    prefill.faults.fail_next(status, body, {"Retry-After": "7"}, path=PATH)
+    got, headers, raw = await machine.send(PATH, ASK)
     message = check_error(got, headers, raw, 502, "engine_failed")
     assert f"The prefill instance failed with status {status}" in message
     assert ("slow down" in message) == (body == REFUSAL) and "<" not in message
     assert headers["Retry-After"] == "7"
-    assert not decode.received(COMPLETIONS)
+    assert not decode.received(PATH)
     assert machine.proxy.instance(prefill.http_address).failures_total == (status >= 500)
-    await check_right(machine)
+    await machine.check_right()
 
 
 @pytest.mark.parametrize("path", REQUESTS)
@@ -128,52 +88,105 @@ async def test_an_error_that_prefill_hides_in_a_200_gets_its_own_status(machine,
     assert not pair[1].received(path)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("body", [REFUSAL, b"", b"<html>Bad Gateway</html>"])
-async def test_a_5xx_of_decode_is_502(machine, pair, stream: bool, body: bytes) -> None:
-    prefill, decode = pair
-    decode.faults.fail_next(500, body, path=COMPLETIONS)
-    answer = await machine.send(COMPLETIONS, {**ASK, "stream": stream})
-    message = check_error(*answer, 502, "engine_failed")
-    assert message.startswith("The decode instance failed with status 500") and "<" not in message
-    await soon(machine.proxy.until_idle())
-    assert len(decode.received(COMPLETIONS)) == 1, (
-        "a decode that may have been received is neither repeated nor drained"
-    )
-    assert machine.proxy.instance(decode.http_address).failures_total == 1
-    await check_right(machine)
+@in_turn
+@pytest.mark.parametrize("how", ["5xx", "reset", "close"])
+async def test_a_prefill_that_fails_is_replaced_with_a_new_id(machine, four, how: str) -> None:
+    prefills, decodes = four
+    bad = prefills[0].faults
+    if how == "5xx":
+        bad.fail_next(503, b"busy", path=PATH)
+    else:
+        # Once more than the one repetition that a kept connection gets.
+        (bad.reset_next if how == "reset" else bad.close_next)(path=PATH, times=2)
+    for _ in range(4):
+        await machine.check_right()
+    assert machine.proxy.services.stats.failovers == 1
+    assert not set(ids(prefills[0])[:1]) & set(ids(prefills[1]))
+    assert len(ids(*decodes)) == len(set(ids(*decodes))) == 4
+    for engine in (*prefills, *decodes):
+        assert not engine.state()["kv_waiting"] and engine.state()["stalled_on"] is None
+
+
+@pytest.mark.settings(prefill_policy="round_robin", probe_interval=60.0)
+async def test_a_prefill_that_is_gone_is_replaced(unnoticed, machine, four) -> None:
+    prefills, _ = four
+    await prefills[0].kill()
+    for _ in range(4):
+        await machine.check_right()
+    assert len(prefills[1].received(PATH)) == 4
+
+
+@in_turn
+async def test_tries_are_bounded(machine, four) -> None:
+    prefills, _ = four
+    for prefill in prefills:
+        prefill.faults.fail_next(500, b"", path=PATH, times=9)
+    status, _, body = await machine.post(PATH, ASK)
+    assert (status, body["error"]["code"]) == (502, "engine_failed")
+    assert [len(prefill.received(PATH)) for prefill in prefills] == [1, 1]
+
+
+@pytest.mark.settings(max_tries=1)
+async def test_one_try_means_one_pair(machine, four) -> None:
+    prefills, _ = four
+    for prefill in prefills:
+        prefill.faults.fail_next(500, b"", path=PATH)
+    status, _, _ = await machine.post(PATH, ASK)
+    assert status == 502 and sum(len(prefill.received(PATH)) for prefill in prefills) == 1
+
+
+@in_turn
+async def test_a_client_that_left_is_not_tried_for(machine, four) -> None:
+    prefills, _ = four
+    for prefill in prefills:
+        prefill.faults.hold("answer")
+    request = asyncio.ensure_future(machine.post(PATH, ASK))
+    await soon(prefills[0].wait_until(lambda s: s["held_at"] == "answer"))
+    request.cancel()
+    await soon(machine.proxy.until_clients(0))
+    await prefills[0].kill()
+    await soon(machine.proxy.until_quiet())
+    assert not prefills[1].received(PATH)
 
 
 @pytest.mark.settings(engine_api_key="sk-engine")
-@pytest.mark.parametrize("leg", [0, 1], ids=["prefill", "decode"])
-async def test_an_engine_that_refuses_the_proxys_own_key_is_no_fault_of_the_client(machine, pair, leg: int) -> None:
-    pair[leg].faults.fail_next(401, b'{"error": "Unauthorized"}', path=COMPLETIONS)
-    assert "ENGINE_API_KEY" in check_error(*await machine.send(COMPLETIONS, ASK), 502, "engine_failed")
+async def test_a_prefill_that_refuses_the_proxys_own_key_is_no_fault_of_the_client(machine, pair) -> None:
+    pair[0].faults.fail_next(401, b'{"error": "Unauthorized"}', path=PATH)
+    assert "ENGINE_API_KEY" in check_error(*await machine.send(PATH, ASK), 502, "engine_failed")
+    assert not pair[1].received(PATH)
 
 
-@pytest.mark.settings(probe_interval=0.05)
-@pytest.mark.parametrize("leg", [0, 1], ids=["prefill", "decode"])
-async def test_a_dead_engine_is_found_out_by_its_health(machine, pair, leg: int) -> None:
-    engine = pair[leg]
-    async with machine.http.post(f"http://{engine.http_address}{COMPLETIONS}", json=ASK) as direct:
-        assert direct.status == 500, "a request without addresses in its id kills an engine"
-    await soon(machine.proxy.until_state(engine.http_address, State.PROBING))
-    assert "/health answers 503" in machine.proxy.instance(engine.http_address).reason
-    check_error(*await machine.send(COMPLETIONS, ASK), 503, "no_pair")
+FAILURES = {
+    "400": lambda faults: faults.fail_next(400, REFUSAL, path=PATH),
+    "429": lambda faults: faults.fail_next(429, REFUSAL, path=PATH),
+    "500": lambda faults: faults.fail_next(500, path=PATH),
+    "503": lambda faults: faults.fail_next(503, path=PATH),
+    "302": lambda faults: faults.fail_next(302, path=PATH),
+    "no answer in a 200": lambda faults: faults.fail_next(200, b"{}", path=PATH),
+    "an error in a 200": lambda faults: faults.fail_next(200, b'{"error": {"message": "no", "code": 400}}', path=PATH),
+    "reset": lambda faults: faults.reset_next(path=PATH, times=2),
+    "close": lambda faults: faults.close_next(path=PATH, times=2),
+    "hang": lambda faults: faults.hang_next(path=PATH),
+}
+"""What prefill can do instead of its work; a kept connection may be tried twice."""
 
 
-@pytest.mark.settings(probe_interval=60.0)
-async def test_a_prefill_that_has_died_is_502_until_it_is_found_out(machine, pair) -> None:
+@pytest.mark.settings(prefill_timeout=0.1, probe_interval=60.0)
+@pytest.mark.parametrize("leaves", [False, True], ids=["client waits", "client gone"])
+@pytest.mark.parametrize("failure", FAILURES)
+async def test_no_decode_and_no_drain_follow_a_prefill_that_failed(machine, pair, dial, failure, leaves) -> None:
     prefill, decode = pair
-    async with machine.http.post(f"http://{prefill.http_address}{COMPLETIONS}", json=ASK) as direct:
-        assert direct.status == 500
-    assert "EngineCore" in check_error(*await machine.send(COMPLETIONS, ASK), 502, "engine_failed")
-    assert not decode.received(COMPLETIONS)
-
-
-async def test_an_answer_in_small_pieces_is_the_same_answer(machine, pair) -> None:
-    for engine in pair:
-        engine.faults.split_writes([1, 2, 7])
-    await check_right(machine)
-    _, _, raw = await machine.send(COMPLETIONS, {**ASK, "stream": True})
-    assert text_of_events(events(raw)) == expected_text(ASK["prompt"], 8)
+    FAILURES[failure](prefill.faults)
+    client = await dial(machine.proxy.url)
+    client.post(PATH, ASK)
+    if leaves:
+        await soon(prefill.wait_until(lambda state: bool(prefill.received(PATH))))
+        await machine.left(client)
+    else:
+        assert (await client.head())[0] >= 400
+    await soon(machine.proxy.until_idle())
+    assert not decode.received(PATH), "decode would wait for ever for KV that does not come, and all with it"
+    assert machine.proxy.services.stats.drains.started == 0
+    assert [machine.proxy.instance(engine.http_address).in_flight for engine in pair] == [0, 0]
+    await machine.unharmed(*pair)
+    await machine.check_right()
