@@ -71,9 +71,17 @@ class Machine:
         return engine
 
     async def kill(self, engine: SimEngine) -> None:
-        """As kill -9; return when the proxy has noticed."""
+        """As kill -9; return when the proxy knows that its process has ended."""
+        there = self.proxy.instance(engine.http_address)
+        before = there.epoch
+
+        async def noticed() -> None:
+            await self.proxy.until_state(engine.http_address, State.PROBING)
+            while there.epoch == before:
+                await asyncio.sleep(0)
+
         await engine.kill()
-        await soon(self.proxy.until_state(engine.http_address, State.PROBING))
+        await soon(noticed())
 
     async def restart(self, killed: SimEngine, **knobs: Any) -> SimEngine:
         """Another process on the addresses of one that was killed; return when the proxy has taken it in."""

@@ -6,6 +6,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import Instance, State
 from tests.conftest import soon
+from tests.faults.conftest import ids
 from tests.machine import REQUESTS, check_error
 
 PATH = "/v1/completions"
@@ -96,3 +97,47 @@ async def test_an_instance_that_was_killed_is_out_when_it_refuses_and_back_when_
     assert not engine.received(PATH) and len(spare[role].received(PATH)) == 4
     await machine.restart(engine)
     assert machine.proxy.instance(engine.http_address).epoch == 1
+
+
+@pytest.mark.settings(probe_interval=0.1, prefill_timeout=0.5)
+async def test_a_decode_killed_while_prefill_sends_is_504_and_the_pair_works_when_both_are_back(machine, pair) -> None:
+    prefill, decode = pair
+    await machine.check_right()
+    prefill.faults.hold("forward")
+    request = asyncio.ensure_future(machine.send(PATH, ASK))
+    await soon(prefill.wait_until(lambda state: state["held_at"] == "forward"))
+    await machine.kill(decode)
+    prefill.faults.release()
+    # The sender waits for the dead one, and prefill's forward pass for its sender; /health stays 200.
+    await soon(prefill.wait_until(lambda state: state["stalled_on"] is not None))
+    check_error(*await soon(request), 504, "engine_deadline")
+
+    check_error(*await machine.send(PATH, ASK), 503, "no_pair")
+
+    # What the old prefill still has to send would end the listener of the new decode: both down, then both up.
+    await machine.kill(prefill)
+    await soon(machine.proxy.until_idle())
+    again = [await machine.restart(engine) for engine in (decode, prefill)]
+    await machine.check_right()
+    assert ids(again[0]) == ids(again[1]) and len(ids(again[0])) == 1
+    assert (await machine.get("/stats"))[1]["drains"] == {"started": 0, "done": 0, "failed": 0}
+    await machine.unharmed(*again)
+
+
+@pytest.mark.settings(probe_interval=60.0)
+@pytest.mark.parametrize("point", ["schedule", "answer"], ids=["before it sent", "after it sent"])
+async def test_a_prefill_killed_before_its_answer_is_502_and_decode_is_left_alone(machine, pair, point: str) -> None:
+    prefill, decode = pair
+    with prefill.faults.held(point):
+        request = asyncio.ensure_future(machine.send(PATH, ASK))
+        await soon(prefill.wait_until(lambda state: state["held_at"] == point))
+        if point == "answer":
+            await soon(decode.wait_until(lambda state: state["kv_received"] == decode.config.kv_layers))
+        await machine.kill(prefill)
+    assert (await soon(request))[0] == 502
+    await soon(machine.proxy.until_idle())
+    assert not decode.received(PATH) and machine.proxy.services.stats.drains.started == 0
+    # Nobody can know what it had sent. KV that is whole stays; a decode of KV that is not would wait for ever.
+    assert list(decode.state()["kv_waiting"]) == [f"cmpl-{id}-0" for id in ids(prefill) if point == "answer"]
+    await machine.restart(prefill)
+    await machine.check_right()

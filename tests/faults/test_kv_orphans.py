@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
+from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
+from tests.faults.conftest import ids, without_kept_connections
 from tests.machine import REQUESTS
 
 PATH = "/v1/completions"
@@ -46,12 +48,11 @@ async def test_a_drain_is_one_token_of_the_same_prompt_under_the_same_id(machine
     await machine.unharmed(*pair)
 
 
-async def test_orphans_that_would_fill_decode_many_times_over_do_it_no_harm(machine, dial) -> None:
-    prompt = [9] * 1000
-    # Buffer and pool hold five of these; the first undrained ones beyond that would freeze both engines for ever.
-    prefill, decode = await machine.pair(kv_bytes_per_token=1000, kv_buffer_bytes=4_000_000, kv_pool_bytes=1_048_576)
-    for _ in range(24):
-        await abandon(machine, prefill, dial, PATH, {**ASK, "prompt": prompt})
+async def test_24_orphans_of_8000_tokens_go_through_a_buffer_of_8_gb(machine, dial) -> None:
+    # The figures of docs/engine-behaviour.md: 1.18 GB each, so that seven fill the buffer and three more the pool.
+    prefill, decode = await machine.pair(kv_bytes_per_token=147_456, kv_buffer_bytes=8 * 10**9, kv_pool_bytes=2**32)
+    for number in range(24):
+        await abandon(machine, prefill, dial, PATH, {**ASK, "prompt": [300 + number] * 8000})
     assert machine.proxy.services.stats.drains.done == 24
     assert decode.state()["kv_buffer_used"] == decode.state()["kv_pool_used"] == 0
     await machine.unharmed(prefill, decode)
@@ -96,3 +97,77 @@ async def test_many_abandoned_prefills_of_one_batch_are_all_drained(machine, pai
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.done == 20
     await machine.unharmed(prefill, decode)
+
+
+async def test_a_drain_waits_for_a_place_on_a_busy_decode(machine, dial) -> None:
+    prefill, decode = await machine.pair(max_num_seqs=1)
+    stream = await dial(machine.proxy.url)
+    decode.faults.hold("schedule", after=3)
+    stream.post(PATH, {**ASK, "stream": True})
+    await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+    client = await dial(machine.proxy.url)
+    with prefill.faults.held("answer"):
+        client.post(PATH, ASK)
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        client.leave()
+        await soon(machine.proxy.until_clients(1))
+    await soon(decode.wait_until(lambda state: state["waiting"] == 1))
+    assert (await machine.get("/stats"))[1]["drains"] == {"started": 1, "done": 0, "failed": 0}
+    decode.faults.release()
+    assert (await stream.answer())[0] == 200
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.drains.done == 1
+    await machine.unharmed(prefill, decode)
+
+
+@pytest.mark.settings(decode_max_in_flight=1)
+async def test_a_drain_counts_as_load(machine, pair, dial) -> None:
+    prefill, decode = pair
+    decode.faults.hold("schedule")
+    client = await dial(machine.proxy.url)
+    with prefill.faults.held("answer"):
+        client.post(PATH, ASK)
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        await machine.left(client)
+    await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+    assert machine.proxy.instance(decode.http_address).in_flight == 1
+    next_one = asyncio.ensure_future(machine.check_right())
+    while not machine.proxy.services.gate.waiting:
+        await asyncio.sleep(0)
+    assert len(prefill.received(PATH)) == 1, "the next request waits until the drain is done"
+    decode.faults.release()
+    await soon(next_one)
+    await machine.unharmed(prefill, decode)
+
+
+async def test_a_drain_is_tried_again_while_decode_refuses_connections(machine, pair, dial) -> None:
+    prefill, decode = pair
+    without_kept_connections(machine.proxy, decode)
+    client = await dial(machine.proxy.url)
+    with prefill.faults.held("answer"):
+        client.post(PATH, ASK)
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        await machine.left(client)
+        decode.faults.refuse_connections()
+    await soon(machine.proxy.until_state(decode.http_address, State.PROBING))
+    assert len(decode.state()["kv_waiting"]) == 1
+    decode.faults.accept_connections()
+    await soon(machine.proxy.until_idle())
+    (drain,) = decode.received(PATH)
+    assert drain.headers["X-Request-Id"] in ids(prefill) and machine.proxy.services.stats.drains.done == 1
+    await machine.unharmed(prefill, decode)
+
+
+async def test_a_drain_of_a_decode_that_died_is_given_up_at_once(machine, pair, dial) -> None:
+    prefill, decode = pair
+    client = await dial(machine.proxy.url)
+    with prefill.faults.held("answer"):
+        client.post(PATH, ASK)
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        await soon(decode.wait_until(lambda state: state["kv_received"] == decode.config.kv_layers))
+        await machine.left(client)
+        await machine.kill(decode)
+    # Much less than the half minute of its tries.
+    await soon(machine.proxy.until_idle(), 5)
+    assert (await machine.get("/stats"))[1]["drains"] == {"started": 1, "done": 0, "failed": 1}
+    assert [machine.proxy.instance(engine.http_address).in_flight for engine in pair] == [0, 0]
