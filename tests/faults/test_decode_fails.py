@@ -165,3 +165,14 @@ async def test_a_decode_that_refuses_the_proxys_own_key_is_no_fault_of_the_clien
     assert "ENGINE_API_KEY" in check_error(*await machine.send(PATH, ASK), 502, "engine_failed")
     await machine.unharmed(*pair)
     assert machine.proxy.services.stats.drains.done == 1
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+async def test_what_only_decode_can_refuse_leaves_no_kv_behind(machine, path) -> None:
+    pair = await machine.pair(max_model_len=64)
+    status, _, answer = await machine.post(path, {**REQUESTS[path], "max_tokens": 1000})
+    assert status == 400 and "maximum context length" in answer["error"]["message"]
+    await machine.unharmed(*pair)
+    assert machine.proxy.services.stats.drains.done == 1
+    status, _, answer = await machine.post(path, REQUESTS[path])
+    assert (status, text_of(answer)) == (200, RIGHT[path])
