@@ -24,12 +24,16 @@ async def test_a_clients_own_mistake_is_neither_retried_nor_held_against_anyone(
 
 
 @in_turn
-async def test_a_prefill_that_keeps_failing_is_left_alone(machine, four) -> None:
+@pytest.mark.parametrize("how", ["5xx", "reset"])
+async def test_a_prefill_that_keeps_failing_is_left_alone(machine, four, how: str) -> None:
     prefills, _ = four
-    prefills[0].faults.fail_next(503, b"", path=PATH, times=100)
+    if how == "5xx":
+        prefills[0].faults.fail_next(503, b"", path=PATH, times=100)
+    else:
+        prefills[0].faults.reset_next(path=PATH, times=100)
     for _ in range(3 * FAILURES_TO_OPEN):
         await machine.check_right()
-    assert len(prefills[0].received(PATH)) == FAILURES_TO_OPEN
+    assert machine.proxy.instance(prefills[0].http_address).failures_total == FAILURES_TO_OPEN
     _, stats = await machine.get("/stats")
     assert [i["breaker"] for i in stats["instances"]] == ["open", "closed", "closed", "closed"]
 

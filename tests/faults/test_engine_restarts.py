@@ -50,6 +50,26 @@ async def test_an_engine_that_comes_back_counts_as_another_process(machine, pair
     await machine.check_right()
 
 
+@pytest.mark.settings(probe_interval=0.05)
+@pytest.mark.parametrize("role", [0, 1], ids=["prefill", "decode"])
+async def test_an_engine_that_comes_back_gets_no_work_before_it_answers_probes(machine, pair, role: int) -> None:
+    await machine.kill(pair[role])
+    there = machine.proxy.instance(pair[role].http_address)
+    heard = there.last_ping
+    again = pair[role].restarted()
+    again.faults.health_status = 503
+    machine.engines.append(again)
+    await again.start()
+    while there.last_ping == heard or there.reason != "its /health answers 503":
+        await asyncio.sleep(0)
+    status, _, body = await machine.post(PATH, ASK)
+    assert (status, body["error"]["code"]) == (503, "no_pair")
+    assert not pair[1 - role].received(PATH) and not again.received(PATH)
+    again.faults.health_status = None
+    await soon(machine.proxy.until_state(again.http_address, State.READY))
+    await machine.check_right()
+
+
 async def test_a_restarted_instance_is_heard_although_its_old_connection_lives(machine) -> None:
     """Half-open peers: the old process is gone, its TCP connection is not, and the identity is the same."""
     context = zmq.asyncio.Context()
