@@ -52,6 +52,8 @@ source "$ROOT/script/up.sh"
 source "$ROOT/script/down.sh"
 # shellcheck source=script/supervise.sh
 source "$ROOT/script/supervise.sh"
+# shellcheck source=script/frozen.sh
+source "$ROOT/script/frozen.sh"
 # shellcheck source=script/look.sh
 source "$ROOT/script/look.sh"
 # shellcheck source=script/try.sh

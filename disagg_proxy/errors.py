@@ -224,6 +224,12 @@ class EngineDeadline(ProxyError):
     code = "engine_deadline"
 
 
+class EngineFrozen(EngineDeadline):
+    """An instance stands still, although it answers /health."""
+
+    code = "engine_frozen"
+
+
 class StreamCut(Exception):
     """Decode failed after the answer had begun: the connection to the client is cut, nothing is added to it.
 

@@ -18,6 +18,7 @@ from disagg_proxy.config import Config
 from disagg_proxy.discovery.service import Discovery
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.protocol.fields import Route
@@ -25,6 +26,7 @@ from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
+from disagg_proxy.watch.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,10 @@ class Services:
         self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats)
         self.token_guess = TokenGuess()
         self.background = Background()
+        self.drainer = Drainer(self.stats.drains)
         self.discovery = Discovery(config, self.registry)
         self._upstream: Upstream | None = None
+        self._watchdog: Watchdog | None = None
 
     @property
     def upstream(self) -> Upstream:
@@ -61,11 +65,16 @@ class Services:
         """Begin on the running event loop."""
         self._upstream = Upstream(self.config.connect_timeout)
         await self.discovery.start(self._upstream)
+        shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
+        self._watchdog = Watchdog(self.registry, self._upstream, shortest, longest, self.discovery.headers)
+        self._watchdog.start()
         log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
 
     async def stop(self) -> None:
         """Let what was sent to the instances end, then close everything."""
         await self.background.finish(self.config.shutdown_grace)
+        if self._watchdog is not None:
+            await self._watchdog.stop()
         await self.discovery.stop()
         if self._upstream is not None:
             await self._upstream.close()
@@ -81,13 +90,22 @@ class Services:
 
         def legs(pair: Pair) -> Legs:
             return Legs(
-                self.upstream, self.registry, self.config, self.stats.drains, pair, route, headers, prepared, kv_bytes
+                self.upstream,
+                self.registry,
+                self.config,
+                pair,
+                route,
+                headers,
+                prepared,
+                tokens=tokens,
+                kv_bytes=kv_bytes,
             )
 
         first = await self.gate.admit(prepared.model, kv_bytes, legs)
         return Flight(
             Attempts(first, legs, self.pairing, prepared.model, self.config.max_tries),
             self.background,
+            self.drainer,
             self.stats,
             prefill_timeout=self.config.prefill_timeout,
             own_key=bool(self.config.engine_api_key),

@@ -29,6 +29,7 @@ cmd_doctor() {
   doctor_memory
   doctor_limits
   doctor_files
+  doctor_frozen
   if ((DOCTOR_ERRORS)); then
     complain doctor_bad "$DOCTOR_ERRORS" "$DOCTOR_WARNINGS"
     return 1
@@ -271,4 +272,15 @@ doctor_files() {
     if ((${PART[since]:-0} > now + 60)); then verdict_warning doc_clock "$name"; fi
   done
   if ((stale == 0)); then verdict_ok doc_run_dir "$RUN_DIR"; fi
+}
+
+# What only the proxy can tell of engines that run.
+doctor_frozen() {
+  local name reason
+  part_alive proxy || return 0
+  ask_proxy
+  for name in "${PREFILLS[@]}" "${DECODES[@]}"; do
+    reason=${PROXY_WANTS[${PART_HTTP[$name]}]:-}
+    if [[ -n $reason ]]; then verdict_error doc_frozen "$name" "$reason" "$name"; fi
+  done
 }

@@ -99,17 +99,31 @@ cmd_restart() {
   good restarted "$*"
 }
 
-# What the proxy knows of the engines: PROXY_COUNT (requests so far) and PROXY_STATE by HTTP port. Both are empty when
-# it cannot be asked.
-declare -A PROXY_COUNT=() PROXY_STATE=()
+# What the proxy knows of this machine's engines, by HTTP port: PROXY_COUNT (requests so far) and PROXY_STATE (in words);
+# PROXY_FROZEN and PROXY_WANTS have its reason, only for engines that it calls frozen and for those that it wants
+# restarted. All are empty when it cannot be asked.
+declare -A PROXY_COUNT=() PROXY_STATE=() PROXY_FROZEN=() PROXY_WANTS=()
 ask_proxy() {
-  local address count flying state reason
-  PROXY_COUNT=() PROXY_STATE=()
-  proxy_get /stats && [[ $HTTP_STATUS == 200 ]] || return 0
-  while IFS=$'\t' read -r address count flying state reason; do
-    PROXY_COUNT[${address##*:}]=$count
-    PROXY_STATE[${address##*:}]=$(text status_flying "$state" "$flying" "$reason")
+  PROXY_COUNT=() PROXY_STATE=() PROXY_FROZEN=() PROXY_WANTS=()
+  if proxy_get /stats && [[ $HTTP_STATUS == 200 ]]; then read_instances; fi
+}
+
+# HTTP_BODY, an answer of /stats. Engines of other machines may have the same ports.
+read_instances() {
+  local address count flying state wanted reason port
+  while IFS=$'\t' read -r address count flying state wanted reason; do
+    is_engine_host "${address%:*}" || continue
+    port=${address##*:} reason=$(plain_line "$reason")
+    PROXY_COUNT[$port]=$count
+    PROXY_STATE[$port]=$(text status_flying "$state" "$flying" "$reason")
+    if [[ $state == frozen ]]; then PROXY_FROZEN[$port]=$reason; fi
+    if [[ $wanted == yes ]]; then PROXY_WANTS[$port]=$reason; fi
   done < <("$BASE_PYTHON" "$ROOT/script/instances.py" <<<"$HTTP_BODY" 2>/dev/null || true)
+}
+
+is_engine_host() {
+  local host=${1#'['}
+  [[ ${host%']'} == "$ENGINE_HOST" || ${host%']'} == "$(reach "$ENGINE_HOST")" ]]
 }
 
 # Whether requests have gone to NAME since it was started. A proxy younger than the part has not counted them all,

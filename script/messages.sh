@@ -165,15 +165,22 @@ status_flying|%s, %s in flight (%s)|%s，在途 %s（%s）
 status_unknown|answers; the proxy does not know it|有响应；代理尚未接纳
 status_restarts|restarts: %s; last %s: %s|重启 %s 次；最近 %s：%s
 status_given_up|given up; see %s, then `restart`|已放弃重启；查看 %s 后执行 `restart`
+status_wanted|frozen: `restart %s` brings it back|已卡住：`restart %s` 可恢复
+status_wanted_terminal|frozen: stop it in its terminal with Ctrl+C and start it again|已卡住：请在其终端中按 Ctrl+C 停止并重新启动
 status_sim|The engines are SIMULATED: no model runs.|引擎是模拟的：没有运行真实模型。
 sup_watching|watching: %s|开始监护：%s
 sup_ends|the supervisor ends|监护进程结束
 sup_died|%s (PID %s) died; restart in %s s (death %s, limit %s)|%s（PID %s）退出；%s 秒后重启（第 %s 次，上限 %s）
-sup_frozen|%s (PID %s) has sent KV to %s, which died, and would stay frozen: restarted|%s（PID %s）向已退出的 %s 发送过 KV，会一直卡住：重启
-sup_given_up|%s died %s times within %s s: given up. The end of its log:|%1$s 在 %3$s 秒内退出 %2$s 次：放弃重启。其日志末尾：
+sup_ended|%s (PID %s) was ended; restart in %s s (death %s, limit %s)|%s（PID %s）已被结束；%s 秒后重启（第 %s 次，上限 %s）
+sup_frozen|%s (PID %s) is frozen, says the proxy (%s), and is ended|代理报告 %s（PID %s）已卡住（%s），将其结束
+sup_frozen_terminal|%s (PID %s) is frozen, says the proxy (%s), but runs in a terminal of its own: stop it there with Ctrl+C and start it again|代理报告 %s（PID %s）已卡住（%s），但它在自己的终端中运行：请在那里按 Ctrl+C 停止并重新启动
+sup_partner|%s (PID %s) has sent KV to %s and would stay frozen: restarted|%s（PID %s）向 %s 发送过 KV，会一直卡住：重启
+sup_partner_terminal|%s (PID %s) has sent KV to %s and would stay frozen, but runs in a terminal of its own: stop it there with Ctrl+C and start it again|%s（PID %s）向 %s 发送过 KV，会一直卡住，但它在自己的终端中运行：请在那里按 Ctrl+C 停止并重新启动
+sup_given_up|%s died or froze %s times within %s s: given up. The end of its log:|%1$s 在 %3$s 秒内退出或卡住 %2$s 次：放弃重启。其日志末尾：
 sup_why_died|PID %s died|PID %s 退出
-sup_why_frozen|%s, to which it had sent KV, died|它发送过 KV 的 %s 退出
-sup_why_loop|died %s times|退出 %s 次
+sup_why_froze|PID %s was frozen: %s|PID %s 卡住：%s
+sup_why_partner|it had sent KV to %s, which ended|它向 %s 发送过 KV，而后者已结束
+sup_why_loop|gone %s times, at last: %s|共 %s 次，最后一次：%s
 sup_port|%s waits: port %s is %s|%s 等待：端口 %s %s
 sup_started|%s started again, PID %s|%s 已重新启动，PID %s
 sup_log_mark|===== %s is started again by the supervisor =====|===== %s 由监护进程重新启动 =====
@@ -224,6 +231,7 @@ doc_run_dir|nothing stale in %s|%s 中没有陈旧文件
 doc_stale_dead|%s: its PID file names PID %s, which is gone, started %s min ago; `stop` clears it|%s：PID 文件中的进程 %s 已不存在，启动于 %s 分钟前；`stop` 可清理
 doc_stale_reused|%s: its PID file names PID %s, which is another process by now, started %s min ago; `stop` clears it and leaves that process alone|%s：PID 文件中的 PID %s 现属于其他进程，启动于 %s 分钟前；`stop` 会清理文件且不影响该进程
 doc_clock|%s: its PID file is from the future; the clock was set back|%s：PID 文件时间在未来；系统时钟曾被回拨
+doc_frozen|%s is frozen, says the proxy: %s. `restart %s` brings it back|代理报告 %s 已卡住：%s。`restart %s` 可恢复
 TABLE
 )
 readonly MESSAGE_TABLE

@@ -40,10 +40,10 @@ EXTRA_SIM_ARGS|args||more arguments for simulated engines (see python -m disagg_
 EXTRA_PROXY_ARGS|args||more arguments for the proxy (see disagg_prefill_proxy_server.py --help)|代理的附加参数（见 disagg_prefill_proxy_server.py --help）
 API_KEY|secret||key that clients of the proxy must send|代理的客户端须携带的密钥
 ENGINE_API_KEY|secret||key that the engines ask the proxy for|引擎要求代理携带的密钥
-SUPERVISE|flag|1|restart what dies after all; the same as all --supervise and --no-supervise|all 之后重启退出的进程；等同于 all --supervise 与 --no-supervise
-RESTART_LIMIT|count|5|deaths of one process within RESTART_WINDOW after which it is given up|单个进程在 RESTART_WINDOW 内退出多少次后放弃重启
+SUPERVISE|flag|1|restart what dies or freezes after all; the same as all --supervise and --no-supervise|all 之后重启退出或卡住的进程；等同于 all --supervise 与 --no-supervise
+RESTART_LIMIT|count|5|deaths and freezes of one process within RESTART_WINDOW after which it is given up|单个进程在 RESTART_WINDOW 内退出或卡住多少次后放弃重启
 RESTART_WINDOW|count|600|seconds over which RESTART_LIMIT counts|RESTART_LIMIT 的计数窗口（秒）
-RESTART_BACKOFF|number|1|seconds before a restart, doubled at each further death within the window, at most 60|重启前等待的秒数，窗口内每次退出翻倍，最多 60
+RESTART_BACKOFF|number|1|seconds before a restart, doubled at each further one within the window, at most 60|重启前等待的秒数，窗口内每次退出翻倍，最多 60
 START_TIMEOUT|count|@|seconds that all waits until everything is ready; default 120 simulated, 1800 with vllm (a download may be part of it)|all 等待全部就绪的秒数；默认模拟引擎 120，vllm 1800（可能包含下载）
 STOP_TIMEOUT|count|20|seconds from TERM to KILL|从 TERM 到 KILL 的秒数
 TEST_TIMEOUT|count|60|seconds of silence after which a request of test has failed|test 的请求静默多少秒后算失败

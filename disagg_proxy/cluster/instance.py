@@ -9,6 +9,7 @@ from typing import Any
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.breaker import Breaker
+from disagg_proxy.cluster.pulse import Pulse
 
 
 class Role(Enum):
@@ -22,11 +23,13 @@ class State(Enum):
     """Where an instance stands.
 
     PROBING: known, but its HTTP side has not (or no longer) answered rightly, or its KV address is not known.
-    READY: may get requests. LOST: its pings stopped; kept a while so that /stats can say so.
+    READY: may get requests. FROZEN: pings and answers /health, but its forward pass stands still. LOST: its pings
+    stopped; kept a while so that /stats can say so.
     """
 
     PROBING = "probing"
     READY = "ready"
+    FROZEN = "frozen"
     LOST = "lost"
 
 
@@ -56,6 +59,10 @@ class Instance:
         kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
         requests_total, failures_total: legs sent to it, and those that failed by its own fault.
         breaker: leaves it alone while it keeps failing.
+        pulse: who waits for its engine, and whether that moves.
+        freezes, replays: how often it stood still, and prefills that were repeated to free it.
+        restart_wanted: frozen, and nothing but a restart is left to try.
+        senders_frozen: on decode, prefills that stood still while they sent to this process of it.
     """
 
     role: Role
@@ -76,6 +83,11 @@ class Instance:
     requests_total: int = 0
     failures_total: int = 0
     breaker: Breaker = field(default_factory=Breaker)
+    pulse: Pulse = field(default_factory=lambda: Pulse(0.0))
+    freezes: int = 0
+    replays: int = 0
+    restart_wanted: bool = False
+    senders_frozen: int = 0
 
     @property
     def key(self) -> str:

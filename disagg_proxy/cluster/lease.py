@@ -16,9 +16,10 @@ class Lease:
         self._ended = False
         instance.in_flight += 1
         instance.requests_total += 1
-        # The one of this process; a successor starts with its own.
+        # Those of this process; a successor starts with its own.
         self._breaker = instance.breaker
         self._breaker.begin(registry.now())
+        self.pulse = instance.pulse
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
         """Give the place back; only the first call counts.

@@ -1,7 +1,8 @@
 """The one place that knows all instances. Lives on the event loop's thread; time comes from the injected clock.
 
 Life of an instance: announced by a ping or named at start (PROBING), admitted when its HTTP side answered rightly
-(READY), back to PROBING when a probe or a connection fails, LOST when its pings stop, forgotten some time later.
+(READY), back to PROBING when a probe or a connection fails, FROZEN while its engine stands still, which no probe can
+see, LOST when its pings stop, forgotten some time later.
 A ping that contradicts a live instance does not displace it: the instance is probed at once instead, and the
 newcomer gets in when that finds it gone.
 """
@@ -15,6 +16,7 @@ from typing import Any
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.breaker import Breaker
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
+from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
 
 MAX_INSTANCES = 1024
@@ -113,6 +115,7 @@ class Registry:
         return None
 
     def _take_in(self, instance: Instance) -> None:
+        instance.pulse = Pulse(self._clock())
         self._instances[instance.key] = instance
         self._move(instance, State.PROBING, instance.reason)
         self._want_probe(instance)
@@ -129,7 +132,7 @@ class Registry:
     def admit(self, instance: Instance, models: Mapping[str, Mapping[str, Any]]) -> None:
         """Its /health and /v1/models answered rightly."""
         instance.probe_failures = 0
-        if instance.state is State.LOST:
+        if instance.state in (State.LOST, State.FROZEN):
             return
         if instance.kv is None:
             instance.models = models
@@ -146,10 +149,29 @@ class Registry:
         Args:
             gone: its connections are refused. Where a lifeline is held, that one tells whether the process has ended.
         """
-        if gone and instance.state is State.READY and not self.has_lifeline(instance):
+        if gone and instance.state in (State.READY, State.FROZEN) and not self.has_lifeline(instance):
             self.process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._move(instance, State.PROBING, reason)
+
+    def freeze(self, instance: Instance, reason: str) -> None:
+        """Its engine stands still: no requests until it moves again, or its process has ended."""
+        if instance.state is State.READY:
+            instance.freezes += 1
+            self._move(instance, State.FROZEN, reason)
+
+    def want_restart(self, instance: Instance, reason: str) -> None:
+        """It is frozen, and nothing else is left to try."""
+        if instance.state is State.FROZEN:
+            instance.restart_wanted = True
+            self._move(instance, State.FROZEN, reason)
+
+    def thaw(self, instance: Instance, reason: str) -> None:
+        """Its engine moves again; a probe may admit it."""
+        if instance.state is State.FROZEN:
+            instance.restart_wanted = False
+            self._move(instance, State.PROBING, reason)
+            self._want_probe(instance)
 
     def look_again(self, instance: Instance) -> None:
         """A leg failed in a way that leaves open whether the instance lives."""
@@ -176,6 +198,7 @@ class Registry:
                 if now - instance.changed_at >= _FORGET_AFTER and not instance.in_flight:
                     del self._instances[instance.key]
             elif silent >= self._expiry:
+                instance.restart_wanted = False
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
 
     # -- who has exchanged KV with whom
@@ -185,6 +208,9 @@ class Registry:
         instance.epoch += 1
         instance.spoken_to.clear()
         instance.breaker = Breaker()
+        instance.pulse = Pulse(self._clock())
+        instance.senders_frozen = 0
+        self.thaw(instance, "its process has ended")
         if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < MAX_INSTANCES):
             self._processes[instance.kv.text] += 1
 

@@ -35,6 +35,8 @@ class Config:
     connect_timeout: float = 5.0
     prefill_timeout: float = 600.0
     decode_timeout: float = 600.0
+    freeze_after_min: float = 20.0
+    freeze_after_max: float = 300.0
     body_timeout: float = 60.0
     header_timeout: float = 20.0
     send_timeout: float = 300.0

@@ -74,6 +74,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("decode_timeout", "DECODE_TIMEOUT", "--decode-timeout", "600", values.seconds,
             "longest silence of decode in seconds: 504 before the answer begins, a cut connection afterwards",
             "decode 最长静默秒数：回答开始前返回 504，开始后切断连接"),
+    Setting("freeze_after_min", "FREEZE_AFTER_MIN", "--freeze-after-min", "20", values.seconds,
+            "an instance is taken to be frozen after a silence learnt from its own recent times, but not before so "
+            "many seconds",
+            "实例静默超过按其近期耗时学得的时限即视为冻结，但不早于此秒数"),
+    Setting("freeze_after_max", "FREEZE_AFTER_MAX", "--freeze-after-max", "300", values.seconds,
+            "and after so many at the latest; also while too little is known of the instance",
+            "且最迟不超过此秒数；对实例了解不足时也用此值"),
     Setting("body_timeout", "BODY_TIMEOUT", "--body-timeout", "60", values.seconds,
             "seconds that a client may take to send its body, then 408",
             "客户端发送请求体的超时秒数，超时返回 408"),

@@ -38,6 +38,8 @@ class Discovery:
         self._registry = registry
         self.listener = Listener(config.zmq_host, config.zmq_port, AllowList(config.allow_register), self._deliver)
         self.refused: Counter[str] = Counter()
+        key = config.engine_api_key
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._lock = threading.Lock()
         self._waiting: dict[tuple[str, str], Announcement] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -49,9 +51,7 @@ class Discovery:
         """Take in the configured instances, then read pings."""
         self._loop = asyncio.get_running_loop()
         self._registry.watch(changed=_log_change)
-        key = self._config.engine_api_key
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._prober = Prober(self._registry, upstream, self._config.probe_interval, headers)
+        self._prober = Prober(self._registry, upstream, self._config.probe_interval, self.headers)
         self._prober.start()
         self._lifelines = Lifelines(self._registry, self._config.connect_timeout, self._prober.look)
         self._lifelines.start()

@@ -86,6 +86,8 @@ def stats_report(services: Services) -> dict[str, Any]:
             "started": stats.drains.started,
             "done": stats.drains.done,
             "failed": stats.drains.failed,
+            "waiting": stats.drains.waiting,
+            "tokens": stats.drains.tokens,
         },
         "discovery": {
             "messages": traffic.messages,
@@ -117,4 +119,7 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
         "times_lost": instance.times_lost,
         "cannot_exchange_with": stale,
         "breaker": instance.breaker.state(now).value,
+        "freezes": instance.freezes,
+        "replays": instance.replays,
+        "restart_wanted": instance.restart_wanted,
     }

@@ -137,12 +137,13 @@ async def test_a_restarted_decode_is_not_asked_for_kv_that_it_never_got(machine,
 
 async def test_streams_that_a_death_cuts_keep_nobody_from_the_next_process(machine, pair) -> None:
     _, decode = pair
-    decode.faults.hold("answer", after=2)
+    endless = {**ASK, "stream": True, "max_tokens": 5000, "ignore_eos": True}
     streams = [
-        asyncio.ensure_future(machine.http.post(machine.proxy.url + PATH, json={**ASK, "stream": True}))
+        asyncio.ensure_future(machine.http.post(machine.proxy.url + PATH, json=endless))
         for _ in range(3 * FAILURES_TO_OPEN)
     ]
     answers = await soon(asyncio.gather(*streams))
+    decode.faults.hold("answer")
     spare = await machine.engine("prefill")
     await soon(machine.proxy.until_state(spare.http_address, State.READY))
     await decode.kill()

@@ -10,7 +10,7 @@ import pytest
 from disagg_proxy.http.exchange import HideUnfinished
 from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.machine import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
+from tests.machine import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
 STREAM = {**REQUESTS[PATH], "stream": True}
@@ -43,7 +43,18 @@ def check_logged_once(caplog: pytest.LogCaptureFixture, cause: str) -> None:
 BROKE = "The decode instance closed the connection without an answer."
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5])
+async def test_a_break_before_the_first_token_is_no_answer_at_all(machine, pair) -> None:
+    decode = pair[1]
+    decode.faults.cut_stream_after(0)
+    check_error(*await machine.send(PATH, STREAM), 502, "engine_disconnected")
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.outcomes == {"engine_error": 1}
+    there = machine.proxy.instance(decode.http_address)
+    assert (there.in_flight, there.failures_total) == (0, 1)
+    assert len(decode.received(PATH)) == 1, "it may have been taken in"
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
 async def test_a_stream_that_decode_breaks_off_is_cut(machine, pair, caplog, tokens: int) -> None:
     decode = pair[1]
     decode.faults.cut_stream_after(tokens)
@@ -60,8 +71,7 @@ async def test_a_stream_that_decode_breaks_off_is_cut(machine, pair, caplog, tok
     there = machine.proxy.instance(decode.http_address)
     assert (there.in_flight, there.failures_total) == (0, 1)
     assert len(decode.received(PATH)) == 1
-    if tokens:  # before the first one the engine had not heard of the request, and nobody can know
-        await machine.unharmed(*pair)
+    await machine.unharmed(*pair)
     assert text_of((await machine.post(PATH, REQUESTS[PATH]))[2]) == RIGHT[PATH]
 
 

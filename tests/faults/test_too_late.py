@@ -70,11 +70,11 @@ async def test_the_deadline_of_decode_is_about_silence_not_about_length(machine,
     decode.faults.hold("schedule")
     loop = asyncio.get_running_loop()
     begun = loop.time()
+    # A token every third of the deadline, for more than two deadlines.
+    for step in range(8):
+        loop.call_at(begun + 0.15 * step, decode.faults.step)
     async with machine.http.post(machine.proxy.url + PATH, json={**ASK, "stream": True}) as answer:
         assert answer.status == 200
-        # A token every third of the deadline, for more than two deadlines.
-        for step in range(8):
-            loop.call_at(begun + 0.15 * step, decode.faults.step)
         assert b"[DONE]" in await soon(answer.read())
     assert loop.time() - begun > 1.0
 
