@@ -124,6 +124,28 @@ async def test_a_decode_killed_while_prefill_sends_is_504_and_the_pair_works_whe
     await machine.unharmed(*again)
 
 
+@pytest.mark.settings(probe_interval=0.1, freeze_after_min=0.4, freeze_after_max=0.4)
+async def test_requests_leave_a_prefill_that_freezes_on_a_dead_decode(machine, four) -> None:
+    prefills, decodes = four
+    prefills[0].faults.hold("forward")
+    requests = [asyncio.ensure_future(machine.check_right()) for _ in range(8)]
+    await soon(prefills[0].wait_until(lambda state: state["held_at"] == "forward"))
+    while sum(request.done() for request in requests) + len(ids(prefills[0])) < 8:
+        await asyncio.sleep(0)
+    sent_to = next(decode for decode in decodes if decode.kv_address in ids(prefills[0])[0].partition("___decode")[2])
+    await machine.kill(sent_to)
+    prefills[0].faults.release()
+    await soon(asyncio.gather(*requests), 30)
+    assert prefills[0].state()["stalled_on"] is not None
+    shown = (await machine.get("/stats"))[1]["instances"][0]
+    assert (shown["state"], shown["restart_wanted"]) == ("frozen", True)
+    assert len(set(ids(*decodes))) == len(ids(*decodes)), "no id is decoded twice"
+    await machine.kill(prefills[0])
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.drains.started == 0, "what it still had to send is gone with it"
+    await machine.unharmed(prefills[1], *(decode for decode in decodes if decode is not sent_to))
+
+
 @pytest.mark.settings(probe_interval=60.0)
 @pytest.mark.parametrize("point", ["schedule", "answer"], ids=["before it sent", "after it sent"])
 async def test_a_prefill_killed_before_its_answer_is_502_and_decode_is_left_alone(machine, pair, point: str) -> None:
