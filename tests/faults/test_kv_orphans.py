@@ -143,6 +143,15 @@ async def test_a_drain_counts_as_load(machine, pair, dial) -> None:
     await machine.unharmed(prefill, decode)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_drain_that_is_turned_away_is_tried_again(machine, pair, dial, status: int) -> None:
+    prefill, decode = pair
+    decode.faults.fail_next(status, path=PATH)
+    await abandon(machine, prefill, dial, PATH, ASK)
+    assert ids(decode) == 2 * ids(prefill) and machine.proxy.services.stats.drains.done == 1
+    await machine.unharmed(prefill, decode)
+
+
 async def test_a_drain_is_tried_again_while_decode_refuses_connections(machine, pair, dial) -> None:
     prefill, decode = pair
     without_kept_connections(machine.proxy, decode)
