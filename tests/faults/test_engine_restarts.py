@@ -70,6 +70,21 @@ async def test_an_engine_that_comes_back_gets_no_work_before_it_answers_probes(m
     await machine.check_right()
 
 
+@pytest.mark.settings(probe_interval=0.05, instance_expiry=0.7)
+async def test_an_engine_whose_pings_are_back_gets_no_work_before_it_answers_probes(machine, pair) -> None:
+    decode = pair[1]
+    decode.faults.pings = False
+    await soon(machine.proxy.until_state(decode.http_address, State.LOST))
+    decode.faults.health_status = 503
+    decode.faults.pings = True
+    await soon(machine.proxy.until(lambda: machine.proxy.instance(decode.http_address).state is not State.LOST))
+    assert machine.proxy.instance(decode.http_address).state is State.PROBING
+    assert (await machine.post(PATH, ASK))[0] == 503
+    decode.faults.health_status = None
+    await soon(machine.proxy.until_state(decode.http_address, State.READY))
+    await machine.check_right()
+
+
 async def test_a_restarted_instance_is_heard_although_its_old_connection_lives(machine) -> None:
     """Half-open peers: the old process is gone, its TCP connection is not, and the identity is the same."""
     context = zmq.asyncio.Context()
