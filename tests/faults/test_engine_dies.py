@@ -146,6 +146,31 @@ async def test_requests_leave_a_prefill_that_freezes_on_a_dead_decode(machine, f
     await machine.unharmed(prefills[1], *(decode for decode in decodes if decode is not sent_to))
 
 
+@pytest.mark.settings(probe_interval=0.1, freeze_after_min=0.4, freeze_after_max=0.4)
+async def test_nobody_waits_for_ever_when_every_prefill_freezes_on_a_dead_decode(machine, pair) -> None:
+    prefills, decode = [pair[0], await machine.engine("prefill")], pair[1]
+    await soon(machine.proxy.until_pairs(2))
+    for prefill in prefills:
+        prefill.faults.hold("forward")
+    requests = [asyncio.ensure_future(machine.send(PATH, ASK)) for _ in range(6)]
+    for prefill in prefills:
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "forward"))
+    spare = await machine.engine("decode")
+    await soon(machine.proxy.until_state(spare.http_address, State.READY))
+    await machine.kill(decode)
+    for prefill in prefills:
+        prefill.faults.release()
+    answers = await soon(asyncio.gather(*requests), 20)
+    assert {check_error(*answer, 504, "engine_frozen") for answer in answers} == {"The prefill instance stands still."}
+    status, _, body = await machine.post(PATH, ASK)
+    assert status == 503 and "stands still" in body["error"]["message"]
+    for prefill in prefills:
+        await machine.kill(prefill)
+        await machine.restart(prefill)
+    await machine.check_right()
+    await machine.unharmed(spare)
+
+
 @pytest.mark.settings(probe_interval=60.0)
 @pytest.mark.parametrize("point", ["schedule", "answer"], ids=["before it sent", "after it sent"])
 async def test_a_prefill_killed_before_its_answer_is_502_and_decode_is_left_alone(machine, pair, point: str) -> None:
