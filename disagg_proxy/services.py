@@ -25,6 +25,7 @@ from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
+from disagg_proxy.stopping import Stopping
 from disagg_proxy.upstream import Upstream
 from disagg_proxy.watch.watchdog import Watchdog
 
@@ -49,6 +50,7 @@ class Services:
         self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats)
         self.token_guess = TokenGuess()
         self.background = Background()
+        self.stopping = Stopping(config.shutdown_grace, clock)
         self.drainer = Drainer(self.stats.drains)
         self.discovery = Discovery(config, self.registry)
         self._upstream: Upstream | None = None
@@ -71,8 +73,10 @@ class Services:
         log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
 
     async def stop(self) -> None:
-        """Let what was sent to the instances end, then close everything."""
-        await self.background.finish(self.config.shutdown_grace)
+        """Let what was sent to the instances end in the time that is left, then close everything."""
+        self.stopping.begin()
+        await self.stopping.wait(self.background.ended(), self.stopping.left)
+        await self.background.give_up()
         if self._watchdog is not None:
             await self._watchdog.stop()
         await self.discovery.stop()

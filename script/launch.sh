@@ -38,10 +38,9 @@ kv_bytes_per_token() {
   fi
 }
 
-# The proxy gives SHUTDOWN_GRACE to requests in flight, and as long again to what they left to do in the background.
-# Both must fit into STOP_TIMEOUT.
+# The proxy ends within SHUTDOWN_GRACE and a moment, which must fit into STOP_TIMEOUT.
 proxy_grace() {
-  printf '%s' "${SHUTDOWN_GRACE:-$((STOP_TIMEOUT > 5 ? (STOP_TIMEOUT - 3) / 2 : 1))}"
+  printf '%s' "${SHUTDOWN_GRACE:-$((STOP_TIMEOUT > 3 ? STOP_TIMEOUT - 3 : 1))}"
 }
 
 # Names a client may use; the first is shown in examples.

@@ -37,7 +37,7 @@ def test_modules_and_files_named_in_the_pages_exist(page: Path) -> None:
 
 
 async def test_every_route_in_the_readme_exists() -> None:
-    services = Services(Config(**LOCAL))
+    services = Services(Config(**LOCAL, admin_key="k"))
     try:
         app = create_app(services.config, services)
         rules = {re.sub(r"<[^>]+>", "NAME", rule.rule) for rule in app.url_map.iter_rules()}
@@ -56,7 +56,7 @@ def failure_moments() -> list[tuple[str, str, list[str]]]:
     rows = []
     for section in (ROOT / "docs/failure-moments.md").read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, text = section.partition("\n")
-        named = re.search(r"^Tests: `tests/(faults/\w+\.py)`$", text, re.M)
+        named = re.search(r"^Tests: `tests/([\w/]+\.py)`$", text, re.M)
         for line in text.splitlines():
             if named is None or not line.startswith("| ") or line.startswith("| moment "):
                 continue

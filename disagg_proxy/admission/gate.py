@@ -2,8 +2,8 @@
 
 A burst of long prompts that goes straight to the engines fills decode's KV buffer and stops both of them, so it waits
 here instead. Requests of one model keep their order; models take turns, so that one whose instances are busy does not
-hold up another. A client that leaves the queue costs nothing; one that waits too long, or finds the queue full, gets
-429.
+hold up another. When an operator drains the last instance that could serve them they wait on, since that ends; new
+ones are told. A client that leaves the queue costs nothing; one that waits too long, or finds the queue full, gets 429.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.pairing import NoRoom, Pair, Pairing
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.errors import Overloaded, ProxyError
+from disagg_proxy.errors import NoPair, Overloaded, ProxyError
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.stats import Stats
 
@@ -63,6 +63,8 @@ class Gate:
             legs = self._try(model, kv_bytes, make)
             if legs is not None:
                 return legs
+        else:
+            self._pairing.check(model)
         if self.waiting >= self._limits.queue:
             self._stats.turned_away += 1
             raise Overloaded(f"{self._limits.queue} requests are waiting already (MAX_QUEUE).")
@@ -108,7 +110,7 @@ class Gate:
         decodes = (i for i in self._registry.instances() if i.role is Role.DECODE)
         if limits.in_flight and sum(i.in_flight for i in decodes) >= limits.in_flight:
             # Still say at once what no wait can cure.
-            self._pairing.choose(model)
+            self._pairing.check(model)
             return None
 
         def room(instance: Instance) -> bool:
@@ -141,6 +143,8 @@ class Gate:
                 try:
                     legs = self._try(model, waiter.kv_bytes, waiter.make)
                 except ProxyError as error:
+                    if isinstance(error, NoPair) and error.drained:
+                        continue
                     waiter.admitted.set_exception(error)
                     moved = True
                     continue

@@ -56,6 +56,9 @@ class Instance:
         times_lost: how often it stopped being ready.
         in_flight: requests on it now; for decode until the last byte of the stream.
         spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
+        draining: taken out for maintenance: it gets nothing new, whatever its state, until an operator undoes that.
+        visits: requests on it now that concern no pair, such as /tokenize.
+        kv_waiting: prompts that were sent to prefill and that decode has not loaded, on both.
         kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
         requests_total, failures_total: legs sent to it, and those that failed by its own fault.
         breaker: leaves it alone while it keeps failing.
@@ -79,6 +82,9 @@ class Instance:
     times_lost: int = 0
     spoken_to: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    draining: bool = False
+    visits: int = 0
+    kv_waiting: int = 0
     kv_waiting_bytes: int = 0
     requests_total: int = 0
     failures_total: int = 0
@@ -98,6 +104,21 @@ class Instance:
     def default_model(self) -> str | None:
         """The model that vLLM takes when a request names none."""
         return next(iter(self.models), None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of the proxy's clients would be lost if its process ended now.
+
+        A prefill may answer while its last tensor is still on the way (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``:
+        ``send_async`` takes an item from the queue before it sends it, and ``wait_for_sent`` waits for an empty
+        queue), so it is idle only when decode has loaded the KV.
+        """
+        return not (self.in_flight or self.visits or self.kv_waiting)
+
+    @property
+    def explanation(self) -> str:
+        """``reason``, and what an operator has done."""
+        return f"drained for maintenance; {self.reason}" if self.draining else self.reason
 
     def __str__(self) -> str:
         return f"{self.role.value} {self.http.text}"

@@ -43,6 +43,7 @@ class Registry:
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
         self._processes: Counter[str] = Counter()
+        self._drained: set[str] = set()
         self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
@@ -115,6 +116,7 @@ class Registry:
         return None
 
     def _take_in(self, instance: Instance) -> None:
+        instance.draining = instance.key in self._drained
         instance.pulse = Pulse(self._clock())
         self._instances[instance.key] = instance
         self._move(instance, State.PROBING, instance.reason)
@@ -195,11 +197,25 @@ class Registry:
                 continue
             silent = now - instance.last_ping
             if instance.state is State.LOST:
-                if now - instance.changed_at >= _FORGET_AFTER and not instance.in_flight:
+                forgettable = not instance.in_flight and not instance.draining
+                if now - instance.changed_at >= _FORGET_AFTER and forgettable:
                     del self._instances[instance.key]
             elif silent >= self._expiry:
                 instance.restart_wanted = False
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
+
+    # -- who is out for maintenance
+
+    def drain(self, instance: Instance, draining: bool = True) -> None:
+        """Give it nothing new, or again; holds for whatever process comes to its endpoint."""
+        (self._drained.add if draining else self._drained.discard)(instance.key)
+        instance.draining = draining
+        for watcher in self._on_change:
+            watcher(instance)
+
+    def drained(self, role: Role) -> Sequence[Instance]:
+        """Those of one role that are out for maintenance, in any state."""
+        return [i for i in self._instances.values() if i.role is role and i.draining] if self._drained else ()
 
     # -- who has exchanged KV with whom
 
@@ -283,15 +299,18 @@ class Registry:
         return found
 
     def missing(self) -> list[str]:
-        """What keeps every pair from serving, in words; empty when both roles have a ready instance.
+        """What keeps every pair from serving, in words; empty when both roles have an instance that takes requests.
 
         Clients read this, so it names no address.
         """
         lacks = []
         for role in Role:
-            if self.ready(role):
+            if any(not i.draining for i in self.ready(role)):
                 continue
             known = [i for i in self._instances.values() if i.role is role]
-            why = "; ".join(f"one is {i.state.value}: {i.reason}" for i in known[:3])
+            why = "; ".join(
+                "one is drained for maintenance" if i.draining else f"one is {i.state.value}: {i.reason}"
+                for i in known[:3]
+            )
             lacks.append(f"no {role.value} instance is ready ({why or 'none has registered'})")
         return lacks

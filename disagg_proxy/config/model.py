@@ -55,6 +55,7 @@ class Config:
     decode_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     api_key: str = ""
     engine_api_key: str = ""
+    admin_key: str = ""
     cors_origins: tuple[str, ...] = ()
     enable_profiling: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -103,4 +103,4 @@ class Discovery:
 
 def _log_change(instance: Instance) -> None:
     level = logging.INFO if instance.state is not State.LOST else logging.WARNING
-    log.log(level, "%s is %s: %s", instance, instance.state.value, instance.reason)
+    log.log(level, "%s is %s: %s", instance, instance.state.value, instance.explanation)

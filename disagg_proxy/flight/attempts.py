@@ -41,27 +41,33 @@ class Attempts:
         self._failed: set[Instance] = set()
         self.legs = first
 
-    async def another(self, failed: Instance, waiting: Callable[[], bool]) -> bool:
+    async def another(self, failed: Instance, waiting: Callable[[], bool], suspect: Instance | None = None) -> bool:
         """Set up the legs of another pair without ``failed``; False when there is none, or no try left.
 
         The places of the pair before are given back by the caller.
+
+        Args:
+            waiting: whether the client still does.
+            suspect: an instance to be left out too, where there is another.
         """
         self._failed.add(failed)
-        if self._left <= 0 or not self._choose():
+        if self._left <= 0 or not self._choose(suspect):
             return False
         self._left -= 1
         await asyncio.sleep(self._pause)
         self._pause *= 2
         # The pause may have changed who is there.
-        pair = self._choose()
+        pair = self._choose(suspect)
         if pair is None or not waiting():
             return False
         log.info("%s failed a request; another try on %s and %s", failed, pair.prefill, pair.decode)
         self.legs = self._make(pair)
         return True
 
-    def _choose(self) -> Pair | None:
-        try:
-            return self._pairing.choose(self._model, without=self._failed)
-        except ProxyError:
-            return None
+    def _choose(self, suspect: Instance | None) -> Pair | None:
+        for without in ({*self._failed, suspect}, self._failed) if suspect else (self._failed,):
+            try:
+                return self._pairing.choose(self._model, without=without)
+            except ProxyError:
+                continue
+        return None

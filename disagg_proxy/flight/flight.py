@@ -26,6 +26,7 @@ from enum import Enum
 from functools import partial
 
 from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
@@ -215,10 +216,11 @@ class Flight:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
         if legs is self._legs and not legs.abandoned and self._client.waits:
             legs.abandoned = True
-            self._task = self._background.spawn(self._go_on(legs.pair.prefill, error), f"request {legs.id.public}")
+            self._task = self._background.spawn(self._go_on(legs.pair, error), f"request {legs.id.public}")
 
-    async def _go_on(self, frozen: Instance, error: ProxyError) -> None:
-        if await self._attempts.another(frozen, lambda: self._client.waits):
+    async def _go_on(self, pair: Pair, error: ProxyError) -> None:
+        # Prefill may stand still because decode takes in no KV, and so would the next one.
+        if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
             self._stats.failovers += 1
             await self._run()
         else:

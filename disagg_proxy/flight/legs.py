@@ -79,7 +79,7 @@ class Legs:
         self.pair = pair
         self.prefill_lease = Lease(registry, pair.prefill)
         self.decode_lease = Lease(registry, pair.decode)
-        self.kv = KvClaim(registry, pair.decode, kv_bytes)
+        self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
         self.when_prefill_stands: Callable[[ProxyError], None] = lambda error: None
         self.abandoned = False
         self.frozen: ProxyError | None = None
@@ -180,7 +180,7 @@ class Legs:
         able = [p for p in registry.serving(Role.PREFILL, model) if registry.can_exchange(p, decode)]
         if not able:
             return False
-        prefill = self.pair.prefill if self.pair.prefill in able else able[0]
+        prefill = self.pair.prefill if self.pair.prefill in able else min(able, key=lambda one: one.draining)
         registry.sends_towards(prefill, decode)
         lease = Lease(registry, prefill)
         # It may be the next one that stands still.

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from disagg_proxy.errors import StreamCut, Unavailable, headers_of
+from disagg_proxy.errors import StreamCut, headers_of, shutting_down
 from disagg_proxy.flight.flight import Flight
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ExchangeOwner:
 
 async def _say_unavailable(send: Any) -> None:
     """A 503 for a client that has no answer yet; one that has a part of it sees the connection close."""
-    error = Unavailable("The proxy is shutting down.", retry_after=5)
+    error = shutting_down()
     headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
     try:
         await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -48,12 +48,15 @@ def health_report(services: Services) -> dict[str, Any]:
     missing = registry.missing()
     if not pairs and not missing:
         missing = [services.pairing.why_no_pair()]
+    stopping = services.stopping.begun.is_set()
+    if stopping:
+        missing = ["the proxy is shutting down", *missing]
     known = registry.instances()
     return {
-        "status": "ok" if pairs else "unavailable",
+        "status": "stopping" if stopping else "ok" if pairs else "unavailable",
         "pairs": pairs,
         **{
-            role.value: {"ready": len(registry.ready(role)), "known": sum(i.role is role for i in known)}
+            role.value: {"ready": len(services.pairing.taking(role)), "known": sum(i.role is role for i in known)}
             for role in Role
         },
         "missing": missing,
@@ -109,10 +112,13 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
         "kv_address": instance.kv.text if instance.kv else None,
         "models": list(instance.models),
         "state": instance.state.value,
-        "reason": instance.reason,
+        "reason": instance.explanation,
+        "draining": instance.draining,
+        "idle": instance.idle,
         "source": instance.source.value,
         "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
         "in_flight": instance.in_flight,
+        "kv_waiting": instance.kv_waiting,
         "kv_waiting_bytes": instance.kv_waiting_bytes,
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,

@@ -57,6 +57,10 @@ class Faults:
         """Drop the KV of the next prompts that arrive; what is sent once more is taken in."""
         self._losses += prompts
 
+    def keep_kv(self) -> None:
+        """Lose no further prompts."""
+        self._losses = 0
+
     def loses(self, request_id: str, first: bool) -> bool:
         """Whether a tensor is dropped, ``first`` of its request or not. For the KV listener."""
         if first:
