@@ -19,6 +19,8 @@ from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
 
+pytest.register_assert_rewrite("tests.machine")
+
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import Machine
+from tests.faults.conftest import ids
+from tests.machine import Machine, text_of, text_of_events
 
 COMPLETIONS = "/v1/completions"
 PROMPT = "San Francisco is a"
@@ -141,3 +142,25 @@ async def test_sizes_are_learnt_from_prefill(machine, pair) -> None:
     _, usage = await machine.get("/stats")
     seen = pair[0].received(COMPLETIONS)[0]
     assert services.launcher.token_guess._ratios["sim-model"] > 0 and seen.json["max_tokens"] == 1 and usage
+
+
+few = pytest.mark.settings(max_in_flight=20, prefill_max_in_flight=8, decode_max_in_flight=16)
+
+
+@pytest.mark.parametrize("waiting", [pytest.param(0, id="no limits"), pytest.param(180, id="limits", marks=few)])
+async def test_200_requests_of_64_tokens_at_once_are_all_answered(machine, pair, waiting: int) -> None:
+    async def one(number: int) -> None:
+        body = {"prompt": f"Number {number} of 200", "max_tokens": 64, "ignore_eos": True}
+        right = expected_text(body["prompt"], 64, ignore_eos=True)
+        if number % 2:
+            assert text_of_events(await machine.stream(COMPLETIONS, body)) == right
+        else:
+            assert text_of((await machine.post(COMPLETIONS, body))[2]) == right
+
+    await asyncio.gather(*map(one, range(200)))
+    stats = machine.proxy.services.stats
+    await soon(machine.proxy.until_clients(0))
+    assert stats.queued.count >= waiting
+    assert stats.outcomes == {"ok": 200} and (stats.failovers, stats.drains.started) == (0, 0)
+    assert [len(set(ids(engine))) for engine in pair] == [200, 200]
+    await machine.unharmed(*pair)

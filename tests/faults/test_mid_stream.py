@@ -10,8 +10,7 @@ import pytest
 from disagg_proxy.http.exchange import HideUnfinished
 from disagg_proxy.sim import expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
-from tests.e2e.test_errors_client import check_error
+from tests.machine import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
 STREAM = {**REQUESTS[PATH], "stream": True}

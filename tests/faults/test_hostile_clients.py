@@ -10,9 +10,8 @@ import pytest
 from multidict import CIMultiDict
 
 from tests.conftest import Wire, soon
-from tests.e2e.conftest import REQUESTS, RIGHT, events, text_of, text_of_events
-from tests.e2e.test_backpressure import LARGE, dial_slowly
-from tests.e2e.test_errors_client import check_error
+from tests.faults.conftest import LARGE, dial_slowly
+from tests.machine import REQUESTS, RIGHT, check_error, events, text_of, text_of_events
 
 PATH = "/v1/completions"
 BODY = json.dumps(REQUESTS[PATH]).encode()

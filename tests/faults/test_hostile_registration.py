@@ -219,3 +219,20 @@ async def test_a_sender_that_vanishes_in_the_middle_of_a_message_does_no_harm() 
         pinger = Pinger(proxy)
         await pinger.until_read()
         pinger.close()
+
+
+async def test_a_ping_that_contradicts_a_live_instance_does_not_displace_it(machine, pair, pinger: Pinger) -> None:
+    prefill, decode = pair
+    claims = [
+        {"type": "D", "http_address": prefill.http_address, "zmq_address": prefill.kv_address},
+        {"type": "P", "http_address": prefill.http_address, "zmq_address": "127.0.0.1:1"},
+        {"type": "D", "http_address": "127.0.0.1:999", "zmq_address": decode.kv_address},
+    ]
+    for claim in claims:
+        await pinger.send(msgpack.packb(claim))
+    await pinger.until_read()
+    assert not machine.proxy.knows("127.0.0.1:999")
+    assert machine.proxy.services.pairing.ready_pairs() == 1
+    refused = (await machine.get("/stats"))[1]["discovery"]["refused"]
+    assert refused == {prefill.http_address: 2, "127.0.0.1:999": 1}
+    await machine.check_right()

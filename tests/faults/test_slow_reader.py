@@ -1,33 +1,17 @@
 """A client that does not read holds back its own stream, and nothing else."""
 
 import asyncio
-import socket
-from urllib.parse import urlsplit
 
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from disagg_proxy.sim import expected_text
 from disagg_proxy.upstream import Answer
-from tests.conftest import Wire, soon
-from tests.e2e.conftest import PROMPT, REQUESTS, RIGHT, events, text_of, text_of_events
+from tests.conftest import soon
+from tests.faults.conftest import LARGE, dial_slowly
+from tests.machine import PROMPT, REQUESTS, RIGHT, events, text_of, text_of_events
 
 PATH = "/v1/completions"
-TOKENS = 3000
-# With logprobs every token is about a kilobyte, so the stream is several times what all socket buffers hold.
-LARGE = {**REQUESTS[PATH], "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 20, "stream": True}
-SMALL = 16 * 1024
-
-
-async def dial_slowly(proxy) -> Wire:
-    """A connection with small buffers on its way to the client."""
-    proxy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
-    sock.setblocking(False)
-    parts = urlsplit(proxy.url)
-    await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
-    return Wire(*await asyncio.open_connection(sock=sock, limit=SMALL))
 
 
 @pytest.fixture
@@ -75,7 +59,7 @@ async def test_a_client_that_does_not_read_holds_back_only_its_own_stream(
 
         _, _, raw = await soon(client.answer(), 30)
         assert held < 500_000 < 2_000_000 < len(raw)
-        assert text_of_events(events(raw)) == expected_text(PROMPT, TOKENS, ignore_eos=True)
+        assert text_of_events(events(raw)) == expected_text(PROMPT, LARGE["max_tokens"], ignore_eos=True)
     finally:
         client.leave()
     await soon(machine.proxy.until_idle())

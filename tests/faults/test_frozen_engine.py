@@ -9,9 +9,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, RIGHT, text_of
-from tests.e2e.test_disconnects import left
-from tests.e2e.test_errors_client import check_error
+from tests.machine import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -68,7 +66,7 @@ async def test_the_kv_of_a_request_whose_client_has_left_is_replayed_too(machine
     client = await dial(machine.proxy.url)
     client.post(PATH, {**ASK, "prompt": "gone"})
     await soon(decode.wait_until(lambda state: state["stalled_on"] is not None))
-    await left(machine, client)
+    await machine.left(client)
     await soon(machine.proxy.until_idle())
     status, _, body = await soon(machine.post(PATH, ASK), 30)
     assert (status, text_of(body)) == (200, RIGHT[PATH])

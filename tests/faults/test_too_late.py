@@ -5,8 +5,7 @@ import asyncio
 import pytest
 
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, RIGHT, text_of
-from tests.e2e.test_errors_client import check_error
+from tests.machine import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -78,3 +77,27 @@ async def test_the_deadline_of_decode_is_about_silence_not_about_length(machine,
         assert answer.status == 200
         assert b"[DONE]" in await soon(answer.read())
     assert loop.time() - begun > 1.0
+
+
+async def test_the_first_request_of_a_pair_is_slow_and_that_is_no_failure(machine) -> None:
+    """NCCL's communicator: about 1.1 s on each leg, measured; here 0.3 s."""
+    await machine.pair(communicator_seconds=0.3)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    # A second request that comes meanwhile waits for the same communicator.
+    await asyncio.gather(machine.check_right(), machine.check_right("/v1/chat/completions"))
+    assert loop.time() - begun >= 0.6
+    await machine.check_right()
+    _, stats = await machine.get("/stats")
+    assert {(i["breaker"], i["failures_total"]) for i in stats["instances"]} == {("closed", 0)}
+    assert machine.proxy.services.stats.failovers == 0
+
+
+@pytest.mark.settings(prefill_timeout=0.2)
+async def test_a_first_request_that_is_too_slow_is_drained_and_the_next_one_is_quick(machine) -> None:
+    pair = await machine.pair(communicator_seconds=0.3)
+    check_error(*await machine.send(PATH, ASK), 504, "engine_deadline")
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.drains.done == 1
+    await machine.check_right()
+    await machine.unharmed(*pair)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from disagg_proxy.sim import expected_text
-from tests.e2e.conftest import CHAT, PROMPT, REQUESTS, RIGHT, text_of
+from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 
