@@ -60,6 +60,8 @@ source "$ROOT/script/look.sh"
 source "$ROOT/script/try.sh"
 # shellcheck source=script/doctor.sh
 source "$ROOT/script/doctor.sh"
+# shellcheck source=script/doctor_gpus.sh
+source "$ROOT/script/doctor_gpus.sh"
 # shellcheck source=script/menu.sh
 source "$ROOT/script/menu.sh"
 # shellcheck source=script/commands.sh

@@ -11,7 +11,7 @@ cmd_stop() {
   for name in "$@"; do
     load_part "$name" || die 3 not_running "$name"
     names+=("$name")
-    if [[ ${PART[role]:-} == decode ]]; then say stopped_decode "$name"; fi
+    if [[ ${PART[role]:-} == decode && ${PART[connector]:-} != own ]]; then say stopped_decode "$name"; fi
   done
   stop_parts "$STOP_TIMEOUT" "${names[@]}"
   release_lock
@@ -123,7 +123,8 @@ read_instances() {
 
 is_engine_host() {
   local host=${1#'['}
-  [[ ${host%']'} == "$ENGINE_HOST" || ${host%']'} == "$(reach "$ENGINE_HOST")" ]]
+  host=${host%']'}
+  [[ $host == "$ENGINE_HOST" || $host == "$(reach "$ENGINE_HOST")" || $host == "$(kv_host)" ]]
 }
 
 # Whether requests have gone to NAME since it was started. A proxy younger than the part has not counted them all,
@@ -139,13 +140,18 @@ has_served() {
 }
 
 # paired_prefills DECODE [EXCEPT...]: prefills that have sent KV to it. They stay frozen, or hold a dead NCCL
-# communicator, once it is gone.
+# communicator, once it is gone; those of this project's connector just connect anew.
 paired_prefills() {
   local decode=$1 name
+  local -a tied=()
   shift
+  for name in "${PREFILLS[@]}"; do
+    if [[ " $* " != *" $name "* ]] && load_part "$name" && [[ ${PART[connector]:-} != own ]]; then tied+=("$name"); fi
+  done
+  ((${#tied[@]})) || return 0
   ask_proxy
   has_served "$decode" || return 0
-  for name in "${PREFILLS[@]}"; do
-    if [[ " $* " != *" $name "* ]] && load_part "$name" && has_served "$name"; then printf '%s\n' "$name"; fi
+  for name in "${tied[@]}"; do
+    if has_served "$name"; then printf '%s\n' "$name"; fi
   done
 }

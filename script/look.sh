@@ -148,10 +148,12 @@ cmd_env() {
   find_base_python
   if [[ $ENGINE == vllm ]]; then
     find_vllm || {
-      VLLM_COMMAND=(vllm) VLLM_VERSION=0.23.0
+      # What pip would install, or the newest that has vLLM's own connector.
+      VLLM_COMMAND=(vllm) VLLM_VERSION=0.$OWN_NEWEST.0 VLLM_CONNECTOR=no
+      if [[ $KV_CONNECTOR == p2p_nccl ]]; then VLLM_VERSION=0.23.0 VLLM_CONNECTOR=yes; fi
       warn env_no_vllm "$VLLM_VERSION"
     }
-    if [[ -n $VLLM_CONNECTOR ]]; then vllm_usable || die 1 "${PROBLEM[@]}"; fi
+    vllm_usable || die 1 "${PROBLEM[@]}"
     ENGINE_KIND=vllm
   fi
   resolve_engine

@@ -2,7 +2,8 @@
 # Restarting what falls: what dies, and what frozen.sh ends. A process of its own, so that `stop` can stop it first. A part
 # whose PID file is gone was stopped on purpose; one in the foreground is its terminal's business.
 #   proxy or prefill falls   it alone is restarted
-#   decode falls             it is restarted, and so are the prefills that have sent to it: they stay frozen otherwise
+#   decode falls             it is restarted, and so are the prefills that have sent to it: with P2pNcclConnector they stay
+#                            frozen otherwise; with this project's they go on
 # Waits double with every fall; a part that falls too often is given up, with the end of its log.
 
 SUPERVISOR_DONE=''
@@ -160,7 +161,7 @@ leave_markers() {
   local -A places=()
   for name in "$@"; do
     load_part "$name" || true
-    places[$name]="http=${PART[http]:-}"$'\n'"log=${PART[log]:-}"
+    places[$name]="http=${PART[http]:-}"$'\n'"log=${PART[log]:-}"$'\n'"connector=${PART[connector]:-}"
   done
   stop_parts 3 "$@"
   for name in "$@"; do
