@@ -15,6 +15,7 @@ from disagg_proxy.config import Config
 from disagg_proxy.discovery.service import Discovery
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
+from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
 from disagg_proxy.stats import Stats
 from disagg_proxy.stopping import Stopping
@@ -46,6 +47,7 @@ class Services:
         self.drainer = Drainer(self.stats.drains)
         self.discovery = Discovery(config, self.registry)
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
+        self.introductions = Introductions(self.registry, self.background, self.kv_control)
         self.launcher = Launcher(
             config, self.registry, self.pairing, self.gate, self.background, self.drainer, self.stats,
             lambda: self.upstream, self.kv_control.release,
