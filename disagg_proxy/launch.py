@@ -8,18 +8,17 @@ disagg_kv   both at once, or decode alone: for requests that no pair can serve, 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Collection
+from typing import Protocol, TypeVar, cast
 
 from multidict import CIMultiDict
 
-from disagg_proxy.admission.gate import Gate
+from disagg_proxy.admission.gate import Gate, Held
 from disagg_proxy.admission.size import TokenGuess
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
-from disagg_proxy.errors import NoPair
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
@@ -33,6 +32,8 @@ from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
+
+L = TypeVar("L", Legs, TogetherLegs)
 
 
 class Carrier(Protocol):
@@ -113,20 +114,39 @@ class Launcher:
         def learn(body: bytes) -> None:
             self._learn(prepared, body)
 
-        first = await self._gate.admit(prepared.model, wish, kv_bytes, legs)
-        tries, own_key = self._config.max_tries, bool(self._config.engine_api_key)
+        async def admit(without: Collection[Instance] = ()) -> Held:
+            return await self._gate.admit(prepared.model, wish, kv_bytes, legs, without)
+
+        first = await admit()
+        own_key = bool(self._config.engine_api_key)
         if isinstance(first, TogetherLegs):
-            again = self._again(prepared.model, wish, together=True)
             return TogetherFlight(
-                Attempts(first, again, together, tries), self._background, self._stats,
+                self._attempts(first, prepared.model, wish, admit), self._background, self._stats,
                 own_key=own_key, prefilled=learn,
             )  # fmt: skip
         assert isinstance(first, Legs)
-        again = self._again(prepared.model, Wish.PAIR, together=False)
         return Flight(
-            Attempts(first, again, one_by_one, tries), self._background, self._drainer, self._stats,
+            self._attempts(first, prepared.model, wish, admit), self._background, self._drainer, self._stats,
             prefill_timeout=self._config.prefill_timeout, own_key=own_key, prefilled=learn,
         )  # fmt: skip
+
+    def _attempts(
+        self, first: L, model: str | None, wish: Wish, admit: Callable[[Collection[Instance]], Awaitable[Held]]
+    ) -> Attempts[L]:
+        """Further tries, on instances of the same protocol."""
+        kind: type = type(first)
+        together = kind is TogetherLegs
+
+        def widened(without: Collection[Instance]) -> set[Instance]:
+            return {*without, *(i for i in self._registry.instances() if i.kind.together is not together)}
+
+        async def again(without: Collection[Instance]) -> L:
+            return cast(L, await admit(widened(without)))
+
+        def check(without: Collection[Instance]) -> None:
+            self._pairing.check(model, wish, widened(without))
+
+        return Attempts(first, check, again, self._config.max_tries)
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:
@@ -136,17 +156,6 @@ class Launcher:
         if tokens < self._config.decode_alone_below:
             return Wish.RATHER_ALONE
         return Wish.EITHER if self._config.decode_alone else Wish.PAIR
-
-    def _again(self, model: str | None, wish: Wish, together: bool) -> Callable[[Collection[Instance]], Pair | Alone]:
-        """Another choice for the same request, by the same protocol."""
-
-        def choose(without: Collection[Instance]) -> Pair | Alone:
-            found = self._pairing.place(model, wish, without)
-            if found.decode.kind.together is not together:
-                raise NoPair(["no other instance of the same KV protocol is there"])
-            return found
-
-        return choose
 
     def _learn(self, prepared: Prepared, prefill_body: bytes) -> None:
         """Follow how many bytes of text a token takes, where that is asked for."""

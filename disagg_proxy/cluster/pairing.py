@@ -104,11 +104,11 @@ class Pairing:
                 raise
             return self._choose_alone(model, without, room)
 
-    def check(self, model: str | None, wish: Wish = Wish.PAIR) -> None:
+    def check(self, model: str | None, wish: Wish = Wish.PAIR, without: Collection[Instance] = ()) -> None:
         """Raise what :meth:`place` raises where no room could help; no turn is taken."""
-        if wish is not Wish.PAIR and self.loners(model):
+        if wish is not Wish.PAIR and self.loners(model, without):
             return
-        self._able(model, ())
+        self._able(model, without)
 
     def loners(self, model: str | None, without: Collection[Instance] = ()) -> Sequence[Instance]:
         """Decodes that can serve ``model`` by themselves. P2pNcclConnector's cannot: they wait for KV for ever."""

@@ -118,10 +118,19 @@ class Registry:
         owner = next((i for i in self._instances.values() if i.kv == kv and i.state is not State.LOST), None)
         if owner is not None and owner.key != http.netloc:
             return f"the KV address {kv.text} belongs to {owner}"
-        if len(self._instances) >= MAX_INSTANCES and http.netloc not in self._instances:
+        if http.netloc not in self._instances and not self._has_room():
             return f"{MAX_INSTANCES} instances are known already"
         self._take_in(Instance(role, http, kv, Source.PING, kind, boot, last_ping=self._clock()))
         return None
+
+    def _has_room(self) -> bool:
+        """Whether another one can be remembered, if need be in place of one that is lost."""
+        if len(self._instances) < MAX_INSTANCES:
+            return True
+        gone = next((i for i in self._instances.values() if i.state is State.LOST and _forgettable(i)), None)
+        if gone is not None:
+            del self._instances[gone.key]
+        return gone is not None
 
     def _take_in(self, instance: Instance) -> None:
         instance.draining = instance.key in self._drained
@@ -214,8 +223,7 @@ class Registry:
                 continue
             silent = now - instance.last_ping
             if instance.state is State.LOST:
-                forgettable = not instance.in_flight and not instance.draining
-                if now - instance.changed_at >= _FORGET_AFTER and forgettable:
+                if now - instance.changed_at >= _FORGET_AFTER and _forgettable(instance):
                     del self._instances[instance.key]
             elif silent >= self._expiry:
                 instance.restart_wanted = False
@@ -302,3 +310,7 @@ class Registry:
             )
             lacks.append(f"no {role.value} instance is ready ({why or 'none has registered'})")
         return lacks
+
+
+def _forgettable(instance: Instance) -> bool:
+    return not instance.in_flight and not instance.draining

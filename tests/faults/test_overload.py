@@ -164,3 +164,36 @@ async def test_200_requests_of_64_tokens_at_once_are_all_answered(machine, pair,
     assert stats.outcomes == {"ok": 200} and (stats.failovers, stats.drains.started) == (0, 0)
     assert [len(set(ids(engine))) for engine in pair] == [200, 200]
     await machine.unharmed(*pair)
+
+
+@pytest.mark.settings(kv_buffer_bytes=1_000_000, kv_bytes_per_token=1000, probe_interval=60.0)
+async def test_what_a_dead_decode_leaves_behind_waits_for_room_on_the_other(machine) -> None:
+    """Two prompts fit on each decode; four on the one that is left would end its listener and freeze both prefills."""
+    knobs = {"kv_bytes_per_token": 1000, "kv_buffer_bytes": 1_000_000, "kv_pool_bytes": 1}
+    pairs = [await machine.pair(**knobs), await machine.pair(**knobs)]
+    prefills, decodes = zip(*pairs, strict=True)
+    for engine in (*prefills, *decodes):
+        engine.faults.hold("schedule")
+    prompts = [[5 + number] * 450 for number in range(4)]
+    requests = []
+    for prompt in prompts:
+        body = {"prompt": prompt, "max_tokens": 3}
+        requests.append(asyncio.ensure_future(machine.stream(COMPLETIONS, body)))
+        await soon(until(lambda: len(ids(*prefills)) == len(requests)))
+    for prefill in prefills:
+        prefill.faults.hold("answer")
+        prefill.faults.release("schedule")
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer" and state["waiting"] == 0))
+    for decode in decodes:
+        layers = 2 * decode.config.kv_layers
+        await soon(decode.wait_until(lambda state, layers=layers: state["kv_received"] == layers))
+
+    await machine.kill(decodes[0])
+    for prefill in prefills:
+        prefill.faults.release()
+    await waiting(machine, 2)
+    assert machine.proxy.instance(decodes[1].http_address).kv_waiting_bytes == 900_000
+    decodes[1].faults.release()
+    for prompt, events in zip(prompts, await soon(asyncio.gather(*requests)), strict=True):
+        assert text_of_events(events) == expected_text(prompt, 3)
+    await machine.unharmed(*prefills, decodes[1])
