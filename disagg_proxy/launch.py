@@ -134,19 +134,19 @@ class Launcher:
         self, first: L, model: str | None, wish: Wish, admit: Callable[[Collection[Instance]], Awaitable[Held]]
     ) -> Attempts[L]:
         """Further tries, on instances of the same protocol."""
-        kind: type = type(first)
-        together = kind is TogetherLegs
-
-        def widened(without: Collection[Instance]) -> set[Instance]:
-            return {*without, *(i for i in self._registry.instances() if i.kind.together is not together)}
 
         async def again(without: Collection[Instance]) -> L:
-            return cast(L, await admit(widened(without)))
+            return cast(L, await admit(self._and_strangers(first, without)))
 
         def check(without: Collection[Instance]) -> None:
-            self._pairing.check(model, wish, widened(without))
+            self._pairing.check(model, wish, self._and_strangers(first, without))
 
         return Attempts(first, check, again, self._config.max_tries)
+
+    def _and_strangers(self, legs: Legs | TogetherLegs, without: Collection[Instance]) -> set[Instance]:
+        """``without``, and all instances of the other protocol than the legs'."""
+        together = isinstance(legs, TogetherLegs)
+        return {*without, *(i for i in self._registry.instances() if i.kind.together is not together)}
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:

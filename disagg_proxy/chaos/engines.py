@@ -124,6 +124,9 @@ class LedgerEngine(SimEngine):
         self._seen.add(key)
         if isinstance(body, dict) and body.get("user") == REFUSED_BY_DECODE and body.get("max_tokens") != 1:
             self._refusable.add(key)
+        if injected is not None and injected.status in (429, 503) and injected.trick == "answer":
+            # Turned away by the API server: a drain may come again.
+            self._refusable.add(key)
         if injected is not None:
             self.ledger.excused[key] = f"its decode was made to fail ({injected.trick}) before the engine knew it"
 
