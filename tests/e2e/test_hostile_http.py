@@ -194,7 +194,18 @@ async def test_what_could_be_read_in_two_ways_is_refused_and_ends_the_connection
         post(LENGTH, "X-A: \xff", body=BODY),
         post(CHUNKED + " ", "X-A:\tb\t", body=TWO_CHUNKS, host="proxy "),
     ],
-    ids=["length", "chunks", "extension", "trailers", "case", "h2c", "websocket", "empty line", "latin-1", "white space"],
+    ids=[
+        "length",
+        "chunks",
+        "extension",
+        "trailers",
+        "case",
+        "h2c",
+        "websocket",
+        "empty line",
+        "latin-1",
+        "white space",
+    ],
 )
 async def test_odd_but_clear_requests_are_served_and_so_is_the_next(machine, pair, dial, raw: bytes) -> None:
     for size in (len(raw), 7):
