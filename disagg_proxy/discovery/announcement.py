@@ -1,8 +1,8 @@
 """The text of a ping, and nothing else: msgpack in, a typed announcement out.
 
-vLLM 0.9.2 - 0.23 (``kv_connector/v1/p2p/p2p_nccl_engine.py``, ``ping``): every 3 s a DEALER whose identity is the
-KV address sends ``{"type": "P" | "D", "http_address": "host:port", "zmq_address": "host:port"}``.
-This project's connector sends the same and more (docs/connector.md, "Announcement").
+vLLM 0.9.2 - 0.23 (``kv_connector/v1/p2p/p2p_nccl_engine.py``, ``ping``): every 3 s a DEALER sends
+``{"type": "P" | "D", "http_address": "host:port", "zmq_address": "host:port"}``.
+This project\'s connector sends the same and more (docs/connector.md, "Announcement").
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Announcement:
 
 
 def decode(frames: Sequence[bytes]) -> Announcement:
-    """Read the frames that follow the ROUTER's identity frame.
+    """Read the frames of one message; an empty one may stand first, as in front of a request.
 
     Raises:
         BadAnnouncement: "oversized", "malformed" (not msgpack, not one frame) or "mistyped" (wrong fields).

@@ -1,5 +1,9 @@
 """The ZMQ socket that instances ping, in a thread of its own.
 
+The socket is a DEALER, as the instances' own are: a ROUTER, which vLLM's example has here, files connections by the
+identity that each peer gives itself, and instances use their KV address for it. A stranger with that identity is then
+either listened to instead of the instance (ROUTER_HANDOVER), or keeps it out. This end sends nothing, so it needs none.
+
 The thread only reads, decodes and hands over; registry and event loop stay on their own thread. Nothing that
 arrives can end it: whatever is not a permitted ping is counted, logged once per sender and dropped.
 """
@@ -21,8 +25,10 @@ from disagg_proxy.discovery.announcement import Announcement, BadAnnouncement, d
 
 log = logging.getLogger(__name__)
 
-_HEARTBEAT_MS = 3000
-"""Half-open peers go after three of these."""
+_KEEPALIVE = 3
+"""Seconds; half-open peers go after four of these. Not by ZMQ's own heartbeats: with those, libzmq 4.3.5 aborts the
+whole process when a peer that it has stopped reading from goes away (``!_io_error``, ``stream_engine_base.cpp``), and
+any stranger can bring that about."""
 
 _MAX_WIRE_BYTES = 1024 * 1024
 """libzmq closes a connection that announces a longer message; shorter ones are counted as oversized."""
@@ -44,7 +50,7 @@ class Traffic:
 
 
 class Listener:
-    """ROUTER socket on ``host:port``.
+    """Socket on ``host:port``.
 
     Args:
         deliver: called in the listener's thread with all announcements that arrived together.
@@ -56,17 +62,17 @@ class Listener:
         self._deliver = deliver
         self._blamed: set[tuple[str, str]] = set()
         self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
+        self._socket = self._context.socket(zmq.DEALER)
         self._stop_name = f"inproc://stop-{id(self)}"
         self._stopper = self._context.socket(zmq.PAIR)
         self._stopper.bind(self._stop_name)
         self._configure()
         try:
-            self._router.bind(_endpoint(host, port))
+            self._socket.bind(_endpoint(host, port))
         except (OSError, zmq.ZMQError) as error:
             self._context.destroy(linger=0)
             raise BindError(f"cannot listen for instances on {host}:{port} (PROXY_HOST, PROXY_PORT): {error}") from None
-        endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.port = int(endpoint.rpartition(":")[2])
         self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
 
@@ -74,16 +80,15 @@ class Listener:
         options = {
             zmq.LINGER: 0,
             zmq.IPV6: 1,
-            # A restarted instance comes with the identity of the old one while that connection still lives.
-            zmq.ROUTER_HANDOVER: 1,
-            zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
-            zmq.HEARTBEAT_TIMEOUT: 3 * _HEARTBEAT_MS,
-            zmq.HEARTBEAT_TTL: 3 * _HEARTBEAT_MS,
+            zmq.TCP_KEEPALIVE: 1,
+            zmq.TCP_KEEPALIVE_IDLE: _KEEPALIVE,
+            zmq.TCP_KEEPALIVE_INTVL: _KEEPALIVE,
+            zmq.TCP_KEEPALIVE_CNT: 3,
             zmq.MAXMSGSIZE: _MAX_WIRE_BYTES,
             zmq.RCVHWM: 1000,
         }
         for option, value in options.items():
-            self._router.setsockopt(option, value)
+            self._socket.setsockopt(option, value)
 
     def start(self) -> None:
         """Begin to read."""
@@ -100,7 +105,7 @@ class Listener:
         stop = self._context.socket(zmq.PAIR)
         stop.connect(self._stop_name)
         poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
         poller.register(stop, zmq.POLLIN)
         try:
             while True:
@@ -114,14 +119,14 @@ class Listener:
                     log.exception("A registration message could not be handled")
         finally:
             stop.close(0)
-            self._router.close(0)
+            self._socket.close(0)
 
     def _read_all(self) -> None:
         """Take what is there, newest announcement of each instance last, and deliver it in one go."""
         found: dict[tuple[str, str], Announcement] = {}
         for _ in range(_MAX_REMEMBERED):
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             announcement = self._read_one(frames)
@@ -134,7 +139,7 @@ class Listener:
         self.traffic.messages += 1
         sender = _sender(frames)
         try:
-            announcement = decode([frame.bytes for frame in frames[1:]])
+            announcement = decode([frame.bytes for frame in frames])
             for host in (sender, announcement.http.host, announcement.kv.host):
                 if not self._allow.permits(host):
                     raise BadAnnouncement("forbidden", f"{host} may not register (ALLOW_REGISTER)")

@@ -62,7 +62,10 @@ _FRAMING_PER_BYTE = 16
 _LINGER = 2.0
 """Seconds for which a refused client's data is thrown away."""
 
-_HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
+_HOST = re.compile(
+    rb"(?:(?:L{1,63}\.)*L{1,63}\.?)?(?::(?:L|[.:])*)?".replace(b"L", rb"[\w~!$&'()*+,;=%\[\]-]"), re.ASCII
+)
+"""Any name or address, with a port. Werkzeug cannot take labels that are empty or longer than 63."""
 _NEVER = float("inf")
 
 _NOTHING, _HEAD, _BODY = range(3)

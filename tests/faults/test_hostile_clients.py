@@ -104,6 +104,10 @@ REFUSED = {
         "no host": post(host=None),
         "a host with a path": post(host="proxy/x"),
         "two hosts in one": post(host="proxy other"),
+        "a host with an empty label": post(host="proxy..example"),
+        "a host that starts with a dot": post(host=".example"),
+        "a host with a long label": post(host="a" * 64),
+        "a host with a long first label": post(host="a" * 64 + ".example:80"),
     },
     "a request line": {
         line: get(line)
@@ -235,6 +239,16 @@ async def test_no_path_is_answered_with_a_redirect(machine, dial, path: str, hos
     status, headers, body = await wire.answer()
     assert status in (404, 501) and "Location" not in headers
     assert json.loads(body)["error"]["code"] in ("not_found", "not_implemented", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "proxy.", "a" * 63 + ".b:80", "[::1]:80", "::1", "[fe80::1%25eth0]", "xn--a", "-", "proxy:", ":80", "_a.b"],
+)
+async def test_odd_hosts_that_name_something_are_taken(machine, dial, host: str) -> None:
+    wire = await dial(machine.proxy.url)
+    wire.send(post(line="GET /livez HTTP/1.1", host=host))
+    assert (await wire.answer())[0] == 200
 
 
 @pytest.mark.settings(api_key="sk-right")

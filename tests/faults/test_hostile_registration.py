@@ -12,7 +12,9 @@ import zmq.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import MAX_BYTES
+from disagg_proxy.discovery.listener import Listener
 from tests.conftest import Proxy, running_proxy, soon
 
 GOOD = {"type": "P", "http_address": "127.0.0.1:8100", "zmq_address": "127.0.0.1:21001"}
@@ -21,12 +23,14 @@ GOOD = {"type": "P", "http_address": "127.0.0.1:8100", "zmq_address": "127.0.0.1
 class Pinger:
     """A DEALER of the test's own, towards one proxy."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, identity: bytes | None = None, port: int = 1) -> None:
         self._proxy = proxy
         self._context = zmq.asyncio.Context()
-        self._port = 1
+        self._port = port
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        if identity is not None:
+            self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(f"tcp://{proxy.zmq}")
 
     async def send(self, *frames: bytes) -> None:
@@ -180,6 +184,28 @@ async def test_bytes_that_are_no_zmq_at_all_do_no_harm(machine, pinger: Pinger) 
         writer.close()
     await pinger.until_read()
     assert not dropped(machine.proxy)
+
+
+async def test_a_stolen_identity_silences_neither_its_owner_nor_the_next() -> None:
+    async with running_proxy() as proxy:
+        first, second = (Pinger(proxy, b"127.0.0.1:21001", port) for port in (100, 200))
+        for pinger in (first, second, first, second):
+            await pinger.until_read()
+        first.close()
+        third = Pinger(proxy, b"127.0.0.1:21001", 300)
+        for pinger in (third, second):
+            await pinger.until_read()
+            pinger.close()
+
+
+def test_half_open_peers_are_found_by_tcp() -> None:
+    # ZMQ's heartbeats end the whole process where a peer that is not read from goes away (libzmq 4.3.5).
+    listener = Listener("127.0.0.1", 0, AllowList(("local",)), lambda announcements: None)
+    try:
+        options = (zmq.HEARTBEAT_IVL, zmq.TCP_KEEPALIVE, zmq.TCP_KEEPALIVE_IDLE, zmq.TCP_KEEPALIVE_CNT)
+        assert [listener._socket.getsockopt(option) for option in options] == [0, 1, 3, 3]
+    finally:
+        listener.stop()
 
 
 # Random messages, most of them near misses of a real one.

@@ -1,0 +1,273 @@
+"""``http/wire.py`` without sockets: arbitrary bytes in arbitrary pieces, read again by an unrelated parser (h11).
+
+Holds: no two readings. Each request that is taken is the one that h11 takes at the same place, with the same method,
+target, headers and body; nothing is taken after a refusal; the pieces in which the bytes come do not matter; every
+request gets one answer, in order, and at most one refusal follows. When time passes the connection ends, and with it
+every task. Where h11 refuses what is taken, the label says so; :data:`TAKEN` lists the reasons that are known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.server import ServerState
+
+from disagg_proxy.config import Config
+from disagg_proxy.http.wire import protocol
+from fuzz.requests import SEEDS as REQUESTS
+from fuzz.requests import WORDS as WORDS
+from fuzz.source import Source
+
+MODULES = ("disagg_proxy.http.wire", "uvicorn.protocols.http.httptools_impl")
+SEEDS = [prefix + raw for raw in REQUESTS for prefix in (b"\0" * 8, b"\1\2\3\4\5\1\2\3")]
+
+MAX_LEN = 2048
+"""Bytes; more could hold more requests than may wait, and then the pieces do matter."""
+
+TAKEN = ("illegal request line", "illegal chunk header")
+"""Words of h11's refusals where both readings of the request are the same all the same."""
+
+_LIMITS = Config(header_timeout=5.0, body_timeout=7.0, send_timeout=11.0)
+_KEEP_ALIVE = 13
+_ALL_TIMES = 80.0
+"""Seconds in which every connection is over: head, body, keep-alive, twice the sending, and the lingering."""
+
+Taken = tuple[str, bytes, list[tuple[bytes, bytes]], bytes]
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """A loop whose time can be put forward."""
+
+    ahead = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.ahead
+
+    def spin(self, progress: Callable[[], object]) -> None:
+        """Let everything run until there is no progress any more."""
+        before, rounds = progress(), 0
+        while rounds < 12:
+            self.call_soon(self.stop)
+            self.run_forever()
+            now = progress()
+            before, rounds = now, rounds + 1 if now == before else 0
+
+
+class Wire(asyncio.Transport):
+    """What the protocol writes to; it is read by nobody, so nothing waits."""
+
+    def __init__(self, closed: Callable[[], object]) -> None:
+        super().__init__()
+        self.said = b""
+        self.closed = self.paused = False
+        self._on_close = closed
+
+    def write(self, data: Any) -> None:
+        assert not self.closed or not data, "written after the end"
+        self.said += bytes(data)
+
+    def write_eof(self) -> None:
+        return
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._on_close()
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+
+@dataclass
+class Reading:
+    """What the proxy made of one connection."""
+
+    requests: list[Taken] = field(default_factory=list)
+    said: bytes = b""
+
+
+class Server:
+    """The protocol with an application that records and answers."""
+
+    def __init__(self) -> None:
+        self.loop = Clock()
+        self.loop.set_exception_handler(self._failed)
+        self.failures: list[str] = []
+        self.reading = Reading()
+        self.config = uvicorn.Config(
+            self._app,
+            interface="asgi3",
+            proxy_headers=False,
+            log_config=None,
+            lifespan="off",
+            ws="none",
+            http=protocol(_LIMITS),
+            timeout_keep_alive=_KEEP_ALIVE,
+        )
+        self.config.load()
+
+    def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.failures.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        reading, body = self.reading, b""
+        status = 200
+        while True:
+            try:
+                event = await asyncio.wait_for(receive(), _LIMITS.body_timeout)
+            except asyncio.TimeoutError:
+                status = 408
+                break
+            if event["type"] == "http.disconnect":
+                return
+            body += event["body"]
+            if not event["more_body"]:
+                target = scope["raw_path"] + b"?" + scope["query_string"]
+                reading.requests.append((scope["method"], target, scope["headers"], body))
+                break
+        number = len(reading.requests)
+        head = [(b"content-length", b"0"), (b"x-number", b"%d" % number)]
+        await send({"type": "http.response.start", "status": status, "headers": head})
+        await send({"type": "http.response.body", "body": b""})
+
+    def read(self, pieces: list[bytes]) -> Reading:
+        """One connection from its opening to its end."""
+        asyncio.set_event_loop(self.loop)
+        self.reading = Reading()
+        self.failures.clear()
+        state = ServerState()
+        connection = self.config.http_protocol_class(self.config, state, {}, _loop=self.loop)  # type: ignore[call-arg,operator]
+        wire = Wire(lambda: self.loop.call_soon(connection.connection_lost, None))
+        connection.connection_made(wire)
+        for piece in pieces:
+            if not wire.closed:
+                connection.data_received(piece)
+                self.loop.spin(lambda: len(wire.said))
+            assert wire.closed or not wire.paused, "reading stays paused"
+        for _ in range(8):
+            self.loop.ahead += _ALL_TIMES / 8
+            self.loop.spin(lambda: len(wire.said))
+        assert wire.closed, "the connection is kept for nothing"
+        assert not asyncio.all_tasks(self.loop) and not state.tasks and not state.connections
+        assert not self.failures, self.failures
+        self.reading.said = wire.said
+        return self.reading
+
+
+@dataclass
+class Second:
+    """h11's reading: the requests up to the first that it does not take, and why it does not."""
+
+    requests: list[Taken] = field(default_factory=list)
+    why: str = ""
+
+
+def second_reading(data: bytes) -> Second:
+    """Each request with a parser of its own, so that no answer has to be invented.
+
+    Line ends in front of a request are skipped, whole or not: they mean nothing to llhttp, and h11 takes none.
+    """
+    found = Second()
+    while True:
+        data = data.lstrip(b"\r\n")
+        if not data:
+            found.why = "incomplete"
+            return found
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=10**6)
+        parser.receive_data(data)
+        head, body = None, b""
+        try:
+            while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    found.why = "incomplete"
+                    return found
+                if isinstance(event, h11.Request):
+                    head = event
+                elif isinstance(event, h11.Data):
+                    body += bytes(event.data)
+        except h11.RemoteProtocolError as error:
+            found.why = str(error)
+            return found
+        assert head is not None
+        path, _, query = head.target.partition(b"?")
+        found.requests.append((head.method.decode(), path + b"?" + query, [(n, v) for n, v in head.headers], body))
+        if parser.their_state is h11.MUST_CLOSE:
+            found.why = "to be closed"
+            return found
+        data = parser.trailing_data[0]
+
+
+def answers(said: bytes) -> list[tuple[int, bytes]]:
+    """Status and number of each answer, 100s left out."""
+    found = []
+    while said:
+        parser = h11.Connection(h11.CLIENT)
+        parser.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
+        parser.send(h11.EndOfMessage())
+        parser.receive_data(said)
+        while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+            assert event is not h11.NEED_DATA, f"half an answer: {said[-300:]!r}"
+            if isinstance(event, h11.Response):
+                found.append((event.status_code, dict(event.headers).get(b"x-number", b"")))
+        said = parser.trailing_data[0]
+    return found
+
+
+_server: Server | None = None
+
+
+def check(data: bytes) -> str:
+    """One execution: eight bytes decide on the pieces, the rest is what the client sends."""
+    global _server
+    _server = _server or Server()
+    raw = data[8 : 8 + MAX_LEN]
+    whole = _server.read([raw])
+    cut = _server.read(Source(data[:8]).pieces(raw))
+    assert whole.requests == cut.requests, f"whole {whole.requests}, in pieces {cut.requests}"
+    said = answers(whole.said)
+    assert [status for status, _ in said] == [status for status, _ in answers(cut.said)]
+    return compare(whole, second_reading(raw), said)
+
+
+def compare(whole: Reading, second: Second, said: list[tuple[int, bytes]]) -> str:
+    """The two readings side by side."""
+    count = len(whole.requests)
+    served = [number for status, number in said if status == 200]
+    assert served == [b"%d" % (i + 1) for i in range(count)], said
+    refusals = [status for status, _ in said if status != 200]
+    assert len(refusals) <= 1 and all(400 <= status < 500 or status == 505 for status in refusals), said
+    for mine, other in zip(whole.requests, second.requests, strict=False):
+        assert _plain(mine) == _plain(other), f"read as {mine}, by h11 as {other}"
+    label = f"{min(count, 3)}{'+' if count > 3 else ''} taken, then {refusals[0] if refusals else 'nothing'}"
+    if count > len(second.requests):
+        why = next((known for known in TAKEN if second.why.startswith(known)), None)
+        assert why, f"{whole.requests[len(second.requests)]} is taken; h11: {second.why}"
+        label += f" (h11: {why})"
+    return label
+
+
+def _plain(taken: Taken) -> Taken:
+    method, target, headers, body = taken
+    return method, target, [(name, value) for name, value in headers if name != b"upgrade"], body
