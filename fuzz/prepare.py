@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from disagg_proxy.errors import ProxyError, headers_of
+from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill
 from disagg_proxy.protocol.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
 from disagg_proxy.protocol.prepare import Prepared, prepare
 
@@ -101,12 +102,16 @@ def check_body(route: Route, raw: bytes) -> str:
     """The promises for one body; returns what became of it."""
     try:
         prepared = prepare(route, raw)
+        if prepared.refusal is not None:
+            raise prepared.refusal
     except ProxyError as error:
         assert 400 <= error.status < 500 or error.status == 501, error
         json.loads(error.body())
         assert all(type(value) is str for value in headers_of(error).values())
         return f"{error.status} {error.code}"
     sent = json.loads(raw)
+    for body in (for_prefill(prepared.prefill_body, "x"), for_decode(prepared.decode_body, "x", "127.0.0.1:1")):
+        assert json.loads(body)["kv_transfer_params"]["transfer_id"] == "x"
     for_p, for_d, drain = (strict(b) for b in (prepared.prefill_body, prepared.decode_body, prepared.drain_body))
     assert for_d == without_steering(sent)
     assert {k: v for k, v in for_p.items() if k not in OWN} == {k: v for k, v in for_d.items() if k not in OWN}

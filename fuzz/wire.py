@@ -9,6 +9,7 @@ every task. Where h11 refuses what is taken, the label says so; :data:`TAKEN` li
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
 from disagg_proxy.http.wire import protocol
+from disagg_proxy.stopping import Stopping
 from fuzz.requests import SEEDS as REQUESTS
 from fuzz.requests import WORDS as WORDS
 from fuzz.source import Source
@@ -123,7 +125,7 @@ class Server:
             log_config=None,
             lifespan="off",
             ws="none",
-            http=protocol(_LIMITS),
+            http=protocol(_LIMITS, Stopping(1.0, time.monotonic)),
             timeout_keep_alive=_KEEP_ALIVE,
         )
         self.config.load()

@@ -29,7 +29,10 @@ def for_decode(body: bytes, transfer_id: str, prefill_kv: str) -> bytes:
 
 
 def _with_params(body: bytes, params: dict[str, str]) -> bytes:
-    """``body``, the bytes of a JSON object in UTF-8 that has no such field, with the field in it."""
+    """``body``, the bytes of a JSON object that has no such field, with the field in it."""
+    encoding = json.detect_encoding(body)
+    if encoding != "utf-8":
+        body = body.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
     brace = body.index(b"{") + 1
     rest = body[brace:]
     comma = b"" if rest.lstrip()[:1] == b"}" else b","
