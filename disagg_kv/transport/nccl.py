@@ -58,13 +58,17 @@ class NcclTransport:
         self._stall, self._channel = stall_seconds, channel
         torch.cuda.set_device(cache.device)
         self._nccl = NCCLLibrary()
-        self._comm: Any = self._nccl.ncclCommInitRank(2, self._nccl.unique_id_from_bytes(unique_id), rank)
         self._wire = torch.cuda.Stream(cache.device)
         self._copy = torch.cuda.Stream(cache.device)
         self._slots = [cache.buffer(staging_bytes) for _ in range(slots)]
         self._filled = [torch.cuda.Event() for _ in range(slots)]
         self._emptied = [torch.cuda.Event() for _ in range(slots)]
-        self._first_exchange()
+        self._comm: Any = self._nccl.ncclCommInitRank(2, self._nccl.unique_id_from_bytes(unique_id), rank)
+        try:
+            self._first_exchange()
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         cache = self._cache
