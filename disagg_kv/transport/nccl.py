@@ -94,8 +94,8 @@ class NcclTransport:
         cache = self._cache
         with torch.inference_mode():
             with torch.cuda.stream(self._copy):
-                cache.wait(fence)
                 index = None if blocks is None else cache.index(blocks)
+                cache.wait(fence)
             for number, piece in enumerate(self._pieces(count)):
                 slot, total = number % len(self._slots), self._bytes(piece)
                 if parts and (kind := self._channel.frame(patient=False)[0]) is not Kind.PART:
