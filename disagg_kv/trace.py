@@ -1,8 +1,13 @@
-"""Times of transfers, for measurements: one JSON object a line, wall clock seconds. Off unless a file is set."""
+"""Times of transfers, for measurements: one JSON object a line, wall clock seconds. Off unless a file is set.
+
+A process that traces also writes the stacks of all its threads to stderr at SIGUSR1.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import threading
 import time
 from typing import Any
@@ -14,6 +19,8 @@ class Trace:
     def __init__(self, path: str, **common: Any) -> None:
         self._path, self._common = path, common
         self._lock = threading.Lock()
+        if path:
+            faulthandler.register(signal.SIGUSR1, file=2)
 
     def __call__(self, event: str, **values: Any) -> None:
         if self._path:

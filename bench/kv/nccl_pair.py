@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -62,19 +64,17 @@ def _bare(rank: int, unique_id: bytes, pipe: Connection, total: int, piece: int)
     return {"ms": [round(value * 1e3, 2) for value in times], "gb_per_s": round(total / min(times[2:]) / 1e9, 1)}
 
 
-class _Silent:
-    """A control connection on which nothing is said, and which is broken some seconds after it was first looked at."""
-
-    def __init__(self, seconds: float = 600) -> None:
-        self._seconds, self._start = seconds, 0.0
-
-    def broken(self) -> bool:
-        self._start = self._start or time.monotonic()
-        return time.monotonic() - self._start > self._seconds
-
-
 def _silent(seconds: float = 600) -> Any:
-    return _Silent(seconds)
+    """A control connection on which nothing is said, and which the other side closes some seconds from now."""
+    from disagg_kv.transport.channel import Channel
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        channel = Channel(socket.create_connection(server.getsockname()), 5)
+        other, _ = server.accept()
+    timer = threading.Timer(seconds, other.close)
+    timer.daemon = True
+    timer.start()
+    return channel
 
 
 def _passed(cache: Any) -> Any:

@@ -19,6 +19,8 @@ import torch
 
 from disagg_kv.engine.fences import StepFence
 
+_ROWS_OF_KERNELS = (1, 32)
+"""torch has one index_select kernel for up to 16 rows and another for more."""
 _STEP_SECONDS = 60.0
 """A sender that waits longer than this for a layer of a running step gives up."""
 
@@ -122,8 +124,19 @@ class TorchCache:
         torch.index_select(rows, 0, index, out=out.view(rows.dtype).view(len(index), rows.shape[1]))
 
     def scatter(self, plane: int, index: torch.Tensor, rows: torch.Tensor) -> None:
-        target = self._planes[plane]
+        self._scatter(self._planes[plane], index, rows)
+
+    def _scatter(self, target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
         target.index_copy_(0, index, rows.view(target.dtype).view(len(index), target.shape[1]))
+
+    def warm(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Runs the kernels of ``gather`` and ``scatter`` once, between these buffers; the cache is only read."""
+        for count in _ROWS_OF_KERNELS:
+            size = count * self.row_bytes
+            if size <= min(len(first), len(second)):
+                index = self.index([0] * count)
+                self.gather(0, index, first[:size])
+                self._scatter(second[:size].view(self._planes[0].dtype).view(count, -1), index, first[:size])
 
     def buffer(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)

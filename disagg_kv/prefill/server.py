@@ -26,7 +26,7 @@ from disagg_kv.protocol.handshake import (
     proof,
 )
 from disagg_kv.protocol.messages import Go, Release, Want
-from disagg_kv.transport.base import Transport
+from disagg_kv.transport.base import Stalled, Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import Node, open_transport, terms
 
@@ -187,7 +187,7 @@ class Server:
                 else:
                     self._send_segment(channel, lane, transport, item)
         except Exception as error:
-            if not lane.closed:
+            if not lane.closed or isinstance(error, Stalled):
                 logger.warning("sending to %s has ended: %s: %s", peer, type(error).__name__, error)
         finally:
             channel.close()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 from typing import Any
 
 from disagg_kv.protocol.frames import Kind, read_frame
 
 _PART = 4 * 1024 * 1024
+_ENDED: int = getattr(select, "POLLRDHUP", 0)
+"""Besides what poll always reports (POLLHUP, POLLERR); Linux tells the end of the other side's half so."""
 
 
 class Closed(ConnectionError):
@@ -66,13 +69,17 @@ class Channel:
             self._sock.sendall(view[at : at + _PART])
 
     def broken(self) -> bool:
-        """Whether the other side has closed the connection (as far as nothing unread lies before that), or this one."""
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
+        """Whether the other side has closed the connection, or this one. Never blocks, also while another thread reads.
+
+        A ``recv`` with MSG_PEEK and MSG_DONTWAIT would not do: Python waits for a socket that has a timeout before it
+        calls the system, for the whole timeout if nothing comes, and then raises TimeoutError.
+        """
+        number = self._sock.fileno()
+        if number < 0:
             return True
+        look = select.poll()
+        look.register(number, _ENDED)
+        return bool(look.poll(0))
 
     def close(self) -> None:
         """Ends reads and writes of other threads at once. May be called often."""

@@ -7,7 +7,8 @@ decode. Nothing runs on the engine's own stream, which only leaves fences, and n
 
 A receive kernel occupies the GPU while it waits: decode starts it only when GO, or PART for each piece while prefill
 still computes, says that it is computed.
-A transfer that does not end in time, or whose peer's TCP connection breaks, is aborted (ncclCommAbort).
+A transfer that does not end in time, or whose peer's TCP connection breaks, is aborted (ncclCommAbort); the error says
+how far it came.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from vllm.distributed.device_communicators.pynccl_wrapper import (
 
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.protocol.frames import Kind, WireError, encode
-from disagg_kv.transport.base import Stalled
 from disagg_kv.transport.channel import Channel
+from disagg_kv.transport.patience import wait_until
 from disagg_kv.transport.pieces import Piece, cut
 
 PREFILL, DECODE = 0, 1
 _SLOWEST = 100e6
 """Bytes per second below which a transfer counts as stalled, whatever its size."""
-_CHECK_SECONDS = 0.002
-_PAUSE_SECONDS = 20e-6
+_PRIORITY = -1
+"""Streams of one priority are handed out in turn, also to the engine: a receive that waits on a stream that the engine
+got too would hold up its steps. The engine uses none of this priority."""
 
 
 def new_unique_id() -> bytes:
@@ -58,13 +60,17 @@ class NcclTransport:
         self._stall, self._channel = stall_seconds, channel
         torch.cuda.set_device(cache.device)
         self._nccl = NCCLLibrary()
-        self._comm: Any = self._nccl.ncclCommInitRank(2, self._nccl.unique_id_from_bytes(unique_id), rank)
-        self._wire = torch.cuda.Stream(cache.device)
-        self._copy = torch.cuda.Stream(cache.device)
+        self._wire = torch.cuda.Stream(cache.device, priority=_PRIORITY)
+        self._copy = torch.cuda.Stream(cache.device, priority=_PRIORITY)
         self._slots = [cache.buffer(staging_bytes) for _ in range(slots)]
         self._filled = [torch.cuda.Event() for _ in range(slots)]
         self._emptied = [torch.cuda.Event() for _ in range(slots)]
-        self._first_exchange()
+        self._comm: Any = self._nccl.ncclCommInitRank(2, self._nccl.unique_id_from_bytes(unique_id), rank)
+        try:
+            self._first_exchange()
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
         cache = self._cache
@@ -90,8 +96,8 @@ class NcclTransport:
         cache = self._cache
         with torch.inference_mode():
             with torch.cuda.stream(self._copy):
-                cache.wait(fence)
                 index = None if blocks is None else cache.index(blocks)
+                cache.wait(fence)
             for number, piece in enumerate(self._pieces(count)):
                 slot, total = number % len(self._slots), self._bytes(piece)
                 if parts and (kind := self._channel.frame(patient=False)[0]) is not Kind.PART:
@@ -104,7 +110,7 @@ class NcclTransport:
                     if index is not None:
                         self._rows(piece, index, self._slots[slot], cache.scatter)
                     self._emptied[slot].record(self._copy)
-            self._join(self._copy, count)
+            self._join(self._copy, count, fence)
 
     def close(self) -> None:
         comm, self._comm = self._comm, None
@@ -137,22 +143,27 @@ class NcclTransport:
                             cudaStream_t(self._wire.cuda_stream))  # fmt: skip
 
     def _first_exchange(self) -> None:
-        """NCCL connects two ranks at their first transfer; done here, it is no request that waits for it."""
+        """NCCL connects two ranks at their first transfer, and CUDA loads a kernel at its first use; done here, no
+        request waits for it."""
         (self._put if self._rank == PREFILL else self._get)(self._slots[0], 8)
         self._join(self._wire, 1)
+        with torch.inference_mode(), torch.cuda.stream(self._copy):
+            self._cache.warm(self._slots[0], self._slots[1])
+        self._join(self._copy, 1)
 
-    def _join(self, stream: torch.cuda.Stream, blocks: int) -> None:
+    def _join(self, stream: torch.cuda.Stream, blocks: int, fence: Any = None) -> None:
         """Returns when the stream is idle. Stalled when that takes too long or the peer is gone."""
         event = torch.cuda.Event()
         event.record(stream)
-        start = checked = time.monotonic()
         limit = self._stall + blocks * self._cache.block_bytes / _SLOWEST
-        while not event.query():
-            now = time.monotonic()
-            if now - checked > _CHECK_SECONDS:
-                checked = now
-                if self._channel.broken():
-                    raise Stalled("the peer is gone")
-                if now - start > limit:
-                    raise Stalled(f"a transfer of {blocks} blocks has taken {now - start:.1f} s")
-            time.sleep(_PAUSE_SECONDS)
+        wait_until(event.query, self._channel.broken, limit, lambda: f"{blocks} blocks, {self._state(fence)}")
+
+    def _state(self, fence: Any) -> str:
+        """What the GPU has not done yet, for the log. A slot is filled, then emptied: by the gathering and the wire on
+        prefill, by the wire and the scattering on decode."""
+        parts: list[tuple[str, Any]] = [("copies", self._copy), ("wire", self._wire)]
+        parts += [(f"slot {number} filled", event) for number, event in enumerate(self._filled)]
+        parts += [(f"slot {number} emptied", event) for number, event in enumerate(self._emptied)]
+        if fence is not None:
+            parts.append(("fence", fence))
+        return "not done: " + (", ".join(name for name, part in parts if not part.query()) or "nothing")

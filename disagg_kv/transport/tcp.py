@@ -49,8 +49,8 @@ class TcpTransport:
     def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
         cache, host = self._cache, self._buffers()
         with torch.inference_mode(), cache.on_stream(self._stream):
-            cache.wait(fence)
             index = None if blocks is None else cache.index(blocks)
+            cache.wait(fence)
             for piece in cut(cache.planes, count, cache.row_bytes, self._staging):
                 size = piece.blocks * cache.row_bytes
                 total = piece.planes * size

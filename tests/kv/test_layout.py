@@ -153,3 +153,15 @@ def _channel(sock: Any) -> Channel:
     channel._sock = sock
     sock.settimeout(10)
     return channel
+
+
+@pytest.mark.parametrize("staging", [1, 40])
+def test_warming_up_changes_nothing_in_the_cache(staging: int) -> None:
+    """Also where a staging buffer has room for one row only."""
+    tensor = _numbered(BLOCKS, 3, 4, 16)
+    cache, before = TorchCache({"layers.0": tensor}, BLOCKS), tensor.clone()
+    first, second = cache.buffer(staging * cache.row_bytes), cache.buffer(staging * cache.row_bytes)
+    second.zero_()
+    cache.warm(first, second)
+    assert torch.equal(tensor, before)
+    assert torch.equal(second[: cache.row_bytes].view(torch.float32), before[0].flatten())
