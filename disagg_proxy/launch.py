@@ -15,11 +15,10 @@ from multidict import CIMultiDict
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.size import TokenGuess
-from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
-from disagg_proxy.errors import NoPair
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
@@ -130,7 +129,8 @@ class Launcher:
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:
-            if not self._pairing.loners(prepared.model):
+            # Where only such a decode is down, the same request may succeed later.
+            if not any(i.kind.together and i.role is Role.DECODE for i in self._registry.instances()):
                 raise prepared.refusal
             return Wish.ALONE
         if tokens < self._config.decode_alone_below:
@@ -141,10 +141,8 @@ class Launcher:
         """Another choice for the same request, by the same protocol."""
 
         def choose(without: Collection[Instance]) -> Pair | Alone:
-            found = self._pairing.place(model, wish, without)
-            if found.decode.kind.together is not together:
-                raise NoPair(["no other instance of the same KV protocol is there"])
-            return found
+            others = [i for i in self._registry.instances() if i.kind.together is not together]
+            return self._pairing.place(model, wish, [*without, *others])
 
         return choose
 

@@ -1,4 +1,4 @@
-"""Engines with this project's own connector: KV by ``kv_transfer_params``, both legs in any order, and no dependence."""
+"""Engines with this project's own connector: both legs in any order, and decode depends on nobody."""
 
 from __future__ import annotations
 
