@@ -170,6 +170,8 @@ class StepLoop:
     async def _step(self) -> None:
         fresh, ready, computed = self._schedule()
         self._changed()
+        if not self.running:
+            return
         await self._faults.gate("forward")
         await self._forward(fresh, ready, computed)
         await self._faults.gate("answer")

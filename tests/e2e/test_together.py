@@ -193,7 +193,7 @@ async def test_a_prefill_that_fails_costs_the_client_nothing(machine: Machine, p
     await clean(machine, prefill, decode)
 
 
-async def test_a_prefill_that_is_dead_before(machine: Machine, pair, unnoticed) -> None:
+async def test_a_prefill_that_is_dead_before(unnoticed, machine: Machine, pair) -> None:
     prefill, decode = pair
     await prefill.kill()
     await right(machine.post(COMPLETIONS, ASK))
@@ -262,7 +262,7 @@ async def asked_now(machine: Machine) -> Any:
 @in_turn
 @pytest.mark.parametrize("how", ["500", "503", "reset", "close", "killed"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_another_decode_with_a_new_transfer(machine: Machine, two, unnoticed, how: str, stream: bool) -> None:
+async def test_another_decode_with_a_new_transfer(unnoticed, machine: Machine, two, how: str, stream: bool) -> None:
     prefill, decodes = two
     victim = decodes[0]
     if how.isdigit():
@@ -282,7 +282,6 @@ async def test_another_decode_with_a_new_transfer(machine: Machine, two, unnotic
     await clean(machine, prefill, *(d for d in decodes if how != "killed" or d is not victim))
 
 
-@in_turn
 @settings(freeze_after_min=0.1, freeze_after_max=0.4)
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_frozen_decode_is_replaced(machine: Machine, two, stream: bool) -> None:
@@ -521,11 +520,11 @@ async def test_a_retry_stays_with_its_protocol(machine: Machine) -> None:
     prefill, first = await machine.pair(**OWN)
     second = await machine.engine("decode", **OWN)
     await machine.proxy.until_state(second.http_address, State.READY)
-    for _ in range(4):
-        for decode in (first, second):
-            decode.faults._injected.clear()
-        first.faults.fail_next(503, b"busy", path=COMPLETIONS)
-        await right(machine.post(COMPLETIONS, ASK))
+    for decode in (first, second):
+        decode.faults.fail_next(503, b"busy", path=COMPLETIONS)
+        for _ in range(6):
+            await right(machine.post(COMPLETIONS, ASK))
+        decode.faults.injected_for(COMPLETIONS)
     assert machine.proxy.services.stats.failovers >= 1
 
 
