@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -589,3 +590,23 @@ async def test_two_hundred_requests_with_a_prefill_that_dies_among_them(machine:
 
     await soon(asyncio.gather(*(one(number) for number in range(200))), 60)
     await clean(machine, prefills[1], *decodes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_hundred_clients_that_leave_at_random_moments(machine: Machine, dial, seed: int) -> None:
+    rng = random.Random(seed)
+    prefill, decode = await machine.pair(**OWN, prefill_tokens_per_second=20_000, time_per_output_token=0.001)
+
+    async def visit() -> None:
+        path = rng.choice(list(REQUESTS))
+        body = {**REQUESTS[path], "max_tokens": rng.choice([1, 20, 200]), "stream": rng.random() < 0.7}
+        ticks = rng.randrange(400)
+        client = await dial(machine.proxy.url)
+        client.post(path, body)
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        client.leave()
+
+    await soon(asyncio.gather(*(visit() for _ in range(100))), 30)
+    await clean(machine, prefill, decode)
+    await right(machine.post(COMPLETIONS, ASK))
