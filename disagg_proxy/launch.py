@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 
 from disagg_proxy.admission.gate import Gate, Held
 from disagg_proxy.admission.size import TokenGuess
-from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
@@ -150,7 +150,8 @@ class Launcher:
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:
-            if not self._pairing.loners(prepared.model):
+            # Where only such a decode is down, the same request may succeed later.
+            if not any(i.kind.together and i.role is Role.DECODE for i in self._registry.instances()):
                 raise prepared.refusal
             return Wish.ALONE
         if tokens < self._config.decode_alone_below:

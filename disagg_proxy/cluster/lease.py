@@ -64,16 +64,16 @@ class KvClaim:
         self._prefill = prefill
         self._decode = decode
         self._size = size
-        self._released = False
+        self.released = False
         prefill.kv_waiting += 1
         decode.kv_waiting += 1
         decode.kv_waiting_bytes += size
 
     def release(self) -> None:
         """It does not wait any more; only the first call counts."""
-        if self._released:
+        if self.released:
             return
-        self._released = True
+        self.released = True
         self._prefill.kv_waiting -= 1
         self._decode.kv_waiting -= 1
         self._decode.kv_waiting_bytes -= self._size

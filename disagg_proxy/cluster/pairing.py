@@ -124,7 +124,10 @@ class Pairing:
     ) -> Alone:
         able = self.loners(model, without)
         if not able:
-            raise self._nothing(model, (), ())
+            nothing = self._nothing(model, (), ())
+            if isinstance(nothing, UnknownModel) or self._registry.missing():
+                raise nothing
+            raise NoPair(["no decode instance that computes by itself is ready"], drained=nothing.drained)
         if room is not None:
             able = [i for i in able if room(i)]
             if not able:

@@ -95,6 +95,9 @@ class Registry:
         if known is not None and known.state is State.LOST and same:
             # It was silent, which is no proof that its process ended.
             known.last_ping = self._clock()
+            if known.boot != boot:
+                known.boot = boot
+                self.process_ended(known)
             self._move(known, State.PROBING, "its pings are back")
             self._want_probe(known)
             return None

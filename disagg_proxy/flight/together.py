@@ -27,6 +27,9 @@ from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Answer, WholeAnswer
 
+_USAGE_WAIT = 1.0
+"""Seconds that a whole answer waits for prefill's figure of cached tokens."""
+
 
 class TogetherFlight:
     """One request, from its first pair to its last byte. Arguments as for the other flight."""
@@ -87,16 +90,22 @@ class TogetherFlight:
         except ProxyError as error:
             self._end(error)
         except BaseException:
-            self._end(self._legs.frozen or Unavailable("The request was given up.", retry_after=1))
+            self._end(Unavailable("The request was given up.", retry_after=1))
             raise
         else:
             if not self._client.tell(outcome) and self._relay is not None:
                 self._relay.close()
 
     def _end(self, error: ProxyError) -> None:
-        self._stop_prefill()
-        self._legs.give_back()
+        self._give_back(self._legs)
         self._client.fail(error)
+
+    def _give_back(self, legs: TogetherLegs) -> None:
+        """A try has ended without an answer."""
+        self._stop_prefill()
+        if legs.unfetched:
+            self._background.spawn(legs.forget(), f"release {legs.id.public}")
+        legs.give_back()
 
     async def _fly(self) -> Outcome:
         while True:
@@ -108,13 +117,11 @@ class TogetherFlight:
                     return await self._relayed(legs, answer)
                 refused = await answer.whole()
                 legs.end_refused(refused.status)
-                self._stop_prefill()
-                legs.give_back()
+                self._give_back(legs)
                 return self._refused(legs, refused)
             except (EngineError, EngineDeadline) as error:
-                legs.end_decode(failed=True)
-                self._stop_prefill()
-                legs.give_back()
+                legs.decode_lease.end(failed=True)
+                self._give_back(legs)
                 if not self._client.waits or not await self._attempts.another(legs.decode, self._waits):
                     raise error
                 self._stats.failovers += 1
@@ -154,6 +161,9 @@ class TogetherFlight:
         if not is_stream(answer.headers):
             whole = await answer.whole()
             legs.decoding.heard()
+            if b"cached_tokens" in whole.body and self._prefill is not None:
+                # Prefill's own answer may come a moment later than decode's.
+                await asyncio.wait((self._prefill,), timeout=_USAGE_WAIT)
             self._first_byte(legs)
             self._ended(complete=True)
             headers = [(name, value) for name, value in headers if name.lower() != "content-length"]

@@ -7,7 +7,8 @@ so nothing can stall, a leg may be cancelled at any time, and no KV needs a drai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 from multidict import CIMultiDict
 
@@ -28,6 +29,35 @@ Release = Callable[[str, str], Awaitable[None]]
 """Told a KV address and a transfer id: the transfer is over there."""
 
 
+T = TypeVar("T")
+
+
+class _Leg(Generic[T]):
+    """What is awaited of an instance, until it comes or the instance turns out to stand still."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._error: ProxyError | None = None
+
+    def give_up(self, error: ProxyError) -> None:
+        """The instance stands still."""
+        self._error = error
+        self._task.cancel()
+
+    async def result(self) -> T:
+        """What came of it. Cancelled, it cancels the work.
+
+        Raises:
+            ProxyError: there is nothing, or it was given up.
+        """
+        try:
+            return await self._task
+        except asyncio.CancelledError:
+            if self._error is None:
+                raise
+            raise self._error from None
+
+
 class TogetherLegs:
     """The legs of one try. Creating it takes its places.
 
@@ -35,9 +65,6 @@ class TogetherLegs:
         release: ends waits for KV.
         request_id: what both engines and the client call the request.
         tokens: estimated length of the prompts, in all.
-
-    Attributes:
-        frozen: why a leg was given up because its instance stands still, None while none was.
     """
 
     def __init__(
@@ -70,7 +97,7 @@ class TogetherLegs:
         self.decode_lease = Lease(registry, found.decode)
         self.prefill_lease = None if prefill is None else Lease(registry, prefill)
         self._kv = None if prefill is None else KvClaim(registry, prefill, found.decode, 0)
-        self.frozen: ProxyError | None = None
+        self._settled = prefill is None
         self._decoding: Vigil | None = None
 
     @property
@@ -103,21 +130,11 @@ class TogetherLegs:
         lease = self.prefill_lease
         if lease is None:
             return None
-        task = asyncio.current_task()
-
-        def give_up(error: ProxyError) -> None:
-            if task is not None:
-                task.cancel()
-
-        vigil = lease.pulse.begin(self._registry.now, tokens=self._tokens, give_up=give_up, receiver=None)
         body = for_prefill(self.prepared.prefill_body, self.transfer_id)
+        leg = _Leg(self._post(lease, body, "prefill", self._config.prefill_timeout))
+        vigil = lease.pulse.begin(self._registry.now, tokens=self._tokens, give_up=leg.give_up, receiver=None)
         try:
-            try:
-                whole = await self._post(lease, body, "prefill", self._config.prefill_timeout, fresh=False)
-            except EngineDisconnected as error:
-                if not error.reused and not error.unsent:
-                    raise
-                whole = await self._post(lease, body, "prefill", self._config.prefill_timeout, fresh=True)
+            whole = await leg.result()
             if whole.status == 200:
                 vigil.heard()
                 lease.end(failed=False)
@@ -129,17 +146,40 @@ class TogetherLegs:
         finally:
             vigil.end()
             lease.end()
-        await self._decode_alone()
-        return None
-
-    async def _decode_alone(self) -> None:
+            self._settle()
         if self.decode.kv is not None:
             await self._release(self.decode.kv.text, self.transfer_id)
+        return None
 
-    async def _post(self, lease: Lease, body: bytes, leg: str, silence: float, fresh: bool) -> WholeAnswer:
-        return await (await self._send(lease, body, leg, silence, fresh)).whole()
+    def _settle(self) -> None:
+        """Prefill has nothing more to do for it: from now on decode is waited for."""
+        self._settled = True
+        if self._decoding is not None and not self._decoding.begun:
+            self._decoding.since = self._registry.now()
+            self._decoding.listen()
 
-    async def _send(self, lease: Lease, body: bytes, leg: str, silence: float, fresh: bool) -> Answer:
+    @property
+    def unfetched(self) -> bool:
+        """Whether prefill may hold, or still compute, KV that decode has not shown to have."""
+        return self._kv is not None and not self._kv.released
+
+    async def forget(self) -> None:
+        """Nobody will fetch the KV any more: prefill shall not hold it until its deadline. Never raises."""
+        if self.prefill is not None and self.prefill.kv is not None:
+            await self._release(self.prefill.kv.text, self.transfer_id)
+
+    async def _post(self, lease: Lease, body: bytes, leg: str, silence: float) -> WholeAnswer:
+        return await (await self._send(lease, body, leg, silence)).whole()
+
+    async def _send(self, lease: Lease, body: bytes, leg: str, silence: float) -> Answer:
+        try:
+            return await self._send_once(lease, body, leg, silence, fresh=False)
+        except EngineDisconnected as error:
+            if not error.reused and not error.unsent:
+                raise
+            return await self._send_once(lease, body, leg, silence, fresh=True)
+
+    async def _send_once(self, lease: Lease, body: bytes, leg: str, silence: float, fresh: bool) -> Answer:
         return await self._upstream.request(
             "POST",
             lease.instance,
@@ -152,34 +192,29 @@ class TogetherLegs:
         )
 
     async def ask_decode(self) -> Answer:
-        """Status and headers of decode's answer. When decode stands still the task is cancelled, with ``frozen`` set.
+        """Status and headers of decode's answer.
+
+        While prefill is at work decode has nothing to do, so only from then on its silence means anything.
 
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may be asked: the client has seen nothing.
         """
-        task = asyncio.current_task()
-
-        def give_up(error: ProxyError) -> None:
-            self.frozen = error
-            if task is not None:
-                task.cancel()
-
-        self._decoding = self.decode_lease.pulse.begin(
-            self._registry.now, tokens=self._tokens, telling=self.prepared.streams, give_up=give_up
-        )
-        body, silence = self.prepared.decode_body, self._config.decode_timeout
+        body = self.prepared.decode_body
         if self.prefill is not None and self.prefill.kv is not None:
             body = for_decode(body, self.transfer_id, self.prefill.kv.text)
+        leg = _Leg(self._send(self.decode_lease, body, "decode", self._config.decode_timeout))
+        self._decoding = vigil = self.decode_lease.pulse.begin(
+            self._registry.now, tokens=self._tokens, telling=self.prepared.streams, give_up=leg.give_up
+        )
+        vigil.waiting = self._settled
         try:
-            try:
-                return await self._send(self.decode_lease, body, "decode", silence, fresh=False)
-            except EngineDisconnected as error:
-                if not error.reused and not error.unsent:
-                    raise
-                return await self._send(self.decode_lease, body, "decode", silence, fresh=True)
+            answer = await leg.result()
         except ProxyError as error:
             blame(self._registry, self.decode, error)
             raise
+        # Whoever reads on is told that the connection has ended.
+        vigil.give_up = lambda error: answer.close()
+        return answer
 
     def end_refused(self, status: int) -> None:
         """Decode answered, but not 200."""

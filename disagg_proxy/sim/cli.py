@@ -20,7 +20,7 @@ from disagg_proxy.sim.config import SimConfig, SimConfigError, split_address
 from disagg_proxy.sim.engine import SimEngine
 
 _DESCRIPTION = """Simulated vLLM engines for prefill/decode disaggregation: no GPU, real sockets, real hand-over of
-KV, and the failures of real engines. Every request needs the X-Request-Id that a P/D proxy makes."""
+KV, and the failures of real engines. With p2p_nccl every request needs the X-Request-Id that a P/D proxy makes."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     kv = parser.add_argument_group("KV cache")
+    kv.add_argument(
+        "--connector",
+        choices=("p2p_nccl", "disagg_kv"),
+        default="p2p_nccl",
+        help="how KV is exchanged: as vLLM's P2pNcclConnector, or as this project's own connector (docs/connector.md)",
+    )
+    kv.add_argument("--kv-secret", default="", help="disagg_kv: secret shared by engines and proxy")
+    kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv: tokens of one block")
+    kv.add_argument(
+        "--load-timeout", type=float, default=30.0, help="disagg_kv: seconds that decode waits for KV, then computes"
+    )
+    kv.add_argument("--hold-timeout", type=float, default=60.0, help="disagg_kv: seconds that prefill holds KV")
     kv.add_argument("--kv-bytes-per-token", type=int, default=147_456, help="size of one token's KV (Qwen3-4B: 147456)")
     kv.add_argument("--kv-buffer-bytes", type=int, default=8_000_000_000, help="buffer for KV not yet used by decode")
     kv.add_argument("--kv-pool-bytes", type=int, default=4 * 2**30, help="pinned pool behind the buffer")
@@ -129,6 +141,11 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             port=args.port,
             kv_port=args.kv_port,
             proxy=args.proxy,
+            connector=args.connector,
+            kv_secret=args.kv_secret,
+            kv_block_size=args.kv_block_size,
+            load_timeout=args.load_timeout,
+            hold_timeout=args.hold_timeout,
             models=tuple(args.model or ("sim-model",)),
             api_key=args.api_key,
             startup_seconds=args.startup_seconds,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["prefill", "decode"]
+Connector = Literal["p2p_nccl", "disagg_kv"]
 CloseAfter400 = Literal["close", "reset", "keep"]
 
 
@@ -29,6 +30,8 @@ class SimConfig:
     """
 
     role: Role = "prefill"
+    connector: Connector = "p2p_nccl"
+    """Whose KV transfer: vLLM's P2pNcclConnector, or this project's own (docs/connector.md)."""
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0
@@ -66,6 +69,21 @@ class SimConfig:
     kv_pool_bytes: int = 4 * 2**30
     """The pinned pool that takes what the buffer does not; handed out in powers of two."""
 
+    # This project's own connector. What both sides of a pair must have in common, and its deadlines in seconds.
+    kv_model: str = "sim"
+    kv_dtype: str = "bfloat16"
+    kv_layout: str = "sim"
+    kv_block_size: int = 16
+    """Tokens of one block; prompts that do not exceed it are not worth a transfer."""
+    kv_transports: tuple[str, ...] = ("tcp",)
+    """As announced and offered; only TCP is really spoken."""
+    tp: int = 1
+    kv_secret: str = ""
+    load_timeout: float = 30.0
+    """Decode: how long a request waits for its KV before it is computed."""
+    hold_timeout: float = 60.0
+    """Prefill: how long computed KV waits to be fetched."""
+
     # HTTP behaviour.
     version: str = "0.21.0"
     keepalive_seconds: float = 5.0
@@ -89,6 +107,8 @@ class SimConfig:
     def __post_init__(self) -> None:
         if self.role not in ("prefill", "decode"):
             raise SimConfigError(f"role must be prefill or decode, not {self.role!r}")
+        if self.connector not in ("p2p_nccl", "disagg_kv"):
+            raise SimConfigError(f"connector must be p2p_nccl or disagg_kv, not {self.connector!r}")
         if not self.models or not all(self.models):
             raise SimConfigError("models must name at least one model")
         if self.close_after_400 not in ("close", "reset", "keep"):
@@ -125,6 +145,10 @@ _AT_LEAST: dict[str, float] = {
     "kv_buffer_bytes": 0,
     "kv_pool_bytes": 1,
     "keepalive_seconds": 0,
+    "kv_block_size": 1,
+    "tp": 1,
+    "load_timeout": 0,
+    "hold_timeout": 0,
 }
 
 

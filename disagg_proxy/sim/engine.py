@@ -13,12 +13,9 @@ from disagg_proxy.sim.config import SimConfig, join_address, split_address
 from disagg_proxy.sim.exchange import RecordedRequest
 from disagg_proxy.sim.faults import Faults
 from disagg_proxy.sim.http import HttpSide
-from disagg_proxy.sim.kv_listener import KvListener
-from disagg_proxy.sim.kv_memory import ReceiveStore
-from disagg_proxy.sim.kv_sender import KvSender
 from disagg_proxy.sim.metrics import Counters, exposition
 from disagg_proxy.sim.ping import Pinger
-from disagg_proxy.sim.step_loop import StepLoop
+from disagg_proxy.sim.worker import make_worker
 
 State = dict[str, Any]
 
@@ -59,21 +56,22 @@ class SimEngine:
             self.http_address = join_address(config.host, http_sock.getsockname()[1])
             self.kv_address = join_address(config.host, kv_sock.getsockname()[1])
             undo.pop_all()
-        self._store = ReceiveStore(config.kv_buffer_bytes, config.kv_pool_bytes, config.kv_layers, self._kv_changed)
-        self._sender = KvSender(self.kv_address, self._changed)
-        self._listener = KvListener(config, self.faults, self._store, self._changed)
-        self._loop = StepLoop(
-            config, self.faults, self._store, self._sender, self._counters, self._changed, self._on_death
-        )
+        self._worker = make_worker(config, self.faults, self._counters, self.kv_address, self._changed, self._on_death)
+        self._loop = self._worker.loop
         self._http = HttpSide(
             config, self._loop, self.faults, state=self.state, metrics=self.metrics, changed=self._changed
         )
-        self._pinger = Pinger(config, self.http_address, self.kv_address, lambda: self.faults.pings, self._changed)
+        self._pinger = Pinger(
+            config,
+            self.http_address,
+            self.kv_address,
+            self._worker.announces(),
+            lambda: self.faults.pings,
+            self._changed,
+        )
         self.faults.on_refuse = self._refuse
         self._started = True
-        await self._listener.start(kv_sock)
-        self._sender.start()
-        self._loop.start()
+        await self._worker.start(kv_sock)
         self._pinger.start()
         try:
             if config.startup_seconds:
@@ -120,8 +118,7 @@ class SimEngine:
 
     async def _end_worker(self) -> None:
         await self._pinger.stop()
-        await self._listener.stop()
-        await self._sender.stop()
+        await self._worker.stop()
         await asyncio.sleep(0)
 
     def _finish(self) -> None:
@@ -179,12 +176,14 @@ class SimEngine:
         ``dead``: the reason or None; ``worker_gone``: its pings and KV port have ended too. ``stalled_on``: the
         request that the current step waits for. ``running`` and ``waiting``: requests in and before the batch;
         ``aborting``: clients that left and are not dealt with yet. ``steps``: the engine's clock; it stands still
-        while the engine hangs. ``kv_waiting``: bytes by id of KV that nobody has loaded. ``listener``: "alive" or
-        why it died. ``sender``: see :meth:`KvSender.state`. ``held_at``: the hold that the step loop waits at.
+        while the engine hangs. ``held_at``: the hold that the step loop waits at. ``tokens_by_source``: of prompts,
+        as in /metrics. ``kv_waiting``: bytes by id of KV that nobody has loaded; with this project's own connector on
+        prefill the same, on decode blocks that are to come. ``listener``: "alive" or why it died. ``sender``: see
+        :meth:`KvSender.state`.
         """
         if not self._started:
             return {"role": self.config.role, "ready": False, "dead": None}
-        loop, store = self._loop, self._store
+        loop, counters = self._loop, self._counters
         return {
             "role": self.config.role,
             "http_address": self.http_address,
@@ -201,13 +200,12 @@ class SimEngine:
             "waiting": loop.pending,
             "aborting": loop.aborting,
             "steps": loop.steps,
-            "kv_waiting": store.waiting(),
-            "kv_buffer_used": store.buffer_used,
-            "kv_pool_used": store.pool.used,
-            "kv_received": self._listener.received,
-            "kv_sent": self._sender.sent,
-            "listener": self._listener.death or "alive",
-            "sender": self._sender.state(),
+            **self._worker.state(),
+            "tokens_by_source": {
+                "local_compute": counters.local_compute,
+                "local_cache_hit": counters.local_cache_hit,
+                "external_kv_transfer": counters.external_kv_transfer,
+            },
             "http_requests": self._http.requests_total,
             "finished": sum(self._counters.success.values()),
             "aborted": self._counters.aborted,
@@ -228,10 +226,6 @@ class SimEngine:
         finally:
             self._watchers.remove(entry)
         return self.state()
-
-    def _kv_changed(self) -> None:
-        self._loop.kv_changed()
-        self._changed()
 
     def _changed(self) -> None:
         if not self._watchers:

@@ -34,12 +34,14 @@ class Faults:
     Attributes:
         health_status: what GET /health answers; None for the truth.
         pings: False keeps the engine silent towards the proxy.
+        corrupt_kv: a prefill with this project's own connector sends wrong bytes.
         split: sizes of the pieces that every body is written in, used in turn; () writes normally.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self.health_status: int | None = None
         self.pings = True
+        self.corrupt_kv = False
         self.split: Sequence[int] = ()
         self._changed = changed
         self._injected: list[Injected] = []

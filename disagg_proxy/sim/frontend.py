@@ -127,7 +127,7 @@ async def beam_search(loop: StepLoop, request_id: str, prompt_ids: list[int], sa
 
     The random part makes P and D use different ids for the same work.
     """
-    single = replace(sampling, n=1, max_tokens=1, min_tokens=0, stop=(), beam_search=False)
+    single = replace(sampling, n=1, max_tokens=1, min_tokens=0, stop=(), beam_search=False, kv_transfer=None)
     template = EngineRequest(request_id, prompt_ids, replace(sampling, stop=()), asyncio.Queue())
     beams = [Choice(template) for _ in range(sampling.n)]
     for step in range(sampling.max_tokens):

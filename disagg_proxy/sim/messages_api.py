@@ -47,6 +47,8 @@ def to_chat(body: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any
         if body.get("stream"):
             chat["stream"] = True
             chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    if body.get("kv_transfer_params") is not None:
+        chat["kv_transfer_params"] = body["kv_transfer_params"]
     _tools(body, chat)
     return chat
 

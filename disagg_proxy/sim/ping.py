@@ -6,7 +6,8 @@ A ZMQ DEALER whose identity is the KV address. What cannot be delivered is queue
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgpack
 import zmq
@@ -17,6 +18,9 @@ from disagg_proxy.sim.config import SimConfig
 class Pinger:
     """Pings until stopped.
 
+    Args:
+        more: fields that the connector adds.
+
     Attributes:
         sent: messages handed to ZMQ.
     """
@@ -26,6 +30,7 @@ class Pinger:
         config: SimConfig,
         http_address: str,
         kv_address: str,
+        more: Mapping[str, Any],
         enabled: Callable[[], bool],
         changed: Callable[[], None],
     ) -> None:
@@ -34,7 +39,12 @@ class Pinger:
         self._changed = changed
         self._identity = kv_address.encode()
         self._message: bytes = msgpack.packb(
-            {"type": "P" if config.is_producer else "D", "http_address": http_address, "zmq_address": kv_address}
+            {
+                "type": "P" if config.is_producer else "D",
+                "http_address": http_address,
+                "zmq_address": kv_address,
+                **more,
+            }
         )
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._task: asyncio.Task[None] | None = None

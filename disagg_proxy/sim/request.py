@@ -10,7 +10,9 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from disagg_proxy.sim.text import Answer, Guide
 
@@ -56,6 +58,8 @@ class Sampling:
     prompt_logprobs: int | None = None
     guide: Guide | None = None
     beam_search: bool = False
+    kv_transfer: Mapping[str, Any] | None = None
+    """The request's kv_transfer_params; only this project's own connector reads them."""
 
 
 LogprobEntry = dict[int, tuple[float, int]]
@@ -92,6 +96,8 @@ class EngineRequest:
     external_tokens: int = 0
     finished: bool = False
     prompt_logprobs: list[LogprobEntry | None] | None = None
+    kv_rows: list[bytes] | None = None
+    """Blocks that came from prefill, with this project's own connector."""
 
     @property
     def cached_tokens(self) -> int:

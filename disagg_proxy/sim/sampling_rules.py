@@ -182,6 +182,7 @@ def sampling_of(
         prompt_logprobs=prompt_logprobs,
         guide=guide,
         beam_search=beam_search,
+        kv_transfer=body.get("kv_transfer_params"),
     )
 
 

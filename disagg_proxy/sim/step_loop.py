@@ -170,18 +170,23 @@ class StepLoop:
     async def _step(self) -> None:
         fresh, ready, computed = self._schedule()
         self._changed()
+        if not self.running:
+            return
         await self._faults.gate("forward")
-        if self._config.is_producer:
-            await self._forward_prefill(ready, computed)
-        else:
-            await self._load(fresh)
-            await asyncio.sleep(self._config.time_per_output_token)
+        await self._forward(fresh, ready, computed)
         await self._faults.gate("answer")
         for request in ready:
             self._emit(request)
         self.running = [request for request in self.running if not request.finished]
         self.steps += 1
         self._changed()
+
+    async def _forward(self, fresh: list[EngineRequest], ready: list[EngineRequest], computed: int) -> None:
+        if self._config.is_producer:
+            await self._forward_prefill(ready, computed)
+        else:
+            await self._load(fresh)
+            await asyncio.sleep(self._config.time_per_output_token)
 
     def _schedule(self) -> tuple[list[EngineRequest], list[EngineRequest], int]:
         """The batch: who is new, whose prompt is complete after this step, how many prompt tokens are computed."""

@@ -6,6 +6,7 @@ import pytest
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.kv_kind import P2P, KvKind
 from disagg_proxy.cluster.registry import Registry
 
 
@@ -21,15 +22,15 @@ class World:
         self.registry = Registry(lambda: self.time, expiry=10.0)
         self.registry.watch(changed=self.changed.append, probe_wanted=self.probes.append)
 
-    def ping(self, role: Role, port: int, kv_port: int | None = None) -> str | None:
+    def ping(self, role: Role, port: int, kv_port: int | None = None, kind: KvKind = P2P, boot: str = "") -> str | None:
         kv = parse_address(f"127.0.0.1:{kv_port or port + 1000}")
-        return self.registry.announce(role, parse_address(f"127.0.0.1:{port}"), kv)
+        return self.registry.announce(role, parse_address(f"127.0.0.1:{port}"), kv, kind, boot)
 
     def instance(self, port: int) -> Instance:
         return next(i for i in self.registry.instances() if i.http.port == port)
 
-    def ready(self, role: Role, port: int, *models: str) -> Instance:
-        assert self.ping(role, port) is None
+    def ready(self, role: Role, port: int, *models: str, kind: KvKind = P2P, boot: str = "") -> Instance:
+        assert self.ping(role, port, kind=kind, boot=boot) is None
         instance = self.instance(port)
         self.registry.admit(instance, {name: {"id": name} for name in models or ("m",)})
         return instance

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.discovery.announcement import MAX_BYTES, Announcement, BadAnnouncement, decode
+from disagg_proxy.protocol.disagg_kv import FIELDS
 
 PING = {"type": "P", "http_address": "127.0.0.1:20003", "zmq_address": "127.0.0.1:21001"}
 
@@ -65,3 +66,35 @@ def test_anything_is_either_a_ping_or_refused(frames: list[bytes]) -> None:
         assert isinstance(decode(frames), Announcement)
     except BadAnnouncement:
         pass
+
+
+OWN = {
+    **PING, "protocol": "disagg_kv", "protocol_version": 1, "connector_version": "0.1.0", "boot_id": "b", "tp": 1,
+    "layout": "l", "dtype": "bfloat16", "block_size": 16, "block_bytes": 4096, "kv_model": "m", "transports": ["tcp"],
+}  # fmt: skip
+
+
+def test_the_ping_of_the_projects_own_connector() -> None:
+    found = decode([msgpack.dumps(OWN)])
+    assert found.kind.together and found.boot == "b" and found.kind.transports == {"tcp"}
+    assert dict(found.kind.traits) == {name: OWN[name] for name in FIELDS}
+    assert not decode([msgpack.dumps(PING)]).kind.together
+    assert not decode([msgpack.dumps({**PING, "protocol": "p2p_nccl"})]).kind.together
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in FIELDS for value in (None, True, [1], {})),
+        {"protocol": "other"}, {"protocol": None}, {"transports": "tcp"}, {"transports": [1]}, {"boot_id": 5},
+    ],
+)  # fmt: skip
+def test_own_fields_are_checked(change: dict[str, object]) -> None:
+    with pytest.raises(BadAnnouncement) as caught:
+        decode([msgpack.dumps({**OWN, **change})])
+    assert caught.value.kind == "mistyped"
+    for name in change:
+        without = {key: value for key, value in OWN.items() if key != name}
+        if name in FIELDS or name == "transports":
+            with pytest.raises(BadAnnouncement):
+                decode([msgpack.dumps(without)])

@@ -1,0 +1,118 @@
+"""Which two can exchange KV, why others cannot, and who serves a request that has a wish."""
+
+import pytest
+
+from disagg_proxy.cluster.instance import Role, State
+from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, KvKind, why_apart
+from disagg_proxy.cluster.pairing import Alone, NoRoom, Pair, Pairing, Wish
+from disagg_proxy.cluster.policy import round_robin
+from disagg_proxy.errors import NoPair, UnknownModel
+
+P, D = Role.PREFILL, Role.DECODE
+TRAITS = (("protocol_version", 1), ("tp", 1), ("dtype", "bfloat16"))
+OWN = KvKind(DISAGG_KV, TRAITS, frozenset({"nccl", "tcp"}))
+
+
+def own(*transports: str, **traits: object) -> KvKind:
+    return KvKind(DISAGG_KV, tuple({**dict(TRAITS), **traits}.items()), frozenset(transports or OWN.transports))
+
+
+@pytest.fixture
+def pairing(world):
+    return Pairing(world.registry, round_robin, round_robin)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "why"),
+    [
+        (P2P, P2P, None),
+        (OWN, own(), None),
+        (OWN, own("tcp"), None),
+        (P2P, OWN, "prefill speaks p2p_nccl, decode disagg_kv"),
+        (OWN, P2P, "prefill speaks disagg_kv, decode p2p_nccl"),
+        (own("nccl"), own("tcp"), "no common transport"),
+        (OWN, own(tp=2), "tp is 1, on decode 2"),
+        (OWN, own(tp=2, dtype="fp8"), "tp is 1, on decode 2; dtype is bfloat16, on decode fp8"),
+    ],
+)
+def test_why_apart(prefill: KvKind, decode: KvKind, why: str | None) -> None:
+    assert why_apart(prefill, decode) == why
+
+
+def test_kinds_never_mix(world, pairing) -> None:
+    old = world.ready(P, 1), world.ready(D, 2)
+    new = world.ready(P, 3, kind=OWN), world.ready(D, 4, kind=own())
+    found = {(pair.prefill, pair.decode) for pair in (pairing.choose("m") for _ in range(12))}
+    assert found == {old, new} and pairing.ready_pairs() == 2
+
+
+def test_a_pair_apart_says_why_without_an_address(world, pairing) -> None:
+    world.ready(P, 1, kind=OWN)
+    world.ready(D, 2, kind=own(dtype="fp8"))
+    with pytest.raises(NoPair) as caught:
+        pairing.choose("m")
+    assert "dtype is bfloat16, on decode fp8" in str(caught.value) and "127.0.0.1" not in str(caught.value)
+    assert pairing.why_no_pair() == "dtype is bfloat16, on decode fp8" and pairing.ready_pairs() == 0
+
+
+def test_either(world, pairing) -> None:
+    decode = world.ready(D, 2, kind=OWN)
+    assert pairing.place("m", Wish.EITHER) == Alone(decode)
+    with pytest.raises(NoPair):
+        pairing.place("m", Wish.PAIR)
+    prefill = world.ready(P, 1, kind=own())
+    assert pairing.place("m", Wish.EITHER) == Pair(prefill, decode)
+
+
+def test_a_prefill_of_another_kind_is_as_good_as_none(world, pairing) -> None:
+    world.ready(P, 1)
+    decode = world.ready(D, 2, kind=OWN)
+    assert pairing.place("m", Wish.EITHER) == Alone(decode)
+
+
+def test_only_decodes_that_compute_by_themselves_are_alone(world, pairing) -> None:
+    old = world.ready(P, 1), world.ready(D, 2)
+    with pytest.raises(NoPair, match="computes by itself"):
+        pairing.place("m", Wish.ALONE)
+    assert pairing.place("m", Wish.RATHER_ALONE) == Pair(*old)
+    new = world.ready(D, 4, kind=OWN)
+    assert pairing.place("m", Wish.ALONE) == pairing.place("m", Wish.RATHER_ALONE) == Alone(new)
+    with pytest.raises(UnknownModel):
+        pairing.place("other", Wish.ALONE)
+
+
+def test_room_holds_for_alone_too(world, pairing) -> None:
+    first, second = world.ready(D, 2, kind=OWN), world.ready(D, 4, kind=OWN)
+    for wish in (Wish.ALONE, Wish.RATHER_ALONE, Wish.EITHER):
+        assert pairing.place("m", wish, room=lambda i: i is second) == Alone(second)
+        with pytest.raises(NoRoom):
+            pairing.place("m", wish, room=lambda i: False)
+        assert pairing.place("m", wish, without=[second]) == Alone(first)
+    pairing.check("m", Wish.ALONE)
+    with pytest.raises(NoPair):
+        pairing.check("m", Wish.PAIR)
+
+
+def test_another_boot_id_is_another_process(world) -> None:
+    decode = world.ready(D, 2, kind=OWN, boot="a")
+    assert world.ping(D, 2, kind=OWN, boot="a") is None and decode.state is State.READY
+    world.probes.clear()
+    assert world.ping(D, 2, kind=own(), boot="b") is None
+    assert (decode.state, decode.epoch, decode.boot, world.probes) == (State.PROBING, 1, "b", [decode])
+
+
+def test_another_boot_id_after_a_silence(world) -> None:
+    decode = world.ready(D, 2, kind=OWN, boot="a")
+    world.time += 11
+    world.registry.expire()
+    assert decode.state is State.LOST
+    assert world.ping(D, 2, kind=OWN, boot="b") is None
+    assert (decode.state, decode.epoch, decode.boot) == (State.PROBING, 1, "b")
+    world.registry.admit(decode, {"m": {}})
+    assert world.ping(D, 2, kind=OWN, boot="b") is None and decode.state is State.READY
+
+
+def test_another_kind_on_a_live_endpoint_is_a_contradiction(world) -> None:
+    decode = world.ready(D, 2, kind=OWN, boot="a")
+    assert world.ping(D, 2, kind=own(tp=2), boot="b") is not None
+    assert decode.kind is OWN
