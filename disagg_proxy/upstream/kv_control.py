@@ -40,10 +40,13 @@ class KvControl:
 
     async def _say(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
         try:
-            control = await Control.open(address, self._secret, self._timeout)
-            try:
-                await what(control)
-            finally:
-                await control.close()
+            await asyncio.wait_for(self._once(address, what), 2 * self._timeout)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
             log.info("The KV port %s could not be told something: %s", address, error)
+
+    async def _once(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
+        control = await Control.open(address, self._secret, self._timeout)
+        try:
+            await what(control)
+        finally:
+            await control.close()

@@ -9,9 +9,8 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.sim import SimEngine, expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import REQUESTS, events, text_of_events
-from tests.e2e.test_disconnects import left
 from tests.e2e.test_status import scrape
+from tests.machine import REQUESTS, events, text_of_events
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -205,7 +204,7 @@ async def test_kv_that_a_client_left_behind_is_freed_on_a_drained_decode(machine
     with prefill.faults.held("answer"):
         client.post(PATH, STREAM)
         await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
-        await left(machine, client)
+        await machine.left(client)
         assert not (await operator.drain(decode))["idle"]
         waiting = asyncio.create_task(operator.drain(decode, wait=60))
     assert (await soon(waiting))["idle"]

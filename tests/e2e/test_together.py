@@ -11,7 +11,6 @@ import pytest
 from disagg_proxy.discovery.lifeline import Lifelines
 from disagg_proxy.sim import SimEngine, encode, expected_text
 from tests.conftest import soon
-from tests.e2e.conftest import Machine, text_of, text_of_events
 from tests.e2e.together import (
     ASK,
     COMPLETIONS,
@@ -30,6 +29,7 @@ from tests.e2e.together import (
     settings,
     transfers,
 )
+from tests.machine import Machine, text_of, text_of_events
 
 
 @pytest.fixture

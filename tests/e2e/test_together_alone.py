@@ -9,7 +9,6 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.sim import SimEngine
 from tests.conftest import soon
-from tests.e2e.conftest import Machine
 from tests.e2e.together import (
     ASK,
     COMPLETIONS,
@@ -23,6 +22,7 @@ from tests.e2e.together import (
     settings,
     transfers,
 )
+from tests.machine import Machine
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.discovery.lifeline import Lifelines
 from disagg_proxy.sim import SimEngine
 from tests.conftest import Wire, soon
-from tests.e2e.conftest import Machine, text_of_events
 from tests.e2e.together import (
     ASK,
     COMPLETIONS,
@@ -28,6 +27,7 @@ from tests.e2e.together import (
     settings,
     transfers,
 )
+from tests.machine import Machine, text_of_events
 
 
 @pytest.fixture

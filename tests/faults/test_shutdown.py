@@ -10,8 +10,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from disagg_proxy import server
 from tests.conftest import Wire, soon
-from tests.e2e.conftest import REQUESTS, events, text_of_events
-from tests.e2e.test_disconnects import left
+from tests.machine import REQUESTS, events, text_of_events
 
 PATH = "/v1/completions"
 STREAM = {**REQUESTS[PATH], "max_tokens": 40, "stream": True}
@@ -180,7 +179,7 @@ async def test_drains_finish_before_the_proxy_ends(machine, pair, dial, shutdown
     with prefill.faults.held():
         client.post(PATH, STREAM)
         await soon(prefill.wait_until(lambda state: state["held_at"] == "schedule"))
-        await left(machine, client)
+        await machine.left(client)
         shutdown.begin()
         assert not decode.received(PATH)
     await shutdown.end()
@@ -221,7 +220,7 @@ async def test_a_drain_that_hangs_is_given_up_after_the_grace_time(machine, pair
     with prefill.faults.held():
         client.post(PATH, STREAM)
         await soon(prefill.wait_until(lambda state: state["held_at"] == "schedule"))
-        await left(machine, client)
+        await machine.left(client)
     await soon(decode.wait_until(lambda state: decode.received(PATH)))
     shutdown.begin()
     await shutdown.end()
@@ -236,7 +235,7 @@ async def test_the_grace_time_is_counted_once(machine, pair, dial, shutdown, cap
     with prefill.faults.held():
         orphan.post(PATH, STREAM)
         await soon(prefill.wait_until(lambda state: state["held_at"] == "schedule"))
-        await left(machine, orphan)
+        await machine.left(orphan)
         decode.faults.hang_next(path=PATH)
     await soon(decode.wait_until(lambda state: decode.received(PATH)))
     client = await begin_stream(machine, pair, dial)
@@ -263,7 +262,7 @@ async def test_a_second_signal_ends_it_at_once(machine, pair, dial, shutdown, ca
         with prefill.faults.held():
             client.post(PATH, STREAM)
             await soon(prefill.wait_until(lambda state: state["held_at"] == "schedule"))
-            await left(machine, client)
+            await machine.left(client)
         await soon(decode.wait_until(lambda state: decode.received(PATH)))
     shutdown.begin()
     assert (await machine.get("/health"))[1]["status"] == "stopping" and not shutdown.over
