@@ -52,12 +52,16 @@ source "$ROOT/script/up.sh"
 source "$ROOT/script/down.sh"
 # shellcheck source=script/supervise.sh
 source "$ROOT/script/supervise.sh"
+# shellcheck source=script/frozen.sh
+source "$ROOT/script/frozen.sh"
 # shellcheck source=script/look.sh
 source "$ROOT/script/look.sh"
 # shellcheck source=script/try.sh
 source "$ROOT/script/try.sh"
 # shellcheck source=script/doctor.sh
 source "$ROOT/script/doctor.sh"
+# shellcheck source=script/doctor_gpus.sh
+source "$ROOT/script/doctor_gpus.sh"
 # shellcheck source=script/menu.sh
 source "$ROOT/script/menu.sh"
 # shellcheck source=script/commands.sh

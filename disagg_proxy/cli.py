@@ -1,6 +1,6 @@
 """The command: settings in, a running proxy out.
 
-Exit codes: 0 stopped by a signal, 1 a port is taken, 2 a bad setting.
+Exit codes: 0 stopped by signals, 1 a port is taken, 2 a bad setting.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-import uvicorn
-
 from disagg_proxy.config import Config, ConfigError, load
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.logs import configure_logging
-from disagg_proxy.server import listen, server_config
+from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
 
 log = logging.getLogger(__name__)
@@ -31,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2
     configure_logging(config)
-    # uvicorn raises a signal that it has served once more, under the handler from before: as an interrupt, SIGTERM too
-    # ends here.
+    # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         listening = listen(config)
@@ -50,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(config: Config, services: Services, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     log.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    server = uvicorn.Server(server_config(config, services))
+    server = Server(server_config(config, services), services)
     try:
         server.run(sockets=[listening])
     finally:

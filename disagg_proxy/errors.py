@@ -92,6 +92,16 @@ class UnknownModel(NotFound):
         super().__init__(f"The model {model!r} does not exist here. Models that exist: {there}.", param="model")
 
 
+class UnknownInstance(NotFound):
+    """An operator named an instance that the proxy does not know."""
+
+    code = "instance_not_found"
+
+    def __init__(self, address: str, known: list[str]) -> None:
+        there = ", ".join(known) or "none yet"
+        super().__init__(f"There is no instance {address!r}. Instances that are known: {there}.", param="instance")
+
+
 class MethodNotAllowed(ClientError):
     """The path exists, but not for this HTTP method."""
 
@@ -157,13 +167,22 @@ class Unavailable(ProxyError):
     code = "service_unavailable"
 
 
+def shutting_down() -> Unavailable:
+    """For who comes, or still waits, when the proxy ends."""
+    return Unavailable("The proxy is shutting down.", retry_after=5)
+
+
 class NoPair(Unavailable):
-    """No ready prefill and decode that serve the model together."""
+    """No ready prefill and decode that serve the model together.
+
+    ``drained`` is True when there would be a pair but for an operator's drain, which ends.
+    """
 
     code = "no_pair"
 
-    def __init__(self, missing: list[str]) -> None:
+    def __init__(self, missing: list[str], *, drained: bool = False) -> None:
         super().__init__("No prefill/decode pair can serve this: " + "; ".join(missing) + ".", retry_after=3)
+        self.drained = drained
 
 
 class Overloaded(Unavailable):
@@ -222,6 +241,12 @@ class EngineDeadline(ProxyError):
     status = 504
     type = "timeout_error"
     code = "engine_deadline"
+
+
+class EngineFrozen(EngineDeadline):
+    """An instance stands still, although it answers /health."""
+
+    code = "engine_frozen"
 
 
 class StreamCut(Exception):

@@ -1,23 +1,33 @@
-"""The HTTP server around the application: which socket, which ASGI server. Reasons: docs/server.md."""
+"""The HTTP server around the application: which socket, which ASGI server, and how it ends. Reasons: docs/server.md."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
 import socket
+from types import FrameType
 
 import uvicorn
 
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.http import create_app
-from disagg_proxy.http.wire import protocol
+from disagg_proxy.http.wire import Protocol, protocol
 from disagg_proxy.services import Services
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 
 _KEEP_ALIVE = 75
 """Seconds an idle client connection is kept; longer than the pools of common clients, so that they close first."""
+
+_LAST_WORD = 1.0
+"""Seconds that an exchange gets to end once it was cut off."""
+
+_LOOK = 0.02
+"""Seconds between two looks at who is still connected, at the end."""
 
 
 def listen(config: Config) -> socket.socket:
@@ -62,7 +72,7 @@ def server_config(config: Config, services: Services) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(config, services),
         loop="uvloop",
-        http=protocol(config),
+        http=protocol(config, services.stopping),
         ws="none",
         lifespan="on",
         access_log=False,
@@ -71,6 +81,84 @@ def server_config(config: Config, services: Services) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=max(1, round(config.shutdown_grace)),
         backlog=_BACKLOG,
     )
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an end of its own: the port stays open, and says 503, until everything accepted is done.
+
+    uvicorn (0.30 - 0.54, ``server.py``) closes the port and all idle connections first, gives the rest its whole time
+    before the application may end what it does in the background, and skips that after a second signal.
+    """
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run until a signal, and the end that it begins."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by Python between any two instructions, so that nothing may be touched here."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.signalled)
+
+    def signalled(self) -> None:
+        """The first time the end begins, the next time it is cut short."""
+        stopping = self._services.stopping
+        if stopping.begun.is_set():
+            log.warning("Stopping at once")
+            stopping.hurry()
+            return
+        log.info("Stopping; what was accepted gets %g s (SHUTDOWN_GRACE)", self._services.config.shutdown_grace)
+        stopping.begin()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol):
+                connection.last_call()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether the end has begun. With ``should_exit`` set during the start, older versions would skip the end."""
+        return await super().on_tick(counter) or self._services.stopping.begun.is_set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what was accepted, close the port, cut off what is late, then stop the services."""
+        stopping = self._services.stopping
+        if not stopping.begun.is_set():
+            self.signalled()
+        await stopping.wait(self._finished(), stopping.left_for_requests)
+        for server in self.servers:
+            server.close()
+        for listening in sockets or ():
+            listening.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await stopping.wait(self._disconnected(), stopping.left_for_requests)
+        await self._cut_off()
+        await self.lifespan.shutdown()
+
+    async def _finished(self) -> None:
+        """Until no exchange runs, and nothing in the background."""
+        while self.server_state.tasks or len(self._services.background):
+            if self.server_state.tasks:
+                await asyncio.wait(set(self.server_state.tasks))
+            await self._services.background.ended()
+
+    async def _disconnected(self) -> None:
+        """Until every client has taken the rest of its answer."""
+        while self.server_state.connections:
+            await asyncio.sleep(_LOOK)
+
+    async def _cut_off(self) -> None:
+        """End the exchanges that still run; a client without an answer gets 503."""
+        late = set(self.server_state.tasks)
+        for task in late:
+            task.cancel()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Protocol):
+                connection.let_go()
+        if late:
+            await asyncio.wait(late, timeout=_LAST_WORD)

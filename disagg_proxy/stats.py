@@ -38,11 +38,18 @@ class Latency:
 
 @dataclass(slots=True)
 class Drains:
-    """Prefilled KV whose decode will not come, freed on its decode instance."""
+    """Prefilled KV whose decode will not come, freed on its decode instance.
+
+    Attributes:
+        tokens: prompt tokens whose KV was freed.
+        waiting: drains that have begun and not ended.
+    """
 
     started: int = 0
     done: int = 0
     failed: int = 0
+    tokens: int = 0
+    waiting: int = 0
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
 from disagg_proxy.http.wire import protocol
+from disagg_proxy.stopping import Stopping
 from fuzz.requests import SEEDS as REQUESTS
 from fuzz.requests import WORDS as WORDS
 from fuzz.source import Source
@@ -123,7 +124,7 @@ class Server:
             log_config=None,
             lifespan="off",
             ws="none",
-            http=protocol(_LIMITS),
+            http=protocol(_LIMITS, Stopping(1.0, self.loop.time)),
             timeout_keep_alive=_KEEP_ALIVE,
         )
         self.config.load()

@@ -29,6 +29,7 @@ cmd_doctor() {
   doctor_memory
   doctor_limits
   doctor_files
+  doctor_frozen
   if ((DOCTOR_ERRORS)); then
     complain doctor_bad "$DOCTOR_ERRORS" "$DOCTOR_WARNINGS"
     return 1
@@ -69,110 +70,28 @@ doctor_vllm() {
   elif ! vllm_usable; then
     "$bad" "${PROBLEM[@]}"
   else
-    verdict_ok doc_vllm "$VLLM_VERSION" "${VLLM_COMMAND[*]}"
-    if [[ $VLLM_RANDOMISES == yes ]]; then
+    verdict_ok doc_vllm "$VLLM_VERSION" "$(connector_shown)" "${VLLM_COMMAND[*]}"
+    if own_untried; then verdict_warning own_untried "$VLLM_VERSION"; fi
+    if [[ $CONNECTOR == own ]]; then
+      doctor_secret
+    elif [[ $VLLM_RANDOMISES == yes ]]; then
       if [[ ${VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:-1} == 1 ]]; then verdict_ok doc_random_set; else verdict_warning doc_random_zero; fi
     else
       verdict_ok doc_random_none
     fi
-    if chunked_prefill && vllm_at_least 0 11; then verdict_warning chunked_warning "$MAX_NUM_BATCHED_TOKENS" "$MAX_MODEL_LEN"; fi
+    if chunks_may_kill; then verdict_warning chunked_warning "$MAX_NUM_BATCHED_TOKENS" "$MAX_MODEL_LEN"; fi
   fi
 }
 
-doctor_gpus() {
-  local index
-  read_gpus
-  if ((${#GPU_INDEXES[@]} < 2)); then
-    if [[ $ENGINE == vllm ]]; then verdict_error too_few_gpus "${#GPU_INDEXES[@]}"; else verdict_warning doc_few_gpus "${#GPU_INDEXES[@]}"; fi
+# On the loopback interface only this machine's users can come to the KV ports.
+doctor_secret() {
+  local host
+  host=$(kv_host)
+  if [[ -n $DISAGG_KV_SECRET ]]; then
+    verdict_ok doc_secret
+  elif ! is_loopback "$host"; then
+    verdict_warning doc_no_secret "$host"
   fi
-  for index in "${GPU_INDEXES[@]}"; do
-    verdict_ok doc_gpu "$index" "${GPU_NAME[$index]}" "${GPU_FREE_MIB[$index]}" "${GPU_TOTAL_MIB[$index]}"
-  done
-}
-
-# Per engine: the GPUs exist, and what it will take is free. Per pair: the way between the two.
-doctor_layout() {
-  local name other gpu index share want
-  local -A role_of=() shares=()
-  if ((${#GPU_INDEXES[@]} == 0)) || [[ $ENGINE == sim ]]; then return 0; fi
-  for name in "${PREFILLS[@]}" "${DECODES[@]}"; do
-    for gpu in ${PART_GPUS[$name]//,/ }; do
-      if ! index=$(gpu_index "$gpu"); then
-        verdict_error no_such_gpu "$gpu" "$name" "${GPU_INDEXES[*]}"
-        continue
-      fi
-      if [[ -n ${role_of[$index]:-} && ${role_of[$index]} != "${PART_ROLE[$name]}" ]]; then verdict_error gpu_shared "$index"; fi
-      role_of[$index]=${PART_ROLE[$name]}
-      share=$DECODE_GPU_MEMORY_UTILIZATION
-      if [[ ${PART_ROLE[$name]} == prefill ]]; then share=$PREFILL_GPU_MEMORY_UTILIZATION; fi
-      shares[$index]=$((${shares[$index]:-0} + $(thousandth "$share")))
-      want=$((GPU_TOTAL_MIB[$index] * shares[$index] / 1000))
-      if ((shares[$index] > 1000)); then
-        verdict_error doc_gpu_over "$index" "$((shares[$index] / 10))"
-      elif part_alive "$name"; then
-        verdict_ok part_runs "$name" "$PART_PID"
-      elif ((GPU_FREE_MIB[$index] < want)); then
-        verdict_error doc_gpu_busy "$index" "${GPU_FREE_MIB[$index]}" "$want" "$name"
-      else
-        verdict_ok doc_gpu_free "$index" "${GPU_FREE_MIB[$index]}" "$want" "$name"
-      fi
-      if [[ ${PART_ROLE[$name]} == decode ]]; then doctor_buffer "$index" "$want" "$name"; fi
-    done
-  done
-  for name in "${PREFILLS[@]}"; do
-    for other in "${DECODES[@]}"; do doctor_link "${PART_GPUS[$name]%%,*}" "${PART_GPUS[$other]%%,*}" "$name" "$other"; done
-  done
-}
-
-# 0.7 as 700.
-thousandth() {
-  whole "${1}e3"
-}
-
-# The KV buffer lies outside of vLLM's share of the GPU; NCCL and CUDA want about 1 GiB beside it.
-doctor_buffer() {
-  local left=$((GPU_TOTAL_MIB[$1] - $2)) need
-  need=$(($(whole "$KV_BUFFER_SIZE") / 1048576 + 1024))
-  if ((left < need)); then
-    verdict_error doc_buffer_big "$3" "$1" "$left" "$need"
-  else
-    verdict_ok doc_buffer "$3" "$1" "$left" "$need"
-  fi
-}
-
-# nvidia-smi's matrices name rows and columns GPU0, GPU1, …; the entry says how the two are connected.
-matrix_entry() {
-  local kind=$1 row=GPU$2 column=GPU$3 words=() position=-1 index line
-  while IFS= read -r line; do
-    read -ra words <<<"$(plain_line "${line//$'\e[4m'/}")"
-    if ((${#words[@]} == 0)); then continue; fi
-    if ((position < 0)); then
-      for index in "${!words[@]}"; do
-        if [[ ${words[index]} == "$column" ]]; then position=$index; fi
-      done
-    elif [[ ${words[0]} == "$row" ]]; then
-      printf '%s' "${words[position + 1]:-}"
-      return 0
-    fi
-  done < <(nvidia-smi topo $kind 2>/dev/null | sed 's/\x1b\[[0-9;]*m//g')
-  return 1
-}
-
-doctor_link() {
-  local from to link peer
-  from=$(gpu_index "$1") && to=$(gpu_index "$2") && [[ $from != "$to" ]] || return 0
-  link=$(matrix_entry -m "$from" "$to") || link=''
-  peer=$(matrix_entry '-p2p r' "$from" "$to") || peer=''
-  case $link in
-    NV*) verdict_ok doc_link_nvlink "$3" "$4" "$link" ;;
-    PIX | PXB | PHB | NODE | SYS) verdict_warning doc_link_pci "$3" "$4" "$link" ;;
-    *) verdict_warning doc_link_unknown "$3" "$4" ;;
-  esac
-  case $peer in
-    OK) verdict_ok doc_peer "$3" "$4" ;;
-    '') ;;
-    *) verdict_warning doc_no_peer "$3" "$4" "$peer" ;;
-  esac
 }
 
 doctor_ports() {
@@ -231,13 +150,13 @@ free_gib() {
   df -Pk -- "$path" | awk 'NR == 2 { print int($4 / 1048576) }'
 }
 
-# Pinned pools: MEM_POOL_SIZE_GB, rounded up to a power of two, for each decode GPU, and 1 GiB for each prefill GPU.
+# P2pNcclConnector's pinned pools: MEM_POOL_SIZE_GB, rounded up to a power of two, for each decode GPU, and 1 GiB for each prefill GPU.
 doctor_memory() {
   local pool=1 need available free
   while ((pool < MEM_POOL_SIZE_GB)); do pool=$((pool * 2)); done
   need=$((TP_SIZE * (${#DECODES[@]} * pool + ${#PREFILLS[@]})))
   available=$(awk '$1 == "MemAvailable:" { print int($2 / 1048576) }' /proc/meminfo)
-  if ! wants_vllm; then
+  if ! wants_vllm || [[ $CONNECTOR == own ]]; then
     :
   elif ((available < need)); then
     verdict_error doc_pool_big "$need" "$available"
@@ -271,4 +190,15 @@ doctor_files() {
     if ((${PART[since]:-0} > now + 60)); then verdict_warning doc_clock "$name"; fi
   done
   if ((stale == 0)); then verdict_ok doc_run_dir "$RUN_DIR"; fi
+}
+
+# What only the proxy can tell of engines that run.
+doctor_frozen() {
+  local name reason
+  part_alive proxy || return 0
+  ask_proxy
+  for name in "${PREFILLS[@]}" "${DECODES[@]}"; do
+    reason=${PROXY_WANTS[${PART_HTTP[$name]}]:-}
+    if [[ -n $reason ]]; then verdict_error doc_frozen "$name" "$reason" "$name"; fi
+  done
 }

@@ -11,7 +11,7 @@ cmd_stop() {
   for name in "$@"; do
     load_part "$name" || die 3 not_running "$name"
     names+=("$name")
-    if [[ ${PART[role]:-} == decode ]]; then say stopped_decode "$name"; fi
+    if [[ ${PART[role]:-} == decode && ${PART[connector]:-} != own ]]; then say stopped_decode "$name"; fi
   done
   stop_parts "$STOP_TIMEOUT" "${names[@]}"
   release_lock
@@ -99,17 +99,32 @@ cmd_restart() {
   good restarted "$*"
 }
 
-# What the proxy knows of the engines: PROXY_COUNT (requests so far) and PROXY_STATE by HTTP port. Both are empty when
-# it cannot be asked.
-declare -A PROXY_COUNT=() PROXY_STATE=()
+# What the proxy knows of this machine's engines, by HTTP port: PROXY_COUNT (requests so far) and PROXY_STATE (in words);
+# PROXY_FROZEN and PROXY_WANTS have its reason, only for engines that it calls frozen and for those that it wants
+# restarted. All are empty when it cannot be asked.
+declare -A PROXY_COUNT=() PROXY_STATE=() PROXY_FROZEN=() PROXY_WANTS=()
 ask_proxy() {
-  local address count flying state reason
-  PROXY_COUNT=() PROXY_STATE=()
-  proxy_get /stats && [[ $HTTP_STATUS == 200 ]] || return 0
-  while IFS=$'\t' read -r address count flying state reason; do
-    PROXY_COUNT[${address##*:}]=$count
-    PROXY_STATE[${address##*:}]=$(text status_flying "$state" "$flying" "$reason")
+  PROXY_COUNT=() PROXY_STATE=() PROXY_FROZEN=() PROXY_WANTS=()
+  if proxy_get /stats && [[ $HTTP_STATUS == 200 ]]; then read_instances; fi
+}
+
+# HTTP_BODY, an answer of /stats. Engines of other machines may have the same ports.
+read_instances() {
+  local address count flying state wanted reason port
+  while IFS=$'\t' read -r address count flying state wanted reason; do
+    is_engine_host "${address%:*}" || continue
+    port=${address##*:} reason=$(plain_line "$reason")
+    PROXY_COUNT[$port]=$count
+    PROXY_STATE[$port]=$(text status_flying "$state" "$flying" "$reason")
+    if [[ $state == frozen ]]; then PROXY_FROZEN[$port]=$reason; fi
+    if [[ $wanted == yes ]]; then PROXY_WANTS[$port]=$reason; fi
   done < <("$BASE_PYTHON" "$ROOT/script/instances.py" <<<"$HTTP_BODY" 2>/dev/null || true)
+}
+
+is_engine_host() {
+  local host=${1#'['}
+  host=${host%']'}
+  [[ $host == "$ENGINE_HOST" || $host == "$(reach "$ENGINE_HOST")" || $host == "$(kv_host)" ]]
 }
 
 # Whether requests have gone to NAME since it was started. A proxy younger than the part has not counted them all,
@@ -125,13 +140,18 @@ has_served() {
 }
 
 # paired_prefills DECODE [EXCEPT...]: prefills that have sent KV to it. They stay frozen, or hold a dead NCCL
-# communicator, once it is gone.
+# communicator, once it is gone; those of this project's connector just connect anew.
 paired_prefills() {
   local decode=$1 name
+  local -a tied=()
   shift
+  for name in "${PREFILLS[@]}"; do
+    if [[ " $* " != *" $name "* ]] && load_part "$name" && [[ ${PART[connector]:-} != own ]]; then tied+=("$name"); fi
+  done
+  ((${#tied[@]})) || return 0
   ask_proxy
   has_served "$decode" || return 0
-  for name in "${PREFILLS[@]}"; do
-    if [[ " $* " != *" $name "* ]] && load_part "$name" && has_served "$name"; then printf '%s\n' "$name"; fi
+  for name in "${tied[@]}"; do
+    if has_served "$name"; then printf '%s\n' "$name"; fi
   done
 }

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Which engines this machine can run: its GPUs, its vLLM and what that vLLM can do.
+# Which engines this machine can run: its GPUs, its vLLM, what that vLLM can do, and which KV connector it gets.
 
 ENGINE_KIND=''  # vllm or sim, once resolve_engine has run
 ENGINE_WHY=''   # why simulated, in words
@@ -7,6 +7,9 @@ VLLM_COMMAND=() # how to start vLLM's command line
 VLLM_PYTHON=''  # its interpreter, when known
 VLLM_VERSION='' # empty: none found
 VLLM_CONNECTOR='' VLLM_RANDOMISES='' VLLM_SWITCH=''
+CONNECTOR=p2p_nccl # or own, once vllm_usable has run; simulated engines speak p2p_nccl
+# Minor versions of vLLM 0.x that disagg_kv/engine/versions.py accepts, and was tried with.
+readonly OWN_OLDEST=21 OWN_NEWEST=33
 GPUS_READ=''
 GPU_INDEXES=()
 declare -A GPU_NAME=() GPU_TOTAL_MIB=() GPU_FREE_MIB=() GPU_UUID=()
@@ -120,11 +123,32 @@ vllm_at_least() {
   ((BASH_REMATCH[1] > $1 || (BASH_REMATCH[1] == $1 && BASH_REMATCH[2] >= $2)))
 }
 
-# Why this vLLM cannot serve, as message words in PROBLEM; true when it can.
+# vLLM's own connector as long as it is in tree, this project's from 0.24 on, unless KV_CONNECTOR says otherwise.
+choose_connector() {
+  CONNECTOR=$KV_CONNECTOR
+  [[ $CONNECTOR == auto ]] || return 0
+  CONNECTOR=p2p_nccl
+  if vllm_at_least 0 24 || { [[ $VLLM_CONNECTOR != yes ]] && vllm_at_least 0 "$OWN_OLDEST"; }; then CONNECTOR=own; fi
+}
+
+connector_shown() {
+  if [[ $CONNECTOR == own ]]; then text connector_own; else printf P2pNcclConnector; fi
+}
+
+# Chooses the connector. Why this vLLM cannot serve with it, as message words in PROBLEM; true when it can.
 vllm_usable() {
   PROBLEM=()
+  choose_connector
   if ! vllm_at_least 0 9 || [[ $VLLM_VERSION =~ ^0\.9\.[01]([^0-9]|$) ]]; then
     PROBLEM=(vllm_too_old "$VLLM_VERSION")
+  elif [[ $CONNECTOR == own ]]; then
+    if ! vllm_at_least 0 "$OWN_OLDEST"; then
+      PROBLEM=(own_too_old "$VLLM_VERSION")
+    elif ! is_ip "$(kv_host)"; then
+      PROBLEM=(own_wants_ip "$ENGINE_HOST")
+    else
+      return 0
+    fi
   elif [[ $VLLM_CONNECTOR != yes ]]; then
     PROBLEM=(vllm_no_connector "$VLLM_VERSION")
   elif [[ $VLLM_RANDOMISES == yes && $VLLM_SWITCH != yes ]]; then
@@ -133,6 +157,27 @@ vllm_usable() {
     return 0
   fi
   return 1
+}
+
+# A vLLM that is newer than what this project's connector was tried with.
+own_untried() {
+  [[ $CONNECTOR == own ]] && vllm_at_least 0 $((OWN_NEWEST + 1))
+}
+
+# The address under which this project's connector announces an engine; it resolves no names.
+kv_host() {
+  local host
+  host=$(reach "$ENGINE_HOST")
+  if [[ $host == localhost ]]; then host=127.0.0.1; fi
+  printf '%s' "$host"
+}
+
+is_ip() {
+  [[ $1 =~ ^[0-9]{1,3}(\.[0-9]{1,3}){3}$ || $1 == *:* ]]
+}
+
+is_loopback() {
+  [[ $1 == 127.* || $1 == ::1 ]]
 }
 
 # Decides between vllm and sim. With ENGINE=vllm what lacks is an error; with auto two GPUs and an

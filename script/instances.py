@@ -1,5 +1,5 @@
 """The proxy's instances from its /stats on stdin, one a line, separated by tabs:
-HTTP address, requests so far, requests in flight, state, reason."""
+HTTP address, requests so far, requests in flight, state, yes or no for a wanted restart, reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def main() -> int:
         for instance in json.load(sys.stdin)["instances"]:
             numbers = [int(instance["requests_total"]), int(instance["in_flight"])]
             words = [str(instance["http_address"]), *map(str, numbers), str(instance["state"])]
-            print("\t".join([*words, " ".join(str(instance.get("reason") or "-").split())]))
+            wanted = "yes" if instance.get("restart_wanted") is True else "no"
+            print("\t".join([*words, wanted, " ".join(str(instance.get("reason") or "-").split())]))
     except (ValueError, KeyError, TypeError):
         return 1
     return 0

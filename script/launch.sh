@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The exact command and environment of every part. The vllm flags are those of vLLM 0.9.2 to 0.23
+# The exact command and environment of every part. The vllm flags are those of vLLM 0.9.2 to 0.33
 # (vllm/engine/arg_utils.py) and were run on two GPUs with 0.21.0.
 
 LAUNCH_ENV=() # NAME=value words
@@ -22,9 +22,12 @@ compose_proxy() {
   split_words "$EXTRA_PROXY_ARGS"
   LAUNCH_ENV=("HTTP_PROXY_HOST=$HTTP_PROXY_HOST" "HTTP_PROXY_PORT=$HTTP_PROXY_PORT"
     "PROXY_HOST=$PROXY_HOST" "PROXY_PORT=$PROXY_PORT" "SHUTDOWN_GRACE=$(proxy_grace)"
-    "DECODE_MAX_IN_FLIGHT=${DECODE_MAX_IN_FLIGHT:-$MAX_NUM_SEQS}"
-    "KV_BUFFER_BYTES=${KV_BUFFER_BYTES:-$(($(whole "$KV_BUFFER_SIZE") * TP_SIZE))}"
+    "DECODE_MAX_IN_FLIGHT=${DECODE_MAX_IN_FLIGHT:-$MAX_NUM_SEQS}")
+  # This project's connector has no buffer that could fill.
+  if [[ $CONNECTOR != own ]]; then
+    LAUNCH_ENV+=("KV_BUFFER_BYTES=${KV_BUFFER_BYTES:-$(($(whole "$KV_BUFFER_SIZE") * TP_SIZE))}"
     "KV_BYTES_PER_TOKEN=${KV_BYTES_PER_TOKEN:-$(kv_bytes_per_token)}")
+  fi
   LAUNCH=("$PROXY_PYTHON" "$ROOT/disagg_prefill_proxy_server.py" "${WORDS[@]}")
 }
 
@@ -34,14 +37,15 @@ kv_bytes_per_token() {
   if [[ $ENGINE_KIND == sim ]]; then
     printf 147456
   else
-    "$PROXY_PYTHON" "$ROOT/script/kv_bytes.py" "$MODEL" "$DTYPE"
+    # Not PROXY_PYTHON: `env` prints the commands before the virtual environment is there.
+    find_base_python
+    "$BASE_PYTHON" "$ROOT/script/kv_bytes.py" "$MODEL" "$DTYPE"
   fi
 }
 
-# The proxy gives SHUTDOWN_GRACE to requests in flight, and as long again to what they left to do in the background.
-# Both must fit into STOP_TIMEOUT.
+# The proxy ends within SHUTDOWN_GRACE and a moment, which must fit into STOP_TIMEOUT.
 proxy_grace() {
-  printf '%s' "${SHUTDOWN_GRACE:-$((STOP_TIMEOUT > 5 ? (STOP_TIMEOUT - 3) / 2 : 1))}"
+  printf '%s' "${SHUTDOWN_GRACE:-$((STOP_TIMEOUT > 3 ? STOP_TIMEOUT - 3 : 1))}"
 }
 
 # Names a client may use; the first is shown in examples.
@@ -70,27 +74,27 @@ compose_sim() {
 }
 
 compose_vllm() {
-  local name=$1 role utilization extra
+  local name=$1 role extra
   role=${PART_ROLE[$name]}
   served_names
-  if [[ $role == prefill ]]; then
-    utilization=$PREFILL_GPU_MEMORY_UTILIZATION extra=$EXTRA_PREFILL_ARGS
-  else
-    utilization=$DECODE_GPU_MEMORY_UTILIZATION extra=$EXTRA_DECODE_ARGS
-  fi
+  if [[ $role == prefill ]]; then extra=$EXTRA_PREFILL_ARGS; else extra=$EXTRA_DECODE_ARGS; fi
   split_words "$extra"
   # CUDA numbers GPUs by speed unless told to number them as nvidia-smi does.
-  LAUNCH_ENV=(CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=${PART_GPUS[$name]}"
-    "VLLM_HOST_IP=$ENGINE_HOST" VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1)
-  if ! vllm_at_least 0 11; then LAUNCH_ENV+=(VLLM_USE_V1=1); fi
+  LAUNCH_ENV=(CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=${PART_GPUS[$name]}")
+  if [[ $CONNECTOR == own ]]; then
+    LAUNCH_ENV+=("VLLM_HOST_IP=$(kv_host)" "PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}")
+  else
+    LAUNCH_ENV+=("VLLM_HOST_IP=$ENGINE_HOST" VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1)
+    if ! vllm_at_least 0 11; then LAUNCH_ENV+=(VLLM_USE_V1=1); fi
+  fi
   LAUNCH=("${VLLM_COMMAND[@]}" serve "$MODEL" --host "$ENGINE_HOST" --port "${PART_HTTP[$name]}"
     --served-model-name "${SERVED_NAMES[@]}" --dtype "$DTYPE" --max-model-len "$MAX_MODEL_LEN"
     --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS" --max-num-seqs "$MAX_NUM_SEQS"
-    --gpu-memory-utilization "$utilization")
+    --gpu-memory-utilization "$(memory_share "$role")")
   if ((TP_SIZE > 1)); then LAUNCH+=(--tensor-parallel-size "$TP_SIZE"); fi
-  if [[ $ENFORCE_EAGER == 1 || ($ENFORCE_EAGER == prefill && $role == prefill) ]]; then
+  if eager "$role"; then
     LAUNCH+=(--enforce-eager)
-  elif [[ $role == prefill ]] && vllm_at_least 0 11; then
+  elif [[ $CONNECTOR != own && $role == prefill ]] && vllm_at_least 0 11; then
     # The connector sends KV from inside the forward pass (save_kv_layer). A step that is replayed as one full graph
     # would skip it, and the connector does not ask for piecewise graphs itself.
     LAUNCH+=(--compilation-config '{"cudagraph_mode":"PIECEWISE"}')
@@ -98,7 +102,7 @@ compose_vllm() {
   if ! vllm_at_least 0 10; then LAUNCH+=(--disable-log-requests); fi
   if [[ $role == prefill ]]; then
     if ! chunked_prefill; then LAUNCH+=(--no-enable-chunked-prefill); fi
-  else
+  elif [[ $CONNECTOR != own ]]; then
     # A cached prefix that covers the prompt leaves the KV that was sent for it counted in the buffer for ever
     # (p2p_nccl_connector.py asks for no load, get_finished gives nothing back), and decode computes no prefill.
     LAUNCH+=(--no-enable-prefix-caching)
@@ -106,10 +110,34 @@ compose_vllm() {
   LAUNCH+=(--kv-transfer-config "$(transfer_config "$name")" "${WORDS[@]}")
 }
 
-# The connector asserts that every further chunk brings new blocks (build_connector_meta, from 0.11 on), which is
+# memory_share ROLE: only P2pNcclConnector keeps a buffer for arrived KV beside what vLLM takes.
+memory_share() {
+  if [[ $1 == prefill ]]; then
+    printf '%s' "$PREFILL_GPU_MEMORY_UTILIZATION"
+  elif [[ -z $DECODE_GPU_MEMORY_UTILIZATION && $CONNECTOR == own ]]; then
+    printf 0.9
+  else
+    printf '%s' "${DECODE_GPU_MEMORY_UTILIZATION:-0.7}"
+  fi
+}
+
+# eager ROLE: whether it runs without CUDA graphs. This project's connector sends after the step, so graphs cost nothing.
+eager() {
+  case $ENFORCE_EAGER in
+    auto) [[ $CONNECTOR != own ]] ;;
+    prefill) [[ $1 == prefill ]] ;;
+    *) [[ $ENFORCE_EAGER == 1 ]] ;;
+  esac
+}
+
+# P2pNcclConnector asserts that every further chunk brings new blocks (build_connector_meta, from 0.11 on), which is
 # false for a chunk that ends inside the last block: the prefill engine dies. Whole prompts cannot meet it.
 # Before 0.14 the V1 engine chunks whatever the flag says.
 chunked_prefill() {
+  if [[ $CONNECTOR == own ]]; then
+    [[ $CHUNKED_PREFILL != off ]]
+    return
+  fi
   case $CHUNKED_PREFILL in
     on) return 0 ;;
     off) vllm_at_least 0 14 || return 0 ;;
@@ -118,8 +146,29 @@ chunked_prefill() {
   return 1
 }
 
-# A prefill engine receives nothing, so it needs neither buffer nor pool; vLLM wants a number all the same.
+chunks_may_kill() {
+  [[ $CONNECTOR != own ]] && chunked_prefill && vllm_at_least 0 11
+}
+
 transfer_config() {
+  if [[ $CONNECTOR == own ]]; then own_config "$1"; else p2p_config "$1"; fi
+}
+
+# docs/connector.md. The connector listens and fetches on the loopback interface unless told otherwise.
+own_config() {
+  local role=kv_producer policy='' host more=''
+  host=$(kv_host)
+  if [[ ${PART_ROLE[$1]} == decode ]]; then role=kv_consumer policy='"kv_load_failure_policy":"recompute",'; fi
+  if [[ $host != 127.0.0.1 ]]; then more+=",\"listen\":\"$host\""; fi
+  if ! is_loopback "$host"; then more+=",\"peers\":\"$host\""; fi
+  printf '{"kv_connector":"DisaggKVConnector","kv_connector_module_path":"disagg_kv.connector","kv_role":"%s","kv_port":%s,' \
+    "$role" "${PART_KV[$1]}"
+  printf '%s"kv_connector_extra_config":{"proxy_ip":"%s","proxy_port":%s,"http_port":%s%s}}' \
+    "$policy" "$(reach "$PROXY_HOST")" "$PROXY_PORT" "${PART_HTTP[$1]}" "$more"
+}
+
+# A prefill engine receives nothing, so it needs neither buffer nor pool; vLLM wants a number all the same.
+p2p_config() {
   local role=kv_producer buffer=1e1 pool=1
   if [[ ${PART_ROLE[$1]} == decode ]]; then role=kv_consumer buffer=$KV_BUFFER_SIZE pool=$MEM_POOL_SIZE_GB; fi
   printf '{"kv_connector":"P2pNcclConnector","kv_role":"%s","kv_buffer_size":"%s","kv_port":"%s",' \
@@ -129,7 +178,7 @@ transfer_config() {
   printf '"send_type":"PUT_ASYNC","nccl_num_channels":"16","mem_pool_size_gb":"%s"}}' "$pool"
 }
 
-# The connector puts "tcp://" before and ":port" behind it.
+# P2pNcclConnector puts "tcp://" before and ":port" behind it.
 proxy_ip() {
   local host
   host=$(reach "$PROXY_HOST")
@@ -151,7 +200,7 @@ shell_quote() {
 }
 
 # launch NAME LOG: checks nothing, starts it, leaves its PID in SPAWNED. The PID file keeps how many requests
-# the proxy had sent to this address before.
+# the proxy had sent to this address before, and an engine's connector.
 launch() {
   local name=$1 log=$2 mode=background
   local direct=${no_proxy:-${NO_PROXY:-}}
@@ -164,6 +213,7 @@ launch() {
   if [[ $log == - ]]; then mode=foreground; fi
   SPAWN_FIELDS=("kind=$(kind_of "$name")" "role=${PART_ROLE[$name]}" "mode=$mode" "http=${PART_HTTP[$name]}"
   "kv=${PART_KV[$name]:-$PROXY_PORT}" "gpus=${PART_GPUS[$name]:-}" "served=${PROXY_COUNT[${PART_HTTP[$name]}]:-0}")
+  if [[ $name != proxy ]]; then SPAWN_FIELDS+=("connector=$CONNECTOR"); fi
   pass_keys
   spawn "$name" "$log" "${environment[@]}" "${LAUNCH[@]}"
 }
@@ -171,6 +221,7 @@ launch() {
 # Keys go through the exported environment, not through arguments that `ps` shows; vLLM reads VLLM_API_KEY.
 pass_keys() {
   if [[ -n $API_KEY ]]; then export API_KEY; fi
+  if [[ -n $DISAGG_KV_SECRET ]]; then export DISAGG_KV_SECRET; fi
   if [[ -n $ENGINE_API_KEY ]]; then
     VLLM_API_KEY=$ENGINE_API_KEY
     export ENGINE_API_KEY VLLM_API_KEY

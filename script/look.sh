@@ -2,7 +2,7 @@
 # `status`, `logs` and `env`: looking without changing anything.
 
 cmd_status() {
-  local name worst=0 state ready simulated=''
+  local name worst=0 state ready simulated='' supervised=''
   local -a names=()
   mapfile -t names < <(known_parts)
   if ((${#names[@]} == 0)); then
@@ -11,6 +11,7 @@ cmd_status() {
   fi
   find_base_python
   if [[ -f $RUN_DIR/proxy.pid ]]; then ask_proxy; fi
+  if part_alive supervisor; then supervised=1; fi
   printf '%-12s %-10s %-8s %-13s %-9s %-9s %s\n' NAME KIND PID PORTS STATE UPTIME READY
   for name in "${names[@]}"; do
     load_part "$name"
@@ -18,6 +19,7 @@ cmd_status() {
     state=$PART_STATE ready=-
     if [[ $PART_STATE == alive ]]; then
       ready=$(readiness "$name")
+      if [[ -n ${PROXY_FROZEN[${PART[http]:-none}]:-} ]]; then state=frozen worst=1; fi
     else
       worst=1
       if [[ $PART_STATE == reused ]]; then state=dead; fi
@@ -26,6 +28,7 @@ cmd_status() {
     fi
     printf '%-12s %-10s %-8s %-13s %-9s %-9s %s\n' "$name" "$(kind_shown "${PART[kind]:-?}")" "$PART_PID" \
       "$(ports_shown)" "$state" "$(uptime_shown)" "$ready"
+    remedy_shown "$name" "$supervised"
     restarts_shown "$name"
   done
   if [[ -n $simulated ]]; then warn status_sim; fi
@@ -62,7 +65,8 @@ readiness() {
       fi
       ;;
     *)
-      if ! http_get "$(reach "$ENGINE_HOST")" "$port" /health || [[ $HTTP_STATUS != 200 ]]; then
+      if [[ -z ${PROXY_FROZEN[$port]:-} ]] &&
+        { ! http_get "$(reach "$ENGINE_HOST")" "$port" /health || [[ $HTTP_STATUS != 200 ]]; }; then
         text status_loading
       elif [[ -n ${PROXY_STATE[$port]:-} ]]; then
         text status_proxy_says "$(plain_line "${PROXY_STATE[$port]}")" "${PROXY_COUNT[$port]}"
@@ -71,6 +75,16 @@ readiness() {
       fi
       ;;
   esac
+}
+
+# What to do about an engine that the proxy wants restarted, where no supervisor does it.
+remedy_shown() {
+  [[ $PART_STATE == alive && -n ${PROXY_WANTS[${PART[http]:-none}]:-} ]] || return 0
+  if [[ ${PART[mode]:-} == foreground ]]; then
+    printf '             %s\n' "$(text status_wanted_terminal)"
+  elif [[ -z $2 ]]; then
+    printf '             %s\n' "$(text status_wanted "$1")"
+  fi
 }
 
 restarts_shown() {
@@ -134,10 +148,12 @@ cmd_env() {
   find_base_python
   if [[ $ENGINE == vllm ]]; then
     find_vllm || {
-      VLLM_COMMAND=(vllm) VLLM_VERSION=0.23.0
+      # What pip would install, or the newest that has vLLM's own connector.
+      VLLM_COMMAND=(vllm) VLLM_VERSION=0.$OWN_NEWEST.0 VLLM_CONNECTOR=no
+      if [[ $KV_CONNECTOR == p2p_nccl ]]; then VLLM_VERSION=0.23.0 VLLM_CONNECTOR=yes; fi
       warn env_no_vllm "$VLLM_VERSION"
     }
-    if [[ -n $VLLM_CONNECTOR ]]; then vllm_usable || die 1 "${PROBLEM[@]}"; fi
+    vllm_usable || die 1 "${PROBLEM[@]}"
     ENGINE_KIND=vllm
   fi
   resolve_engine

@@ -84,15 +84,19 @@ venv_not_ours|VENV_DIR=%s is a folder with something else in it; name another|VE
 no_venv_module|this Python cannot make virtual environments. Run: %s|该 Python 无法创建虚拟环境。请执行：%s
 install_venv_module|install the %s package of your system|安装系统的 %s 软件包
 no_vllm|no vLLM found, neither `vllm` on PATH nor in PYTHON. Install it: pip install -r requirements.txt, or use ENGINE=sim|未找到 vLLM：PATH 中没有 `vllm`，PYTHON 中也没有。请安装：pip install -r requirements.txt，或使用 ENGINE=sim
-vllm_too_old|vLLM %s has no P2pNcclConnector yet. Install 0.9.2 to 0.23: pip install "vllm>=0.9.2,<0.24"|vLLM %s 尚无 P2pNcclConnector。请安装 0.9.2 到 0.23：pip install "vllm>=0.9.2,<0.24"
-vllm_no_connector|vLLM %s has no P2pNcclConnector any more (removed in 0.24, vllm-project/vllm#44854). Install a version that has it: pip install "vllm>=0.9.2,<0.24" (or: pip install -r requirements.txt); without GPUs: ENGINE=sim|vLLM %s 已移除 P2pNcclConnector（自 0.24 起，vllm-project/vllm#44854）。请安装仍包含它的版本：pip install "vllm>=0.9.2,<0.24"（或 pip install -r requirements.txt）；无 GPU 时用 ENGINE=sim
-vllm_random_ids|vLLM %s makes request ids random and cannot be told not to, so decode would wait for ever. Install another version: pip install "vllm>=0.18,<0.24"|vLLM %s 会随机化请求 ID 且无法关闭，decode 将永远等待。请安装其他版本：pip install "vllm>=0.18,<0.24"
+vllm_too_old|vLLM %s is too old for any KV connector that this project knows. Install another version: pip install "vllm>=0.21"|vLLM %s 过旧，本项目已知的 KV connector 均不可用。请安装其他版本：pip install "vllm>=0.21"
+vllm_no_connector|vLLM %s has no P2pNcclConnector (it was removed in 0.24, vllm-project/vllm#44854). Use this project's own connector (vLLM 0.21 or newer): KV_CONNECTOR=own, or auto; or install a version that has the other: pip install "vllm>=0.18,<0.24"|vLLM %s 没有 P2pNcclConnector（自 0.24 起移除，vllm-project/vllm#44854）。请使用本项目的 connector（vLLM 0.21 或更新）：KV_CONNECTOR=own 或 auto；或安装仍包含它的版本：pip install "vllm>=0.18,<0.24"
+vllm_random_ids|vLLM %s makes request ids random and cannot be told not to, so decode would wait for ever. Install another version: pip install "vllm>=0.21"|vLLM %s 会随机化请求 ID 且无法关闭，decode 将永远等待。请安装其他版本：pip install "vllm>=0.21"
+own_too_old|KV_CONNECTOR=own needs vLLM 0.21 or newer, this is %s. Install it: pip install "vllm>=0.21"; or leave KV_CONNECTOR at auto (P2pNcclConnector, vLLM 0.9.2 to 0.13 and 0.17 to 0.23)|KV_CONNECTOR=own 需要 vLLM 0.21 或更新版本，当前为 %s。请安装：pip install "vllm>=0.21"；或将 KV_CONNECTOR 保持为 auto（P2pNcclConnector，vLLM 0.9.2 至 0.13 与 0.17 至 0.23）
+own_wants_ip|ENGINE_HOST=%s is a name; this project's connector needs an IP address: set ENGINE_HOST to one|ENGINE_HOST=%s 是主机名；本项目的 connector 需要 IP 地址：请将 ENGINE_HOST 设为 IP 地址
+own_untried|This project's connector was tried with vLLM 0.21 to 0.33, not with %s.|本项目的 connector 在 vLLM 0.21 至 0.33 上验证过，未在 %s 上验证。
+connector_own|this project's connector (disagg_kv)|本项目的 connector（disagg_kv）
 too_few_gpus|ENGINE=vllm needs two GPUs, nvidia-smi shows %s. Without them: ENGINE=sim|ENGINE=vllm 需要两块 GPU，nvidia-smi 显示 %s 块。没有时请用 ENGINE=sim
 no_such_gpu|GPU %s of %s does not exist; there are: %s|GPU %s（%s）不存在；现有：%s
 gpu_shared|GPU %s would hold both a prefill and a decode engine; NCCL refuses two ranks on one GPU. Give them different ones (PREFILL_GPU, DECODE_GPU)|GPU %s 同时分给了 prefill 和 decode，NCCL 不允许同一 GPU 上有两个 rank。请分开（PREFILL_GPU、DECODE_GPU）
 gpu_not_countable|GPU "%s" is no number, so TENSOR_PARALLEL=%s cannot count up from it; write the GPUs as a+b|GPU “%s”不是编号，无法按 TENSOR_PARALLEL=%s 递增；请写成 a+b
 gpu_count_differs|"%s" does not name TENSOR_PARALLEL=%s GPUs|“%s”的 GPU 数与 TENSOR_PARALLEL=%s 不符
-unequal_parallel|%s has another number of GPUs than the engines before it; P2pNcclConnector needs the same tensor parallel size everywhere|%s 的 GPU 数与之前的引擎不同；P2pNcclConnector 要求各引擎张量并行数相同
+unequal_parallel|%s has another number of GPUs than the engines before it; prefill and decode need the same tensor parallel size|%s 的 GPU 数与之前的引擎不同；prefill 与 decode 的张量并行数须相同
 port_twice|port %s is given both to %s and to %s|端口 %s 同时分给了 %s 和 %s
 ports_run_out|no ports left above %s|%s 之上已无可用端口
 port_taken|port %s, for %s, is taken: %s|端口 %s（用于 %s）已被占用：%s
@@ -105,7 +109,7 @@ why_no_vllm|no vLLM found|未找到 vLLM
 loud_sim|SIMULATED ENGINES: no model runs, the answers are made up.|模拟引擎：没有运行真实模型，回答是编造的。
 loud_why|Why: %s|原因：%s
 loud_sim_how|For real ones: two GPUs and `pip install -r requirements.txt`; `doctor` says what lacks.|要用真实引擎：两块 GPU 并执行 `pip install -r requirements.txt`；`doctor` 说明缺少什么。
-using_vllm|vLLM %s: %s|vLLM %s：%s
+using_vllm|vLLM %s with %s: %s|vLLM %s，使用 %s：%s
 chunked_warning|Prefill runs in chunks (MAX_NUM_BATCHED_TOKENS=%s, MAX_MODEL_LEN=%s): a chunk that ends inside the last block ends the prefill engine (an assertion of the connector). Where memory allows, set MAX_NUM_BATCHED_TOKENS to MAX_MODEL_LEN; before vLLM 0.14 that makes it rarer only.|prefill 分块执行（MAX_NUM_BATCHED_TOKENS=%s，MAX_MODEL_LEN=%s）：在最后一个块内结束的分块会使 prefill 引擎退出（连接器断言）。显存允许时请将 MAX_NUM_BATCHED_TOKENS 设为 MAX_MODEL_LEN；vLLM 0.14 之前这只能降低概率。
 part_proxy|  proxy: HTTP port %s, registration port %s|  proxy：HTTP 端口 %s，注册端口 %s
 part_engine|  %s: HTTP port %s, KV port %s, %s|  %s：HTTP 端口 %s，KV 端口 %s，%s
@@ -165,15 +169,22 @@ status_flying|%s, %s in flight (%s)|%s，在途 %s（%s）
 status_unknown|answers; the proxy does not know it|有响应；代理尚未接纳
 status_restarts|restarts: %s; last %s: %s|重启 %s 次；最近 %s：%s
 status_given_up|given up; see %s, then `restart`|已放弃重启；查看 %s 后执行 `restart`
+status_wanted|frozen: `restart %s` brings it back|已卡住：`restart %s` 可恢复
+status_wanted_terminal|frozen: stop it in its terminal with Ctrl+C and start it again|已卡住：请在其终端中按 Ctrl+C 停止并重新启动
 status_sim|The engines are SIMULATED: no model runs.|引擎是模拟的：没有运行真实模型。
 sup_watching|watching: %s|开始监护：%s
 sup_ends|the supervisor ends|监护进程结束
 sup_died|%s (PID %s) died; restart in %s s (death %s, limit %s)|%s（PID %s）退出；%s 秒后重启（第 %s 次，上限 %s）
-sup_frozen|%s (PID %s) has sent KV to %s, which died, and would stay frozen: restarted|%s（PID %s）向已退出的 %s 发送过 KV，会一直卡住：重启
-sup_given_up|%s died %s times within %s s: given up. The end of its log:|%1$s 在 %3$s 秒内退出 %2$s 次：放弃重启。其日志末尾：
+sup_ended|%s (PID %s) was ended; restart in %s s (death %s, limit %s)|%s（PID %s）已被结束；%s 秒后重启（第 %s 次，上限 %s）
+sup_frozen|%s (PID %s) is frozen, says the proxy (%s), and is ended|代理报告 %s（PID %s）已卡住（%s），将其结束
+sup_frozen_terminal|%s (PID %s) is frozen, says the proxy (%s), but runs in a terminal of its own: stop it there with Ctrl+C and start it again|代理报告 %s（PID %s）已卡住（%s），但它在自己的终端中运行：请在那里按 Ctrl+C 停止并重新启动
+sup_partner|%s (PID %s) has sent KV to %s and would stay frozen: restarted|%s（PID %s）向 %s 发送过 KV，会一直卡住：重启
+sup_partner_terminal|%s (PID %s) has sent KV to %s and would stay frozen, but runs in a terminal of its own: stop it there with Ctrl+C and start it again|%s（PID %s）向 %s 发送过 KV，会一直卡住，但它在自己的终端中运行：请在那里按 Ctrl+C 停止并重新启动
+sup_given_up|%s died or froze %s times within %s s: given up. The end of its log:|%1$s 在 %3$s 秒内退出或卡住 %2$s 次：放弃重启。其日志末尾：
 sup_why_died|PID %s died|PID %s 退出
-sup_why_frozen|%s, to which it had sent KV, died|它发送过 KV 的 %s 退出
-sup_why_loop|died %s times|退出 %s 次
+sup_why_froze|PID %s was frozen: %s|PID %s 卡住：%s
+sup_why_partner|it had sent KV to %s, which ended|它向 %s 发送过 KV，而后者已结束
+sup_why_loop|gone %s times, at last: %s|共 %s 次，最后一次：%s
 sup_port|%s waits: port %s is %s|%s 等待：端口 %s %s
 sup_started|%s started again, PID %s|%s 已重新启动，PID %s
 sup_log_mark|===== %s is started again by the supervisor =====|===== %s 由监护进程重新启动 =====
@@ -187,10 +198,12 @@ doc_packages|the proxy's packages: in %s|代理所需的包：位于 %s
 doc_packages_later|not installed: %s; `all` installs them into %s|未安装：%s；`all` 会安装到 %s
 doc_no_venv|not installed: %s; and this Python cannot make a virtual environment. Run: %s|未安装：%s；且该 Python 无法创建虚拟环境。请执行：%s
 doc_sim_asked|vLLM: not needed, ENGINE=sim|vLLM：不需要，ENGINE=sim
-doc_vllm|vLLM %s with P2pNcclConnector: %s|vLLM %s，含 P2pNcclConnector：%s
+doc_vllm|vLLM %s with %s: %s|vLLM %s，使用 %s：%s
 doc_random_set|request ids: kept as they are (VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 is set for both engines)|请求 ID：保持不变（两个引擎均设置 VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1）
 doc_random_zero|your environment sets VLLM_DISABLE_REQUEST_ID_RANDOMIZATION to something else than 1; this script sets 1 for its engines, engines you start yourself would hang|环境中 VLLM_DISABLE_REQUEST_ID_RANDOMIZATION 不是 1；本脚本会为其引擎设为 1，您自行启动的引擎会挂起
 doc_random_none|request ids: this vLLM does not randomise them|请求 ID：该版本 vLLM 不随机化
+doc_secret|KV ports: engines and proxy prove that they know DISAGG_KV_SECRET|KV 端口：引擎与代理须证明知道 DISAGG_KV_SECRET
+doc_no_secret|KV ports are open on %s and DISAGG_KV_SECRET is not set: whoever reaches them can ask for KV; set a secret|KV 端口在 %s 上开放且未设置 DISAGG_KV_SECRET：任何能连接的人都可索取 KV；请设置密钥
 doc_few_gpus|%s GPU(s) shown by nvidia-smi: engines will be simulated|nvidia-smi 显示 %s 块 GPU：将使用模拟引擎
 doc_gpu|GPU %s: %s, %s of %s MiB free|GPU %s：%s，空闲 %s / %s MiB
 doc_gpu_over|GPU %s: its engines ask for %s %% of it together; lower PREFILL_GPU_MEMORY_UTILIZATION or DECODE_GPU_MEMORY_UTILIZATION|GPU %s：其上引擎共要求 %s%% 显存；请降低 PREFILL_GPU_MEMORY_UTILIZATION 或 DECODE_GPU_MEMORY_UTILIZATION
@@ -198,6 +211,8 @@ doc_gpu_busy|GPU %s: %s MiB free, %s MiB wanted for %s; stop what uses it, or lo
 doc_gpu_free|GPU %s: %s MiB free, %s MiB wanted for %s|GPU %1$s：空闲 %2$s MiB，%4$s 需要 %3$s MiB
 doc_buffer|KV buffer of %s on GPU %s: %s MiB beside vLLM's share, %s MiB wanted|%s 在 GPU %s 上的 KV 缓冲：vLLM 占比之外有 %s MiB，需要 %s MiB
 doc_buffer_big|KV buffer of %s on GPU %s: %s MiB beside vLLM's share, %s MiB wanted; lower KV_BUFFER_SIZE or DECODE_GPU_MEMORY_UTILIZATION|%s 在 GPU %s 上的 KV 缓冲：vLLM 占比之外有 %s MiB，需要 %s MiB；请降低 KV_BUFFER_SIZE 或 DECODE_GPU_MEMORY_UTILIZATION
+doc_staging|staging buffers of %s on GPU %s: %s MiB beside vLLM's share, %s MiB wanted|%s 在 GPU %s 上的中转缓冲：vLLM 占比之外有 %s MiB，需要 %s MiB
+doc_staging_big|staging buffers of %s on GPU %s: %s MiB beside vLLM's share, %s MiB wanted; lower GPU_MEMORY_UTILIZATION|%s 在 GPU %s 上的中转缓冲：vLLM 占比之外有 %s MiB，需要 %s MiB；请降低 GPU_MEMORY_UTILIZATION
 doc_link_nvlink|%s to %s: NVLink (%s)|%s 到 %s：NVLink（%s）
 doc_link_pci|%s to %s: no NVLink, the way is %s; KV transfer is slower. Other GPUs may be closer: nvidia-smi topo -m|%s 到 %s：没有 NVLink，路径为 %s，KV 传输较慢。其他 GPU 可能更近：nvidia-smi topo -m
 doc_link_unknown|%s to %s: nvidia-smi topo does not say how they are connected|%s 到 %s：nvidia-smi topo 未给出连接方式
@@ -224,6 +239,7 @@ doc_run_dir|nothing stale in %s|%s 中没有陈旧文件
 doc_stale_dead|%s: its PID file names PID %s, which is gone, started %s min ago; `stop` clears it|%s：PID 文件中的进程 %s 已不存在，启动于 %s 分钟前；`stop` 可清理
 doc_stale_reused|%s: its PID file names PID %s, which is another process by now, started %s min ago; `stop` clears it and leaves that process alone|%s：PID 文件中的 PID %s 现属于其他进程，启动于 %s 分钟前；`stop` 会清理文件且不影响该进程
 doc_clock|%s: its PID file is from the future; the clock was set back|%s：PID 文件时间在未来；系统时钟曾被回拨
+doc_frozen|%s is frozen, says the proxy: %s. `restart %s` brings it back|代理报告 %s 已卡住：%s。`restart %s` 可恢复
 TABLE
 )
 readonly MESSAGE_TABLE

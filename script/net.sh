@@ -21,30 +21,31 @@ authority() {
   printf '%s:%s' "$host" "$2"
 }
 
-# http_get HOST PORT PATH [KEY]: HTTP_STATUS (000: no answer) and HTTP_BODY. Each read waits 3 s at most.
+# http_get HOST PORT PATH [KEY]: HTTP_STATUS and HTTP_BODY; false, with 000 and nothing, when no whole answer came
+# within 3 s. A program of its own asks: bash cannot limit how long it waits for a connection, and a peer that hangs up
+# must not end this script with SIGPIPE. The key goes through the environment, where `ps` of other users does not show it.
 http_get() {
   local answer
-  answer=$(http_raw "$@") || true
   HTTP_STATUS=000 HTTP_BODY=''
-  [[ -n $answer ]] || return 1
+  answer=$(HTTP_KEY=${4:-} timeout --foreground 3 "$BASH" -p -c "$HTTP_PROGRAM" http_get "$1" "$2" "$3" 2>/dev/null) || return 1
   HTTP_STATUS=${answer%%$'\n'*}
   HTTP_BODY=${answer#*$'\n'}
 }
 
-# Runs in a subshell: a peer that hangs up must not end this script with SIGPIPE.
 http_raw() {
-  local host=$1 port=$2 path=$3 key=${4:-} fd line status
-  { exec {fd}<>"/dev/tcp/$host/$port"; } 2>/dev/null || return 1
+  local host=$1 port=$2 path=$3 fd line status
+  exec {fd}<>"/dev/tcp/$host/$port" || return 1
   printf 'GET %s HTTP/1.0\r\nHost: %s:%s\r\n%sConnection: close\r\n\r\n' "$path" "$host" "$port" \
-    "${key:+Authorization: Bearer $key$'\r\n'}" >&"$fd" || return 1
-  IFS= read -r -t 3 -u "$fd" line || return 1
+    "${HTTP_KEY:+Authorization: Bearer $HTTP_KEY$'\r\n'}" >&"$fd" || return 1
+  IFS= read -r -u "$fd" line || return 1
   [[ $line =~ ^HTTP/1\.[01]\ ([0-9]{3}) ]] || return 1
   status=${BASH_REMATCH[1]}
-  while IFS= read -r -t 3 -u "$fd" line && [[ $line != $'\r' && -n $line ]]; do :; done
+  while IFS= read -r -u "$fd" line && [[ $line != $'\r' && -n $line ]]; do :; done
   printf '%s\n' "$status"
-  while IFS= read -r -t 3 -u "$fd" line; do printf '%s\n' "$line"; done
+  while IFS= read -r -u "$fd" line; do printf '%s\n' "$line"; done
   printf '%s' "$line"
 }
+HTTP_PROGRAM="$(declare -f http_raw); http_raw \"\$@\""
 
 proxy_get() {
   http_get "$(reach "$HTTP_PROXY_HOST")" "$HTTP_PROXY_PORT" "$1" "$API_KEY"

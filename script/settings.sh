@@ -125,7 +125,7 @@ apply_defaults() {
       if [[ $PREFILL_GPU =~ ^[0-9]+$ ]]; then DECODE_GPU=$((PREFILL_GPU + TENSOR_PARALLEL)); else DECODE_GPU=1; fi
     fi
   fi
-  : "${PREFILL_GPU_MEMORY_UTILIZATION:=${both:-0.9}}" "${DECODE_GPU_MEMORY_UTILIZATION:=${both:-0.7}}"
+  : "${PREFILL_GPU_MEMORY_UTILIZATION:=${both:-0.9}}" "${DECODE_GPU_MEMORY_UTILIZATION:=$both}"
   if [[ -z $MAX_NUM_BATCHED_TOKENS && $MAX_MODEL_LEN =~ ^[0-9]{1,9}$ ]]; then
     MAX_NUM_BATCHED_TOKENS=$((MAX_MODEL_LEN > 8192 ? MAX_MODEL_LEN : 8192))
   fi

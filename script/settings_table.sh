@@ -9,6 +9,7 @@ SETTINGS_TABLE=$(
 MODEL|text|@|model path or Hugging Face name; default: /share-data/wzk-1/model/Qwen3-4B when it exists, else Qwen/Qwen3-4B|模型路径或 Hugging Face 名称；默认：存在 /share-data/wzk-1/model/Qwen3-4B 时用它，否则 Qwen/Qwen3-4B
 SERVED_MODEL_NAME|names||names the model is served under, comma-separated; default: the last part of MODEL, and MODEL itself|对外提供的模型名，逗号分隔；默认：MODEL 的最后一段以及 MODEL 本身
 ENGINE|choice:auto,vllm,sim|auto|vllm, sim (simulated engines, no GPU needed), or auto: vllm when it is installed and two GPUs are there|vllm、sim（模拟引擎，无需 GPU）或 auto：已安装 vLLM 且有两块 GPU 时用 vllm
+KV_CONNECTOR|choice:auto,p2p_nccl,own|auto|how vllm moves KV: p2p_nccl (vLLM's P2pNcclConnector, 0.9.2 to 0.23), own (this project's disagg_kv, 0.21 and newer), or auto: own from vLLM 0.24 on|vllm 传输 KV 的方式：p2p_nccl（vLLM 的 P2pNcclConnector，0.9.2 至 0.23）、own（本项目的 disagg_kv，0.21 及更新版本）或 auto：vLLM 0.24 起用 own
 PREFILL_GPU|gpu|@|GPU of the prefill engine; default 0, or the first of CUDA_VISIBLE_DEVICES|prefill 引擎的 GPU；默认 0，或 CUDA_VISIBLE_DEVICES 的第一个
 DECODE_GPU|gpu|@|GPU of the decode engine; default the next one after the prefill's|decode 引擎的 GPU；默认为 prefill 之后的下一个
 PREFILL_GPUS|gpus||several prefill engines: one entry each, 0,1; an entry 0+1 is one engine on two GPUs|多个 prefill 引擎：每项一个，如 0,1；0+1 表示一个引擎占两块 GPU
@@ -25,25 +26,26 @@ PROXY_PORT|port|30001|port on which engines register with the proxy (ZMQ)|引擎
 ENGINE_HOST|host|127.0.0.1|address of the engines, also their VLLM_HOST_IP|引擎的地址，同时作为 VLLM_HOST_IP
 GPU_MEMORY_UTILIZATION|fraction||share of GPU memory for both roles, unless the role's own setting is given|两种角色的显存占比，除非给出角色自己的设置
 PREFILL_GPU_MEMORY_UTILIZATION|fraction|@|share of GPU memory for prefill; default 0.9|prefill 的显存占比；默认 0.9
-DECODE_GPU_MEMORY_UTILIZATION|fraction|@|share of GPU memory for decode; default 0.7: the KV buffer comes on top|decode 的显存占比；默认 0.7，KV 缓冲另计
+DECODE_GPU_MEMORY_UTILIZATION|fraction|@|share of GPU memory for decode; default 0.7 with p2p_nccl, whose KV buffer comes on top, 0.9 with own|decode 的显存占比；p2p_nccl 默认 0.7（KV 缓冲另计），own 默认 0.9
 MAX_MODEL_LEN|count|10000|longest prompt plus answer, in tokens|提示词加回答的最大 token 数
 MAX_NUM_BATCHED_TOKENS|count|@|tokens in one step of an engine; default MAX_MODEL_LEN, at least 8192|引擎单步处理的 token 数；默认为 MAX_MODEL_LEN，至少 8192
 MAX_NUM_SEQS|count|256|requests in one step of an engine|引擎单步处理的请求数
-CHUNKED_PREFILL|choice:auto,on,off|auto|prefill in chunks; auto: only when MAX_NUM_BATCHED_TOKENS is below MAX_MODEL_LEN, because a chunk that ends inside a block can end the prefill engine|分块 prefill；auto：仅当 MAX_NUM_BATCHED_TOKENS 小于 MAX_MODEL_LEN 时启用，因为在块内结束的分块可能使 prefill 引擎退出
-ENFORCE_EAGER|choice:1,0,prefill|1|1: no CUDA graphs; prefill: decode with them; 0: both, prefill with piecewise ones|1：不用 CUDA graph；prefill：仅 decode 使用；0：都用，prefill 为分段式
+CHUNKED_PREFILL|choice:auto,on,off|auto|prefill in chunks; auto: with own yes, with p2p_nccl only when MAX_NUM_BATCHED_TOKENS is below MAX_MODEL_LEN, because there a chunk that ends inside a block can end the prefill engine|分块 prefill；auto：own 启用；p2p_nccl 仅当 MAX_NUM_BATCHED_TOKENS 小于 MAX_MODEL_LEN 时启用，因为此时在块内结束的分块可能使 prefill 引擎退出
+ENFORCE_EAGER|choice:auto,1,0,prefill|auto|1: no CUDA graphs; prefill: decode with them; 0: both, with p2p_nccl prefill with piecewise ones; auto: 1 with p2p_nccl, 0 with own|1：不用 CUDA graph；prefill：仅 decode 使用；0：都用，p2p_nccl 的 prefill 为分段式；auto：p2p_nccl 为 1，own 为 0
 DTYPE|word|auto|data type of the model|模型的数据类型
-KV_BUFFER_SIZE|number|8e9|bytes of GPU memory on each decode GPU for KV that has arrived|每块 decode GPU 上用于已到达 KV 的显存字节数
-MEM_POOL_SIZE_GB|count|4|GiB of pinned host memory for each decode GPU, used when the KV buffer is full; vLLM rounds up to a power of two|每块 decode GPU 的锁页内存（GiB），KV 缓冲满时使用；vLLM 向上取 2 的幂
+KV_BUFFER_SIZE|number|8e9|p2p_nccl: bytes of GPU memory on each decode GPU for KV that has arrived|p2p_nccl：每块 decode GPU 上用于已到达 KV 的显存字节数
+MEM_POOL_SIZE_GB|count|4|p2p_nccl: GiB of pinned host memory for each decode GPU, used when the KV buffer is full; vLLM rounds up to a power of two|p2p_nccl：每块 decode GPU 的锁页内存（GiB），KV 缓冲满时使用；vLLM 向上取 2 的幂
 EXTRA_PREFILL_ARGS|args||more arguments for prefill engines; they come last and win|prefill 引擎的附加参数，放在最后，优先生效
 EXTRA_DECODE_ARGS|args||more arguments for decode engines|decode 引擎的附加参数
 EXTRA_SIM_ARGS|args||more arguments for simulated engines (see python -m disagg_proxy.sim --help); EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS are for vllm only|模拟引擎的附加参数（见 python -m disagg_proxy.sim --help）；EXTRA_PREFILL_ARGS 与 EXTRA_DECODE_ARGS 仅用于 vllm
 EXTRA_PROXY_ARGS|args||more arguments for the proxy (see disagg_prefill_proxy_server.py --help)|代理的附加参数（见 disagg_prefill_proxy_server.py --help）
 API_KEY|secret||key that clients of the proxy must send|代理的客户端须携带的密钥
 ENGINE_API_KEY|secret||key that the engines ask the proxy for|引擎要求代理携带的密钥
-SUPERVISE|flag|1|restart what dies after all; the same as all --supervise and --no-supervise|all 之后重启退出的进程；等同于 all --supervise 与 --no-supervise
-RESTART_LIMIT|count|5|deaths of one process within RESTART_WINDOW after which it is given up|单个进程在 RESTART_WINDOW 内退出多少次后放弃重启
+DISAGG_KV_SECRET|secret||own: secret that engines and proxy share|own：各引擎与代理共享的密钥
+SUPERVISE|flag|1|restart what dies or freezes after all; the same as all --supervise and --no-supervise|all 之后重启退出或卡住的进程；等同于 all --supervise 与 --no-supervise
+RESTART_LIMIT|count|5|deaths and freezes of one process within RESTART_WINDOW after which it is given up|单个进程在 RESTART_WINDOW 内退出或卡住多少次后放弃重启
 RESTART_WINDOW|count|600|seconds over which RESTART_LIMIT counts|RESTART_LIMIT 的计数窗口（秒）
-RESTART_BACKOFF|number|1|seconds before a restart, doubled at each further death within the window, at most 60|重启前等待的秒数，窗口内每次退出翻倍，最多 60
+RESTART_BACKOFF|number|1|seconds before a restart, doubled at each further one within the window, at most 60|重启前等待的秒数，窗口内每次退出翻倍，最多 60
 START_TIMEOUT|count|@|seconds that all waits until everything is ready; default 120 simulated, 1800 with vllm (a download may be part of it)|all 等待全部就绪的秒数；默认模拟引擎 120，vllm 1800（可能包含下载）
 STOP_TIMEOUT|count|20|seconds from TERM to KILL|从 TERM 到 KILL 的秒数
 TEST_TIMEOUT|count|60|seconds of silence after which a request of test has failed|test 的请求静默多少秒后算失败

@@ -1,12 +1,13 @@
 # shellcheck shell=bash
-# Restarting what dies. A process of its own, so that `stop` can stop it first. Only deaths are its business: a part whose
-# PID file is gone was stopped on purpose.
-#   proxy or prefill dies    it alone is restarted
-#   decode dies              it is restarted, and so are the prefills that have sent to it: they stay frozen otherwise
-# Waits double with every death; a part that dies too often is given up, with the end of its log.
+# Restarting what falls: what dies, and what frozen.sh ends. A process of its own, so that `stop` can stop it first. A part
+# whose PID file is gone was stopped on purpose; one in the foreground is its terminal's business.
+#   proxy or prefill falls   it alone is restarted
+#   decode falls             it is restarted, and so are the prefills that have sent to it: with P2pNcclConnector they stay
+#                            frozen otherwise; with this project's they go on
+# Waits double with every fall; a part that falls too often is given up, with the end of its log.
 
 SUPERVISOR_DONE=''
-declare -A DEATHS=() RESTART_AT=() GIVEN_UP=()
+declare -A DEATHS=() RESTART_AT=() GIVEN_UP=() SAID=()
 
 start_supervisor() {
   local name settings=()
@@ -37,6 +38,7 @@ cmd_supervise() {
   supervisor_says sup_watching "${PARTS[*]}"
   while [[ -z $SUPERVISOR_DONE ]]; do
     if something_to_do; then supervise_once; fi
+    if ((SECONDS >= NEXT_LOOK)); then look_for_frozen; fi
     read -r -t 0.4 -u "$quiet" _ || true
   done
   supervisor_says sup_ends
@@ -44,6 +46,13 @@ cmd_supervise() {
 
 supervisor_says() {
   printf '%(%Y-%m-%d %H:%M:%S)T %s\n' -1 "$(text "$@")"
+}
+
+# say_once KEY NAME PID [MORE...]: not again about the same process.
+say_once() {
+  [[ ${SAID["$1 $2"]:-} != "$3" ]] || return 0
+  SAID["$1 $2"]=$3
+  supervisor_says "$@"
 }
 
 # A look without the lock, so that a quiet machine costs next to nothing.
@@ -60,7 +69,7 @@ something_to_do() {
 }
 
 supervise_once() {
-  local name
+  local name asked=''
   # Another command that changes what runs has the lock: deaths are its doing.
   take_lock 0 supervisor 2>/dev/null || return 0
   for name in "${PARTS[@]}"; do
@@ -71,11 +80,15 @@ supervise_once() {
       if [[ -n ${GIVEN_UP[$name]:-} ]]; then unset "GIVEN_UP[$name]" "DEATHS[$name]"; fi
       unset "RESTART_AT[$name]"
     elif [[ -z ${RESTART_AT[$name]:-}${GIVEN_UP[$name]:-} ]]; then
-      died "$name"
+      fell "$name"
     fi
   done
   for name in "${!RESTART_AT[@]}"; do
-    if (($(now_ms) >= RESTART_AT[$name])) && may_start "$name"; then start_again "$name"; fi
+    (($(now_ms) >= RESTART_AT[$name])) && may_start "$name" || continue
+    # For the PID files. Once is enough, should it not answer.
+    if [[ -z $asked ]]; then ask_proxy; fi
+    asked=1
+    start_again "$name"
   done
   release_lock
 }
@@ -90,44 +103,70 @@ now_ms() {
   fi
 }
 
-died() {
-  local name=$1 pid=$PART_PID now times=() time count wait_ms prefill
-  local -a frozen=()
-  printf -v now '%(%s)T' -1
-  for time in ${DEATHS[$name]:-}; do
-    if ((now - time < RESTART_WINDOW)); then times+=("$time"); fi
-  done
-  times+=("$now")
-  DEATHS[$name]=${times[*]} count=${#times[@]}
-  if [[ ${PART_ROLE[$name]} == decode ]]; then mapfile -t frozen < <(paired_prefills "$name"); fi
-  load_part "$name"
-  leave_marker "$name"
+# fell NAME [REASON]: NAME (loaded) died, or is frozen as the REASON says. What is left of it goes, and so do the prefills
+# that depend on it, before anything starts.
+fell() {
+  local name=$1 reason=${2:-} pid=$PART_PID message=sup_died why count wait_ms prefill
+  local -a partners=()
+  local -A partner_pid=()
+  why=$(text sup_why_died "$pid")
+  if [[ -n $reason ]]; then message=sup_ended why=$(text sup_why_froze "$pid" "$reason"); fi
+  count_fall "$name"
+  count=$(wc -w <<<"${DEATHS[$name]}")
+  if [[ ${PART_ROLE[$name]} == decode ]]; then
+    while read -r prefill; do
+      load_part "$prefill" || continue
+      if [[ -n ${GIVEN_UP[$prefill]:-}${RESTART_AT[$prefill]:-} ]]; then continue; fi
+      if [[ ${PART[mode]:-} == foreground ]]; then
+        say_once sup_partner_terminal "$prefill" "$PART_PID" "$name"
+      else
+        partners+=("$prefill")
+        partner_pid[$prefill]=$PART_PID
+      fi
+    done < <(paired_prefills "$name")
+  fi
+  leave_markers "$name" "${partners[@]}"
   if ((count > RESTART_LIMIT)); then
     GIVEN_UP[$name]=1
     supervisor_says sup_given_up "$name" "$count" "$RESTART_WINDOW"
     tail -n 15 -- "$LOG_DIR/$name.log" | sed 's/^/    /'
-    note_restart "$name" given-up "$(text sup_why_loop "$count")"
+    note_restart "$name" given-up "$(text sup_why_loop "$count" "$why")"
   else
     wait_ms=$(backoff_ms "$count")
     RESTART_AT[$name]=$(($(now_ms) + wait_ms))
-    supervisor_says sup_died "$name" "$pid" "$((wait_ms / 1000)).$((wait_ms % 1000 / 100))" "$count" "$RESTART_LIMIT"
-    note_restart "$name" waiting "$(text sup_why_died "$pid")"
+    supervisor_says "$message" "$name" "$pid" "$((wait_ms / 1000)).$((wait_ms % 1000 / 100))" "$count" "$RESTART_LIMIT"
+    note_restart "$name" waiting "$why"
   fi
-  for prefill in "${frozen[@]}"; do
-    if [[ -n ${GIVEN_UP[$prefill]:-}${RESTART_AT[$prefill]:-} ]]; then continue; fi
-    load_part "$prefill"
-    supervisor_says sup_frozen "$prefill" "$PART_PID" "$name"
-    leave_marker "$prefill"
+  for prefill in "${partners[@]}"; do
+    supervisor_says sup_partner "$prefill" "${partner_pid[$prefill]}" "$name"
     RESTART_AT[$prefill]=$(now_ms)
-    note_restart "$prefill" waiting "$(text sup_why_frozen "$name")"
+    note_restart "$prefill" waiting "$(text sup_why_partner "$name")"
   done
 }
 
-# Ends what is left of a part (loaded) and keeps a PID file that stands for "wanted, but not running".
-leave_marker() {
-  local http=${PART[http]:-} log=${PART[log]:-}
-  stop_parts 3 "$1"
-  printf '%s\n' pid=0 mode=background "role=${PART_ROLE[$1]}" "kind=$(kind_of "$1")" "http=$http" "log=$log" >"$RUN_DIR/$1.pid"
+# Adds this moment to the falls of NAME; those before RESTART_WINDOW do not count any more.
+count_fall() {
+  local now time times=''
+  printf -v now '%(%s)T' -1
+  for time in ${DEATHS[$1]:-}; do
+    if ((now - time < RESTART_WINDOW)); then times+="$time "; fi
+  done
+  DEATHS[$1]=$times$now
+}
+
+# leave_markers NAME...: ends what is left of these parts, all at once, and keeps PID files that stand for "wanted, but
+# not running".
+leave_markers() {
+  local name
+  local -A places=()
+  for name in "$@"; do
+    load_part "$name" || true
+    places[$name]="http=${PART[http]:-}"$'\n'"log=${PART[log]:-}"$'\n'"connector=${PART[connector]:-}"
+  done
+  stop_parts 3 "$@"
+  for name in "$@"; do
+    printf '%s\n' pid=0 mode=background "role=${PART_ROLE[$name]}" "kind=$(kind_of "$name")" "${places[$name]}" >"$RUN_DIR/$name.pid"
+  done
 }
 
 backoff_ms() {
@@ -159,7 +198,6 @@ may_start() {
 start_again() {
   local name=$1
   unset "RESTART_AT[$name]"
-  ask_proxy
   {
     printf '\n'
     supervisor_says sup_log_mark "$name"

@@ -64,8 +64,9 @@ announce() {
   if [[ $ENGINE_KIND == sim ]]; then
     loud "$(text loud_sim)" "$(text loud_why "$ENGINE_WHY")" "$(text loud_sim_how)"
   else
-    say using_vllm "$VLLM_VERSION" "${VLLM_COMMAND[*]}"
-    if chunked_prefill && vllm_at_least 0 11; then warn chunked_warning "$MAX_NUM_BATCHED_TOKENS" "$MAX_MODEL_LEN"; fi
+    say using_vllm "$VLLM_VERSION" "$(connector_shown)" "${VLLM_COMMAND[*]}"
+    if own_untried; then warn own_untried "$VLLM_VERSION"; fi
+    if chunks_may_kill; then warn chunked_warning "$MAX_NUM_BATCHED_TOKENS" "$MAX_MODEL_LEN"; fi
   fi
   for name in "${PARTS[@]}"; do
     if [[ $name == proxy ]]; then

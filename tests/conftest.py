@@ -12,27 +12,24 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-import uvicorn
 from multidict import CIMultiDict
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
-from disagg_proxy.server import listen, server_config
+from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
+
+pytest.register_assert_rewrite("tests.machine")
 
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Leaves the test runner's signal handlers alone, and ends when it is told to, not at its next look."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.told_to_exit = asyncio.Event()
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
-        await self.told_to_exit.wait()
+        await self._services.stopping.begun.wait()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -45,7 +42,7 @@ class Proxy:
     def __init__(self, config: Config) -> None:
         self.socket: socket.socket = listen(config)
         self.services = Services(config)
-        self.server = _Server(server_config(config, self.services))
+        self.server = _Server(server_config(config, self.services), self.services)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.zmq = f"127.0.0.1:{self.services.discovery.listener.port}"
@@ -62,7 +59,8 @@ class Proxy:
             await asyncio.sleep(0.002)
 
     async def stop(self) -> None:
-        self.server.told_to_exit.set()
+        if not self.services.stopping.begun.is_set():
+            self.server.signalled()
         if self._serving is not None:
             await self._serving
         self.socket.close()

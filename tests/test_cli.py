@@ -177,7 +177,7 @@ async def test_a_signal_ends_it_with_0_and_nothing_is_left(run: Run, number: int
     children = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
     assert not children.exists() or not children.read_text()
     assert await command.end(number) == 0
-    assert command.written.count("\n") == 2, command.written
+    assert command.written.count("\n") == 3 and "Stopping" in command.written.splitlines()[2], command.written
     for address in (command.url.removeprefix("http://"), command.zmq):
         host, _, port = address.rpartition(":")
         with socket.socket() as again:
@@ -206,11 +206,29 @@ async def test_sigterm_lets_a_running_stream_finish(run: Run, engines, http, dia
         idle.send("GET /livez HTTP/1.1\r\nHost: proxy\r\n\r\n")
         assert (await idle.answer())[0] == 200
         command.process.send_signal(signal.SIGTERM)
-        assert await soon(idle.reader.read()) == b"", "connections without a request are closed at once"
+        await command.until_written("Stopping")
+        idle.post("/v1/completions", ASK)
+        assert (await idle.answer())[0] == 503
         decode.faults.release()
         assert (await soon(answer.read())).endswith(b"data: [DONE]\n\n")
     assert await command.end() == 0
     assert "Traceback" not in command.written
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+async def test_a_second_signal_ends_it_at_once(run: Run, engines, http, number: int) -> None:
+    command = await (await run(SHUTDOWN_GRACE="600")).until_ready()
+    _, decode = await engines(command.zmq)
+    await command.until_serving()
+    decode.faults.hold("schedule", after=2)
+    async with http.post(command.url + "/v1/completions", json={**ASK, "stream": True}) as answer:
+        await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+        command.process.send_signal(signal.SIGTERM)
+        await command.until_written("Stopping;")
+        assert await command.end(number) == 0
+        with pytest.raises(aiohttp.ClientError):
+            await soon(answer.read())
+    assert "Stopping at once" in command.written and "Traceback" not in command.written
 
 
 async def test_log_lines_are_json_and_a_cut_stream_is_one_of_them(run: Run, engines, http) -> None:

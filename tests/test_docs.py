@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_modules_and_files_named_in_the_pages_exist(page: Path) -> None:
 
 
 async def test_every_route_in_the_readme_exists() -> None:
-    services = Services(Config(**LOCAL))
+    services = Services(Config(**LOCAL, admin_key="k"))
     try:
         app = create_app(services.config, services)
         rules = {re.sub(r"<[^>]+>", "NAME", rule.rule) for rule in app.url_map.iter_rules()}
@@ -48,3 +49,43 @@ async def test_every_route_in_the_readme_exists() -> None:
         table = "\n".join(line.split("|")[1] for line in section[1].splitlines() if line.startswith("| `"))
         for path in re.findall(r"(?<=[` ])(/[\w/]+)", table):
             assert path in rules, path
+
+
+def failure_moments() -> list[tuple[str, str, list[str]]]:
+    """The rows of docs/failure-moments.md: section, moment, and the ids of its tests from tests/ on."""
+    rows = []
+    for section in (ROOT / "docs/failure-moments.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        named = re.search(r"^Tests: `tests/([\w/]+\.py)`$", text, re.M)
+        for line in text.splitlines():
+            if named is None or not line.startswith("| ") or line.startswith("| moment "):
+                continue
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            tests = []
+            for test in re.findall(r"`([^`]+)`", cells[-1]):
+                file, _, name = test.rpartition("::")
+                file = file if "/" in file or not file else f"faults/{file}"
+                tests.append(f"{file or named[1]}::{name}")
+            rows.append((title, cells[0], tests))
+    return rows
+
+
+def test_every_failure_moment_has_tests_and_they_exist() -> None:
+    rows = failure_moments()
+    assert len(rows) > 80
+    there = {}
+    for title, moment, tests in rows:
+        assert tests, f"{title}: {moment} names no test"
+        for test in tests:
+            file, _, name = test.partition("::")
+            if file not in there:
+                tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+                there[file] = {
+                    node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+                }
+            assert name.startswith("test_") and name in there[file], test
+
+
+def test_every_file_of_failure_tests_is_in_the_table() -> None:
+    named = {test.partition("::")[0] for _, _, tests in failure_moments() for test in tests}
+    assert {f"faults/{path.name}" for path in (ROOT / "tests/faults").glob("test_*.py")} <= named

@@ -3,14 +3,13 @@
 As a command: ``python -m disagg_proxy.chaos --help``. In tests: :func:`run` with :class:`Options`.
 """
 
-from disagg_proxy.chaos.plan import ALL, KINDS, NOT_YET, Leave, Plan, PlannedRequest, Trouble, make_plan
+from disagg_proxy.chaos.plan import ALL, KINDS, Leave, Plan, PlannedRequest, Trouble, make_plan
 from disagg_proxy.chaos.report import Report
 from disagg_proxy.chaos.run import Options, run
 
 __all__ = [
     "ALL",
     "KINDS",
-    "NOT_YET",
     "Leave",
     "Options",
     "Plan",

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from disagg_proxy.chaos.plan import ALL, KINDS, NOT_YET
+from disagg_proxy.chaos.plan import ALL, KINDS
 from disagg_proxy.chaos.run import Options, run
 
 _DESCRIPTION = """A real proxy and simulated engines in one process under a mixed load, with clients that leave and
 engines that fail, by a plan that the seed makes. Every answer is compared with the right one; what is left over in
 the end is counted."""
 
-_EPILOG = """The proxy does not notice engines that are frozen for good yet: freeze ends by itself. It is not told how
-large decode's KV buffer is: keep --rate low enough, or --kv-buffer-bytes large enough, that a burst and the orphans
-that injected faults explain fit into it; at the default rate they do for half an hour. A killed decode freezes the
-prefills that sent to it (P2pNcclConnector), so the runner restarts them with it, as test_single_machine.sh does;
---no-supervisor shows what happens without. """ + " ".join(f"Not in all: {k}: {why}." for k, why in NOT_YET.items())
+_EPILOG = """The proxy is not told how large decode's KV buffer is: keep --rate low enough, or --kv-buffer-bytes large
+enough, that a burst and the orphans that injected faults explain fit into it; at the default rate they do for half an
+hour. A killed decode freezes the prefills that sent to it (P2pNcclConnector), so the runner restarts them with it, and
+it restarts what the proxy wants restarted, as test_single_machine.sh does; --no-supervisor shows what happens
+without."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--every", type=_positive, default=3.0, help="seconds between two troubles on average")
     parser.add_argument(
-        "--no-supervisor", action="store_true", help="bring a killed decode back alone: its prefills freeze"
+        "--no-supervisor", action="store_true", help="bring a killed decode back alone, and restart nothing frozen"
     )
     parser.add_argument("--kv-buffer-bytes", type=_count, default=8_000_000_000, help="KV buffer of each decode")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")

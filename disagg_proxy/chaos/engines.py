@@ -34,6 +34,8 @@ class Ledger:
         excused: by key, why KV of that id may stay on its decode: the proxy cannot free it.
         twice: ids that one decode process was asked for a second time.
         deaths: KV addresses of engines whose engine or KV listener died, and of what.
+        prefilled: keys of all prefills so far.
+        repeated_to: KV addresses of decodes towards which one was repeated: they count KV that comes again twice.
         wedged: KV addresses of decodes whose listener waits for a prefill that was killed while it sent.
     """
 
@@ -41,6 +43,8 @@ class Ledger:
     twice: list[str] = field(default_factory=list)
     deaths: list[tuple[str, str]] = field(default_factory=list)
     wedged: set[str] = field(default_factory=set)
+    repeated_to: set[str] = field(default_factory=set)
+    prefilled: set[str] = field(default_factory=set)
     prefills_repeated: int = 0
     injected: int = 0
 
@@ -98,11 +102,13 @@ class LedgerEngine(SimEngine):
 
     def _note_prefill(self, request_id: str, key: str) -> None:
         now = asyncio.get_running_loop().time()
-        self.ledger.prefills_repeated += key in self._seen
-        self._seen.add(key)
         to = _TO.search(request_id)
         if to is not None:
             self.sent_to.add(to[1])
+        if key in self.ledger.prefilled:
+            self.ledger.prefills_repeated += 1
+            self.ledger.repeated_to.add(to[1] if to else "")
+        self.ledger.prefilled.add(key)
         self._arrived[key] = now
         for old, at in list(self._arrived.items()):
             if now - at <= _RECENT:

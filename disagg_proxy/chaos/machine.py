@@ -1,23 +1,23 @@
 """The machine under test: a real proxy and its engines in this process, talking over real sockets.
 
 Also the supervisor's part of ``test_single_machine.sh``: a decode comes back together with every prefill that had
-sent to it, both down before both come up, since such a prefill would freeze (docs/engine-behaviour.md).
+sent to it, both down before both come up, since such a prefill would freeze (docs/engine-behaviour.md), and so does
+every engine that the proxy wants restarted.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-import uvicorn
-
 from disagg_proxy.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_proxy.chaos.work import MAX_MODEL_LEN, MODEL
 from disagg_proxy.config import Config
-from disagg_proxy.server import listen, server_config
+from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
 from disagg_proxy.sim import SimConfig
 
@@ -27,13 +27,22 @@ PING, EXPIRY = 0.5, 2.0
 LEG_TIMEOUT = 10.0
 """Seconds for a prefill, and for a decode's silence."""
 
+FREEZE_AFTER = 3.0
+"""Seconds of standing still after which the proxy takes an engine to be frozen."""
+
+_SUPERVISOR_LOOKS = 0.25
+"""Seconds between the supervisor's looks at what the proxy wants restarted."""
+
 _BIND_TRIES = 50
+
+_DOWN = 0.3
+"""Seconds that a frozen engine is down."""
 
 _MOMENT = 1.0
 """Seconds that the right moment for a prefill's end is waited for."""
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Leaves signals to whoever runs the event loop."""
 
     @contextmanager
@@ -84,6 +93,7 @@ class Slot:
                     raise
                 await asyncio.sleep(0.2)
         self.lives += 1
+        old.ledger.wedged.discard(old.kv_address)
 
 
 class Machine:
@@ -97,17 +107,20 @@ class Machine:
             "connect_timeout": 2.0,
             "prefill_timeout": LEG_TIMEOUT,
             "decode_timeout": LEG_TIMEOUT,
+            "freeze_after_min": FREEZE_AFTER,
+            "freeze_after_max": FREEZE_AFTER,
             "shutdown_grace": 5.0,
         }
         config = Config(**{**local, **timing, **settings})
         self.ledger = Ledger()
         self.socket = listen(config)
         self.services = Services(config)
-        self.server = _Server(server_config(config, self.services))
+        self.server = _Server(server_config(config, self.services), self.services)
         self.url = "http://{}:{}".format(*self.socket.getsockname()[:2])
         self.prefills: list[Slot] = []
         self.decodes: list[Slot] = []
         self._restarting = asyncio.Lock()
+        self.frozen_restarted: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self.services.registry.watch(changed=lambda instance: self._changed.set())
 
@@ -149,12 +162,36 @@ class Machine:
     async def kill_decode(self, slot: Slot, down: float, *, supervised: bool) -> int:
         """Kill a decode and bring it back; how many prefills were restarted with it."""
         async with self._restarting:
-            address = slot.engine.kv_address
-            with_it = [p for p in self.prefills if supervised and address in p.engine.sent_to]
-            await asyncio.gather(*(one.end("killed") for one in (slot, *with_it)))
-            await asyncio.sleep(down)
-            await asyncio.gather(*(one.come_back() for one in (slot, *with_it)))
-            return len(with_it)
+            return await self._restart_decode(slot, down, supervised=supervised)
+
+    async def _restart_decode(self, slot: Slot, down: float, *, supervised: bool) -> int:
+        address = slot.engine.kv_address
+        with_it = [p for p in self.prefills if supervised and address in p.engine.sent_to]
+        await asyncio.gather(*(one.end("killed") for one in (slot, *with_it)))
+        await asyncio.sleep(down)
+        await asyncio.gather(*(one.come_back() for one in (slot, *with_it)))
+        return len(with_it)
+
+    async def supervise(self) -> None:
+        """Restart what the proxy wants restarted, for ever."""
+        while True:
+            await asyncio.sleep(_SUPERVISOR_LOOKS)
+            for instance in self.services.registry.instances():
+                slot = next((s for s in self.slots if s.engine.http_address == instance.http.text), None)
+                if slot is None or not instance.restart_wanted:
+                    continue
+                async with self._restarting:
+                    if not instance.restart_wanted or not slot.up:
+                        continue
+                    self.frozen_restarted[slot.engine.config.role] += 1
+                    if slot in self.decodes:
+                        await self._restart_decode(slot, _DOWN, supervised=True)
+                    else:
+                        await slot.end("killed")
+                        await asyncio.sleep(_DOWN)
+                        await slot.come_back()
+                # The proxy notices the end of the old process by itself, in its own time.
+                await self._until(lambda gone=instance: not gone.restart_wanted, 5)  # type: ignore[misc]
 
     def excuse_waiting(self, slot: Slot) -> None:
         """A decode that refuses connections counts as gone, and what waits there or is on its way as gone with it."""
@@ -230,7 +267,7 @@ async def running_machine(
             raise RuntimeError(f"not ready: {machine.services.registry.missing()}")
         yield machine
     finally:
-        machine.server.should_exit = True
+        machine.server.signalled()
         await asyncio.gather(serving, return_exceptions=True)
         await asyncio.gather(*(slot.engine.stop() for slot in machine.slots))
         machine.socket.close()

@@ -23,6 +23,8 @@ KINDS: dict[str, str] = {
     "refuse-decode": "a decode takes no new connection for a while",
     "slow": "an engine makes a short stop before every step",
     "freeze": "an engine's step hangs for 2-5 s, while /health and pings go on",
+    "hang": "an engine's step hangs for good, while /health and pings go on; it is restarted when the proxy says so",
+    "lose-kv": "a decode loses the KV of the next 1-3 prompts, and waits for it in its forward pass",
     "pings": "an engine's pings are lost for longer than the expiry",
     "kill-prefill": "kill -9 of a prefill between two KV transfers, which comes back on its ports",
     "kill-decode": "kill -9 of a decode, which comes back on its ports together with the prefills that had sent to it",
@@ -31,14 +33,9 @@ KINDS: dict[str, str] = {
 }
 """Every kind of trouble, in words."""
 
-NOT_YET: dict[str, str] = {
-    "kill-sending": "the receiving decode's KV listener waits for ever, and nobody notices that it is frozen",
-}
-"""Kinds that the proxy does not withstand yet, and what happens; "all" leaves them out."""
+ALL = tuple(KINDS)
 
-ALL = tuple(kind for kind in KINDS if kind not in NOT_YET)
-
-_DECODE_ONLY = ("cut", "refuse-decode", "kill-decode")
+_DECODE_ONLY = ("cut", "refuse-decode", "kill-decode", "lose-kv")
 _PREFILL_ONLY = ("refuse", "kill-prefill", "kill-sending", "stop-prefill")
 _LEAVING = 1 / 3
 

@@ -26,6 +26,9 @@ DEADLINE = 4 * LEG_TIMEOUT
 _AFTER_EFFECT = 6.0
 """Seconds after the end of a trouble in which a failure still counts as its doing: breakers, probes, restarts."""
 
+_WEDGED_TURNS = 4
+"""Rounds of requests after which a decode that takes in no KV must have been found."""
+
 _QUIET = 3 * LEG_TIMEOUT
 """Seconds for everything to come to rest: an abandoned prefill has two of its deadlines."""
 
@@ -78,16 +81,20 @@ async def run(options: Options) -> Report:
         tasks, memory = len(asyncio.all_tasks()), _rss_mib()
         visitors = Clients(session, machine.url, DEADLINE)
         maker = TroubleMaker(machine, visitors.now, supervised=options.supervisor)
+        supervisor = asyncio.ensure_future(machine.supervise() if options.supervisor else asyncio.sleep(0))
         await _carry_out(plan, visitors, maker)
         report.seconds = visitors.now()
         report.busy = await machine.until_idle(_QUIET)
         if not await machine.until_ready(15):
             report.not_ready = _not_ready(machine, pairs)
+        await _find_wedged(machine, Clients(session, machine.url, DEADLINE), options.seed)
         last = Clients(session, machine.url, DEADLINE)
         right = await _plain(last, options.seed + 1, 2 * pairs)
         report.afterwards = (2 * pairs, right)
         report.afterwards_causes.update(one.cause for one in last.results if one.outcome != RIGHT)
         await machine.until_idle(_QUIET if not report.busy else 0)
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
         report.take(visitors.results)
         report.tasks = (tasks, len(asyncio.all_tasks()))
         report.rss_mib = (memory, _rss_mib())
@@ -116,6 +123,16 @@ async def _carry_out(plan: Plan, visitors: Clients, maker: TroubleMaker) -> None
         await asyncio.gather(*running)
 
     await asyncio.gather(clients(), *(at(trouble.at, maker.make(trouble)) for trouble in plan.troubles))
+
+
+async def _find_wedged(machine: Machine, clients: Clients, seed: int) -> None:
+    """Requests by which a decode that takes in no KV is noticed, where the run ended before it was."""
+    for turn in range(_WEDGED_TURNS):
+        if not machine.ledger.wedged:
+            return
+        await _plain(clients, seed + 2 + turn, 2 * len(machine.slots))
+        await machine.until_idle(_QUIET)
+        await machine.until_ready(15)
 
 
 async def _plain(clients: Clients, seed: int, count: int) -> int:
@@ -158,7 +175,7 @@ def _inspect(report: Report, machine: Machine, maker: TroubleMaker) -> None:
             report.orphan_bytes += size
         report.buffer_bytes += state["kv_buffer_used"]
         leak = state["kv_buffer_used"] - sum(state["kv_waiting"].values())
-        if leak > 0 and not state["dead"]:
+        if leak > 0 and not state["dead"] and engine.kv_address not in ledger.repeated_to:
             report.buffer_leaks.append(f"{engine.name}: {leak} bytes counted that are not there")
     for address, what in deaths:
         (report.stalled_explained if address in maker.orphaned_prefills else report.dead).append(what)
@@ -168,6 +185,9 @@ def _inspect(report: Report, machine: Machine, maker: TroubleMaker) -> None:
         "drains done": drains.done,
         "drains failed": drains.failed,
         "failovers": stats.failovers,
+        "freezes": sum(i.freezes for i in machine.services.registry.instances()),
+        "replays": sum(i.replays for i in machine.services.registry.instances()),
+        **{f"frozen {role} restarted": count for role, count in machine.frozen_restarted.items()},
     }
 
 

@@ -14,6 +14,9 @@ from disagg_proxy.chaos.plan import Trouble
 
 log = logging.getLogger(__name__)
 
+_WEDGED = 30.0
+"""Seconds after which a decode whose KV listener hangs has been found and restarted, when there is traffic."""
+
 _STOP, _GO = 0.05, 0.02
 """A slowed engine stands still for so long, then steps for so long; seconds."""
 
@@ -111,6 +114,29 @@ class TroubleMaker:
         with slot.engine.faults.held("forward"):
             await asyncio.sleep(trouble.seconds)
 
+    async def _hang(self, slot: Slot, trouble: Trouble) -> None:
+        engine = slot.engine
+        engine.faults.hold("forward")
+        if not self._supervised:
+            await asyncio.sleep(trouble.seconds)
+            engine.faults.release("forward")
+        # Without work for it nobody can notice.
+        await self._until_healed(engine, slot, lambda: engine.faults.held_at is None, give_up=60.0)
+        engine.faults.release("forward")
+
+    async def _lose_kv(self, slot: Slot, trouble: Trouble) -> None:
+        engine = slot.engine
+        engine.faults.lose_kv(trouble.times)
+        await asyncio.sleep(trouble.seconds)
+        engine.faults.keep_kv()
+        await self._until_healed(engine, slot, lambda: engine.state()["stalled_on"] is None, give_up=60.0)
+
+    async def _until_healed(self, engine: LedgerEngine, slot: Slot, healed: Callable[[], bool], give_up: float) -> None:
+        """Until an engine moves, or another one has its place."""
+        end = self._now() + give_up
+        while slot.engine is engine and slot.up and not healed() and self._now() < end:
+            await asyncio.sleep(0.1)
+
     async def _pings(self, slot: Slot, trouble: Trouble) -> None:
         faults = slot.engine.faults
         faults.pings = False
@@ -124,6 +150,11 @@ class TroubleMaker:
 
     async def _kill_sending(self, slot: Slot, trouble: Trouble) -> None:
         await self._machine.restart_prefill(slot, "killed", trouble.seconds, while_sending=True)
+        # Its receiver is found by the next two prefills that send to it.
+        wedged = set(self._machine.ledger.wedged)
+        end = self._now() + _WEDGED
+        while wedged & self._machine.ledger.wedged and self._now() < end:
+            await asyncio.sleep(0.1)
 
     async def _stop_prefill(self, slot: Slot, trouble: Trouble) -> None:
         await self._machine.restart_prefill(slot, "stopped", trouble.seconds)
@@ -142,6 +173,8 @@ _KINDS: dict[str, Callable[[TroubleMaker, Slot, Trouble], Awaitable[None]]] = {
     "refuse-decode": TroubleMaker._refuse,
     "slow": TroubleMaker._slow,
     "freeze": TroubleMaker._freeze,
+    "hang": TroubleMaker._hang,
+    "lose-kv": TroubleMaker._lose_kv,
     "pings": TroubleMaker._pings,
     "kill-prefill": TroubleMaker._kill_prefill,
     "kill-sending": TroubleMaker._kill_sending,

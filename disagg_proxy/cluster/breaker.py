@@ -66,6 +66,11 @@ class Breaker:
             self._open_until = now + self._pause
             self._trying = False
 
+    def trip(self, now: float) -> None:
+        """The instance did something that one failure is enough for."""
+        self._failures = FAILURES_TO_OPEN - 1
+        self.failure(now)
+
     def undecided(self) -> None:
         """The request that was to decide ended without a verdict; the next one may try."""
         self._trying = False

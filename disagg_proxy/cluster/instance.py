@@ -9,6 +9,8 @@ from typing import Any
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.breaker import Breaker
+from disagg_proxy.cluster.kv_kind import P2P, KvKind
+from disagg_proxy.cluster.pulse import Pulse
 
 
 class Role(Enum):
@@ -22,11 +24,13 @@ class State(Enum):
     """Where an instance stands.
 
     PROBING: known, but its HTTP side has not (or no longer) answered rightly, or its KV address is not known.
-    READY: may get requests. LOST: its pings stopped; kept a while so that /stats can say so.
+    READY: may get requests. FROZEN: pings and answers /health, but its forward pass stands still. LOST: its pings
+    stopped; kept a while so that /stats can say so.
     """
 
     PROBING = "probing"
     READY = "ready"
+    FROZEN = "frozen"
     LOST = "lost"
 
 
@@ -44,6 +48,7 @@ class Instance:
     Attributes:
         http: where its OpenAI server listens.
         kv: where its KV connector listens, None until a ping tells.
+        kind: how it exchanges KV. boot: which process it is, empty when it does not tell.
         models: served names in the engine's own order, the first is its default; each with the object that its
             /v1/models showed.
         reason: why it is in this state, for people.
@@ -53,15 +58,24 @@ class Instance:
         times_lost: how often it stopped being ready.
         in_flight: requests on it now; for decode until the last byte of the stream.
         spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
+        draining: taken out for maintenance: it gets nothing new, whatever its state, until an operator undoes that.
+        visits: requests on it now that concern no pair, such as /tokenize.
+        kv_waiting: prompts that were sent to prefill and that decode has not loaded, on both.
         kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
         requests_total, failures_total: legs sent to it, and those that failed by its own fault.
         breaker: leaves it alone while it keeps failing.
+        pulse: who waits for its engine, and whether that moves.
+        freezes, replays: how often it stood still, and prefills that were repeated to free it.
+        restart_wanted: frozen, and nothing but a restart is left to try.
+        senders_frozen: on decode, prefills that stood still while they sent to this process of it.
     """
 
     role: Role
     http: Address
     kv: Address | None
     source: Source
+    kind: KvKind = P2P
+    boot: str = ""
     state: State = State.PROBING
     reason: str = "not probed yet"
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -72,10 +86,18 @@ class Instance:
     times_lost: int = 0
     spoken_to: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    draining: bool = False
+    visits: int = 0
+    kv_waiting: int = 0
     kv_waiting_bytes: int = 0
     requests_total: int = 0
     failures_total: int = 0
     breaker: Breaker = field(default_factory=Breaker)
+    pulse: Pulse = field(default_factory=lambda: Pulse(0.0))
+    freezes: int = 0
+    replays: int = 0
+    restart_wanted: bool = False
+    senders_frozen: int = 0
 
     @property
     def key(self) -> str:
@@ -86,6 +108,21 @@ class Instance:
     def default_model(self) -> str | None:
         """The model that vLLM takes when a request names none."""
         return next(iter(self.models), None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of the proxy's clients would be lost if its process ended now.
+
+        A prefill may answer while its last tensor is still on the way (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``:
+        ``send_async`` takes an item from the queue before it sends it, and ``wait_for_sent`` waits for an empty
+        queue), so it is idle only when decode has loaded the KV.
+        """
+        return not (self.in_flight or self.visits or self.kv_waiting)
+
+    @property
+    def explanation(self) -> str:
+        """``reason``, and what an operator has done."""
+        return f"drained for maintenance; {self.reason}" if self.draining else self.reason
 
     def __str__(self) -> str:
         return f"{self.role.value} {self.http.text}"

@@ -16,9 +16,10 @@ class Lease:
         self._ended = False
         instance.in_flight += 1
         instance.requests_total += 1
-        # The one of this process; a successor starts with its own.
+        # Those of this process; a successor starts with its own.
         self._breaker = instance.breaker
         self._breaker.begin(registry.now())
+        self.pulse = instance.pulse
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
         """Give the place back; only the first call counts.
@@ -56,17 +57,24 @@ class Lease:
 
 
 class KvClaim:
-    """KV of one prompt on a decode instance, from before its prefill is sent until decode has loaded it."""
+    """KV of one prompt from prefill to decode: from before the one is asked until the other has loaded it."""
 
-    def __init__(self, registry: Registry, instance: Instance, size: int) -> None:
+    def __init__(self, registry: Registry, prefill: Instance, decode: Instance, size: int) -> None:
         self._registry = registry
-        self._instance = instance
+        self._prefill = prefill
+        self._decode = decode
         self._size = size
-        instance.kv_waiting_bytes += size
+        self._released = False
+        prefill.kv_waiting += 1
+        decode.kv_waiting += 1
+        decode.kv_waiting_bytes += size
 
     def release(self) -> None:
         """It does not wait any more; only the first call counts."""
-        if self._size:
-            self._instance.kv_waiting_bytes -= self._size
-            self._size = 0
-            self._registry.freed()
+        if self._released:
+            return
+        self._released = True
+        self._prefill.kv_waiting -= 1
+        self._decode.kv_waiting -= 1
+        self._decode.kv_waiting_bytes -= self._size
+        self._registry.freed()

@@ -1,20 +1,23 @@
 """The one place that knows all instances. Lives on the event loop's thread; time comes from the injected clock.
 
 Life of an instance: announced by a ping or named at start (PROBING), admitted when its HTTP side answered rightly
-(READY), back to PROBING when a probe or a connection fails, LOST when its pings stop, forgotten some time later.
+(READY), back to PROBING when a probe or a connection fails, FROZEN while its engine stands still, which no probe can
+see, LOST when its pings stop, forgotten some time later.
 A ping that contradicts a live instance does not displace it: the instance is probed at once instead, and the
 newcomer gets in when that finds it gone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.breaker import Breaker
+from disagg_proxy.cluster.exchange import Exchange
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
+from disagg_proxy.cluster.kv_kind import P2P, KvKind
+from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
 
 MAX_INSTANCES = 1024
@@ -40,7 +43,8 @@ class Registry:
         self._expiry = expiry
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
-        self._processes: Counter[str] = Counter()
+        self.exchange = Exchange(MAX_INSTANCES)
+        self._drained: set[str] = set()
         self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
@@ -84,43 +88,61 @@ class Registry:
         self._take_in(instance)
         return instance
 
-    def announce(self, role: Role, http: Address, kv: Address) -> str | None:
+    def announce(self, role: Role, http: Address, kv: Address, kind: KvKind = P2P, boot: str = "") -> str | None:
         """Take in one ping; returns why it was not accepted, None if it was."""
         known = self._instances.get(http.netloc)
-        if known is not None and known.state is State.LOST and (known.role, known.kv) == (role, kv):
+        same = known is not None and (known.role, known.kv, known.kind) == (role, kv, kind)
+        if known is not None and known.state is State.LOST and same:
             # It was silent, which is no proof that its process ended.
             known.last_ping = self._clock()
             self._move(known, State.PROBING, "its pings are back")
             self._want_probe(known)
             return None
         if known is None or known.state is State.LOST:
-            return self._newcomer(role, http, kv)
-        if known.role is not role or (known.kv is not None and known.kv != kv):
-            return self._contradiction(known, role, kv)
+            return self._newcomer(role, http, kv, kind, boot)
+        if known.role is not role or (known.kv is not None and not same):
+            return self._contradiction(known, role, kv, kind, boot)
         known.last_ping = self._clock()
+        if known.boot != boot:
+            if known.boot:
+                self.process_ended(known)
+                self.suspend(known, "it was restarted")
+                self._want_probe(known)
+            known.boot = boot
         if known.kv is None:
-            known.kv = kv
+            known.kv, known.kind = kv, kind
             self._want_probe(known)
         return None
 
-    def _newcomer(self, role: Role, http: Address, kv: Address) -> str | None:
+    def _newcomer(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str) -> str | None:
         owner = next((i for i in self._instances.values() if i.kv == kv and i.state is not State.LOST), None)
         if owner is not None and owner.key != http.netloc:
             return f"the KV address {kv.text} belongs to {owner}"
-        if len(self._instances) >= MAX_INSTANCES and http.netloc not in self._instances:
+        if http.netloc not in self._instances and not self._has_room():
             return f"{MAX_INSTANCES} instances are known already"
-        self._take_in(Instance(role, http, kv, Source.PING, last_ping=self._clock()))
+        self._take_in(Instance(role, http, kv, Source.PING, kind, boot, last_ping=self._clock()))
         return None
 
+    def _has_room(self) -> bool:
+        """Whether another one can be remembered, if need be in place of one that is lost."""
+        if len(self._instances) < MAX_INSTANCES:
+            return True
+        gone = next((i for i in self._instances.values() if i.state is State.LOST and _forgettable(i)), None)
+        if gone is not None:
+            del self._instances[gone.key]
+        return gone is not None
+
     def _take_in(self, instance: Instance) -> None:
+        instance.draining = instance.key in self._drained
+        instance.pulse = Pulse(self._clock())
         self._instances[instance.key] = instance
         self._move(instance, State.PROBING, instance.reason)
         self._want_probe(instance)
 
-    def _contradiction(self, known: Instance, role: Role, kv: Address) -> str | None:
+    def _contradiction(self, known: Instance, role: Role, kv: Address, kind: KvKind, boot: str) -> str | None:
         if known.state is State.PROBING and known.source is Source.PING:
             del self._instances[known.key]
-            return self._newcomer(role, known.http, kv)
+            return self._newcomer(role, known.http, kv, kind, boot)
         self._want_probe(known)
         return f"{known} is ready with KV address {known.kv.text if known.kv else '?'}; it is probed again"
 
@@ -129,7 +151,7 @@ class Registry:
     def admit(self, instance: Instance, models: Mapping[str, Mapping[str, Any]]) -> None:
         """Its /health and /v1/models answered rightly."""
         instance.probe_failures = 0
-        if instance.state is State.LOST:
+        if instance.state in (State.LOST, State.FROZEN):
             return
         if instance.kv is None:
             instance.models = models
@@ -146,10 +168,38 @@ class Registry:
         Args:
             gone: its connections are refused. Where a lifeline is held, that one tells whether the process has ended.
         """
-        if gone and instance.state is State.READY and not self.has_lifeline(instance):
+        if gone and instance.state in (State.READY, State.FROZEN) and not self.has_lifeline(instance):
             self.process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._move(instance, State.PROBING, reason)
+
+    def freeze(self, instance: Instance, reason: str) -> None:
+        """Its engine stands still: no requests until it moves again, or its process has ended."""
+        if instance.state is State.READY:
+            instance.freezes += 1
+            self._move(instance, State.FROZEN, reason)
+
+    def want_restart(self, instance: Instance, reason: str) -> None:
+        """It is frozen, and nothing else is left to try."""
+        if instance.state is State.FROZEN:
+            instance.restart_wanted = True
+            self._move(instance, State.FROZEN, reason)
+
+    def thaw(self, instance: Instance, reason: str) -> None:
+        """Its engine moves again; a probe may admit it."""
+        if instance.state is State.FROZEN:
+            instance.restart_wanted = False
+            self._move(instance, State.PROBING, reason)
+            self._want_probe(instance)
+
+    def process_ended(self, instance: Instance) -> None:
+        """Its process is gone, and with it the KV it held and the peers it knew."""
+        instance.epoch += 1
+        instance.breaker = Breaker()
+        instance.pulse = Pulse(self._clock())
+        instance.senders_frozen = 0
+        self.exchange.process_ended(instance)
+        self.thaw(instance, "its process has ended")
 
     def look_again(self, instance: Instance) -> None:
         """A leg failed in a way that leaves open whether the instance lives."""
@@ -173,36 +223,24 @@ class Registry:
                 continue
             silent = now - instance.last_ping
             if instance.state is State.LOST:
-                if now - instance.changed_at >= _FORGET_AFTER and not instance.in_flight:
+                if now - instance.changed_at >= _FORGET_AFTER and _forgettable(instance):
                     del self._instances[instance.key]
             elif silent >= self._expiry:
+                instance.restart_wanted = False
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
 
-    # -- who has exchanged KV with whom
+    # -- who is out for maintenance
 
-    def process_ended(self, instance: Instance) -> None:
-        """Its process is gone, and with it the KV it held and the peers it knew."""
-        instance.epoch += 1
-        instance.spoken_to.clear()
-        instance.breaker = Breaker()
-        if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < MAX_INSTANCES):
-            self._processes[instance.kv.text] += 1
+    def drain(self, instance: Instance, draining: bool = True) -> None:
+        """Give it nothing new, or again; holds for whatever process comes to its endpoint."""
+        (self._drained.add if draining else self._drained.discard)(instance.key)
+        instance.draining = draining
+        for watcher in self._on_change:
+            watcher(instance)
 
-    def sends_towards(self, prefill: Instance, decode: Instance) -> None:
-        """Prefill gets a request whose KV goes to decode."""
-        if decode.kv is not None:
-            prefill.spoken_to[decode.kv.text] = self._processes[decode.kv.text]
-
-    def can_exchange(self, prefill: Instance, decode: Instance) -> bool:
-        """Whether prefill has never sent towards an earlier process at decode's KV address.
-
-        After a decode's restart on the same address such a prefill freezes at its next send, until it is restarted
-        too (vLLM 0.21, measured).
-        """
-        if decode.kv is None or not prefill.spoken_to:
-            return True
-        now = self._processes[decode.kv.text]
-        return prefill.spoken_to.get(decode.kv.text, now) == now
+    def drained(self, role: Role) -> Sequence[Instance]:
+        """Those of one role that are out for maintenance, in any state."""
+        return [i for i in self._instances.values() if i.role is role and i.draining] if self._drained else ()
 
     # -- what others ask
 
@@ -257,15 +295,22 @@ class Registry:
         return found
 
     def missing(self) -> list[str]:
-        """What keeps every pair from serving, in words; empty when both roles have a ready instance.
+        """What keeps every pair from serving, in words; empty when both roles have an instance that takes requests.
 
         Clients read this, so it names no address.
         """
         lacks = []
         for role in Role:
-            if self.ready(role):
+            if any(not i.draining for i in self.ready(role)):
                 continue
             known = [i for i in self._instances.values() if i.role is role]
-            why = "; ".join(f"one is {i.state.value}: {i.reason}" for i in known[:3])
+            why = "; ".join(
+                "one is drained for maintenance" if i.draining else f"one is {i.state.value}: {i.reason}"
+                for i in known[:3]
+            )
             lacks.append(f"no {role.value} instance is ready ({why or 'none has registered'})")
         return lacks
+
+
+def _forgettable(instance: Instance) -> bool:
+    return not instance.in_flight and not instance.draining

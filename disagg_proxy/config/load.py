@@ -24,11 +24,14 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """Read all settings.
 
     Raises:
-        ConfigError: for the first setting that has a bad value, or an unknown flag.
+        ConfigError: for the first setting that has a bad value, or an unknown flag; for keys that must differ.
         SystemExit: after ``--help`` and ``--version``, with code 0.
     """
     given = vars(_parser().parse_args(argv))
-    return Config(**{setting.name: _value(setting, given[setting.name], environ) for setting in SETTINGS})
+    config = Config(**{setting.name: _value(setting, given[setting.name], environ) for setting in SETTINGS})
+    if config.admin_key and config.admin_key == config.api_key:
+        raise ConfigError("ADMIN_KEY: must differ from API_KEY, which every client has")
+    return config
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,6 +35,8 @@ class Config:
     connect_timeout: float = 5.0
     prefill_timeout: float = 600.0
     decode_timeout: float = 600.0
+    freeze_after_min: float = 20.0
+    freeze_after_max: float = 300.0
     body_timeout: float = 60.0
     header_timeout: float = 20.0
     send_timeout: float = 300.0
@@ -47,12 +49,16 @@ class Config:
     decode_max_in_flight: int = 256
     kv_buffer_bytes: int = 0
     kv_bytes_per_token: int = 0
+    decode_alone: bool = True
+    decode_alone_below: int = 0
     max_queue: int = 4096
     queue_timeout: float = 120.0
     prefill_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     decode_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
     api_key: str = ""
     engine_api_key: str = ""
+    admin_key: str = ""
+    kv_secret: str = ""
     cors_origins: tuple[str, ...] = ()
     enable_profiling: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

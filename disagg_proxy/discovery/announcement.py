@@ -1,7 +1,8 @@
 """The text of a ping, and nothing else: msgpack in, a typed announcement out.
 
 vLLM 0.9.2 - 0.23 (``kv_connector/v1/p2p/p2p_nccl_engine.py``, ``ping``): every 3 s a DEALER sends
-``{"type": "P" | "D", "http_address": "host:port", "zmq_address": "host:port"}``.
+``{"type": "P" | "D", "http_address": "host:port", "zmq_address": "host:port"}``. This project's connector sends the
+same and more (docs/connector.md, "Announcement").
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import msgpack
 
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, P2P_NCCL, KvKind
+from disagg_proxy.protocol.disagg_kv import FIELDS
 
 MAX_BYTES = 4096
 """A real ping has about 100 bytes."""
@@ -30,11 +33,17 @@ class BadAnnouncement(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """One ping: an instance with this role serves HTTP and KV at these addresses."""
+    """One ping: an instance with this role serves HTTP and KV at these addresses.
+
+    Attributes:
+        boot: differs for every process of an engine; empty where the connector tells nothing of it.
+    """
 
     role: Role
     http: Address
     kv: Address
+    kind: KvKind = P2P
+    boot: str = ""
 
 
 def decode(frames: Sequence[bytes]) -> Announcement:
@@ -57,7 +66,33 @@ def decode(frames: Sequence[bytes]) -> Announcement:
     role = fields.get("type")
     if not isinstance(role, str) or role not in _ROLES:
         raise BadAnnouncement("mistyped", "type is neither P nor D")
-    return Announcement(_ROLES[role], _address(fields, "http_address"), _address(fields, "zmq_address"))
+    addresses = _address(fields, "http_address"), _address(fields, "zmq_address")
+    return Announcement(_ROLES[role], *addresses, _kind(fields), _boot(fields))
+
+
+def _kind(fields: dict[object, object]) -> KvKind:
+    protocol = fields.get("protocol", P2P_NCCL)
+    if protocol == P2P_NCCL:
+        return P2P
+    if protocol != DISAGG_KV:
+        raise BadAnnouncement("mistyped", f"the KV protocol {str(protocol)[:40]!r} is not known here")
+    traits: list[tuple[str, str | int]] = []
+    for name in FIELDS:
+        value = fields.get(name)
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise BadAnnouncement("mistyped", f"{name} is neither text nor a number")
+        traits.append((name, value))
+    transports = fields.get("transports")
+    if not isinstance(transports, list) or not all(isinstance(name, str) for name in transports):
+        raise BadAnnouncement("mistyped", "transports is no list of texts")
+    return KvKind(DISAGG_KV, tuple(traits), frozenset(transports))
+
+
+def _boot(fields: dict[object, object]) -> str:
+    boot = fields.get("boot_id", "")
+    if not isinstance(boot, str):
+        raise BadAnnouncement("mistyped", "boot_id is not text")
+    return boot
 
 
 def _address(fields: dict[object, object], name: str) -> Address:

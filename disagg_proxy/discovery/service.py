@@ -38,6 +38,8 @@ class Discovery:
         self._registry = registry
         self.listener = Listener(config.zmq_host, config.zmq_port, AllowList(config.allow_register), self._deliver)
         self.refused: Counter[str] = Counter()
+        key = config.engine_api_key
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._lock = threading.Lock()
         self._waiting: dict[tuple[str, str], Announcement] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -49,9 +51,7 @@ class Discovery:
         """Take in the configured instances, then read pings."""
         self._loop = asyncio.get_running_loop()
         self._registry.watch(changed=_log_change)
-        key = self._config.engine_api_key
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._prober = Prober(self._registry, upstream, self._config.probe_interval, headers)
+        self._prober = Prober(self._registry, upstream, self._config.probe_interval, self.headers)
         self._prober.start()
         self._lifelines = Lifelines(self._registry, self._config.connect_timeout, self._prober.look)
         self._lifelines.start()
@@ -87,7 +87,7 @@ class Discovery:
         with self._lock:
             announcements, self._waiting = self._waiting, {}
         for a in announcements.values():
-            refusal = self._registry.announce(a.role, a.http, a.kv)
+            refusal = self._registry.announce(a.role, a.http, a.kv, a.kind, a.boot)
             if refusal is None:
                 continue
             name = a.http.netloc if len(self.refused) < _MAX_WAITING else "others"
@@ -103,4 +103,4 @@ class Discovery:
 
 def _log_change(instance: Instance) -> None:
     level = logging.INFO if instance.state is not State.LOST else logging.WARNING
-    log.log(level, "%s is %s: %s", instance, instance.state.value, instance.reason)
+    log.log(level, "%s is %s: %s", instance, instance.state.value, instance.explanation)

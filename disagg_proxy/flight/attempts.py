@@ -1,19 +1,19 @@
 """Which pair serves a request, and when another one is tried. The rule and its reasons: docs/retry.md.
 
 Another pair always means a new id: KV that an earlier prefill may have sent belongs to the earlier id. Tries are
-bounded, and only made while the client waits.
+bounded, and only made while the client waits. They pass the same limits as new requests, or what a dead decode leaves
+behind would fill the buffer of the next.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
+from typing import Generic, Protocol, TypeVar
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.pairing import Pair, Pairing
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.flight.legs import Legs
 
 log = logging.getLogger(__name__)
 
@@ -21,47 +21,75 @@ _FIRST_PAUSE = 0.05
 """Seconds before the second try, doubled before each further one."""
 
 
-class Attempts:
+class Legs(Protocol):
+    """What holds the places of a try."""
+
+    def give_back(self) -> None: ...
+
+
+L = TypeVar("L", bound=Legs)
+
+
+class Attempts(Generic[L]):
     """The tries of one request.
 
     Args:
         first: the legs to begin with.
-        make: legs for a pair; takes places on its instances.
-        tries: pairs that are tried at most.
+        check: raises a ProxyError when nobody can serve it without some instances.
+        admit: legs without some instances, within the limits; may wait for room. Raises a ProxyError.
+        tries: legs that are tried at most.
     """
 
     def __init__(
-        self, first: Legs, make: Callable[[Pair], Legs], pairing: Pairing, model: str | None, tries: int
+        self,
+        first: L,
+        check: Callable[[Collection[Instance]], None],
+        admit: Callable[[Collection[Instance]], Awaitable[L]],
+        tries: int,
     ) -> None:
-        self._make = make
-        self._pairing = pairing
-        self._model = model
+        self._check = check
+        self._admit = admit
         self._left = tries - 1
         self._pause = _FIRST_PAUSE
         self._failed: set[Instance] = set()
         self.legs = first
 
-    async def another(self, failed: Instance, waiting: Callable[[], bool]) -> bool:
-        """Set up the legs of another pair without ``failed``; False when there is none, or no try left.
+    async def another(self, failed: Instance, waiting: Callable[[], bool], suspect: Instance | None = None) -> bool:
+        """Set up other legs without ``failed``; False when there are none, or no try is left.
 
-        The places of the pair before are given back by the caller.
+        The places of the legs before are given back by the caller.
+
+        Args:
+            waiting: whether the client still does.
+            suspect: an instance to be left out too, where there is another.
         """
         self._failed.add(failed)
-        if self._left <= 0 or not self._choose():
+        if self._left <= 0 or self._without(suspect) is None:
             return False
         self._left -= 1
         await asyncio.sleep(self._pause)
         self._pause *= 2
         # The pause may have changed who is there.
-        pair = self._choose()
-        if pair is None or not waiting():
+        without = self._without(suspect)
+        if without is None or not waiting():
             return False
-        log.info("%s failed a request; another try on %s and %s", failed, pair.prefill, pair.decode)
-        self.legs = self._make(pair)
+        log.info("%s failed a request; another try", failed)
+        try:
+            legs = await self._admit(without)
+        except ProxyError:
+            return False
+        if not waiting():
+            legs.give_back()
+            return False
+        self.legs = legs
         return True
 
-    def _choose(self) -> Pair | None:
-        try:
-            return self._pairing.choose(self._model, without=self._failed)
-        except ProxyError:
-            return None
+    def _without(self, suspect: Instance | None) -> Collection[Instance] | None:
+        """Whom to leave out; None when nobody is left."""
+        for without in ({*self._failed, suspect}, self._failed) if suspect else (self._failed,):
+            try:
+                self._check(without)
+            except ProxyError:
+                continue
+            return without
+        return None

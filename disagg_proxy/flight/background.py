@@ -31,15 +31,16 @@ class Background:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def finish(self, grace: float) -> None:
-        """Wait up to ``grace`` seconds for what runs and what that begins, then cancel the rest."""
-        clock = asyncio.get_running_loop().time
-        end = clock() + grace
-        while self._tasks and (left := end - clock()) > 0:
-            await asyncio.wait(self._tasks, timeout=left)
+    async def ended(self) -> None:
+        """Wait for what runs, and for what that begins."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def give_up(self) -> None:
+        """Cancel what still runs."""
         late = set(self._tasks)
         if late:
-            log.warning("%d background requests did not end within %.0f s and are given up", len(late), grace)
+            log.warning("%d background requests did not end in time (SHUTDOWN_GRACE) and are given up", len(late))
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)

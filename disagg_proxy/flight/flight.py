@@ -6,7 +6,9 @@
     client leaves during prefill   the same, with nobody to answer: a prefill that was sent is never cancelled
     decode refused (4xx)           the client gets that answer; the KV is drained
     decode cannot be reached       another pair; without one 502. The KV is drained, unless its process has ended
-    decode broken before an answer 502, no drain: it may have been received, and a second decode of an id hangs
+    decode broken before the first byte    502, no drain: it may have been received, and a second decode of an id hangs
+    prefill stands still           another pair; without one 504. The old leg runs on, then its KV is drained
+    decode stands still            504 before the first byte of the answer, a cut afterwards
     client leaves before the first byte of the answer    decode is aborted once it surely has the request
     client leaves later            decode is aborted at once: vLLM frees everything itself
     decode breaks in mid-answer    the client's connection is cut
@@ -21,14 +23,19 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.client import Client
+from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.legs import Legs, NotAsked
 from disagg_proxy.flight.outcome import Outcome, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.flight.relay import Relay
+from disagg_proxy.flight.verdict import is_failure
 from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
@@ -50,6 +57,7 @@ nothing before its end. A decode with a free place loads in its next step."""
 class _Phase(Enum):
     PREFILL = 1
     DECODE = 2
+    """Until the first byte of the answer's body."""
     BODY = 3
     OVER = 4
 
@@ -65,8 +73,9 @@ class Flight:
 
     def __init__(
         self,
-        attempts: Attempts,
+        attempts: Attempts[Legs],
         background: Background,
+        drainer: Drainer,
         stats: Stats,
         *,
         prefill_timeout: float,
@@ -75,18 +84,15 @@ class Flight:
     ) -> None:
         self._attempts = attempts
         self._background = background
+        self._drainer = drainer
         self._stats = stats
         self._prefill_timeout = prefill_timeout
         self._own_key = own_key
         self._prefilled = prefilled
-        self._begun_at = stats.clock()
+        self._client = Client(stats)
         self._phase = _Phase.PREFILL
         self._relay: Relay | None = None
         self._task: asyncio.Task[None] | None = None
-        self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._left = False
-        self._result = "client_left"
-        stats.in_flight += 1
 
     @property
     def _legs(self) -> Legs:
@@ -106,35 +112,28 @@ class Flight:
         Raises:
             ProxyError: the request ended without an answer of an instance.
         """
-        loop = asyncio.get_running_loop()
         self._task = self._background.spawn(self._run(), f"request {self.public_id}")
-        deadline = loop.call_later(self._prefill_timeout, self._prefill_late)
+        deadline = asyncio.get_running_loop().call_later(self._prefill_timeout, self._prefill_late)
         try:
-            return await self._outcome
+            return await self._client.outcome()
         finally:
             deadline.cancel()
 
     def leave(self) -> None:
         """The client's HTTP exchange is over. Only the first call counts."""
-        if self._left:
+        if not self._client.leave():
             return
-        self._left = True
-        self._outcome.cancel()
-        self._stats.in_flight -= 1
-        self._stats.outcomes[self._result] += 1
         if self._phase is _Phase.DECODE and self._task is not None:
+            # An abort that comes while the API server still tokenises would leave the KV on the instance.
             asyncio.get_running_loop().call_later(ABORT_GRACE, self._task.cancel)
         elif self._relay is not None:
-            self._let_go(self._relay)
+            self._relay.close()
         elif self._task is None:
             self._legs.give_back()
 
     def _prefill_late(self) -> None:
-        if self._phase is _Phase.PREFILL and not self._outcome.done():
-            self._result = "deadline"
-            self._outcome.set_exception(
-                EngineDeadline(f"The prefill did not finish within {self._prefill_timeout:g} s.")
-            )
+        if self._phase is _Phase.PREFILL:
+            self._client.fail(EngineDeadline(f"The prefill did not finish within {self._prefill_timeout:g} s."))
 
     # -- the legs
 
@@ -144,38 +143,39 @@ class Flight:
         except ProxyError as error:
             self._fail(error)
         except BaseException:
-            self._fail(Unavailable("The request was given up.", retry_after=1))
+            self._fail(self._legs.frozen or Unavailable("The request was given up.", retry_after=1))
             raise
         else:
-            if outcome is None:
-                return
-            if not self._outcome.done():
-                self._outcome.set_result(outcome)
-            elif self._relay is not None:
-                self._let_go(self._relay)
+            if outcome is not None and not self._client.tell(outcome) and self._relay is not None:
+                self._relay.close()
 
     def _fail(self, error: ProxyError) -> None:
         self._phase = _Phase.OVER
         self._legs.give_back()
-        if not self._outcome.done():
-            self._result = "deadline" if isinstance(error, EngineDeadline) else "engine_error"
-            self._outcome.set_exception(error)
+        self._client.fail(error)
 
     async def _fly(self) -> Outcome | None:
         """Both legs in order, on one pair after another; None when nobody waits for the answer any more."""
         while True:
+            legs = self._legs
+            legs.when_prefill_stands = partial(self._leave_behind, legs)
             try:
-                prefilled = await self._prefill()
-            except EngineError as error:
-                await self._another_or_raise(self._legs.pair.prefill, error)
+                prefilled = await self._prefill(legs)
+                refused = prefill_refusal(legs.route, prefilled, legs.prepared.choices)
+            except ProxyError as error:
+                if legs.abandoned:
+                    legs.give_back()
+                    return None
+                if not isinstance(error, EngineError):
+                    raise
+                await self._another_or_raise(legs.pair.prefill, error)
                 continue
-            refused = prefill_refusal(self._legs.route, prefilled, self._legs.prepared.choices)
             if refused is not None:
-                self._end_decode()
-                return self._refusal(refused, "prefill")
+                legs.end_decode()
+                return None if legs.abandoned else self._refused(refused, "prefill")
             self._prefilled(prefilled.body)
-            if self._outcome.done():
-                await self._drain(self._legs)
+            if legs.abandoned or not self._client.waits:
+                await self._drain(legs)
                 return None
             told = self._told_by_prefill(prefilled)
             if told is not None:
@@ -183,41 +183,56 @@ class Flight:
                 self._phase = _Phase.OVER
                 return told
             self._phase = _Phase.DECODE
-            if not self._legs.prepared.streams:
-                asyncio.get_running_loop().call_later(_LOADED_AFTER, self._legs.kv.release)
+            if not legs.prepared.streams:
+                asyncio.get_running_loop().call_later(_LOADED_AFTER, legs.kv.release)
             try:
-                answer = await self._legs.decode()
+                answer = await legs.decode()
+                if answer.status == 200:
+                    return await self._relayed(answer, cached_tokens(prefilled.body))
             except NotAsked as failure:
-                if not self._legs.decode_lease.process_ended:
+                if not legs.decode_lease.process_ended:
                     self._drain_behind()
-                await self._another_or_raise(self._legs.pair.decode, failure.error)
+                await self._another_or_raise(legs.pair.decode, failure.error)
                 continue
             except ProxyError:
                 self._end_decode(failed=True)
                 raise
-            if answer.status == 200:
-                return await self._relayed(answer, cached_tokens(prefilled.body))
             return await self._refused_by_decode(answer)
 
-    async def _prefill(self) -> WholeAnswer:
+    async def _prefill(self, legs: Legs) -> WholeAnswer:
         """Prefill's answer, unless it is a failure of its own.
 
         Raises:
             EngineError: prefill failed; another one may do.
             EngineDeadline: prefill says nothing.
         """
-        answer = await self._legs.prefill()
-        self._stats.prefill.add(self._stats.clock() - self._begun_at)
-        if self._legs.is_failure(answer.status):
-            refusal(answer, "prefill", self._legs.id, self._own_key)
+        answer = await legs.prefill()
+        if not legs.abandoned:
+            self._client.prefilled()
+        if is_failure(legs.route, answer.status):
+            refusal(answer, "prefill", legs.id, self._own_key)
         return answer
+
+    def _leave_behind(self, legs: Legs, error: ProxyError) -> None:
+        """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
+        if legs is self._legs and not legs.abandoned and self._client.waits:
+            legs.abandoned = True
+            self._task = self._background.spawn(self._go_on(legs.pair, error), f"request {legs.id.public}")
+
+    async def _go_on(self, pair: Pair, error: ProxyError) -> None:
+        # Prefill may stand still because decode takes in no KV, and so would the next one.
+        if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
+            self._stats.failovers += 1
+            await self._run()
+        else:
+            self._client.fail(error)
 
     async def _another_or_raise(self, failed: Instance, error: EngineError) -> None:
         """Go on with another pair, or end with what the last one said."""
         blame = True if isinstance(error, EngineUnreachable) and failed is self._legs.pair.decode else None
-        self._legs.decode_lease.end(failed=blame)
+        self._legs.end_decode(failed=blame, received=False)
         self._legs.give_back()
-        if self._outcome.done() or not await self._attempts.another(failed, lambda: not self._outcome.done()):
+        if not self._client.waits or not await self._attempts.another(failed, lambda: self._client.waits):
             raise error
         self._phase = _Phase.PREFILL
         self._stats.failovers += 1
@@ -226,28 +241,27 @@ class Flight:
         refused = await answer.whole()
         self._phase = _Phase.OVER
         if refused.status < 500:
+            self._legs.decoding.end(received=False)
             # The API server turned it away before its engine knew of it, so the KV still waits there.
             self._drain_behind()
         else:
-            self._legs.end_lease(self._legs.decode_lease, refused.status)
-            self._legs.kv.release()
-        return self._refusal(refused, "decode")
+            self._legs.end_refused(refused.status)
+        return self._refused(refused, "decode")
 
-    def _refusal(self, answer: WholeAnswer, leg: str) -> Outcome:
+    def _refused(self, answer: WholeAnswer, leg: str) -> Outcome:
         outcome = refusal(answer, leg, self._legs.id, self._own_key)
-        self._result = "client_error"
+        self._client.refused()
         return outcome
 
     def _told_by_prefill(self, answer: WholeAnswer) -> Outcome | None:
         """What prefill's answer already settles, so that decode has nothing to do but to free the KV."""
         if self._legs.prepared.prefill_answers:
             self._first_byte()
-            self._result = "ok"
-            self._stats.total.add(self._stats.clock() - self._begun_at)
+            self._client.complete()
             return whole(answer, self._legs.id)
         refused = over_context(self._legs, answer)
         if refused is not None:
-            self._result = "client_error"
+            self._client.refused()
         return refused
 
     def _drain_behind(self) -> None:
@@ -256,7 +270,7 @@ class Flight:
 
     async def _drain(self, legs: Legs) -> None:
         try:
-            await legs.drain()
+            await self._drainer.drain(legs)
         finally:
             legs.give_back()
             if legs is self._legs:
@@ -264,8 +278,7 @@ class Flight:
 
     def _end_decode(self, failed: bool | None = None) -> None:
         self._phase = _Phase.OVER
-        self._legs.decode_lease.end(failed=failed)
-        self._legs.kv.release()
+        self._legs.end_decode(failed=failed)
 
     # -- the answer's body
 
@@ -274,29 +287,28 @@ class Flight:
         if not is_stream(answer.headers):
             # The repair may change the length, which goes out before the body.
             whole = await answer.whole()
+            self._legs.decoding.heard()
             self._first_byte()
             self._ended(complete=True)
             headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
             return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
-        self._relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), self._first_byte, self._ended)
+        vigil = self._legs.decoding
+        relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), vigil, self._ended)
+        # Until the first byte a failure can still be told by a status of its own.
+        await relay.begin()
+        self._first_byte()
+        vigil.give_up = lambda error: relay.cut()
         self._phase = _Phase.BODY
-        return Outcome(200, headers, self._relay.__aiter__())
+        self._relay = relay
+        return Outcome(200, headers, relay.__aiter__())
 
     def _first_byte(self) -> None:
         self._legs.kv.release()
-        self._stats.ttft.add(self._stats.clock() - self._begun_at)
+        self._client.first_byte()
 
     def _ended(self, complete: bool) -> None:
         if complete:
-            self._result = "ok"
-            self._stats.total.add(self._stats.clock() - self._begun_at)
-        elif not self._left:
-            self._result = "cut"
-        self._end_decode(failed=False if complete else None if self._left else True)
-
-    def _let_go(self, relay: Relay) -> None:
-        """Abort decode, but not before its engine knows the request."""
-        if relay.begun or self._phase is _Phase.OVER:
-            relay.close()
-            return
-        self._background.spawn(relay.close_once_begun(ABORT_GRACE), f"abort {self.public_id}")
+            self._client.complete()
+        else:
+            self._client.cut()
+        self._end_decode(failed=False if complete else None if self._client.gone else True)

@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
+from collections.abc import Callable
 
 from multidict import CIMultiDict
 
-from disagg_proxy.cluster.instance import Instance, State
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Pair
+from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, EngineError, EngineFailed, EngineUnreachable, ProxyError
-from disagg_proxy.protocol.fields import MESSAGES, Route
+from disagg_proxy.flight.verdict import blame, end_lease
+from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
-from disagg_proxy.stats import Drains
 from disagg_proxy.upstream import Answer, Upstream, WholeAnswer
 
 log = logging.getLogger(__name__)
 
 _ABANDON_FACTOR = 2
 """A prefill that nobody waits for any more is given up after this many prefill timeouts: its instance is stuck."""
-
-
-_DRAIN_PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 0.0)
-"""Seconds between the tries of a drain whose instance cannot be reached."""
 
 
 class NotAsked(Exception):
@@ -45,7 +44,14 @@ class Legs:
     """The legs of one try of a request, on one pair. Creating it takes its places on both instances.
 
     Args:
-        kv_bytes: what the prompt's KV is estimated to take on decode.
+        tokens: estimated length of the prompts, in all.
+        kv_bytes: what their KV is estimated to take on decode.
+
+    Attributes:
+        when_prefill_stands: told that prefill stands still while this leg waits for it. The leg itself waits on: a
+            prefill that was sent is never cancelled.
+        abandoned: whether the request goes on elsewhere; then only the KV is left to see to.
+        frozen: why decode was given up, None while it was not.
     """
 
     def __init__(
@@ -53,11 +59,11 @@ class Legs:
         upstream: Upstream,
         registry: Registry,
         config: Config,
-        drains: Drains,
         pair: Pair,
         route: Route,
         headers: CIMultiDict[str],
         prepared: Prepared,
+        tokens: int = 0,
         kv_bytes: int = 0,
     ) -> None:
         if pair.prefill.kv is None or pair.decode.kv is None:
@@ -68,19 +74,41 @@ class Legs:
         self._upstream = upstream
         self._registry = registry
         self._config = config
-        self._drains = drains
+        self._tokens = tokens
         self._headers = CIMultiDict(headers)
         self._headers["X-Request-Id"] = self.id.internal
         self.pair = pair
         self.prefill_lease = Lease(registry, pair.prefill)
         self.decode_lease = Lease(registry, pair.decode)
-        self.kv = KvClaim(registry, pair.decode, kv_bytes)
+        self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
+        self.when_prefill_stands: Callable[[ProxyError], None] = lambda error: None
+        self.abandoned = False
+        self.frozen: ProxyError | None = None
+        self._decoding: Vigil | None = None
+
+    @property
+    def decoding(self) -> Vigil:
+        """The wait for decode, once it is asked."""
+        if self._decoding is None:
+            raise RuntimeError("decode has not been asked")
+        return self._decoding
+
+    def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
+        """The decode leg is over; only the first call counts. Arguments: :meth:`Lease.end`, :meth:`Vigil.end`."""
+        if self._decoding is not None:
+            self._decoding.end(received=received)
+        self.decode_lease.end(failed=failed)
+        self.kv.release()
+
+    def end_refused(self, status: int) -> None:
+        """Decode answered, but not 200."""
+        end_lease(self._registry, self.decode_lease, self.route, status)
+        self.end_decode()
 
     def give_back(self) -> None:
         """Give up every place; harmless for those that were given back before."""
         self.prefill_lease.end()
-        self.decode_lease.end()
-        self.kv.release()
+        self.end_decode()
 
     async def prefill(self) -> WholeAnswer:
         """Send the one-token body to prefill and read its whole answer.
@@ -92,43 +120,38 @@ class Legs:
             EngineError, EngineDeadline: there is no answer.
         """
         lease = self.prefill_lease
-        self._registry.sends_towards(self.pair.prefill, self.pair.decode)
+        self._registry.exchange.sends_towards(self.pair.prefill, self.pair.decode)
+        vigil = lease.pulse.begin(
+            self._registry.now,
+            tokens=self._tokens,
+            give_up=lambda error: self.when_prefill_stands(error),
+            receiver=self.pair.decode,
+        )
         try:
             try:
-                whole = await self._send_prefill(fresh=False)
+                whole = await self._send_prefill(self.pair.prefill, fresh=False)
             except EngineDisconnected as error:
                 if not error.reused and not error.unsent:
                     raise
-                whole = await self._send_prefill(fresh=True)
+                whole = await self._send_prefill(self.pair.prefill, fresh=True)
+            if whole.status == 200:
+                vigil.heard()
         except ProxyError as error:
-            self._blame(self.pair.prefill, error)
+            blame(self._registry, self.pair.prefill, error)
             lease.end(failed=True)
             raise
         except BaseException:
             lease.end()
             raise
-        self.end_lease(lease, whole.status)
+        finally:
+            vigil.end()
+        end_lease(self._registry, lease, self.route, whole.status)
         return whole
 
-    def is_failure(self, status: int) -> bool:
-        """Whether an instance that answers ``status`` failed, so that another one may do better."""
-        # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
-        return status >= 500 and not (self.route is MESSAGES and status == 500)
-
-    def end_lease(self, lease: Lease, status: int) -> None:
-        """Give back a place after an answer with ``status``.
-
-        Every version of vLLM answers some malformed requests with 500, and a client could have a healthy instance
-        left alone that way. So a 500 has the instance looked at, which finds a dead engine, but trips no breaker.
-        """
-        lease.end(failed=self.is_failure(status), certain=status != 500)
-        if status == 500:
-            self._registry.look_again(lease.instance)
-
-    async def _send_prefill(self, fresh: bool) -> WholeAnswer:
+    async def _send_prefill(self, instance: Instance, fresh: bool) -> WholeAnswer:
         answer = await self._upstream.request(
             "POST",
-            self.pair.prefill,
+            instance,
             self.route.path,
             headers=self._headers,
             body=self.prepared.prefill_body,
@@ -138,10 +161,34 @@ class Legs:
         )
         return await answer.whole()
 
+    async def replay(self) -> bool:
+        """Prefill once more with the same id, for a decode that waits for KV which never came; True when it was done.
+
+        Any prefill that can send to decode will do: the KV's name is the id, and the id says where it goes.
+        """
+        decode, registry = self.pair.decode, self._registry
+        model = self.prepared.model or decode.default_model
+        able = [p for p in registry.serving(Role.PREFILL, model) if registry.exchange.possible(p, decode)]
+        if not able:
+            return False
+        prefill = self.pair.prefill if self.pair.prefill in able else min(able, key=lambda one: one.draining)
+        registry.exchange.sends_towards(prefill, decode)
+        lease = Lease(registry, prefill)
+        # It may be the next one that stands still.
+        deadline = prefill.pulse.deadline(self._config.freeze_after_min, self._config.freeze_after_max)
+        try:
+            whole = await asyncio.wait_for(self._send_prefill(prefill, fresh=True), deadline)
+        except (ProxyError, asyncio.TimeoutError):
+            return False
+        finally:
+            lease.end()
+        return whole.status == 200
+
     async def decode(self) -> Answer:
         """Send the client's own body to decode and wait for status and headers.
 
-        Repeated only when the request cannot have been received.
+        Repeated only when the request cannot have been received. When decode is found to stand still the task is
+        cancelled, with ``frozen`` set.
 
         Raises:
             NotAsked: the instance is gone, or another process than the KV was prefilled for, or not reached in time.
@@ -149,6 +196,7 @@ class Legs:
         """
         if not self.decode_lease.same_process:
             raise NotAsked(EngineFailed("The decode instance went away during the prefill."))
+        self._watch_decode(telling=self.prepared.streams)
         try:
             try:
                 return await self._send_decode(self.prepared.decode_body, fresh=False)
@@ -157,10 +205,27 @@ class Legs:
                     raise
                 return await self._send_decode(self.prepared.decode_body, fresh=True)
         except ProxyError as error:
-            self._blame(self.decode_lease.instance, error)
+            blame(self._registry, self.decode_lease.instance, error)
             if isinstance(error, EngineUnreachable):
+                self.decoding.end(received=False)
                 raise NotAsked(error) from error
             raise
+
+    def _watch_decode(self, telling: bool) -> None:
+        task = asyncio.current_task()
+
+        def give_up(error: ProxyError) -> None:
+            self.frozen = error
+            if task is not None:
+                task.cancel()
+
+        self._decoding = self.decode_lease.pulse.begin(
+            self._registry.now,
+            telling=telling,
+            give_up=give_up,
+            replay=self.replay,
+            size=len(self.prepared.prefill_body) + len(self.prepared.decode_body),
+        )
 
     async def _send_decode(self, body: bytes, fresh: bool) -> Answer:
         return await self._upstream.request(
@@ -174,45 +239,35 @@ class Legs:
             fresh=fresh,
         )
 
-    async def drain(self) -> None:
-        """Free KV whose decode will not come: decode one token of it and throw that away. Never raises.
+    async def send_drain(self) -> WholeAnswer:
+        """Ask decode for one token under the same id.
 
-        Only after a prefill that answered 200 and only while no decode of this id can have reached the instance;
-        anything else would stall it. Tried again while the instance cannot be reached, for as long as it is the
-        process that holds the KV. Measured on vLLM 0.21: 40 ms for 8,000 tokens.
+        Raises:
+            EngineUnreachable: it cannot have been received.
+            ProxyError: it may have been.
         """
-        self._drains.started += 1
         instance = self.decode_lease.instance
-        for pause in _DRAIN_PAUSES:
-            if instance.state is State.READY:
-                try:
-                    await self._drain_once()
-                except EngineUnreachable as error:
-                    self._blame(instance, error)
-                except ProxyError as error:
-                    self._drains.failed += 1
-                    self._blame(instance, error)
-                    log.warning("KV of %s stays on %s: %s", self.id.public, instance, error.message)
-                    return
-                else:
-                    self._drains.done += 1
-                    return
-            if self.decode_lease.process_ended:
-                break
-            await asyncio.sleep(pause)
-        self._drains.failed += 1
-        log.info("%s went away, and with it what waited there for %s", instance, self.id.public)
+        self._watch_decode(telling=True)
+        try:
+            answer = await (await self._send_decode(self.prepared.drain_body, fresh=True)).whole()
+            if answer.status == 200:
+                self.decoding.heard()
+            return answer
+        except ProxyError as error:
+            self.decoding.end(received=not isinstance(error, EngineUnreachable))
+            blame(self._registry, instance, error)
+            raise
+        except asyncio.CancelledError:
+            if self.frozen is None:
+                raise
+            _uncancel()
+            raise self.frozen from None
+        finally:
+            self.decoding.end()
 
-    async def _drain_once(self) -> None:
-        if self.decode_lease.process_ended:
-            raise EngineUnreachable("The decode instance is another process by now.")
-        answer = await (await self._send_decode(self.prepared.drain_body, fresh=True)).whole()
-        if answer.status != 200:
-            raise EngineFailed(f"it answered {answer.status}")
 
-    def _blame(self, instance: Instance, error: ProxyError) -> None:
-        """A refused connection takes the instance out at once; one that only timed out may come from a busy server."""
-        if isinstance(error, EngineUnreachable) and error.refused:
-            self._registry.lost_contact(instance, "its HTTP port cannot be reached")
-        elif isinstance(error, EngineError):
-            self._registry.look_again(instance)
+def _uncancel() -> None:
+    """The task was cancelled to end one wait, and goes on."""
+    task = asyncio.current_task()
+    if task is not None and sys.version_info >= (3, 11):
+        task.uncancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quart import Quart
 
 from disagg_proxy.config import Config
+from disagg_proxy.http.admin import admin_routes
 from disagg_proxy.http.exchange import ExchangeOwner
 from disagg_proxy.http.generate import generation_routes
 from disagg_proxy.http.guard import install_guard
@@ -37,6 +38,8 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     app.register_blueprint(generation_routes(parts))
     app.register_blueprint(single_routes(parts))
     app.register_blueprint(status_routes(parts))
+    if config.admin_key:
+        app.register_blueprint(admin_routes(parts))
     app.before_serving(parts.start)
     app.after_serving(parts.stop)
     app.asgi_app = ExchangeOwner(app.asgi_app)  # type: ignore[method-assign]

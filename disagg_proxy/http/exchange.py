@@ -12,8 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from disagg_proxy.errors import StreamCut, Unavailable, headers_of
-from disagg_proxy.flight.flight import Flight
+from disagg_proxy.errors import StreamCut, headers_of, shutting_down
+from disagg_proxy.launch import Carrier
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class ExchangeOwner:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        flights: list[Flight] = []
+        flights: list[Carrier] = []
         scope[_KEY] = flights
         try:
             await self._app(scope, receive, send)
@@ -49,7 +49,7 @@ class ExchangeOwner:
 
 async def _say_unavailable(send: Any) -> None:
     """A 503 for a client that has no answer yet; one that has a part of it sees the connection close."""
-    error = Unavailable("The proxy is shutting down.", retry_after=5)
+    error = shutting_down()
     headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
     try:
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -59,7 +59,7 @@ async def _say_unavailable(send: Any) -> None:
         return
 
 
-def own(scope: Any, flight: Flight) -> None:
+def own(scope: Any, flight: Carrier) -> None:
     """Make ``flight`` end with the exchange of ``scope``."""
     scope[_KEY].append(flight)
 

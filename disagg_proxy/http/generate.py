@@ -27,7 +27,8 @@ def generation_routes(services: Services) -> Blueprint:
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
         prepared = prepare(route, await read_body())
-        flight = await services.launch(route, forwarded_headers(services), prepared)
+        client_id = client_request_id(request.headers)
+        flight = await services.launcher.launch(route, forwarded_headers(services), prepared, client_id)
         own(request.scope, flight)
         outcome = await flight.answer()
         response = Response(outcome.body, status=outcome.status, content_type="application/json")
@@ -35,7 +36,7 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
         response.timeout = None
         for name, value in outcome.headers:
             response.headers[name] = value
-        response.headers["X-Request-Id"] = client_request_id(request.headers) or flight.public_id[:32]
+        response.headers["X-Request-Id"] = client_id or flight.public_id[:32]
         return response
 
     return handle

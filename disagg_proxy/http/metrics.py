@@ -37,6 +37,9 @@ class ProxyCollector(Collector):
             drains.add_metric([result], getattr(stats.drains, result))
         yield drains
         yield CounterMetricFamily(
+            _PREFIX + "drained_tokens", "Prompt tokens whose KV was freed by drains", value=stats.drains.tokens
+        )
+        yield CounterMetricFamily(
             _PREFIX + "registrations", "Registration messages received", value=discovery.listener.traffic.messages
         )
         dropped = CounterMetricFamily(
@@ -50,13 +53,23 @@ class ProxyCollector(Collector):
     def _instances(self) -> Iterable[Metric]:
         labels = ["role", "instance"]
         ready = GaugeMetricFamily(_PREFIX + "instance_ready", "1 when the instance may get requests", labels=labels)
+        draining = GaugeMetricFamily(_PREFIX + "instance_draining", "1 while out for maintenance", labels=labels)
         load = GaugeMetricFamily(_PREFIX + "instance_in_flight", "Legs on the instance now", labels=labels)
         legs = CounterMetricFamily(_PREFIX + "instance_requests", "Legs sent to the instance", labels=labels)
         failures = CounterMetricFamily(_PREFIX + "instance_failures", "Legs that the instance failed", labels=labels)
+        frozen = GaugeMetricFamily(_PREFIX + "instance_frozen", "1 while its engine stands still", labels=labels)
+        freezes = CounterMetricFamily(_PREFIX + "instance_freezes", "Times its engine stood still", labels=labels)
+        replays = CounterMetricFamily(
+            _PREFIX + "instance_replays", "Prefills repeated to free a decode that waits for KV", labels=labels
+        )
         for instance in self._services.registry.instances():
             where = [instance.role.value, instance.http.text]
-            ready.add_metric(where, instance.state is State.READY)
+            ready.add_metric(where, instance.state is State.READY and not instance.draining)
+            draining.add_metric(where, instance.draining)
             load.add_metric(where, instance.in_flight)
             legs.add_metric(where, instance.requests_total)
             failures.add_metric(where, instance.failures_total)
-        return [ready, load, legs, failures]
+            frozen.add_metric(where, instance.state is State.FROZEN)
+            freezes.add_metric(where, instance.freezes)
+            replays.add_metric(where, instance.replays)
+        return [ready, draining, load, legs, failures, frozen, freezes, replays]

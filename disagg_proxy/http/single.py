@@ -41,16 +41,21 @@ def single_routes(services: Services) -> Blueprint:
     blueprint = Blueprint("single", __name__)
 
     async def ask(instance: Instance, method: str, path: str, body: bytes) -> WholeAnswer:
-        answer = await services.upstream.request(
-            method,
-            instance,
-            path,
-            headers=forwarded_headers(services),
-            body=body,
-            silence=services.config.decode_timeout,
-            leg=instance.role.value,
-        )
-        return await answer.whole()
+        instance.visits += 1
+        try:
+            answer = await services.upstream.request(
+                method,
+                instance,
+                path,
+                headers=forwarded_headers(services),
+                body=body,
+                silence=services.config.decode_timeout,
+                leg=instance.role.value,
+            )
+            return await answer.whole()
+        finally:
+            instance.visits -= 1
+            services.registry.freed()
 
     async def ask_any(model: str | None, method: str, body: bytes) -> Response:
         """The first engine that can be reached; these routes change nothing, so asking again is safe."""

@@ -45,15 +45,20 @@ def health_report(services: Services) -> dict[str, Any]:
     """Whether at least one pair can serve, and what is missing if none can. Names no address: it needs no key."""
     registry = services.registry
     pairs = services.pairing.ready_pairs()
+    alone = len(services.pairing.loners(None)) if services.config.decode_alone else 0
     missing = registry.missing()
     if not pairs and not missing:
         missing = [services.pairing.why_no_pair()]
+    stopping = services.stopping.begun.is_set()
+    if stopping:
+        missing = ["the proxy is shutting down", *missing]
     known = registry.instances()
     return {
-        "status": "ok" if pairs else "unavailable",
+        "status": "stopping" if stopping else "ok" if pairs or alone else "unavailable",
         "pairs": pairs,
+        "decodes_that_serve_alone": alone,
         **{
-            role.value: {"ready": len(registry.ready(role)), "known": sum(i.role is role for i in known)}
+            role.value: {"ready": len(services.pairing.taking(role)), "known": sum(i.role is role for i in known)}
             for role in Role
         },
         "missing": missing,
@@ -86,6 +91,8 @@ def stats_report(services: Services) -> dict[str, Any]:
             "started": stats.drains.started,
             "done": stats.drains.done,
             "failed": stats.drains.failed,
+            "waiting": stats.drains.waiting,
+            "tokens": stats.drains.tokens,
         },
         "discovery": {
             "messages": traffic.messages,
@@ -100,21 +107,29 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
     registry = services.registry
     now = registry.now()
     decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
-    stale = [decode.http.text for decode in decodes if not registry.can_exchange(instance, decode)]
+    apart = {d.http.text: why for d in decodes if (why := registry.exchange.why_not(instance, d))}
     return {
         "role": instance.role.value,
         "http_address": instance.http.text,
         "kv_address": instance.kv.text if instance.kv else None,
         "models": list(instance.models),
         "state": instance.state.value,
-        "reason": instance.reason,
+        "reason": instance.explanation,
+        "draining": instance.draining,
+        "idle": instance.idle,
         "source": instance.source.value,
         "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
         "in_flight": instance.in_flight,
+        "kv_waiting": instance.kv_waiting,
         "kv_waiting_bytes": instance.kv_waiting_bytes,
         "requests_total": instance.requests_total,
         "failures_total": instance.failures_total,
         "times_lost": instance.times_lost,
-        "cannot_exchange_with": stale,
+        "kv_protocol": instance.kind.protocol,
+        "cannot_exchange_with": list(apart),
+        "cannot_exchange_because": apart,
         "breaker": instance.breaker.state(now).value,
+        "freezes": instance.freezes,
+        "replays": instance.replays,
+        "restart_wanted": instance.restart_wanted,
     }

@@ -23,6 +23,8 @@ obs-fold, white space before a colon, and control characters.
 7. **Connections** above half of the process's file limit get 503: the other half is for the instances.
 8. **Expect: 100-continue** ends the connection after the answer: a client whose body was refused may either send it
    or go on with the next request.
+9. **The end**: once the proxy is stopping, a request that is not here whole gets 503, on kept and on new connections,
+   and a refusal ends its connection (rule 2). Only what tells of the proxy itself is still answered.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ from disagg_proxy.errors import (
     Unavailable,
     UnsupportedVersion,
     headers_of,
+    shutting_down,
 )
+from disagg_proxy.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +72,15 @@ _NOTHING, _HEAD, _BODY = range(3)
 """Of which part of a message some was received, and some was not."""
 
 
-def protocol(config: Config) -> type[Protocol]:
+_WHILE_STOPPING = frozenset({b"/health", b"/livez", b"/stats", b"/metrics"})
+
+
+def protocol(config: Config, ending: Stopping) -> type[Protocol]:
     """The protocol class for uvicorn, with the limits of ``config``."""
 
     class Limited(Protocol):
         limits = config
+        stopping = ending
         max_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     return Limited
@@ -81,7 +89,8 @@ def protocol(config: Config) -> type[Protocol]:
 class Protocol(HttpToolsProtocol):
     """One connection of a client."""
 
-    limits = Config()
+    limits: Config
+    stopping: Stopping
     max_connections = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -222,8 +231,8 @@ class Protocol(HttpToolsProtocol):
             self._upgrading = True
             return
         super().on_headers_complete()
-        if self.expect_100_continue:
-            self.cycle.keep_alive = False
+        if self.expect_100_continue or self.stopping.begun.is_set():
+            _be_last(self.cycle)
         if not self.pipeline:
             self._current = self.cycle
         elif len(self.pipeline) <= _READ_AHEAD:
@@ -248,6 +257,8 @@ class Protocol(HttpToolsProtocol):
             self._check_target()
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise BadRequest(f"More than {_MAX_PIPELINED} requests wait on this connection.")
+        if self.stopping.begun.is_set() and self.url.partition(b"?")[0] not in _WHILE_STOPPING:
+            raise shutting_down()
 
     def _check_target(self) -> None:
         url, method = self.url, self.parser.get_method()
@@ -321,6 +332,27 @@ class Protocol(HttpToolsProtocol):
         self.flow.resume_reading()
         self._arm(_LINGER)
 
+    # The end
+
+    def last_call(self) -> None:
+        """The proxy is stopping: refuse what is not here whole, and end the connection after what is."""
+        if self._deaf:
+            return
+        if self._part:
+            self._refuse(shutting_down())
+        elif self.cycle is not None:
+            _be_last(self.cycle)
+
+    def shutdown(self) -> None:
+        # A client that is refused gets its moment to read why.
+        if not self._deaf:
+            super().shutdown()
+
+    def let_go(self) -> None:
+        """Wait no longer for a client that takes nothing of its answer."""
+        if self.flow.write_paused:
+            self.transport.abort()
+
     # Time
 
     def _arm(self, seconds: float) -> None:
@@ -355,6 +387,13 @@ class Protocol(HttpToolsProtocol):
         still = self.transport.is_closing() or self.flow.write_paused or not self._answering()
         self._unsent = unsent if unsent and still else _NEVER
         return still and 0 < last <= unsent
+
+
+def _be_last(cycle: RequestResponseCycle) -> None:
+    """Close the connection after this answer, and say so if its head is not out yet."""
+    cycle.keep_alive = False
+    # uvicorn says so by itself only in newer versions.
+    cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
 
 _CHECKS: dict[bytes, Callable[[Protocol, bytes], None]] = {

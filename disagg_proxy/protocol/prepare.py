@@ -2,7 +2,7 @@
 
 The body is read with the standard library's ``json``, as vLLM's server does: encodings, duplicate keys and lone
 surrogates then mean the same to the proxy and to both engines. Decode gets the client's own bytes unless a field in
-them must not pass.
+them must not pass or they are not UTF-8.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import NoReturn
 
-from disagg_proxy.errors import BadRequest
+from disagg_proxy.errors import BadRequest, UnsupportedField
 from disagg_proxy.protocol import refusals
 from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, lax_int, strip
 from disagg_proxy.protocol.size import choices_of, prompt_size
@@ -29,6 +29,7 @@ class Prepared:
         prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
         streams: whether decode's answer shows its first token when it is there.
         prompt: token ids and bytes of text in the prompts, for :class:`disagg_proxy.admission.size.TokenGuess`.
+        refusal: why a pair cannot serve it; one engine alone could.
         limit: tokens that the client asks for at most; 0 when that is no number.
     """
 
@@ -41,6 +42,7 @@ class Prepared:
     limit: int = 0
     streams: bool = True
     prompt: tuple[int, int] = (0, 0)
+    refusal: UnsupportedField | None = None
 
 
 def prepare(route: Route, raw: bytes) -> Prepared:
@@ -48,15 +50,18 @@ def prepare(route: Route, raw: bytes) -> Prepared:
 
     Raises:
         BadRequest: not JSON, not an object, or a field that no version of vLLM can serve.
-        UnsupportedField: a field that the pair cannot serve.
     """
     body = parse_object(raw)
     model = model_of(body)
-    refusals.check(route, body)
     prefill_answers = refusals.wants_prompt_logprobs(route, body)
-    if prefill_answers and not refusals.prefill_can_answer(route, body):
-        raise refusals.prompt_logprobs_refused(body)
-    if strip(body):
+    refusal: UnsupportedField | None = None
+    try:
+        refusals.check(route, body)
+        if prefill_answers and not refusals.prefill_can_answer(route, body):
+            raise refusals.prompt_logprobs_refused(body)
+    except UnsupportedField as error:
+        refusal = error
+    if strip(body) or not json.detect_encoding(raw).startswith("utf-8"):
         raw = encode(body)
     for_p = for_prefill(route, body)
     return Prepared(
@@ -69,6 +74,7 @@ def prepare(route: Route, raw: bytes) -> Prepared:
         lax_int(body.get("max_tokens")) or 0,
         bool(body.get("stream")),
         prompt_size(body),
+        refusal,
     )
 
 

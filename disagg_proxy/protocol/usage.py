@@ -26,8 +26,8 @@ def cached_tokens(prefill_body: bytes) -> int:
     return int(found[1]) if found else 0
 
 
-def repair_usage(body: bytes, cached: int) -> bytes:
-    """Put ``cached`` where ``body`` reports cached tokens."""
+def repair_usage(body: bytes, cached: int | None) -> bytes:
+    """Put ``cached`` where ``body`` reports cached tokens; None leaves what is there."""
     if _KEY not in body:
         return body
     repair = UsageRepair(cached)
@@ -35,10 +35,14 @@ def repair_usage(body: bytes, cached: int) -> bytes:
 
 
 class UsageRepair:
-    """The same for a body that arrives in pieces. Feed them in order, then :meth:`end`."""
+    """The same for a body that arrives in pieces. Feed them in order, then :meth:`end`.
 
-    def __init__(self, cached: int) -> None:
-        self._cached = str(cached).encode()
+    Attributes:
+        cached: may become known while the body comes.
+    """
+
+    def __init__(self, cached: int | None) -> None:
+        self.cached = cached
         self._held = b""
 
     def feed(self, piece: bytes) -> bytes:
@@ -58,8 +62,8 @@ class UsageRepair:
             if not ended and len(data) < end and data.find(b"}", key) < 0:
                 break
             value = _VALUE.match(data, key, end)
-            if value:
-                passed += data[at : value.start(1)], self._cached
+            if value and self.cached is not None:
+                passed += data[at : value.start(1)], str(self.cached).encode()
                 at = value.end(1)
             else:
                 passed.append(data[at : key + len(_KEY)])

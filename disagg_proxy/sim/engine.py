@@ -61,7 +61,7 @@ class SimEngine:
             undo.pop_all()
         self._store = ReceiveStore(config.kv_buffer_bytes, config.kv_pool_bytes, config.kv_layers, self._kv_changed)
         self._sender = KvSender(self.kv_address, self._changed)
-        self._listener = KvListener(config, self._store, self._changed)
+        self._listener = KvListener(config, self.faults, self._store, self._changed)
         self._loop = StepLoop(
             config, self.faults, self._store, self._sender, self._counters, self._changed, self._on_death
         )

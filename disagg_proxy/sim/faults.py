@@ -44,10 +44,31 @@ class Faults:
         self._changed = changed
         self._injected: list[Injected] = []
         self._cuts: list[int] = []
+        self._losses = 0
+        self._lost: set[str] = set()
         self._allowed: dict[HoldPoint, int] = {}
         self._opened = asyncio.Event()
         self.held_at: HoldPoint | None = None
         self.on_refuse: Callable[[bool], None] = lambda refuse: None
+
+    # KV.
+
+    def lose_kv(self, prompts: int = 1) -> None:
+        """Drop the KV of the next prompts that arrive; what is sent once more is taken in."""
+        self._losses += prompts
+
+    def keep_kv(self) -> None:
+        """Lose no further prompts."""
+        self._losses = 0
+
+    def loses(self, request_id: str, first: bool) -> bool:
+        """Whether a tensor is dropped, ``first`` of its request or not. For the KV listener."""
+        if first:
+            self._lost.discard(request_id)
+            if self._losses:
+                self._losses -= 1
+                self._lost.add(request_id)
+        return request_id in self._lost
 
     # Time.
 

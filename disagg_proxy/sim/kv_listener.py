@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from disagg_proxy.sim.config import SimConfig
+from disagg_proxy.sim.faults import Faults
 from disagg_proxy.sim.kv_memory import InsufficientMemory, KvTensor, ReceiveStore
 from disagg_proxy.sim.kv_wire import pack, read_frame, reset
 
@@ -38,8 +39,9 @@ class KvListener:
         received: tensors taken in so far.
     """
 
-    def __init__(self, config: SimConfig, store: ReceiveStore, changed: Callable[[], None]) -> None:
+    def __init__(self, config: SimConfig, faults: Faults, store: ReceiveStore, changed: Callable[[], None]) -> None:
         self._config = config
+        self._faults = faults
         self._store = store
         self._changed = changed
         self._frames: asyncio.Queue[tuple[_Peer, dict[str, Any]]] = asyncio.Queue()
@@ -107,6 +109,7 @@ class KvListener:
         self._communicators[frame["from"]]
         data = await peer.data.get()
         tensor = KvTensor(data["seed_part"], frame["tokens"], frame["size"])
-        self._store.put(frame["request_id"], frame["layer"], tensor)
+        if not self._faults.loses(frame["request_id"], first=frame["layer"] == 0):
+            self._store.put(frame["request_id"], frame["layer"], tensor)
         self.received += 1
         self._changed()

@@ -2,8 +2,9 @@
 
 import pytest
 
+from disagg_proxy.cluster.exchange import STALE
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.pairing import STALE, Pairing
+from disagg_proxy.cluster.pairing import Pairing
 from disagg_proxy.cluster.policy import least_loaded, round_robin
 from disagg_proxy.errors import NoPair, UnknownModel
 
@@ -91,7 +92,7 @@ def test_names_that_nobody_serves_are_not_remembered(world, pairing) -> None:
 
 def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_successor(world, pairing) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.sends_towards(prefill, decode)
+    world.registry.exchange.sends_towards(prefill, decode)
     assert pairing.ready_pairs() == 1
     world.registry.suspend(decode, "refused", gone=True)
     world.registry.admit(decode, {"m": {}})
@@ -105,7 +106,7 @@ def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_success
 
 def test_another_prefill_takes_its_place(world, pairing) -> None:
     stale, fresh, decode = world.ready(P, 1), world.ready(P, 3), world.ready(D, 2)
-    world.registry.sends_towards(stale, decode)
+    world.registry.exchange.sends_towards(stale, decode)
     world.registry.suspend(decode, "refused", gone=True)
     world.registry.admit(decode, {"m": {}})
     assert {pairing.choose("m").prefill for _ in range(4)} == {fresh}
@@ -116,7 +117,7 @@ def test_another_prefill_takes_its_place(world, pairing) -> None:
 
 def test_a_decode_that_was_only_late_is_the_same_process(world, pairing) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.sends_towards(prefill, decode)
+    world.registry.exchange.sends_towards(prefill, decode)
     world.registry.suspend(decode, "its /health does not answer in time")
     world.registry.admit(decode, {"m": {}})
     assert pairing.choose("m").decode is decode
@@ -124,7 +125,7 @@ def test_a_decode_that_was_only_late_is_the_same_process(world, pairing) -> None
 
 def test_silence_proves_no_death(world, pairing) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.sends_towards(prefill, decode)
+    world.registry.exchange.sends_towards(prefill, decode)
     world.time += 5
     world.ping(P, 1)
     world.time += 6
@@ -136,7 +137,7 @@ def test_silence_proves_no_death(world, pairing) -> None:
 def test_a_refused_connection_proves_no_death_while_the_lifeline_holds(world, pairing) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.has_lifeline = lambda instance: True
-    world.registry.sends_towards(prefill, decode)
+    world.registry.exchange.sends_towards(prefill, decode)
     world.registry.lost_contact(decode, "refused")
     world.registry.admit(decode, {"m": {}})
     assert pairing.choose("m").decode is decode and decode.epoch == 0

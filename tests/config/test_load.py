@@ -54,6 +54,7 @@ def test_an_empty_flag_is_a_bad_value() -> None:
         ("PREFILL_INSTANCES", "http://127.0.0.1"),
         ("DECODE_INSTANCES", "http://127.0.0.1:1,nowhere"),
         ("API_KEY", "two words"),
+        ("ADMIN_KEY", "two words"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_its_setting(env: str, raw: str) -> None:
@@ -97,3 +98,11 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for setting in SETTINGS:
         assert setting.flag in shown and setting.env in shown
         assert " ".join(setting.help.split()) in shown.replace("- ", "-")
+
+
+def test_the_admin_key_is_not_the_one_that_every_client_has() -> None:
+    with pytest.raises(ConfigError, match="ADMIN_KEY: must differ from API_KEY") as caught:
+        load(["--admin-key", "sk-same"], {"API_KEY": "sk-same"})
+    assert "sk-same" not in str(caught.value)
+    assert load(["--admin-key", "sk-other"], {"API_KEY": "sk-same"}).admin_key == "sk-other"
+    assert load([], {"ADMIN_KEY": "sk-other"}).admin_key == "sk-other"

@@ -6,7 +6,7 @@ import hmac
 
 import pytest
 
-from tests.e2e.conftest import REQUESTS
+from tests.machine import REQUESTS
 
 KEY = "sk-the-right-one"
 with_key = pytest.mark.settings(api_key=KEY)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from disagg_proxy.sim import expected_text
-from tests.e2e.conftest import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
+from tests.machine import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 
 every_route = pytest.mark.parametrize("path", REQUESTS)
 
@@ -146,3 +146,11 @@ async def test_a_hundred_answers_at_once_are_not_mixed_up(machine, pair) -> None
 
     await asyncio.gather(*map(one, range(100)))
     await machine.unharmed(*pair)
+
+
+async def test_an_answer_in_small_pieces_is_the_same_answer(machine, pair) -> None:
+    for engine in pair:
+        engine.faults.split_writes([1, 2, 7])
+    await machine.check_right()
+    body = REQUESTS["/v1/completions"]
+    assert text_of_events(await machine.stream("/v1/completions", body)) == RIGHT["/v1/completions"]

@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from disagg_proxy.sim import expected_chat_text, expected_text
-from tests.e2e.conftest import CHAT, PROMPT
+from tests.machine import CHAT, PROMPT
 
 MODEL: Any = "sim-model"
 TOOL: Any = {

@@ -1,4 +1,4 @@
-"""Routes that one engine answers alone, that go to every engine, or that a pair cannot serve; and which pair serves."""
+"""Routes that one engine answers alone or that go to every engine; and which pair serves a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.http.single import NOT_SERVED
 from disagg_proxy.sim import encode, expected_text, render_chat
-from tests.e2e.conftest import CHAT, PROMPT, REQUESTS, RIGHT, text_of
+from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 GENERATION = list(REQUESTS)
 
@@ -95,15 +94,6 @@ async def test_profiling_that_one_engine_refuses_is_told(machine, pair) -> None:
     status, _, body = await machine.post("/start_profile", None)
     assert status == 502
     assert {one["role"]: one["status"] for one in body["instances"]} == {"prefill": 200, "decode": 404}
-
-
-async def test_what_a_pair_cannot_serve_says_why(machine, pair) -> None:
-    for path in (*NOT_SERVED, "/v1/responses/resp_1", "/v1/responses/resp_1/cancel"):
-        status, headers, body = await machine.post(path, {"model": "sim-model", "input": "x"})
-        assert (status, headers["Content-Type"]) == (501, "application/json"), path
-        assert body["error"]["type"] == "not_implemented_error" and len(body["error"]["message"]) > 40
-    await machine.unharmed(*pair)
-    assert not any(r.path in NOT_SERVED for engine in pair for r in engine.requests)
 
 
 UNKNOWN = [

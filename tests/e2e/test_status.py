@@ -7,7 +7,7 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagg_proxy import __version__
-from tests.e2e.conftest import REQUESTS
+from tests.machine import REQUESTS
 
 PATH = "/v1/completions"
 
@@ -81,7 +81,7 @@ async def test_stats_count_requests_by_their_end_and_time_them(machine, pair) ->
     _, body = await machine.get("/stats")
     assert body["requests"]["outcomes"] == {"ok": 7, "client_error": 1, "engine_error": 1}
     assert (body["requests"]["finished"], body["requests"]["in_flight"], body["requests"]["in_background"]) == (9, 0, 0)
-    assert body["drains"] == {"started": 1, "done": 1, "failed": 0}
+    assert body["drains"] == {"started": 1, "done": 1, "failed": 0, "waiting": 0, "tokens": 1}
     assert body["latency"]["ttft"]["count"] == body["latency"]["total"]["count"] == 7
     for name in ("prefill", "ttft", "total"):
         found = body["latency"][name]

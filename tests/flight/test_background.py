@@ -3,6 +3,7 @@
 import asyncio
 
 from disagg_proxy.flight.background import Background
+from tests.conftest import soon
 
 
 async def test_work_goes_on_when_whoever_began_it_is_cancelled() -> None:
@@ -21,7 +22,7 @@ async def test_work_goes_on_when_whoever_began_it_is_cancelled() -> None:
     await asyncio.gather(begun, return_exceptions=True)
     assert len(background) == 1
     go.set()
-    await background.finish(1.0)
+    await soon(background.ended())
     assert done and len(background) == 0
 
 
@@ -40,13 +41,13 @@ async def test_a_failure_is_logged_with_its_name(caplog) -> None:
 async def test_what_is_late_at_the_end_is_given_up(caplog) -> None:
     background = Background()
     task = background.spawn(asyncio.Event().wait(), "hangs")
-    await background.finish(0.01)
-    assert task.cancelled()
-    assert "1 background requests did not end within 0 s" in caplog.text
+    await background.give_up()
+    assert task.cancelled() and len(background) == 0
+    assert "1 background requests did not end in time" in caplog.text
     assert "failed" not in caplog.text
 
 
-async def test_finish_waits_also_for_work_that_the_work_begins() -> None:
+async def test_the_end_waits_also_for_work_that_the_work_begins() -> None:
     background, go, done = Background(), asyncio.Event(), []
 
     async def drain() -> None:
@@ -60,5 +61,5 @@ async def test_finish_waits_also_for_work_that_the_work_begins() -> None:
 
     background.spawn(request(), "request")
     asyncio.get_running_loop().call_soon(go.set)
-    await background.finish(1.0)
+    await soon(background.ended())
     assert done

@@ -3,81 +3,20 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from multidict import CIMultiDict, CIMultiDictProxy
 
-from disagg_proxy.cluster.instance import Role, State
-from disagg_proxy.cluster.pairing import Pair
+from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable, ProxyError
-from disagg_proxy.flight.legs import Legs, NotAsked
-from disagg_proxy.protocol.fields import COMPLETIONS
-from disagg_proxy.protocol.prepare import prepare
-from disagg_proxy.stats import Drains
-from disagg_proxy.upstream import WholeAnswer
-from tests.cluster.conftest import World
+from disagg_proxy.flight.legs import NotAsked
+from tests.flight.conftest import Bench
 
 RESET = EngineDisconnected("x", unsent=False, reused=True)
 RESET_FRESH = EngineDisconnected("x", unsent=False, reused=False)
 UNSENT = EngineDisconnected("x", unsent=True, reused=True)
 REFUSED = EngineUnreachable("x")
 LATE = EngineDeadline("x")
-
-
-class Upstream:
-    """Ends each request with the next of ``outcomes``: an error, or an answer with that status."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[ProxyError | int] = []
-        self.sent: list[SimpleNamespace] = []
-
-    async def request(self, method: str, instance: Any, path: str, **options: Any) -> Any:
-        self.sent.append(SimpleNamespace(instance=instance, path=path, **options))
-        outcome = self.outcomes.pop(0)
-        if isinstance(outcome, ProxyError):
-            raise outcome
-        whole = WholeAnswer(outcome, CIMultiDictProxy(CIMultiDict()), b"{}")
-
-        async def read() -> WholeAnswer:
-            return whole
-
-        return SimpleNamespace(status=outcome, whole=read)
-
-    @property
-    def fresh(self) -> list[bool]:
-        return [sent.fresh for sent in self.sent]
-
-
-class Bench:
-    """The legs of one request, and everything around them."""
-
-    def __init__(self) -> None:
-        self.world, self.upstream, self.drains = World(), Upstream(), Drains()
-        self.prefill, self.decode = (
-            self.world.ready(role, port) for role, port in ((Role.PREFILL, 1), (Role.DECODE, 2))
-        )
-        self.world.probes.clear()
-        body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9}).encode()
-        pair = Pair(self.prefill, self.decode)
-        headers = CIMultiDict({"X-Custom": "1"})
-        self.legs = Legs(
-            self.upstream,
-            self.world.registry,
-            Config(),
-            self.drains,
-            pair,
-            COMPLETIONS,
-            headers,
-            prepare(COMPLETIONS, body),
-        )
-
-
-@pytest.fixture
-def bench() -> Bench:
-    return Bench()
 
 
 @pytest.mark.parametrize(
@@ -146,19 +85,7 @@ async def test_a_decode_that_was_away_meanwhile_is_not_asked(bench: Bench) -> No
     bench.world.registry.admit(bench.decode, bench.decode.models)
     with pytest.raises(NotAsked, match="went away during the prefill"):
         await bench.legs.decode()
-    await bench.legs.drain()
     assert not bench.upstream.sent
-    assert bench.drains == Drains(started=1, done=0, failed=1)
-
-
-@pytest.mark.parametrize(("outcome", "done"), [(200, 1), (400, 0), (500, 0), (RESET_FRESH, 0), (LATE, 0)])
-async def test_a_drain_goes_over_a_fresh_connection_once(bench: Bench, outcome, done: int) -> None:
-    bench.upstream.outcomes = [outcome]
-    await bench.legs.drain()
-    (sent,) = bench.upstream.sent
-    assert sent.fresh and sent.instance is bench.decode and sent.path == "/v1/completions"
-    assert json.loads(sent.body)["max_tokens"] == 1
-    assert bench.drains == Drains(started=1, done=done, failed=1 - done)
 
 
 async def test_each_leg_gets_its_own_body_and_the_same_headers(bench: Bench) -> None:

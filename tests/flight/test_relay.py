@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from disagg_proxy.address import parse_address
+from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.errors import EngineDisconnected, StreamCut
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.protocol.p2p_nccl import RequestId, new_request_id
@@ -39,21 +40,20 @@ class Relayed:
 
     def __init__(self, *pieces: bytes | Exception, request_id: RequestId = ID) -> None:
         self.answer = Said(*pieces)
-        self.first_bytes = 0
+        self.pulse = Pulse(0.0)
+        self.vigil = self.pulse.begin(lambda: 0.0, give_up=lambda error: None)
         self.ended: list[bool] = []
-        self.relay = Relay(self.answer, IdHider(request_id), UsageRepair(0), self._first, self.ended.append)
-
-    def _first(self) -> None:
-        self.first_bytes += 1
+        self.relay = Relay(self.answer, IdHider(request_id), UsageRepair(0), self.vigil, self.ended.append)
 
     async def read(self) -> bytes:
+        await self.relay.begin()
         return b"".join([piece async for piece in self.relay])
 
 
 async def test_a_body_that_comes_to_its_end() -> None:
     relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
     assert await relayed.read() == b"data: 1\n\ndata: 2\n\n"
-    assert (relayed.first_bytes, relayed.ended) == (1, [True])
+    assert (relayed.pulse.moves, relayed.ended) == (2, [True])
     relayed.relay.close()
     assert (relayed.ended, relayed.answer.closed) == ([True], 0)
 
@@ -73,6 +73,7 @@ async def test_a_piece_that_may_begin_an_id_is_held_back_but_not_lost_at_the_end
 async def test_a_break_is_a_cut_and_nothing_is_added() -> None:
     relayed = Relayed(b"data: 1\n\n___pre", BROKEN)
     pieces = []
+    await relayed.relay.begin()
     with pytest.raises(StreamCut, match="broken"):
         async for piece in relayed.relay:
             pieces.append(piece)
@@ -83,21 +84,39 @@ async def test_a_break_is_a_cut_and_nothing_is_added() -> None:
 async def test_an_empty_body_has_no_first_byte() -> None:
     relayed = Relayed()
     assert await relayed.read() == b""
-    assert (relayed.first_bytes, relayed.ended) == (0, [True])
+    assert (relayed.vigil.begun, relayed.ended) == (False, [True])
 
 
 async def test_giving_up_closes_the_answer_and_is_reported_once() -> None:
     relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
+    await relayed.relay.begin()
     await anext(aiter(relayed.relay))
     relayed.relay.close()
     relayed.relay.close()
     assert (relayed.ended, relayed.answer.closed) == ([False], 1)
 
 
-async def test_the_first_byte_can_be_awaited_without_a_reader() -> None:
+async def test_a_break_before_the_first_byte_is_still_an_error() -> None:
+    relayed = Relayed(BROKEN)
+    with pytest.raises(EngineDisconnected):
+        await relayed.relay.begin()
+    assert relayed.ended == [] and relayed.answer.closed == 1, "its owner decides what becomes of it"
+
+
+async def test_while_the_client_reads_nobody_waits_for_decode() -> None:
     relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
-    await relayed.relay._until_begun()
-    assert relayed.ended == [], "its owner decides what becomes of it"
-    broken = Relayed(BROKEN)
-    await broken.relay._until_begun()
-    assert broken.ended == []
+    assert relayed.pulse.waiting() == [relayed.vigil]
+    await relayed.relay.begin()
+    assert relayed.pulse.waiting() == []
+    pieces = aiter(relayed.relay)
+    await anext(pieces)
+    assert relayed.pulse.waiting() == []
+    await anext(pieces)
+    assert relayed.pulse.waiting() == []
+
+
+async def test_a_cut_reaches_the_reader() -> None:
+    relayed = Relayed(b"data: 1\n\n")
+    await relayed.relay.begin()
+    relayed.relay.cut()
+    assert (relayed.ended, relayed.answer.closed) == ([], 1), "the reader's error ends it"

@@ -13,7 +13,11 @@ from disagg_proxy.protocol.prepare import Prepared, prepare
 
 
 def ask(route: Route, body: dict[str, Any]) -> Prepared:
-    return prepare(route, json.dumps(body).encode())
+    prepared = prepare(route, json.dumps(body).encode())
+    if prepared.refusal is not None:
+        # What a pair that hands KV over by request ids does with it; one engine alone serves it.
+        raise prepared.refusal
+    return prepared
 
 
 def refused(route: Route, body: dict[str, Any], param: str | None) -> None:

@@ -34,8 +34,8 @@ os.environ.pop("PYTHONPATH", None)
 names = words[words.index("--served-model-name") + 1 : words.index("--dtype")]
 os.execv({python!r}, [{python!r}, "-m", "disagg_proxy.sim",
     "--role", {{"kv_producer": "prefill", "kv_consumer": "decode"}}[transfer["kv_role"]],
-    "--host", value("--host"), "--port", value("--port"), "--kv-port", transfer["kv_port"],
-    "--proxy", extra["proxy_ip"] + ":" + extra["proxy_port"], "--ping-seconds", "0.2",
+    "--host", value("--host"), "--port", value("--port"), "--kv-port", str(transfer["kv_port"]),
+    "--proxy", extra["proxy_ip"] + ":" + str(extra["proxy_port"]), "--ping-seconds", "0.2",
     "--startup-seconds", os.environ.get("STUB_STARTUP", "0"),
     *(word for name in names for word in ("--model", name))])
 """
@@ -74,7 +74,10 @@ class Stubs:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
         python = self.folder / "own/python3"
-        write_program(python, f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(site))} exec {sys.executable} "$@"\n')
+        write_program(
+            python,
+            f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(site))}${{PYTHONPATH:+:$PYTHONPATH}} exec {sys.executable} "$@"\n',
+        )
         program = _PROGRAM.format(records=str(self.records), repository=str(REPOSITORY), python=sys.executable)
         write_program(self.bin / "vllm", f"#!{python}\n{program}")
 

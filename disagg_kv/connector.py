@@ -1,0 +1,142 @@
+"""``DisaggKVConnector``: what vLLM loads. Each method hands over to the scheduler half or the worker half.
+
+The interface is vllm/distributed/kv_transfer/kv_connector/v1/base.py, the same from 0.21 to 0.33 in what is used here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from disagg_kv.engine import versions
+from disagg_kv.engine.layout import check_specs
+from disagg_kv.engine.plan import Plan
+from disagg_kv.engine.scheduling import SchedulerHalf
+from disagg_kv.engine.working import WorkerHalf
+from disagg_kv.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("vllm.disagg_kv")
+
+
+class Metadata(KVConnectorMetadata):
+    """The plan of one step."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+class DisaggKVConnector(KVConnectorBase_V1):
+    """Pushes KV from prefill (``kv_producer``) to decode (``kv_consumer``)."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        versions.check_version(vllm.__version__)
+        versions.check_parallel(vllm_config)
+        transfer = vllm_config.kv_transfer_config
+        if transfer.kv_role not in ("kv_producer", "kv_consumer"):
+            raise ValueError("kv_role has to be kv_producer (prefill) or kv_consumer (decode)")
+        decode = transfer.kv_role == "kv_consumer"
+        if decode and transfer.kv_load_failure_policy != "recompute":
+            raise ValueError(
+                'set "kv_load_failure_policy": "recompute" in --kv-transfer-config: otherwise a request whose KV does '
+                "not arrive is answered with an error instead of being computed here"
+            )
+        settings = Settings.load(transfer.kv_connector_extra_config)
+        block_size = check_specs(kv_cache_config.kv_cache_groups)
+        self._num_blocks = versions.num_blocks(kv_cache_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(decode, block_size, self._num_blocks, settings)
+        else:
+            self._worker = WorkerHalf(
+                decode, settings, versions.model_name(vllm_config), block_size,
+                versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
+                versions.host_ip(), versions.layers_run_once(vllm_config),
+            )  # fmt: skip
+
+    # Worker side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        assert self._worker is not None
+        self._worker.register(kv_caches, self._num_blocks)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        if self._worker is not None and isinstance(kv_connector_metadata, Metadata):
+            self._worker.before_overwriting(kv_connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        plan = self._current()
+        if self._worker is not None and plan is not None:
+            self._worker.begin(plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are never part of a running step."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """A layer may be sent while later ones are computed. Where a CUDA graph spans all layers this is not called,
+        and blocks are sent after the step."""
+        plan = self._current()
+        if self._worker is not None and plan is not None:
+            self._worker.layer_given(plan, layer_name)
+
+    def wait_for_save(self) -> None:
+        plan = self._current()
+        if self._worker is not None and plan is not None:
+            self._worker.computed(plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        sent, received = self._worker.finished(self._current(), finished_req_ids)
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_failed() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+    # Scheduler side.
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        assert self._scheduler is not None
+        return self._scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        assert self._scheduler is not None
+        self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        assert self._scheduler is not None
+        return Metadata(self._scheduler.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        assert self._scheduler is not None
+        self._scheduler.moved(
+            set(connector_output.finished_sending or ()), set(connector_output.finished_recving or ())
+        )
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        return self._scheduler.finished(request), None
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """From 0.33: the cache must not move while peers may read it."""
+        return False
+
+    def _current(self) -> Plan | None:
+        metadata = self._connector_metadata
+        return metadata.plan if isinstance(metadata, Metadata) else None

@@ -1,0 +1,1 @@
+"""The decode engine's half: which requests wait for blocks, and the threads that receive them."""

@@ -1,0 +1,1 @@
+"""What touches vLLM's own objects: the scheduler half, the worker half, cache layouts, versions, the announcement."""

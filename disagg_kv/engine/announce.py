@@ -1,0 +1,83 @@
+"""The announcement to the proxy, like P2pNcclConnector's (vLLM 0.21, kv_connector/v1/p2p/p2p_nccl_engine.py), which
+the proxy's listener already understands, with fields that tell which engines can exchange KV."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import msgspec
+import zmq
+
+from disagg_kv import PROTOCOL_NAME, PROTOCOL_VERSION, __version__
+from disagg_kv.protocol.handshake import Identity
+from disagg_kv.settings import Settings
+
+logger = logging.getLogger("vllm.disagg_kv")
+PERIOD_SECONDS = 3.0
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def announcement(identity: Identity, http_address: str, kv_address: str, transports: list[str]) -> dict[str, Any]:
+    """The message: the three fields of the old connector, then this one's."""
+    shape = identity.shape
+    assert shape is not None
+    return {
+        "type": "P" if identity.role == "prefill" else "D",
+        "http_address": http_address,
+        "zmq_address": kv_address,
+        "protocol": PROTOCOL_NAME,
+        "protocol_version": PROTOCOL_VERSION,
+        "connector_version": __version__,
+        "boot_id": identity.boot,
+        "tp": shape.tp,
+        "layout": shape.layout,
+        "dtype": shape.dtype,
+        "block_size": shape.block_size,
+        "block_bytes": shape.block_bytes,
+        "kv_model": shape.model,
+        "transports": transports,
+    }
+
+
+class Announcer:
+    """A thread that sends the message every 3 seconds until ``close``."""
+
+    def __init__(self, settings: Settings, identity: Identity, host: str, port: int, transports: list[str]) -> None:
+        self._proxy = f"tcp://{join_address(settings.proxy_ip, settings.proxy_port)}"
+        self._kv_address = join_address(host, port)
+        self._message = msgspec.msgpack.encode(
+            announcement(identity, join_address(host, settings.http_port), self._kv_address, transports)
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(2)
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        socket = context.socket(zmq.DEALER)
+        try:
+            socket.setsockopt_string(zmq.IDENTITY, self._kv_address)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 2)
+            socket.connect(self._proxy)
+            while True:
+                try:
+                    socket.send(self._message, zmq.NOBLOCK)
+                except zmq.Again:
+                    logger.debug("the proxy at %s does not take announcements", self._proxy)
+                if self._stop.wait(PERIOD_SECONDS):
+                    return
+        except zmq.ZMQError:
+            logger.exception("announcing to %s has ended", self._proxy)
+        finally:
+            socket.close()
+            context.term()

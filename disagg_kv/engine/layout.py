@@ -1,0 +1,176 @@
+"""Shapes of vLLM's KV cache: every supported one becomes a list of planes of equal rows.
+
+Seen: (blocks, heads, block_size, 2 * head_dim), FlashAttention 3 of 0.26 and CPU of 0.32: one plane per layer;
+(2, blocks, block_size, heads, head_dim), FlashAttention of 0.21: two; (blocks, 2, block_size, heads, head_dim),
+FlashInfer: one. Any strides will do as long as what one block occupies in a plane is contiguous. Where a kernel's block
+is a fraction of the manager's, its rows are joined.
+
+Refused with ``Unsupported``: several cache groups (hybrid models), MLA, sliding windows, Mamba, anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from disagg_kv.engine.fences import StepFence
+
+_STEP_SECONDS = 60.0
+"""A sender that waits longer than this for a layer of a running step gives up."""
+
+
+class Unsupported(ValueError):
+    """This engine's KV cache cannot be moved by this connector; the text says why."""
+
+
+def check_specs(groups: Sequence[Any]) -> int:
+    """Block size in tokens, if the cache is one group of plain full attention. Else Unsupported."""
+    if len(groups) != 1:
+        raise Unsupported(
+            f"this model has {len(groups)} KV cache groups (a hybrid model, or sliding windows); only one is supported"
+        )
+    spec = groups[0].kv_cache_spec
+    specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
+    for one in specs:
+        name = type(one).__name__
+        if name != "FullAttentionSpec":
+            raise Unsupported(f"the KV cache is a {name}; only full attention is supported (no MLA, no sliding window)")
+        if getattr(one, "sliding_window", None) or getattr(one, "attention_chunk_size", None):
+            raise Unsupported("this model uses sliding windows or chunked attention, which are not supported")
+    return int(spec.block_size)
+
+
+def planes_of(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """Views of one layer's cache, each (num_blocks, elements of a block), rows contiguous. Unsupported otherwise."""
+    if tensor.dim() < 3:
+        raise Unsupported(f"{name}: a KV cache of shape {tuple(tensor.shape)} is not known")
+    dim = next((dim for dim in (0, 1) if tensor.shape[dim] % num_blocks == 0 and tensor.shape[dim] > 2), None)
+    if dim is None or (dim == 1 and tensor.shape[0] != 2):
+        raise Unsupported(f"{name}: {num_blocks} blocks are not found in the shape {tuple(tensor.shape)}")
+    parts = [tensor] if dim == 0 else [tensor[0], tensor[1]]
+    return [_rows(name, part, num_blocks) for part in parts]
+
+
+def _rows(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    fraction = tensor.shape[0] // num_blocks
+    split = tensor.unflatten(0, (num_blocks, fraction))
+    inner = sorted(zip(split.stride()[1:], split.shape[1:], strict=True))
+    expected = 1
+    for stride, size in inner:
+        if size != 1 and stride != expected:
+            raise Unsupported(f"{name}: a block is not contiguous (shape {tuple(tensor.shape)}, "
+                              f"strides {tensor.stride()})")  # fmt: skip
+        expected *= size
+    return split.as_strided((num_blocks, expected), (split.stride(0), 1))
+
+
+def describe(name: str, tensor: torch.Tensor, num_blocks: int) -> str:
+    """Text that is equal for two engines exactly when bytes of a block mean the same: sizes and their order in memory,
+    without the number of blocks."""
+    order = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim))
+    block_dim = 0 if tensor.shape[0] % num_blocks == 0 and tensor.shape[0] > 2 else 1
+    sizes = [str(size) for size in tensor.shape]
+    sizes[block_dim] = f"B*{tensor.shape[block_dim] // num_blocks}"
+    return f"({','.join(sizes)}):{''.join(map(str, order))}"
+
+
+class TorchCache:
+    """The registered KV cache of one rank; see ``BlockCache``."""
+
+    def __init__(self, layers: dict[str, torch.Tensor], num_blocks: int, widest: torch.dtype = torch.int64) -> None:
+        """``layers`` as vLLM registers them; layers that share one tensor count once. Unsupported if unusable.
+        ``widest``: the type as which bytes are copied, where they are aligned to it."""
+        unique: dict[int, tuple[str, torch.Tensor]] = {}
+        for name in sorted(layers, key=_by_number):
+            tensor = layers[name]
+            if not isinstance(tensor, torch.Tensor):
+                raise Unsupported(f"{name}: the cache is a {type(tensor).__name__}, not a tensor (a hybrid model?)")
+            unique.setdefault(tensor.data_ptr(), (name, tensor))
+        if not unique:
+            raise Unsupported("there are no layers with a KV cache")
+        texts = list(dict.fromkeys(describe(name, tensor, num_blocks) for name, tensor in unique.values()))
+        planes = [plane for name, tensor in unique.values() for plane in planes_of(name, tensor, num_blocks)]
+        sizes = {plane.shape[1] * plane.element_size() for plane in planes}
+        if len(sizes) != 1:
+            raise Unsupported(f"layers have blocks of different sizes ({sorted(sizes)} bytes)")
+        (self.row_bytes,) = sizes
+        self.num_blocks = num_blocks
+        self.planes = len(planes)
+        per_layer = self.planes // len(unique)
+        self.layers = {
+            name: (place * per_layer, (place + 1) * per_layer) for place, (name, _) in enumerate(unique.values())
+        }
+        """First plane of each layer, and the one behind its last."""
+        self.block_bytes = self.row_bytes * self.planes
+        self.layout = "|".join(texts)
+        self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
+        self.device = planes[0].device
+        self.on_gpu = self.device.type == "cuda"
+        self._planes = [_as_wide(plane, widest) for plane in planes]
+
+    def index(self, blocks: Sequence[int]) -> torch.Tensor:
+        if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
+            raise IndexError(f"a block outside the cache of {self.num_blocks} blocks")
+        return torch.tensor(blocks, dtype=torch.int64).to(self.device)
+
+    def gather(self, plane: int, index: torch.Tensor, out: torch.Tensor) -> None:
+        rows = self._planes[plane]
+        torch.index_select(rows, 0, index, out=out.view(rows.dtype).view(len(index), rows.shape[1]))
+
+    def scatter(self, plane: int, index: torch.Tensor, rows: torch.Tensor) -> None:
+        target = self._planes[plane]
+        target.index_copy_(0, index, rows.view(target.dtype).view(len(index), target.shape[1]))
+
+    def buffer(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def new_stream(self) -> Any:
+        return torch.cuda.Stream(self.device) if self.on_gpu else None
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
+
+    def mark(self) -> Any:
+        """A fence behind everything that the calling thread's stream has been given so far."""
+        if not self.on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, fence: Any) -> None:
+        """Work given to the current stream from now on starts behind the fence."""
+        if fence is not None:
+            torch.cuda.current_stream(self.device).wait_event(fence)
+
+    def layered(self, fence: StepFence) -> bool:
+        return not fence.finished
+
+    def join(self, fence: StepFence, planes: int) -> None:
+        mark = fence.wait(planes, _STEP_SECONDS)
+        if mark is not None:
+            mark.synchronize()
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def _as_wide(plane: torch.Tensor, widest: torch.dtype) -> torch.Tensor:
+    """The same bytes as the widest elements that fit: fewer of them for the copy kernels."""
+    for dtype in (widest, torch.int64, torch.int32, torch.int16):
+        size = dtype.itemsize
+        places = (plane.shape[1] * plane.element_size(), plane.stride(0) * plane.element_size(), plane.data_ptr())
+        if size >= plane.element_size() and not any(place % size for place in places):
+            return plane.view(dtype)
+    return plane.view(torch.uint8)
+
+
+def _by_number(name: str) -> tuple[Any, ...]:
+    """Layer names in the model's order: digits compare as numbers."""
+    parts: Iterable[str] = name.split(".")
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)

@@ -1,0 +1,98 @@
+"""Messages after the handshake: their fields, checked. Every number from the other side passes through here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from disagg_kv.protocol.frames import Kind, WireError, encode
+from disagg_kv.protocol.keys import Key, transfer_id
+
+_MAX_BLOCKS = 1 << 24
+
+
+def _number(body: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = body.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise WireError(f"{name} is not a number from {low} to {high}")
+    return value
+
+
+def _reason(body: dict[str, Any]) -> str:
+    value = body.get("reason")
+    return value[:200] if isinstance(value, str) else ""
+
+
+@dataclass(frozen=True)
+class Want:
+    """Decode asks for blocks ``first`` to ``first + count - 1`` of the prompt (numbered from its start)."""
+
+    key: Key
+    first: int
+    count: int
+
+    def encode(self) -> bytes:
+        return encode(Kind.WANT, {**self.key.to_wire(), "first": self.first, "count": self.count})
+
+    @classmethod
+    def decode(cls, body: dict[str, Any]) -> Want:
+        return cls(Key.from_wire(body), _number(body, "first", 0, _MAX_BLOCKS), _number(body, "count", 1, _MAX_BLOCKS))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A key (from decode) or a whole transfer (``key`` None, from the proxy) is no longer needed."""
+
+    transfer: str
+    key: Key | None = None
+
+    def encode(self) -> bytes:
+        return encode(Kind.RELEASE, self.key.to_wire() if self.key else {"t": self.transfer})
+
+    @classmethod
+    def decode(cls, body: dict[str, Any]) -> Release:
+        if "p" in body:
+            key = Key.from_wire(body)
+            return cls(key.transfer, key)
+        return cls(transfer_id(body.get("t")))
+
+
+@dataclass(frozen=True)
+class Go:
+    """Prefill sends blocks ``first`` to ``first + count - 1`` now; ``last`` when nothing follows; ``parts`` when they
+    are still being computed, layer by layer."""
+
+    key: Key
+    first: int
+    count: int
+    last: bool
+    parts: bool = False
+
+    def encode(self) -> bytes:
+        body = {**self.key.to_wire(), "first": self.first, "count": self.count, "last": self.last, "parts": self.parts}
+        return encode(Kind.GO, body)
+
+    @classmethod
+    def decode(cls, body: dict[str, Any]) -> Go:
+        return cls(
+            Key.from_wire(body),
+            _number(body, "first", 0, _MAX_BLOCKS),
+            _number(body, "count", 1, _MAX_BLOCKS),
+            body.get("last") is True,
+            body.get("parts") is True,
+        )
+
+
+@dataclass(frozen=True)
+class Gone:
+    """Prefill will not send this key (any more): decode has to compute."""
+
+    key: Key
+    reason: str
+
+    def encode(self) -> bytes:
+        return encode(Kind.GONE, {**self.key.to_wire(), "reason": self.reason[:200]})
+
+    @classmethod
+    def decode(cls, body: dict[str, Any]) -> Gone:
+        return cls(Key.from_wire(body), _reason(body))

@@ -1,0 +1,113 @@
+"""Settings of the connector: the keys of ``kv_connector_extra_config``, their defaults and their checks."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from disagg_kv.protocol.keys import parse_address
+
+SECRET_VARIABLE = "DISAGG_KV_SECRET"
+TRACE_VARIABLE = "DISAGG_KV_TRACE"
+_LOOPBACK = ("127.0.0.0/8", "::1/128")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field per key; the comment below each is its documentation."""
+
+    listen: str = "127.0.0.1"
+    """IP address that the KV port is bound to; loopback unless told otherwise."""
+    peers: tuple[str, ...] = _LOOPBACK
+    """Networks in which decode may fetch KV from a prefill engine; loopback unless told otherwise."""
+    proxy_ip: str = ""
+    """Where to announce this engine; empty: nowhere."""
+    proxy_port: int = 0
+    http_port: int = 0
+    """Port of this engine's HTTP server, for the announcement."""
+    transport: str = "auto"
+    """``nccl``, ``tcp``, or ``auto``: NCCL between GPUs, else TCP."""
+    load_timeout_s: float = 120.0
+    """Decode: how long a request waits for its KV before decode computes it itself."""
+    hold_timeout_s: float = 60.0
+    """Prefill: how long computed KV waits to be fetched."""
+    hold_fraction: float = 0.5
+    """Prefill: share of the KV cache that may wait to be fetched; beyond it the oldest is given up."""
+    stall_timeout_s: float = 5.0
+    """How long a transfer that has begun may make no progress."""
+    overlap: str = "auto"
+    """Prefill: send layers while later ones are computed: ``always``, ``never``, or ``auto``: over NCCL."""
+    min_load_tokens: int = 0
+    """Decode: computes prompts itself of which fewer tokens than this are missing; 0: one block."""
+    staging_mb: int = 64
+    """Size of one staging buffer in MiB, on each side of each connection."""
+    staging_buffers: int = 3
+    max_connections: int = 64
+    max_waiting: int = 4096
+    """Prefill: requests of decode engines that may wait for KV that is not there yet."""
+    idle_wait_ms: float = 1.0
+    """How long a step without work waits for news of a transfer, instead of running the next empty step at once."""
+    secret: str = ""
+    """Shared by all engines and the proxy; better in the environment (DISAGG_KV_SECRET)."""
+    trace: str = ""
+    """File to which times of every transfer are appended, one JSON object a line (or DISAGG_KV_TRACE)."""
+
+    @classmethod
+    def load(cls, extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:
+        """ValueError, naming the key, for an unknown key or a value that cannot be used."""
+        known = {field.name: field for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in extra.items():
+            if name not in known:
+                raise ValueError(f"kv_connector_extra_config: {name!r} is not known (known: {', '.join(known)})")
+            values[name] = _convert(name, value, getattr(cls, name))
+        values.setdefault("secret", environ.get(SECRET_VARIABLE, ""))
+        values.setdefault("trace", environ.get(TRACE_VARIABLE, ""))
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        if self.transport not in ("auto", "nccl", "tcp"):
+            raise ValueError(f"kv_connector_extra_config: transport is {self.transport!r}, not auto, nccl or tcp")
+        if self.overlap not in ("auto", "always", "never"):
+            raise ValueError(f"kv_connector_extra_config: overlap is {self.overlap!r}, not auto, always or never")
+        for name in ("load_timeout_s", "hold_timeout_s", "stall_timeout_s"):
+            if not 0 < getattr(self, name) <= 86400:
+                raise ValueError(f"kv_connector_extra_config: {name} has to be from 0 to 86400 seconds")
+        if not 0 < self.hold_fraction <= 1:
+            raise ValueError("kv_connector_extra_config: hold_fraction has to be above 0 and at most 1")
+        for name, low, high in (("staging_mb", 1, 4096), ("staging_buffers", 2, 16), ("max_connections", 1, 4096),
+                                ("max_waiting", 1, 1 << 20), ("proxy_port", 0, 65535), ("http_port", 0, 65535),
+                                ("min_load_tokens", 0, 1 << 30)):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"kv_connector_extra_config: {name} has to be from {low} to {high}")
+        if not 0 <= self.idle_wait_ms <= 100:
+            raise ValueError("kv_connector_extra_config: idle_wait_ms has to be from 0 to 100")
+        ipaddress.ip_address(self.listen)
+        for network in self.peers:
+            ipaddress.ip_network(network)
+        if bool(self.proxy_ip) != bool(self.proxy_port) or (self.proxy_ip and not self.http_port):
+            raise ValueError("kv_connector_extra_config: proxy_ip, proxy_port and http_port belong together")
+
+    def may_fetch_from(self, address: str) -> bool:
+        """Whether decode may connect to this ``ip:port``. WireError if it is none."""
+        ip = ipaddress.ip_address(parse_address(address)[0])
+        return any(ip in ipaddress.ip_network(network) for network in self.peers)
+
+
+def _convert(name: str, value: Any, default: Any) -> Any:
+    try:
+        if isinstance(default, tuple):
+            items = value.split(",") if isinstance(value, str) else list(value)
+            return tuple(str(item).strip() for item in items)
+        if isinstance(default, str):
+            return str(value)
+        if isinstance(value, bool):
+            raise ValueError
+        return type(default)(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"kv_connector_extra_config: {name} is {value!r}, not {type(default).__name__}") from None

@@ -1,0 +1,213 @@
+"""What the proxy itself sees of an instance's engine at work: who waits for it, since when, and when it last moved.
+
+Pings and /health go on while an engine's forward pass stands still for ever (vLLM 0.21, measured), so only the
+answers tell. How long a silence must be to mean something is learnt from the instance's own recent times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from disagg_proxy.errors import ProxyError
+
+if TYPE_CHECKING:
+    from disagg_proxy.cluster.instance import Instance
+
+_RECENT = 256
+"""First answers that the pace is learnt from."""
+
+_ENOUGH = 8
+"""With fewer of them the longest deadline holds."""
+
+_FACTOR = 5.0
+"""An answer is late when it takes so many times what the slowest recent ones took."""
+
+_SMALL = 512
+"""Prompt tokens below which a prefill's time is not the prompt's doing."""
+
+_LEFT = 16
+_LEFT_BYTES = 16 * 1024 * 1024
+"""Bounds on what is remembered of requests that were given up before their first byte."""
+
+
+class Pace:
+    """How fast an engine gave its first answers lately."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._per_token: deque[float] = deque(maxlen=_RECENT)
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """One first answer: how long it took, and for how many prompt tokens (0 when they do not matter)."""
+        self._seconds.append(seconds)
+        self._per_token.append(seconds / max(tokens, _SMALL) if tokens else 0.0)
+
+    def deadline(self, tokens: int, shortest: float, longest: float) -> float:
+        """Seconds after which no first answer at all means that the engine stands still.
+
+        Args:
+            tokens: prompt tokens that are being waited for, together.
+            shortest, longest: bounds, in seconds.
+        """
+        if len(self._seconds) < _ENOUGH:
+            return longest
+        slow = max(_slow(self._seconds), _slow(self._per_token) * tokens)
+        return min(max(_FACTOR * slow, shortest), longest)
+
+
+def _slow(values: deque[float]) -> float:
+    """The 99th percentile."""
+    return sorted(values)[int(len(values) * 0.99)]
+
+
+class Vigil:
+    """One leg that waits for an engine, from its sending to the end of its answer.
+
+    Attributes:
+        since: clock reading of the sending.
+        tokens: estimated prompt tokens to be computed, 0 where there are none.
+        begun: whether the first byte of the answer's body has come.
+        waiting: whether the engine is waited for now, and not the client.
+        telling: whether the engine is due to say something before the answer's end. Without streaming decode is not.
+        give_up: ends the leg with an error, as far as that may be done.
+        replay: sends the prefill of a decode leg once more, with the same id; True when prefill did it.
+        receiver: for a prefill, whom its KV goes to.
+        size: bytes that remembering the leg takes.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_pulse",
+        "begun",
+        "give_up",
+        "receiver",
+        "replay",
+        "since",
+        "size",
+        "telling",
+        "tokens",
+        "waiting",
+    )
+
+    def __init__(
+        self,
+        pulse: Pulse,
+        clock: Callable[[], float],
+        tokens: int,
+        telling: bool,
+        give_up: Callable[[ProxyError], None],
+        replay: Callable[[], Awaitable[bool]] | None,
+        receiver: Instance | None,
+        size: int,
+    ) -> None:
+        self._pulse = pulse
+        self._clock = clock
+        self.since = clock()
+        self.tokens = tokens
+        self.begun = False
+        self.waiting = True
+        self.telling = telling
+        self.give_up = give_up
+        self.replay = replay
+        self.receiver = receiver
+        self.size = size
+
+    def heard(self) -> None:
+        """A part of the answer has come; until :meth:`listen` it is the client's turn."""
+        self.waiting = False
+        self._pulse.moves += 1
+        if not self.begun:
+            self.begun = True
+            if self.telling:
+                self._pulse.pace.add(self._clock() - self.since, self.tokens)
+
+    def listen(self) -> None:
+        """The engine is waited for again."""
+        self.waiting = True
+
+    def end(self, *, received: bool = True) -> None:
+        """The leg is over; harmless when it was before.
+
+        Args:
+            received: False when the engine cannot have got the request.
+        """
+        self._pulse.forget(self, received)
+
+
+class Pulse:
+    """All vigils over one engine process, and when it was last seen to move.
+
+    Attributes:
+        moves: parts of answers that came from the engine.
+        open: vigils, oldest first.
+        left: decode legs that were given up before their first byte since the engine was last seen to move. The
+            engine may be waiting for the KV of one of them.
+        still_since: clock reading at which the last move had been seen.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.moves = 0
+        self.pace = Pace()
+        self.open: dict[Vigil, None] = {}
+        self.left: list[Vigil] = []
+        self.still_since = now
+        self._seen = 0
+
+    def begin(
+        self,
+        clock: Callable[[], float],
+        *,
+        tokens: int = 0,
+        telling: bool = True,
+        give_up: Callable[[ProxyError], None],
+        replay: Callable[[], Awaitable[bool]] | None = None,
+        receiver: Instance | None = None,
+        size: int = 0,
+    ) -> Vigil:
+        """A leg is being sent; the arguments are the attributes of :class:`Vigil`."""
+        vigil = Vigil(self, clock, tokens, telling, give_up, replay, receiver, size)
+        self.open[vigil] = None
+        return vigil
+
+    def forget(self, vigil: Vigil, received: bool) -> None:
+        """A vigil is over."""
+        if vigil not in self.open:
+            return
+        del self.open[vigil]
+        if vigil.begun or vigil.replay is None or not received:
+            return
+        if len(self.left) < _LEFT and sum(v.size for v in self.left) + vigil.size <= _LEFT_BYTES:
+            self.left.append(vigil)
+
+    def look(self, now: float) -> bool:
+        """Whether the engine has moved since the last look."""
+        moved = self.moves != self._seen
+        if moved:
+            self._seen = self.moves
+            self.still_since = now
+            self.left.clear()
+        return moved
+
+    def waiting(self) -> list[Vigil]:
+        """Those who wait for the engine now, oldest first."""
+        return [vigil for vigil in self.open if vigil.waiting]
+
+    def silent_for(self, now: float) -> float:
+        """Seconds for which the one that has waited longest has seen nothing move; 0 when nobody waits."""
+        oldest = next((vigil for vigil in self.open if vigil.waiting), None)
+        return 0.0 if oldest is None else now - max(oldest.since, self.still_since)
+
+    def deadline(self, shortest: float, longest: float) -> float:
+        """Seconds of such a silence that mean that the engine stands still."""
+        return self.pace.deadline(sum(vigil.tokens for vigil in self.open if vigil.waiting), shortest, longest)
+
+    def unanswered(self) -> list[Vigil]:
+        """Decode legs of which one may be waiting for KV that is not there, the likeliest first.
+
+        An engine stops in the step that takes the request in, so that one was sent about when it was last seen to
+        move, or is the first one after an idle time.
+        """
+        legs = [vigil for vigil in (*self.left, *self.open) if vigil.replay is not None and not vigil.begun]
+        return sorted(legs, key=lambda vigil: abs(vigil.since - self.still_since))

@@ -1,0 +1,179 @@
+"""One request between instances of this project's own connector: both legs at once, and decode's answer is the answer.
+
+    prefill refused or failed      decode is told to compute by itself; the client notices nothing
+    decode refused (4xx)           the client gets that answer
+    decode failed (5xx, broken, cannot be reached, stands still) before the first byte    another decode, bounded tries
+    decode breaks in mid-answer    the client's connection is cut
+    client leaves                  both legs are aborted at once; vLLM and the connector free everything themselves
+
+The shape is that of :mod:`disagg_proxy.flight.flight`: the legs run in tasks of their own, the client is an observer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError, Unavailable
+from disagg_proxy.flight.attempts import Attempts
+from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.client import Client
+from disagg_proxy.flight.outcome import Outcome, refusal
+from disagg_proxy.flight.relay import Relay
+from disagg_proxy.flight.together_legs import TogetherLegs
+from disagg_proxy.protocol.headers import answer_headers, is_stream
+from disagg_proxy.protocol.redact import NoHiding
+from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
+from disagg_proxy.stats import Stats
+from disagg_proxy.upstream import Answer, WholeAnswer
+
+
+class TogetherFlight:
+    """One request, from its first pair to its last byte. Arguments as for the other flight."""
+
+    def __init__(
+        self,
+        attempts: Attempts[TogetherLegs],
+        background: Background,
+        stats: Stats,
+        *,
+        own_key: bool,
+        prefilled: Callable[[bytes], None],
+    ) -> None:
+        self._attempts = attempts
+        self._background = background
+        self._stats = stats
+        self._own_key = own_key
+        self._prefilled = prefilled
+        self._client = Client(stats)
+        self._relay: Relay | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._prefill: asyncio.Task[None] | None = None
+        self._repair = UsageRepair(None)
+
+    @property
+    def _legs(self) -> TogetherLegs:
+        return self._attempts.legs
+
+    @property
+    def public_id(self) -> str:
+        """The id that clients see in the body."""
+        return self._legs.id.public
+
+    async def answer(self) -> Outcome:
+        """Run the legs until there is something to say to the client.
+
+        Raises:
+            ProxyError: the request ended without an answer of an instance.
+        """
+        self._task = self._background.spawn(self._run(), f"request {self.public_id}")
+        return await self._client.outcome()
+
+    def leave(self) -> None:
+        """The client's HTTP exchange is over. Only the first call counts."""
+        if not self._client.leave():
+            return
+        self._stop_prefill()
+        if self._relay is not None:
+            self._relay.close()
+        elif self._task is None:
+            self._legs.give_back()
+        else:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            outcome = await self._fly()
+        except ProxyError as error:
+            self._end(error)
+        except BaseException:
+            self._end(self._legs.frozen or Unavailable("The request was given up.", retry_after=1))
+            raise
+        else:
+            if not self._client.tell(outcome) and self._relay is not None:
+                self._relay.close()
+
+    def _end(self, error: ProxyError) -> None:
+        self._stop_prefill()
+        self._legs.give_back()
+        self._client.fail(error)
+
+    async def _fly(self) -> Outcome:
+        while True:
+            legs = self._legs
+            self._ask_prefill(legs)
+            try:
+                answer = await legs.ask_decode()
+                if answer.status == 200:
+                    return await self._relayed(legs, answer)
+                refused = await answer.whole()
+                legs.end_refused(refused.status)
+                self._stop_prefill()
+                legs.give_back()
+                return self._refused(legs, refused)
+            except (EngineError, EngineDeadline) as error:
+                legs.end_decode(failed=True)
+                self._stop_prefill()
+                legs.give_back()
+                if not self._client.waits or not await self._attempts.another(legs.decode, self._waits):
+                    raise error
+                self._stats.failovers += 1
+
+    def _waits(self) -> bool:
+        return self._client.waits
+
+    def _refused(self, legs: TogetherLegs, answer: WholeAnswer) -> Outcome:
+        outcome = refusal(answer, "decode", legs.id, self._own_key)
+        self._client.refused()
+        return outcome
+
+    # -- prefill's part
+
+    def _ask_prefill(self, legs: TogetherLegs) -> None:
+        self._repair.cached = None
+        if legs.prefill is not None:
+            self._prefill = self._background.spawn(self._follow_prefill(legs), f"prefill {legs.id.public}")
+
+    async def _follow_prefill(self, legs: TogetherLegs) -> None:
+        answer = await legs.ask_prefill()
+        if answer is not None and legs is self._legs:
+            self._client.prefilled()
+            self._prefilled(answer.body)
+            self._repair.cached = cached_tokens(answer.body)
+
+    def _stop_prefill(self) -> None:
+        """Nobody needs its KV any more."""
+        if self._prefill is not None:
+            self._prefill.cancel()
+            self._prefill = None
+
+    # -- the answer's body
+
+    async def _relayed(self, legs: TogetherLegs, answer: Answer) -> Outcome:
+        headers = answer_headers(answer.headers, None)
+        if not is_stream(answer.headers):
+            whole = await answer.whole()
+            legs.decoding.heard()
+            self._first_byte(legs)
+            self._ended(complete=True)
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            return Outcome(200, headers, repair_usage(whole.body, self._repair.cached))
+        vigil = legs.decoding
+        relay = Relay(answer, NoHiding(), self._repair, vigil, self._ended)
+        await relay.begin()
+        self._first_byte(legs)
+        vigil.give_up = lambda error: relay.cut()
+        self._relay = relay
+        return Outcome(200, headers, relay.__aiter__())
+
+    def _first_byte(self, legs: TogetherLegs) -> None:
+        legs.loaded()
+        self._client.first_byte()
+
+    def _ended(self, complete: bool) -> None:
+        if complete:
+            self._client.complete()
+        else:
+            self._client.cut()
+        self._stop_prefill()
+        self._legs.end_decode(failed=False if complete else None if self._client.gone else True)

@@ -1,0 +1,165 @@
+"""From a prepared request to the flight that carries it: who may serve it, and by which protocol.
+
+p2p_nccl    prefill, then decode (flight/flight.py)
+disagg_kv   both at once, or decode alone: for requests that no pair can serve, for short prompts, and while there
+            is no prefill (flight/together.py)
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Collection
+from typing import Protocol, TypeVar, cast
+
+from multidict import CIMultiDict
+
+from disagg_proxy.admission.gate import Gate, Held
+from disagg_proxy.admission.size import TokenGuess
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.config import Config
+from disagg_proxy.flight.attempts import Attempts
+from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.drains import Drainer
+from disagg_proxy.flight.flight import Flight
+from disagg_proxy.flight.legs import Legs
+from disagg_proxy.flight.outcome import Outcome
+from disagg_proxy.flight.together import TogetherFlight
+from disagg_proxy.flight.together_legs import Release, TogetherLegs
+from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
+from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.stats import Stats
+from disagg_proxy.upstream import Upstream
+
+L = TypeVar("L", Legs, TogetherLegs)
+
+
+class Carrier(Protocol):
+    """A request on its way, whatever the protocol."""
+
+    @property
+    def public_id(self) -> str: ...
+
+    async def answer(self) -> Outcome: ...
+
+    def leave(self) -> None: ...
+
+
+class Launcher:
+    """Starts flights.
+
+    Args:
+        upstream: the client pool, once it is there.
+        release: ends waits for KV on engines of this project's own connector.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        pairing: Pairing,
+        gate: Gate,
+        background: Background,
+        drainer: Drainer,
+        stats: Stats,
+        upstream: Callable[[], Upstream],
+        release: Release,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._pairing = pairing
+        self._gate = gate
+        self._background = background
+        self._drainer = drainer
+        self._stats = stats
+        self._upstream = upstream
+        self._release = release
+        self.token_guess = TokenGuess()
+
+    async def launch(
+        self, route: Route, headers: CIMultiDict[str], prepared: Prepared, client_id: str | None = None
+    ) -> Carrier:
+        """A flight of ``prepared`` on instances that have room; the caller must call its ``leave`` in the end.
+
+        Args:
+            client_id: the client's own X-Request-Id.
+
+        Raises:
+            ProxyError: nobody can serve it, an unknown model, or too many requests.
+        """
+        tokens = self.token_guess.tokens(prepared.model, *prepared.prompt)
+        kv_bytes = tokens * self._config.kv_bytes_per_token
+        wish = self._wish(prepared, tokens)
+        request_id = client_id or secrets.token_hex(16)
+
+        def one_by_one(found: Pair | Alone) -> Legs:
+            if isinstance(found, Alone):
+                raise TypeError("an instance that cannot work alone was chosen to do so")
+            return Legs(
+                self._upstream(), self._registry, self._config, found, route, headers, prepared,
+                tokens=tokens, kv_bytes=kv_bytes,
+            )  # fmt: skip
+
+        def together(found: Pair | Alone) -> TogetherLegs:
+            return TogetherLegs(
+                self._upstream(), self._registry, self._config, self._release, found, route, headers, prepared,
+                request_id, tokens=tokens,
+            )  # fmt: skip
+
+        def legs(found: Pair | Alone) -> Legs | TogetherLegs:
+            return together(found) if found.decode.kind.together else one_by_one(found)
+
+        def learn(body: bytes) -> None:
+            self._learn(prepared, body)
+
+        async def admit(without: Collection[Instance] = ()) -> Held:
+            return await self._gate.admit(prepared.model, wish, kv_bytes, legs, without)
+
+        first = await admit()
+        own_key = bool(self._config.engine_api_key)
+        if isinstance(first, TogetherLegs):
+            return TogetherFlight(
+                self._attempts(first, prepared.model, wish, admit), self._background, self._stats,
+                own_key=own_key, prefilled=learn,
+            )  # fmt: skip
+        assert isinstance(first, Legs)
+        return Flight(
+            self._attempts(first, prepared.model, wish, admit), self._background, self._drainer, self._stats,
+            prefill_timeout=self._config.prefill_timeout, own_key=own_key, prefilled=learn,
+        )  # fmt: skip
+
+    def _attempts(
+        self, first: L, model: str | None, wish: Wish, admit: Callable[[Collection[Instance]], Awaitable[Held]]
+    ) -> Attempts[L]:
+        """Further tries, on instances of the same protocol."""
+        kind: type = type(first)
+        together = kind is TogetherLegs
+
+        def widened(without: Collection[Instance]) -> set[Instance]:
+            return {*without, *(i for i in self._registry.instances() if i.kind.together is not together)}
+
+        async def again(without: Collection[Instance]) -> L:
+            return cast(L, await admit(widened(without)))
+
+        def check(without: Collection[Instance]) -> None:
+            self._pairing.check(model, wish, widened(without))
+
+        return Attempts(first, check, again, self._config.max_tries)
+
+    def _wish(self, prepared: Prepared, tokens: int) -> Wish:
+        if prepared.refusal is not None:
+            if not self._pairing.loners(prepared.model):
+                raise prepared.refusal
+            return Wish.ALONE
+        if tokens < self._config.decode_alone_below:
+            return Wish.RATHER_ALONE
+        return Wish.EITHER if self._config.decode_alone else Wish.PAIR
+
+    def _learn(self, prepared: Prepared, prefill_body: bytes) -> None:
+        """Follow how many bytes of text a token takes, where that is asked for."""
+        token_ids, text_bytes = prepared.prompt
+        wanted = self._config.kv_bytes_per_token or self._config.decode_alone_below
+        if wanted and not token_ids and prepared.choices == 1:
+            self.token_guess.learn(prepared.model, text_bytes, prompt_tokens(prefill_body))

@@ -1,0 +1,186 @@
+"""Notices engines that stand still, and decides what becomes of them.
+
+    suspected      somebody has waited longer than the learnt deadline while nothing else came from the engine
+    confirmed      its own counters stand still too, over half of the deadline; without any, only waits that tell count
+    a decode       prefills of requests that it may wait for are replayed (watch/recovery.py); if that helps it is back
+    no help, or a prefill    FROZEN with ``restart_wanted``: its waiting decodes end with 504, its waiting prefills go
+                   to another pair with a new id while the old legs run on, since a prefill is never cancelled
+    moves again    back in service through a probe, with its breaker half open
+    a second prefill freezes while it sends to one decode    that decode's KV listener is dead: it is taken out too
+
+One task looks at all instances; one more runs for each instance that is suspected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.errors import EngineFrozen, ProxyError
+from disagg_proxy.upstream import Upstream
+from disagg_proxy.watch.counters import engine_counters
+from disagg_proxy.watch.recovery import replay_until_it_moves
+
+log = logging.getLogger(__name__)
+
+_LOOKS = 5
+"""How often within the shortest deadline the instances are looked at; at least once a second."""
+
+_POLLS = 10
+"""How often an engine is asked for its counters while it is waited for."""
+
+_SENDERS = 2
+"""Prefills that stand still while they send to one decode process before that one is taken to be the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where an engine stands: parts of answers so far, and its counters (None: it did not answer)."""
+
+    moves: int
+    counters: tuple[bytes, ...] | None
+
+
+class Watchdog:
+    """Watches every instance of a registry.
+
+    Args:
+        shortest, longest: bounds on the learnt deadline, in seconds.
+        headers: sent along with GET /metrics, such as the engines' key.
+    """
+
+    def __init__(
+        self, registry: Registry, upstream: Upstream, shortest: float, longest: float, headers: Mapping[str, str]
+    ) -> None:
+        self._registry = registry
+        self._upstream = upstream
+        self._shortest = shortest
+        self._longest = longest
+        self._headers = headers
+        self._pause = min(1.0, shortest / _LOOKS)
+        self._looking: asyncio.Task[None] | None = None
+        self._suspects: dict[Instance, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._looking = asyncio.get_running_loop().create_task(self._look_on(), name="watchdog")
+
+    async def stop(self) -> None:
+        """End all looking."""
+        tasks = [*self._suspects.values(), *([self._looking] if self._looking else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(self._pause)
+            for instance in self._registry.instances():
+                self._look(instance)
+
+    def _look(self, instance: Instance) -> None:
+        now = self._registry.now()
+        pulse = instance.pulse
+        if pulse.look(now) or instance.state is not State.READY or instance in self._suspects:
+            return
+        deadline = pulse.deadline(self._shortest, self._longest)
+        if pulse.silent_for(now) > deadline / 2:
+            suspect = self._suspect(instance, deadline / 2)
+            task = asyncio.get_running_loop().create_task(suspect, name=f"suspect {instance}")
+            self._suspects[instance] = task
+            task.add_done_callback(lambda ended: self._ended(instance, ended))
+
+    def _ended(self, instance: Instance, task: asyncio.Task[None]) -> None:
+        del self._suspects[instance]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("watching %s failed", instance, exc_info=error)
+
+    async def _suspect(self, instance: Instance, rest: float) -> None:
+        """Half of the deadline has passed; the engine's counters decide within the ``rest`` of it."""
+        pulse = instance.pulse
+        if not await self._stands_still(instance, rest):
+            pulse.still_since = self._registry.now()
+            return
+        silent = pulse.silent_for(self._registry.now())
+        said = f"its engine stands still: no answer and no step for {silent:.3g} s, while {len(pulse.waiting())} wait"
+        log.error("%s is frozen: %s", instance, said)
+        self._registry.freeze(instance, said)
+        if instance.role is Role.DECODE:
+            helped = await replay_until_it_moves(instance, self)
+            if helped and instance.state is State.FROZEN:
+                log.warning("%s moves again after %d replayed prefills", instance, instance.replays)
+                self._registry.thaw(instance, "moves again after replayed prefills")
+                return
+            said += f"; {'replayed prefills did not help' if pulse.unanswered() else 'there is no prefill to replay'}"
+        self._give_up(instance, f"{said}; restart it")
+        await self._until_it_moves(instance)
+
+    async def _stands_still(self, instance: Instance, within: float) -> bool:
+        """An engine that shows no counters is judged by who waits for it."""
+        mark = await self.mark(instance)
+        if mark.counters is None or await self.moved(instance, mark, within) or instance.state is not State.READY:
+            return False
+        return bool(mark.counters) or any(vigil.telling for vigil in instance.pulse.waiting())
+
+    async def mark(self, instance: Instance) -> Mark:
+        """Where the engine stands now."""
+        return Mark(instance.pulse.moves, await self._counters(instance))
+
+    async def moved(self, instance: Instance, mark: Mark, within: float) -> bool:
+        """Whether the engine has moved since ``mark``, or does so within so many seconds."""
+        end = self._registry.now() + within
+        while True:
+            left = end - self._registry.now()
+            await asyncio.sleep(max(0.0, min(within / _POLLS, left)))
+            counters = await self._counters(instance)
+            if instance.pulse.moves != mark.moves:
+                return True
+            if mark.counters is not None and counters is not None and counters != mark.counters:
+                return True
+            if left <= 0:
+                return False
+
+    async def _counters(self, instance: Instance) -> tuple[bytes, ...] | None:
+        """What changes with every step; empty when the engine shows nothing of it, None without an answer."""
+        try:
+            answer = await self._upstream.request(
+                "GET", instance, "/metrics", headers=self._headers, silence=2.0, leg=instance.role.value
+            )
+            whole = await answer.whole()
+        except ProxyError:
+            return None
+        return engine_counters(whole.body) if whole.status == 200 else ()
+
+    def _give_up(self, instance: Instance, reason: str) -> None:
+        """Tell everybody who waits for it that nothing will come."""
+        pulse = instance.pulse
+        self._registry.want_restart(instance, reason)
+        log.error("%s is given up: %s", instance, reason)
+        error = EngineFrozen(f"The {instance.role.value} instance stands still.")
+        vigils = list(pulse.open)
+        for vigil in vigils:
+            vigil.give_up(error)
+        if instance.role is Role.PREFILL and vigils:
+            self._blame_receiver(vigils[0].receiver)
+
+    def _blame_receiver(self, decode: Instance | None) -> None:
+        if decode is None or decode.state is not State.READY:
+            return
+        decode.senders_frozen += 1
+        if decode.senders_frozen >= _SENDERS:
+            # What it has taken in before it may still answer.
+            self._registry.freeze(decode, "prefills that send to it stand still")
+            self._registry.want_restart(decode, "prefills that send to it stand still: it takes in no KV; restart it")
+            log.error("%s is given up: %s", decode, decode.reason)
+
+    async def _until_it_moves(self, instance: Instance) -> None:
+        mark = await self.mark(instance)
+        while instance.state is State.FROZEN:
+            if await self.moved(instance, mark, self._shortest) and instance.state is State.FROZEN:
+                log.warning("%s moves again by itself", instance)
+                instance.breaker.trip(self._registry.now())
+                self._registry.thaw(instance, "moves again")

@@ -1,0 +1,97 @@
+"""When a drain is sent, tried again, and given up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from disagg_proxy.cluster.instance import State
+from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable
+from disagg_proxy.flight import drains
+from disagg_proxy.flight.drains import Drainer
+from disagg_proxy.stats import Drains
+from tests.flight.conftest import Bench
+
+RESET = EngineDisconnected("reset", unsent=False, reused=False)
+REFUSED = EngineUnreachable("refused", refused=False)
+LATE = EngineDeadline("late")
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Drains:
+    monkeypatch.setattr(drains, "_PAUSES", (0.0,) * 4)
+    return Drains()
+
+
+@pytest.mark.parametrize(("outcome", "done"), [(200, 1), (400, 0), (500, 0), (RESET, 0), (LATE, 0)])
+async def test_it_goes_over_a_fresh_connection_once(bench: Bench, counts: Drains, outcome, done: int) -> None:
+    bench.upstream.outcomes = [outcome]
+    await Drainer(counts).drain(bench.legs)
+    (sent,) = bench.upstream.sent
+    assert sent.fresh and sent.instance is bench.decode and sent.path == "/v1/completions"
+    assert json.loads(sent.body)["max_tokens"] == 1
+    assert counts == Drains(started=1, done=done, failed=1 - done, tokens=7 * done)
+
+
+@pytest.mark.parametrize("outcome", [REFUSED, 503, 429])
+async def test_it_is_tried_again_when_it_cannot_have_been_taken_in(bench: Bench, counts: Drains, outcome) -> None:
+    bench.upstream.outcomes = [outcome, outcome, 200]
+    await Drainer(counts).drain(bench.legs)
+    assert len(bench.upstream.sent) == 3
+    assert counts == Drains(started=1, done=1, tokens=7)
+
+
+async def test_it_is_given_up_after_some_tries(bench: Bench, counts: Drains) -> None:
+    bench.upstream.outcomes = [REFUSED] * 5
+    await Drainer(counts).drain(bench.legs)
+    assert len(bench.upstream.sent) == 4
+    assert counts == Drains(started=1, failed=1)
+
+
+async def test_another_process_is_not_asked(bench: Bench, counts: Drains) -> None:
+    bench.world.registry.suspend(bench.decode, "gone", gone=True)
+    bench.world.registry.admit(bench.decode, bench.decode.models)
+    await Drainer(counts).drain(bench.legs)
+    assert not bench.upstream.sent
+    assert counts == Drains(started=1, failed=1)
+
+
+async def test_a_frozen_decode_is_waited_for(bench: Bench, counts: Drains, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drains, "_FROZEN_PAUSE", 0.0)
+    bench.upstream.outcomes = [200]
+    bench.world.registry.freeze(bench.decode, "stands still")
+    draining = asyncio.ensure_future(Drainer(counts).drain(bench.legs))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not bench.upstream.sent and counts.waiting == 1
+    bench.world.registry.thaw(bench.decode, "moves")
+    bench.world.registry.admit(bench.decode, {"m": {}})
+    await draining
+    assert counts == Drains(started=1, done=1, tokens=7)
+
+
+async def test_no_more_than_a_few_run_on_one_decode(bench: Bench, counts: Drains) -> None:
+    drainer, go, most, now = Drainer(counts), asyncio.Event(), 0, 0
+    request = bench.upstream.request
+
+    async def slow(*args, **options):
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        await go.wait()
+        now -= 1
+        return await request(*args, **options)
+
+    bench.upstream.request = slow
+    bench.upstream.outcomes = [200] * 30
+    tasks = [asyncio.ensure_future(drainer.drain(bench.legs_of())) for _ in range(30)]
+    while now < drains._AT_ONCE:
+        await asyncio.sleep(0)
+    assert counts.waiting == 30
+    go.set()
+    await asyncio.gather(*tasks)
+    assert most == drains._AT_ONCE
+    assert counts == Drains(started=30, done=30, tokens=210)
+    assert bench.decode.state is State.READY

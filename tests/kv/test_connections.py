@@ -1,0 +1,312 @@
+"""Real connections on loopback between the two halves: handshakes, transfers, ends, and hostile peers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from disagg_kv.control import Control
+from disagg_kv.protocol.frames import Kind, encode
+from disagg_kv.protocol.handshake import Refused, Shape, nonce
+from disagg_kv.transport.channel import Channel
+from tests.kv.memory import SHAPE, Decode, Prefill, key, until
+
+Make = Callable[..., Any]
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    until(condition, lambda: threading.Event().wait(0.01) and None)
+
+
+def test_blocks_move(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    p.compute(key("t"), [3, 1, 4], seed=7)
+    d.load(key("t"), p.address, [10, 11, 12])
+    assert not d.result().failed_blocks
+    assert d.cache.content([10, 11, 12]) == p.cache.content([3, 1, 4])
+
+
+def test_only_what_is_missing_moves(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    p.compute(key("t"), [3, 1, 4, 5], seed=7)
+    d.load(key("t"), p.address, [10, 11], first=2)
+    assert not d.result().failed_blocks
+    assert d.cache.content([10, 11]) == p.cache.content([4, 5])
+    assert d.cache.content([0]) == [[bytes(8)]] * 3
+
+
+def test_wanted_before_computed_and_many_pieces(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    blocks = list(range(40))
+    d.load(key("t"), p.address, blocks)
+    p.cache.fill(blocks, 3)
+    p.outbox.open(key("t"), "r", 40)
+    p.outbox.progress("r", blocks, 15, None)
+    p.outbox.progress("r", blocks, 40, None)
+    assert not d.result().failed_blocks
+    assert d.cache.content(blocks) == p.cache.content(blocks)
+
+
+def test_blocks_are_read_behind_their_fence(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    passed = threading.Event()
+    p.outbox.open(key("t"), "r", 1)
+    p.outbox.progress("r", [2], 1, lambda: passed.wait(20))
+    d.load(key("t"), p.address, [9])
+    d.inbox.wait(0.05)
+    assert d.inbox.waiting() == 1
+    p.cache.fill([2], 5)
+    passed.set()
+    assert not d.result().failed_blocks
+    assert d.cache.content([9]) == p.cache.content([2])
+
+
+def test_many_transfers_over_one_connection(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    for number in range(30):
+        p.compute(key(f"t{number}"), [number], seed=number)
+        d.load(key(f"t{number}"), p.address, [63 - number])
+    assert not d.result(30).failed_blocks
+    for number in range(30):
+        assert d.cache.content([63 - number]) == p.cache.content([number])
+    assert p.server.connections() == 1
+
+
+def test_nobody_listens(decode: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    d = decode()
+    d.load(key("t"), f"127.0.0.1:{port}", [1, 2])
+    assert d.result().failed_blocks == {1, 2}
+
+
+def test_prefill_dies_while_decode_waits(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    d.load(key("t"), p.address, [1, 2])
+    _wait(lambda: p.outbox.held()["wants"] == 1)
+    p.server.close()
+    assert d.result().failed_blocks == {1, 2}
+
+
+def test_a_restarted_prefill_is_connected_anew(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    p.compute(key("a"), [1])
+    d.load(key("a"), p.address, [1])
+    d.result()
+    p.server.close()
+    _wait(lambda: not next(iter(d.links._links.values())).usable)
+    again = prefill(port=p.server.port)
+    again.compute(key("b"), [2], seed=9)
+    d.load(key("b"), p.address, [2])
+    assert not d.result().failed_blocks
+    assert d.cache.content([2]) == again.cache.content([2])
+
+
+def test_decode_dies_and_prefill_forgets_its_wishes(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    d.load(key("t"), p.address, [1])
+    _wait(lambda: p.outbox.held()["wants"] == 1)
+    d.links.close()
+    _wait(lambda: p.outbox.held() == {"jobs": 0, "requests": 0, "wants": 0, "lanes": 0})
+    _wait(lambda: p.server.connections() == 0)
+
+
+def test_a_late_load_is_given_up_and_prefill_told(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    d.load(key("t"), p.address, [1], seconds=0.05)
+    assert d.result().failed_blocks == {1}
+    _wait(lambda: p.outbox.held()["wants"] == 0)
+    p.compute(key("u"), [5])
+    d.load(key("u"), p.address, [1])
+    assert not d.result().failed_blocks
+
+
+def test_200_abandoned_requests_leave_nothing(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    for number in range(200):
+        d.load(key(f"t{number}"), p.address, [number % 64])
+        d.inbox.cancel(f"d-t{number}")
+    assert len(d.result(200).requests) == 200
+    assert d.inbox.waiting() == 0
+    p.compute(key("last"), [5])
+    d.load(key("last"), p.address, [1])
+    assert not d.result().failed_blocks
+    assert p.outbox.held()["wants"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "word"),
+    [
+        (Shape(**{**SHAPE.__dict__, "tp": 2}), "tp is 2, here 1"),
+        (Shape(**{**SHAPE.__dict__, "dtype": "bfloat16"}), "dtype is bfloat16, here float32"),
+        (Shape(**{**SHAPE.__dict__, "model": "other"}), "model is other"),
+        (Shape(**{**SHAPE.__dict__, "layout": "x"}), "layout is x"),
+    ],
+)
+def test_caches_that_do_not_fit_are_refused(
+    prefill: Make, decode: Make, shape: Shape, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    p, d = prefill(), decode(shape=shape)
+    with caplog.at_level(logging.INFO, "vllm.disagg_kv"):
+        d.load(key("t"), p.address, [1])
+        assert d.result().failed_blocks == {1}
+    assert word in caplog.text
+
+
+@pytest.mark.parametrize("secrets", [("a", "b"), ("", "b"), ("a", "")])
+def test_a_different_secret_is_refused(prefill: Make, decode: Make, secrets: tuple[str, str]) -> None:
+    p, d = prefill(settings={"secret": secrets[0]}), decode(settings={"secret": secrets[1]})
+    p.compute(key("t"), [1])
+    d.load(key("t"), p.address, [1])
+    assert d.result().failed_blocks == {1}
+    assert d.cache.content([1]) == [[bytes(8)]] * 3
+
+
+def test_the_same_secret_is_accepted(prefill: Make, decode: Make) -> None:
+    p, d = prefill(settings={"secret": "s"}), decode(settings={"secret": "s"})
+    p.compute(key("t"), [1])
+    d.load(key("t"), p.address, [1])
+    assert not d.result().failed_blocks
+
+
+async def test_the_proxy_releases_a_transfer(prefill: Make, decode: Make) -> None:
+    p, d = prefill(settings={"secret": "s"}), decode(settings={"secret": "s"})
+    d.load(key("t"), p.address, [1])
+    await asyncio.to_thread(_wait, lambda: p.outbox.held()["wants"] == 1)
+    control = await Control.open(p.address, "s")
+    assert control.boot == "boot-prefill"
+    await control.release("t")
+    assert (await asyncio.to_thread(d.result)).failed_blocks == {1}
+    await control.close()
+
+
+async def test_the_proxy_releases_a_transfer_on_decode(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    d.load(key("t"), p.address, [1])
+    control = await Control.open(d.address)
+    await control.release("t")
+    assert (await asyncio.to_thread(d.result)).failed_blocks == {1}
+    await control.close()
+
+
+async def test_the_proxy_introduces_two_engines(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    control = await Control.open(d.address)
+    await control.meet(p.address)
+    await control.meet(p.address)
+    await asyncio.to_thread(_wait, lambda: p.outbox.held()["lanes"] == 1 and p.server.connections() == 1)
+    p.compute(key("t"), [1])
+    d.load(key("t"), p.address, [1])
+    assert not (await asyncio.to_thread(d.result)).failed_blocks
+    assert p.server.connections() == 1
+    await control.meet("10.0.0.1:5")
+    await asyncio.wait_for(control.wait_closed(), 10)
+    await control.close()
+
+
+async def test_the_proxy_notices_the_end_of_an_engine(prefill: Make) -> None:
+    p = prefill()
+    control = await Control.open(p.address)
+    closed = asyncio.create_task(control.wait_closed())
+    p.server.close()
+    await asyncio.wait_for(closed, 10)
+    await control.close()
+    with pytest.raises(OSError):
+        await Control.open(p.address)
+
+
+@pytest.mark.parametrize(("theirs", "mine"), [("s", ""), ("s", "x"), ("", "x")])
+async def test_the_proxy_with_a_wrong_secret(prefill: Make, theirs: str, mine: str) -> None:
+    with pytest.raises(Refused, match="secret"):
+        await Control.open(prefill(settings={"secret": theirs}).address, mine)
+
+
+def test_an_own_proof_cannot_be_sent_back(prefill: Make) -> None:
+    p = prefill(settings={"secret": "s"})
+    channel = Channel.connect(("127.0.0.1", p.server.port), 5, 5)
+    hello = {"name": "disagg_kv", "version": 1, "role": "control", "boot": "x", "rank": 0, "shape": None,
+             "nonce": nonce()}  # fmt: skip
+    channel.write(encode(Kind.HELLO, hello))
+    _, welcome = channel.frame()
+    channel.write(encode(Kind.PROOF, {"proof": welcome["proof"]}))
+    assert channel.frame()[0] is Kind.REFUSE
+    channel.close()
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Any:
+    p = Prefill(settings={"stall_timeout_s": 0.3})
+    yield p
+    p.server.close()
+
+
+@given(st.lists(st.binary(max_size=200) | st.sampled_from([
+    encode(Kind.WANT, {"t": "t", "p": "0" * 32, "first": 0, "count": 1}), encode(Kind.PROOF, {"proof": "\ud800"}),
+    encode(Kind.HELLO, {"name": "disagg_kv", "version": 1, "role": "control", "boot": "x", "rank": 0, "shape": None}),
+    encode(Kind.HELLO, {"name": "disagg_kv", "version": 1, "role": "decode", "boot": "x", "rank": 0,
+                        "shape": SHAPE.__dict__, "transports": ["tcp"], "staging": 64}),
+    encode(Kind.PROOF, {"proof": ""}), encode(Kind.RELEASE, {"t": "t"}), b"\xff\xff\xff\xff", b"\x00\x00\x00\x05",
+]), max_size=4))  # fmt: skip
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_bytes_end_the_listener(hostile: Prefill, parts: list[bytes]) -> None:
+    with socket.create_connection(("127.0.0.1", hostile.server.port), timeout=5) as sock:
+        with contextlib.suppress(OSError):
+            for part in parts:
+                sock.sendall(part)
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+    _wait(lambda: hostile.server.connections() == 0)
+    assert hostile.outbox.held() == {"jobs": 0, "requests": 0, "wants": 0, "lanes": 0}
+    d = Decode()
+    hostile.compute(key("after"), [1], seed=4, request="after")
+    d.load(key("after"), hostile.address, [6])
+    assert not d.result().failed_blocks
+    hostile.outbox.finish({"after"})
+    _wait(lambda: hostile.outbox.collect() == {"after"})
+    d.close()
+    _wait(lambda: hostile.server.connections() == 0)
+
+
+def test_connections_are_bounded(prefill: Make) -> None:
+    p = prefill(settings={"max_connections": 2})
+    kept = [socket.create_connection(("127.0.0.1", p.server.port), timeout=5) for _ in range(2)]
+    _wait(lambda: p.server.connections() == 2)
+    with socket.create_connection(("127.0.0.1", p.server.port), timeout=5) as third:
+        assert third.recv(1) == b""
+    for sock in kept:
+        sock.close()
+
+
+def test_a_silent_connection_is_ended(prefill: Make) -> None:
+    p = prefill(settings={"stall_timeout_s": 0.1})
+    with socket.create_connection(("127.0.0.1", p.server.port), timeout=10) as sock:
+        assert sock.recv(1) == b""
+
+
+def test_a_prefill_that_sends_half_of_it_fails_the_load(decode: Make) -> None:
+    """Half a segment arrives, then nothing: the load fails after the stall limit, not at its deadline."""
+    d = decode(settings={"stall_timeout_s": 0.2})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        d.load(key("t"), f"127.0.0.1:{server.getsockname()[1]}", [1, 2], seconds=600)
+        sock, _ = server.accept()
+        channel = Channel(sock, 5)
+        kind, hello = channel.frame()
+        welcome = {"name": "disagg_kv", "version": 1, "role": "prefill", "boot": "x", "rank": 0,
+                   "shape": SHAPE.__dict__, "nonce": "n", "transport": "tcp", "proof": ""}  # fmt: skip
+        channel.write(encode(Kind.WELCOME, welcome))
+        assert channel.frame()[0] is Kind.PROOF
+        channel.write(encode(Kind.READY, {"transport": "tcp", "staging": 64}))
+        assert channel.frame()[0] is Kind.WANT
+        channel.write(encode(Kind.GO, {**key("t").to_wire(), "first": 0, "count": 2, "last": True}) + bytes(10))
+        assert d.result().failed_blocks == {1, 2}
+        channel.close()

@@ -1,0 +1,155 @@
+"""Shapes of vLLM's caches. Needs torch (without a GPU), which the connector always has and the proxy does not."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from disagg_kv.engine.fences import StepFence  # noqa: E402
+from disagg_kv.engine.layout import TorchCache, Unsupported, check_specs  # noqa: E402
+from disagg_kv.transport.channel import Channel  # noqa: E402
+from disagg_kv.transport.tcp import TcpTransport  # noqa: E402
+
+BLOCKS = 10
+
+
+def _numbered(*shape: int, dtype: Any = torch.float32) -> Any:
+    return torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+
+
+SHAPES = {
+    "FlashAttention 0.21": (lambda: _numbered(2, BLOCKS, 4, 3, 8), 2),
+    "FlashAttention 0.21, HND": (lambda: _numbered(2, BLOCKS, 3, 4, 8).permute(0, 1, 3, 2, 4), 2),
+    "FlashInfer": (lambda: _numbered(BLOCKS, 2, 4, 3, 8), 1),
+    "FlashAttention 3 of 0.26": (lambda: _numbered(BLOCKS, 4, 3, 16).permute(0, 2, 1, 3), 1),
+    "CPU 0.32": (lambda: _numbered(BLOCKS, 3, 4, 16), 1),
+    "kernel blocks of half the size": (lambda: _numbered(2 * BLOCKS, 3, 2, 16), 1),
+    "bf16": (lambda: _numbered(2, BLOCKS, 4, 3, 8, dtype=torch.bfloat16), 2),
+    "odd bytes": (lambda: _numbered(BLOCKS, 3, 5, 7, dtype=torch.uint8), 1),
+    "layers in one buffer": (lambda: _numbered(BLOCKS, 2, 3, 4, 16)[:, 1], 1),
+}
+
+
+def _block(tensor: Any, block: int) -> Any:
+    """One block by the layout's own words, to compare with."""
+    if tensor.shape[0] == 2:
+        return tensor[:, block]
+    fraction = tensor.shape[0] // BLOCKS
+    return tensor[block * fraction : (block + 1) * fraction]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_blocks_move_from_one_cache_to_another(name: str) -> None:
+    make, planes = SHAPES[name]
+    layers = {f"layers.{number}": make() for number in (0, 1, 10, 2)}
+    for number, tensor in enumerate(layers.values()):
+        tensor.add_(number)
+    empty = {layer: make().zero_() for layer in layers}
+    source, target = TorchCache(layers, BLOCKS), TorchCache(empty, BLOCKS)
+    assert source.planes == 4 * planes and source.layout == target.layout
+    taken, placed = [7, 0, 3], [1, 9, 4]
+    for plane in range(source.planes):
+        buffer = source.buffer(3 * source.row_bytes)
+        source.gather(plane, source.index(taken), buffer)
+        target.scatter(plane, target.index(placed), buffer)
+    for layer in layers:
+        for one, other in zip(taken, placed, strict=True):
+            assert torch.equal(_block(layers[layer], one), _block(empty[layer], other))
+        assert not any(_block(empty[layer], other).any() for other in range(BLOCKS) if other not in placed)
+
+
+def test_different_layouts_have_different_texts() -> None:
+    texts = [TorchCache({"a": SHAPES[name][0]()}, BLOCKS).layout for name in list(SHAPES)[:6]]
+    assert len(set(texts)) == len(texts)
+
+
+def test_the_number_of_blocks_is_no_part_of_the_layout() -> None:
+    one, other = TorchCache({"a": _numbered(5, 3, 4, 16)}, 5), TorchCache({"a": _numbered(50, 3, 4, 16)}, 50)
+    assert one.layout == other.layout
+
+
+def test_layers_that_share_a_tensor_count_once() -> None:
+    tensor = _numbered(BLOCKS, 3, 4, 16)
+    assert TorchCache({"a": tensor, "b": tensor}, BLOCKS).planes == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "word"),
+    [
+        ({}, "no layers"),
+        ({"a": [torch.zeros(4), torch.zeros(4)]}, "not a tensor"),
+        ({"a": torch.zeros(BLOCKS, 8)}, "is not known"),
+        ({"a": torch.zeros(7, 3, 4)}, "not found"),
+        ({"a": torch.zeros(BLOCKS, 3, 4, 16), "b": torch.zeros(BLOCKS, 3, 4, 8)}, "different sizes"),
+        ({"a": torch.zeros(BLOCKS, 3, 4, 16)[..., :8]}, "not contiguous"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused(layers: Any, word: str) -> None:
+    with pytest.raises(Unsupported, match=word):
+        TorchCache(layers, BLOCKS)
+
+
+def test_a_block_outside_the_cache() -> None:
+    cache = TorchCache({"a": _numbered(BLOCKS, 3, 4, 16)}, BLOCKS)
+    for block in (-1, BLOCKS):
+        with pytest.raises(IndexError):
+            cache.index([block])
+
+
+def _group(name: str, **more: Any) -> Any:
+    return SimpleNamespace(kv_cache_spec=type(name, (), {"block_size": 16, **more})())
+
+
+def test_plain_attention_is_accepted() -> None:
+    assert check_specs([_group("FullAttentionSpec")]) == 16
+    inner = {"a": _group("FullAttentionSpec").kv_cache_spec}
+    assert check_specs([_group("UniformTypeKVCacheSpecs", kv_cache_specs=inner)]) == 16
+
+
+@pytest.mark.parametrize(
+    ("groups", "word"),
+    [
+        ([_group("FullAttentionSpec")] * 2, "2 KV cache groups"),
+        ([_group("MLAAttentionSpec")], "MLAAttentionSpec"),
+        ([_group("MambaSpec")], "MambaSpec"),
+        ([_group("FullAttentionSpec", sliding_window=128)], "sliding windows"),
+    ],
+)
+def test_other_models_are_refused(groups: Any, word: str) -> None:
+    with pytest.raises(Unsupported, match=word):
+        check_specs(groups)
+
+
+@pytest.mark.parametrize("staging", [256, 700, 1 << 20])
+def test_the_tcp_transport(staging: int) -> None:
+    import socket
+
+    source = TorchCache({f"l.{n}": _numbered(BLOCKS, 1, 4, 16) * (n + 1) for n in range(3)}, BLOCKS)
+    tensors = {f"l.{n}": torch.zeros(BLOCKS, 1, 4, 16) for n in range(3)}
+    target = TorchCache(tensors, BLOCKS)
+    left, right = socket.socketpair()
+    one, two = _channel(left), _channel(right)
+    fence = StepFence(source.planes)
+    sender = threading.Thread(target=TcpTransport(one, source, staging).send, args=([2, 5, 8, 1], fence, True))
+    sender.start()
+    for plane in range(source.planes):
+        fence.layer(plane, plane + 1, None)
+    TcpTransport(two, target, staging).receive([0, 1, 2, 3], 4, None, True)
+    sender.join(20)
+    for number in range(3):
+        want = (_numbered(BLOCKS, 1, 4, 16) * (number + 1))[[2, 5, 8, 1]]
+        assert torch.equal(tensors[f"l.{number}"][:4], want)
+    one.close()
+    two.close()
+
+
+def _channel(sock: Any) -> Channel:
+    channel = Channel.__new__(Channel)
+    channel._sock = sock
+    sock.settimeout(10)
+    return channel

@@ -1,0 +1,81 @@
+"""Settings and versions: what is accepted, and which words refuse the rest."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagg_kv.engine.versions import check_parallel, check_version
+from disagg_kv.settings import Settings
+
+
+def test_values_may_be_texts() -> None:
+    settings = Settings.load({"proxy_ip": "127.0.0.1", "proxy_port": "30001", "http_port": "8000",
+                              "load_timeout_s": "2.5", "peers": "10.0.0.0/8, 127.0.0.1"}, {})  # fmt: skip
+    assert (settings.proxy_port, settings.load_timeout_s) == (30001, 2.5)
+    assert settings.may_fetch_from("10.1.2.3:5") and not settings.may_fetch_from("127.0.0.2:5")
+
+
+def test_only_loopback_unless_told_otherwise() -> None:
+    settings = Settings.load({}, {})
+    assert settings.listen == "127.0.0.1"
+    assert settings.may_fetch_from("127.0.0.1:5") and settings.may_fetch_from("[::1]:5")
+    assert not settings.may_fetch_from("10.0.0.1:5")
+
+
+def test_the_secret_comes_from_the_environment() -> None:
+    assert Settings.load({}, {"DISAGG_KV_SECRET": "s"}).secret == "s"
+    assert Settings.load({"secret": "t"}, {"DISAGG_KV_SECRET": "s"}).secret == "t"
+
+
+@pytest.mark.parametrize(
+    ("extra", "word"),
+    [
+        ({"kv_buffer": 1}, "'kv_buffer' is not known"),
+        ({"transport": "rdma"}, "transport"),
+        ({"load_timeout_s": 0}, "load_timeout_s"),
+        ({"load_timeout_s": "soon"}, "load_timeout_s"),
+        ({"staging_mb": True}, "staging_mb"),
+        ({"hold_fraction": 1.5}, "hold_fraction"),
+        ({"listen": "localhost"}, "localhost"),
+        ({"peers": ["everywhere"]}, "everywhere"),
+        ({"proxy_ip": "127.0.0.1", "proxy_port": 1}, "belong together"),
+        ({"staging_buffers": 1}, "staging_buffers"),
+    ],
+)
+def test_what_cannot_be_used_is_named(extra: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        Settings.load(extra, {})
+
+
+def test_every_setting_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "connector.md").read_text()
+    for field in fields(Settings):
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        line = next((line for line in text.splitlines() if line.startswith(f"| `{field.name}` |")), "")
+        assert line, f"{field.name} is not in docs/connector.md"
+        assert f"| {default or 'empty'} |" in line, f"the default of {field.name} is {default!r}: {line}"
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.33.0", "0.32.0+cpu", "0.26.0rc1"])
+def test_versions_that_were_tried(version: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_version(version)
+    assert not caplog.records
+
+
+def test_an_older_version_is_refused_and_a_newer_one_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="P2pNcclConnector"):
+        check_version("0.20.2")
+    check_version("0.40.0")
+    check_version("dev")
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size"])
+def test_other_parallelism_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        check_parallel(SimpleNamespace(parallel_config=SimpleNamespace(**{name: 2})))
