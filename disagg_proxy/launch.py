@@ -135,7 +135,7 @@ class Launcher:
     ) -> Attempts[L]:
         """Further tries, on instances of the same protocol."""
         kind: type = type(first)
-        together = kind is TogetherLegs
+        together: bool = kind is TogetherLegs
 
         def widened(without: Collection[Instance]) -> set[Instance]:
             return {*without, *(i for i in self._registry.instances() if i.kind.together is not together)}

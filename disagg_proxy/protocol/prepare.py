@@ -2,7 +2,7 @@
 
 The body is read with the standard library's ``json``, as vLLM's server does: encodings, duplicate keys and lone
 surrogates then mean the same to the proxy and to both engines. Decode gets the client's own bytes unless a field in
-them must not pass or they are not UTF-8.
+them must not pass.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def prepare(route: Route, raw: bytes) -> Prepared:
             raise refusals.prompt_logprobs_refused(body)
     except UnsupportedField as error:
         refusal = error
-    if strip(body) or not json.detect_encoding(raw).startswith("utf-8"):
+    if strip(body):
         raw = encode(body)
     for_p = for_prefill(route, body)
     return Prepared(

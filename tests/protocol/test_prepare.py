@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_proxy.errors import BadRequest, ClientError
-from disagg_proxy.protocol import disagg_kv
 from disagg_proxy.protocol.fields import CHAT, COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
 from disagg_proxy.protocol.prepare import encode, parse_object, prepare
 
@@ -226,16 +225,6 @@ def test_no_json_object(raw) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
 def test_every_encoding_of_json(encoding) -> None:
     assert parse_object('{"prompt":"东京 🙂"}'.encode(encoding)) == {"prompt": "东京 🙂"}
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le"])
-def test_decode_gets_utf_8_so_that_a_field_can_be_put_in_front(encoding) -> None:
-    body = {"prompt": "东京 🙂", "max_tokens": 5}
-    raw = json.dumps(body, ensure_ascii=False).encode(encoding)
-    prepared = prepare(COMPLETIONS, raw)
-    assert (prepared.decode_body == raw) == encoding.startswith("utf-8")
-    got = json.loads(disagg_kv.for_decode(prepared.decode_body, "id", "127.0.0.1:1"))
-    assert got == {"kv_transfer_params": {"transfer_id": "id", "from": "127.0.0.1:1"}, **body}
 
 
 def test_the_last_of_two_equal_keys_counts_and_lone_surrogates_pass() -> None:
