@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 
 import msgpack
 
+from disagg_proxy.cluster.kv_kind import DISAGG_KV
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import MAX_BYTES, BadAnnouncement, decode
+from disagg_proxy.protocol.disagg_kv import FIELDS
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from fuzz.source import Source
 
@@ -32,6 +34,12 @@ def ping(**fields: object) -> bytes:
     return bytes(msgpack.packb({**good, **fields}))
 
 
+def connector_ping(**fields: object) -> bytes:
+    """A ping of the project's own connector with some fields changed."""
+    traits = dict.fromkeys(FIELDS, 1)
+    return ping(**{"protocol": DISAGG_KV, **traits, "transports": ["tcp"], "boot_id": "ab", **fields})
+
+
 ADDRESSES = [
     *("127.0.0.1:1", "localhost:65535", "::1:80", "[::1]:80", "[fe80::1%eth0]:1", "a_b-c.d:9", "10.1.2.3:007", "a:1:2"),
     *("[:1", "::", ":80", "1:", "a b:1", "a/b:1", "a@b:1", "a___decode_addr_b:1", "a_:1", "\u0661:\u0661", "[[::1]]:1"),
@@ -42,6 +50,13 @@ SEEDS = [
     *(b"\0" + ping(http_address=text) for text in ADDRESSES),
     *(b"\0" + ping(zmq_address=text) for text in ADDRESSES),
     b"\0" + ping(extra="x" * 5000),
+    b"\0" + connector_ping(),
+    *(
+        b"\0" + connector_ping(**{name: odd})
+        for name in (*FIELDS[:2], "transports", "boot_id")
+        for odd in ("x", [], None)
+    ),
+    *(b"\0" + connector_ping(protocol=odd) for odd in ("x" * 99, [1], {}, 2**64 - 1, b"x", "\ud7ff")),
     *(b"\0" + ping(type=kind) for kind in ("D", "X", 1, None, ["P"], b"P", {})),
     *(
         b"\2\4" + ping(),

@@ -18,7 +18,7 @@ import aiohttp
 
 from disagg_proxy.chaos.machine import Machine, running_machine
 from disagg_proxy.sim import expected_text
-from fuzz.pure import Report
+from fuzz.pure import Report, Witness
 
 GROWTH_MIB = 96
 """MiB that the process (proxy, engines and clients together) may grow after the first quarter of a run."""
@@ -34,27 +34,14 @@ class Harm(AssertionError):
     """Something that must hold does not."""
 
 
-class _Witness(logging.Handler):
-    """Keeps what is logged as an error or with a traceback."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.seen: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # The simulated engines' own server says so of what it refuses, such as a second Content-Type.
-        if record.name != "aiohttp.server" and (record.exc_info or record.levelno >= logging.ERROR):
-            self.seen.append(logging.Formatter().format(record)[-2000:])
-
-
 class Live:
     """The machine and what is watched on it."""
 
     def __init__(self, machine: Machine, session: aiohttp.ClientSession) -> None:
         self.machine = machine
         self.session = session
-        self.witness = _Witness()
         self.failures: list[str] = []
+        self.witness = Witness(self.failures)
         logging.getLogger().addHandler(self.witness)
         asyncio.get_running_loop().set_exception_handler(self._failed)
 
@@ -82,8 +69,8 @@ class Live:
             state = engine.state()
             if state["dead"] or state["listener"] != "alive" or state["stalled_on"] or state["kv_waiting"]:
                 raise Harm(f"{engine.name} is harmed: {state}")
-        if self.failures or self.witness.seen:
-            raise Harm(f"failed: {self.failures} {self.witness.seen}")
+        if self.failures:
+            raise Harm(f"failed: {self.failures}")
 
     async def check(self) -> None:
         """Everything."""

@@ -4,7 +4,7 @@ Holds: nothing but a :class:`ProxyError` of 4xx or 501 is raised. Where bodies c
 for exactly one token for each choice as vLLM's request models would read it (by pydantic, in either of the two ways in
 which its versions combine the limits) unless they would refuse it, streams only for forced tools, and has every
 field that the proxy does not own as the client sent it; decode's is the client's own but for the steering fields; the
-drain is prefill's with one token.
+drain is prefill's with one token; and what the project's own connector needs can be put in front of both.
 """
 
 from __future__ import annotations
@@ -109,12 +109,21 @@ def check_body(route: Route, raw: bytes) -> str:
         json.loads(error.body())
         assert all(type(value) is str for value in headers_of(error).values())
         return f"{error.status} {error.code}"
+    if prepared.refusal is not None:
+        assert prepared.refusal.status == 400
+        return f"400 {prepared.refusal.code}"
     sent = json.loads(raw)
     for body in (for_prefill(prepared.prefill_body, "x"), for_decode(prepared.decode_body, "x", "127.0.0.1:1")):
         assert json.loads(body)["kv_transfer_params"]["transfer_id"] == "x"
     for_p, for_d, drain = (strict(b) for b in (prepared.prefill_body, prepared.decode_body, prepared.drain_body))
     assert for_d == without_steering(sent)
     assert {k: v for k, v in for_p.items() if k not in OWN} == {k: v for k, v in for_d.items() if k not in OWN}
+    for body, leg in (
+        (for_p, for_prefill(prepared.prefill_body, "id")),
+        (for_d, for_decode(prepared.decode_body, "id", "a:1")),
+    ):
+        with_params = strict(leg)
+        assert with_params.pop("kv_transfer_params")["transfer_id"] == "id" and with_params == body
     assert drain["max_tokens"] == 1 and drain.get("prompt") == for_d.get("prompt") and drain.get("n") == for_d.get("n")
     assert drain.get("messages") == for_d.get("messages")
     return "refused by prefill" if not one_token(route, for_p, prepared, for_d) else "served"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,19 @@ class Report:
     def text(self) -> str:
         """One line of JSON."""
         return json.dumps({**vars(self), "seconds": round(self.seconds, 1), "labels": dict(self.labels.most_common())})
+
+
+class Witness(logging.Handler):
+    """Keeps what is logged as an error or with a traceback."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._seen = seen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The simulated engines' own server says so of what it refuses, such as a second Content-Type.
+        if record.name != "aiohttp.server" and (record.exc_info or record.levelno >= logging.ERROR):
+            self._seen.append(logging.Formatter().format(record)[-2000:])
 
 
 def load(name: str) -> ModuleType:

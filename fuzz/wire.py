@@ -9,7 +9,7 @@ every task. Where h11 refuses what is taken, the label says so; :data:`TAKEN` li
 from __future__ import annotations
 
 import asyncio
-import time
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 from disagg_proxy.config import Config
 from disagg_proxy.http.wire import protocol
 from disagg_proxy.stopping import Stopping
+from fuzz.pure import Witness
 from fuzz.requests import SEEDS as REQUESTS
 from fuzz.requests import WORDS as WORDS
 from fuzz.source import Source
@@ -66,15 +67,16 @@ class Wire(asyncio.Transport):
     def __init__(self, closed: Callable[[], object]) -> None:
         super().__init__()
         self.said = b""
-        self.closed = self.paused = False
+        self.closed = self.ended = self.paused = False
         self._on_close = closed
 
     def write(self, data: Any) -> None:
-        assert not self.closed or not data, "written after the end"
+        if self.ended or self.closed:
+            raise RuntimeError("written after the end")
         self.said += bytes(data)
 
     def write_eof(self) -> None:
-        return
+        self.ended = True
 
     def can_write_eof(self) -> bool:
         return True
@@ -117,6 +119,7 @@ class Server:
         self.loop = Clock()
         self.loop.set_exception_handler(self._failed)
         self.failures: list[str] = []
+        logging.getLogger("uvicorn.error").addHandler(Witness(self.failures))
         self.reading = Reading()
         self.config = uvicorn.Config(
             self._app,
@@ -125,7 +128,7 @@ class Server:
             log_config=None,
             lifespan="off",
             ws="none",
-            http=protocol(_LIMITS, Stopping(1.0, time.monotonic)),
+            http=protocol(_LIMITS, Stopping(1.0, self.loop.time)),
             timeout_keep_alive=_KEEP_ALIVE,
         )
         self.config.load()

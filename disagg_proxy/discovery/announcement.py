@@ -1,8 +1,8 @@
 """The text of a ping, and nothing else: msgpack in, a typed announcement out.
 
 vLLM 0.9.2 - 0.23 (``kv_connector/v1/p2p/p2p_nccl_engine.py``, ``ping``): every 3 s a DEALER sends
-``{"type": "P" | "D", "http_address": "host:port", "zmq_address": "host:port"}``.
-This project's connector sends the same and more (docs/connector.md, "Announcement").
+``{"type": "P" | "D", "http_address": "host:port", "zmq_address": "host:port"}``. This project's connector sends the
+same and more (docs/connector.md, "Announcement").
 """
 
 from __future__ import annotations

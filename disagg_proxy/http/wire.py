@@ -314,6 +314,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
             self._say()
         self._part = _NOTHING

@@ -1,7 +1,7 @@
 """What this project's own connector wants on the two legs: ``kv_transfer_params``, and nothing of the request id.
 
 docs/connector.md, "What a request says". Clients cannot set the field themselves (``fields.strip``), so it is put in
-front of the object as text, and the client's bytes stay as they are.
+front of the object as text, and the client's bytes stay as they are where they are UTF-8.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def for_decode(body: bytes, transfer_id: str, prefill_kv: str) -> bytes:
 
 def _with_params(body: bytes, params: dict[str, str]) -> bytes:
     """``body``, the bytes of a JSON object that has no such field, with the field in it."""
-    encoding = json.detect_encoding(body)
-    if encoding != "utf-8":
-        body = body.decode(encoding, "surrogatepass").encode("utf-8", "surrogatepass")
+    if not json.detect_encoding(body).startswith("utf-8"):
+        body = json.dumps(json.loads(body)).encode()
     brace = body.index(b"{") + 1
     rest = body[brace:]
     comma = b"" if rest.lstrip()[:1] == b"}" else b","

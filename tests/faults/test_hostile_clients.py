@@ -398,6 +398,14 @@ async def test_chunk_extensions_without_end_are_refused(machine, dial, piece: by
     assert "framing" in await check_refused(wire)
 
 
+async def test_a_body_refused_at_once_is_not_asked_for_any_more(machine, dial, caplog) -> None:
+    wire = await dial(machine.proxy.url)
+    wire.send(post(CHUNKED, "Expect: 100-continue", body=b"no size\r\n"))
+    await check_refused(wire)
+    await soon(machine.proxy.until_idle())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def test_a_body_refused_before_100_continue_ends_the_connection(machine, dial) -> None:
     # What the client sends next could be that body, or its next request.
     wire = await dial(machine.proxy.url)
