@@ -18,8 +18,6 @@ from disagg_proxy.protocol.disagg_kv import FIELDS
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from fuzz.source import Source
 
-MODULES = ("disagg_proxy.discovery.announcement", "disagg_proxy.discovery.allow", "disagg_proxy.address")
-
 _KINDS = ("oversized", "malformed", "mistyped")
 _ALLOW = AllowList(("local", "10.0.0.0/8", "fd00::/8", "engine-host"))
 

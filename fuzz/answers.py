@@ -22,8 +22,6 @@ from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from fuzz.source import Source
 
-MODULES = ("disagg_proxy.protocol",)
-
 ID = RequestId("___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_" + "5a" * 16, "b7" * 47)
 """One id for all executions, so that an input says everything; :func:`check_shape` keeps it like a real one."""
 

@@ -22,7 +22,6 @@ from fuzz import prepare
 
 T = TypeVar("T")
 
-MODULES = prepare.MODULES
 MODEL = "sim-model"
 MOST_TOKENS = 12
 

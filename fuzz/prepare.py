@@ -19,8 +19,6 @@ from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill
 from disagg_proxy.protocol.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
 from disagg_proxy.protocol.prepare import Prepared, prepare
 
-MODULES = ("disagg_proxy.protocol", "disagg_proxy.errors")
-
 OWN = {"max_tokens", "max_completion_tokens", "min_tokens", "stream", "stream_options"}
 """Fields that prefill may get changed."""
 

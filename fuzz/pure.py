@@ -56,7 +56,7 @@ class Witness(logging.Handler):
 
 
 def load(name: str) -> ModuleType:
-    """The target's module: ``check(data)``, ``SEEDS``, ``WORDS`` and ``MODULES``."""
+    """The target's module: ``check(data)``, ``SEEDS`` and ``WORDS``."""
     return importlib.import_module(f"fuzz.{name}")
 
 

@@ -26,7 +26,6 @@ from fuzz.requests import SEEDS as REQUESTS
 from fuzz.requests import WORDS as WORDS
 from fuzz.source import Source
 
-MODULES = ("disagg_proxy.http.wire", "uvicorn.protocols.http.httptools_impl")
 SEEDS = [prefix + raw for raw in REQUESTS for prefix in (b"\0" * 8, b"\1\2\3\4\5\1\2\3")]
 
 MAX_LEN = 2048
