@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?\Z")
 _IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,16})?\Z")
@@ -22,11 +22,12 @@ class Address:
     text: str
     host: str
     port: int
+    netloc: str = field(init=False, compare=False, repr=False)
+    """host:port as a URL wants it, IPv6 in brackets."""
 
-    @property
-    def netloc(self) -> str:
-        """host:port as a URL wants it, IPv6 in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+    def __post_init__(self) -> None:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        object.__setattr__(self, "netloc", f"{host}:{self.port}")
 
 
 def parse_address(text: str) -> Address:

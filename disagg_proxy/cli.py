@@ -1,10 +1,11 @@
 """The command: settings in, a running proxy out.
 
-Exit codes: 0 stopped by signals, 1 a port is taken, 2 a bad setting.
+Exit codes: 0 stopped by signals, 1 a port is taken or no worker starts, 2 a bad setting.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.logs import configure_logging
 from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
+from disagg_proxy.workers.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if config.workers > 1:
+            return asyncio.run(Supervisor(config, sys.argv[1:] if argv is None else argv).run())
         listening = listen(config)
         services = Services(config)
     except BindError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 0
     try:
         _serve(config, services, listening)
     except KeyboardInterrupt:

@@ -8,32 +8,36 @@ disagg_kv   both at once, or decode alone: for requests that no pair can serve, 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Collection
-from typing import Protocol, TypeVar, cast
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, Protocol, TypeVar, cast
 
-from multidict import CIMultiDict
-
-from disagg_proxy.admission.gate import Gate, Held
+from disagg_proxy.admission.gate import Admitted, Gate, Held
 from disagg_proxy.admission.size import TokenGuess
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
+from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
+from disagg_proxy.deadlines import Deadlines
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
+from disagg_proxy.flight.client import Told
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
-from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.flight.together_legs import Release, TogetherLegs
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
+from disagg_proxy.protocol.prefix import Wanted, session_name
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
 
 L = TypeVar("L", Legs, TogetherLegs)
+
+_LOADED_AFTER = 0.5
+"""Seconds after which decode is taken to have loaded the KV of a request that is not streamed."""
 
 
 class Carrier(Protocol):
@@ -42,7 +46,7 @@ class Carrier(Protocol):
     @property
     def public_id(self) -> str: ...
 
-    async def answer(self) -> Outcome: ...
+    def start(self, told: Told) -> None: ...
 
     def leave(self) -> None: ...
 
@@ -53,6 +57,9 @@ class Launcher:
     Args:
         upstream: the client pool, once it is there.
         release: ends waits for KV on engines of this project's own connector.
+
+    Attributes:
+        wanted: what :func:`disagg_proxy.protocol.prepare.prepare` shall look for.
     """
 
     def __init__(
@@ -77,22 +84,28 @@ class Launcher:
         self._upstream = upstream
         self._release = release
         self.token_guess = TokenGuess()
+        self._prefill_deadlines = Deadlines(config.prefill_timeout)
+        self._loads = Deadlines(_LOADED_AFTER)
+        self.wanted = Wanted(pairing.wants_prefix, pairing.wants_session)
 
-    async def launch(
-        self, route: Route, headers: CIMultiDict[str], prepared: Prepared, client_id: str | None = None
-    ) -> Carrier:
-        """A flight of ``prepared`` on instances that have room; the caller must call its ``leave`` in the end.
+    def launch(
+        self, route: Route, headers: bytes, prepared: Prepared, client_id: str | None = None, session: bytes = b""
+    ) -> Carrier | Coroutine[Any, Any, Carrier]:
+        """A flight of ``prepared`` on instances that have room now, or what to await until there are such instances.
+        The caller must call the flight's ``leave`` in the end.
 
         Args:
+            headers: the client's, as lines for the instances.
             client_id: the client's own X-Request-Id.
+            session: what its SESSION_HEADER says.
 
         Raises:
-            ProxyError: nobody can serve it, an unknown model, or too many requests.
+            ProxyError: nobody can serve it, an unknown model, or too many requests. So does what is awaited.
         """
         tokens = self.token_guess.tokens(prepared.model, *prepared.prompt)
         kv_bytes = tokens * self._config.kv_bytes_per_token
         wish = self._wish(prepared, tokens)
-        request_id = client_id or secrets.token_hex(16)
+        traits = self._traits(session, prepared, tokens, kv_bytes)
 
         def one_by_one(found: Pair | Alone) -> Legs:
             if isinstance(found, Alone):
@@ -105,19 +118,34 @@ class Launcher:
         def together(found: Pair | Alone) -> TogetherLegs:
             return TogetherLegs(
                 self._upstream(), self._registry, self._config, self._release, found, route, headers, prepared,
-                request_id, tokens=tokens,
+                client_id or secrets.token_hex(16), tokens=tokens,
             )  # fmt: skip
 
         def legs(found: Pair | Alone) -> Legs | TogetherLegs:
             return together(found) if found.decode.kind.together else one_by_one(found)
 
+        def admit(without: Collection[Instance] = ()) -> Admitted:
+            return self._gate.admit(prepared.model, wish, kv_bytes, legs, without, traits)
+
+        def fly(first: Held) -> Carrier:
+            return self._flight(first, prepared, wish, admit)
+
+        async def fly_later(waiting: Coroutine[Any, Any, Held]) -> Carrier:
+            return fly(await waiting)
+
+        first = admit()
+        return fly_later(first) if isinstance(first, Coroutine) else fly(first)
+
+    def _flight(
+        self,
+        first: Held,
+        prepared: Prepared,
+        wish: Wish,
+        admit: Callable[[Collection[Instance]], Admitted],
+    ) -> Carrier:
         def learn(body: bytes) -> None:
             self._learn(prepared, body)
 
-        async def admit(without: Collection[Instance] = ()) -> Held:
-            return await self._gate.admit(prepared.model, wish, kv_bytes, legs, without)
-
-        first = await admit()
         own_key = bool(self._config.engine_api_key)
         if isinstance(first, TogetherLegs):
             return TogetherFlight(
@@ -127,16 +155,28 @@ class Launcher:
         assert isinstance(first, Legs)
         return Flight(
             self._attempts(first, prepared.model, wish, admit), self._background, self._drainer, self._stats,
-            prefill_timeout=self._config.prefill_timeout, own_key=own_key, prefilled=learn,
+            prefill_deadlines=self._prefill_deadlines, loads=self._loads, own_key=own_key, prefilled=learn,
         )  # fmt: skip
 
+    def _traits(self, session: bytes, prepared: Prepared, tokens: int, kv_bytes: int) -> Traits:
+        shared = prepared.affinity
+        name = shared.user
+        if self.wanted.session and session:
+            name = session_name(session.decode("latin-1"))
+        return Traits(tokens, kv_bytes, shared.prefix, shared.size, shared.home, name)
+
     def _attempts(
-        self, first: L, model: str | None, wish: Wish, admit: Callable[[Collection[Instance]], Awaitable[Held]]
+        self,
+        first: L,
+        model: str | None,
+        wish: Wish,
+        admit: Callable[[Collection[Instance]], Admitted],
     ) -> Attempts[L]:
         """Further tries, on instances of the same protocol."""
 
         async def again(without: Collection[Instance]) -> L:
-            return cast(L, await admit(self._and_strangers(first, without)))
+            found = admit(self._and_strangers(first, without))
+            return cast(L, await found if isinstance(found, Coroutine) else found)
 
         def check(without: Collection[Instance]) -> None:
             self._pairing.check(model, wish, self._and_strangers(first, without))

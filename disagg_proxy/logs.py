@@ -12,7 +12,11 @@ from disagg_proxy.http.exchange import HideUnfinished
 
 
 class JsonLines(logging.Formatter):
-    """time (ISO 8601, UTC), level, logger, message and, with an exception, its traceback."""
+    """time (ISO 8601, UTC), level, logger, message, the number of the worker, and, with an exception, its traceback."""
+
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._worker = worker
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -21,18 +25,25 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if self._worker is not None:
+            line["worker"] = str(self._worker)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
-def configure_logging(config: Config) -> None:
-    """Send everything to standard error in the configured form."""
+def configure_logging(config: Config, worker: int | None = None) -> None:
+    """Send everything to standard error in the configured form.
+
+    Args:
+        worker: the number of this process where there are several.
+    """
     handler = logging.StreamHandler(sys.stderr)
     if config.log_format == "json":
-        handler.setFormatter(JsonLines())
+        handler.setFormatter(JsonLines(worker))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        which = "" if worker is None else f"worker {worker} "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {which}%(name)s: %(message)s"))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.error").addFilter(HideUnfinished())
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import socket
@@ -19,6 +20,9 @@ from disagg_proxy.services import Services
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+
+_COLLECT = (20_000, 20, 20)
+"""Thresholds of the garbage collector's generations, in objects and collections."""
 
 _KEEP_ALIVE = 75
 """Seconds an idle client connection is kept; longer than the pools of common clients, so that they close first."""
@@ -66,13 +70,24 @@ def _raise_file_limit() -> None:
         pass
 
 
+def settle_memory() -> None:
+    """Leave what was made at the start out of every later garbage collection, and collect less often.
+
+    A request makes hundreds of objects that live for its duration, few of them in cycles; with Python's own thresholds
+    an eighth of its CPU time goes into looking through them.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT)
+
+
 def server_config(config: Config, services: Services) -> uvicorn.Config:
     """uvicorn on uvloop and httptools, with the application of ``services``."""
     _raise_file_limit()
     return uvicorn.Config(
         create_app(config, services),
         loop="uvloop",
-        http=protocol(config, services.stopping),
+        http=protocol(config, services),
         ws="none",
         lifespan="on",
         access_log=False,
@@ -101,6 +116,11 @@ class Server(uvicorn.Server):
         """Run until a signal, and the end that it begins."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """The whole life of a process that does nothing else."""
+        settle_memory()
+        super().run(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by Python between any two instructions, so that nothing may be touched here."""
@@ -142,10 +162,12 @@ class Server(uvicorn.Server):
 
     async def _finished(self) -> None:
         """Until no exchange runs, and nothing in the background."""
-        while self.server_state.tasks or len(self._services.background):
+        exchanges, background = self._services.stopping.exchanges, self._services.background
+        while self.server_state.tasks or exchanges.open or len(background):
+            await exchanges.ended()
             if self.server_state.tasks:
                 await asyncio.wait(set(self.server_state.tasks))
-            await self._services.background.ended()
+            await background.ended()
 
     async def _disconnected(self) -> None:
         """Until every client has taken the rest of its answer."""
@@ -157,6 +179,8 @@ class Server(uvicorn.Server):
         late = set(self.server_state.tasks)
         for task in late:
             task.cancel()
+        for exchange in list(self._services.stopping.exchanges.open):
+            exchange.cut_off()
         for connection in list(self.server_state.connections):
             if isinstance(connection, Protocol):
                 connection.let_go()

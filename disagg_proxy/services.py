@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
+from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pairing
-from disagg_proxy.cluster.policy import POLICIES
+from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
+from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.service import Discovery
@@ -17,11 +19,14 @@ from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
+from disagg_proxy.protocol.prefix import ENDS
 from disagg_proxy.stats import Stats
 from disagg_proxy.stopping import Stopping
 from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_proxy.watch.watchdog import Watchdog
+from disagg_proxy.workers.member import Member, Told
+from disagg_proxy.workers.overview import Overview, Part, counts_of, pack_stats
 
 log = logging.getLogger(__name__)
 
@@ -31,29 +36,47 @@ class Services:
 
     Args:
         clock: monotonic seconds.
+        member: the other workers; without it this process is the whole proxy.
 
     Raises:
         BindError: the registration port cannot be opened. It is held from now on.
     """
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, clock: Callable[[], float] = time.monotonic, member: Member | None = None
+    ) -> None:
         self.config = config
+        self.member = member
         self.stats = Stats(clock)
         self.registry = Registry(clock, config.instance_expiry)
-        self.pairing = Pairing(self.registry, POLICIES[config.prefill_policy], POLICIES[config.decode_policy])
-        self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats)
+        self.pairing = Pairing(
+            self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
+            table=PrefixTable(ENDS), bound=config.load_bound,
+        )  # fmt: skip
+        if member is not None:
+            member.join(self.registry)
+        crowd = None if member is None else member.ledger
+        self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats, crowd)
         self.background = Background()
         self.stopping = Stopping(config.shutdown_grace, clock)
         self.drainer = Drainer(self.stats.drains)
-        self.discovery = Discovery(config, self.registry)
+        first = member is None or member.seat.worker == 0
+        self.discovery = Discovery(config, self.registry, None if member is None else member.pings, quiet=not first)
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
-        self.introductions = Introductions(self.registry, self.background, self.kv_control)
+        if first:
+            self.introductions = Introductions(self.registry, self.background, self.kv_control)
         self.launcher = Launcher(
             config, self.registry, self.pairing, self.gate, self.background, self.drainer, self.stats,
             lambda: self.upstream, self.kv_control.release,
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._watchdog: Watchdog | None = None
+        self._told_to_stop: Callable[[bool], None] = lambda at_once: self.stopping.begin()
+        self._clients: Callable[[], int] = lambda: 0
+
+    def tell_server(self, told_to_stop: Callable[[bool], None], clients: Callable[[], int]) -> None:
+        """Who ends the server of one worker, at once if need be, and counts its clients."""
+        self._told_to_stop, self._clients = told_to_stop, clients
 
     @property
     def upstream(self) -> Upstream:
@@ -67,9 +90,14 @@ class Services:
         self._upstream = Upstream(self.config.connect_timeout)
         await self.discovery.start(self._upstream)
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
-        self._watchdog = Watchdog(self.registry, self._upstream, shortest, longest, self.discovery.headers)
+        witness = None if self.member is None else self.member.marks
+        self._watchdog = Watchdog(self.registry, self._upstream, shortest, longest, self.discovery.headers, witness)
         self._watchdog.start()
-        log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
+        if self.member is None:
+            log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
+            return
+        told = Told(self.discovery.take, self._told_to_stop, self._watchdog.look, self._part, self._clients)
+        await self.member.start(told)
 
     async def stop(self) -> None:
         """Let what was sent to the instances end in the time that is left, then close everything."""
@@ -81,6 +109,44 @@ class Services:
         await self.discovery.stop()
         if self._upstream is not None:
             await self._upstream.close()
+        if self.member is not None:
+            self.member.stop()
+
+    # -- what /stats, /metrics and operators see: the whole proxy, also from one of several processes
+
+    async def overview(self) -> Overview:
+        """The numbers."""
+        if self.member is not None:
+            return await self.member.overview()
+        return Overview(
+            self.stats,
+            self.discovery.listener.traffic,
+            self.discovery.refused,
+            len(self.background),
+            self.gate.waiting,
+            counts_of(self.registry.instances()),
+        )
+
+    async def drain(self, instance: Instance, draining: bool) -> None:
+        """Give an instance nothing new, or again."""
+        if self.member is None:
+            self.registry.drain(instance, draining)
+        else:
+            await self.member.drain(instance, draining)
+
+    def idle(self, instance: Instance) -> bool:
+        """Whether nothing of the clients' would be lost if the instance's process ended now."""
+        return instance.idle if self.member is None else self.member.idle(instance)
+
+    def _part(self) -> Part:
+        """What this worker publishes."""
+        return Part(
+            0 if self.member is None else self.member.seat.incarnation,
+            pack_stats(self.stats),
+            counts_of(self.registry.instances()),
+            {"in_background": len(self.background), "queued": self.gate.waiting},
+            dict(self.discovery.refused),
+        )
 
 
 def _limits(config: Config) -> Limits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 _RECENT = 2048
@@ -17,6 +17,21 @@ class Latency:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self.count = 0
+
+    @classmethod
+    def of_all(cls, parts: Iterable[tuple[int, Iterable[float]]]) -> Latency:
+        """Those of several processes together, each with its count and its recent values."""
+        whole = cls()
+        whole._recent = deque()
+        for count, recent in parts:
+            whole.count += count
+            whole._recent.extend(recent)
+        return whole
+
+    @property
+    def recent(self) -> Iterable[float]:
+        """The last few thousand values."""
+        return self._recent
 
     def add(self, seconds: float) -> None:
         """Take in one value."""

@@ -9,10 +9,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 _FOR_THE_REST = 0.2
 _MOST_FOR_THE_REST = 5.0
+
+
+class Exchange(Protocol):
+    """Of a client that waits, or reads."""
+
+    def cut_off(self) -> None: ...
+
+
+class Exchanges:
+    """Those that are open."""
+
+    def __init__(self) -> None:
+        self.open: set[Exchange] = set()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self, exchange: Exchange) -> None:
+        """It is open."""
+        self.open.add(exchange)
+        self._none.clear()
+
+    def end(self, exchange: Exchange) -> None:
+        """It is over; harmless the second time."""
+        self.open.discard(exchange)
+        if not self.open:
+            self._none.set()
+
+    async def ended(self) -> None:
+        """Until none is open."""
+        await self._none.wait()
 
 
 class Stopping:
@@ -25,6 +55,7 @@ class Stopping:
     Attributes:
         begun: nothing new is taken in.
         hurried: nothing is waited for any more.
+        exchanges: what must end first, and can be told to.
     """
 
     def __init__(self, grace: float, clock: Callable[[], float]) -> None:
@@ -33,6 +64,7 @@ class Stopping:
         self._end = 0.0
         self.begun = asyncio.Event()
         self.hurried = asyncio.Event()
+        self.exchanges = Exchanges()
 
     def begin(self) -> None:
         """The time runs from now on; only the first call counts."""

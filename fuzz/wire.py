@@ -12,14 +12,21 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
 import h11
 import uvicorn
 from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
+from disagg_proxy.http import wire as wire_rules
+from disagg_proxy.http.direct import Client, Direct
 from disagg_proxy.http.wire import protocol
+from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.services import Services
 from disagg_proxy.stopping import Stopping
 from fuzz.pure import Witness
 from fuzz.requests import SEEDS as REQUESTS
@@ -120,6 +127,8 @@ class Server:
         self.failures: list[str] = []
         logging.getLogger("uvicorn.error").addHandler(Witness(self.failures))
         self.reading = Reading()
+        services = cast(Services, SimpleNamespace(stopping=Stopping(1.0, self.loop.time)))
+        self.direct = _recording(self)
         self.config = uvicorn.Config(
             self._app,
             interface="asgi3",
@@ -127,7 +136,7 @@ class Server:
             log_config=None,
             lifespan="off",
             ws="none",
-            http=protocol(_LIMITS, Stopping(1.0, self.loop.time)),
+            http=protocol(_LIMITS, services),
             timeout_keep_alive=_KEEP_ALIVE,
         )
         self.config.load()
@@ -158,6 +167,10 @@ class Server:
 
     def read(self, pieces: list[bytes]) -> Reading:
         """One connection from its opening to its end."""
+        with patch.object(wire_rules, "Direct", self.direct):
+            return self._read(pieces)
+
+    def _read(self, pieces: list[bytes]) -> Reading:
         asyncio.set_event_loop(self.loop)
         self.reading = Reading()
         self.failures.clear()
@@ -178,6 +191,22 @@ class Server:
         assert not self.failures, self.failures
         self.reading.said = wire.said
         return self.reading
+
+
+def _recording(server: Server) -> type[Direct]:
+    """Records and answers what is taken directly, as the application does the rest."""
+
+    class Recording(Direct):
+        def __init__(self, client: Client, services: Services, route: Route, headers: Headers, keep: bool) -> None:
+            super().__init__(client, services, route, headers, keep)
+            self.taken: Taken = ("POST", route.path.encode() + b"?", headers, b"")
+
+        def start(self) -> None:
+            requests = server.reading.requests
+            requests.append((*self.taken[:3], b"".join(self._pieces)))
+            self._say(200, [(b"x-number", b"%d" % len(requests))], b"")
+
+    return Recording
 
 
 @dataclass

@@ -86,6 +86,6 @@ def _sizes(live: Live) -> Iterator[tuple[str, int]]:
     discovery = services.discovery
     yield "instances", len(services.registry.instances()) * _REMEMBERED // MAX_INSTANCES
     yield "refused endpoints", len(discovery.refused)
-    yield "waiting announcements", len(discovery._waiting)
+    yield "waiting announcements", len(discovery.mailbox)
     yield "blamed senders", len(discovery.listener._blamed)
     yield "tasks", len(asyncio.all_tasks())

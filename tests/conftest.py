@@ -19,7 +19,7 @@ from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
 
-pytest.register_assert_rewrite("tests.machine")
+pytest.register_assert_rewrite("tests.machine", "tests.command")
 
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
 
@@ -95,8 +95,16 @@ class Proxy:
 
     async def until_idle(self) -> None:
         """Wait until no exchange with a client is left either."""
-        while tasks := self.server.server_state.tasks | self.services.background._tasks:
-            await asyncio.wait(tasks)
+        exchanges = self.services.stopping.exchanges
+        while (tasks := self.server.server_state.tasks | self.services.background._tasks) or exchanges.open:
+            if tasks:
+                await asyncio.wait(tasks)
+            await exchanges.ended()
+
+    @property
+    def exchanges(self) -> int:
+        """Requests whose head is here and whose answer is not over, whichever way they came in."""
+        return len(self.server.server_state.tasks) + len(self.services.stopping.exchanges.open)
 
 
 @asynccontextmanager
@@ -126,9 +134,14 @@ async def soon(awaitable: Awaitable[T], seconds: float = 10.0) -> T:
 
 
 class Wire:
-    """A bare HTTP/1.1 connection, for what no well-behaved client does."""
+    """A bare HTTP/1.1 connection, for what no well-behaved client does.
+
+    Attributes:
+        chunked: send bodies in chunks, so that generation requests go through Quart.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.chunked = False
         self.reader = reader
         self.writer = writer
 
@@ -141,9 +154,13 @@ class Wire:
         self.send("\r\n".join(lines) + "\r\n\r\n")
 
     def post(self, path: str, body: Any, *headers: str) -> None:
-        raw = json.dumps(body).encode()
-        self.start(path, f"Content-Length: {len(raw)}", *headers)
-        self.send(raw)
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if self.chunked:
+            self.start(path, "Transfer-Encoding: chunked", *headers)
+            self.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(raw), raw))
+        else:
+            self.start(path, f"Content-Length: {len(raw)}", *headers)
+            self.send(raw)
 
     async def head(self) -> tuple[int, CIMultiDict[str]]:
         """Status and headers of an answer."""

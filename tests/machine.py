@@ -62,6 +62,11 @@ class Machine:
         stack.push_async_callback(self._stop_engines)
 
     async def _stop_engines(self) -> None:
+        # asyncio leaves a connection open that comes while its server closes (Python 3.11), so none may come.
+        if prober := self.proxy.services.discovery._prober:
+            await prober.stop()
+        for _ in range(5):
+            await asyncio.sleep(0)
         await asyncio.gather(*(engine.stop() for engine in self.engines))
 
     async def engine(self, role: str, **knobs: Any) -> SimEngine:
@@ -130,6 +135,7 @@ class Machine:
         client.leave()
         while tasks := set(self.proxy.server.server_state.tasks):
             await soon(asyncio.wait(tasks))
+        await soon(self.proxy.services.stopping.exchanges.ended())
         assert self.proxy.services.stats.in_flight == 0
 
     async def unharmed(self, *engines: SimEngine) -> None:

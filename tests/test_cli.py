@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import re
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -18,89 +13,22 @@ import pytest
 
 from disagg_proxy import __version__, cli
 from disagg_proxy.config.table import SETTINGS
-from disagg_proxy.sim import SimConfig, SimEngine, expected_text
+from disagg_proxy.sim import expected_text
+from tests.command import SCRIPT, Engines, Run, commands, engine_pairs
 from tests.conftest import soon
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = [sys.executable, str(ROOT / "disagg_prefill_proxy_server.py")]
-MODULE = [sys.executable, "-m", "disagg_proxy"]
-LOCAL = {"HTTP_PROXY_HOST": "127.0.0.1", "HTTP_PROXY_PORT": "0", "PROXY_HOST": "127.0.0.1", "PROXY_PORT": "0"}
 ASK = {"model": "sim-model", "prompt": "San Francisco is a", "max_tokens": 8}
-
-
-class Command:
-    """One run of the command, and what it has written to standard error so far."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.written = ""
-        self.url = self.zmq = ""
-
-    async def until_written(self, pattern: str) -> re.Match[str]:
-        """Read on until ``pattern`` is found in all that was written."""
-        while not (found := re.search(pattern, self.written, re.DOTALL)):
-            line = await soon(self.process.stderr.readline())
-            assert line, self.written
-            self.written += line.decode()
-        return found
-
-    async def until_ready(self) -> Command:
-        self.url, self.zmq = (
-            await self.until_written(r"Serving on (http://\S+:\d+).*may register on (\S+:\d+)")
-        ).groups()
-        return self
-
-    async def until_serving(self) -> None:
-        await self.until_written(r"prefill \S+ is ready")
-        await self.until_written(r"decode \S+ is ready")
-
-    async def end(self, signal_number: int | None = None) -> int:
-        """The exit code; all that was written is in ``written`` then."""
-        if signal_number is not None:
-            self.process.send_signal(signal_number)
-        _, rest = await soon(self.process.communicate())
-        self.written += rest.decode()
-        return self.process.returncode
-
-
-Run = Callable[..., Awaitable[Command]]
 
 
 @pytest.fixture
 async def run() -> AsyncIterator[Run]:
-    """Starts the command with an environment of its own; kills what a failed test has left running."""
-    commands: list[Command] = []
-
-    async def start(*flags: str, entry: list[str] = MODULE, cwd: Path = ROOT, **settings: str) -> Command:
-        process = await asyncio.create_subprocess_exec(
-            *entry,
-            *flags,
-            cwd=cwd,
-            env={"PATH": os.environ["PATH"], **LOCAL, **settings},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        commands.append(Command(process))
-        return commands[-1]
-
-    yield start
-    for command in commands:
-        if command.process.returncode is None:
-            command.process.kill()
-            await command.process.communicate()
+    async with commands() as start:
+        yield start
 
 
 @pytest.fixture
-async def engines() -> AsyncIterator[Callable[[str], Awaitable[list[SimEngine]]]]:
-    async with AsyncExitStack() as stack:
-
-        async def start(zmq: str) -> list[SimEngine]:
-            pair = [SimEngine(SimConfig(role=role, proxy=zmq, ping_seconds=0.1)) for role in ("prefill", "decode")]
-            for engine in pair:
-                await engine.start()
-                stack.push_async_callback(engine.stop)
-            return pair
-
+async def engines() -> AsyncIterator[Engines]:
+    async with engine_pairs() as start:
         yield start
 
 

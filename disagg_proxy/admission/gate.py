@@ -4,22 +4,30 @@ A burst of long prompts that goes straight to the engines fills decode's KV buff
 here instead. Requests of one model keep their order; models take turns, so that one whose instances are busy does not
 hold up another. When an operator drains the last instance that could serve them they wait on, since that ends; new
 ones are told. A client that leaves the queue costs nothing; one that waits too long, or finds the queue full, gets 429.
+
+With other processes of the same proxy beside it (:class:`Crowd`) a request first claims its places, in sight of all,
+and then looks whether the limits still hold; of two that claim the last place at the same time at least one sees the
+other and takes its claim back. Whoever has waited longest goes first as far as that costs no more than a moment.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.pairing import Alone, NoRoom, Pair, Pairing, Wish
+from disagg_proxy.cluster.policies import NO_TRAITS, Traits
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import NoPair, Overloaded, ProxyError
 from disagg_proxy.stats import Stats
+
+_WAY = 0.01
+"""Seconds for which somebody who has waited longer in another process is let in first."""
 
 
 class Held(Protocol):
@@ -27,6 +35,35 @@ class Held(Protocol):
 
     def give_back(self) -> None: ...
 
+
+class Crowd(Protocol):
+    """The other processes of this proxy. Room that they give back is told by the registry's ``freed``."""
+
+    def refresh(self) -> None:
+        """Bring the counts of all instances up to date."""
+
+    def claim(self, instances: Collection[Instance], kv_bytes: int, fits: Callable[[], bool]) -> bool:
+        """Take places on ``instances`` in sight of all, unless ``fits`` says afterwards that there is no room."""
+
+    def settle(self) -> None:
+        """The claimed places are counted by now as what they are."""
+
+    def queue(self, waiting: int, oldest: float | None) -> None:
+        """So many wait here, the first of them since then."""
+
+    def waiting(self) -> int:
+        """How many wait elsewhere."""
+
+    def waits_longer(self, since: float) -> bool:
+        """Whether somebody elsewhere waits who came before ``since``."""
+
+    @property
+    def pause(self) -> float:
+        """Seconds after which to try again when a claim was taken back; no two processes have the same."""
+
+
+Admitted = Held | Coroutine[Any, Any, Held]
+"""Places, or what to await for them."""
 
 Make = Callable[[Pair | Alone], Held]
 """Takes the places on what was chosen."""
@@ -41,17 +78,24 @@ class _Waiter:
     kv_bytes: int
     make: Make
     without: Collection[Instance]
+    traits: Traits
+    since: float
     admitted: asyncio.Future[Held]
 
 
 class Gate:
     """Hands out pairs within the limits."""
 
-    def __init__(self, pairing: Pairing, registry: Registry, limits: Limits, stats: Stats) -> None:
+    def __init__(
+        self, pairing: Pairing, registry: Registry, limits: Limits, stats: Stats, crowd: Crowd | None = None
+    ) -> None:
         self._pairing = pairing
         self._registry = registry
         self._limits = limits
         self._stats = stats
+        self._crowd = crowd
+        self._timer: asyncio.TimerHandle | None = None
+        self._way_until: float | None = None
         self._queues: OrderedDict[str | None, deque[_Waiter]] = OrderedDict()
         self._pumping = False
         registry.watch(changed=lambda _: self._pump_soon(), freed=self._pump_soon)
@@ -61,40 +105,58 @@ class Gate:
         """Requests in the queue."""
         return sum(map(len, self._queues.values()))
 
-    async def admit(
-        self, model: str | None, wish: Wish, kv_bytes: int, make: Make, without: Collection[Instance] = ()
-    ) -> Held:
-        """What ``make`` makes of instances that have room, at once or after a wait in the queue.
+    def admit(
+        self,
+        model: str | None,
+        wish: Wish,
+        kv_bytes: int,
+        make: Make,
+        without: Collection[Instance] = (),
+        traits: Traits = NO_TRAITS,
+    ) -> Admitted:
+        """What ``make`` makes of instances that have room: at once, or what to await in the queue.
 
         Args:
             wish: who shall serve it.
             kv_bytes: what the prompt's KV will take on decode, 0 when unknown.
             make: creates the legs, which takes their places.
             without: instances that the request has met in vain. It was admitted before, so it is next where it waits.
+            traits: what the policies may know of it.
 
         Raises:
-            ProxyError: no pair, an unknown model; Overloaded when the queue is full or the wait too long.
+            ProxyError: no pair, an unknown model; when it is awaited Overloaded too, for a full queue or a wait that
+                is too long.
         """
-        if model not in self._queues:
-            legs = self._try(model, wish, kv_bytes, make, without)
+        if model not in self._queues and not self._waiting_elsewhere():
+            legs = self._try(model, wish, kv_bytes, make, without, traits)
             if legs is not None:
                 return legs
         else:
             self._pairing.check(model, wish, without)
-        if self.waiting >= self._limits.queue:
-            self._stats.turned_away += 1
-            raise Overloaded(f"{self._limits.queue} requests are waiting already (MAX_QUEUE).")
-        return await self._wait(model, wish, kv_bytes, make, without)
+        waiter = _Waiter(model, wish, kv_bytes, make, without, traits, self._stats.clock(), asyncio.Future())
+        return self._wait(waiter)
 
-    async def _wait(
-        self, model: str | None, wish: Wish, kv_bytes: int, make: Make, without: Collection[Instance]
-    ) -> Held:
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(model, wish, kv_bytes, make, without, loop.create_future())
-        queue = self._queues.setdefault(model, deque())
-        (queue.appendleft if without else queue.append)(waiter)
-        begun = self._stats.clock()
-        timer = loop.call_later(self._limits.queue_timeout, self._late, waiter)
+    def _no_place(self) -> Overloaded:
+        self._stats.turned_away += 1
+        return Overloaded(f"{self._limits.queue} requests are waiting already (MAX_QUEUE).")
+
+    def _waiting_elsewhere(self) -> int:
+        return 0 if self._crowd is None else self._crowd.waiting()
+
+    async def _wait(self, waiter: _Waiter) -> Held:
+        if self.waiting + self._waiting_elsewhere() >= self._limits.queue:
+            raise self._no_place()
+        begun = waiter.since
+        queue = self._queues.setdefault(waiter.model, deque())
+        (queue.appendleft if waiter.without else queue.append)(waiter)
+        if self._crowd is not None:
+            self._tell()
+            if self.waiting + self._crowd.waiting() > self._limits.queue:
+                self._remove(waiter)
+                raise self._no_place()
+            # What was given back before they could know that somebody waits here.
+            self._pump_soon()
+        timer = asyncio.get_running_loop().call_later(self._limits.queue_timeout, self._late, waiter)
         try:
             return await waiter.admitted
         except asyncio.CancelledError:
@@ -120,16 +182,52 @@ class Gate:
             queue.remove(waiter)
         if queue is not None and not queue:
             self._queues.pop(waiter.model, None)
+        self._tell()
+
+    # -- the other processes
+
+    def _tell(self) -> None:
+        """How many wait here."""
+        if self._crowd is not None:
+            waiting = self.waiting
+            self._crowd.queue(waiting, min(q[0].since for q in self._queues.values() if q) if waiting else None)
+
+    def _later(self, seconds: float) -> None:
+        """Look at the queue after so many seconds, whatever happens."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._pump_soon)
+
+    def _gives_way(self) -> bool:
+        """Whether somebody who waits elsewhere shall go first; for a moment, since he may wait for something else."""
+        if self._crowd is None or not self._queues:
+            return False
+        oldest = min((q[0].since for q in self._queues.values() if q), default=0.0)
+        now = self._stats.clock()
+        if not self._crowd.waits_longer(oldest) or (self._way_until is not None and now > self._way_until - 0.001):
+            self._way_until = None
+            return False
+        if self._way_until is None:
+            self._way_until = now + _WAY
+            self._later(_WAY)
+        return True
 
     # -- deciding
 
     def _try(
-        self, model: str | None, wish: Wish, kv_bytes: int, make: Make, without: Collection[Instance]
+        self,
+        model: str | None,
+        wish: Wish,
+        kv_bytes: int,
+        make: Make,
+        without: Collection[Instance],
+        traits: Traits,
     ) -> Held | None:
         """Legs if there is room now."""
-        limits = self._limits
-        decodes = (i for i in self._registry.instances() if i.role is Role.DECODE)
-        if limits.in_flight and sum(i.in_flight for i in decodes) >= limits.in_flight:
+        limits, crowd = self._limits, self._crowd
+        if crowd is not None:
+            crowd.refresh()
+        if self._full():
             # Still say at once what no wait can cure.
             self._pairing.check(model, wish, without)
             return None
@@ -138,9 +236,26 @@ class Gate:
             return limits.has_room(instance, kv_bytes)
 
         try:
-            return make(self._pairing.place(model, wish, without, room))
+            found = self._pairing.place(model, wish, without, room, traits)
         except NoRoom:
             return None
+        if crowd is None:
+            return make(found)
+        taken = [found.decode] if isinstance(found, Alone) else [found.prefill, found.decode]
+        if not crowd.claim(taken, kv_bytes, lambda: not self._full() and all(map(room, taken))):
+            self._later(crowd.pause)
+            return None
+        try:
+            return make(found)
+        finally:
+            crowd.settle()
+
+    def _full(self) -> bool:
+        """Whether there are as many requests on the instances as there may be in all."""
+        most = self._limits.in_flight
+        if not most:
+            return False
+        return self._registry.in_flight(Role.DECODE) >= most
 
     def _pump_soon(self) -> None:
         if self._queues and not self._pumping:
@@ -150,6 +265,8 @@ class Gate:
     def _pump(self) -> None:
         """Let in whoever fits, one of each model in turn."""
         self._pumping = False
+        if self._gives_way():
+            return
         moved = True
         while moved:
             moved = False
@@ -162,7 +279,7 @@ class Gate:
                     continue
                 waiter = queue[0]
                 try:
-                    legs = self._try(model, waiter.wish, waiter.kv_bytes, waiter.make, waiter.without)
+                    legs = self._try(model, waiter.wish, waiter.kv_bytes, waiter.make, waiter.without, waiter.traits)
                 except ProxyError as error:
                     if isinstance(error, NoPair) and error.drained:
                         continue
@@ -173,3 +290,4 @@ class Gate:
                     waiter.admitted.set_result(legs)
                     self._queues.move_to_end(model)
                     moved = True
+        self._tell()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -34,6 +35,10 @@ class State(Enum):
     LOST = "lost"
 
 
+NOT_PROBED = "not probed yet"
+"""The reason of one that has just come."""
+
+
 class Source(Enum):
     """How an instance became known."""
 
@@ -57,6 +62,7 @@ class Instance:
         epoch: how often its process ended, or may have; after a change the KV it held is gone.
         times_lost: how often it stopped being ready.
         in_flight: requests on it now; for decode until the last byte of the stream.
+        tokens_in_flight: estimated tokens of these: on prefill those that it has to compute, on decode the prompts.
         spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
         draining: taken out for maintenance: it gets nothing new, whatever its state, until an operator undoes that.
         visits: requests on it now that concern no pair, such as /tokenize.
@@ -68,6 +74,10 @@ class Instance:
         freezes, replays: how often it stood still, and prefills that were repeated to free it.
         restart_wanted: frozen, and nothing but a restart is left to try.
         senders_frozen: on decode, prefills that stood still while they sent to this process of it.
+        salt: a number of its endpoint's own, the same in every process; policies hash with it.
+        slot: its place in what several processes of this proxy share; -1 where nothing is shared.
+        elsewhere: what of ``in_flight``, ``visits``, ``kv_waiting`` and ``kv_waiting_bytes`` belongs to the other
+            processes, as last looked at.
     """
 
     role: Role
@@ -77,7 +87,7 @@ class Instance:
     kind: KvKind = P2P
     boot: str = ""
     state: State = State.PROBING
-    reason: str = "not probed yet"
+    reason: str = NOT_PROBED
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     last_ping: float | None = None
     changed_at: float = 0.0
@@ -86,6 +96,7 @@ class Instance:
     times_lost: int = 0
     spoken_to: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
+    tokens_in_flight: int = 0
     draining: bool = False
     visits: int = 0
     kv_waiting: int = 0
@@ -98,6 +109,13 @@ class Instance:
     replays: int = 0
     restart_wanted: bool = False
     senders_frozen: int = 0
+    salt: int = field(init=False)
+    slot: int = -1
+    elsewhere: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        raw = self.key.encode()
+        self.salt = zlib.crc32(raw) << 32 | zlib.crc32(raw[::-1])
 
     @property
     def key(self) -> str:

@@ -1,20 +1,28 @@
-"""What one request takes of an instance: a place in its load for each leg, and room in decode's KV buffer."""
+"""What one request takes of an instance: a place in its load for each leg, and room in decode's KV buffer.
+
+The only place where the counts of an instance change (cluster/shared.py).
+"""
 
 from __future__ import annotations
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.cluster.shared import IN_FLIGHT, KV_WAITING, KV_WAITING_BYTES, VISITS
 
 
 class Lease:
-    """Counts one leg on ``instance`` until :meth:`end`."""
+    """Counts one leg on ``instance``, and its ``tokens``, until :meth:`end`."""
 
-    def __init__(self, registry: Registry, instance: Instance) -> None:
+    def __init__(self, registry: Registry, instance: Instance, tokens: int = 0) -> None:
         self.instance = instance
         self._registry = registry
         self._epoch = instance.epoch
         self._ended = False
+        self._tokens = tokens
         instance.in_flight += 1
+        instance.tokens_in_flight += tokens
+        if registry.shared is not None:
+            registry.shared.add(instance, IN_FLIGHT, 1)
         instance.requests_total += 1
         # Those of this process; a successor starts with its own.
         self._breaker = instance.breaker
@@ -32,6 +40,9 @@ class Lease:
             return
         self._ended = True
         self.instance.in_flight -= 1
+        self.instance.tokens_in_flight -= self._tokens
+        if self._registry.shared is not None:
+            self._registry.shared.add(self.instance, IN_FLIGHT, -1)
         self.instance.failures_total += bool(failed)
         if failed is None or not certain:
             self._breaker.undecided()
@@ -39,7 +50,6 @@ class Lease:
             self._breaker.failure(self._registry.now())
         else:
             self._breaker.success()
-
         self._registry.freed()
 
     @property
@@ -65,16 +75,42 @@ class KvClaim:
         self._decode = decode
         self._size = size
         self.released = False
-        prefill.kv_waiting += 1
-        decode.kv_waiting += 1
-        decode.kv_waiting_bytes += size
+        self._count(1)
 
     def release(self) -> None:
         """It does not wait any more; only the first call counts."""
         if self.released:
             return
         self.released = True
-        self._prefill.kv_waiting -= 1
-        self._decode.kv_waiting -= 1
-        self._decode.kv_waiting_bytes -= self._size
+        self._count(-1)
         self._registry.freed()
+
+    def _count(self, one: int) -> None:
+        self._prefill.kv_waiting += one
+        self._decode.kv_waiting += one
+        self._decode.kv_waiting_bytes += one * self._size
+        shared = self._registry.shared
+        if shared is not None:
+            shared.add(self._prefill, KV_WAITING, one)
+            shared.add(self._decode, KV_WAITING, one)
+            shared.add(self._decode, KV_WAITING_BYTES, one * self._size)
+
+
+class Visit:
+    """A request on ``instance`` that concerns no pair, while the block runs."""
+
+    def __init__(self, registry: Registry, instance: Instance) -> None:
+        self._registry = registry
+        self._instance = instance
+
+    def __enter__(self) -> None:
+        self._count(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._count(-1)
+        self._registry.freed()
+
+    def _count(self, one: int) -> None:
+        self._instance.visits += one
+        if self._registry.shared is not None:
+            self._registry.shared.add(self._instance, VISITS, one)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import random as randomness
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.policy import Policy
+from disagg_proxy.cluster.policies import NO_TRAITS, Policy, Traits, View
+from disagg_proxy.cluster.policies.joint import COLD_TOKENS
+from disagg_proxy.cluster.policies.table import DOUBT, PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import NoPair, UnknownModel
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two instances of one request."""
+    """The two instances of one request.
+
+    Attributes:
+        prefill_tokens: prompt tokens that prefill has to compute, as far as is known, and part of those that it has.
+        decode_tokens: those that decode holds.
+    """
 
     prefill: Instance
     decode: Instance
+    prefill_tokens: int = field(default=0, compare=False)
+    decode_tokens: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.prefill} and {self.decode}"
@@ -28,6 +38,7 @@ class Alone:
     """A decode that computes one request by itself."""
 
     decode: Instance
+    decode_tokens: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return f"{self.decode} alone"
@@ -49,43 +60,167 @@ class NoRoom(Exception):
     """Every instance that could serve a request has as many as it may have."""
 
 
-class Pairing:
-    """Chooses pairs from a registry with one policy per role."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Who could serve one model while no instance changes.
 
-    def __init__(self, registry: Registry, prefill_policy: Policy, decode_policy: Policy) -> None:
+    Attributes:
+        version: of the registry and its exchange when it was made.
+        prefills: those that can exchange KV with a decode. partners: for each of them those decodes.
+        warm: for each prefill whether it has met all its partners.
+    """
+
+    version: tuple[int, int]
+    prefills: Sequence[Instance]
+    partners: Mapping[Instance, Sequence[Instance]]
+    warm: Mapping[Instance, bool]
+
+
+class Pairing:
+    """Chooses pairs from a registry with one policy per role.
+
+    Args:
+        table: what is known of the prefills' caches; needed by a policy that wants prefixes.
+        bound: the load bound of :class:`View`.
+        random: gives numbers in [0, 1).
+
+    Attributes:
+        distance: what moving KV from a prefill to a decode costs beyond the least, in tokens of decode load; None
+            while nothing tells where the instances are. Must not change without the registry's version.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        prefill_policy: Policy,
+        decode_policy: Policy,
+        *,
+        table: PrefixTable | None = None,
+        bound: float = 2.0,
+        random: Callable[[], float] = randomness.random,
+    ) -> None:
         self._registry = registry
         self._prefill_policy = prefill_policy
         self._decode_policy = decode_policy
+        self._table = table if prefill_policy.wants_prefix else None
+        self._bound = bound
+        self._random = random
         self._turn = 0
+        self._plans: dict[str | None, _Plan] = {}
+        self.distance: Callable[[Instance, Instance], int] | None = None
+
+    @property
+    def wants_prefix(self) -> bool:
+        """Whether a policy needs the names of a prompt's beginnings."""
+        return self._prefill_policy.wants_prefix
+
+    @property
+    def wants_session(self) -> bool:
+        """Whether a policy needs the name of the client's session."""
+        return self._prefill_policy.wants_session or self._decode_policy.wants_session
 
     def choose(
         self,
         model: str | None,
         without: Collection[Instance] = (),
         room: Callable[[Instance], bool] | None = None,
+        traits: Traits = NO_TRAITS,
     ) -> Pair:
         """The pair for ``model``; None is the instances' own default model, as in vLLM.
 
         Args:
             without: instances that this request has already met in vain.
             room: whether an instance may get one more request.
+            traits: what the policies may know of the request.
 
         Raises:
             UnknownModel: no ready instance of either role serves it.
             NoPair: a prefill or a decode that serves it is missing, drained, or left alone by its breaker.
             NoRoom: all that could serve it are full.
         """
-        prefills, decodes = self._able(model, without)
-        if room is not None:
-            decodes = [i for i in decodes if room(i)]
-            prefills = self._with_partner([i for i in prefills if room(i)], decodes)
-            if not prefills:
-                raise NoRoom
-        turn = self._turn
+        pair = None if without else self._choose_free(model, room, traits)
+        if pair is None:
+            prefills, decodes = self._able(model, without)
+            if room is not None:
+                decodes = [i for i in decodes if room(i)]
+                prefills = self._with_partner([i for i in prefills if room(i)], decodes)
+                if not prefills:
+                    raise NoRoom
+            prefill, fresh = self._pick_prefill(prefills, traits)
+            partners = [i for i in decodes if self._registry.exchange.possible(prefill, i)]
+            decode = self._pick_decode(prefill, partners, traits)
+            pair = Pair(prefill, decode, fresh, traits.tokens)
         self._turn += 1
-        prefill = prefills[self._prefill_policy(prefills, turn)]
-        partners = [i for i in decodes if self._registry.exchange.possible(prefill, i)]
-        return Pair(prefill, partners[self._decode_policy(partners, turn)])
+        if self._table is not None:
+            self._table.learn(traits, pair.prefill)
+        return pair
+
+    def _choose_free(self, model: str | None, room: Callable[[Instance], bool] | None, traits: Traits) -> Pair | None:
+        """The pair that the policies take among all, if nothing speaks against these two; asks nobody else."""
+        version = (self._registry.version, self._registry.exchange.version)
+        plan = self._plans.get(model)
+        if plan is None or plan.version != version:
+            plan = self._plan(model, version)
+            if plan is None:
+                return None
+        prefill, fresh = self._pick_prefill(plan.prefills, traits)
+        now = self._registry.now()
+        if not prefill.breaker.permits(now) or (room is not None and not room(prefill)):
+            return None
+        partners = plan.partners[prefill]
+        decode = self._pick_decode(prefill, partners, traits, warm=plan.warm[prefill])
+        if not decode.breaker.permits(now) or (room is not None and not room(decode)):
+            return None
+        return Pair(prefill, decode, fresh, traits.tokens)
+
+    def _plan(self, model: str | None, version: tuple[int, int]) -> _Plan | None:
+        try:
+            found, decodes = self._candidates(model)
+        except (NoPair, UnknownModel):
+            # Names that nobody serves are not kept: clients choose them, and there is no end to them.
+            return None
+        exchange = self._registry.exchange
+        prefills = self._with_partner(found, decodes)
+        if not prefills:
+            return None
+        partners = {p: tuple(d for d in decodes if exchange.possible(p, d)) for p in prefills}
+        warm = {p: all(exchange.warm(p, d) for d in partners[p]) for p in prefills}
+        if any(plan.version[0] != version[0] for plan in self._plans.values()):
+            self._plans.clear()
+        self._plans[model] = plan = _Plan(version, prefills, partners, warm)
+        return plan
+
+    def _pick_prefill(self, prefills: Sequence[Instance], traits: Traits) -> tuple[Instance, int]:
+        """One of them, and the prompt tokens that count as its load."""
+        policy = self._prefill_policy
+        view = View(prefills, self._turn, traits, bound=self._bound)
+        if self._table is not None and traits.tokens:
+            view.fresh = self._table.fresh(traits, prefills)
+        if policy.wants_random:
+            view.random = self._random()
+        at = policy.pick(view)
+        if not view.fresh:
+            return prefills[at], traits.tokens
+        fresh = view.fresh[at]
+        return prefills[at], fresh + (traits.tokens - fresh) // DOUBT
+
+    def _pick_decode(
+        self, prefill: Instance | None, decodes: Sequence[Instance], traits: Traits, warm: bool = False
+    ) -> Instance:
+        if len(decodes) == 1:
+            return decodes[0]
+        policy = self._decode_policy
+        view = View(decodes, self._turn, traits, bound=self._bound)
+        if policy.wants_links and prefill is not None and not (warm and self.distance is None):
+            view.links = self._links(prefill, decodes)
+        if policy.wants_random:
+            view.random = self._random()
+        return decodes[policy.pick(view)]
+
+    def _links(self, prefill: Instance, decodes: Sequence[Instance]) -> Sequence[int]:
+        warm, distance = self._registry.exchange.warm, self.distance
+        costs = [0 if warm(prefill, d) else COLD_TOKENS for d in decodes]
+        return costs if distance is None else [c + distance(prefill, d) for c, d in zip(costs, decodes, strict=True)]
 
     def place(
         self,
@@ -93,16 +228,17 @@ class Pairing:
         wish: Wish,
         without: Collection[Instance] = (),
         room: Callable[[Instance], bool] | None = None,
+        traits: Traits = NO_TRAITS,
     ) -> Pair | Alone:
         """Who serves a request, by its wish; arguments and errors as for :meth:`choose`."""
         if wish in (Wish.ALONE, Wish.RATHER_ALONE) and (wish is Wish.ALONE or self.loners(model, without)):
-            return self._choose_alone(model, without, room)
+            return self._choose_alone(model, without, room, traits)
         try:
-            return self.choose(model, without, room)
+            return self.choose(model, without, room, traits)
         except NoPair:
             if wish is Wish.PAIR or not self.loners(model, without):
                 raise
-            return self._choose_alone(model, without, room)
+            return self._choose_alone(model, without, room, traits)
 
     def check(self, model: str | None, wish: Wish = Wish.PAIR, without: Collection[Instance] = ()) -> None:
         """Raise what :meth:`place` raises where no room could help; no turn is taken."""
@@ -120,7 +256,11 @@ class Pairing:
         ]
 
     def _choose_alone(
-        self, model: str | None, without: Collection[Instance], room: Callable[[Instance], bool] | None
+        self,
+        model: str | None,
+        without: Collection[Instance],
+        room: Callable[[Instance], bool] | None,
+        traits: Traits,
     ) -> Alone:
         able = self.loners(model, without)
         if not able:
@@ -132,9 +272,9 @@ class Pairing:
             able = [i for i in able if room(i)]
             if not able:
                 raise NoRoom
-        turn = self._turn
+        decode = self._pick_decode(None, able, traits)
         self._turn += 1
-        return Alone(able[self._decode_policy(able, turn)])
+        return Alone(decode, traits.tokens)
 
     def _able(self, model: str | None, without: Collection[Instance]) -> tuple[Sequence[Instance], Sequence[Instance]]:
         """Prefills and decodes that could serve ``model``, each of them with one of the others."""
@@ -166,7 +306,7 @@ class Pairing:
         if not ready:
             raise self._nothing(model, [], [])
         self._turn += 1
-        return ready[self._prefill_policy(ready, self._turn)]
+        return self._pick_prefill(ready, NO_TRAITS)[0]
 
     def taking(self, role: Role, model: str | None = None) -> Sequence[Instance]:
         """Ready instances of one role that serve ``model``, any for None, and are not out for maintenance."""

@@ -141,6 +141,7 @@ class Pulse:
 
     Attributes:
         moves: parts of answers that came from the engine.
+        moves_elsewhere: those that other processes of this proxy got.
         open: vigils, oldest first.
         left: decode legs that were given up before their first byte since the engine was last seen to move. The
             engine may be waiting for the KV of one of them.
@@ -149,6 +150,7 @@ class Pulse:
 
     def __init__(self, now: float) -> None:
         self.moves = 0
+        self.moves_elsewhere = 0
         self.pace = Pace()
         self.open: dict[Vigil, None] = {}
         self.left: list[Vigil] = []
@@ -183,9 +185,10 @@ class Pulse:
 
     def look(self, now: float) -> bool:
         """Whether the engine has moved since the last look."""
-        moved = self.moves != self._seen
+        moves = self.moves + self.moves_elsewhere
+        moved = moves != self._seen
         if moved:
-            self._seen = self.moves
+            self._seen = moves
             self.still_since = now
             self.left.clear()
         return moved
@@ -210,4 +213,8 @@ class Pulse:
         move, or is the first one after an idle time.
         """
         legs = [vigil for vigil in (*self.left, *self.open) if vigil.replay is not None and not vigil.begun]
-        return sorted(legs, key=lambda vigil: abs(vigil.since - self.still_since))
+        return sorted(legs, key=self.distance)
+
+    def distance(self, vigil: Vigil) -> float:
+        """How unlikely a leg is to be the one that the engine waits for."""
+        return abs(vigil.since - self.still_since)

@@ -10,7 +10,7 @@ newcomer gets in when that finds it gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.breaker import Breaker
@@ -19,6 +19,9 @@ from disagg_proxy.cluster.instance import Instance, Role, Source, State
 from disagg_proxy.cluster.kv_kind import P2P, KvKind
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
+
+if TYPE_CHECKING:
+    from disagg_proxy.cluster.shared import Shared
 
 MAX_INSTANCES = 1024
 """Bound on memory: more endpoints than this on one machine are no engines."""
@@ -36,6 +39,10 @@ class Registry:
     Args:
         clock: monotonic seconds.
         expiry: seconds without a ping after which a pinging instance is out.
+
+    Attributes:
+        shared: told what this process puts on instances, where there are others.
+        others_send: whether other proxies send requests to the same instances.
     """
 
     def __init__(self, clock: Callable[[], float], expiry: float) -> None:
@@ -43,12 +50,17 @@ class Registry:
         self._expiry = expiry
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
+        self.version = 0
+        """Changes whenever another set of instances may serve."""
         self.exchange = Exchange(MAX_INSTANCES)
         self._drained: set[str] = set()
         self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
+        self.shared: Shared | None = None
+        self.others_send = False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
+        self._on_ended: list[Watcher] = []
 
     # -- who wants to know
 
@@ -57,9 +69,12 @@ class Registry:
         changed: Watcher | None = None,
         probe_wanted: Watcher | None = None,
         freed: Callable[[], None] | None = None,
+        ended: Watcher | None = None,
     ) -> None:
         """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now,
-        ``freed`` when an instance has room again for a request."""
+        ``freed`` when an instance has room again for a request, ``ended`` when a process is gone."""
+        if ended:
+            self._on_ended.append(ended)
         if freed:
             self._on_freed.append(freed)
         if changed:
@@ -76,6 +91,7 @@ class Registry:
             instance.times_lost += 1
         instance.state, instance.reason, instance.changed_at = state, reason, self._clock()
         self._serving.clear()
+        self.version += 1
         for watcher in self._on_change:
             watcher(instance)
 
@@ -176,10 +192,14 @@ class Registry:
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._move(instance, State.PROBING, reason)
 
-    def freeze(self, instance: Instance, reason: str) -> None:
-        """Its engine stands still: no requests until it moves again, or its process has ended."""
+    def freeze(self, instance: Instance, reason: str, *, first: bool = True) -> None:
+        """Its engine stands still: no requests until it moves again, or its process has ended.
+
+        Args:
+            first: False when another process of this proxy has found and counted it.
+        """
         if instance.state is State.READY:
-            instance.freezes += 1
+            instance.freezes += first
             self._move(instance, State.FROZEN, reason)
 
     def want_restart(self, instance: Instance, reason: str) -> None:
@@ -201,7 +221,11 @@ class Registry:
         instance.breaker = Breaker()
         instance.pulse = Pulse(self._clock())
         instance.senders_frozen = 0
+        if self.others_send and instance.role is Role.DECODE:
+            self.exchange.suppose_sent((i for i in self._instances.values() if i.role is Role.PREFILL), instance)
         self.exchange.process_ended(instance)
+        for watcher in self._on_ended:
+            watcher(instance)
         self.thaw(instance, "its process has ended")
 
     def look_again(self, instance: Instance) -> None:
@@ -238,6 +262,7 @@ class Registry:
         """Give it nothing new, or again; holds for whatever process comes to its endpoint."""
         (self._drained.add if draining else self._drained.discard)(instance.key)
         instance.draining = draining
+        self.version += 1
         for watcher in self._on_change:
             watcher(instance)
 
@@ -263,6 +288,10 @@ class Registry:
     def instances(self) -> Sequence[Instance]:
         """All that are known, prefills first, in the order of their coming."""
         return sorted(self._instances.values(), key=lambda i: i.role is Role.DECODE)
+
+    def in_flight(self, role: Role) -> int:
+        """Requests on all instances of one role, in any state."""
+        return sum([i.in_flight for i in self._instances.values() if i.role is role])
 
     def ready(self, role: Role) -> Sequence[Instance]:
         """Ready instances of one role."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from disagg_proxy.address import Address
+
 
 @dataclass(frozen=True, slots=True)
 class StaticInstance:
@@ -25,12 +27,14 @@ class Config:
 
     http_host: str = "0.0.0.0"
     http_port: int = 10001
+    workers: int = 1
     zmq_host: str = "0.0.0.0"
     zmq_port: int = 30001
     prefill: tuple[StaticInstance, ...] = ()
     decode: tuple[StaticInstance, ...] = ()
     allow_register: tuple[str, ...] = ("local",)
     instance_expiry: float = 10.0
+    forward_registrations: tuple[Address, ...] = ()
     probe_interval: float = 5.0
     connect_timeout: float = 5.0
     prefill_timeout: float = 600.0
@@ -53,8 +57,10 @@ class Config:
     decode_alone_below: int = 0
     max_queue: int = 4096
     queue_timeout: float = 120.0
-    prefill_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
-    decode_policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    prefill_policy: str = "prefix_aware"
+    decode_policy: str = "joint"
+    session_header: str = "X-Session-Id"
+    load_bound: float = 2.0
     api_key: str = ""
     engine_api_key: str = ""
     admin_key: str = ""

@@ -34,7 +34,7 @@ class Setting:
     secret: bool = False
 
 
-_POLICY = values.choice("least_loaded", "round_robin")
+_ANY_POLICY = ("least_loaded", "power_of_two", "round_robin", "session")
 
 # fmt: off
 SETTINGS: tuple[Setting, ...] = (
@@ -44,6 +44,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("http_port", "HTTP_PROXY_PORT", "--http-port", "10001", values.port,
             "port of the HTTP endpoint; 0 lets the kernel choose",
             "HTTP 服务端口；0 表示由内核选择"),
+    Setting("workers", "WORKERS", "--workers", "1", values.workers,
+            "processes that serve requests, all behind the same port; auto: one for each core that may be used",
+            "处理请求的进程数，共用同一端口；auto 表示每个可用核心一个"),
     Setting("zmq_host", "PROXY_HOST", "--zmq-host", "0.0.0.0", values.host,
             "address on which instances register (ZMQ)",
             "实例注册（ZMQ）监听的地址"),
@@ -62,6 +65,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("instance_expiry", "INSTANCE_EXPIRY", "--instance-expiry", "10", values.seconds,
             "seconds without a ping (sent every 3 s) after which an instance is out",
             "超过多少秒没有心跳（每 3 秒一次）即移出实例"),
+    Setting("forward_registrations", "FORWARD_REGISTRATIONS", "--forward-registrations", "", values.addresses,
+            "registration ports of other proxies over the same instances, HOST:PORT separated by commas: what "
+            "instances announce here is passed on to them",
+            "使用同一批实例的其他代理的注册端口，HOST:PORT，逗号分隔：本代理收到的注册会转发给它们"),
     Setting("probe_interval", "PROBE_INTERVAL", "--probe-interval", "5", values.seconds,
             "seconds between two looks at an instance's /health and /v1/models",
             "检查实例 /health 与 /v1/models 的间隔秒数"),
@@ -134,12 +141,22 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("queue_timeout", "QUEUE_TIMEOUT", "--queue-timeout", "120", values.seconds,
             "seconds that a request may wait for room, then 429",
             "请求排队等待的最长秒数，超时返回 429"),
-    Setting("prefill_policy", "PREFILL_POLICY", "--prefill-policy", "least_loaded", _POLICY,
-            "how a prefill is chosen: least_loaded or round_robin",
-            "prefill 的选择策略：least_loaded 或 round_robin"),
-    Setting("decode_policy", "DECODE_POLICY", "--decode-policy", "least_loaded", _POLICY,
-            "how a decode is chosen: least_loaded or round_robin",
-            "decode 的选择策略：least_loaded 或 round_robin"),
+    Setting("prefill_policy", "PREFILL_POLICY", "--prefill-policy", "prefix_aware",
+            values.policy(("prefix_aware", *_ANY_POLICY),
+                          {"joint": "joint chooses a decode for a prefill, set it as DECODE_POLICY"}),
+            "how a prefill is chosen: prefix_aware, least_loaded, power_of_two, round_robin or session",
+            "prefill 的选择策略：prefix_aware、least_loaded、power_of_two、round_robin 或 session"),
+    Setting("decode_policy", "DECODE_POLICY", "--decode-policy", "joint",
+            values.policy(("joint", *_ANY_POLICY),
+                          {"prefix_aware": "a decode computes no prompts, set it as PREFILL_POLICY"}),
+            "how a decode is chosen: joint, least_loaded, power_of_two, round_robin or session",
+            "decode 的选择策略：joint、least_loaded、power_of_two、round_robin 或 session"),
+    Setting("session_header", "SESSION_HEADER", "--session-header", "X-Session-Id", values.header_name,
+            "header that names a client's session for the policy session; without it the body's user counts",
+            "session 策略用来识别会话的请求头；没有时使用请求体的 user"),
+    Setting("load_bound", "LOAD_BOUND", "--load-bound", "2", values.factor,
+            "how many times the mean load an instance may have and still get a request for its prefix or session",
+            "为前缀或会话亲和而选择实例时，其负载最多为平均负载的多少倍"),
     Setting("api_key", "API_KEY", "--api-key", "", values.key,
             "key that clients must send as Authorization: Bearer on everything but /health",
             "客户端须以 Authorization: Bearer 携带的密钥（/health 除外）", secret=True),

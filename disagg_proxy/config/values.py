@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
-from disagg_proxy.address import parse_address
+from disagg_proxy.address import Address, parse_address
 from disagg_proxy.config.model import StaticInstance
 
 Reader = Callable[[str], object]
+
+MOST_WORKERS = 64
 
 _SIZES = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
@@ -39,6 +42,23 @@ def count(raw: str) -> int:
     if not raw.isascii() or not raw.isdigit() or not 1 <= int(raw) <= 10**9:
         raise ValueError("must be a whole number from 1")
     return int(raw)
+
+
+def workers(raw: str) -> int:
+    """How many processes, or auto."""
+    if raw.lower() == "auto":
+        return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    if not raw.isascii() or not raw.isdigit() or not 1 <= int(raw) <= MOST_WORKERS:
+        raise ValueError(f"must be a whole number from 1 to {MOST_WORKERS}, or auto")
+    return int(raw)
+
+
+def addresses(raw: str) -> tuple[Address, ...]:
+    """Comma-separated HOST:PORT."""
+    try:
+        return tuple(parse_address(part.strip()) for part in raw.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"must be HOST:PORT, separated by commas: {error}") from None
 
 
 def limit(raw: str) -> int:
@@ -99,6 +119,38 @@ def choice(*options: str) -> Reader:
         return value
 
     return read
+
+
+def policy(options: Sequence[str], elsewhere: Mapping[str, str]) -> Reader:
+    """One of ``options``; ``elsewhere`` says of a name that is known but wrong here what to do."""
+    known = choice(*options)
+
+    def read(raw: str) -> object:
+        try:
+            return known(raw)
+        except ValueError as error:
+            hint = elsewhere.get(raw.lower().replace("-", "_"))
+            raise ValueError(f"{error} ({hint})" if hint else str(error)) from None
+
+    return read
+
+
+def header_name(raw: str) -> str:
+    """The name of an HTTP header."""
+    if not raw.isascii() or not raw.replace("-", "").replace("_", "").isalnum():
+        raise ValueError("must be the name of an HTTP header such as X-Session-Id")
+    return raw
+
+
+def factor(raw: str) -> float:
+    """A number from 1."""
+    try:
+        value = float(raw)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 1e6:
+        raise ValueError("must be a number from 1, such as 1.5")
+    return value
 
 
 def origins(raw: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ same and more (docs/connector.md, "Announcement").
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgpack
 
@@ -19,6 +19,9 @@ from disagg_proxy.protocol.disagg_kv import FIELDS
 
 MAX_BYTES = 4096
 """A real ping has about 100 bytes."""
+
+PASSED_ON = "passed_on"
+"""The mark of a ping that another proxy passes on; whatever its value."""
 
 _ROLES = {"P": Role.PREFILL, "D": Role.DECODE}
 
@@ -37,6 +40,8 @@ class Announcement:
 
     Attributes:
         boot: differs for every process of an engine; empty where the connector tells nothing of it.
+        passed_on: another proxy has got it and passes it on (discovery/forward.py).
+        raw: the message as it came.
     """
 
     role: Role
@@ -44,6 +49,8 @@ class Announcement:
     kv: Address
     kind: KvKind = P2P
     boot: str = ""
+    passed_on: bool = False
+    raw: bytes = field(default=b"", compare=False, repr=False)
 
 
 def decode(frames: Sequence[bytes]) -> Announcement:
@@ -67,7 +74,15 @@ def decode(frames: Sequence[bytes]) -> Announcement:
     if not isinstance(role, str) or role not in _ROLES:
         raise BadAnnouncement("mistyped", "type is neither P nor D")
     addresses = _address(fields, "http_address"), _address(fields, "zmq_address")
-    return Announcement(_ROLES[role], *addresses, _kind(fields), _boot(fields))
+    return Announcement(
+        _ROLES[role], *addresses, _kind(fields), _boot(fields), passed_on=PASSED_ON in fields, raw=payload
+    )
+
+
+def passed_on(announcement: Announcement) -> bytes:
+    """The message for another proxy: the same, marked."""
+    fields = msgpack.unpackb(announcement.raw)
+    return bytes(msgpack.packb({**fields, PASSED_ON: True}))
 
 
 def _kind(fields: dict[object, object]) -> KvKind:

@@ -40,10 +40,10 @@ class Prober:
 
     Args:
         interval: seconds between two looks at a ready instance.
-        headers: sent along, such as the engines' key.
+        headers: lines that are sent along, such as the engines' key.
     """
 
-    def __init__(self, registry: Registry, upstream: Upstream, interval: float, headers: Mapping[str, str]) -> None:
+    def __init__(self, registry: Registry, upstream: Upstream, interval: float, headers: bytes) -> None:
         self._registry = registry
         self._upstream = upstream
         self._interval = interval

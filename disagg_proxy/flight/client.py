@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 
 from disagg_proxy.errors import EngineDeadline, ProxyError
 from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.stats import Stats
+
+Told = Callable[[Outcome | ProxyError], None]
+"""Called once with what the client gets, unless it leaves before."""
 
 
 class Client:
@@ -15,43 +18,41 @@ class Client:
     def __init__(self, stats: Stats) -> None:
         self._stats = stats
         self._begun_at = stats.clock()
-        self._outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._told: Told | None = None
         self._result = "client_left"
+        self.waits = True
         self.gone = False
         stats.in_flight += 1
 
-    @property
-    def waits(self) -> bool:
-        """Whether it has no outcome yet and is still there."""
-        return not self._outcome.done()
-
-    async def outcome(self) -> Outcome:
-        """What it is told.
-
-        Raises:
-            ProxyError: the request ended without an answer of an instance.
-        """
-        return await self._outcome
+    def listen(self, told: Told) -> None:
+        """From now on there is somebody to tell."""
+        self._told = told
 
     def tell(self, outcome: Outcome) -> bool:
         """Hand over an answer; False when nobody waits for it."""
-        if self._outcome.done():
-            return False
-        self._outcome.set_result(outcome)
-        return True
+        return self._say(outcome)
 
     def fail(self, error: ProxyError) -> None:
         """Hand over an error, if somebody waits."""
-        if not self._outcome.done():
+        if self.waits:
             self._result = "deadline" if isinstance(error, EngineDeadline) else "engine_error"
-            self._outcome.set_exception(error)
+            self._say(error)
+
+    def _say(self, what: Outcome | ProxyError) -> bool:
+        if not self.waits or self._told is None:
+            return False
+        self.waits = False
+        told, self._told = self._told, None
+        told(what)
+        return True
 
     def leave(self) -> bool:
         """Its HTTP exchange is over, however it ended; False when that was known."""
         if self.gone:
             return False
         self.gone = True
-        self._outcome.cancel()
+        self.waits = False
+        self._told = None
         self._stats.in_flight -= 1
         self._stats.outcomes[self._result] += 1
         return True

@@ -13,8 +13,9 @@
     client leaves later            decode is aborted at once: vLLM frees everything itself
     decode breaks in mid-answer    the client's connection is cut
 
-The legs run in a task of their own. The client is an observer: it waits for :meth:`Flight.answer`, reads the body,
-and whoever holds the flight calls :meth:`Flight.leave` when the client's HTTP exchange is over, however it ended.
+The legs run in a task of their own. The client is an observer: it is told what :meth:`Flight.start` was given for it,
+reads the body, and whoever holds the flight calls :meth:`Flight.leave` when the client's HTTP exchange is over, however
+it ended.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from functools import partial
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pair
+from disagg_proxy.deadlines import Deadlines
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
-from disagg_proxy.flight.client import Client
+from disagg_proxy.flight.client import Client, Told
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.legs import Legs, NotAsked
 from disagg_proxy.flight.outcome import Outcome, over_context, prefill_refusal, refusal, whole
@@ -40,18 +42,13 @@ from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from disagg_proxy.stats import Stats
-from disagg_proxy.upstream import Answer, WholeAnswer
+from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
 log = logging.getLogger(__name__)
 
 ABORT_GRACE = 5.0
 """Seconds that decode gets to take in a request whose client left before the first byte. An abort that comes while
 the API server still tokenises would leave the KV on the instance; one that comes later frees it."""
-
-
-_LOADED_AFTER = 0.5
-"""Seconds after which decode is taken to have loaded the KV of a request that is not streamed, since its answer shows
-nothing before its end. A decode with a free place loads in its next step."""
 
 
 class _Phase(Enum):
@@ -66,7 +63,9 @@ class Flight:
     """One request, from its first pair to its last byte.
 
     Args:
-        prefill_timeout: seconds after which the client gets a 504 for a prefill that has not answered.
+        prefill_deadlines: when the client gets a 504 for a prefill that has not answered.
+        loads: when decode is taken to have loaded the KV of a request that is not streamed, since its answer shows
+            nothing before its end. A decode with a free place loads in its next step.
         own_key: whether the proxy's own key went to the instances, so that a 401 is not the client's doing.
         prefilled: told the body of a prefill that did its work.
     """
@@ -78,7 +77,8 @@ class Flight:
         drainer: Drainer,
         stats: Stats,
         *,
-        prefill_timeout: float,
+        prefill_deadlines: Deadlines,
+        loads: Deadlines,
         own_key: bool,
         prefilled: Callable[[bytes], None],
     ) -> None:
@@ -86,7 +86,9 @@ class Flight:
         self._background = background
         self._drainer = drainer
         self._stats = stats
-        self._prefill_timeout = prefill_timeout
+        self._prefill_deadlines = prefill_deadlines
+        self._loads = loads
+        self._deadline: object | None = None
         self._own_key = own_key
         self._prefilled = prefilled
         self._client = Client(stats)
@@ -106,23 +108,17 @@ class Flight:
 
     # -- the client's side
 
-    async def answer(self) -> Outcome:
-        """Run the legs until there is something to say to the client.
-
-        Raises:
-            ProxyError: the request ended without an answer of an instance.
-        """
-        self._task = self._background.spawn(self._run(), f"request {self.public_id}")
-        deadline = asyncio.get_running_loop().call_later(self._prefill_timeout, self._prefill_late)
-        try:
-            return await self._client.outcome()
-        finally:
-            deadline.cancel()
+    def start(self, told: Told) -> None:
+        """Run the legs until there is something to say to the client, and say it."""
+        self._client.listen(told)
+        self._task = self._background.spawn(self._run(), "request")
+        self._deadline = self._prefill_deadlines.add(self._prefill_late)
 
     def leave(self) -> None:
         """The client's HTTP exchange is over. Only the first call counts."""
         if not self._client.leave():
             return
+        self._prefill_deadlines.drop(self._deadline)
         if self._phase is _Phase.DECODE and self._task is not None:
             # An abort that comes while the API server still tokenises would leave the KV on the instance.
             asyncio.get_running_loop().call_later(ABORT_GRACE, self._task.cancel)
@@ -133,7 +129,9 @@ class Flight:
 
     def _prefill_late(self) -> None:
         if self._phase is _Phase.PREFILL:
-            self._client.fail(EngineDeadline(f"The prefill did not finish within {self._prefill_timeout:g} s."))
+            self._client.fail(
+                EngineDeadline(f"The prefill did not finish within {self._prefill_deadlines.seconds:g} s.")
+            )
 
     # -- the legs
 
@@ -183,8 +181,9 @@ class Flight:
                 self._phase = _Phase.OVER
                 return told
             self._phase = _Phase.DECODE
+            self._prefill_deadlines.drop(self._deadline)
             if not legs.prepared.streams:
-                asyncio.get_running_loop().call_later(_LOADED_AFTER, legs.kv.release)
+                self._loads.add(legs.kv.release)
             try:
                 answer = await legs.decode()
                 if answer.status == 200:
@@ -217,7 +216,7 @@ class Flight:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
         if legs is self._legs and not legs.abandoned and self._client.waits:
             legs.abandoned = True
-            self._task = self._background.spawn(self._go_on(legs.pair, error), f"request {legs.id.public}")
+            self._task = self._background.spawn(self._go_on(legs.pair, error), "request")
 
     async def _go_on(self, pair: Pair, error: ProxyError) -> None:
         # Prefill may stand still because decode takes in no KV, and so would the next one.
@@ -266,7 +265,7 @@ class Flight:
 
     def _drain_behind(self) -> None:
         """Drain the present try's KV while this request goes on."""
-        self._background.spawn(self._drain(self._legs), f"drain {self.public_id}")
+        self._background.spawn(self._drain(self._legs), "drain")
 
     async def _drain(self, legs: Legs) -> None:
         try:
@@ -284,23 +283,29 @@ class Flight:
 
     async def _relayed(self, answer: Answer, cached: int) -> Outcome:
         headers = answer_headers(answer.headers, self._legs.id)
+        vigil = self._legs.decoding
         if not is_stream(answer.headers):
             # The repair may change the length, which goes out before the body.
             whole = await answer.whole()
-            self._legs.decoding.heard()
+            vigil.heard()
             self._first_byte()
             self._ended(complete=True)
-            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
-        vigil = self._legs.decoding
+        try:
+            # Until the first byte a failure can still be told by a status of its own.
+            await answer.until(Enough.BEGUN)
+        except BaseException:
+            answer.close()
+            raise
+        vigil.heard()
         relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), vigil, self._ended)
-        # Until the first byte a failure can still be told by a status of its own.
-        await relay.begin()
         self._first_byte()
+        self._legs.prepared.forget_bodies()
         vigil.give_up = lambda error: relay.cut()
         self._phase = _Phase.BODY
         self._relay = relay
-        return Outcome(200, headers, relay.__aiter__())
+        return Outcome(200, headers, relay)
 
     def _first_byte(self) -> None:
         self._legs.kv.release()

@@ -11,8 +11,6 @@ import logging
 import sys
 from collections.abc import Callable
 
-from multidict import CIMultiDict
-
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Pair
@@ -24,7 +22,7 @@ from disagg_proxy.flight.verdict import blame, end_lease
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
-from disagg_proxy.upstream import Answer, Upstream, WholeAnswer
+from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class Legs:
         config: Config,
         pair: Pair,
         route: Route,
-        headers: CIMultiDict[str],
+        headers: bytes,
         prepared: Prepared,
         tokens: int = 0,
         kv_bytes: int = 0,
@@ -75,11 +73,10 @@ class Legs:
         self._registry = registry
         self._config = config
         self._tokens = tokens
-        self._headers = CIMultiDict(headers)
-        self._headers["X-Request-Id"] = self.id.internal
+        self._headers = b"%sx-request-id: %s\r\n" % (headers, self.id.internal.encode())
         self.pair = pair
-        self.prefill_lease = Lease(registry, pair.prefill)
-        self.decode_lease = Lease(registry, pair.decode)
+        self.prefill_lease = Lease(registry, pair.prefill, pair.prefill_tokens)
+        self.decode_lease = Lease(registry, pair.decode, pair.decode_tokens)
         self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
         self.when_prefill_stands: Callable[[ProxyError], None] = lambda error: None
         self.abandoned = False
@@ -158,6 +155,7 @@ class Legs:
             silence=self._config.prefill_timeout * _ABANDON_FACTOR,
             leg="prefill",
             fresh=fresh,
+            enough=Enough.WHOLE,
         )
         return await answer.whole()
 
@@ -185,7 +183,7 @@ class Legs:
         return whole.status == 200
 
     async def decode(self) -> Answer:
-        """Send the client's own body to decode and wait for status and headers.
+        """Send the client's own body to decode and wait for the answer's beginning; all of it when it is not streamed.
 
         Repeated only when the request cannot have been received. When decode is found to stand still the task is
         cancelled, with ``frozen`` set.
@@ -197,13 +195,14 @@ class Legs:
         if not self.decode_lease.same_process:
             raise NotAsked(EngineFailed("The decode instance went away during the prefill."))
         self._watch_decode(telling=self.prepared.streams)
+        enough = Enough.BEGUN if self.prepared.streams else Enough.WHOLE
         try:
             try:
-                return await self._send_decode(self.prepared.decode_body, fresh=False)
+                return await self._send_decode(self.prepared.decode_body, enough, fresh=False)
             except EngineDisconnected as error:
                 if not error.unsent:
                     raise
-                return await self._send_decode(self.prepared.decode_body, fresh=True)
+                return await self._send_decode(self.prepared.decode_body, enough, fresh=True)
         except ProxyError as error:
             blame(self._registry, self.decode_lease.instance, error)
             if isinstance(error, EngineUnreachable):
@@ -227,7 +226,7 @@ class Legs:
             size=len(self.prepared.prefill_body) + len(self.prepared.decode_body),
         )
 
-    async def _send_decode(self, body: bytes, fresh: bool) -> Answer:
+    async def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Answer:
         return await self._upstream.request(
             "POST",
             self.decode_lease.instance,
@@ -237,6 +236,7 @@ class Legs:
             silence=self._config.decode_timeout,
             leg="decode",
             fresh=fresh,
+            enough=enough,
         )
 
     async def send_drain(self) -> WholeAnswer:
@@ -249,7 +249,7 @@ class Legs:
         instance = self.decode_lease.instance
         self._watch_decode(telling=True)
         try:
-            answer = await (await self._send_decode(self.prepared.drain_body, fresh=True)).whole()
+            answer = await (await self._send_decode(self.prepared.drain_body, Enough.WHOLE, fresh=True)).whole()
             if answer.status == 200:
                 self.decoding.heard()
             return answer

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, headers_of
 from disagg_proxy.flight.legs import Legs
+from disagg_proxy.flight.relay import Relay
 from disagg_proxy.protocol.fields import MESSAGES, Route
-from disagg_proxy.protocol.headers import NO_HEADERS, answer_headers, is_stream
+from disagg_proxy.protocol.headers import Headers, answer_headers, is_stream, value_of
 from disagg_proxy.protocol.p2p_nccl import RequestId
 from disagg_proxy.protocol.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.protocol.redact import hide
@@ -18,13 +18,12 @@ from disagg_proxy.upstream import WholeAnswer
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What the client gets: status, headers, and a body that is whole or still coming."""
 
     status: int
-    headers: list[tuple[str, str]]
-    body: bytes | AsyncIterator[bytes]
+    headers: Headers
+    body: bytes | Relay
 
 
 def whole(answer: WholeAnswer, request_id: RequestId) -> Outcome:
@@ -34,7 +33,8 @@ def whole(answer: WholeAnswer, request_id: RequestId) -> Outcome:
 
 def _told(error: ProxyError) -> Outcome:
     """An error of the proxy's own wording as what the client gets."""
-    return Outcome(error.status, list(headers_of(error).items()), error.body())
+    headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
+    return Outcome(error.status, headers, error.body())
 
 
 def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
@@ -43,10 +43,12 @@ def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
     Decode would refuse it too, but vLLM 0.17 - 0.23 does so with a 500 on this route, after which nobody can tell
     whether its engine has taken the KV.
     """
+    if legs.route is not MESSAGES:
+        return None
     decode, model = legs.pair.decode, legs.prepared.model or legs.pair.decode.default_model
     longest = decode.models.get(model or "", {}).get("max_model_len")
     tokens = prompt_tokens(prefilled.body)
-    if legs.route is not MESSAGES or type(longest) is not int or tokens + legs.prepared.limit <= longest:
+    if type(longest) is not int or tokens + legs.prepared.limit <= longest:
         return None
     error = BadRequest(
         f"This model's maximum context length is {longest} tokens, but the prompt has {tokens} and max_tokens asks "
@@ -77,7 +79,7 @@ def refusal(answer: WholeAnswer, leg: str, request_id: RequestId, own_key: bool)
         raise EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
     said = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
     failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{said and ': ' + said}")
-    if (wait := answer.headers.get("Retry-After", "")).isdigit():
+    if (wait := value_of(answer.headers, b"retry-after")).isdigit():
         failure.retry_after = int(wait)
     raise failure
 
@@ -96,4 +98,4 @@ def prefill_refusal(route: Route, answer: WholeAnswer, choices: int) -> WholeAns
     if read.verdict is Verdict.UNKNOWN:
         log.warning("Prefill's 200 is no answer: %.300r", answer.body)
         raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
-    return WholeAnswer(read.status, NO_HEADERS, read.body)
+    return WholeAnswer(read.status, [], read.body)

@@ -1,29 +1,49 @@
 """The bytes of decode's answer on their way to the client. Free of JSON and of SSE framing.
 
 Two filters sit in the way, each a search in the bytes that have just arrived: the internal id is replaced, and the
-cached tokens of `usage` are set right. Backpressure is the reader's: nothing is read ahead of it but the first piece
-and what the sockets hold.
+cached tokens of `usage` are set right. Backpressure is the client's: a client that takes nothing stops decode's
+connection from being read.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Protocol
 
 from disagg_proxy.cluster.pulse import Vigil
-from disagg_proxy.errors import ProxyError, StreamCut
+from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
 from disagg_proxy.protocol.redact import IdHider, NoHiding
 from disagg_proxy.protocol.usage import UsageRepair
 from disagg_proxy.upstream import Answer
 
+_PULLED_AHEAD = 64 * 1024
+"""Bytes that wait for a reader that pulls."""
+
+
+class Outlet(Protocol):
+    """Where a relay's bytes go. It calls the relay's ``pause`` and ``resume``."""
+
+    def write(self, piece: bytes) -> None:
+        """The next bytes, never none."""
+
+    def end(self) -> None:
+        """The body came to its end."""
+
+    def cut(self, cause: StreamCut) -> None:
+        """It did not, and nothing more comes."""
+
 
 class Relay:
-    """One body: :meth:`begin`, then iterate once; :meth:`close` gives up what is left.
+    """One body, poured into an outlet or iterated, once; :meth:`close` gives up what is left.
 
     Args:
         vigil: told when decode is waited for, and what comes.
         ended: called once, with whether the body came to its end by itself.
     """
+
+    __slots__ = ("_answer", "_ended", "_hider", "_outlet", "_over", "_paused", "_repair", "_vigil")
 
     def __init__(
         self,
@@ -34,69 +54,136 @@ class Relay:
         ended: Callable[[bool], None],
     ) -> None:
         self._answer = answer
-        self._pieces = answer.chunks()
         self._hider = hider
         self._repair = repair
         self._vigil = vigil
         self._ended = ended
-        self._first = b""
+        self._outlet: Outlet | None = None
         self._over = False
+        self._paused = False
 
-    async def begin(self) -> None:
-        """Wait for the first piece; until then a failure can still be told to the client as one.
+    # -- decode's side
 
-        Raises:
-            EngineError, EngineDeadline: it does not come. The answer is closed then.
-        """
-        try:
-            async for piece in self._pieces:
-                self._first = piece
-                self._vigil.heard()
-                break
-        except BaseException:
-            self._answer.close()
-            raise
+    def feed(self, piece: bytes) -> None:
+        """What has just arrived."""
+        outlet = self._outlet
+        if self._over or outlet is None:
+            return
+        vigil = self._vigil
+        vigil.heard()
+        piece = self._repair.feed(self._hider.feed(piece))
+        if piece:
+            outlet.write(piece)
+        if not self._paused:
+            vigil.listen()
+
+    def end(self) -> None:
+        """Decode's answer is whole."""
+        outlet = self._outlet
+        if self._over or outlet is None:
+            return
+        rest = self._repair.feed(self._hider.end()) + self._repair.end()
+        if rest:
+            outlet.write(rest)
+        self._finish(complete=True)
+        outlet.end()
+
+    def broke(self, error: EngineError | EngineDeadline) -> None:
+        """Decode's answer broke off."""
+        outlet = self._outlet
+        if self._over or outlet is None:
+            return
+        self._finish(complete=False)
+        outlet.cut(StreamCut(error.message))
+
+    # -- the client's side
+
+    def pour(self, outlet: Outlet) -> None:
+        """Write into ``outlet`` from now on, until its ``end`` or ``cut`` is called."""
+        self._outlet = outlet
+        self._answer.pour(self)
+
+    def pause(self) -> None:
+        """The client is behind: until :meth:`resume` decode is not waited for."""
+        self._paused = True
+        self._vigil.waiting = False
+        self._answer.pause()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._paused:
+            self._paused = False
+            if not self._over:
+                self._vigil.listen()
+                self._answer.resume()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        """
+        """For a reader that pulls.
+
         Raises:
             StreamCut: decode broke.
         """
-        feed, repair = self._hider.feed, self._repair.feed
-        heard, listen = self._vigil.heard, self._vigil.listen
-        piece = repair(feed(self._first))
-        try:
-            if piece:
-                yield piece
-            listen()
-            async for piece in self._pieces:
-                heard()
-                piece = repair(feed(piece))
-                if piece:
-                    yield piece
-                listen()
-            rest = repair(self._hider.end()) + self._repair.end()
-            if rest:
-                yield rest
-        except ProxyError as error:
-            if self._over:
-                # Given up: nobody waits for more, and this must not look like the body's proper end.
-                raise asyncio.CancelledError from None
-            self._end(complete=False)
-            raise StreamCut(error.message) from error
-        self._end(complete=True)
+        pieces = _Pulled(self)
+        self.pour(pieces)
+        while (piece := await pieces.next()) is not None:
+            yield piece
 
     def cut(self) -> None:
-        """Break it off in the middle: the reader gets :class:`StreamCut`."""
+        """Break it off in the middle: the client is told as of a decode that broke."""
         self._answer.close()
 
     def close(self) -> None:
         """Give up: the instance sees its connection close and aborts the request. Harmless at the end."""
         if not self._over:
+            self._finish(complete=False)
             self._answer.close()
-            self._end(complete=False)
 
-    def _end(self, complete: bool) -> None:
-        if not self._over:
-            self._over = True
-            self._ended(complete)
+    def _finish(self, complete: bool) -> None:
+        self._over = True
+        self._ended(complete)
+
+
+class _Pulled:
+    """An outlet that holds pieces until they are asked for."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._pieces: deque[bytes] = deque()
+        self._held = 0
+        self._cut: StreamCut | None = None
+        self._over = False
+        self._more = asyncio.Event()
+
+    def write(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._held += len(piece)
+        if self._held > _PULLED_AHEAD:
+            self._relay.pause()
+        self._more.set()
+
+    def end(self) -> None:
+        self._over = True
+        self._more.set()
+
+    def cut(self, cause: StreamCut) -> None:
+        self._cut = cause
+        self.end()
+
+    async def next(self) -> bytes | None:
+        """What has come since the last call; None at the end.
+
+        Raises:
+            StreamCut: there is no proper end.
+        """
+        while not self._pieces and not self._over:
+            self._more.clear()
+            await self._more.wait()
+        if self._pieces:
+            found = b"".join(self._pieces)
+            self._pieces.clear()
+            self._held = 0
+            self._relay.resume()
+            return found
+        if self._cut is not None:
+            raise self._cut
+        return None

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
-from disagg_proxy.flight.client import Client
+from disagg_proxy.flight.client import Client, Told
 from disagg_proxy.flight.outcome import Outcome, refusal
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.flight.together_legs import TogetherLegs
@@ -25,7 +25,7 @@ from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.redact import NoHiding
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
 from disagg_proxy.stats import Stats
-from disagg_proxy.upstream import Answer, WholeAnswer
+from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
 _USAGE_WAIT = 1.0
 """Seconds that a whole answer waits for prefill's figure of cached tokens."""
@@ -63,14 +63,10 @@ class TogetherFlight:
         """The id that clients see in the body."""
         return self._legs.id.public
 
-    async def answer(self) -> Outcome:
-        """Run the legs until there is something to say to the client.
-
-        Raises:
-            ProxyError: the request ended without an answer of an instance.
-        """
-        self._task = self._background.spawn(self._run(), f"request {self.public_id}")
-        return await self._client.outcome()
+    def start(self, told: Told) -> None:
+        """Run the legs until there is something to say to the client, and say it."""
+        self._client.listen(told)
+        self._task = self._background.spawn(self._run(), "request")
 
     def leave(self) -> None:
         """The client's HTTP exchange is over. Only the first call counts."""
@@ -82,7 +78,8 @@ class TogetherFlight:
         elif self._task is None:
             self._legs.give_back()
         else:
-            self._task.cancel()
+            # Not before its first step, or nothing in it could give anything back.
+            asyncio.get_running_loop().call_soon(self._task.cancel)
 
     async def _run(self) -> None:
         try:
@@ -104,7 +101,7 @@ class TogetherFlight:
         """A try has ended without an answer."""
         self._stop_prefill()
         if legs.unfetched:
-            self._background.spawn(legs.forget(), f"release {legs.id.public}")
+            self._background.spawn(legs.forget(), "release")
         legs.give_back()
 
     async def _fly(self) -> Outcome:
@@ -139,7 +136,7 @@ class TogetherFlight:
     def _ask_prefill(self, legs: TogetherLegs) -> None:
         self._repair.cached = None
         if legs.prefill is not None:
-            self._prefill = self._background.spawn(self._follow_prefill(legs), f"prefill {legs.id.public}")
+            self._prefill = self._background.spawn(self._follow_prefill(legs), "prefill")
 
     async def _follow_prefill(self, legs: TogetherLegs) -> None:
         answer = await legs.ask_prefill()
@@ -166,18 +163,24 @@ class TogetherFlight:
                 await asyncio.wait((self._prefill,), timeout=_USAGE_WAIT)
             self._first_byte(legs)
             self._ended(complete=True)
-            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(whole.body, self._repair.cached))
+        try:
+            await answer.until(Enough.BEGUN)
+        except BaseException:
+            answer.close()
+            raise
         vigil = legs.decoding
+        vigil.heard()
         relay = Relay(answer, NoHiding(), self._repair, vigil, self._ended)
-        await relay.begin()
         self._first_byte(legs)
         vigil.give_up = lambda error: relay.cut()
         self._relay = relay
-        return Outcome(200, headers, relay.__aiter__())
+        return Outcome(200, headers, relay)
 
     def _first_byte(self, legs: TogetherLegs) -> None:
         legs.loaded()
+        legs.prepared.forget_bodies()
         self._client.first_byte()
 
     def _ended(self, complete: bool) -> None:

@@ -10,8 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from multidict import CIMultiDict
-
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Alone, Pair
 from disagg_proxy.cluster.pulse import Vigil
@@ -23,7 +21,7 @@ from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill, new_transfe
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import RequestId
 from disagg_proxy.protocol.prepare import Prepared
-from disagg_proxy.upstream import Answer, Upstream, WholeAnswer
+from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
 Release = Callable[[str, str], Awaitable[None]]
 """Told a KV address and a transfer id: the transfer is over there."""
@@ -75,7 +73,7 @@ class TogetherLegs:
         release: Release,
         found: Pair | Alone,
         route: Route,
-        headers: CIMultiDict[str],
+        headers: bytes,
         prepared: Prepared,
         request_id: str,
         tokens: int = 0,
@@ -92,10 +90,10 @@ class TogetherLegs:
         self._config = config
         self._release = release
         self._tokens = tokens
-        self._headers = CIMultiDict(headers)
-        self._headers["X-Request-Id"] = request_id
-        self.decode_lease = Lease(registry, found.decode)
-        self.prefill_lease = None if prefill is None else Lease(registry, prefill)
+        self._headers = b"%sx-request-id: %s\r\n" % (headers, request_id.encode())
+        self.decode_lease = Lease(registry, found.decode, found.decode_tokens)
+        work = found.prefill_tokens if isinstance(found, Pair) else 0
+        self.prefill_lease = None if prefill is None else Lease(registry, prefill, work)
         self._kv = None if prefill is None else KvClaim(registry, prefill, found.decode, 0)
         self._settled = prefill is None
         self._decoding: Vigil | None = None
@@ -169,17 +167,19 @@ class TogetherLegs:
             await self._release(self.prefill.kv.text, self.transfer_id)
 
     async def _post(self, lease: Lease, body: bytes, leg: str, silence: float) -> WholeAnswer:
-        return await (await self._send(lease, body, leg, silence)).whole()
+        return await (await self._send(lease, body, leg, silence, Enough.WHOLE)).whole()
 
-    async def _send(self, lease: Lease, body: bytes, leg: str, silence: float) -> Answer:
+    async def _send(self, lease: Lease, body: bytes, leg: str, silence: float, enough: Enough) -> Answer:
         try:
-            return await self._send_once(lease, body, leg, silence, fresh=False)
+            return await self._send_once(lease, body, leg, silence, enough, fresh=False)
         except EngineDisconnected as error:
             if not error.reused and not error.unsent:
                 raise
-            return await self._send_once(lease, body, leg, silence, fresh=True)
+            return await self._send_once(lease, body, leg, silence, enough, fresh=True)
 
-    async def _send_once(self, lease: Lease, body: bytes, leg: str, silence: float, fresh: bool) -> Answer:
+    async def _send_once(
+        self, lease: Lease, body: bytes, leg: str, silence: float, enough: Enough, fresh: bool
+    ) -> Answer:
         return await self._upstream.request(
             "POST",
             lease.instance,
@@ -189,10 +189,11 @@ class TogetherLegs:
             silence=silence,
             leg=leg,
             fresh=fresh,
+            enough=enough,
         )
 
     async def ask_decode(self) -> Answer:
-        """Status and headers of decode's answer.
+        """Decode's answer once it has begun, whole when it is not streamed.
 
         While prefill is at work decode has nothing to do, so only from then on its silence means anything.
 
@@ -202,7 +203,8 @@ class TogetherLegs:
         body = self.prepared.decode_body
         if self.prefill is not None and self.prefill.kv is not None:
             body = for_decode(body, self.transfer_id, self.prefill.kv.text)
-        leg = _Leg(self._send(self.decode_lease, body, "decode", self._config.decode_timeout))
+        enough = Enough.BEGUN if self.prepared.streams else Enough.WHOLE
+        leg = _Leg(self._send(self.decode_lease, body, "decode", self._config.decode_timeout, enough))
         self._decoding = vigil = self.decode_lease.pulse.begin(
             self._registry.now, tokens=self._tokens, telling=self.prepared.streams, give_up=leg.give_up
         )

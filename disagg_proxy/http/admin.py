@@ -15,7 +15,7 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import BadRequest, UnknownInstance
 from disagg_proxy.http.respond import json_response
-from disagg_proxy.http.status import instance_report
+from disagg_proxy.http.status import instance_report, instance_reports
 from disagg_proxy.services import Services
 from disagg_proxy.stopping import first_of
 
@@ -30,22 +30,23 @@ def admin_routes(services: Services) -> Blueprint:
 
     @blueprint.get("/admin/instances")
     async def instances() -> Response:
-        return json_response({"instances": [instance_report(i, services) for i in services.registry.instances()]})
+        overview = await services.overview()
+        return json_response({"instances": instance_reports(services, overview)})
 
     @blueprint.post("/admin/drain")
     async def drain() -> Response:
         instance, seconds = _named(services.registry), _wait()
-        services.registry.drain(instance)
+        await services.drain(instance, True)
         if seconds:
-            settled = changes.until(lambda: instance.idle or not instance.draining)
+            settled = changes.until(lambda: services.idle(instance) or not instance.draining)
             await first_of(settled, services.stopping.begun.wait(), seconds=seconds)
-        return json_response(instance_report(instance, services))
+        return json_response(instance_report(instance, services, await services.overview()))
 
     @blueprint.post("/admin/undrain")
     async def undrain() -> Response:
         instance = _named(services.registry)
-        services.registry.drain(instance, draining=False)
-        return json_response(instance_report(instance, services))
+        await services.drain(instance, False)
+        return json_response(instance_report(instance, services, await services.overview()))
 
     return blueprint
 

@@ -32,8 +32,7 @@ class ExchangeOwner:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        flights: list[Carrier] = []
-        scope[_KEY] = flights
+        owned = scope[_KEY] = _Owned()
         try:
             await self._app(scope, receive, send)
         except StreamCut as cut:
@@ -43,8 +42,7 @@ class ExchangeOwner:
             log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
             await _say_unavailable(send)
         finally:
-            for flight in flights:
-                flight.leave()
+            owned.leave()
 
 
 async def _say_unavailable(send: Any) -> None:
@@ -59,9 +57,41 @@ async def _say_unavailable(send: Any) -> None:
         return
 
 
+class _Owned:
+    """The flights of one exchange, and the handler that waits for them."""
+
+    def __init__(self) -> None:
+        self.handler: asyncio.Task[Any] | None = None
+        self._flights: list[Carrier] = []
+        self._over = False
+
+    def add(self, flight: Carrier) -> None:
+        if self._over:
+            flight.leave()
+            raise asyncio.CancelledError
+        self._flights.append(flight)
+
+    def leave(self) -> None:
+        self._over = True
+        for flight in self._flights:
+            flight.leave()
+        if self.handler is not None:
+            # Quart (0.22) lets it run on when the ASGI call is cancelled.
+            self.handler.cancel()
+
+
+def handles(scope: Any) -> None:
+    """The present task ends with the exchange of ``scope`` at the latest."""
+    scope[_KEY].handler = asyncio.current_task()
+
+
 def own(scope: Any, flight: Carrier) -> None:
-    """Make ``flight`` end with the exchange of ``scope``."""
-    scope[_KEY].append(flight)
+    """Make ``flight`` end with the exchange of ``scope``.
+
+    Raises:
+        CancelledError: the exchange has ended.
+    """
+    scope[_KEY].add(flight)
 
 
 class HideUnfinished(logging.Filter):

@@ -1,18 +1,24 @@
-"""The generation routes: from Quart's request to a flight, and from its outcome to Quart's response."""
+"""The generation routes of the Quart application: from its request to a flight, and from the outcome to its response.
+
+Served through uvicorn, it gets what ``direct`` leaves: chunked and compressed bodies, pipelined requests, browsers, and
+whatever is refused before its body is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import cast
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 
-from multidict import CIMultiDict
 from quart import Blueprint, Response, request
 
-from disagg_proxy.errors import UnsupportedEncoding
-from disagg_proxy.http.exchange import own
+from disagg_proxy.errors import ProxyError
+from disagg_proxy.flight.outcome import Outcome
+from disagg_proxy.http.asked import read_body, sent_headers
+from disagg_proxy.http.exchange import handles, own
+from disagg_proxy.http.generation import answer_head, begin
+from disagg_proxy.launch import Carrier
 from disagg_proxy.protocol.fields import ROUTES, Route
-from disagg_proxy.protocol.headers import client_request_id, connection_tokens, request_headers
-from disagg_proxy.protocol.prepare import prepare
+from disagg_proxy.protocol.headers import client_request_id
 from disagg_proxy.services import Services
 
 
@@ -26,34 +32,37 @@ def generation_routes(services: Services) -> Blueprint:
 
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
-        prepared = prepare(route, await read_body())
-        client_id = client_request_id(request.headers)
-        flight = await services.launcher.launch(route, forwarded_headers(services), prepared, client_id)
+        handles(request.scope)
+        headers = sent_headers()
+        begun = begin(services, route, headers, await read_body())
+        flight = await begun if isinstance(begun, Coroutine) else begun
         own(request.scope, flight)
-        outcome = await flight.answer()
-        response = Response(outcome.body, status=outcome.status, content_type="application/json")
+        outcome = await _outcome(flight)
+        body = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
+        response = Response(body, status=outcome.status, content_type="application/json")
         # An engine may be silent for minutes; DECODE_TIMEOUT decides, not the framework.
         response.timeout = None
-        for name, value in outcome.headers:
-            response.headers[name] = value
-        response.headers["X-Request-Id"] = client_id or flight.public_id[:32]
+        for name, value in answer_head(outcome, client_request_id(headers), flight):
+            response.headers[name.decode("latin-1")] = value.decode("latin-1")
         return response
 
     return handle
 
 
-async def read_body() -> bytes:
-    """The whole body.
-
-    Raises:
-        UnsupportedEncoding: it is compressed.
+async def _outcome(flight: Carrier) -> Outcome:
     """
-    encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding not in ("", "identity"):
-        raise UnsupportedEncoding(f"Content-Encoding {encoding!r} is not read; send the body uncompressed.")
-    return cast(bytes, await request.get_data(cache=False, as_text=False))
+    Raises:
+        ProxyError: the request ended without an answer of an instance.
+    """
+    future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
+    def told(what: Outcome | ProxyError) -> None:
+        if future.done():
+            return
+        if isinstance(what, ProxyError):
+            future.set_exception(what)
+        else:
+            future.set_result(what)
 
-def forwarded_headers(services: Services) -> CIMultiDict[str]:
-    """The client's headers for the instances."""
-    return request_headers(request.headers.items(), connection_tokens(request.headers), services.config.engine_api_key)
+    flight.start(told)
+    return await future

@@ -9,6 +9,8 @@ from quart_cors import cors
 
 from disagg_proxy.config import Config
 from disagg_proxy.errors import WrongKey
+from disagg_proxy.http.asked import sent_headers
+from disagg_proxy.protocol.headers import Headers, value_of
 
 ADMIN = "/admin/"
 """What the admin key opens, and nothing else does."""
@@ -16,20 +18,34 @@ ADMIN = "/admin/"
 _OPEN_PATHS = frozenset({"/health"})
 
 
+class Guard:
+    """The rule itself."""
+
+    def __init__(self, config: Config) -> None:
+        self._api_key = config.api_key.encode()
+        self._admin_key = config.admin_key.encode()
+
+    def check(self, path: str, headers: Headers) -> None:
+        """
+        Raises:
+            WrongKey: the path is not for who sends these headers.
+        """
+        admin = bool(self._admin_key) and path.startswith(ADMIN)
+        expected = self._admin_key if admin else self._api_key
+        if expected and path not in _OPEN_PATHS and not hmac.compare_digest(_given_key(path, headers), expected):
+            which = "admin" if admin else "API"
+            raise WrongKey(f"The {which} key is missing or wrong; send it as Authorization: Bearer KEY.")
+
+
 def install_guard(app: Quart, config: Config) -> Quart:
     """Check the key before every handler, and answer browsers' preflights, which carry none."""
     if config.api_key or config.admin_key:
+        guard = Guard(config)
 
         @app.before_request
         async def check_key() -> None:
-            if request.path in _OPEN_PATHS or request.method == "OPTIONS":
-                return
-            admin = bool(config.admin_key) and request.path.startswith(ADMIN)
-            expected = (config.admin_key if admin else config.api_key).encode()
-            given = _given_key().encode("utf-8", "surrogateescape")
-            if expected and not hmac.compare_digest(given, expected):
-                which = "admin" if admin else "API"
-                raise WrongKey(f"The {which} key is missing or wrong; send it as Authorization: Bearer KEY.")
+            if request.method != "OPTIONS":
+                guard.check(request.path, sent_headers())
 
     if config.cors_origins:
         app = cors(
@@ -40,9 +56,9 @@ def install_guard(app: Quart, config: Config) -> Quart:
     return app
 
 
-def _given_key() -> str:
+def _given_key(path: str, headers: Headers) -> bytes:
     """The bearer token; on Anthropic's route also its client's own header."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
+    scheme, _, token = value_of(headers, b"authorization").partition(b" ")
+    if scheme.lower() == b"bearer" and token:
         return token.strip()
-    return request.headers.get("X-Api-Key", "") if request.path.startswith("/v1/messages") else ""
+    return value_of(headers, b"x-api-key") if path.startswith("/v1/messages") else b""

@@ -8,7 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.services import Services
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.workers.overview import Overview
 
 _PREFIX = "disagg_proxy_"
 
@@ -16,13 +17,14 @@ _PREFIX = "disagg_proxy_"
 class ProxyCollector(Collector):
     """Instances, requests, drains and registrations."""
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def __init__(self, registry: Registry, overview: Overview) -> None:
+        self._registry = registry
+        self._overview = overview
 
     def collect(self) -> Iterable[Metric]:
         """Called by the client library at each scrape."""
         yield from self._instances()
-        stats, discovery = self._services.stats, self._services.discovery
+        overview, stats = self._overview, self._overview.stats
         yield GaugeMetricFamily(
             _PREFIX + "requests_in_flight", "Generation requests whose clients wait", value=stats.in_flight
         )
@@ -40,15 +42,22 @@ class ProxyCollector(Collector):
             _PREFIX + "drained_tokens", "Prompt tokens whose KV was freed by drains", value=stats.drains.tokens
         )
         yield CounterMetricFamily(
-            _PREFIX + "registrations", "Registration messages received", value=discovery.listener.traffic.messages
+            _PREFIX + "registrations", "Registration messages received", value=overview.traffic.messages
         )
         dropped = CounterMetricFamily(
             _PREFIX + "registrations_dropped", "Registration messages not used, by kind", labels=["kind"]
         )
-        for kind, count in discovery.listener.traffic.dropped.items():
+        for kind, count in overview.traffic.dropped.items():
             dropped.add_metric([kind], count)
-        dropped.add_metric(["refused"], sum(discovery.refused.values()))
+        dropped.add_metric(["refused"], sum(overview.refused.values()))
         yield dropped
+        if overview.workers:
+            yield GaugeMetricFamily(
+                _PREFIX + "workers", "Workers that serve", value=sum(w["responding"] for w in overview.workers)
+            )
+            yield CounterMetricFamily(
+                _PREFIX + "worker_restarts", "Workers that were replaced", value=overview.restarts
+            )
 
     def _instances(self) -> Iterable[Metric]:
         labels = ["role", "instance"]
@@ -62,14 +71,15 @@ class ProxyCollector(Collector):
         replays = CounterMetricFamily(
             _PREFIX + "instance_replays", "Prefills repeated to free a decode that waits for KV", labels=labels
         )
-        for instance in self._services.registry.instances():
+        for instance in self._registry.instances():
+            counted = self._overview.counted(instance)
             where = [instance.role.value, instance.http.text]
             ready.add_metric(where, instance.state is State.READY and not instance.draining)
             draining.add_metric(where, instance.draining)
             load.add_metric(where, instance.in_flight)
-            legs.add_metric(where, instance.requests_total)
-            failures.add_metric(where, instance.failures_total)
+            legs.add_metric(where, counted["requests_total"])
+            failures.add_metric(where, counted["failures_total"])
             frozen.add_metric(where, instance.state is State.FROZEN)
-            freezes.add_metric(where, instance.freezes)
-            replays.add_metric(where, instance.replays)
+            freezes.add_metric(where, counted["freezes"])
+            replays.add_metric(where, counted["replays"])
         return [ready, draining, load, legs, failures, frozen, freezes, replays]

@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from quart import Quart, Response, request
+from quart import Quart, Response
 from werkzeug.exceptions import HTTPException
 
 from disagg_proxy.errors import (
@@ -18,20 +18,33 @@ from disagg_proxy.errors import (
     ProxyError,
     headers_of,
 )
-from disagg_proxy.protocol.headers import answer_headers, client_request_id
+from disagg_proxy.http.asked import sent_headers
+from disagg_proxy.protocol.headers import Headers, answer_headers, client_request_id
 from disagg_proxy.upstream import WholeAnswer
 
 log = logging.getLogger(__name__)
 
 
-def error_response(error: ProxyError) -> Response:
-    """The one place where an error becomes a response."""
+def error_parts(error: ProxyError, client_id: str | None) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of the answer that an error becomes, for both ways out."""
     if error.status >= 500:
         log.warning("%d %s: %s", error.status, error.code, error.message)
-    headers = dict(headers_of(error))
-    if (own_id := client_request_id(request.headers)) is not None:
-        headers["X-Request-Id"] = own_id
-    return Response(error.body(), status=error.status, headers=headers)
+    headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
+    if client_id is not None:
+        headers.append((b"x-request-id", client_id.encode()))
+    return error.status, headers, error.body()
+
+
+def from_bug(error: Exception) -> ProxyError:
+    """What the client is told when the proxy itself fails; the log has the rest."""
+    log.error("A request failed inside the proxy", exc_info=error)
+    return ProxyError("The proxy failed; its log has the cause.")
+
+
+def error_response(error: ProxyError) -> Response:
+    """The one place where an error becomes Quart's response."""
+    status, headers, body = error_parts(error, client_request_id(sent_headers()))
+    return Response(body, status=status, headers={name.decode(): value.decode() for name, value in headers})
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -44,8 +57,8 @@ def passed_on(answer: WholeAnswer) -> Response:
     """An engine's answer to a route that concerns no KV transfer."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
     for name, value in answer_headers(answer.headers, None):
-        if name.lower() != "content-length":
-            response.headers[name] = value
+        if name != b"content-length":
+            response.headers[name.decode("latin-1")] = value.decode("latin-1")
     return response
 
 
@@ -59,8 +72,7 @@ def install_error_handlers(app: Quart, max_body_bytes: int) -> None:
         return error_response(_from_werkzeug(error, max_body_bytes))
 
     async def on_bug(error: Exception) -> Response:
-        log.exception("A request failed inside the proxy", exc_info=error)
-        return error_response(ProxyError("The proxy failed; its log has the cause."))
+        return error_response(from_bug(error))
 
     app.register_error_handler(ProxyError, on_proxy_error)
     app.register_error_handler(HTTPException, on_http_error)

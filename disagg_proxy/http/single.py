@@ -7,9 +7,11 @@ import asyncio
 from quart import Blueprint, Response, request
 
 from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.lease import Visit
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
-from disagg_proxy.http.generate import forwarded_headers, read_body
+from disagg_proxy.http.asked import read_body, sent_headers
 from disagg_proxy.http.respond import json_response, passed_on
+from disagg_proxy.protocol.headers import request_lines
 from disagg_proxy.protocol.prepare import model_of, parse_object
 from disagg_proxy.services import Services
 from disagg_proxy.upstream import WholeAnswer
@@ -41,21 +43,17 @@ def single_routes(services: Services) -> Blueprint:
     blueprint = Blueprint("single", __name__)
 
     async def ask(instance: Instance, method: str, path: str, body: bytes) -> WholeAnswer:
-        instance.visits += 1
-        try:
+        with Visit(services.registry, instance):
             answer = await services.upstream.request(
                 method,
                 instance,
                 path,
-                headers=forwarded_headers(services),
+                headers=request_lines(sent_headers(), services.config.engine_api_key),
                 body=body,
                 silence=services.config.decode_timeout,
                 leg=instance.role.value,
             )
             return await answer.whole()
-        finally:
-            instance.visits -= 1
-            services.registry.freed()
 
     async def ask_any(model: str | None, method: str, body: bytes) -> Response:
         """The first engine that can be reached; these routes change nothing, so asking again is safe."""

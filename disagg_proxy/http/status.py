@@ -13,13 +13,12 @@ from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.http.metrics import ProxyCollector
 from disagg_proxy.http.respond import json_response
 from disagg_proxy.services import Services
+from disagg_proxy.workers.overview import Overview
 
 
 def status_routes(services: Services) -> Blueprint:
     """Routes that are answered from memory."""
     blueprint = Blueprint("status", __name__)
-    metrics = CollectorRegistry()
-    metrics.register(ProxyCollector(services))
 
     @blueprint.get("/livez")
     async def livez() -> Response:
@@ -32,10 +31,12 @@ def status_routes(services: Services) -> Blueprint:
 
     @blueprint.get("/stats")
     async def stats() -> Response:
-        return json_response(stats_report(services))
+        return json_response(stats_report(services, await services.overview()))
 
     @blueprint.get("/metrics")
     async def metrics_text() -> Response:
+        metrics = CollectorRegistry()
+        metrics.register(ProxyCollector(services.registry, await services.overview()))
         return Response(generate_latest(metrics), content_type=CONTENT_TYPE_LATEST)
 
     return blueprint
@@ -65,20 +66,20 @@ def health_report(services: Services) -> dict[str, Any]:
     }
 
 
-def stats_report(services: Services) -> dict[str, Any]:
-    """Everything in numbers. Latencies in seconds over the last 2048 requests."""
-    stats, traffic = services.stats, services.discovery.listener.traffic
-    return {
+def stats_report(services: Services, overview: Overview) -> dict[str, Any]:
+    """Everything in numbers. Latencies in seconds over the last 2048 requests, of each worker."""
+    stats = overview.stats
+    report = {
         "version": __version__,
         "uptime_s": round(stats.clock() - stats.started_at, 3),
-        "instances": [instance_report(i, services) for i in services.registry.instances()],
+        "instances": instance_reports(services, overview),
         "requests": {
             "in_flight": stats.in_flight,
             "finished": sum(stats.outcomes.values()),
             "outcomes": dict(stats.outcomes),
-            "in_background": len(services.background),
+            "in_background": overview.in_background,
             "failovers": stats.failovers,
-            "queued": services.gate.waiting,
+            "queued": overview.queued,
             "turned_away": stats.turned_away,
         },
         "latency": {
@@ -95,16 +96,26 @@ def stats_report(services: Services) -> dict[str, Any]:
             "tokens": stats.drains.tokens,
         },
         "discovery": {
-            "messages": traffic.messages,
-            "dropped": dict(traffic.dropped),
-            "refused": dict(services.discovery.refused),
+            "messages": overview.traffic.messages,
+            "dropped": dict(overview.traffic.dropped),
+            "refused": dict(overview.refused),
         },
     }
+    if services.member is not None:
+        report["answered_by"] = services.member.seat.worker
+        report["workers"] = overview.workers
+    return report
 
 
-def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
-    """One instance as /stats shows it."""
+def instance_reports(services: Services, overview: Overview) -> list[dict[str, Any]]:
+    """All instances as /stats shows them."""
+    return [instance_report(i, services, overview) for i in services.registry.instances()]
+
+
+def instance_report(instance: Instance, services: Services, overview: Overview) -> dict[str, Any]:
+    """One instance as /stats shows it: its state as this process sees it, and what all have counted."""
     registry = services.registry
+    counted = overview.counted(instance)
     now = registry.now()
     decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
     apart = {d.http.text: why for d in decodes if (why := registry.exchange.why_not(instance, d))}
@@ -116,20 +127,20 @@ def instance_report(instance: Instance, services: Services) -> dict[str, Any]:
         "state": instance.state.value,
         "reason": instance.explanation,
         "draining": instance.draining,
-        "idle": instance.idle,
+        "idle": services.idle(instance),
         "source": instance.source.value,
         "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
         "in_flight": instance.in_flight,
         "kv_waiting": instance.kv_waiting,
         "kv_waiting_bytes": instance.kv_waiting_bytes,
-        "requests_total": instance.requests_total,
-        "failures_total": instance.failures_total,
+        "requests_total": counted["requests_total"],
+        "failures_total": counted["failures_total"],
         "times_lost": instance.times_lost,
         "kv_protocol": instance.kind.protocol,
         "cannot_exchange_with": list(apart),
         "cannot_exchange_because": apart,
         "breaker": instance.breaker.state(now).value,
-        "freezes": instance.freezes,
-        "replays": instance.replays,
+        "freezes": counted["freezes"],
+        "replays": counted["replays"],
         "restart_wanted": instance.restart_wanted,
     }

@@ -43,6 +43,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from disagg_proxy.config import Config
 from disagg_proxy.errors import (
     BadRequest,
+    BodyTimeout,
     HeadTimeout,
     HeadTooLarge,
     ProxyError,
@@ -51,6 +52,12 @@ from disagg_proxy.errors import (
     headers_of,
     shutting_down,
 )
+from disagg_proxy.http.direct import ROUTE_OF, Direct
+from disagg_proxy.http.generation import check_encoding
+from disagg_proxy.http.guard import Guard
+from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.headers import Headers, value_of
+from disagg_proxy.services import Services
 from disagg_proxy.stopping import Stopping
 
 log = logging.getLogger(__name__)
@@ -75,12 +82,14 @@ _NOTHING, _HEAD, _BODY = range(3)
 _WHILE_STOPPING = frozenset({b"/health", b"/livez", b"/stats", b"/metrics"})
 
 
-def protocol(config: Config, ending: Stopping) -> type[Protocol]:
+def protocol(config: Config, parts: Services) -> type[Protocol]:
     """The protocol class for uvicorn, with the limits of ``config``."""
 
     class Limited(Protocol):
         limits = config
-        stopping = ending
+        services = parts
+        stopping = parts.stopping
+        guard = Guard(config)
         max_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     return Limited
@@ -90,8 +99,11 @@ class Protocol(HttpToolsProtocol):
     """One connection of a client."""
 
     limits: Config
+    services: Services
     stopping: Stopping
+    guard: Guard
     max_connections = 0
+    cycle: RequestResponseCycle | Direct  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,7 +112,9 @@ class Protocol(HttpToolsProtocol):
         self._seen = 0  # bytes received in calls that held some of this message's head
         self._spent = 0  # bytes received in calls that held nothing else, less what they are good for
         self._host = self._framed = self._chunked = self._upgrading = False
-        self._current: RequestResponseCycle | None = None
+        self._length = 0  # of the body, where it was given
+        self._current: RequestResponseCycle | Direct | None = None
+        self._whole: Direct | None = None  # its body came in the present call
         self._refusal: ProxyError | None = None
         self._deaf = False  # there is a refusal: nothing is read any more
         self._said = False  # it was sent
@@ -121,18 +135,21 @@ class Protocol(HttpToolsProtocol):
             self._timer.cancel()
         # uvicorn tells the newest request only, which may still wait in the pipeline.
         if self._current is not None and not self._current.response_complete:
-            self._current.disconnected = True
-            self._current.message_event.set()
+            _dismiss(self._current)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        if isinstance(self._current, Direct):
+            self._current.pause()
         self._unsent = self.transport.get_write_buffer_size()
         self._arm(self.limits.send_timeout)
 
     def resume_writing(self) -> None:
         self._unsent = _NEVER
         super().resume_writing()
+        if isinstance(self._current, Direct):
+            self._current.resume()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -147,6 +164,9 @@ class Protocol(HttpToolsProtocol):
             self._refuse(error)
         except httptools.HttpParserError as error:
             self._refuse(self._refusal or BadRequest(f"This is not HTTP/1.1: {error}"))
+        if self._whole is not None:
+            whole, self._whole = self._whole, None
+            whole.start()
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -168,6 +188,8 @@ class Protocol(HttpToolsProtocol):
         if self._part == _BODY:
             if self._spent > self.limits.max_header_bytes:
                 raise BadRequest("The body's chunks carry far more framing than data.")
+            if not same and isinstance(self.cycle, Direct):
+                self._arm(self.limits.body_timeout)
             return
         self._seen += self._fed
         self._check_size()
@@ -214,9 +236,12 @@ class Protocol(HttpToolsProtocol):
         if self._framed:
             self._fail(BadRequest("The length of the body must be given once."))
         self._framed = True
+        self._length = int(value) if value.isdigit() else 0
 
     def _check_encoding(self, value: bytes) -> None:
-        self._check_length(value)
+        if self._framed:
+            self._fail(BadRequest("The length of the body must be given once."))
+        self._framed = True
         if value.lower() != b"chunked":
             self._fail(BadRequest("The only Transfer-Encoding that is taken is chunked."))
         self._chunked = True
@@ -230,6 +255,32 @@ class Protocol(HttpToolsProtocol):
             self.scope["method"] = self.parser.get_method().decode()
             self._upgrading = True
             return
+        route = ROUTE_OF.get(self.url)
+        if route is not None and self._is_plain(route):
+            cycle = Direct(self, self.services, route, self.headers, self.parser.should_keep_alive())
+            self.cycle = self._current = cycle
+        else:
+            self._through_quart()
+        self.headers = []  # for trailers, which nobody reads
+        self._part = _BODY
+        self._spent = 0
+
+    def _is_plain(self, route: Route) -> bool:
+        """Whether a request needs nothing of Quart: it will be read whole, and answered in one of the common ways."""
+        if self._chunked or not 0 < self._length <= self.limits.max_body_bytes or self.expect_100_continue:
+            return False
+        if self._answering() or self.pipeline or self.parser.get_method() != b"POST":
+            return False
+        if self.parser.get_http_version() != "1.1":
+            return False
+        try:
+            check_encoding(self.headers)
+            self.guard.check(route.path, self.headers)
+        except ProxyError:
+            return False
+        return not (self.limits.cors_origins and value_of(self.headers, b"origin"))
+
+    def _through_quart(self) -> None:
         super().on_headers_complete()
         if self.expect_100_continue or self.stopping.begun.is_set():
             _be_last(self.cycle)
@@ -238,9 +289,6 @@ class Protocol(HttpToolsProtocol):
         elif len(self.pipeline) <= _READ_AHEAD:
             # uvicorn stops reading, and with it noticing that the client has left.
             self.flow.resume_reading()
-        self.headers = []  # for trailers, which nobody reads
-        self._part = _BODY
-        self._spent = 0
 
     def _check_head(self) -> None:
         version = self.parser.get_http_version()
@@ -268,17 +316,28 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._spent -= len(body) * (_FRAMING_PER_BYTE + 1)
-        super().on_body(body)
+        if isinstance(self.cycle, Direct):
+            self.cycle.feed(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._part = _NOTHING
         if self._upgrading:
+            return
+        if isinstance(self.cycle, Direct):
+            self._whole = self.cycle
             return
         super().on_message_complete()
         if not self._answering():
             self._arm(self.timeout_keep_alive)
 
     # Answers and refusals
+
+    @property
+    def date(self) -> Headers:
+        """What the server says of itself in every answer."""
+        return self.server_state.default_headers
 
     def on_response_complete(self) -> None:
         if self.pipeline:
@@ -313,9 +372,7 @@ class Protocol(HttpToolsProtocol):
         elif self.cycle.response_started:
             self.transport.close()
         else:
-            self.cycle.disconnected = True
-            self.cycle.waiting_for_100_continue = False
-            self.cycle.message_event.set()
+            _dismiss(self.cycle)
             self._say()
         self._part = _NOTHING
 
@@ -372,6 +429,8 @@ class Protocol(HttpToolsProtocol):
             self._arm(left)
         elif self._said or self._stuck():
             self.transport.abort()
+        elif self._part == _BODY and isinstance(self.cycle, Direct):
+            self._refuse(BodyTimeout("The request body did not arrive in time (BODY_TIMEOUT)."))
         elif self._unsent != _NEVER or self._answering():
             self._arm(self.limits.send_timeout)
         elif self._part == _HEAD:
@@ -390,7 +449,17 @@ class Protocol(HttpToolsProtocol):
         return still and 0 < last <= unsent
 
 
-def _be_last(cycle: RequestResponseCycle) -> None:
+def _dismiss(cycle: RequestResponseCycle | Direct) -> None:
+    """Its client is not there any more, or will not get its answer."""
+    if isinstance(cycle, Direct):
+        cycle.left()
+        return
+    cycle.disconnected = True
+    cycle.waiting_for_100_continue = False
+    cycle.message_event.set()
+
+
+def _be_last(cycle: RequestResponseCycle | Direct) -> None:
     """Close the connection after this answer, and say so if its head is not out yet."""
     cycle.keep_alive = False
     # uvicorn says so by itself only in newer versions.

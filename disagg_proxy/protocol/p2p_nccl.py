@@ -12,15 +12,14 @@ replacing it in place changes no length field and no chunk framing.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from disagg_proxy.address import Address
 
 MARKERS = ("___prefill_addr_", "___decode_addr_")
 
 
-@dataclass(frozen=True, slots=True)
-class RequestId:
+class RequestId(NamedTuple):
     """``internal`` goes to the instances, ``public`` to the client; both have the same length in bytes."""
 
     internal: str
@@ -30,6 +29,7 @@ class RequestId:
 def new_request_id(prefill_kv: Address, decode_kv: Address) -> RequestId:
     """A fresh id that joins the two KV addresses, each as its instance announced it."""
     head = f"{MARKERS[0]}{prefill_kv.text}{MARKERS[1]}{decode_kv.text}_"
-    unique = secrets.token_hex(16)
-    padding = secrets.token_hex(len(head) // 2 + 1)[: len(head)]
+    # One reading from the system for both.
+    digits = secrets.token_hex(16 + len(head) // 2 + 1)
+    unique, padding = digits[:32], digits[32 : 32 + len(head)]
     return RequestId(head + unique, unique + padding)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import msgspec
+
 from disagg_proxy.protocol.fields import Route
 
 
@@ -81,20 +83,33 @@ def _events(stream: bytes) -> Iterator[dict[str, Any]]:
 
 def _object(text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
+        value = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return {}
     return value if isinstance(value, dict) else {}
 
 
-_PROMPT_TOKENS = re.compile(rb'(?<!\\)"(?:input|prompt)_tokens"\s*:\s*(\d{1,18})(?!\d)')
+_TOKEN_COUNTS = (b'"prompt_tokens"', b'"input_tokens"')
+_COUNT = re.compile(rb"\s*:\s*(\d{1,18})(?!\d)")
 _OVER_CONTEXT = "maximum context length"
 """In vLLM's words for it, 0.9.2 - 0.23."""
 
 
 def prompt_tokens(body: bytes) -> int:
     """The prompts' length in tokens as an answer's usage gives it, whole or streamed; 0 when it does not."""
-    return max((int(found) for found in _PROMPT_TOKENS.findall(body)), default=0)
+    most = 0
+    for key in _TOKEN_COUNTS:
+        at = body.find(key)
+        while at >= 0:
+            found = _COUNT.match(body, at + len(key))
+            # A quote behind a backslash is text that the model wrote.
+            if found and body[at - 1 : at] != b"\\":
+                most = max(most, int(found[1]))
+            at = body.find(key, at + len(key))
+    return most
 
 
 def is_over_context(body: bytes) -> bool:

@@ -22,6 +22,10 @@ class IdHider:
         data = self._held + piece if self._held else piece
         if self._internal in data:
             data = data.replace(self._internal, self._public)
+        if data.endswith(b"\n"):
+            # As whole events do; no beginning of an id does.
+            self._held = b""
+            return data
         cut = self._undecided(data)
         self._held = data[cut:]
         return data[:cut]

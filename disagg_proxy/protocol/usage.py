@@ -47,6 +47,9 @@ class UsageRepair:
 
     def feed(self, piece: bytes) -> bytes:
         """What may be passed on now; may be empty."""
+        if not self._held and _KEY not in piece and piece.endswith(b"\n"):
+            # Whole events without usage; no beginning of the key ends like that.
+            return piece
         return self._pass(self._held + piece if self._held else piece, ended=False)
 
     def end(self) -> bytes:

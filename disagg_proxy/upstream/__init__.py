@@ -1,5 +1,10 @@
-"""The way to the instances: one shared, pooled HTTP client. The only place that knows aiohttp's client."""
+"""The way to the instances: pooled HTTP/1.1 connections on asyncio transports.
 
-from disagg_proxy.upstream.client import Answer, Upstream, WholeAnswer
+Of its own, since a client library's share of a small request's cost is larger than everything else together
+(docs/performance.md).
+"""
 
-__all__ = ["Answer", "Upstream", "WholeAnswer"]
+from disagg_proxy.upstream.answer import Answer, Enough, Sink, WholeAnswer
+from disagg_proxy.upstream.client import Upstream
+
+__all__ = ["Answer", "Enough", "Sink", "Upstream", "WholeAnswer"]

@@ -1,7 +1,7 @@
 """One HTTP exchange with one instance, over a pool of kept connections, with a typed outcome.
 
-Everything aiohttp raises is translated here into the project's error tree. Messages name the leg, never the
-address: clients read them. Retry rule: docs/retry.md.
+Everything the sockets raise is translated here and in ``connection`` into the project's error tree. Messages name the
+leg, never the address: clients read them. Retry rule: docs/retry.md.
 """
 
 from __future__ import annotations
@@ -9,77 +9,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from types import SimpleNamespace
 
-import aiohttp
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
-
+from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError, EngineUnreachable
+from disagg_proxy.errors import EngineUnreachable
+from disagg_proxy.upstream.answer import Answer, Enough
+from disagg_proxy.upstream.connection import Connection
 
 log = logging.getLogger(__name__)
 
-_KEEP_IDLE = 3.0
+KEEP_IDLE = 3.0
 """Seconds an idle connection is kept. vLLM's server closes them after 5 s (0.9.2 - 0.23, ``vllm/envs.py``,
 VLLM_HTTP_TIMEOUT_KEEP_ALIVE); staying below means that a request is not sent into a closing connection."""
-
-_WARY = 2 * _KEEP_IDLE
-"""Seconds without kept connections after an error answer: vLLM closes the connection after some 400s without saying
-so. aiohttp takes it back into the pool before the status can be looked at, so it must be left there to grow old."""
-
-_OWN_HEADERS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-
-
-@dataclass(frozen=True, slots=True)
-class WholeAnswer:
-    """An answer that was read to its end."""
-
-    status: int
-    headers: CIMultiDictProxy[str]
-    body: bytes
-
-
-class Answer:
-    """An answer whose status and headers are there and whose body is still coming."""
-
-    def __init__(self, response: aiohttp.ClientResponse, leg: str) -> None:
-        self._response = response
-        self._leg = leg
-        self.status = response.status
-        self.headers = response.headers
-
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it arrives; what arrives together comes together.
-
-        A reader that is cancelled leaves the connection as it is, so that its owner can read on, or :meth:`close`.
-
-        Raises:
-            EngineError: the connection broke before the end of the body.
-            EngineDeadline: nothing came for longer than the read timeout.
-        """
-        try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            self._response.close()
-            raise _translate(error, self._leg, reused=False) from error
-        self._response.release()
-
-    async def whole(self) -> WholeAnswer:
-        """The rest of the body at once. Raises as :meth:`chunks` does; closes the connection when cancelled."""
-        try:
-            return WholeAnswer(self.status, self.headers, b"".join([chunk async for chunk in self.chunks()]))
-        except asyncio.CancelledError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Give up the rest; the instance sees the connection close and aborts its work. Harmless when read."""
-        self._response.close()
 
 
 class Upstream:
@@ -91,27 +32,22 @@ class Upstream:
 
     def __init__(self, connect_timeout: float) -> None:
         self._connect_timeout = connect_timeout
-        self._kept = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE))
-        self._fresh = self._session(aiohttp.TCPConnector(limit=0, force_close=True))
-        self._wary_until: dict[str, float] = {}
-
-    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
-        return aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=_OWN_HEADERS,
-            trace_configs=[trace],
-            max_line_size=65536,
-            max_field_size=65536,
-        )
+        self._loop = asyncio.get_running_loop()
+        self._idle: dict[str, list[Connection]] = {}
+        self._open: set[Connection] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._kept.close()
-        await self._fresh.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        self._idle.clear()
+        for connection in list(self._open):
+            connection.close()
+        while self._open:
+            # Transports say goodbye in one of the loop's next turns.
+            await asyncio.sleep(0)
 
     async def request(
         self,
@@ -119,75 +55,104 @@ class Upstream:
         instance: Instance,
         path: str,
         *,
-        headers: CIMultiDict[str] | Mapping[str, str],
+        headers: bytes = b"",
         body: bytes = b"",
         silence: float,
         leg: str,
         fresh: bool = False,
+        enough: Enough = Enough.HEAD,
     ) -> Answer:
-        """Send one request and wait for status and headers.
+        """Send one request and wait for as much of the answer as is ``enough``. Cancelled, it closes the connection.
 
         Args:
+            headers: whole lines, each with its end.
             silence: seconds that may pass without a byte from the instance, before and within the body.
             leg: word for messages, such as "prefill".
             fresh: use a connection of its own instead of a kept one.
 
         Raises:
             EngineUnreachable: no connection.
-            EngineDisconnected: the connection ended before an answer.
+            EngineDisconnected: the connection ended before so much of the answer.
             EngineDeadline: silence.
         """
-        seen = SimpleNamespace(reused=False)
-        session = self._fresh if fresh or self._is_wary(instance.http.netloc) else self._kept
+        netloc = instance.http.netloc
+        connection = None if fresh else self._take(netloc)
+        if connection is None:
+            connection = await self._dial(instance.http, str(instance), leg, keep=not fresh)
+        length = f"content-length: {len(body)}\r\n" if body or method == "POST" else ""
+        head = f"{method} {path} HTTP/1.1\r\nhost: {netloc}\r\n{length}".encode() + headers + b"\r\n"
+        answer = connection.send(head, body, silence, leg)
+        await answer.until(enough)
+        return answer
+
+    def _take(self, netloc: str) -> Connection | None:
+        """The kept connection that was used last."""
+        kept = self._idle.get(netloc)
+        while kept:
+            connection = kept.pop()
+            if connection.open and self._loop.time() - connection.idle_since < KEEP_IDLE:
+                return connection
+            connection.abort()
+        return None
+
+    # -- what connections tell
+
+    def came(self, connection: Connection) -> None:
+        """It is open."""
+        self._open.add(connection)
+
+    def went(self, connection: Connection) -> None:
+        """It is closed."""
+        self._open.discard(connection)
+
+    def idle(self, connection: Connection) -> None:
+        """It may carry another request."""
+        self._idle.setdefault(connection.name, []).append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(KEEP_IDLE, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what has been idle for too long."""
+        self._sweeper = None
+        oldest = self._loop.time() - KEEP_IDLE
+        for netloc, kept in list(self._idle.items()):
+            old = 0
+            while old < len(kept) and (kept[old].idle_since <= oldest or not kept[old].open):
+                kept[old].abort()
+                old += 1
+            del kept[:old]
+            if not kept:
+                del self._idle[netloc]
+        if self._idle:
+            next_one = min(kept[0].idle_since for kept in self._idle.values())
+            self._sweeper = self._loop.call_at(next_one + KEEP_IDLE, self._sweep)
+
+    async def _dial(self, address: Address, name: str, leg: str, keep: bool) -> Connection:
+        dialing = self._loop.create_task(
+            self._loop.create_connection(lambda: Connection(address.netloc, keep, self), address.host, address.port)
+        )
         try:
-            response = await session.request(
-                method,
-                _url(instance.http.netloc, path),
-                data=body or None,
-                headers=headers,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout, sock_read=silence),
-                trace_request_ctx=seen,
-            )
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            log.info("%s: %s on the %s leg: %s", instance, type(error).__name__, leg, error)
-            raise _translate(error, leg, reused=seen.reused) from error
-        if response.status >= 400:
-            self._wary_until[instance.http.netloc] = asyncio.get_running_loop().time() + _WARY
-        return Answer(response, leg)
-
-    def _is_wary(self, netloc: str) -> bool:
-        """Whether a kept connection to that endpoint may be a dead one."""
-        until = self._wary_until.get(netloc)
-        if until is None:
-            return False
-        if asyncio.get_running_loop().time() < until:
-            return True
-        del self._wary_until[netloc]
-        return False
+            # Not wait_for, which before Python 3.12 loses a cancellation that comes together with the connection.
+            await asyncio.wait((dialing,), timeout=self._connect_timeout)
+            if not dialing.done():
+                raise asyncio.TimeoutError
+            return dialing.result()[1]
+        except BaseException as error:
+            dialing.add_done_callback(_hang_up)
+            dialing.cancel()
+            if not isinstance(error, (OSError, asyncio.TimeoutError)):
+                raise
+            log.info("%s: %s on the %s leg: %s", name, type(error).__name__, leg, error)
+            raise EngineUnreachable(f"The {leg} instance could not be reached.", refused=_is_refusal(error)) from error
 
 
-@lru_cache(maxsize=4096)
-def _url(netloc: str, path: str) -> URL:
-    return URL.build(scheme="http", authority=netloc, path=path, encoded=True)
+def _hang_up(dialing: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:
+    """Nobody waits for it any more."""
+    if not dialing.cancelled() and dialing.exception() is None:
+        dialing.result()[0].abort()
 
 
-async def _note_reuse(
-    session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceConnectionReuseconnParams
-) -> None:
-    if context.trace_request_ctx is not None:
-        context.trace_request_ctx.reused = True
-
-
-def _translate(error: Exception, leg: str, *, reused: bool) -> EngineError | EngineDeadline:
-    """Foreign exception to outcome. The order matters: aiohttp's types overlap."""
-    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        refused = isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno == errno.ECONNREFUSED
-        return EngineUnreachable(f"The {leg} instance could not be reached.", refused=refused)
-    if isinstance(error, asyncio.TimeoutError):
-        return EngineDeadline(f"The {leg} instance said nothing within its deadline.")
-    # Raised by a write into a transport that was closed before: the request, or its last part, never left.
-    unsent = isinstance(error, aiohttp.ClientConnectionResetError)
-    return EngineDisconnected(
-        f"The {leg} instance closed the connection without an answer.", unsent=unsent, reused=reused
-    )
+def _is_refusal(error: Exception) -> bool:
+    """Whether nobody listens there. For a name with several addresses asyncio only says so in words."""
+    number = getattr(error, "errno", None)
+    return number == errno.ECONNREFUSED or (number is None and "refused" in str(error))

@@ -12,10 +12,11 @@ from typing import Protocol, TypeVar
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.watch.witness import Witness
 
 log = logging.getLogger(__name__)
 
-_MOST = 8
+MOST = 8
 """Prefills that are replayed at one time of standing still."""
 
 _EFFECT, _SETTLED = 1.0, 1.0
@@ -33,11 +34,13 @@ class Movement(Protocol[M]):
     async def moved(self, instance: Instance, mark: M, within: float) -> bool: ...
 
 
-async def replay_until_it_moves(instance: Instance, movement: Movement[M]) -> bool:
+async def replay_until_it_moves(instance: Instance, movement: Movement[M], witness: Witness) -> bool:
     """Whether replays have set a frozen decode going."""
     tried: set[Vigil] = set()
-    while len(tried) < _MOST and instance.state is State.FROZEN:
+    while len(tried) < MOST and instance.state is State.FROZEN:
         vigil = next((v for v in instance.pulse.unanswered() if v not in tried), None)
+        if not await witness.turn(instance, None if vigil is None else instance.pulse.distance(vigil)):
+            return False
         if vigil is None or vigil.replay is None:
             return False
         tried.add(vigil)

@@ -8,15 +8,17 @@
     moves again    back in service through a probe, with its breaker half open
     a second prefill freezes while it sends to one decode    that decode's KV listener is dead: it is taken out too
 
-One task looks at all instances; one more runs for each instance that is suspected.
+With other processes of this proxy beside it an engine that one of them finds is frozen here too, and what is decided is
+decided once (watch/witness.py). One task looks at all instances; one more runs for each instance that is suspected.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.registry import Registry
@@ -24,6 +26,7 @@ from disagg_proxy.errors import EngineFrozen, ProxyError
 from disagg_proxy.upstream import Upstream
 from disagg_proxy.watch.counters import engine_counters
 from disagg_proxy.watch.recovery import replay_until_it_moves
+from disagg_proxy.watch.witness import Alone, Witness
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +53,25 @@ class Watchdog:
 
     Args:
         shortest, longest: bounds on the learnt deadline, in seconds.
-        headers: sent along with GET /metrics, such as the engines' key.
+        headers: lines that are sent along with GET /metrics, such as the engines' key.
+        witness: the other processes of this proxy.
     """
 
     def __init__(
-        self, registry: Registry, upstream: Upstream, shortest: float, longest: float, headers: Mapping[str, str]
+        self,
+        registry: Registry,
+        upstream: Upstream,
+        shortest: float,
+        longest: float,
+        headers: bytes,
+        witness: Witness | None = None,
     ) -> None:
         self._registry = registry
         self._upstream = upstream
         self._shortest = shortest
         self._longest = longest
         self._headers = headers
+        self._witness = witness or Alone()
         self._pause = min(1.0, shortest / _LOOKS)
         self._looking: asyncio.Task[None] | None = None
         self._suspects: dict[Instance, asyncio.Task[None]] = {}
@@ -79,20 +90,31 @@ class Watchdog:
     async def _look_on(self) -> None:
         while True:
             await asyncio.sleep(self._pause)
-            for instance in self._registry.instances():
-                self._look(instance)
+            self.look()
+
+    def look(self) -> None:
+        """Look at all instances now."""
+        for instance in self._registry.instances():
+            self._look(instance)
 
     def _look(self, instance: Instance) -> None:
         now = self._registry.now()
         pulse = instance.pulse
-        if pulse.look(now) or instance.state is not State.READY or instance in self._suspects:
+        pulse.moves_elsewhere = self._witness.moves(instance)
+        moved = pulse.look(now)
+        if instance.state is State.READY and instance not in self._suspects and self._witness.frozen(instance):
+            self._follow(instance, self._join(instance))
+            return
+        if moved or instance.state is not State.READY or instance in self._suspects:
             return
         deadline = pulse.deadline(self._shortest, self._longest)
         if pulse.silent_for(now) > deadline / 2:
-            suspect = self._suspect(instance, deadline / 2)
-            task = asyncio.get_running_loop().create_task(suspect, name=f"suspect {instance}")
-            self._suspects[instance] = task
-            task.add_done_callback(lambda ended: self._ended(instance, ended))
+            self._follow(instance, self._suspect(instance, deadline / 2))
+
+    def _follow(self, instance: Instance, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"suspect {instance}")
+        self._suspects[instance] = task
+        task.add_done_callback(lambda ended: self._ended(instance, ended))
 
     def _ended(self, instance: Instance, task: asyncio.Task[None]) -> None:
         del self._suspects[instance]
@@ -108,9 +130,22 @@ class Watchdog:
         silent = pulse.silent_for(self._registry.now())
         said = f"its engine stands still: no answer and no step for {silent:.3g} s, while {len(pulse.waiting())} wait"
         log.error("%s is frozen: %s", instance, said)
-        self._registry.freeze(instance, said)
-        if instance.role is Role.DECODE:
-            helped = await replay_until_it_moves(instance, self)
+        self._registry.freeze(instance, said, first=self._witness.found(instance))
+        await self._recover(instance, said)
+
+    async def _join(self, instance: Instance) -> None:
+        """Another process has found it."""
+        said = "another worker found that its engine stands still"
+        self._registry.freeze(instance, said, first=False)
+        await self._recover(instance, said)
+
+    async def _recover(self, instance: Instance, said: str) -> None:
+        """Set it going again, or give it up."""
+        pulse = instance.pulse
+        if instance.role is Role.DECODE and not self._witness.given_up(instance):
+            helped = await replay_until_it_moves(instance, self, self._witness)
+            if instance.state in (State.READY, State.PROBING):
+                return
             if helped and instance.state is State.FROZEN:
                 log.warning("%s moves again after %d replayed prefills", instance, instance.replays)
                 self._registry.thaw(instance, "moves again after replayed prefills")
@@ -128,7 +163,7 @@ class Watchdog:
 
     async def mark(self, instance: Instance) -> Mark:
         """Where the engine stands now."""
-        return Mark(instance.pulse.moves, await self._counters(instance))
+        return Mark(_moves(instance), await self._counters(instance))
 
     async def moved(self, instance: Instance, mark: Mark, within: float) -> bool:
         """Whether the engine has moved since ``mark``, or does so within so many seconds."""
@@ -137,7 +172,8 @@ class Watchdog:
             left = end - self._registry.now()
             await asyncio.sleep(max(0.0, min(within / _POLLS, left)))
             counters = await self._counters(instance)
-            if instance.pulse.moves != mark.moves:
+            instance.pulse.moves_elsewhere = self._witness.moves(instance)
+            if _moves(instance) != mark.moves:
                 return True
             if mark.counters is not None and counters is not None and counters != mark.counters:
                 return True
@@ -159,22 +195,24 @@ class Watchdog:
         """Tell everybody who waits for it that nothing will come."""
         pulse = instance.pulse
         self._registry.want_restart(instance, reason)
+        self._witness.give_up(instance)
         log.error("%s is given up: %s", instance, reason)
         error = EngineFrozen(f"The {instance.role.value} instance stands still.")
         vigils = list(pulse.open)
         for vigil in vigils:
             vigil.give_up(error)
         if instance.role is Role.PREFILL and vigils:
-            self._blame_receiver(vigils[0].receiver)
+            self._blame_receiver(instance, vigils[0].receiver)
 
-    def _blame_receiver(self, decode: Instance | None) -> None:
+    def _blame_receiver(self, prefill: Instance, decode: Instance | None) -> None:
         if decode is None or decode.state is not State.READY:
             return
-        decode.senders_frozen += 1
-        if decode.senders_frozen >= _SENDERS:
+        if self._witness.blame(prefill, decode) >= _SENDERS:
             # What it has taken in before it may still answer.
-            self._registry.freeze(decode, "prefills that send to it stand still")
+            first = self._witness.found(decode)
+            self._registry.freeze(decode, "prefills that send to it stand still", first=first)
             self._registry.want_restart(decode, "prefills that send to it stand still: it takes in no KV; restart it")
+            self._witness.give_up(decode)
             log.error("%s is given up: %s", decode, decode.reason)
 
     async def _until_it_moves(self, instance: Instance) -> None:
@@ -184,3 +222,7 @@ class Watchdog:
                 log.warning("%s moves again by itself", instance)
                 instance.breaker.trip(self._registry.now())
                 self._registry.thaw(instance, "moves again")
+
+
+def _moves(instance: Instance) -> int:
+    return instance.pulse.moves + instance.pulse.moves_elsewhere

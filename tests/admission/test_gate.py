@@ -1,6 +1,9 @@
 """Who gets in, and on which pair."""
 
+from __future__ import annotations
+
 import asyncio
+from collections.abc import Coroutine
 
 import pytest
 
@@ -8,8 +11,8 @@ from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.pairing import Pair, Pairing, Wish
-from disagg_proxy.cluster.policy import round_robin
-from disagg_proxy.errors import NoPair
+from disagg_proxy.cluster.policies import round_robin
+from disagg_proxy.errors import NoPair, Overloaded, UnknownModel
 from disagg_proxy.stats import Stats
 from tests.cluster.conftest import World
 from tests.conftest import soon
@@ -37,10 +40,80 @@ class Door:
         self.world = World()
         registry = self.world.registry
         pairing = Pairing(registry, round_robin, round_robin)
-        self.gate = Gate(pairing, registry, Limits(queue=100, **limits), Stats(lambda: self.world.time))
+        self.gate = Gate(pairing, registry, Limits(**{"queue": 100, **limits}), Stats(lambda: self.world.time))
 
-    def ask(self) -> "asyncio.Task[Place]":
-        return asyncio.create_task(self.gate.admit("m", Wish.PAIR, 0, lambda pair: Place(pair, self.world)))
+    def admit(self, model: str = "m") -> Place | Coroutine[None, None, Place]:
+        return self.gate.admit(model, Wish.PAIR, 0, lambda pair: Place(pair, self.world))
+
+    def ask(self) -> asyncio.Task[Place]:
+        return asyncio.create_task(self._ask())
+
+    async def _ask(self) -> Place:
+        found = self.admit()
+        return await found if isinstance(found, Coroutine) else found
+
+
+async def test_where_there_is_room_nothing_is_awaited() -> None:
+    door = Door(decode=1)
+    pair = Pair(door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2))
+    first = door.admit()
+    assert isinstance(first, Place) and first.pair == pair
+    later = door.admit()
+    assert isinstance(later, Coroutine) and door.gate.waiting == 0, "it waits once it is awaited"
+    queued = asyncio.create_task(later)
+    await soon(waiting(door, 1))
+    first.give_back()
+    assert (await soon(queued)).pair == pair and door.gate.waiting == 0
+
+
+async def test_nobody_overtakes_one_that_waits() -> None:
+    door = Door(decode=1)
+    door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    first = door.admit()
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    first.give_back()
+    late = door.admit()
+    assert isinstance(late, Coroutine), "there is room, but somebody waits for it"
+    last = asyncio.create_task(late)
+    (await soon(queued)).give_back()
+    (await soon(last)).give_back()
+
+
+async def test_what_no_wait_can_cure_is_raised_at_once() -> None:
+    door = Door()
+    with pytest.raises(NoPair):
+        door.admit()
+    door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    with pytest.raises(UnknownModel):
+        door.admit("other")
+
+
+async def test_a_full_queue_is_told_when_it_is_awaited() -> None:
+    door = Door(decode=1, queue=0)
+    door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    door.admit()
+    later = door.admit()
+    assert isinstance(later, Coroutine)
+    with pytest.raises(Overloaded, match="MAX_QUEUE"):
+        await later
+
+
+async def test_who_leaves_the_queue_costs_nothing_even_when_its_turn_has_come() -> None:
+    door = Door(decode=1)
+    prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    first = door.admit()
+    queued = [door.ask(), door.ask()]
+    await soon(waiting(door, 2))
+    queued[1].cancel()
+    await soon(waiting(door, 1))
+    first.give_back()
+    # The turn is given in the loop's next step, and nobody has been woken in this one.
+    asyncio.get_running_loop().call_soon(queued[0].cancel)
+    for one in queued:
+        with pytest.raises(asyncio.CancelledError):
+            await soon(one)
+    assert (door.gate.waiting, prefill.in_flight, decode.in_flight) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("limits", [{"in_flight": 1}, {"decode": 1}], ids=["in all", "of each decode"])
@@ -111,3 +184,97 @@ async def test_those_that_wait_are_told_when_an_undrained_side_goes() -> None:
     door.world.registry.suspend(prefill, "refused", gone=True)
     with pytest.raises(NoPair, match=r"no prefill instance is ready.*; no decode instance is ready \(one is drained"):
         await soon(queued)
+
+
+class Others:
+    """Other processes of the proxy, as the test wants them."""
+
+    pause = 0.001
+
+    def __init__(self) -> None:
+        self.queued: list[tuple[int, float | None]] = []
+        self.elsewhere = 0
+        self.older = False
+        self.lost = 0
+        self.claims = self.settled = 0
+
+    def refresh(self) -> None:
+        return
+
+    def claim(self, instances, kv_bytes, fits) -> bool:
+        self.claims += 1
+        if self.lost:
+            self.lost -= 1
+            return False
+        return fits()
+
+    def settle(self) -> None:
+        self.settled += 1
+
+    def queue(self, waiting: int, oldest: float | None) -> None:
+        self.queued.append((waiting, oldest))
+
+    def waiting(self) -> int:
+        return self.elsewhere
+
+    def waits_longer(self, since: float) -> bool:
+        return self.older
+
+
+def crowded(**limits: int) -> tuple[Door, Others]:
+    door, others = Door(), Others()
+    stats = Stats(asyncio.get_running_loop().time)
+    pairing = Pairing(door.world.registry, round_robin, round_robin)
+    door.gate = Gate(pairing, door.world.registry, Limits(**{"queue": 100, **limits}), stats, others)
+    door.world.ready(Role.PREFILL, 1)
+    door.world.ready(Role.DECODE, 2)
+    return door, others
+
+
+async def test_a_claim_that_is_lost_is_tried_again() -> None:
+    door, others = crowded()
+    others.lost = 3
+    (await soon(door.ask())).give_back()
+    assert others.claims == 4 and others.settled == 1
+    assert others.queued[-1] == (0, None)
+
+
+async def test_a_newcomer_queues_behind_those_that_wait_elsewhere_but_not_for_ever() -> None:
+    door, others = crowded()
+    others.elsewhere, others.older = 1, True
+    asked = door.ask()
+    await soon(waiting(door, 1))
+    assert others.claims == 0 and others.queued[-1][0] == 1
+    (await soon(asked)).give_back()
+    assert others.claims == 1
+
+
+async def test_a_place_goes_to_whoever_waits_longer_elsewhere_first() -> None:
+    door, others = crowded(decode=1)
+    first = await soon(door.ask())
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    claims = others.claims
+    others.older = True
+    first.give_back()
+    door.world.registry.freed()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert others.claims == claims, "however often something is given back"
+    others.older = False
+    door.world.registry.freed()
+    (await soon(queued)).give_back()
+
+
+async def test_the_queue_counts_those_that_wait_elsewhere() -> None:
+    door, others = crowded(decode=1, queue=3)
+    await soon(door.ask())
+    others.elsewhere = 3
+    with pytest.raises(Overloaded):
+        await soon(door.ask())
+    others.elsewhere = 2
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    with pytest.raises(Overloaded):
+        await soon(door.ask())
+    queued.cancel()

@@ -5,7 +5,7 @@ import pytest
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, KvKind, why_apart
 from disagg_proxy.cluster.pairing import Alone, NoRoom, Pair, Pairing, Wish
-from disagg_proxy.cluster.policy import round_robin
+from disagg_proxy.cluster.policies import round_robin
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE

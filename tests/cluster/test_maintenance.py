@@ -6,7 +6,7 @@ from disagg_proxy.cluster.exchange import STALE
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import DRAINED, Pairing
-from disagg_proxy.cluster.policy import least_loaded
+from disagg_proxy.cluster.policies import least_loaded
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE

@@ -5,7 +5,7 @@ import pytest
 from disagg_proxy.cluster.exchange import STALE
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.pairing import Pairing
-from disagg_proxy.cluster.policy import least_loaded, round_robin
+from disagg_proxy.cluster.policies import least_loaded, round_robin
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE

@@ -44,6 +44,9 @@ def test_an_empty_flag_is_a_bad_value() -> None:
         ("MAX_BODY_BYTES", "0"),
         ("MAX_BODY_BYTES", "12X"),
         ("PREFILL_POLICY", "best"),
+        ("SESSION_HEADER", "two words"),
+        ("LOAD_BOUND", "0.5"),
+        ("LOAD_BOUND", "nan"),
         ("LOG_LEVEL", "loud"),
         ("LOG_FORMAT", "xml"),
         ("ENABLE_PROFILING", "maybe"),
@@ -62,6 +65,14 @@ def test_a_bad_value_is_one_line_that_names_its_setting(env: str, raw: str) -> N
         load([], {env: raw})
     assert str(caught.value).startswith(f"{env}: must ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("wrong", "right", "name"), [
+    ("PREFILL_POLICY", "DECODE_POLICY", "joint"), ("DECODE_POLICY", "PREFILL_POLICY", "prefix-aware"),
+])  # fmt: skip
+def test_a_policy_of_the_other_role_says_where_it_belongs(wrong: str, right: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{wrong}: must be one of .*set it as {right}"):
+        load([], {wrong: name})
 
 
 def test_a_bad_secret_is_not_repeated() -> None:

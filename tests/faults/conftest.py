@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import socket
 from urllib.parse import urlsplit
 
@@ -31,7 +30,9 @@ def ids(*engines: SimEngine, path: str = "/v1/completions") -> list[str]:
 
 def without_kept_connections(proxy: Proxy, engine: SimEngine) -> None:
     """From now on every request to ``engine`` needs a new connection, as after a pause."""
-    proxy.services.upstream._wary_until[engine.http_address] = math.inf
+    upstream = proxy.services.upstream
+    take = upstream._take
+    upstream._take = lambda netloc: None if netloc == engine.http_address else take(netloc)  # type: ignore[method-assign]
 
 
 async def dial_slowly(proxy: Proxy) -> Wire:

@@ -17,6 +17,18 @@ LONG = {**ASK, "max_tokens": 5000, "ignore_eos": True}
 KINDS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
+@pytest.fixture(params=[False, True], ids=["direct", "quart"])
+def dial(dial, request):
+    """Connections whose requests come in either way."""
+
+    async def open_one(url: str) -> Wire:
+        wire = await dial(url)
+        wire.chunked = request.param
+        return wire
+
+    return open_one
+
+
 @pytest.fixture
 async def client(machine, pair, dial) -> AsyncIterator[Wire]:
     """A connection whose owner the test lets go; afterwards everything must be as if it had never been there."""
@@ -37,7 +49,7 @@ def drains(machine) -> int:
 async def test_while_it_sends_the_body(machine, pair, client: Wire) -> None:
     client.start(PATH, "Content-Length: 100")
     client.send(b'{"model": "sim-model"')
-    while not machine.proxy.server.server_state.tasks:
+    while not machine.proxy.exchanges:
         await asyncio.sleep(0)
     await machine.left(client)
     assert not pair[0].received(PATH)

@@ -94,8 +94,7 @@ async def test_many_abandoned_prefills_of_one_batch_are_all_drained(machine, pai
         await soon(prefill.wait_until(lambda state: state["waiting"] == 20))
         for client in clients:
             client.leave()
-        while tasks := set(machine.proxy.server.server_state.tasks):
-            await soon(asyncio.wait(tasks))
+        await soon(machine.proxy.services.stopping.exchanges.ended())
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.done == 20
     await machine.unharmed(prefill, decode)

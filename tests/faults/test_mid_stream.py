@@ -9,7 +9,7 @@ import pytest
 
 from disagg_proxy.http.exchange import HideUnfinished
 from disagg_proxy.sim import expected_text
-from tests.conftest import soon
+from tests.conftest import Wire, soon
 from tests.machine import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
@@ -73,6 +73,18 @@ async def test_a_stream_that_decode_breaks_off_is_cut(machine, pair, caplog, tok
     assert len(decode.received(PATH)) == 1
     await machine.unharmed(*pair)
     assert text_of((await machine.post(PATH, REQUESTS[PATH]))[2]) == RIGHT[PATH]
+
+
+@pytest.fixture(params=[False, True], ids=["direct", "quart"])
+def dial(dial, request):
+    """Connections whose requests come in either way."""
+
+    async def open_one(url: str) -> Wire:
+        wire = await dial(url)
+        wire.chunked = request.param
+        return wire
+
+    return open_one
 
 
 @pytest.mark.parametrize("path", REQUESTS)

@@ -64,7 +64,9 @@ async def until_all_kv_is_there(prefills: list[SimEngine], decode: SimEngine) ->
     await soon(decode.wait_until(lambda state: state["kv_received"] == sent * decode.config.kv_layers))
 
 
-@pytest.mark.settings(probe_interval=60.0, instance_expiry=60.0)
+@pytest.mark.settings(
+    prefill_policy="least_loaded", decode_policy="least_loaded", probe_interval=60.0, instance_expiry=60.0
+)
 @pytest.mark.parametrize("victim", range(4), ids=["first prefill", "second prefill", "first decode", "second decode"])
 async def test_only_the_streams_that_decode_on_it_are_lost(machine, four, victim: int) -> None:
     prefills, decodes = four

@@ -39,6 +39,18 @@ class Shutdown:
         return self._ended.done()
 
 
+@pytest.fixture(params=[False, True], ids=["direct", "quart"])
+def dial(dial, request):
+    """Connections whose requests come in either way."""
+
+    async def open_one(url: str) -> Wire:
+        wire = await dial(url)
+        wire.chunked = request.param
+        return wire
+
+    return open_one
+
+
 @pytest.fixture
 def shutdown(machine) -> Shutdown:
     return Shutdown(machine)
@@ -119,7 +131,7 @@ async def test_a_request_that_is_not_here_whole_is_refused(machine, pair, dial, 
     else:
         late.start(PATH, "Content-Length: 100000")
         late.send(b'{"prompt": "')
-        await soon(until(lambda: len(machine.proxy.server.server_state.tasks) == 2))
+        await soon(until(lambda: machine.proxy.exchanges == 2))
     shutdown.begin()
     assert is_refusal(await late.answer())
     late.send(b"x" * 1000)

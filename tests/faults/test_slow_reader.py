@@ -18,14 +18,13 @@ PATH = "/v1/completions"
 def read_from_decode(monkeypatch) -> list[int]:
     """The sizes of all pieces that the proxy has read from decode."""
     sizes: list[int] = []
-    original = Answer.chunks
+    original = Answer.received
 
-    async def chunks(self: Answer):
-        async for piece in original(self):
-            sizes.append(len(piece))
-            yield piece
+    def received(self: Answer, piece: bytes, over: bool) -> None:
+        sizes.append(len(piece))
+        original(self, piece, over)
 
-    monkeypatch.setattr(Answer, "chunks", chunks)
+    monkeypatch.setattr(Answer, "received", received)
     return sizes
 
 

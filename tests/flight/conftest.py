@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from multidict import CIMultiDict, CIMultiDictProxy
 
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.pairing import Pair
@@ -32,7 +31,7 @@ class Upstream:
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, ProxyError):
             raise outcome
-        whole = WholeAnswer(outcome, CIMultiDictProxy(CIMultiDict()), b'{"usage": {"prompt_tokens": 7}}')
+        whole = WholeAnswer(outcome, [], b'{"usage": {"prompt_tokens": 7}}')
 
         async def read() -> WholeAnswer:
             return whole
@@ -55,10 +54,10 @@ class Bench:
         self.world.probes.clear()
         self.legs = self.legs_of()
 
-    def legs_of(self) -> Legs:
+    def legs_of(self, **fields: Any) -> Legs:
         """Legs of one more request."""
-        body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9}).encode()
-        pair, headers = Pair(self.prefill, self.decode), CIMultiDict({"X-Custom": "1"})
+        body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()
+        pair, headers = Pair(self.prefill, self.decode), b"x-custom: 1\r\n"
         return Legs(
             self.upstream, self.world.registry, Config(), pair, COMPLETIONS, headers, prepare(COMPLETIONS, body)
         )

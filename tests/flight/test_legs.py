@@ -10,6 +10,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable, ProxyError
 from disagg_proxy.flight.legs import NotAsked
+from disagg_proxy.upstream import Enough
 from tests.flight.conftest import Bench
 
 RESET = EngineDisconnected("x", unsent=False, reused=True)
@@ -17,6 +18,7 @@ RESET_FRESH = EngineDisconnected("x", unsent=False, reused=False)
 UNSENT = EngineDisconnected("x", unsent=True, reused=True)
 REFUSED = EngineUnreachable("x")
 LATE = EngineDeadline("x")
+HEADERS = b"x-custom: 1\r\nx-request-id: %s\r\n"
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ async def test_prefill(bench: Bench, outcomes: list, fresh: list[bool], error: t
         with pytest.raises(error):
             await bench.legs.prefill()
     assert bench.upstream.fresh == fresh
-    assert {sent.headers["X-Request-Id"] for sent in bench.upstream.sent} == {bench.legs.id.internal}
+    assert {sent.headers for sent in bench.upstream.sent} == {HEADERS % bench.legs.id.internal.encode()}
     assert bench.prefill.in_flight == 0
     assert bench.prefill.failures_total == (error is not None or outcomes[-1] == 500)
 
@@ -94,5 +96,13 @@ async def test_each_leg_gets_its_own_body_and_the_same_headers(bench: Bench) -> 
     await bench.legs.decode()
     assert [json.loads(sent.body)["max_tokens"] for sent in bench.upstream.sent] == [1, 9]
     assert bench.upstream.sent[0].headers == bench.upstream.sent[1].headers
-    assert bench.upstream.sent[0].headers["X-Custom"] == "1"
+    assert bench.upstream.sent[0].headers.startswith(b"x-custom: 1\r\n")
+    assert [sent.enough for sent in bench.upstream.sent] == [Enough.WHOLE, Enough.WHOLE]
     assert bench.upstream.sent[0].silence == 2 * Config().prefill_timeout
+
+
+async def test_a_streamed_answer_is_there_when_it_begins(bench: Bench) -> None:
+    bench.upstream.outcomes = [200]
+    legs = bench.legs_of(stream=True)
+    await legs.decode()
+    assert bench.upstream.sent[0].enough is Enough.BEGUN

@@ -1,8 +1,9 @@
-"""One body on its way to the client."""
+"""One body on its way to the client: poured into an outlet, and pulled."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections import deque
 
 import pytest
 
@@ -10,113 +11,245 @@ from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.errors import EngineDisconnected, StreamCut
 from disagg_proxy.flight.relay import Relay
-from disagg_proxy.protocol.p2p_nccl import RequestId, new_request_id
+from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.redact import IdHider
 from disagg_proxy.protocol.usage import UsageRepair
+from disagg_proxy.upstream import Answer
+from tests.conftest import soon
 
 ID = new_request_id(parse_address("127.0.0.1:1"), parse_address("127.0.0.1:2"))
 BROKEN = EngineDisconnected("broken", unsent=False, reused=False)
+OVER = None
+
+Script = bytes | EngineDisconnected | None
+"""A piece, a break, or the end."""
 
 
-class Said:
-    """Stands for decode's answer; an exception in ``pieces`` is raised in its turn."""
+class Carrier:
+    """The connection under decode's answer: says the next of its script for as long as it is read."""
 
-    def __init__(self, *pieces: bytes | Exception) -> None:
-        self._pieces = iter(pieces)
-        self.closed = 0
+    def __init__(self, *script: Script) -> None:
+        self.answer = Answer(self, "decode", reused=False)
+        self.answer.begun(200, [])
+        self.script = deque(script)
+        self.paused = self.aborted = False
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        for piece in self._pieces:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
+    def say(self) -> None:
+        """All that is left, up to a pause."""
+        while self.script and not self.paused and not self.aborted:
+            what = self.script.popleft()
+            if isinstance(what, bytes):
+                self.answer.received(what, over=False)
+            elif what is OVER:
+                self.answer.received(b"", over=True)
+            else:
+                self.answer.broke(what)
 
-    def close(self) -> None:
-        self.closed += 1
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+        asyncio.get_running_loop().call_soon(self.say)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Outlet:
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.ends: list[str] = []
+
+    def write(self, piece: bytes) -> None:
+        assert piece and not self.ends
+        self.pieces.append(piece)
+
+    def end(self) -> None:
+        self.ends.append("end")
+
+    def cut(self, cause: StreamCut) -> None:
+        self.ends.append(str(cause))
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.pieces)
 
 
 class Relayed:
     """A relay and what it has reported."""
 
-    def __init__(self, *pieces: bytes | Exception, request_id: RequestId = ID) -> None:
-        self.answer = Said(*pieces)
+    def __init__(self, *script: Script, cached: int | None = 0) -> None:
+        self.carrier = Carrier(*script)
         self.pulse = Pulse(0.0)
         self.vigil = self.pulse.begin(lambda: 0.0, give_up=lambda error: None)
         self.ended: list[bool] = []
-        self.relay = Relay(self.answer, IdHider(request_id), UsageRepair(0), self.vigil, self.ended.append)
+        self.outlet = Outlet()
+        hider, repair = IdHider(ID), UsageRepair(cached)
+        self.relay = Relay(self.carrier.answer, hider, repair, self.vigil, self.ended.append)
 
-    async def read(self) -> bytes:
-        await self.relay.begin()
+    def pour(self) -> Outlet:
+        self.relay.pour(self.outlet)
+        self.carrier.say()
+        return self.outlet
+
+    async def pull(self) -> bytes:
+        asyncio.get_running_loop().call_soon(self.carrier.say)
         return b"".join([piece async for piece in self.relay])
 
 
 async def test_a_body_that_comes_to_its_end() -> None:
-    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
-    assert await relayed.read() == b"data: 1\n\ndata: 2\n\n"
+    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
+    outlet = relayed.pour()
+    assert (outlet.pieces, outlet.ends) == ([b"data: 1\n\n", b"data: 2\n\n"], ["end"]), "as it came, unglued"
     assert (relayed.pulse.moves, relayed.ended) == (2, [True])
     relayed.relay.close()
-    assert (relayed.ended, relayed.answer.closed) == ([True], 0)
+    assert (relayed.ended, relayed.carrier.aborted) == ([True], False)
+
+
+async def test_what_had_come_before_it_is_poured_goes_first() -> None:
+    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
+    relayed.carrier.say()
+    assert not relayed.outlet.pieces
+    outlet = relayed.pour()
+    assert (outlet.body, outlet.ends, relayed.ended) == (b"data: 1\n\ndata: 2\n\n", ["end"], [True])
+
+
+async def test_pulled_it_is_the_same_body() -> None:
+    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
+    assert await soon(relayed.pull()) == b"data: 1\n\ndata: 2\n\n"
+    assert relayed.ended == [True]
 
 
 @pytest.mark.parametrize("size", [1, 3, 50, 1000])
-async def test_the_internal_id_is_hidden_wherever_it_is_split(size: int) -> None:
+@pytest.mark.parametrize("pulled", [False, True])
+async def test_the_internal_id_is_hidden_wherever_it_is_split(size: int, pulled: bool) -> None:
     body = b'data: {"id": "cmpl-%s-0"}\n\n' % ID.internal.encode() * 3
-    relayed = Relayed(*(body[at : at + size] for at in range(0, len(body), size)))
-    assert await relayed.read() == body.replace(ID.internal.encode(), ID.public.encode())
+    relayed = Relayed(*(body[at : at + size] for at in range(0, len(body), size)), OVER)
+    got = await soon(relayed.pull()) if pulled else relayed.pour().body
+    assert got == body.replace(ID.internal.encode(), ID.public.encode())
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+async def test_cached_tokens_are_set_right_wherever_they_are_split(size: int) -> None:
+    body = b'data: {"usage":{"prompt_tokens_details":{"cached_tokens":%d}}}\n\n'
+    told = body % 99
+    relayed = Relayed(*(told[at : at + size] for at in range(0, len(told), size)), OVER, cached=3)
+    assert relayed.pour().body == body % 3
 
 
 async def test_a_piece_that_may_begin_an_id_is_held_back_but_not_lost_at_the_end() -> None:
-    relayed = Relayed(b"data: __", b"_prefill_addr_")
-    assert await relayed.read() == b"data: ___prefill_addr_"
+    relayed = Relayed(b"data: __", b"_prefill_addr_", OVER)
+    outlet = relayed.pour()
+    assert (outlet.pieces, outlet.ends) == ([b"data: ", b"___prefill_addr_"], ["end"])
 
 
 async def test_a_break_is_a_cut_and_nothing_is_added() -> None:
     relayed = Relayed(b"data: 1\n\n___pre", BROKEN)
-    pieces = []
-    await relayed.relay.begin()
-    with pytest.raises(StreamCut, match="broken"):
-        async for piece in relayed.relay:
-            pieces.append(piece)
-    assert pieces == [b"data: 1\n\n"]
+    outlet = relayed.pour()
+    assert (outlet.pieces, outlet.ends) == ([b"data: 1\n\n"], ["broken"])
     assert relayed.ended == [False]
 
 
-async def test_an_empty_body_has_no_first_byte() -> None:
-    relayed = Relayed()
-    assert await relayed.read() == b""
+async def test_a_break_is_raised_behind_what_came_before_it_where_it_is_pulled() -> None:
+    relayed = Relayed(b"data: 1\n\n", BROKEN)
+    pieces = []
+    relayed.carrier.say()
+    with pytest.raises(StreamCut, match="broken"):
+        async for piece in relayed.relay:
+            pieces.append(piece)
+    assert pieces == [b"data: 1\n\n"] and relayed.ended == [False]
+
+
+async def test_an_empty_body_is_whole_but_decode_has_said_nothing() -> None:
+    relayed = Relayed(OVER)
+    outlet = relayed.pour()
+    assert (outlet.pieces, outlet.ends) == ([], ["end"])
     assert (relayed.vigil.begun, relayed.ended) == (False, [True])
 
 
 async def test_giving_up_closes_the_answer_and_is_reported_once() -> None:
-    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
-    await relayed.relay.begin()
-    await anext(aiter(relayed.relay))
-    relayed.relay.close()
-    relayed.relay.close()
-    assert (relayed.ended, relayed.answer.closed) == ([False], 1)
-
-
-async def test_a_break_before_the_first_byte_is_still_an_error() -> None:
-    relayed = Relayed(BROKEN)
-    with pytest.raises(EngineDisconnected):
-        await relayed.relay.begin()
-    assert relayed.ended == [] and relayed.answer.closed == 1, "its owner decides what becomes of it"
-
-
-async def test_while_the_client_reads_nobody_waits_for_decode() -> None:
-    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n")
-    assert relayed.pulse.waiting() == [relayed.vigil]
-    await relayed.relay.begin()
-    assert relayed.pulse.waiting() == []
-    pieces = aiter(relayed.relay)
-    await anext(pieces)
-    assert relayed.pulse.waiting() == []
-    await anext(pieces)
-    assert relayed.pulse.waiting() == []
-
-
-async def test_a_cut_reaches_the_reader() -> None:
     relayed = Relayed(b"data: 1\n\n")
-    await relayed.relay.begin()
+    outlet = relayed.pour()
+    relayed.relay.close()
+    relayed.relay.close()
+    assert (relayed.ended, relayed.carrier.aborted) == ([False], True)
+    assert outlet.ends == [], "its owner knows, and has nobody to tell"
+    relayed.relay.feed(b"late")
+    relayed.relay.end()
+    assert (outlet.body, relayed.ended) == (b"data: 1\n\n", [False])
+
+
+async def test_a_cut_reaches_the_client_and_closes_the_answer() -> None:
+    relayed = Relayed(b"data: 1\n\n")
+    outlet = relayed.pour()
     relayed.relay.cut()
-    assert (relayed.ended, relayed.answer.closed) == ([], 1), "the reader's error ends it"
+    assert relayed.carrier.aborted and relayed.ended == [False]
+    assert len(outlet.ends) == 1 and "decode instance" in outlet.ends[0]
+
+
+async def test_a_cut_before_anybody_reads_is_told_when_somebody_does() -> None:
+    relayed = Relayed()
+    relayed.relay.cut()
+    assert relayed.ended == []
+    assert len(relayed.pour().ends) == 1 and relayed.ended == [False]
+
+
+async def test_decode_is_waited_for_unless_the_client_is_behind() -> None:
+    relayed = Relayed(b"data: 1\n\n")
+    outlet = relayed.pour()
+    assert relayed.pulse.waiting() == [relayed.vigil]
+    relayed.relay.pause()
+    relayed.carrier.script.append(b"data: 2\n\n")
+    relayed.carrier.say()
+    assert relayed.pulse.waiting() == [] and relayed.carrier.paused and outlet.body == b"data: 1\n\n"
+    relayed.relay.resume()
+    assert relayed.pulse.waiting() == [relayed.vigil]
+    await asyncio.sleep(0)
+    assert outlet.body == b"data: 1\n\ndata: 2\n\n"
+
+
+async def test_what_was_read_already_still_passes_while_the_client_is_behind() -> None:
+    relayed = Relayed()
+    outlet = relayed.pour()
+    relayed.relay.pause()
+    relayed.relay.feed(b"data: 1\n\n")
+    assert outlet.body == b"data: 1\n\n"
+    assert relayed.pulse.waiting() == [], "nobody waits for decode only because it has spoken"
+
+
+async def test_a_client_that_catches_up_after_the_end_wakes_nothing() -> None:
+    relayed = Relayed(OVER)
+    relayed.relay.pause()
+    relayed.carrier.paused = False
+    relayed.pour()
+    relayed.vigil.end()
+    relayed.relay.resume()
+    assert relayed.pulse.waiting() == [] and relayed.ended == [True]
+
+
+async def test_one_that_pulls_slowly_stops_decode_and_gets_everything() -> None:
+    pieces = [b"%d" % n * 10_000 + b"\n" for n in range(10)] * 3
+    relayed = Relayed(*pieces, OVER)
+    pulled = aiter(relayed.relay)
+    waiting = asyncio.ensure_future(anext(pulled))
+    await asyncio.sleep(0)
+    relayed.carrier.say()
+    assert relayed.carrier.paused and relayed.pulse.waiting() == [], "64 KiB wait for the reader, not everything"
+    assert len(relayed.carrier.script) > len(pieces) / 2
+    got = [await soon(waiting)]
+    async for piece in pulled:
+        got.append(piece)
+    assert b"".join(got) == b"".join(pieces) and relayed.ended == [True]
+
+
+async def test_a_reader_that_stops_pulling_leaves_the_end_to_its_owner() -> None:
+    relayed = Relayed(b"data: 1\n\n")
+    waiting = asyncio.ensure_future(relayed.pull())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert relayed.ended == [] and not relayed.carrier.aborted
+    relayed.relay.close()
+    assert relayed.ended == [False] and relayed.carrier.aborted

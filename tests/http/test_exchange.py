@@ -63,3 +63,21 @@ async def test_the_lifespan_owns_no_flights() -> None:
 
     await ExchangeOwner(app)({"type": "lifespan"}, None, None)
     assert seen == [{"type": "lifespan"}]
+
+
+async def test_a_flight_that_comes_after_the_end_ends_at_once() -> None:
+    """Quart's handler runs on when its ASGI call is cancelled."""
+    scopes = []
+
+    async def app(scope, receive, send) -> None:
+        scopes.append(scope)
+        raise asyncio.CancelledError
+
+    async def send(message) -> None:
+        pass
+
+    await ExchangeOwner(app)({"type": "http"}, None, send)
+    late = Left()
+    with pytest.raises(asyncio.CancelledError):
+        own(scopes[0], late)
+    assert late.times == 1

@@ -5,42 +5,52 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 
-import aiohttp
 import pytest
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError, EngineUnreachable
-from disagg_proxy.upstream import Answer, Upstream, client
+from disagg_proxy.protocol.headers import value_of
+from disagg_proxy.upstream import Answer, Enough, Upstream, client
 from tests.conftest import soon
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
 CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+CLOSE = None
+"""In an answer's place, or behind it: the server closes the connection."""
 
 
 class Server:
-    """Answers each request with the next of ``answers``; None resets the connection instead."""
+    """Answers each request with the next of ``answers``, of which each is one piece or several."""
 
     def __init__(self) -> None:
-        self.answers: list[bytes | None] = []
+        self.answers: list[bytes | tuple[bytes | None, ...] | None] = []
         self.asked: list[tuple[bytes, int]] = []
+        self.bodies: list[bytes] = []
         self.gone = asyncio.Event()
-        self.hang_up: asyncio.Event | None = None
+        self.more = asyncio.Event()
+        """Between two pieces of an answer."""
+        self.writer: asyncio.StreamWriter
         self.address = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 self.asked.append((head, writer.get_extra_info("peername")[1]))
+                length = [line for line in head.split(b"\r\n") if line.startswith(b"content-length: ")]
+                self.bodies.append(await reader.readexactly(int(length[0][16:])) if length else b"")
                 answer = self.answers.pop(0)
-                if answer is None:
-                    break
-                writer.write(answer)
-                if self.hang_up is not None:
-                    await self.hang_up.wait()
-                    break
+                for number, piece in enumerate(answer if isinstance(answer, tuple) else (answer,)):
+                    if number:
+                        await self.more.wait()
+                        self.more.clear()
+                    if piece is CLOSE:
+                        return
+                    writer.write(piece)
         except (asyncio.IncompleteReadError, ConnectionError):
             self.gone.set()
         finally:
@@ -50,6 +60,9 @@ class Server:
     def ports(self) -> list[int]:
         """The client's port of each request: the same one on the same connection."""
         return [port for _, port in self.asked]
+
+    def instance(self, address: str = "") -> Instance:
+        return Instance(Role.DECODE, parse_address(address or self.address), None, Source.STATIC)
 
 
 @pytest.fixture
@@ -65,35 +78,139 @@ Ask = Callable[..., Awaitable[Answer]]
 
 
 @pytest.fixture
-async def ask(server: Server) -> AsyncIterator[Ask]:
+async def upstream() -> AsyncIterator[Upstream]:
     upstream = Upstream(connect_timeout=0.2)
-
-    async def send(*, address: str = "", silence: float = 5.0, fresh: bool = False) -> Answer:
-        instance = Instance(Role.DECODE, parse_address(address or server.address), None, Source.STATIC)
-        return await soon(
-            upstream.request("GET", instance, "/x", headers={}, silence=silence, leg="decode", fresh=fresh)
-        )
-
-    yield send
+    yield upstream
     await upstream.close()
+
+
+@pytest.fixture
+def ask(server: Server, upstream: Upstream) -> Ask:
+    async def send(*, address: str = "", silence: float = 5.0, method: str = "GET", **options: object) -> Answer:
+        options = {"leg": "decode", "silence": silence, **options}
+        return await soon(upstream.request(method, server.instance(address), "/x", **options))
+
+    return send
+
+
+class Sink:
+    """Takes a body as it comes."""
+
+    def __init__(self) -> None:
+        self.body = b""
+        self.came = asyncio.Event()
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def feed(self, piece: bytes) -> None:
+        assert piece and not self.over.done()
+        self.body += piece
+        self.came.set()
+
+    def end(self) -> None:
+        self.over.set_result("end")
+
+    def broke(self, error: EngineError | EngineDeadline) -> None:
+        self.over.set_result(type(error).__name__)
+
+
+# -- whole answers, and the request
 
 
 async def test_a_whole_answer(server: Server, ask: Ask) -> None:
     server.answers = [OK]
     whole = await (await ask()).whole()
-    assert (whole.status, whole.body, whole.headers["content-type"]) == (200, b"{}", "application/json")
+    assert (whole.status, whole.body) == (200, b"{}")
+    assert whole.headers == [(b"content-length", b"2"), (b"content-type", b"application/json")]
+
+
+@pytest.mark.parametrize("enough", list(Enough)[1:])
+async def test_so_much_of_an_answer_is_there_as_was_asked_for(server: Server, ask: Ask, enough: Enough) -> None:
+    head, body = OK.split(b"{")
+    server.answers = [(head, b"{", body)]
+    asking = asyncio.ensure_future(ask(enough=enough))
+    for _ in range(enough - Enough.HEAD):
+        await until(lambda: len(server.asked) == 1)
+        assert not asking.done()
+        server.more.set()
+        await until(lambda: not server.more.is_set())
+    answer = await soon(asking)
+    assert answer.status == 200
+    server.more.set()
+    if enough is not Enough.WHOLE:
+        await until(lambda: not server.more.is_set())
+        server.more.set()
+    assert (await soon(answer.whole())).body == b"{" + body
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async def look() -> None:
+        while not condition():
+            await asyncio.sleep(0)
+
+    await soon(look())
 
 
 async def test_nothing_of_the_clients_own_is_added_to_the_request(server: Server, ask: Ask) -> None:
     server.answers = [OK]
     await (await ask()).whole()
-    assert server.asked[0][0].split(b"\r\n")[1:] == [b"Host: " + server.address.encode(), b"", b""]
+    assert server.asked[0][0] == b"GET /x HTTP/1.1\r\nhost: %b\r\n\r\n" % server.address.encode()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"x" * 3_000_000])
+async def test_headers_and_body_arrive_as_they_are(server: Server, ask: Ask, body: bytes) -> None:
+    server.answers = [OK]
+    await (await ask(method="POST", headers=b"x: \xe9\r\nx: 2\r\n", body=body)).whole()
+    lines = b"host: %b\r\ncontent-length: %d\r\nx: \xe9\r\nx: 2\r\n\r\n" % (server.address.encode(), len(body))
+    assert server.asked[0][0] == b"POST /x HTTP/1.1\r\n" + lines
+    assert server.bodies == [body]
 
 
 async def test_a_redirect_is_an_answer_like_any_other(server: Server, ask: Ask) -> None:
     server.answers = [b"HTTP/1.1 307 Temporary\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"]
     assert (await (await ask()).whole()).status == 307
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("status", [b"100 Continue", b"103 Early Hints"])
+async def test_what_comes_before_the_answer_is_passed_over(server: Server, ask: Ask, status: bytes) -> None:
+    early = b"HTTP/1.1 %b\r\nLink: <x>\r\n\r\n" % status
+    server.answers = [early + OK, (early, early + OK), OK]
+    server.more.set()
+    for _ in range(3):
+        whole = await (await ask()).whole()
+        assert (whole.status, whole.body, value_of(whole.headers, b"link")) == (200, b"{}", b"")
+    assert len(set(server.ports)) == 1
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_an_answer_that_has_no_body(server: Server, ask: Ask, status: int) -> None:
+    server.answers = [b"HTTP/1.1 %d X\r\n\r\n" % status, OK]
+    assert (await (await ask()).whole()).status == status
+    assert (await (await ask()).whole()).body == b"{}"
+    assert len(set(server.ports)) == 1
+
+
+async def test_chunks_and_dropped_trailers(server: Server, ask: Ask) -> None:
+    server.answers = [CHUNKED + b"2;x=y\r\n{\n\r\n1\r\n}\r\n0\r\nX-Trailer: 1\r\n\r\n", OK]
+    whole = await (await ask()).whole()
+    assert (whole.body, whole.headers) == (b"{\n}", [(b"transfer-encoding", b"chunked")])
+    assert value_of((await (await ask()).whole()).headers, b"x-trailer") == b""
+    assert len(set(server.ports)) == 1
+
+
+async def test_an_answer_without_framing_ends_with_the_connection(server: Server, ask: Ask) -> None:
+    server.answers = [(b"HTTP/1.1 200 OK\r\n\r\n{", b"}", CLOSE), OK]
+    answer = await ask(enough=Enough.BEGUN)
+    reading = asyncio.ensure_future(answer.whole())
+    server.more.set()
+    await until(lambda: not server.more.is_set())
+    server.more.set()
+    assert (await soon(reading)).body == b"{}"
+    await (await ask()).whole()
+    assert len(set(server.ports)) == 2
+
+
+# -- which connection
 
 
 async def test_connections_are_kept_and_a_fresh_one_is_not(server: Server, ask: Ask) -> None:
@@ -104,16 +221,100 @@ async def test_connections_are_kept_and_a_fresh_one_is_not(server: Server, ask: 
     assert first == second == third != own
 
 
-async def test_after_an_error_answer_no_kept_connection_is_trusted_for_a_while(server, ask, monkeypatch) -> None:
-    error = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
-    server.answers = [OK, error, OK, OK]
+async def test_a_connection_in_use_is_not_shared(server: Server, ask: Ask) -> None:
+    server.answers = [(OK[:-2], b"{}"), OK]
+    first = await ask()
+    await (await ask()).whole()
+    assert len(set(server.ports)) == 2
+    server.more.set()
+    assert (await soon(first.whole())).body == b"{}"
+
+
+@pytest.mark.parametrize("status", [400, 404, 500, 503])
+async def test_a_connection_whose_answer_was_an_error_is_not_kept(server: Server, ask: Ask, status: int) -> None:
+    server.answers = [OK, b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status, OK]
     for _ in range(3):
         await (await ask()).whole()
     assert server.ports[0] == server.ports[1] != server.ports[2]
-    now = asyncio.get_running_loop().time() + client._WARY
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+        OK.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+    ids=["close", "1.0"],
+)
+async def test_one_that_the_server_will_close_is_not_kept(server: Server, ask: Ask, answer: bytes) -> None:
+    server.answers = [answer, OK]
+    assert (await (await ask()).whole()).body == b"{}"
     await (await ask()).whole()
-    assert server.ports[3] != server.ports[2], "the fresh one was not kept"
+    assert len(set(server.ports)) == 2
+
+
+async def test_one_that_was_idle_for_long_is_not_used(server: Server, ask: Ask, monkeypatch) -> None:
+    loop = asyncio.get_running_loop()
+    server.answers = [OK] * 3
+    await (await ask()).whole()
+    ended = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: ended + client.KEEP_IDLE - 0.5)
+    await (await ask()).whole()
+    monkeypatch.setattr(loop, "time", lambda: ended + 2 * client.KEEP_IDLE)
+    await (await ask()).whole()
+    first, second, third = server.ports
+    assert first == second != third
+
+
+async def test_one_that_is_idle_for_long_is_closed_without_any_request(server: Server, ask: Ask, monkeypatch) -> None:
+    monkeypatch.setattr(client, "KEEP_IDLE", 0.05)
+    server.answers = [OK]
+    await (await ask()).whole()
+    await soon(server.gone.wait())
+
+
+async def test_the_one_that_was_used_last_is_used_first(server: Server, ask: Ask) -> None:
+    server.answers = [(OK[:-2], b"{}"), OK, OK]
+    first = await ask()
+    await (await ask()).whole()
+    server.more.set()
+    await soon(first.whole())
+    await (await ask()).whole()
+    earlier, later, third = server.ports
+    assert third == earlier != later
+
+
+@pytest.mark.parametrize("stray", [b"x", b"\0", OK], ids=["byte", "nul", "answer"])
+async def test_bytes_that_come_unasked_close_the_connection(server: Server, ask: Ask, stray: bytes) -> None:
+    server.answers = [OK, OK]
+    await (await ask()).whole()
+    server.writer.write(stray)
+    await soon(server.gone.wait())
+    assert (await (await ask()).whole()).body == b"{}"
+    assert len(set(server.ports)) == 2
+
+
+@pytest.mark.parametrize("stray", [b"x", b"HTTP/1.1 5", OK.replace(b"200", b"500")], ids=["byte", "part", "answer"])
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+async def test_bytes_right_behind_an_answer_are_no_part_of_it(server: Server, ask: Ask, stray, close) -> None:
+    answer = OK.replace(b"Content-Type", close + b"Content-Type")
+    server.answers = [answer + stray, OK]
+    whole = await (await ask()).whole()
+    assert (whole.status, whole.body) == (200, b"{}")
+    assert (await (await ask()).whole()).body == b"{}"
+    assert len(set(server.ports)) == 2, "the connection cannot be trusted"
+
+
+async def test_one_that_the_server_closed_meanwhile_is_not_used(server: Server, ask: Ask, upstream: Upstream) -> None:
+    server.answers = [OK, OK]
+    await (await ask()).whole()
+    server.writer.close()
+    await until(lambda: not upstream._open)
+    await (await ask()).whole()
+    assert len(set(server.ports)) == 2
+
+
+# -- failures
 
 
 def check(error: EngineError | EngineDeadline, kind: type, server: Server, **facts: bool) -> None:
@@ -128,7 +329,7 @@ async def test_a_refused_connection_is_unreachable(server: Server, ask: Ask) -> 
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(EngineError) as caught:
             await ask(address=f"127.0.0.1:{closed.getsockname()[1]}")
-    check(caught.value, EngineUnreachable, server)
+    check(caught.value, EngineUnreachable, server, refused=True)
 
 
 async def test_a_connection_that_nobody_accepts_is_unreachable_after_the_timeout(server: Server, ask: Ask) -> None:
@@ -142,23 +343,74 @@ async def test_a_connection_that_nobody_accepts_is_unreachable_after_the_timeout
             waiting.connect_ex(full.getsockname())
         with pytest.raises(EngineError) as caught:
             await ask(address=f"127.0.0.1:{full.getsockname()[1]}")
-    check(caught.value, EngineUnreachable, server)
+    check(caught.value, EngineUnreachable, server, refused=False)
 
 
 @pytest.mark.parametrize("reused", [False, True])
 async def test_a_connection_that_ends_before_the_answer(server: Server, ask: Ask, reused: bool) -> None:
-    server.answers = [OK, None]
+    server.answers = [OK, CLOSE]
     await (await ask(fresh=not reused)).whole()
     with pytest.raises(EngineError) as caught:
         await ask()
     check(caught.value, EngineDisconnected, server, reused=reused, unsent=False)
 
 
-async def test_an_answer_that_is_no_http_at_all(server: Server, ask: Ask) -> None:
-    server.answers = [b"SSH-2.0-OpenSSH_9.2\r\n\r\n"]
+@pytest.mark.parametrize("size", [10, 30_000_000])
+async def test_unsent_is_what_had_not_left_whole(ask: Ask, size: int) -> None:
+    """A server that reads the beginning only, and resets."""
+
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+
+    listening = await asyncio.start_server(reset, "127.0.0.1", 0, limit=1024)
+    try:
+        with pytest.raises(EngineDisconnected) as caught:
+            address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+            await ask(address=address, method="POST", body=b"x" * size)
+        assert caught.value.unsent is (size > 10)
+    finally:
+        listening.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: 1\nY: 2\r\n\r\n"[:-2],
+    ],
+    ids=["ssh", "two lengths", "upgrade", "no end"],
+)
+async def test_an_answer_that_is_no_http_at_all(server: Server, ask: Ask, answer: bytes) -> None:
+    server.answers = [(answer, CLOSE)]
+    server.more.set()
     with pytest.raises(EngineError) as caught:
         await ask()
     check(caught.value, EngineDisconnected, server, unsent=False)
+
+
+async def test_a_chunk_that_is_none_breaks_the_body(server: Server, ask: Ask) -> None:
+    server.answers = [(CHUNKED + b"1\r\n{\r\n", b"no size\r\n")]
+    answer = await ask(enough=Enough.BEGUN)
+    server.more.set()
+    with pytest.raises(EngineDisconnected):
+        await soon(answer.whole())
+    await soon(server.gone.wait())
+
+
+@pytest.mark.parametrize(
+    "piece", [b"X: %b\r\n" % (b"x" * 9000), b"HTTP/1.1 103 Early\r\n\r\n" * 400], ids=["head", "1xx"]
+)
+async def test_a_head_that_never_ends_is_bounded(server: Server, ask: Ask, piece: bytes) -> None:
+    server.answers = [b"HTTP/1.1 200 OK\r\n" * (piece[:1] == b"X") + piece * 60]
+    with pytest.raises(EngineDisconnected):
+        await ask()
+    await soon(server.gone.wait())
+
+
+# -- silence
 
 
 async def test_silence_before_the_answer(server: Server, ask: Ask) -> None:
@@ -166,6 +418,7 @@ async def test_silence_before_the_answer(server: Server, ask: Ask) -> None:
     with pytest.raises(EngineDeadline) as caught:
         await ask(silence=0.05)
     check(caught.value, EngineDeadline, server)
+    await soon(server.gone.wait())
 
 
 async def test_silence_within_the_body(server: Server, ask: Ask) -> None:
@@ -177,57 +430,189 @@ async def test_silence_within_the_body(server: Server, ask: Ask) -> None:
     await soon(server.gone.wait())
 
 
-async def test_a_body_that_breaks_off(server: Server, ask: Ask) -> None:
-    server.answers, server.hang_up = [CUT], asyncio.Event()
-    pieces = (await ask()).chunks()
-    assert await anext(pieces) == b"{"
-    server.hang_up.set()
-    with pytest.raises(EngineDisconnected) as caught:
-        await soon(anext(pieces))
-    check(caught.value, EngineDisconnected, server)
+async def test_each_byte_gives_the_instance_its_whole_time_again(server: Server, ask: Ask) -> None:
+    server.answers = [(CUT, *[b"x"] * 9)]
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    answer = await ask(silence=0.2)
+    reading = asyncio.ensure_future(answer.whole())
+    for number in range(9):
+        loop.call_at(begun + 0.05 * (number + 1), server.more.set)
+    assert (await soon(reading)).body == b"{" + b"x" * 9
+    assert loop.time() - begun > 0.4, "or the test shows nothing"
 
 
-async def test_a_reader_that_is_cancelled_leaves_the_connection_to_its_owner(server: Server, ask: Ask) -> None:
+async def test_a_longer_patience_follows_a_shorter_one_on_the_same_connection(server: Server, ask: Ask) -> None:
+    server.answers = [OK, (b"", OK), b""]
+    await (await ask(silence=0.05)).whole()
+    asking = asyncio.ensure_future(ask(silence=5.0))
+    asyncio.get_running_loop().call_later(0.15, server.more.set)
+    await (await soon(asking)).whole()
+    with pytest.raises(EngineDeadline):
+        await asyncio.wait_for(ask(silence=0.05), 2.0)
+    assert len(set(server.ports)) == 1
+
+
+async def test_silence_does_not_count_while_nobody_reads(server: Server, ask: Ask) -> None:
     server.answers = [CUT]
-    answer = await ask()
-    pieces = answer.chunks()
-    assert await anext(pieces) == b"{"
-    waiting = asyncio.ensure_future(anext(pieces))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
-    assert not server.gone.is_set()
+    answer = await ask(silence=0.1, enough=Enough.BEGUN)
+    sink = Sink()
+    answer.pour(sink)
+    answer.pause()
+    await asyncio.sleep(0.3)
+    assert not sink.over.done()
+    loop = asyncio.get_running_loop()
+    resumed = loop.time()
+    answer.resume()
+    assert await soon(sink.over) == "EngineDeadline"
+    assert loop.time() - resumed > 0.08, "it has its whole time again"
+
+
+# -- bodies that are poured
+
+
+async def test_a_body_is_poured_as_it_comes(server: Server, ask: Ask) -> None:
+    server.answers = [(CHUNKED + b"2\r\nab\r\n", b"1\r\nc\r\n", b"0\r\n\r\n"), OK]
+    answer, sink = await ask(enough=Enough.BEGUN), Sink()
+    answer.pour(sink)
+    assert sink.body == b"ab"
+    sink.came.clear()
+    server.more.set()
+    await soon(sink.came.wait())
+    assert sink.body == b"abc"
+    server.more.set()
+    assert await soon(sink.over) == "end"
     answer.close()
+    await (await ask()).whole()
+    assert len(set(server.ports)) == 1, "what was read whole is kept"
+
+
+async def test_pieces_that_arrive_together_stay_together(server: Server, ask: Ask) -> None:
+    server.answers = [(CHUNKED, b"1\r\na\r\n1\r\nb\r\n0\r\n\r\n")]
+    answer, fed = await ask(), []
+    sink = Sink()
+    sink.feed = fed.append  # type: ignore[method-assign]
+    answer.pour(sink)
+    server.more.set()
+    await soon(sink.over)
+    assert fed == [b"ab"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_body_that_breaks_off(server: Server, ask: Ask, known: bool) -> None:
+    server.answers = [(CUT, CLOSE)]
+    answer, sink = await ask(enough=Enough.BEGUN), Sink()
+    if known:
+        server.more.set()
+        await soon(server_closed(answer))
+        answer.pour(sink)
+    else:
+        answer.pour(sink)
+        server.more.set()
+    assert await soon(sink.over) == "EngineDisconnected"
+    assert sink.body == b"{"
+
+
+async def server_closed(answer: Answer) -> None:
+    with pytest.raises(EngineDisconnected):
+        await answer.until(Enough.WHOLE)
+
+
+@pytest.mark.parametrize("end", [b"0\r\n\r\n", CLOSE], ids=["end", "break"])
+async def test_a_body_that_nobody_takes_is_not_read_without_end(server: Server, ask: Ask, end: bytes | None) -> None:
+    size = 20_000_000
+    server.answers = [(CHUNKED, b"%x\r\n" % size + b"x" * size + b"\r\n", end)]
+    answer = await ask()
+    server.more.set()
+    await until(lambda: answer._paused)
+    assert answer._held < 2_000_000
+    server.more.set()
+    sink = Sink()
+    answer.pour(sink)
+    assert await soon(sink.over) == ("end" if end else "EngineDisconnected")
+    assert len(sink.body) == size
+
+
+async def test_a_paused_body_waits_in_the_sockets(server: Server, ask: Ask) -> None:
+    size = 20_000_000
+    server.answers = [(CHUNKED, b"%x\r\n" % size + b"x" * size + b"\r\n0\r\n\r\n")]
+    answer, sink = await ask(), Sink()
+    answer.pour(sink)
+    server.more.set()
+    await soon(sink.came.wait())
+    answer.pause()
+    await asyncio.sleep(0)
+    taken = len(sink.body)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(sink.body) == taken < size
+    answer.resume()
+    assert await soon(sink.over) == "end"
+    assert len(sink.body) == size
+
+
+# -- giving up
+
+
+@pytest.mark.parametrize("answer", [b"", CUT])
+async def test_a_request_that_is_cancelled_closes_the_connection(server: Server, ask: Ask, answer: bytes) -> None:
+    server.answers = [answer]
+    waiting = asyncio.ensure_future(ask(enough=Enough.WHOLE))
+    await until(lambda: bool(server.asked))
+    waiting.cancel()
     await soon(server.gone.wait())
 
 
-async def test_a_whole_answer_that_is_cancelled_closes_the_connection(server: Server, ask: Ask) -> None:
+async def test_one_that_is_cancelled_in_the_moment_of_its_connection_is_not_sent(
+    server: Server, ask: Ask, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    original = loop.create_connection
+
+    async def connect(*args: object) -> object:
+        found = await original(*args)
+        asking.cancel()
+        return found
+
+    monkeypatch.setattr(loop, "create_connection", connect)
+    instance = server.instance()
+    asking = asyncio.create_task(upstream.request("GET", instance, "/x", silence=5.0, leg="decode"))
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asking, 2)
+    await until(lambda: not upstream._open)
+    assert not server.asked
+
+
+async def test_a_reader_that_is_cancelled_closes_the_connection(server: Server, ask: Ask) -> None:
     server.answers = [CUT]
     waiting = asyncio.create_task((await ask()).whole())
     await asyncio.sleep(0)
     waiting.cancel()
     await soon(server.gone.wait())
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
-async def test_only_a_write_into_a_closed_transport_means_that_nothing_was_sent() -> None:
-    for error, unsent in (
-        (aiohttp.ClientConnectionResetError("Cannot write to closing transport"), True),
-        (aiohttp.ServerDisconnectedError(), False),
-        (aiohttp.ClientOSError(104, "Connection reset by peer"), False),
-        (aiohttp.ClientPayloadError(), False),
-        (ConnectionResetError(), False),
-        (BrokenPipeError(), False),
-    ):
-        found = client._translate(error, "decode", reused=True)
-        assert isinstance(found, EngineDisconnected) and found.unsent is unsent, error
+async def test_closed_while_it_is_poured_it_breaks(server: Server, ask: Ask) -> None:
+    server.answers = [CUT]
+    answer, sink = await ask(), Sink()
+    answer.pour(sink)
+    answer.close()
+    assert sink.over.result() == "EngineDisconnected"
+    await soon(server.gone.wait())
 
 
 async def test_everything_is_closed_in_the_end(server: Server) -> None:
-    server.answers = [OK]
-    async with AsyncExitStack() as stack:
-        upstream = Upstream(connect_timeout=1.0)
-        stack.push_async_callback(upstream.close)
-        instance = Instance(Role.DECODE, parse_address(server.address), None, Source.STATIC)
-        answer = await upstream.request("GET", instance, "/", headers={}, silence=1.0, leg="decode")
-        await answer.whole()
+    upstream = Upstream(connect_timeout=1.0)
+    server.answers = [OK, CUT, CUT]
+    options = {"silence": 5.0, "leg": "decode"}
+    await (await upstream.request("GET", server.instance(), "/", **options)).whole()
+    reading = asyncio.create_task((await upstream.request("GET", server.instance(), "/", **options)).whole())
+    sink = Sink()
+    (await upstream.request("GET", server.instance(), "/", **options)).pour(sink)
+    await soon(upstream.close())
+    assert sink.over.result() == "EngineDisconnected"
+    with pytest.raises(EngineDisconnected):
+        await reading
+    assert not upstream._open
     await soon(server.gone.wait())

@@ -1,0 +1,245 @@
+"""Generation requests past the ASGI machinery: from uvicorn's connection to a flight, and decode's bytes from transport
+to transport.
+
+The common case only: a body of known length with nothing in front of it on the connection. Everything else, and what is
+refused before its body is read, goes through Quart. The rules are the same ones: ``generation``, ``guard``, ``respond``
+and the flights; this module holds the order of one exchange and the framing of its answer (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
+from disagg_proxy.flight.outcome import Outcome
+from disagg_proxy.flight.relay import Relay
+from disagg_proxy.http.generation import answer_head, begin
+from disagg_proxy.http.respond import error_parts, from_bug
+from disagg_proxy.launch import Carrier
+from disagg_proxy.protocol.fields import ROUTES, Route
+from disagg_proxy.protocol.headers import Headers, client_request_id
+from disagg_proxy.services import Services
+
+log = logging.getLogger(__name__)
+
+ROUTE_OF = {route.path.encode(): route for route in ROUTES}
+"""By the request's target."""
+
+_NO_BODY = (204, 304)
+
+
+class Client(Protocol):
+    """The connection that a request came on."""
+
+    transport: asyncio.Transport
+
+    @property
+    def date(self) -> Headers:
+        """What the server says of itself in every answer."""
+
+    def on_response_complete(self) -> None:
+        """The answer is whole."""
+
+
+class _Nobody:
+    """Where uvicorn wakes the reader of a body."""
+
+    def set(self) -> None: ...
+
+
+class Direct:
+    """One exchange; stands where uvicorn keeps its ``RequestResponseCycle``, and has what it looks at there.
+
+    Attributes:
+        response_started, response_complete, disconnected, keep_alive, message_event, default_headers: uvicorn's.
+    """
+
+    message_event = _Nobody()
+    waiting_for_100_continue = False
+
+    __slots__ = (
+        "_client",
+        "_client_id",
+        "_flight",
+        "_headers",
+        "_pieces",
+        "_relay",
+        "_route",
+        "_services",
+        "_waiting",
+        "default_headers",
+        "disconnected",
+        "keep_alive",
+        "response_complete",
+        "response_started",
+    )
+
+    def __init__(self, client: Client, services: Services, route: Route, headers: Headers, keep_alive: bool) -> None:
+        self._client = client
+        self._services = services
+        self._route = route
+        self._headers = headers
+        self._client_id = client_request_id(headers)
+        self._pieces: list[bytes] = []
+        self._flight: Carrier | None = None
+        self._relay: Relay | None = None
+        self._waiting: asyncio.Task[None] | None = None
+        self.keep_alive = keep_alive
+        self.default_headers: Headers = []
+        self.disconnected = self.response_started = self.response_complete = False
+        services.stopping.exchanges.begin(self)
+
+    # -- the request
+
+    def feed(self, piece: bytes) -> None:
+        """A part of the body."""
+        self._pieces.append(piece)
+
+    def start(self) -> None:
+        """The body is whole. Never raises."""
+        pieces, headers = self._pieces, self._headers
+        self._pieces, self._headers = [], []
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        try:
+            begun = begin(self._services, self._route, headers, body)
+        except ProxyError as error:
+            self._refuse(error)
+        except Exception as bug:
+            self._refuse(from_bug(bug))
+        else:
+            if isinstance(begun, Coroutine):
+                self._waiting = asyncio.get_running_loop().create_task(self._queue(begun))
+            else:
+                self._fly(begun)
+
+    async def _queue(self, begun: Coroutine[Any, Any, Carrier]) -> None:
+        try:
+            flight = await begun
+        except ProxyError as error:
+            self._waiting = None
+            self._refuse(error)
+        except Exception as bug:
+            self._waiting = None
+            self._refuse(from_bug(bug))
+        else:
+            self._waiting = None
+            self._fly(flight)
+
+    def _fly(self, flight: Carrier) -> None:
+        self._flight = flight
+        if self.disconnected:
+            self._over()
+            return
+        flight.start(self._told)
+
+    # -- the answer
+
+    def _told(self, what: Outcome | ProxyError) -> None:
+        if isinstance(what, ProxyError):
+            self._refuse(what)
+            return
+        assert self._flight is not None
+        headers = answer_head(what, self._client_id, self._flight)
+        if isinstance(what.body, bytes):
+            self._say(what.status, headers, what.body)
+            return
+        self.response_started = True
+        headers.append((b"transfer-encoding", b"chunked"))
+        self._client.transport.write(self._head(what.status, headers))
+        self._relay = what.body
+        what.body.pour(self)
+
+    def _refuse(self, error: ProxyError) -> None:
+        self._say(*error_parts(error, self._client_id))
+
+    def _say(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole answer."""
+        if self.disconnected:
+            self._over()
+            return
+        self.response_started = True
+        if status not in _NO_BODY:
+            headers.append((b"content-length", b"%d" % len(body)))
+        self._client.transport.write(self._head(status, headers) + body)
+        self._finish()
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        if not self.keep_alive:
+            headers.append((b"connection", b"close"))
+        lines = [b"%s: %s\r\n" % header for header in (*self._client.date, *headers)]
+        return b"%s%s\r\n" % (_status_line(status), b"".join(lines))
+
+    # -- what the relay calls
+
+    def write(self, piece: bytes) -> None:
+        """The next bytes of the body, as one chunk."""
+        self._client.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def end(self) -> None:
+        """The body came to its end."""
+        self._client.transport.write(b"0\r\n\r\n")
+        self._finish()
+
+    def cut(self, cause: StreamCut) -> None:
+        """It did not: the connection closes without the last chunk, which the client can see."""
+        log.warning("An answer was cut off: %s", cause)
+        self._client.transport.close()
+        self._over()
+
+    # -- ends
+
+    def pause(self) -> None:
+        """The client takes nothing."""
+        if self._relay is not None:
+            self._relay.pause()
+
+    def resume(self) -> None:
+        """It takes what there is again."""
+        if self._relay is not None:
+            self._relay.resume()
+
+    def left(self) -> None:
+        """The client's connection is gone, or nothing more is read of it."""
+        self.disconnected = True
+        self._over()
+
+    def cut_off(self) -> None:
+        """The time is over: 503 for a client without an answer, a closed connection for one that has a part of it."""
+        log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
+        self.keep_alive = False
+        if self.response_started:
+            self._client.transport.abort()
+            self.left()
+        else:
+            self._refuse(shutting_down())
+
+    def _finish(self) -> None:
+        self.response_complete = True
+        self._over()
+        if not self.keep_alive:
+            self._client.transport.close()
+        self._client.on_response_complete()
+
+    def _over(self) -> None:
+        """Give everything back; harmless the second time."""
+        self._services.stopping.exchanges.end(self)
+        if self._flight is not None:
+            self._flight.leave()
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            # Not before its first step, in which it begins to wait.
+            asyncio.get_running_loop().call_soon(waiting.cancel)
+
+
+@lru_cache(maxsize=128)
+def _status_line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()

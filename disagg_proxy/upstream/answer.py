@@ -1,0 +1,226 @@
+"""One answer of an instance while it comes: head, pieces of the body, end; read whole, or poured on as it arrives.
+
+Whoever waits says how much is enough to go on, so that it is woken once. What arrives together stays together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
+from disagg_proxy.protocol.headers import Headers
+
+log = logging.getLogger(__name__)
+
+_READ_AHEAD = 256 * 1024
+"""Bytes of a body that are held for somebody who has not asked for it yet, or only for its beginning."""
+
+
+class Enough(IntEnum):
+    """How much of an answer must be there."""
+
+    NOTHING = 0
+    HEAD = 1
+    """Status and headers."""
+    BEGUN = 2
+    """The first bytes of the body, or its end."""
+    WHOLE = 3
+
+
+class WholeAnswer(NamedTuple):
+    """An answer that was read to its end."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Sink(Protocol):
+    """Where a body is poured."""
+
+    def feed(self, piece: bytes) -> None:
+        """The next bytes, never none."""
+
+    def end(self) -> None:
+        """The body came to its end."""
+
+    def broke(self, error: EngineError | EngineDeadline) -> None:
+        """It did not, and nothing more comes."""
+
+
+class Carrier(Protocol):
+    """The connection under an answer."""
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Answer:
+    """Fed by its connection, read by one reader.
+
+    Args:
+        leg: word for messages, such as "prefill".
+        reused: whether the connection had carried another request before.
+
+    Attributes:
+        status, headers: from :attr:`Enough.HEAD` on.
+    """
+
+    __slots__ = (
+        "_carrier",
+        "_enough",
+        "_error",
+        "_have",
+        "_held",
+        "_paused",
+        "_pieces",
+        "_sink",
+        "_waiter",
+        "headers",
+        "leg",
+        "reused",
+        "status",
+    )
+
+    def __init__(self, carrier: Carrier, leg: str, reused: bool) -> None:
+        self._carrier: Carrier | None = carrier
+        self.leg = leg
+        self.reused = reused
+        self.status = 0
+        self.headers: Headers = []
+        self._have = Enough.NOTHING
+        self._enough = Enough.NOTHING
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self._paused = False
+        self._sink: Sink | None = None
+        self._error: EngineError | EngineDeadline | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- the connection's side
+
+    def begun(self, status: int, headers: Headers) -> None:
+        """Status and headers have come."""
+        self.status = status
+        self.headers = headers
+        self._have = Enough.HEAD
+
+    def received(self, piece: bytes, over: bool) -> None:
+        """What has come in one go: maybe nothing of the body, maybe its end."""
+        if over:
+            self._carrier = None
+        sink = self._sink
+        if sink is not None:
+            if piece:
+                sink.feed(piece)
+            if over:
+                self._have = Enough.WHOLE
+                sink.end()
+            return
+        if piece:
+            self._pieces.append(piece)
+            self._held += len(piece)
+            self._have = Enough.BEGUN
+        if over:
+            self._have = Enough.WHOLE
+        if self._waiter is not None and self._have >= self._enough:
+            self._wake()
+        elif self._held > _READ_AHEAD and self._enough is not Enough.WHOLE and self._carrier is not None:
+            self._paused = True
+            self._carrier.pause_reading()
+
+    def broke(self, error: EngineError | EngineDeadline) -> None:
+        """The connection ended before the answer did."""
+        if self._have is Enough.WHOLE or self._error is not None:
+            return
+        self._carrier = None
+        self._error = error
+        if self._sink is not None:
+            self._sink.broke(error)
+        elif self._waiter is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- the reader's side
+
+    async def until(self, enough: Enough) -> None:
+        """Wait until so much is there. Cancelled, it closes the connection.
+
+        Raises:
+            EngineDisconnected: the connection broke before.
+            EngineDeadline: nothing came for too long.
+        """
+        if self._have < enough and self._error is None:
+            self._enough = enough
+            self._go_on()
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self.close()
+                raise
+            finally:
+                self._waiter = None
+        if self._have < enough and self._error is not None:
+            raise self._error
+
+    async def whole(self) -> WholeAnswer:
+        """All of it. Raises as :meth:`until` does."""
+        await self.until(Enough.WHOLE)
+        return WholeAnswer(self.status, self.headers, self._take())
+
+    def pour(self, sink: Sink) -> None:
+        """From now on everything goes to ``sink``: what is held at once, the rest when it comes."""
+        piece = self._take()
+        self._sink = sink
+        # Before the sink gets anything: it may pause at once.
+        self._go_on()
+        if piece:
+            sink.feed(piece)
+        if self._have is Enough.WHOLE:
+            sink.end()
+        elif self._error is not None:
+            sink.broke(self._error)
+
+    def pause(self) -> None:
+        """The sink is full. What its instance says meanwhile waits in the sockets."""
+        if self._carrier is not None and not self._paused:
+            self._paused = True
+            self._carrier.pause_reading()
+
+    def resume(self) -> None:
+        """The sink has room again."""
+        self._go_on()
+
+    def close(self) -> None:
+        """Give up the rest; the instance sees the connection close and aborts its work. Harmless when read."""
+        carrier = self._carrier
+        if carrier is not None:
+            carrier.abort()
+            self.broke(closed_early(self.leg, self.reused))
+
+    def _go_on(self) -> None:
+        if self._paused:
+            self._paused = False
+            if self._carrier is not None:
+                self._carrier.resume_reading()
+
+    def _take(self) -> bytes:
+        pieces = self._pieces
+        self._pieces, self._held = [], 0
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def closed_early(leg: str, reused: bool, unsent: bool = False) -> EngineDisconnected:
+    """The connection ended before the answer did."""
+    message = f"The {leg} instance closed the connection without an answer."
+    return EngineDisconnected(message, unsent=unsent, reused=reused)

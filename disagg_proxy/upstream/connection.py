@@ -1,0 +1,284 @@
+"""One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
+
+llhttp (httptools) reads the answer and takes off its framing. A connection that says anything unasked, or anything
+that is not HTTP, is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol, cast
+
+import httptools
+
+from disagg_proxy.errors import EngineDeadline, EngineDisconnected
+from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.upstream.answer import Answer, closed_early
+
+log = logging.getLogger(__name__)
+
+_MAX_HEAD = 256 * 1024
+"""Bytes of an answer's head, and of what comes before a final status."""
+
+
+_JOINED = 64 * 1024
+"""Bytes below which copying a body costs less than a second write."""
+
+
+class Pool(Protocol):
+    """Whom a connection belongs to."""
+
+    def came(self, connection: Connection) -> None:
+        """It is open."""
+
+    def idle(self, connection: Connection) -> None:
+        """It may carry another request."""
+
+    def went(self, connection: Connection) -> None:
+        """It is closed."""
+
+
+class Connection(asyncio.Protocol):
+    """
+    Args:
+        name: the instance, as host:port.
+        keep: whether it may carry another request after this one.
+
+    Attributes:
+        idle_since: loop time at which its last answer ended.
+    """
+
+    __slots__ = (
+        "_answer",
+        "_framed",
+        "_head",
+        "_headers",
+        "_heard",
+        "_loop",
+        "_over",
+        "_parser",
+        "_paused",
+        "_pieces",
+        "_pool",
+        "_silence",
+        "_stuffed",
+        "_timer",
+        "_transport",
+        "_used",
+        "idle_since",
+        "keep",
+        "name",
+    )
+
+    def __init__(self, name: str, keep: bool, pool: Pool) -> None:
+        self.name = name
+        self.keep = keep
+        self.idle_since = 0.0
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._answer: Answer | None = None
+        self._headers: Headers = []
+        self._pieces: list[bytes] = []
+        self._head = 0  # bytes received before the present answer's body
+        self._used = False
+        self._framed = False  # whether the answer says where it ends
+        self._over = False
+        self._paused = False
+        self._stuffed = False  # part of the request waits to leave
+        self._silence = self._heard = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether a request can be sent on it."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, head: bytes, body: bytes, silence: float, leg: str) -> Answer:
+        """Begin an exchange.
+
+        Args:
+            silence: seconds that may pass without a byte of the answer while it is read.
+        """
+        assert self._transport is not None and self._answer is None
+        answer = self._answer = Answer(self, leg, self._used)
+        self._used = True
+        self._head = 0
+        self._over = self._framed = False
+        self._silence, self._heard = silence, self._loop.time()
+        due = self._heard + silence
+        if self._timer is None or self._timer.when() > due:
+            self._watch(due)
+        if len(body) < _JOINED:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._transport.write(body)
+        return answer
+
+    # -- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's are no subclasses of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._pool.came(self)
+
+    def pause_writing(self) -> None:
+        self._stuffed = True
+
+    def resume_writing(self) -> None:
+        self._stuffed = False
+
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None:
+            self.abort()
+            return
+        self._heard = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            log.info("%s: its answer on the %s leg is not HTTP/1.1: %s", self.name, answer.leg, error)
+            if not self._over:
+                self._fail(closed_early(answer.leg, answer.reused))
+                return
+            self.keep = False
+        if answer.status == 0:
+            self._head += len(data)
+            if self._head > _MAX_HEAD:
+                self._fail(closed_early(answer.leg, answer.reused))
+            return
+        pieces = self._pieces
+        if not pieces:
+            piece = b""
+        else:
+            piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+        if self._over:
+            self._end(answer, piece)
+        else:
+            answer.received(piece, over=False)
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        answer = self._answer
+        if answer is not None and answer.status and not self._framed and error is None:
+            # The answer's end is the connection's (RFC 9112, 6.3).
+            self._answer = None
+            answer.received(b"", over=True)
+        elif answer is not None:
+            self._fail(closed_early(answer.leg, answer.reused, unsent=self._stuffed and not answer.status))
+        self._transport = None
+        self._unwatch()
+        # It knows this connection, and would keep it.
+        self._parser = None  # type: ignore[assignment]
+        self._pool.went(self)
+
+    # -- the parser's side
+
+    def on_message_begin(self) -> None:
+        if self._over:
+            # Unasked, right behind the answer; it is no part of it.
+            self.keep = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        self._headers.append((name, value.rstrip(b" \t")))
+        if name in (b"content-length", b"transfer-encoding"):
+            self._framed = True
+
+    def on_headers_complete(self) -> None:
+        headers, self._headers = self._headers, []
+        status = self._parser.get_status_code()
+        if status < 200 or self._answer is None or self._over:
+            return
+        if not self._parser.should_keep_alive():
+            self.keep = False
+        if status in (204, 304):
+            self._framed = True
+        self._answer.begun(status, headers)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._over:
+            self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        self._headers = []  # trailers, which nobody reads
+        if self._answer is not None and self._answer.status:
+            self._over = True
+
+    # -- ends
+
+    def _end(self, answer: Answer, last: bytes) -> None:
+        """The answer is whole: the connection is free before its reader goes on, who may need one."""
+        self._answer = None
+        # vLLM closes the connection after some 400s without saying so.
+        if self.keep and answer.status < 400 and self.open and not self._stuffed:
+            self.idle_since = self._loop.time()
+            self._pool.idle(self)
+        else:
+            self.abort()
+        answer.received(last, over=True)
+
+    def _fail(self, error: EngineDisconnected | EngineDeadline) -> None:
+        answer, self._answer = self._answer, None
+        self.abort()
+        if answer is not None:
+            log.info("%s: %s", self.name, error.message)
+            answer.broke(error)
+
+    def close(self) -> None:
+        """The pool ends."""
+        if self._answer is not None:
+            self._fail(closed_early(self._answer.leg, self._answer.reused))
+        self.abort()
+
+    def abort(self) -> None:
+        """Close at once; the instance sees a reset or an end."""
+        self._answer = None
+        self._unwatch()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- silence, and whom it counts against
+
+    def pause_reading(self) -> None:
+        """Nobody takes what comes."""
+        if self._transport is not None and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """It is taken again, and the instance has its whole time."""
+        if self._transport is not None and self._paused:
+            self._paused = False
+            self._heard = self._loop.time()
+            self._transport.resume_reading()
+
+    def _watch(self, due: float) -> None:
+        self._unwatch()
+        self._timer = self._loop.call_at(due, self._look)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        """The timer is not moved with every byte: it looks when it fires, and is set again if need be."""
+        self._timer = None
+        answer = self._answer
+        if answer is None:
+            return
+        now = self._loop.time()
+        if self._paused:
+            self._heard = now
+        due = self._heard + self._silence
+        if due - now > 0.001:
+            self._watch(due)
+        else:
+            self._fail(EngineDeadline(f"The {answer.leg} instance said nothing within its deadline."))

@@ -1,0 +1,40 @@
+"""A worker's process. Only the supervisor starts it: ``python -m disagg_proxy --workers N``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+from disagg_proxy.config import load
+from disagg_proxy.logs import configure_logging
+from disagg_proxy.server import server_config
+from disagg_proxy.services import Services
+from disagg_proxy.workers.member import Member
+from disagg_proxy.workers.seat import Seat
+from disagg_proxy.workers.serve import WorkerServer
+
+
+def main() -> int:
+    """Serve until the supervisor says otherwise, or a signal does; the exit code."""
+    try:
+        seat = Seat.read(os.environ)
+    except KeyError:
+        print("disagg-proxy: workers are started by: python -m disagg_proxy --workers N", file=sys.stderr)
+        return 2
+    config = load(sys.argv[1:], os.environ)
+    configure_logging(config, seat.worker)
+    # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    services = Services(config, member=Member(seat))
+    server = WorkerServer(server_config(config, services), services, socket.socket(fileno=seat.listening))
+    try:
+        server.run()
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

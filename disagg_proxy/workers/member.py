@@ -1,0 +1,306 @@
+"""One worker among the others: everything that it tells them, hears from them, and asks them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from disagg_proxy.cluster.instance import NOT_PROBED, Instance
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.discovery.announcement import Announcement, decode
+from disagg_proxy.discovery.listener import Traffic
+from disagg_proxy.workers.book import name_of
+from disagg_proxy.workers.channel import Channel, Message
+from disagg_proxy.workers.contacts import Contacts
+from disagg_proxy.workers.ledger import Ledger
+from disagg_proxy.workers.marks import Marks
+from disagg_proxy.workers.memory import Memory
+from disagg_proxy.workers.overview import Overview, Part, merge, unpack, unpack_ground
+from disagg_proxy.workers.poke import Pokes
+from disagg_proxy.workers.seat import Seat
+from disagg_proxy.workers.table import Head, now
+
+log = logging.getLogger(__name__)
+
+_BEAT = 0.25
+_ANSWER = 0.1
+"""Seconds between two beats, and those that others get to publish their numbers when they are asked."""
+
+_TABLE_WITHIN, _PROBES_WITHIN, _FOLLOW_WITHIN = 5.0, 1.0, 0.25
+"""Seconds that a new worker waits for what the supervisor knows, and for the probes of that; and that an operator waits
+for all workers to have heard."""
+
+
+class Relayed:
+    """Stands in for the listener, which is the supervisor's (discovery/service.py, ``Pings``)."""
+
+    port = 0
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def start(self) -> None:
+        return
+
+    def stop(self) -> None:
+        return
+
+
+@dataclass(slots=True)
+class Told:
+    """What happens in the rest of the worker.
+
+    Attributes:
+        announced: an instance has pinged.
+        stopping: the proxy shall end; True: at once.
+        look: somebody has found an engine frozen.
+        numbers: what to publish.
+        clients: how many are connected.
+    """
+
+    announced: Callable[[list[Announcement]], None]
+    stopping: Callable[[bool], None]
+    look: Callable[[], None]
+    numbers: Callable[[], Part]
+    clients: Callable[[], int]
+
+
+class Member:
+    """Created before the event loop, joined to a registry, started on the loop."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self.pings = Relayed()
+        self._memory = Memory(seat.memory, seat.workers)
+        self._table = self._memory.table
+        self._own = self._table.rows[seat.worker]
+        self._others = [row for row in self._table.rows if row is not self._own]
+        self._pokes = Pokes(seat.pokes, seat.worker)
+        self._channel = Channel(socket.socket(fileno=seat.channel), self._take, self._orphaned)
+        self._slots: dict[str, int] = {}
+        self._whole, self._poked = asyncio.Event(), asyncio.Event()
+        self._news = -1
+        self._hearing = self._freeing = False
+        self._beat_timer: asyncio.TimerHandle | None = None
+        self._told: Told | None = None
+        self._own.head[Head.PID] = os.getpid()
+        self._own.head[Head.INCARNATION] = seat.incarnation
+        self._own.head[Head.BEAT] = now()
+
+    def join(self, registry: Registry) -> None:
+        """Share the load and the findings of ``registry``."""
+        self._registry = registry
+        self.ledger = Ledger(self._table, self.seat.worker, registry, self._free_soon)
+        self.marks = Marks(self._table, self.seat.worker, registry, self._tell_news)
+        self._contacts = Contacts(registry, self._say, lambda s, then: asyncio.get_running_loop().call_later(s, then))
+        registry.watch(changed=self._on_change, freed=self._free_soon)
+
+    async def start(self, told: Told) -> None:
+        """Begin to hear; returns when this worker knows what the others know, or after a while."""
+        self._told = told
+        self._channel.open()
+        self._pokes.open(self._on_poke)
+        self._beat()
+        try:
+            await asyncio.wait_for(self._whole.wait(), _TABLE_WITHIN)
+            await asyncio.wait_for(self._probed(), _PROBES_WITHIN)
+        except asyncio.TimeoutError:
+            log.info("Not every instance has answered its first probe yet")
+
+    def serving(self) -> None:
+        """Clients are served from now on."""
+        self._own.head[Head.READY] = 1
+        self._channel.send(["ready"])
+
+    def stop(self) -> None:
+        """Hear nothing more."""
+        if self._beat_timer is not None:
+            self._beat_timer.cancel()
+        if self._told is not None:
+            self._publish(self._own.head[Head.PUBLISHED])
+        self._pokes.close()
+        self._channel.close()
+
+    # -- the supervisor
+
+    def _say(self, message: Message) -> None:
+        self._channel.send(message, name_of(message))
+
+    def _take(self, message: Message) -> None:
+        told = self._told
+        assert told is not None
+        if message[0] == "ping":
+            announcement = decode([message[2]])
+            self._place(announcement.http.netloc, message[1])
+            told.announced([announcement])
+        elif message[0] == "slot":
+            self._place(message[2], message[1])
+        elif message[0] in ("sent", "ended"):
+            self._contacts.heard(message)
+        elif message[0] == "whole":
+            self._whole.set()
+        elif message[0] in ("stop", "hurry"):
+            told.stopping(message[0] == "hurry")
+
+    def _orphaned(self) -> None:
+        log.error("The supervisor is gone")
+        if self._told is not None:
+            self._told.stopping(False)
+
+    def _place(self, key: str, slot: int) -> None:
+        if self._slots.get(key) == slot:
+            return
+        before = next((k for k, s in self._slots.items() if s == slot), None)
+        if before is not None:
+            del self._slots[before]
+            for instance in self._registry.instances():
+                if instance.key == before:
+                    self.ledger.remove(instance)
+            self._own.forget(slot)
+        self._slots[key] = slot
+        for instance in self._registry.instances():
+            if instance.key == key:
+                self._on_change(instance)
+
+    def _on_change(self, instance: Instance) -> None:
+        slot = self._slots.get(instance.key)
+        if slot is not None and instance.slot != slot and self._registry.knows(instance):
+            self.ledger.place(instance, slot)
+            self.marks.follow_drain(instance)
+
+    async def _probed(self) -> None:
+        while any(i.reason == NOT_PROBED for i in self._registry.instances()):
+            await asyncio.sleep(0.01)
+
+    # -- the other workers
+
+    def _beat(self) -> None:
+        self._own.head[Head.BEAT] = now()
+        self._beat_timer = asyncio.get_running_loop().call_later(_BEAT, self._beat)
+        self._follow()
+        self._hear_freed()
+        self._publish(max(row.head[Head.WANTED] for row in self._table.rows))
+
+    def _on_poke(self) -> None:
+        self._poked.set()
+        self._own.head[Head.BEAT] = now()
+        news = sum(row.head[Head.NEWS] for row in self._others)
+        if news != self._news:
+            self._news = news
+            self._follow()
+        wanted = max(row.head[Head.WANTED] for row in self._table.rows)
+        if wanted > self._own.head[Head.PUBLISHED]:
+            asking = [i for i, row in enumerate(self._table.rows) if row.head[Head.WANTED] == wanted]
+            self._publish(wanted)
+            self._pokes.poke(asking)
+        self._hear_freed()
+
+    def _follow(self) -> None:
+        """Do what others have found or asked for."""
+        for instance in self._registry.instances():
+            if instance.slot >= 0:
+                self.marks.follow_drain(instance)
+                self.marks.follow_thaw(instance)
+        if self._told is not None:
+            self._told.look()
+
+    def _tell_news(self) -> None:
+        self._own.head[Head.NEWS] += 1
+        self._pokes.poke()
+
+    def _hear_freed(self) -> None:
+        """There may be room: those who wait here shall look."""
+        self._hearing = True
+        try:
+            self._registry.freed()
+        finally:
+            self._hearing = False
+
+    def _free_soon(self) -> None:
+        """There is room here that others may wait for."""
+        if self._hearing or self._freeing or not any(row.head[Head.WAITING] for row in self._others):
+            return
+        self._freeing = True
+        asyncio.get_running_loop().call_soon(self._tell_freed)
+
+    def _tell_freed(self) -> None:
+        self._freeing = False
+        self._pokes.poke([i for i, row in enumerate(self._table.workers) if row.head[Head.WAITING]])
+
+    # -- clients
+
+    def _count_clients(self) -> int:
+        clients = 0 if self._told is None else self._told.clients()
+        self._own.head[Head.CONNECTIONS] = clients
+        return clients
+
+    def ahead(self) -> bool:
+        """Whether another worker that goes round has fewer clients."""
+        mine, time = self._count_clients(), now()
+        return any(
+            row.head[Head.READY] and row.head[Head.CONNECTIONS] < mine and row.lives(time)
+            for row in self._table.workers
+            if row is not self._own
+        )
+
+    # -- operators and numbers
+
+    async def drain(self, instance: Instance, draining: bool) -> None:
+        """As the registry's, on all workers; returns when they have heard, or after a moment."""
+        self.marks.drain(instance, draining)
+
+        async def heard() -> None:
+            while not self.marks.all_follow(instance):
+                self._poked.clear()
+                await self._poked.wait()
+
+        try:
+            await asyncio.wait_for(heard(), _FOLLOW_WITHIN)
+        except asyncio.TimeoutError:
+            log.warning("Not every worker has heard of the drain of %s yet", instance)
+
+    def idle(self, instance: Instance) -> bool:
+        """Whether it is idle on all workers, and will be as long as it is drained."""
+        self.ledger.refresh()
+        return instance.idle and (not instance.draining or self.marks.all_follow(instance))
+
+    def _publish(self, wish: int) -> None:
+        if self._told is not None:
+            self._count_clients()
+            self._memory.areas[self.seat.worker].write(self._told.numbers().pack())
+        self._own.head[Head.PUBLISHED] = max(wish, self._own.head[Head.PUBLISHED])
+
+    async def overview(self) -> Overview:
+        """The numbers of all, as they are now; of a process that does not answer, as it published them last."""
+        wish = now()
+        self._own.head[Head.WANTED] = wish
+        self._publish(wish)
+        self._pokes.poke()
+        try:
+            await asyncio.wait_for(self._answered(wish), _ANSWER)
+        except asyncio.TimeoutError:
+            log.debug("Not every process has published its numbers in time")
+        parts = [unpack(area.read()) for area in self._memory.areas[:-1]]
+        ground = unpack_ground(self._memory.areas[-1].read())
+        if ground is None:
+            raise RuntimeError("the supervisor has not published anything")
+        self.ledger.refresh()
+        whole = merge(parts, ground)
+        time = now()
+        for worker, row, part in zip(whole.workers, self._table.workers, parts, strict=True):
+            worker["responding"] = row.lives(time)
+            worker["connections"] = row.head[Head.CONNECTIONS]
+            worker["in_flight"] = 0 if part is None or not row.head[Head.PID] else part.stats["in_flight"]
+        return whole
+
+    async def _answered(self, wish: int) -> None:
+        while True:
+            self._poked.clear()
+            time = now()
+            if all(row.head[Head.PUBLISHED] >= wish for row in self._others if row.lives(time)):
+                return
+            await self._poked.wait()

@@ -1,0 +1,97 @@
+"""An engine that stands still, seen by several workers of which each knows its own requests only."""
+
+from __future__ import annotations
+
+import asyncio
+
+from disagg_proxy.sim import expected_text
+from tests.conftest import soon
+from tests.workers.conftest import ASK, PATH, until
+
+SOON = {"FREEZE_AFTER_MIN": "0.4", "FREEZE_AFTER_MAX": "0.4", "PROBE_INTERVAL": "0.2"}
+FOREIGN = "___prefill_addr_127.0.0.1:9___decode_addr_{}_0123"
+
+
+async def test_a_decode_is_freed_by_the_worker_that_knows_the_lost_prefill(fleet, engines, http) -> None:
+    """The KV that it waits for is a request's of one worker; those of the other wait with it, and replay nothing."""
+    proxy = await fleet(2, **SOON)
+    prefill, decode = pair = await engines(proxy.zmq)
+    for engine in pair:
+        await proxy.until_known(engine)
+    doors = [door for _ in range(3) for door in await proxy.doors()]
+    decode.faults.lose_kv(1)
+    lost = asyncio.create_task(doors[0].ask())
+    await soon(decode.wait_until(lambda state: state["stalled_on"] is not None))
+    others = [asyncio.create_task(door.ask()) for door in doors[1:]]
+    for task in (lost, *others):
+        status, body = await soon(task, 30)
+        assert (status, body["choices"][0]["text"]) == (200, expected_text(ASK["prompt"], 8))
+    shown = await doors[0].instance(decode)
+    assert shown["replays"] >= 1 and not shown["restart_wanted"]
+    assert shown["freezes"] == 1, "two workers have found one freeze"
+    ids = [request.headers["X-Request-Id"] for request in prefill.received(PATH)]
+    assert len(ids) - len(set(ids)) == shown["replays"] <= 2
+    await until(lambda: _state_everywhere(doors, decode, "ready"))
+    for door in doors[:2]:
+        assert (await door.ask())[0] == 200
+    await soon(decode.wait_until(lambda state: not state["running"] and not state["kv_waiting"]))
+
+
+async def test_one_that_nobody_can_free_is_given_up_by_all(fleet, engines, http) -> None:
+    proxy = await fleet(2, **SOON)
+    prefill, decode = pair = await engines(proxy.zmq)
+    for engine in pair:
+        await proxy.until_known(engine)
+    doors = [door for _ in range(2) for door in await proxy.doors()]
+    foreign = {"X-Request-Id": FOREIGN.format(decode.kv_address)}
+
+    async def stick() -> None:
+        async with http.post(f"http://{decode.http_address}{PATH}", json=ASK, headers=foreign) as answer:
+            await answer.read()
+
+    stuck = asyncio.ensure_future(stick())
+    await soon(decode.wait_until(lambda state: state["stalled_on"] is not None))
+    # Only one worker has a request there.
+    status, body = await soon(doors[0].ask(), 30)
+    assert (status, body["error"]["code"]) == (504, "engine_frozen")
+    await until(lambda: _state_everywhere(doors, decode, "frozen", restart=True))
+    for door in doors[:2]:
+        shown = await door.instance(decode)
+        assert shown["freezes"] == 1 and shown["replays"] == 1
+        status, body = await door.ask()
+        assert status == 503 and "stands still" in body["error"]["message"]
+    seen = len(proxy.lines)
+    await decode.kill()
+    await prefill.kill()
+    await asyncio.gather(stuck, return_exceptions=True)
+    for engine in pair:
+        await proxy.until_gone(engine, seen)
+    for engine in pair:
+        again = engine.restarted()
+        await again.start()
+        proxy.stack.push_async_callback(again.stop)
+    await until(lambda: _state_everywhere(doors, decode, "ready"))
+    await until(lambda: _state_everywhere(doors, prefill, "ready"))
+    for door in doors[:2]:
+        status, body = await soon(door.ask())
+        assert status == 200, (body, proxy.written)
+        assert not (await door.instance(decode))["restart_wanted"]
+
+
+async def test_one_that_comes_round_by_itself_is_back_for_all(fleet, engines) -> None:
+    proxy = await fleet(2, **SOON)
+    _, decode = pair = await engines(proxy.zmq)
+    for engine in pair:
+        await proxy.until_known(engine)
+    doors = await proxy.doors()
+    with decode.faults.held("forward"):
+        assert (await soon(doors[0].ask(), 30))[0] == 504
+        await until(lambda: _state_everywhere(doors, decode, "frozen", restart=True))
+    await until(lambda: _state_everywhere(doors, decode, "ready"))
+    for door in doors:
+        assert (await door.ask())[0] in (200, 503), "one of them tries it first"
+
+
+async def _state_everywhere(doors, engine, state: str, restart: bool = False) -> bool:
+    shown = [await door.instance(engine) for door in doors]
+    return all((i["state"], i["restart_wanted"]) == (state, restart) for i in shown)

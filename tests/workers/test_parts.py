@@ -1,0 +1,294 @@
+"""The smaller parts: messages, what the supervisor remembers, marks."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import msgpack
+
+from disagg_proxy.cluster.instance import Role, State
+from disagg_proxy.config import Config, StaticInstance
+from disagg_proxy.discovery.announcement import decode
+from disagg_proxy.workers.book import Book
+from disagg_proxy.workers.channel import Channel
+from disagg_proxy.workers.contacts import Contacts
+from disagg_proxy.workers.ledger import Ledger, Slots
+from disagg_proxy.workers.marks import Marks
+from disagg_proxy.workers.seat import Seat
+from disagg_proxy.workers.table import Head, Mark, Table, now
+from tests.cluster.conftest import World
+from tests.conftest import soon
+
+SECOND = 1_000_000_000
+
+
+# -- messages
+
+
+async def test_a_side_that_does_not_read_holds_up_nobody_and_misses_nothing_that_counts() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    taken: list[object] = []
+    done = asyncio.Event()
+
+    def take(message) -> None:
+        taken.append(message)
+        if message[0] == "last":
+            done.set()
+
+    sender, receiver = Channel(ours, taken.append), Channel(theirs, take)
+    sender.open()
+    for number in range(20_000):
+        sender.send(["ping", number % 5, number, "x" * 100], ("ping", number % 5))
+    assert len(sender._unsent) <= 5, "bounded"
+    sender.send(["last"])
+    receiver.open()
+    await soon(done.wait())
+    assert {m[1]: m[2] for m in taken[:-1]} == {n: 19_995 + n for n in range(5)}, "the newest of each"
+    sender.close()
+    receiver.close()
+
+
+async def test_the_end_of_the_other_side_is_noticed_after_what_it_said() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    heard: list[object] = []
+    ended = asyncio.Event()
+    receiver, sender = Channel(ours, heard.append, ended.set), Channel(theirs, heard.append)
+    sender.send(["sent", "a", "b", 1])
+    sender.close()
+    receiver.open()
+    await soon(ended.wait())
+    assert heard == [["sent", "a", "b", 1]]
+    receiver.send(["ping"])
+    receiver.close()
+
+
+def test_a_seat_is_read_as_it_was_given() -> None:
+    seat = Seat(1, 2, 3, 4, (5, 6, 7), 8, 9)
+    assert Seat.read(seat.environ()) == seat and seat.files == (4, 5, 6, 7, 8, 9)
+
+
+# -- what the supervisor remembers
+
+
+def book(**settings) -> tuple[Book, Table]:
+    table = Table(memoryview(bytearray(Table.size(2))), 2)
+    return Book(Config(**settings), Slots(table)), table
+
+
+def ping(port: int, kv: int = 0):
+    fields = {"type": "P", "http_address": f"h:{port}", "zmq_address": f"h:{kv or port + 10000}"}
+    return decode([msgpack.packb(fields)])
+
+
+def test_a_new_worker_is_told_everything_and_then_that_it_was_all() -> None:
+    kept, _ = book(prefill=(StaticInstance("s:1"),))
+    first = kept.announced(ping(1), 0.0)
+    assert first is not None and first[:2] == ["ping", 1]
+    assert kept.heard(["sent", "h:1", "kv:2", 5]) is not None
+    assert kept.heard(["sent", "h:1", "kv:2", 5]) is None, "known"
+    assert kept.heard(["ended", "h:3", "kv:2", 7]) is not None
+    assert kept.heard(["ended", "h:3", "kv:2", 8]) is None, "another worker has noticed the same"
+    told = [message for message, _ in kept.all_of_it(1.0)]
+    assert told == [["slot", 0, "s:1"], ["ended", "h:3", "kv:2", 7], ["sent", "h:1", "kv:2", 5], first, ["whole"]]
+    assert first not in [message for message, _ in kept.all_of_it(60.0)], "its pings have stopped"
+
+
+def test_a_prefill_process_that_ended_takes_its_contacts_with_it() -> None:
+    kept, _ = book()
+    kept.heard(["sent", "h:1", "kv:2", 5])
+    kept.heard(["ended", "h:1", "kv:1", 6])
+    assert "sent" not in [message[0] for message, _ in kept.all_of_it(0.0)]
+
+
+def test_slots_of_instances_that_are_long_gone_are_used_again() -> None:
+    kept, table = book()
+    for port in range(1, 1025):
+        assert kept.announced(ping(port), 0.0) is not None
+    assert kept.announced(ping(2000), 10.0) is None
+    table.rows[0].loads[0] = 1
+    again = kept.announced(ping(2000), 1000.0)
+    assert again is not None and again[1] == 1, "something is still on the first"
+
+
+# -- who has sent to whom
+
+
+class Pair:
+    def __init__(self) -> None:
+        self.world = World()
+        self.said: list[list] = []
+        self.due: list = []
+        self.contacts = Contacts(self.world.registry, self.said.append, lambda s, then: self.due.append(then))
+        self.prefill, self.decode = self.world.ready(Role.PREFILL, 1), self.world.ready(Role.DECODE, 2)
+
+    @property
+    def possible(self) -> bool:
+        return self.world.registry.exchange.possible(self.prefill, self.decode)
+
+
+def test_the_first_sending_to_a_process_is_told_once() -> None:
+    here = Pair()
+    for _ in range(3):
+        here.world.registry.exchange.sends_towards(here.prefill, here.decode)
+    assert [m[:3] for m in here.said] == [["sent", here.prefill.key, here.decode.kv.text]]
+
+
+def test_what_another_worker_has_sent_counts_here_when_the_decode_ends() -> None:
+    here = Pair()
+    here.contacts.heard(["sent", here.prefill.key, here.decode.kv.text, now()])
+    assert here.possible
+    here.world.registry.process_ended(here.decode)
+    assert not here.possible and here.said[0][0] == "ended"
+
+
+def test_what_was_sent_before_an_end_that_is_known_here_was_sent_to_the_one_that_is_gone() -> None:
+    here = Pair()
+    sent = now()
+    here.world.registry.process_ended(here.decode)
+    here.contacts.heard(["sent", here.prefill.key, here.decode.kv.text, sent])
+    assert not here.possible
+    here.world.registry.process_ended(here.prefill)
+    assert here.possible
+    here.contacts.heard(["sent", here.prefill.key, here.decode.kv.text, sent])
+    assert here.possible, "that was its predecessor"
+
+
+def test_an_end_is_taken_from_others_only_where_it_would_not_be_noticed() -> None:
+    here = Pair()
+    here.world.registry.exchange.sends_towards(here.prefill, here.decode)
+    registry = here.world.registry
+    registry.has_lifeline = lambda instance: True
+    here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
+    assert here.possible
+    registry.process_ended(here.decode)
+    registry.process_ended(here.prefill)
+    registry.exchange.sends_towards(here.prefill, here.decode)
+    for believe in here.due:
+        believe()
+    assert here.possible, "it was noticed here meanwhile"
+
+
+def test_an_end_that_was_not_noticed_here_is_believed() -> None:
+    """The successor answered the first probe after it."""
+    here = Pair()
+    registry = here.world.registry
+    registry.exchange.sends_towards(here.prefill, here.decode)
+    registry.has_lifeline = lambda instance: True
+    here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
+    here.due[0]()
+    assert not here.possible and [m[0] for m in here.said] == ["sent"], "it is not told again"
+
+
+def test_without_a_lifeline_an_end_is_believed_at_once() -> None:
+    here = Pair()
+    here.world.registry.exchange.sends_towards(here.prefill, here.decode)
+    here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
+    assert not here.possible and not here.due
+
+
+# -- marks
+
+
+class Two:
+    """Two workers that both know one pair."""
+
+    def __init__(self) -> None:
+        self.table = Table(memoryview(bytearray(Table.size(2))), 2)
+        self.worlds = [World(), World()]
+        self.pokes = 0
+        self.marks, self.prefills, self.decodes = [], [], []
+        for number, world in enumerate(self.worlds):
+            ledger = Ledger(self.table, number, world.registry, lambda: None)
+            self.marks.append(Marks(self.table, number, world.registry, self._poked))
+            self.prefills.append(world.ready(Role.PREFILL, 1))
+            self.decodes.append(world.ready(Role.DECODE, 2))
+            ledger.place(self.prefills[-1], 0)
+            ledger.place(self.decodes[-1], 1)
+            self.table.rows[number].head[Head.BEAT] = now()
+
+    def _poked(self) -> None:
+        self.pokes += 1
+
+
+def test_the_last_wish_about_a_drain_holds() -> None:
+    two = Two()
+    here, there = two.marks
+    here.drain(two.decodes[0], True)
+    assert not there.all_follow(two.decodes[1])
+    there.follow_drain(two.decodes[1])
+    assert two.decodes[1].draining and there.all_follow(two.decodes[1])
+    there.drain(two.decodes[1], False)
+    here.follow_drain(two.decodes[0])
+    assert not two.decodes[0].draining and here.all_follow(two.decodes[0])
+    here.drain(two.decodes[0], True)
+    there.follow_drain(two.decodes[1])
+    assert two.decodes[1].draining
+
+
+def test_a_drain_outlives_the_worker_it_was_asked_of() -> None:
+    two = Two()
+    two.marks[0].drain(two.decodes[0], True)
+    two.table.bury(0)
+    two.marks[1].follow_drain(two.decodes[1])
+    assert two.decodes[1].draining
+
+
+def test_a_freeze_is_found_once_and_ends_for_all() -> None:
+    two = Two()
+    here, there = two.marks
+    assert here.found(two.decodes[0]) and not there.found(two.decodes[1])
+    for world, one in zip(two.worlds, two.decodes, strict=True):
+        world.registry.freeze(one, "stands still")
+    assert there.frozen(two.decodes[1]) and not there.given_up(two.decodes[1])
+    here.give_up(two.decodes[0])
+    assert there.given_up(two.decodes[1])
+    two.worlds[1].registry.thaw(two.decodes[1], "moves")
+    assert not here.frozen(two.decodes[0])
+    here.follow_thaw(two.decodes[0])
+    assert two.decodes[0].state is State.PROBING
+    assert there.found(two.decodes[1]), "the next time is another one"
+    assert not here.given_up(two.decodes[0])
+
+
+async def test_the_likeliest_prefill_of_all_workers_is_replayed_first() -> None:
+    two = Two()
+    two.marks[0].found(two.decodes[0])
+    for world, one in zip(two.worlds, two.decodes, strict=True):
+        world.registry.freeze(one, "stands still")
+    unlikely = asyncio.create_task(two.marks[0].turn(two.decodes[0], 0.5))
+    assert await soon(two.marks[1].turn(two.decodes[1], 0.1))
+    assert not unlikely.done()
+    nothing_more = asyncio.create_task(two.marks[1].turn(two.decodes[1], None))
+    assert await soon(unlikely)
+    assert not nothing_more.done(), "the other one is still trying"
+    assert not await soon(two.marks[0].turn(two.decodes[0], None))
+    assert not await soon(nothing_more)
+
+
+async def test_nobody_waits_for_a_worker_that_does_not_go_round() -> None:
+    two = Two()
+    two.table.rows[1].head[Head.BEAT] = 1
+    two.marks[0].found(two.decodes[0])
+    two.worlds[0].registry.freeze(two.decodes[0], "stands still")
+    assert await soon(two.marks[0].turn(two.decodes[0], 0.5), 1.0)
+    assert not await soon(two.marks[0].turn(two.decodes[0], None), 1.0)
+
+
+def test_prefills_that_stand_still_are_counted_once_whoever_sees_them() -> None:
+    two = Two()
+    assert two.marks[0].blame(two.prefills[0], two.decodes[0]) == 1
+    assert two.marks[1].blame(two.prefills[1], two.decodes[1]) == 1, "the same one"
+    other = two.worlds[1].ready(Role.PREFILL, 3)
+    other.slot = 2
+    assert two.marks[1].blame(other, two.decodes[1]) == 2
+    for world, one in zip(two.worlds, two.decodes, strict=True):
+        world.registry.process_ended(one)
+    assert two.table.rows[1].mark(1, Mark.BLAMED) == 0
+
+
+def test_moves_of_others_are_added_up() -> None:
+    two = Two()
+    two.decodes[0].pulse.moves = 7
+    assert two.marks[0].moves(two.decodes[0]) == 0
+    assert two.marks[1].moves(two.decodes[1]) == 7
