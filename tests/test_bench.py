@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import memory
+from bench import memory, workers
 
 
 def test_a_slope() -> None:
@@ -37,3 +37,16 @@ async def test_growth_breaks_the_rule(leak: int, flat: bool, monkeypatch: pytest
 
     monkeypatch.setattr(memory.Proxy, "reading", reading)
     assert (await memory.run(200, 0, 0, seed=3))["requests"]["flat"] is flat
+
+
+async def test_two_workers_are_measured() -> None:
+    result = await workers.measure(2, 120, 6, 1)
+    assert (result["requests"], result["failed"]) == (120, 0)
+    assert len(result["cpu_seconds_of_each_process"]) == 3 and result["requests_per_second"] > 10
+    lines = workers.table([result, {**result, "requests_per_second": 10.0, "pinned": False}]).splitlines()
+    assert lines[1].startswith("2 ") and "(10-" in lines[1] and "not pinned" in lines[2]
+
+
+def test_cores_are_told_apart_only_where_there_are_enough() -> None:
+    assert workers.cores_for(2, range(3)) is None
+    assert workers.cores_for(2, range(8)) == ({0, 1}, {2, 3, 4, 5, 6, 7})

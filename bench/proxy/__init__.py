@@ -1,0 +1,1 @@
+"""How much the proxy costs, against other proxies for prefill/decode disaggregation: docs/performance.md."""

@@ -1,0 +1,182 @@
+"""The proxies that are compared: where each comes from, how it is started, and what it does of the job."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.proxy.machine import free_port
+
+OURS = "ours"
+DIRECT = "direct"
+REFERENCE = "reference"
+EXAMPLE = "vllm-example"
+
+
+class Missing(Exception):
+    """A peer cannot be had here, and why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one peer runs: its ports and those of the engines, and the directory of its programs."""
+
+    prefill: int
+    decode: int
+    programs: Path
+    http: int = field(default_factory=free_port)
+    zmq: int = field(default_factory=free_port)
+    metrics: int = field(default_factory=free_port)
+
+    def python(self, *arguments: str) -> list[str]:
+        """A command of the peer's own Python."""
+        return [str(self.programs / "python"), *arguments]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One proxy.
+
+    Attributes:
+        command: of its process; None where clients talk to the engines themselves.
+        requirements: installed into an environment of its own; none where the running Python has all.
+        environment: variables on top of the present ones.
+        pings: engines register by ZMQ; otherwise the command names them.
+        hides: clients never see the internal request id, and cached tokens are prefill's.
+        prefill_one: prefill is asked for all tokens and must be told to stop after one, as an SGLang engine does.
+        ports: HTTP and ZMQ, where they are fixed.
+    """
+
+    name: str
+    title: str
+    command: Callable[[Place], list[str]] | None
+    requirements: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    pings: bool = True
+    hides: bool = False
+    prefill_one: bool = False
+    ports: tuple[int, int] | None = None
+    notes: str = ""
+
+    def install(self, environments: Path) -> Path:
+        """Make its environment unless it is there; the directory of its programs.
+
+        Raises:
+            Missing: the packages cannot be installed.
+        """
+        if not self.requirements:
+            return Path(sys.executable).parent
+        home = environments / self.name
+        stamp = home / "installed"
+        wanted = "\n".join((sys.version, *self.requirements))
+        if not stamp.exists() or stamp.read_text() != wanted:
+            for command in (
+                [sys.executable, "-m", "venv", "--clear", str(home)],
+                [str(home / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", *self.requirements],
+            ):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+                    raise Missing(f"cannot be installed: {''.join(last)}")
+            stamp.write_text(wanted)
+        return home / "bin"
+
+    def place(self, prefill: int, decode: int, programs: Path) -> Place:
+        """Fresh ports, or its own."""
+        if self.ports:
+            return Place(prefill, decode, programs, *self.ports)
+        return Place(prefill, decode, programs)
+
+
+def _ours(place: Place, options: tuple[str, ...]) -> list[str]:
+    """With limits that are kept account of and never reached, so that nobody waits for room."""
+    limits = {
+        "max-in-flight": 16384,
+        "prefill-max-in-flight": 8192,
+        "decode-max-in-flight": 8192,
+        "kv-buffer-bytes": 10**15,
+        "kv-bytes-per-token": 327680,
+    }
+    ports = {"http-port": place.http, "zmq-port": place.zmq}
+    flags = [f"--{name}={value}" for name, value in {**ports, **limits}.items()]
+    return [
+        sys.executable,
+        *("-m", "disagg_proxy", "--http-host=127.0.0.1", "--zmq-host=127.0.0.1", "--log-level=info"),
+        *flags,
+        *options,
+    ]
+
+
+def _vllm_router(place: Place) -> list[str]:
+    discovery = ("--vllm-pd-disaggregation", "--vllm-discovery-address", f"127.0.0.1:{place.zmq}")
+    return [str(place.programs / "vllm-router"), *discovery, *_router_options(place)]
+
+
+def _sglang_router(place: Place) -> list[str]:
+    engines = (
+        *("--pd-disaggregation", "--prefill", f"http://127.0.0.1:{place.prefill}", "none"),
+        *("--decode", f"http://127.0.0.1:{place.decode}", "--worker-startup-check-interval", "1"),
+    )
+    options = (*engines, *_router_options(place), "--log-level", "warn")
+    return place.python("-m", "sglang_router.launch_router", *options)
+
+
+def _router_options(place: Place) -> tuple[str, ...]:
+    return (
+        *("--host", "127.0.0.1", "--port", str(place.http), "--policy", "round_robin"),
+        *("--prometheus-port", str(place.metrics), "--max-concurrent-requests", "8192"),
+    )
+
+
+def peers(example: Path | None = None, options: tuple[str, ...] = ()) -> dict[str, Peer]:
+    """All of them by name.
+
+    Args:
+        example: vLLM's example proxy, ``disagg_proxy_p2p_nccl_xpyd.py``.
+        options: more flags for this project's proxy.
+    """
+    known = [
+        Peer(OURS, "this proxy", lambda place: _ours(place, options), hides=True, notes="limits, metrics, log at info"),
+        Peer(
+            "vllm-router",
+            "vllm-router 0.1.17 (Rust)",
+            _vllm_router,
+            requirements=("vllm-router==0.1.17",),
+            notes="the same job: pings, P then D; shows the internal id, leaves cached tokens out",
+        ),
+        Peer(
+            "sglang-router",
+            "sglang-router 0.3.2 (Rust)",
+            _sglang_router,
+            requirements=("sglang-router==0.3.2",),
+            pings=False,
+            prefill_one=True,
+            notes="static pair, both legs at once, no request id for vLLM; log at warn",
+        ),
+        Peer(
+            REFERENCE,
+            "Quart + uvicorn + aiohttp",
+            lambda place: [
+                *(sys.executable, "-m", "bench.proxy.reference"),
+                *("--port", str(place.http), "--zmq-port", str(place.zmq)),
+            ],
+            notes="bench/proxy/reference.py: the least that does P then D; shows the internal id",
+        ),
+        Peer(DIRECT, "no proxy", None, pings=False, notes="clients ask P, then D, themselves"),
+    ]
+    if example:
+        known.append(
+            Peer(
+                EXAMPLE,
+                "vLLM's example proxy",
+                lambda place: place.python(str(example.resolve())),
+                requirements=("quart", "aiohttp", "pyzmq", "msgpack"),
+                environment={"OPENAI_API_KEY": "none"},
+                ports=(10001, 30001),
+                notes="as it ships",
+            )
+        )
+    return {peer.name: peer for peer in known}
