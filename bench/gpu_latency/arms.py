@@ -1,0 +1,174 @@
+"""The two ways to an answer: through the proxy, and past it. Both return when everything they asked is answered.
+
+``Direct`` does what the proxy does for these requests, in the same order, with the same fields: for P2pNcclConnector
+one id with both KV addresses, prefill first and then decode (docs/request-id.md); for the project's own connector
+``kv_transfer_params`` and both legs at once (docs/connector.md). A request that was sent is never cancelled here, and
+decode is never asked when prefill did not answer 200: either stops engines with P2pNcclConnector.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from time import perf_counter
+from typing import Protocol
+
+from bench.gpu_latency.client import Answer, Broken, Client
+from bench.gpu_latency.prompts import Body
+
+PATH = "/v1/completions"
+
+
+class Refused(Exception):
+    """An engine or the proxy answered, but not 200 and in full."""
+
+
+class Shot:
+    """One request and what became of it.
+
+    Attributes:
+        sent: when it began (``perf_counter``), before any wait of the arm's own.
+        arrivals: when each event with tokens came.
+        prefill: seconds until prefill's leg was answered; 0 through the proxy.
+        error: why it failed, empty when it did not.
+        place: number of its pair at low rates, of its block at saturating ones.
+    """
+
+    __slots__ = ("arm", "arrivals", "error", "place", "prefill", "sent", "tokens")
+
+    def __init__(self, arm: str, tokens: int, place: int) -> None:
+        self.arm, self.tokens, self.place = arm, tokens, place
+        self.sent = 0.0
+        self.arrivals: list[float] = []
+        self.prefill = 0.0
+        self.error = ""
+
+
+class Arm(Protocol):
+    """One way to an answer."""
+
+    name: str
+
+    async def ask(self, body: Body, shot: Shot) -> Answer: ...
+
+
+async def fire(arm: Arm, body: Body, shot: Shot) -> Shot:
+    """Send ``body`` by ``arm``; what goes wrong is noted in ``shot``."""
+    shot.sent = perf_counter()
+    try:
+        answer = await arm.ask(body, shot)
+        _check(answer, arm.name)
+        shot.arrivals = answer.arrivals
+        if not answer.done or answer.completion_tokens != body.answer:
+            raise Refused(f"{answer.completion_tokens} tokens of {body.answer}, [DONE]: {answer.done}")
+    except (Broken, Refused) as error:
+        shot.error = f"{type(error).__name__}: {error}"
+    return shot
+
+
+def _check(answer: Answer, who: str) -> None:
+    if answer.status != 200:
+        raise Refused(f"{who}: {answer.status} {bytes(answer.body[:300])!r}")
+
+
+class Proxied:
+    """One POST to the proxy."""
+
+    name = "proxy"
+
+    def __init__(self, proxy: Client) -> None:
+        self._proxy = proxy
+
+    async def ask(self, body: Body, shot: Shot) -> Answer:
+        return await self._proxy.post(PATH, body.whole(), stream=True)
+
+
+class KvRoom:
+    """KV that may wait on decode, in bytes; who does not fit waits, in order. The proxy has the same limit.
+
+    From the moment prefill is asked to decode's first token, as the proxy counts it.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._free = capacity
+        self._capacity = capacity
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, size: int) -> None:
+        """Wait until ``size`` bytes are free, and take them. What is larger than all of it takes all of it."""
+        size = min(size, self._capacity)
+        if not self._queue and size <= self._free:
+            self._free -= size
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append((size, turn))
+        await turn
+
+    def give(self, size: int) -> None:
+        """Give back what ``take`` took."""
+        self._free += min(size, self._capacity)
+        while self._queue and self._queue[0][0] <= self._free:
+            size, turn = self._queue.popleft()
+            self._free -= size
+            turn.set_result(None)
+
+
+class DirectP2p:
+    """Prefill, then decode, under one id with both KV addresses."""
+
+    name = "direct"
+
+    def __init__(self, prefill: Client, decode: Client, addresses: tuple[str, str], room: KvRoom, per_token: int):
+        self._prefill, self._decode = prefill, decode
+        self._head = f"___prefill_addr_{addresses[0]}___decode_addr_{addresses[1]}_"
+        self._room, self._per_token = room, per_token
+
+    async def ask(self, body: Body, shot: Shot) -> Answer:
+        size = body.tokens * self._per_token
+        await self._room.take(size)
+        held = [size]
+
+        def release() -> None:
+            if held:
+                self._room.give(held.pop())
+
+        try:
+            name = self._head + secrets.token_hex(16)
+            begun = perf_counter()
+            _check(await self._prefill.post(PATH, body.prefill(), name), "prefill")
+            shot.prefill = perf_counter() - begun
+            return await self._decode.post(PATH, body.whole(), name, stream=True, on_first=release)
+        finally:
+            release()
+
+
+class DirectOwn:
+    """Both legs at once; decode fetches the KV from the address that prefill announces."""
+
+    name = "direct"
+
+    def __init__(self, prefill: Client, decode: Client, prefill_kv: str) -> None:
+        self._prefill, self._decode, self._kv = prefill, decode, prefill_kv
+
+    async def ask(self, body: Body, shot: Shot) -> Answer:
+        name = secrets.token_hex(16)
+        offer = f'"kv_transfer_params":{{"transfer_id":"{name}"}}'
+        fetch = f'"kv_transfer_params":{{"transfer_id":"{name}","from":"{self._kv}"}}'
+        begun = perf_counter()
+
+        async def compute() -> None:
+            _check(await self._prefill.post(PATH, body.prefill(offer)), "prefill")
+            shot.prefill = perf_counter() - begun
+
+        # Decode makes up for a prefill that fails; the figure would not be one of this path, so the error counts.
+        leg = asyncio.ensure_future(compute())
+        results = await asyncio.gather(
+            self._decode.post(PATH, body.whole(fetch), stream=True), leg, return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        answer = results[0]
+        assert isinstance(answer, Answer)
+        return answer
