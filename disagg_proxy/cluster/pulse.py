@@ -123,6 +123,10 @@ class Vigil:
             if self.telling:
                 self._pulse.pace.add(self._clock() - self.since, self.tokens)
 
+    def moved(self) -> None:
+        """A further part of an answer that has begun has come, and was passed on at once."""
+        self._pulse.moves += 1
+
     def listen(self) -> None:
         """The engine is waited for again."""
         self.waiting = True

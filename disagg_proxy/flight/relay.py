@@ -14,12 +14,18 @@ from typing import Protocol
 
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
-from disagg_proxy.protocol.redact import IdHider, NoHiding
-from disagg_proxy.protocol.usage import UsageRepair
+from disagg_proxy.protocol.redact import IdHider
+from disagg_proxy.protocol.usage import KEY, UsageRepair
 from disagg_proxy.upstream import Answer
 
 _PULLED_AHEAD = 64 * 1024
 """Bytes that wait for a reader that pulls."""
+
+_LINE_END = ord("\n")
+
+
+def _nowhere(piece: bytes) -> None:
+    """Before there is an outlet nothing is poured."""
 
 
 class Outlet(Protocol):
@@ -43,12 +49,12 @@ class Relay:
         ended: called once, with whether the body came to its end by itself.
     """
 
-    __slots__ = ("_answer", "_ended", "_hider", "_outlet", "_over", "_paused", "_repair", "_vigil")
+    __slots__ = ("_answer", "_ended", "_hider", "_outlet", "_over", "_paused", "_repair", "_vigil", "_write")
 
     def __init__(
         self,
         answer: Answer,
-        hider: IdHider | NoHiding,
+        hider: IdHider,
         repair: UsageRepair,
         vigil: Vigil,
         ended: Callable[[bool], None],
@@ -59,23 +65,25 @@ class Relay:
         self._vigil = vigil
         self._ended = ended
         self._outlet: Outlet | None = None
+        self._write: Callable[[bytes], None] = _nowhere
         self._over = False
         self._paused = False
 
     # -- decode's side
 
     def feed(self, piece: bytes) -> None:
-        """What has just arrived."""
-        outlet = self._outlet
-        if self._over or outlet is None:
+        """What has just arrived. Runs for every token: what holds for most of them is decided here, by the rules that
+        the filters state, since each further call costs as much as all the rest of it."""
+        if self._over:
             return
-        vigil = self._vigil
-        vigil.heard()
-        piece = self._repair.feed(self._hider.feed(piece))
+        self._vigil.moved()
+        hider, repair = self._hider, self._repair
+        if piece[-1] == _LINE_END and not hider.held and not repair.held and KEY not in piece:
+            self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
+            return
+        piece = repair.feed(hider.feed(piece))
         if piece:
-            outlet.write(piece)
-        if not self._paused:
-            vigil.listen()
+            self._write(piece)
 
     def end(self) -> None:
         """Decode's answer is whole."""
@@ -100,7 +108,8 @@ class Relay:
 
     def pour(self, outlet: Outlet) -> None:
         """Write into ``outlet`` from now on, until its ``end`` or ``cut`` is called."""
-        self._outlet = outlet
+        self._outlet, self._write = outlet, outlet.write
+        self._vigil.waiting = not self._paused
         self._answer.pour(self)
 
     def pause(self) -> None:
@@ -140,6 +149,7 @@ class Relay:
 
     def _finish(self, complete: bool) -> None:
         self._over = True
+        self._write = _nowhere
         self._ended(complete)
 
 

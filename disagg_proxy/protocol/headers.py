@@ -14,6 +14,22 @@ from disagg_proxy.protocol.p2p_nccl import RequestId
 Headers = list[tuple[bytes, bytes]]
 """Name in lower case and value, in the order of the wire."""
 
+
+class AnswerHeaders(Headers):
+    """Those of an instance's answer, which must not be changed: answers with the same head share them.
+
+    Attributes:
+        passed: what goes on to the client, once that was found out; ``stream``: whether the body is one of events.
+    """
+
+    __slots__ = ("passed", "stream")
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(headers)
+        self.passed: Headers | None = None
+        self.stream = value_of(self, b"content-type").startswith(b"text/event-stream")
+
+
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade".split()
@@ -59,12 +75,16 @@ def request_lines(headers: Headers, engine_api_key: str) -> bytes:
 
 def answer_headers(headers: Headers, request_id: RequestId | None) -> Headers:
     """An instance's headers as they go to the client, with no trace of the internal id."""
-    dropped = _dropped(headers, _ANSWER_OWN)
-    found = [header for header in headers if header[0] not in dropped]
+    known = headers.passed if isinstance(headers, AnswerHeaders) else None
+    if known is None:
+        dropped = _dropped(headers, _ANSWER_OWN)
+        known = [header for header in headers if header[0] not in dropped]
+        if isinstance(headers, AnswerHeaders):
+            headers.passed = known
     if request_id is None:
-        return found
+        return known.copy()
     internal, public = request_id.internal.encode(), request_id.public.encode()
-    return [(name, value.replace(internal, public)) for name, value in found]
+    return [(name, value.replace(internal, public)) for name, value in known]
 
 
 def _dropped(headers: Headers, own: frozenset[bytes]) -> frozenset[bytes]:
@@ -86,4 +106,6 @@ def client_request_id(headers: Headers) -> str | None:
 
 def is_stream(headers: Headers) -> bool:
     """Whether the body is a stream of server-sent events."""
+    if isinstance(headers, AnswerHeaders):
+        return headers.stream
     return value_of(headers, b"content-type").startswith(b"text/event-stream")

@@ -11,12 +11,15 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
-from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.protocol.headers import AnswerHeaders
 
 log = logging.getLogger(__name__)
 
 _READ_AHEAD = 256 * 1024
 """Bytes of a body that are held for somebody who has not asked for it yet, or only for its beginning."""
+
+
+_NO_HEADERS = AnswerHeaders()
 
 
 class Enough(IntEnum):
@@ -34,7 +37,7 @@ class WholeAnswer(NamedTuple):
     """An answer that was read to its end."""
 
     status: int
-    headers: Headers
+    headers: AnswerHeaders
     body: bytes
 
 
@@ -93,7 +96,7 @@ class Answer:
         self.leg = leg
         self.reused = reused
         self.status = 0
-        self.headers: Headers = []
+        self.headers = _NO_HEADERS
         self._have = Enough.NOTHING
         self._enough = Enough.NOTHING
         self._pieces: list[bytes] = []
@@ -105,35 +108,43 @@ class Answer:
 
     # -- the connection's side
 
-    def begun(self, status: int, headers: Headers) -> None:
+    def begun(self, status: int, headers: AnswerHeaders) -> None:
         """Status and headers have come."""
         self.status = status
         self.headers = headers
         self._have = Enough.HEAD
 
-    def received(self, piece: bytes, over: bool) -> None:
-        """What has come in one go: maybe nothing of the body, maybe its end."""
-        if over:
-            self._carrier = None
+    def received(self, piece: bytes) -> None:
+        """What has come in one go, and the answer goes on; maybe nothing of the body."""
         sink = self._sink
         if sink is not None:
             if piece:
                 sink.feed(piece)
-            if over:
-                self._have = Enough.WHOLE
-                sink.end()
             return
         if piece:
             self._pieces.append(piece)
             self._held += len(piece)
             self._have = Enough.BEGUN
-        if over:
-            self._have = Enough.WHOLE
         if self._waiter is not None and self._have >= self._enough:
             self._wake()
         elif self._held > _READ_AHEAD and self._enough is not Enough.WHOLE and self._carrier is not None:
             self._paused = True
             self._carrier.pause_reading()
+
+    def ended(self, last: bytes = b"") -> None:
+        """The last of the body has come."""
+        self._carrier = None
+        self._have = Enough.WHOLE
+        sink = self._sink
+        if sink is not None:
+            if last:
+                sink.feed(last)
+            sink.end()
+            return
+        if last:
+            self._pieces.append(last)
+        if self._waiter is not None:
+            self._wake()
 
     def broke(self, error: EngineError | EngineDeadline) -> None:
         """The connection ended before the answer did."""
