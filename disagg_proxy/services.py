@@ -34,7 +34,7 @@ from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_proxy.watch.watchdog import Watchdog
 from disagg_proxy.workers.member import Member, Told
-from disagg_proxy.workers.overview import Overview, Part, counts_of, pack_stats
+from disagg_proxy.workers.overview import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Services:
         self.journal = Journal(0 if member is None else member.seat.worker)
         self.recorder = Recorder(self.stats, self.journal, Meter())
         self.registry = Registry(clock, config.instance_expiry)
+        self.recorder.served = self.registry.has_model
         self.happenings = Happenings(self.registry, self.journal)
         self.pairing = Pairing(
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
@@ -150,6 +151,8 @@ class Services:
             len(self.background),
             self.gate.waiting,
             counts_of(self.registry.instances()),
+            seen_of(self.registry.instances()),
+            gauges_of(self.registry.instances(), self.registry.now()),
         )
 
     async def view(self) -> dict[str, Any]:
@@ -180,12 +183,18 @@ class Services:
 
     def _part(self) -> Part:
         """What this worker publishes."""
+        instances = self.registry.instances()
         return Part(
             0 if self.member is None else self.member.seat.incarnation,
             pack_stats(self.stats),
-            counts_of(self.registry.instances()),
-            {"in_background": len(self.background), "queued": self.gate.waiting},
+            counts_of(instances),
+            {
+                "in_background": len(self.background),
+                "queued": self.gate.waiting,
+                **gauges_of(instances, self.registry.now()),
+            },
             dict(self.discovery.refused),
+            seen_of(instances),
         )
 
 
