@@ -14,14 +14,19 @@ from typing import Protocol
 
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
+from disagg_proxy.observe.record import Record
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider
-from disagg_proxy.protocol.usage import KEY, UsageRepair
+from disagg_proxy.protocol.usage import KEY, UsageRepair, output_tokens
 from disagg_proxy.upstream import Answer
 
 _PULLED_AHEAD = 64 * 1024
 """Bytes that wait for a reader that pulls."""
 
 _LINE_END = ord("\n")
+
+_END = 64
+"""Bytes that the last event of a stream may have, which tells of no tokens: ``[DONE]``, ``message_stop``."""
 
 
 def _nowhere(piece: bytes) -> None:
@@ -47,9 +52,13 @@ class Relay:
     Args:
         vigil: told when decode is waited for, and what comes.
         ended: called once, with whether the body came to its end by itself.
+        record: told of the pieces.
     """
 
-    __slots__ = ("_answer", "_ended", "_hider", "_outlet", "_over", "_paused", "_repair", "_vigil", "_write")
+    __slots__ = (
+        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_record", "_repair", "_unseen",
+        "_vigil", "_write",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -58,12 +67,16 @@ class Relay:
         repair: UsageRepair,
         vigil: Vigil,
         ended: Callable[[bool], None],
+        record: Record,
     ) -> None:
         self._answer = answer
         self._hider = hider
         self._repair = repair
         self._vigil = vigil
         self._ended = ended
+        self._record = record
+        self._unseen = record.first_look
+        self._last = b""
         self._outlet: Outlet | None = None
         self._write: Callable[[bytes], None] = _nowhere
         self._over = False
@@ -77,6 +90,11 @@ class Relay:
         if self._over:
             return
         self._vigil.moved()
+        self._unseen -= 1
+        if not self._unseen:
+            self._unseen = self._record.look()
+        if len(piece) > _END:
+            self._last = piece
         hider, repair = self._hider, self._repair
         if piece[-1] == _LINE_END and not hider.held and not repair.held and KEY not in piece:
             self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
@@ -101,6 +119,7 @@ class Relay:
         outlet = self._outlet
         if self._over or outlet is None:
             return
+        self._record.cut(error)
         self._finish(complete=False)
         outlet.cut(StreamCut(error.message))
 
@@ -115,6 +134,7 @@ class Relay:
     def pause(self) -> None:
         """The client is behind: until :meth:`resume` decode is not waited for."""
         self._paused = True
+        self._record.disturbed()
         self._vigil.waiting = False
         self._answer.pause()
 
@@ -150,6 +170,11 @@ class Relay:
     def _finish(self, complete: bool) -> None:
         self._over = True
         self._write = _nowhere
+        record, last, self._last = self._record, self._last, b""
+        record.passed(self._unseen)
+        record.output_tokens = output_tokens(last)
+        if record.prompt_tokens is None:
+            record.prompt_tokens = prompt_tokens(last) or None
         self._ended(complete)
 
 
