@@ -9,7 +9,7 @@ from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, headers_of
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.protocol.fields import MESSAGES, Route
-from disagg_proxy.protocol.headers import Headers, answer_headers, is_stream, value_of
+from disagg_proxy.protocol.headers import AnswerHeaders, Headers, answer_headers, is_stream, value_of
 from disagg_proxy.protocol.p2p_nccl import RequestId
 from disagg_proxy.protocol.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.protocol.redact import hide
@@ -98,4 +98,4 @@ def prefill_refusal(route: Route, answer: WholeAnswer, choices: int) -> WholeAns
     if read.verdict is Verdict.UNKNOWN:
         log.warning("Prefill's 200 is no answer: %.300r", answer.body)
         raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
-    return WholeAnswer(read.status, [], read.body)
+    return WholeAnswer(read.status, AnswerHeaders(), read.body)

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.flight.relay import Relay
-from disagg_proxy.http.generation import answer_head, begin
+from disagg_proxy.http.generation import Asked, answer_head, begin
 from disagg_proxy.http.respond import error_parts, from_bug
 from disagg_proxy.launch import Carrier
-from disagg_proxy.protocol.fields import ROUTES, Route
-from disagg_proxy.protocol.headers import Headers, client_request_id
+from disagg_proxy.protocol.fields import ROUTES
+from disagg_proxy.protocol.headers import Headers
 from disagg_proxy.services import Services
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,11 @@ class Direct:
     waiting_for_100_continue = False
 
     __slots__ = (
+        "_asked",
         "_client",
-        "_client_id",
         "_flight",
-        "_headers",
         "_pieces",
         "_relay",
-        "_route",
         "_services",
         "_waiting",
         "default_headers",
@@ -79,12 +77,10 @@ class Direct:
         "response_started",
     )
 
-    def __init__(self, client: Client, services: Services, route: Route, headers: Headers, keep_alive: bool) -> None:
+    def __init__(self, client: Client, services: Services, asked: Asked, keep_alive: bool) -> None:
         self._client = client
         self._services = services
-        self._route = route
-        self._headers = headers
-        self._client_id = client_request_id(headers)
+        self._asked = asked
         self._pieces: list[bytes] = []
         self._flight: Carrier | None = None
         self._relay: Relay | None = None
@@ -102,11 +98,10 @@ class Direct:
 
     def start(self) -> None:
         """The body is whole. Never raises."""
-        pieces, headers = self._pieces, self._headers
-        self._pieces, self._headers = [], []
+        pieces, self._pieces = self._pieces, []
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         try:
-            begun = begin(self._services, self._route, headers, body)
+            begun = begin(self._services, self._asked, body)
         except ProxyError as error:
             self._refuse(error)
         except Exception as bug:
@@ -144,7 +139,7 @@ class Direct:
             self._refuse(what)
             return
         assert self._flight is not None
-        headers = answer_head(what, self._client_id, self._flight)
+        headers = answer_head(what, self._asked.client_id, self._flight)
         if isinstance(what.body, bytes):
             self._say(what.status, headers, what.body)
             return
@@ -155,7 +150,7 @@ class Direct:
         what.body.pour(self)
 
     def _refuse(self, error: ProxyError) -> None:
-        self._say(*error_parts(error, self._client_id))
+        self._say(*error_parts(error, self._asked.client_id))
 
     def _say(self, status: int, headers: Headers, body: bytes) -> None:
         """A whole answer."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 from disagg_proxy.errors import ProxyError, UnsupportedEncoding
 from disagg_proxy.flight.outcome import Outcome
@@ -19,19 +19,39 @@ from disagg_proxy.protocol.prepare import prepare
 from disagg_proxy.services import Services
 
 
-def begin(services: Services, route: Route, headers: Headers, body: bytes) -> Carrier | Coroutine[Any, Any, Carrier]:
+class Asked(NamedTuple):
+    """What the head of a generation request says.
+
+    Attributes:
+        lines: the client's headers as lines for the instances.
+        client_id: the client's own X-Request-Id.
+        session: what its SESSION_HEADER says, where a policy asks for it.
+    """
+
+    route: Route
+    lines: bytes
+    client_id: str | None
+    session: bytes
+
+
+def asked(services: Services, route: Route, headers: Headers) -> Asked:
+    """Read a head."""
+    config, wanted = services.config, services.launcher.wanted
+    session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
+    return Asked(route, request_lines(headers, config.engine_api_key), client_request_id(headers), session)
+
+
+def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[Any, Any, Carrier]:
     """The flight of one request, or what to await for it.
 
     Raises:
         ProxyError: it cannot be served.
     """
-    config, launcher = services.config, services.launcher
-    record = services.recorder.open(route.path, client_request_id(headers))
+    launcher = services.launcher
+    record = services.recorder.open(head.route.path, head.client_id)
     try:
-        prepared = prepare(route, body, launcher.wanted)
-        session = value_of(headers, config.session_header.lower().encode()) if launcher.wanted.session else b""
-        lines = request_lines(headers, config.engine_api_key)
-        begun = launcher.launch(route, lines, prepared, record, session)
+        prepared = prepare(head.route, body, launcher.wanted)
+        begun = launcher.launch(head.route, head.lines, prepared, record, head.session)
     except ProxyError as error:
         record.refuse(error)
         raise

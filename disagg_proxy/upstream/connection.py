@@ -1,7 +1,7 @@
 """One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
 
 llhttp (httptools) reads the answer and takes off its framing, but for small answers whose head it has read before
-(``heads``). A connection that says anything unasked, or anything that is not HTTP, is closed.
+(``protocol/heads``). A connection that says anything unasked, or anything that is not HTTP, is closed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
 from disagg_proxy.protocol.headers import AnswerHeaders, Headers
+from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.answer import Answer, closed_early
-from disagg_proxy.upstream.heads import Heads
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Pool(Protocol):
         heads: of answers that were read before, on any connection.
     """
 
-    heads: Heads
+    heads: Heads[tuple[int, AnswerHeaders]]
 
     def came(self, connection: Connection) -> None:
         """It is open."""
@@ -153,11 +153,10 @@ class Connection(asyncio.Protocol):
         self._heard = self._loop.time()
         fresh = not self._head and not answer.status
         if fresh:
-            known = self._heads.whole(data)
-            if known is not None:
-                head, body = known
-                answer.begun(head.status, head.headers)
-                self._end(answer, body)
+            known = self._heads.meet(data)
+            if known is not None and known[1] + known[2] == len(data):
+                answer.begun(*known[0])
+                self._end(answer, data[known[1] :])
                 return
         try:
             self._parser.feed_data(data)
@@ -174,7 +173,7 @@ class Connection(asyncio.Protocol):
             return
         if self._over:
             if fresh and self.keep and answer.status < 400:
-                self._heads.learn(data, answer.status, answer.headers)
+                self._heads.learn(data, (answer.status, answer.headers))
             self._end(answer, self._take())
         else:
             answer.received(self._take())
