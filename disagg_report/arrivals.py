@@ -52,7 +52,8 @@ class Workload:
     def bodies(self, dice: random.Random, count: int) -> Sequence[bytes]:
         """Streamed completions of token ids.
 
-        Each begins with ids of its own, so that no prefix cache has it; the rest is shared, which costs the client less.
+        Each begins with ids of its own, so that no prefix cache has it; the rest is shared, which
+        costs the client less.
         """
         last = max(_FIRST + 1, min(_LAST, self.vocabulary))
         own = min(_OWN, self.input_tokens)

@@ -1,7 +1,7 @@
 """The command line: ``sweep`` measures one setup into a folder, ``write`` and ``plots`` make what people read from it.
 
 Exit codes: 0 all went well; 1 a load generator failed or a folder cannot be read; 2 wrong usage; 130 interrupted.
-Keys come from the environment: API_KEY.
+The key of what is measured comes from the environment: BENCH_KEY.
 """
 
 from __future__ import annotations

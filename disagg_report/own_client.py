@@ -158,5 +158,5 @@ async def _cancel(tasks: Iterable[asyncio.Task[Shot]]) -> None:
 
 
 def key_from_environment() -> str:
-    """API_KEY: not an argument, which `ps` would show."""
-    return os.environ.get("API_KEY", "")
+    """BENCH_KEY: not an argument, which `ps` would show."""
+    return os.environ.get("BENCH_KEY", "")

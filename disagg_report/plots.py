@@ -31,7 +31,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     except ImportError:
         raise NoPlots(NO_MATPLOTLIB) from None
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "disagg_report", "font.size": 9, "font.family": "sans-serif"})
+    matplotlib.rcParams.update({"svg.hashsalt": "disagg_report", "svg.fonttype": "none", "font.size": 9})
     slo = report.header.slo
     simulated = ", SIMULATED engines" if report.header.simulated else ""
     title = f"{report.header.input_tokens} tokens in, {report.header.output_tokens} out{simulated}"

@@ -1,7 +1,7 @@
 """What follows from the figures: how much a setup serves within the SLO, and which serves most. Pure.
 
-A setup's *capacity* is its highest goodput among the rates at which it kept the SLO. Capacities that differ by less than
-5 % are called equal: a sweep knows a limit to a quarter, and a rate has a few hundred requests at most.
+A setup's *capacity* is its highest goodput among the rates at which it kept the SLO. Capacities that differ by less
+than 5 % are called equal: a sweep knows a limit to a quarter, and a rate has a few hundred requests at most.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def verdict(report: Report) -> str:
 def _single(one: Outcome) -> str:
     if one.best is None:
         return f"{one.setup.title} kept the SLO at no rate that was tried."
-    return f"{one.setup.title} serves {one.capacity:.2f} requests/s within the SLO (highest rate kept: {one.best.rate:g}/s)."
+    kept = f"{one.best.rate:g}/s"
+    return f"{one.setup.title} serves {one.capacity:.2f} requests/s within the SLO (highest rate kept: {kept})."
 
 
 def _compared(report: Report, every: Sequence[Outcome]) -> str:
@@ -78,7 +79,8 @@ def _compared(report: Report, every: Sequence[Outcome]) -> str:
             f" can tell: {first.capacity:.2f} requests/s; the others: {others}."
         )
     more = f"{first.capacity / second.capacity:.2f} times as many as {second.setup.title}" if second.best else ""
-    return f"{first.setup.title} {what}: {first.capacity:.2f} requests/s{', ' + more if more else ''} (the others: {others})."
+    served = f"{first.capacity:.2f} requests/s" + (f", {more}" if more else "")
+    return f"{first.setup.title} {what}: {served} (the others: {others})."
 
 
 def _doubts(every: Sequence[Outcome]) -> list[str]:
@@ -87,6 +89,7 @@ def _doubts(every: Sequence[Outcome]) -> list[str]:
         doubts.append(f"The limit was not reached with {', '.join(open_ended)}: higher rates may be served too.")
     if few := [one.setup.title for one in every if one.best and one.best.sent < LEAST_FOR_P99]:
         doubts.append(
-            f"Fewer than {LEAST_FOR_P99} requests stand behind the figure of {', '.join(few)}: more BENCH_SECONDS make it firm."
+            f"Fewer than {LEAST_FOR_P99} requests stand behind the figure of {', '.join(few)}: more BENCH_SECONDS make"
+            " it firm."
         )
     return doubts

@@ -1,8 +1,8 @@
 """``vllm bench serve`` as load generator: how it is called, and what its result file says.
 
 Flags and fields: vllm/benchmarks/serve.py of vLLM 0.9.2 to 0.33. ``--save-detailed`` adds one list for each field of a
-request; ``start_times`` and ``latencies`` are in newer versions only. It takes one URL: with several, one of it runs for
-each at its part of the rate, which together are the same Poisson arrivals.
+request; ``start_times`` and ``latencies`` are in newer versions only. It takes one URL: with several, one of it runs
+for each at its part of the rate, which together are the same Poisson arrivals.
 """
 
 from __future__ import annotations
