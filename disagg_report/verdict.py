@@ -52,7 +52,7 @@ def verdict(report: Report) -> str:
     all_of_them = [one for one in outcomes(report) if one.rates]
     if not all_of_them:
         return "Nothing was measured."
-    sentence = _single(all_of_them[0]) if len(all_of_them) == 1 else _compared(report, all_of_them)
+    sentence = _single(all_of_them[0]) if len(all_of_them) == 1 else _compared(all_of_them)
     return " ".join([sentence, *_doubts(all_of_them)])
 
 
@@ -63,24 +63,23 @@ def _single(one: Outcome) -> str:
     return f"{one.setup.title} serves {one.capacity:.2f} requests/s within the SLO (highest rate kept: {kept})."
 
 
-def _compared(report: Report, every: Sequence[Outcome]) -> str:
+def _compared(every: Sequence[Outcome]) -> str:
     ranked = sorted(every, key=lambda one: -one.capacity)
     first, second = ranked[0], ranked[1]
     if first.best is None:
         return "None of the setups kept the SLO at a rate that was tried."
     others = ", ".join(f"{one.setup.title} {one.capacity:.2f}" for one in ranked[1:])
-    if report.header.question == "ratio":
-        what = "serves most requests within the SLO"
-    else:
-        what = "serves more requests within the SLO"
     if second.capacity >= first.capacity * (1 - EQUAL_WITHIN):
+        equal = [one.setup.title for one in ranked if one.capacity >= first.capacity * (1 - EQUAL_WITHIN)]
         return (
-            f"{first.setup.title} and {second.setup.title} serve equally many requests within the SLO, as far as this"
-            f" can tell: {first.capacity:.2f} requests/s; the others: {others}."
+            f"{' and '.join(equal)} serve equally many requests within the SLO as far as this can tell:"
+            f" {first.capacity:.2f} requests/s ({others})."
         )
-    more = f"{first.capacity / second.capacity:.2f} times as many as {second.setup.title}" if second.best else ""
-    served = f"{first.capacity:.2f} requests/s" + (f", {more}" if more else "")
-    return f"{first.setup.title} {what}: {served} (the others: {others})."
+    more = f", {first.capacity / second.capacity:.2f} times as many as the next" if second.best else ""
+    return (
+        f"Most requests within the SLO are served by {first.setup.title}: {first.capacity:.2f} requests/s{more}"
+        f" ({others})."
+    )
 
 
 def _doubts(every: Sequence[Outcome]) -> list[str]:

@@ -147,10 +147,13 @@ class VllmClient:
             self._program, url, self._workload, self._tokenizer, rate, count, seed, self._goodput, file.absolute()
         )
         limit = _IMPORTS + 4 * self._workload.seconds + 60
-        process = await asyncio.create_subprocess_exec(
-            *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            env=self._environment, start_new_session=True,
-        )  # fmt: skip
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT, env=self._environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise ClientFailed(f"vllm bench serve cannot be started: {error}") from None
         try:
             code = await asyncio.wait_for(self._follow(process, log, progress), limit)
         except asyncio.TimeoutError:

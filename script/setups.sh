@@ -84,7 +84,7 @@ again() {
   (
     trap - INT TERM HUP EXIT
     if ((${#BENCH_EXPORTED[@]})); then export "${BENCH_EXPORTED[@]?}"; fi
-    exec env "${changes[@]}" "$BASH" "$SELF" "$@" >/dev/null
+    exec env BENCH_CHILD=1 "${changes[@]}" "$BASH" "$SELF" "$@" >/dev/null
   )
 }
 
