@@ -37,11 +37,9 @@ def bench(machine: Machine, tmp_path: Path) -> Iterator[Machine]:
 
 @pytest.fixture
 def stubs(tmp_path: Path, bench: Machine) -> Stubs:
-    """PATH has stand-ins only for what this test puts there."""
-    one = Stubs(tmp_path)
-    bench.env |= {"PATH": one.path, "ENGINE": "auto", "PYTHON": ""}
-    del bench.env["EXTRA_SIM_ARGS"]
-    return one
+    made = Stubs(tmp_path / "stubs")
+    bench.env |= {"PATH": made.path, "ENGINE": "vllm"}
+    return made
 
 
 def report(machine: Machine) -> Path:
