@@ -22,6 +22,7 @@ from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
 from disagg_proxy.observe import view
+from disagg_proxy.observe.access_log import AccessLog
 from disagg_proxy.observe.happenings import Happenings
 from disagg_proxy.observe.journal import Journal
 from disagg_proxy.observe.meter import Meter
@@ -86,6 +87,7 @@ class Services:
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._watchdog: Watchdog | None = None
+        self._access_log: AccessLog | None = None
         self._look_timer: asyncio.TimerHandle | None = None
         self._told_to_stop: Callable[[bool], None] = lambda at_once: self.stopping.begin()
         self._clients: Callable[[], int] = lambda: 0
@@ -112,6 +114,11 @@ class Services:
         )
         self._watchdog.start()
         self._look()
+        if self.config.access_log != "off":
+            self._access_log = AccessLog(
+                self.config.access_log, None if self.member is None else self.member.seat.worker
+            )
+            self.recorder.sinks.append(self._access_log.take)
         if self.member is None:
             log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
             return
@@ -133,6 +140,8 @@ class Services:
         if self._watchdog is not None:
             await self._watchdog.stop()
         await self.discovery.stop()
+        if self._access_log is not None:
+            await self._access_log.stop()
         if self._upstream is not None:
             await self._upstream.close()
         if self.member is not None:

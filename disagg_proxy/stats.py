@@ -82,7 +82,8 @@ class Latency(Histogram):
 
     def add(self, value: float) -> None:
         """Take in one value."""
-        super().add(value)
+        self.buckets[bisect_left(self.bounds, value)] += 1
+        self.sum += value
         self._recent.append(value)
         self.count += 1
 
