@@ -24,7 +24,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
-from functools import partial
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pair
@@ -92,6 +91,7 @@ class Flight:
         self._prefill_deadlines = prefill_deadlines
         self._loads = loads
         self._deadline: object | None = None
+        self._load: object | None = None
         self._own_key = own_key
         self._prefilled = prefilled
         self._client = Client(record)
@@ -166,7 +166,7 @@ class Flight:
         """Both legs in order, on one pair after another; None when nobody waits for the answer any more."""
         while True:
             legs = self._legs
-            legs.when_prefill_stands = partial(self._leave_behind, legs)
+            legs.when_prefill_stands = self._leave_behind
             try:
                 prefilled = await self._prefill(legs)
                 refused = prefill_refusal(legs.route, prefilled, legs.prepared.choices)
@@ -196,7 +196,7 @@ class Flight:
             self._record.ask_decode()
             self._prefill_deadlines.drop(self._deadline)
             if not legs.prepared.streams:
-                self._loads.add(legs.kv.release)
+                self._load = self._loads.add(legs.kv.release)
             try:
                 answer = await legs.decode()
                 if answer.status == 200:
@@ -327,6 +327,7 @@ class Flight:
         return Outcome(200, headers, relay)
 
     def _first_byte(self, streamed: bool) -> None:
+        self._loads.drop(self._load)
         self._legs.kv.release()
         self._record.begin_answer(streamed)
 

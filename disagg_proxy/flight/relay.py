@@ -30,7 +30,11 @@ _END = 64
 
 
 def _nowhere(piece: bytes) -> None:
-    """Before there is an outlet nothing is poured."""
+    """Before and after there is an outlet nothing is poured."""
+
+
+def _nobody(complete: bool) -> None:
+    """Whoever was to be told was told."""
 
 
 class Outlet(Protocol):
@@ -169,13 +173,15 @@ class Relay:
 
     def _finish(self, complete: bool) -> None:
         self._over = True
-        self._write = _nowhere
+        # What is over shall go without the garbage collector, which looks for cycles.
+        self._write, self._outlet = _nowhere, None
         record, last, self._last = self._record, self._last, b""
         record.passed(self._unseen)
         record.output_tokens = output_tokens(last)
         if record.prompt_tokens is None:
             record.prompt_tokens = prompt_tokens(last) or None
-        self._ended(complete)
+        ended, self._ended = self._ended, _nobody
+        ended(complete)
 
 
 class _Pulled:

@@ -137,6 +137,7 @@ class Answer:
         self._have = Enough.WHOLE
         sink = self._sink
         if sink is not None:
+            self._sink = None
             if last:
                 sink.feed(last)
             sink.end()
@@ -152,8 +153,9 @@ class Answer:
             return
         self._carrier = None
         self._error = error
-        if self._sink is not None:
-            self._sink.broke(error)
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.broke(error)
         elif self._waiter is not None:
             self._wake()
 
@@ -192,11 +194,14 @@ class Answer:
     def pour(self, sink: Sink) -> None:
         """From now on everything goes to ``sink``: what is held at once, the rest when it comes."""
         piece = self._take()
-        self._sink = sink
+        if self._have is not Enough.WHOLE and self._error is None:
+            self._sink = sink
         # Before the sink gets anything: it may pause at once.
         self._go_on()
         if piece:
             sink.feed(piece)
+        if self._sink is not None:
+            return
         if self._have is Enough.WHOLE:
             sink.end()
         elif self._error is not None:
