@@ -90,8 +90,8 @@ class Flight:
         self._stats = stats
         self._prefill_deadlines = prefill_deadlines
         self._loads = loads
-        self._deadline: object | None = None
-        self._load: object | None = None
+        self._deadline: int | None = None
+        self._load: int | None = None
         self._own_key = own_key
         self._prefilled = prefilled
         self._client = Client(record)
@@ -309,7 +309,6 @@ class Flight:
             self._first_byte(streamed=False)
             self._record.output_tokens = output_tokens(whole.body)
             self._ended(complete=True)
-            headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
         try:
             # Until the first byte a failure can still be told by a status of its own.

@@ -175,7 +175,6 @@ class TogetherFlight:
             if legs.prefill is None:
                 self._record.prompt_tokens = prompt_tokens(whole.body) or None
             self._ended(complete=True)
-            headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(whole.body, self._repair.cached))
         try:
             await answer.until(Enough.BEGUN)

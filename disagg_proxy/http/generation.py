@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from types import CoroutineType
 from typing import Any, NamedTuple
 
 from disagg_proxy.errors import ProxyError, UnsupportedEncoding
@@ -58,7 +59,7 @@ def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[A
     except Exception:
         record.refuse(ProxyError(""))
         raise
-    return _queued(begun, record) if isinstance(begun, Coroutine) else begun
+    return _queued(begun, record) if isinstance(begun, CoroutineType) else begun
 
 
 async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrier:
@@ -78,11 +79,12 @@ async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrie
 
 def answer_head(outcome: Outcome, client_id: str | None, flight: Carrier) -> Headers:
     """The headers of the answer, but for those of its framing."""
-    found = [header for header in outcome.headers if header[0] != b"content-length"]
-    if not value_of(found, b"content-type"):
-        found.append((b"content-type", b"application/json"))
-    found.append((b"x-request-id", (client_id or flight.public_id[:32]).encode()))
-    return found
+    return [*outcome.headers, (b"x-request-id", answer_id(client_id, flight).encode())]
+
+
+def answer_id(client_id: str | None, flight: Carrier) -> str:
+    """The X-Request-Id of the answer: the client's own, or one that is unique."""
+    return client_id or flight.public_id[:32]
 
 
 def check_encoding(headers: Headers) -> None:

@@ -59,7 +59,7 @@ from disagg_proxy.http.direct import ROUTE_OF, Direct
 from disagg_proxy.http.generation import Asked, asked, check_encoding
 from disagg_proxy.http.guard import Guard
 from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.headers import Headers, value_of
+from disagg_proxy.protocol.headers import Headers, lines_of, value_of
 from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.services import Services
 from disagg_proxy.stopping import Stopping
@@ -109,6 +109,7 @@ class Protocol(HttpToolsProtocol):
     guard: Guard
     heads: Heads[tuple[Asked, bool]]
     max_connections = 0
+    _date: tuple[Headers, bytes] = ([], b"")
     cycle: RequestResponseCycle | Direct  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -386,9 +387,14 @@ class Protocol(HttpToolsProtocol):
     # Answers and refusals
 
     @property
-    def date(self) -> Headers:
-        """What the server says of itself in every answer."""
-        return self.server_state.default_headers
+    def date(self) -> bytes:
+        """What the server says of itself in every answer, as lines. uvicorn makes the list anew each second."""
+        headers = self.server_state.default_headers
+        made_of, lines = self._date
+        if made_of is not headers:
+            lines = lines_of(headers)
+            type(self)._date = headers, lines
+        return lines
 
     def on_response_complete(self) -> None:
         if self.pipeline:

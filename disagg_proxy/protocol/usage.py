@@ -28,10 +28,15 @@ def cached_tokens(prefill_body: bytes) -> int:
 
 def repair_usage(body: bytes, cached: int | None) -> bytes:
     """Put ``cached`` where ``body`` reports cached tokens; None leaves what is there."""
-    if KEY not in body:
+    if cached is None:
         return body
-    repair = UsageRepair(cached)
-    return repair.feed(body) + repair.end()
+    at = body.find(KEY)
+    while at >= 0:
+        value = _VALUE.match(body, at, at + _WINDOW)
+        if value:
+            body = b"%b%d%b" % (body[: value.start(1)], cached, body[value.end(1) :])
+        at = body.find(KEY, at + len(KEY))
+    return body
 
 
 _OUTPUT = (b'"completion_tokens"', b'"output_tokens"')
