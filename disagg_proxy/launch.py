@@ -30,7 +30,6 @@ from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.flight.together_legs import Release, TogetherLegs
 from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prefix import Wanted, session_name
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
@@ -207,8 +206,8 @@ class _Order:
     def _and_strangers(self, without: Collection[Instance]) -> set[Instance]:
         return {*without, *self._launcher._strangers(self._together)}
 
-    def learn(self, prefill_body: bytes) -> None:
-        """Follow how many bytes of text a token takes, where that is asked for."""
+    def learn(self, tokens: int) -> None:
+        """Follow how many bytes of text a token takes, where that is asked for; ``tokens`` as prefill counted them."""
         token_ids, text_bytes = self.prepared.prompt
         if self._launcher._learns and not token_ids and self.prepared.choices == 1:
-            self._launcher.token_guess.learn(self.prepared.model, text_bytes, prompt_tokens(prefill_body))
+            self._launcher.token_guess.learn(self.prepared.model, text_bytes, tokens)

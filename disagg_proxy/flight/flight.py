@@ -68,7 +68,7 @@ class Flight:
         loads: when decode is taken to have loaded the KV of a request that is not streamed, since its answer shows
             nothing before its end. A decode with a free place loads in its next step.
         own_key: whether the proxy's own key went to the instances, so that a 401 is not the client's doing.
-        prefilled: told the body of a prefill that did its work.
+        prefilled: told how many tokens a prefill that did its work has counted in the prompts; 0 when it does not say.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Flight:
         prefill_deadlines: Deadlines,
         loads: Deadlines,
         own_key: bool,
-        prefilled: Callable[[bytes], None],
+        prefilled: Callable[[int], None],
     ) -> None:
         self._attempts = attempts
         self._background = background
@@ -181,9 +181,10 @@ class Flight:
             if refused is not None:
                 legs.end_decode()
                 return None if legs.abandoned else self._refused(refused, "prefill")
-            self._prefilled(prefilled.body)
+            tokens = prompt_tokens(prefilled.body)
+            self._prefilled(tokens)
             cached = self._record.cached_tokens = cached_tokens(prefilled.body)
-            self._record.prompt_tokens = prompt_tokens(prefilled.body) or None
+            self._record.prompt_tokens = tokens or None
             if legs.abandoned or not self._client.waits:
                 await self._drain(legs)
                 return None
