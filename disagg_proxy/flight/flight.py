@@ -43,6 +43,7 @@ from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
 from disagg_proxy.stats import Stats
+from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class Flight:
         self._record = record
         self._phase = _Phase.PREFILL
         self._relay: Relay | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._steps: Steps | None = None
+        self._begun = False
         self._begin_try()
 
     @property
@@ -116,22 +118,28 @@ class Flight:
     def start(self, told: Told) -> None:
         """Run the legs until there is something to say to the client, and say it."""
         self._client.listen(told)
-        self._task = self._background.spawn(self._run(), "request")
         self._deadline = self._prefill_deadlines.add(self._prefill_late)
+        self._begin()
 
     def leave(self) -> None:
         """The client's HTTP exchange is over. Only the first call counts."""
         if not self._client.leave():
             return
         self._prefill_deadlines.drop(self._deadline)
-        if self._phase is _Phase.DECODE and self._task is not None:
+        if self._phase is _Phase.DECODE and self._steps is not None:
             # An abort that comes while the API server still tokenises would leave the KV on the instance.
-            asyncio.get_running_loop().call_later(ABORT_GRACE, self._task.cancel)
+            asyncio.get_running_loop().call_later(ABORT_GRACE, self._steps.cancel)
         elif self._relay is not None:
             self._relay.close()
-        elif self._task is None:
+        elif not self._begun:
             self._legs.give_back()
         self._record.end()
+
+    def _begin(self) -> None:
+        """Run the present legs. They may end in here."""
+        self._begun = True
+        self._steps = steps = self._background.request(self._run())
+        steps.begin()
 
     def _prefill_late(self) -> None:
         if self._phase is _Phase.PREFILL:
@@ -186,7 +194,7 @@ class Flight:
             cached = self._record.cached_tokens = cached_tokens(prefilled.body)
             self._record.prompt_tokens = tokens or None
             if legs.abandoned or not self._client.waits:
-                await self._drain(legs)
+                self._background.spawn(self._drain(legs), "drain")
                 return None
             told = self._told_by_prefill(prefilled)
             if told is not None:
@@ -232,14 +240,15 @@ class Flight:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
         if legs is self._legs and not legs.abandoned and self._client.waits:
             legs.abandoned = True
-            self._task = self._background.spawn(self._go_on(legs.pair, error), "request")
+            self._steps = None
+            self._background.spawn(self._go_on(legs.pair, error), "request")
 
     async def _go_on(self, pair: Pair, error: ProxyError) -> None:
         # Prefill may stand still because decode takes in no KV, and so would the next one.
         if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
             self._stats.failovers += 1
             self._begin_try()
-            await self._run()
+            self._begin()
         else:
             self._client.fail(error)
 

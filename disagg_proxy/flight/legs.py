@@ -23,6 +23,7 @@ from disagg_proxy.flight.verdict import blame, end_lease
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Legs:
         self.abandoned = False
         self.frozen: ProxyError | None = None
         self._decoding: Vigil | None = None
-        self._task: asyncio.Task[Any] | None = None
+        self._waiting: Steps | asyncio.Task[Any] | None = None
 
     @property
     def decoding(self) -> Vigil:
@@ -94,7 +95,7 @@ class Legs:
 
     def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
         """The decode leg is over; only the first call counts. Arguments: :meth:`Lease.end`, :meth:`Vigil.end`."""
-        self._task = None
+        self._waiting = None
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.decode_lease.end(failed=failed)
@@ -193,7 +194,7 @@ class Legs:
     async def decode(self) -> Answer:
         """Send the client's own body to decode and wait for the answer's beginning; all of it when it is not streamed.
 
-        Repeated only when the request cannot have been received. When decode is found to stand still the task is
+        Repeated only when the request cannot have been received. When decode is found to stand still the wait is
         cancelled, with ``frozen`` set.
 
         Raises:
@@ -219,7 +220,7 @@ class Legs:
             raise
 
     def _watch_decode(self, telling: bool) -> None:
-        self._task = asyncio.current_task()
+        self._waiting = Steps.running or asyncio.current_task()
         self._decoding = self.decode_lease.pulse.begin(
             self._registry.now,
             telling=telling,
@@ -230,8 +231,8 @@ class Legs:
 
     def _decode_stands(self, error: ProxyError) -> None:
         self.frozen = error
-        if self._task is not None:
-            self._task.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     async def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Answer:
         return await self._upstream.request(

@@ -21,6 +21,9 @@ _MOST = 512
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?(\d{1,12})\r\n")
 _ID = re.compile(rb"\r\n[Xx]-[Rr]equest-[Ii][Dd]: ?([\w.:-]{1,128})(?=\r\n|\Z)", re.ASCII)
 
+_SOME = b"\0"
+"""Stands for an id; none is another head."""
+
 
 class Heads(Generic[T]):
     """What was made of each head.
@@ -49,7 +52,7 @@ class Heads(Generic[T]):
         if found is not None:
             name = found[1]
             start, stop = found.span(1)
-            head = head[:start] + head[stop:]
+            head = head[:start] + _SOME + head[stop:]
         what = self._known.get(head)
         return None if what is None else (what, end + 4, int(length[1]), name)
 
@@ -63,7 +66,7 @@ class Heads(Generic[T]):
         head = data[: length.start(1)] + data[length.end(1) : end]
         found = _ID.search(head)
         if found is not None:
-            head = head[: found.start(1)] + head[found.end(1) :]
+            head = head[: found.start(1)] + _SOME + head[found.end(1) :]
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[head] = what

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Generator
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
 from disagg_proxy.protocol.headers import AnswerHeaders
+from disagg_proxy.steps import Moment, Steps
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,22 @@ class Carrier(Protocol):
     def abort(self) -> None: ...
 
 
+class _Turn:
+    """A moment for a reader that is a task."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def come(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._future.__await__()
+
+
 class Answer:
     """Fed by its connection, read by one reader.
 
@@ -104,7 +122,7 @@ class Answer:
         self._paused = False
         self._sink: Sink | None = None
         self._error: EngineError | EngineDeadline | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: Moment | _Turn | None = None
 
     # -- the connection's side
 
@@ -160,8 +178,8 @@ class Answer:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            self._waiter.come()
 
     # -- the reader's side
 
@@ -175,9 +193,10 @@ class Answer:
         if self._have < enough and self._error is None:
             self._enough = enough
             self._go_on()
-            self._waiter = asyncio.get_running_loop().create_future()
+            moment: Moment | _Turn = Moment() if Steps.running is not None else _Turn()
+            self._waiter = moment
             try:
-                await self._waiter
+                await moment
             except asyncio.CancelledError:
                 self.close()
                 raise
