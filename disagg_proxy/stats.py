@@ -73,11 +73,14 @@ class Stats:
 
     Attributes:
         clock: monotonic seconds.
-        outcomes: finished generation requests by how they ended.
+        in_flight: generation requests that have places on instances.
+        outcomes: finished generation requests by how they ended (observe/record.py).
         prefill: from sending the prefill to its answer.
-        ttft: from the complete request to the first byte of the answer's body.
+        ttft: from the complete request to the first byte of a streamed answer's body, the queue included.
+        gap: between two pieces of a streamed answer, sampled (observe/record.py).
         total: from the complete request to the last byte.
         failovers: tries on another pair after an instance failed.
+        prompt_tokens, output_tokens: of finished requests, as far as the engines' answers told.
         queued: time in the admission queue, of those that had to wait.
         turned_away: requests that got 429 from the proxy itself.
     """
@@ -89,6 +92,9 @@ class Stats:
     prefill: Latency = field(default_factory=Latency)
     ttft: Latency = field(default_factory=Latency)
     total: Latency = field(default_factory=Latency)
+    gap: Latency = field(default_factory=Latency)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
     drains: Drains = field(default_factory=Drains)
     failovers: int = 0
     queued: Latency = field(default_factory=Latency)

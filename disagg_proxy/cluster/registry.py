@@ -61,6 +61,7 @@ class Registry:
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
         self._on_ended: list[Watcher] = []
+        self._on_breaker: list[Watcher] = []
 
     # -- who wants to know
 
@@ -70,9 +71,13 @@ class Registry:
         probe_wanted: Watcher | None = None,
         freed: Callable[[], None] | None = None,
         ended: Watcher | None = None,
+        breaker: Watcher | None = None,
     ) -> None:
         """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now,
-        ``freed`` when an instance has room again for a request, ``ended`` when a process is gone."""
+        ``freed`` when an instance has room again for a request, ``ended`` when a process is gone,
+        ``breaker`` when its breaker has opened or closed."""
+        if breaker:
+            self._on_breaker.append(breaker)
         if ended:
             self._on_ended.append(ended)
         if freed:
@@ -276,6 +281,11 @@ class Registry:
         """A place or some KV on an instance was given back."""
         for watcher in self._on_freed:
             watcher()
+
+    def breaker_moved(self, instance: Instance) -> None:
+        """Its breaker has opened or closed."""
+        for watcher in self._on_breaker:
+            watcher(instance)
 
     def knows(self, instance: Instance) -> bool:
         """Whether it is still the instance at its endpoint."""

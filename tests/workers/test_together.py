@@ -90,7 +90,7 @@ async def test_limits_hold_over_all_workers_in_a_burst(fleet, engines, settings,
     assert served == {0, 1, 2}
     stats = await doors[0].get("/stats")
     assert stats["requests"]["outcomes"] == {"ok": 96} and stats["requests"]["queued"] == 0
-    assert stats["latency"]["ttft"]["count"] == 96
+    assert stats["latency"]["total"]["count"] == 96
     assert [i["in_flight"] for i in stats["instances"]] == [0, 0]
 
 
