@@ -1,6 +1,7 @@
 // Lines over the last ten minutes. A dashed line is the slower or the worse one, so that nobody needs the colours.
 
-const SPAN = 600;
+const LONGEST = 600;
+const SHORTEST = 120;
 const SIZE = { width: 320, height: 132, left: 8, right: 8, top: 14, bottom: 20 };
 
 const CHARTS = [
@@ -51,14 +52,14 @@ const charts = new Map();
 
 const gridAt = (part) => SIZE.height - SIZE.bottom - part * (SIZE.height - SIZE.top - SIZE.bottom);
 
-const acrossAt = (time, now) => SIZE.left + (SIZE.width - SIZE.left - SIZE.right) * Math.min(1, Math.max(0, 1 - (now - time) / SPAN));
+const acrossAt = (time, { now, span }) => SIZE.left + (SIZE.width - SIZE.left - SIZE.right) * Math.min(1, Math.max(0, 1 - (now - time) / span));
 
 const nearest = (state, event) => {
   const box = state.plot.getBoundingClientRect();
   const x = ((event.clientX - box.left) / box.width) * SIZE.width;
   let best = null;
   for (const b of state.steps)
-    if (!best || Math.abs(acrossAt(b.time, state.now) - x) < Math.abs(acrossAt(best.time, state.now) - x)) best = b;
+    if (!best || Math.abs(acrossAt(b.time, state) - x) < Math.abs(acrossAt(best.time, state) - x)) best = b;
   return best && best.time;
 };
 
@@ -77,7 +78,7 @@ const readOut = (state) => {
   const latest = steps.findLast((b) => chart.lines.some(([, value]) => known(value(b, state.per)))) || null;
   const text = step ? `${clock(step.time)} · ${said(state, step)}` : latest ? said(state, latest) : "";
   put(node.querySelector(".readout"), text);
-  const x = step && acrossAt(step.time, state.now);
+  const x = step && acrossAt(step.time, state);
   attribute(plot.querySelector(".hair"), "d", step ? `M${x} ${SIZE.top}V${SIZE.height - SIZE.bottom}` : "M0 0");
   attribute(plot, "aria-label", t("chart_keys", { title: t(`chart_${chart.id}`), latest: latest ? said(state, latest) : t("chart_empty") }));
 };
@@ -99,12 +100,14 @@ const strokeOf = (points) => {
 const drawChart = (state, view) => {
   const { chart, plot, node } = state;
   state.now = view.now;
+  // A proxy that has just started has no ten minutes to show.
+  state.span = Math.min(LONGEST, Math.max(SHORTEST, 60 * Math.ceil(view.uptime_s / 60)));
   state.per = view.rates.step_s;
-  state.steps = view.rates.steps.filter((s) => s.time > view.now - SPAN && s.time + state.per <= view.now);
+  state.steps = view.rates.steps.filter((s) => s.time > view.now - state.span && s.time + state.per <= view.now);
   const values = chart.lines.map(([, value]) => state.steps.map((s) => value(s, state.per)));
   const top = roomy(Math.max(0, ...values.flat().filter(known)));
   const points = values.map((line) =>
-    line.map((value, place) => [acrossAt(state.steps[place].time, view.now), known(value) ? gridAt(value / top) : null]));
+    line.map((value, place) => [acrossAt(state.steps[place].time, state), known(value) ? gridAt(value / top) : null]));
   const some = values.flat().some(known);
   attribute(plot.querySelector(".one"), "d", strokeOf(points[0]));
   attribute(plot.querySelector(".two"), "d", strokeOf(points[1]));
@@ -114,8 +117,8 @@ const drawChart = (state, view) => {
     drawn.length > 1 ? `M${drawn[0][0]} ${floor}${drawn.map(([x, y]) => `L${x.toFixed(1)} ${y.toFixed(1)}`).join("")}L${drawn[drawn.length - 1][0]} ${floor}Z` : "M0 0");
   const [high, old, middle, now, empty] = plot.querySelectorAll("text");
   put(high, some ? chart.show(top) : "");
-  put(old, t("chart_ago", { minutes: 10 }));
-  put(middle, t("chart_ago", { minutes: 5 }));
+  put(old, t("chart_ago", { minutes: number(state.span / 60) }));
+  put(middle, t("chart_ago", { minutes: number(state.span / 120, 1) }));
   put(now, t("chart_now"));
   put(empty, some ? "" : t("chart_empty"));
   put(node.querySelector(".chart-title"), t(`chart_${chart.id}`));

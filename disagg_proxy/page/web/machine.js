@@ -36,7 +36,7 @@ const showCard = (most) => (node, instance) => {
   put(models, instance.models.join(", "));
   attribute(models, "title", instance.models.join(", "));
   meter.firstChild.style.setProperty("width", `${Math.min(100, (100 * instance.in_flight) / most)}%`);
-  const kv = instance.kv_waiting_bytes ? bytes(instance.kv_waiting_bytes) : t("prompts", { count: number(instance.kv_waiting) });
+  const kv = instance.kv_waiting_bytes ? bytes(instance.kv_waiting_bytes) : plural("prompts", instance.kv_waiting);
   const values = [instance.in_flight, instance.tokens_in_flight, kv, instance.requests_total, instance.failures_total];
   values.forEach((value, place) => {
     const [term, data] = figures.children[place].children;

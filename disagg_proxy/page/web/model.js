@@ -49,6 +49,15 @@ const byRole = (view, role) =>
 // The one word for an instance: an operator's drain hides everything but trouble.
 const stateOf = (instance) => (instance.draining && instance.state === "ready" ? "draining" : instance.state);
 
+// Where all engines share a host, the port says it all.
+const hostOf = (address) => address.slice(0, address.lastIndexOf(":"));
+
+const shortName = (view, key) => {
+  const name = nameOf(view, key);
+  const hosts = new Set(view.instances.map((i) => hostOf(i.http_address)));
+  return hosts.size === 1 && hosts.has(hostOf(name)) ? name.slice(name.lastIndexOf(":")) : name;
+};
+
 const nameOf = (view, key) => view.instances.find((i) => i.key === key)?.http_address || key;
 
 const GOOD = "ok";

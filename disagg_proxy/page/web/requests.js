@@ -8,11 +8,11 @@ const wish = { bad: false, more: false };
 
 const OUTCOME_SHAPE = { ok: "ready", client_error: "warning", client_left: "draining", turned_away: "draining" };
 
-const routeName = (route) => String(route || "").replace(/^\/v1\//, "");
+const routeName = (route) => String(route || "").split("/")[2] || t("unknown");
 
 const pathOf = (view, r) => {
   if (!r.decode) return t("unknown");
-  return `${r.prefill ? nameOf(view, r.prefill) : t("alone")} → ${nameOf(view, r.decode)}`;
+  return `${r.prefill ? shortName(view, r.prefill) : t("alone")} → ${shortName(view, r.decode)}`;
 };
 
 const makeRequest = () =>
