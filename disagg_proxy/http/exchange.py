@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 _KEY = "disagg_proxy.flights"
 
+WATCHES = "disagg_proxy.watches"
+"""Key in the scope of an exchange whose client only watches: it may be dropped when the proxy stops."""
+
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 

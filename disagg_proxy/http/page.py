@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from quart import Blueprint, Response, request
 
-from disagg_proxy.http.exchange import handles, own
+from disagg_proxy.http.exchange import WATCHES, handles, own
 from disagg_proxy.http.status import health_report
 from disagg_proxy.page.document import document
 from disagg_proxy.page.feed import Feed
@@ -34,15 +34,17 @@ def page_routes(services: Services) -> Blueprint:
     @blueprint.get("/")
     @blueprint.get("/dashboard")
     async def show() -> Response:
-        if page.headers["ETag"] in request.if_none_match:
+        if page.headers["ETag"].strip('"') in request.if_none_match:
             return Response(b"", status=304, headers=page.headers)
         return Response(page.body, headers=page.headers)
 
     @blueprint.get("/dashboard/events")
     async def events() -> Response:
-        handles(request.scope)
+        scope = cast(dict[str, Any], request.scope)
+        handles(scope)
         viewer = feed.join()
-        own(request.scope, viewer)
+        own(scope, viewer)
+        scope[WATCHES] = True
         return Response(viewer.messages(), headers=_FEED_HEADERS)
 
     return blueprint

@@ -4,7 +4,7 @@ One view a second is made for all viewers together, and none while nobody looks.
 (``event: view``), then what has changed (``event: update``): :func:`changes` says how, and whoever reads the feed puts
 it together again with :func:`joined` or its like in ``web/model.js``. Nothing is queued for a viewer: one that comes
 late gets the newest view whole, and one that reads nothing is left waiting in its own connection. At the end each gets
-``event: end``; who does not read even then is cut off after a moment.
+``event: end``, and who is not reading then is dropped (``last_call`` in http/wire.py).
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ log = logging.getLogger(__name__)
 MOST_VIEWERS = 64
 """Open feeds of one process."""
 
-_LAST_WORD = 1.0
-"""Seconds that a viewer gets to take the end."""
-
 _END = b"event: end\ndata: {}\n\n"
 
 _RINGS = ("recent", "events")
@@ -38,11 +35,9 @@ class Viewer:
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
-        self._task: asyncio.Task[Any] | None = None
 
     async def messages(self) -> AsyncIterator[bytes]:
         """What to send, as it comes about, until the proxy stops."""
-        self._task = asyncio.current_task()
         seen = -1
         while not self._feed.over:
             moment = self._feed.moment
@@ -57,11 +52,6 @@ class Viewer:
         """It is over; harmless the second time."""
         self._feed.left(self)
 
-    def cut(self) -> None:
-        """End it although its reader takes nothing."""
-        if self._task is not None:
-            self._task.cancel()
-
 
 class Feed:
     """The viewers of this process.
@@ -70,11 +60,11 @@ class Feed:
         view: makes a view, as ``Services.view`` does.
         ended: set when the proxy stops.
         every: seconds between two views.
-        most: viewers at once.
+        most: viewers at once, MOST_VIEWERS when left out.
     """
 
     def __init__(
-        self, view: Callable[[], Awaitable[View]], ended: asyncio.Event, every: float = 1.0, most: int = MOST_VIEWERS
+        self, view: Callable[[], Awaitable[View]], ended: asyncio.Event, every: float = 1.0, most: int | None = None
     ) -> None:
         self.moment: Moment | None = None
         self.over = False
@@ -82,7 +72,7 @@ class Feed:
         self._view = view
         self._ended = ended
         self._every = every
-        self._most = most
+        self._most = MOST_VIEWERS if most is None else most
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -124,9 +114,6 @@ class Feed:
                 continue
         self.over = True
         self._tell()
-        await asyncio.sleep(_LAST_WORD)
-        for viewer in list(self.viewers):
-            viewer.cut()
 
     def _tell(self) -> None:
         self._news.set()
@@ -142,7 +129,7 @@ class Moment:
     """
 
     def __init__(self, view: View, before: Moment | None) -> None:
-        self.number = 0 if before is None else before.number + 1
+        self.number: int = 0 if before is None else before.number + 1
         self.view = view
         self.update = b"" if before is None else _message("update", changes(before.view, view))
         self._whole: bytes | None = None

@@ -90,17 +90,20 @@ const showIncident = (view) => {
   const incident = view && lastIncident(view);
   shown($("incident"), Boolean(incident));
   if (!incident) return;
-  put($("incident-end"), incident.over ? t("incident_over") : t("incident_open"));
+  const instance = view.instances.find((i) => i.key === incident.instance);
+  const { steps } = incident;
+  put($("incident-title"), t("incident_title", { role: instance ? roleName(instance.role) : "", name: nameOf(view, incident.instance) }));
+  put($("incident-end"), incident.over ? t("incident_over", { age: duration(1000 * (steps[steps.length - 1].time - steps[0].time)) }) : t("incident_open"));
   keyed(
     $("incident-steps"),
-    incident.steps.slice(-6),
+    steps.slice(-6),
     (e) => e.seq,
     () => el("li", {}, el("time"), el("span", { class: "kind" }), el("span", { class: "why" })),
     (node, e) => {
       const [time, kind, why] = node.children;
       put(time, clock(e.time));
       put(kind, word("event", e.kind));
-      put(why, `${nameOf(view, e.instance)}: ${e.text}`);
+      put(why, e.text);
     },
   );
 };
@@ -117,6 +120,7 @@ const showHeadline = (connected) => {
   if (!sign.firstChild) sign.append(icon(verdict.sign));
   drawn(sign.firstChild, verdict.sign);
   put($("now-text"), verdict.text);
+  document.title = `${verdict.text} · ${t("title")}`;
   // Apart, so that a screen reader is not told every second.
   put($("now-age"), known(verdict.age) ? t("for_age", { age: age(verdict.age) }) : "");
   keyed($("now-details"), verdict.details, (text) => text, () => el("li"), put);

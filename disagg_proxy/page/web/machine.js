@@ -92,36 +92,42 @@ const drawLane = (view) => {
   const cards = new Map([...document.querySelectorAll("#stage .card")].map((card) => [card.dataset.key, card]));
   const paths = pathsOf(view).filter((flow) => cards.has(flow.decode) && (!flow.prefill || cards.has(flow.prefill)));
   const many = paths.length > 6;
-  keyed(lane, paths, flowKey,
-    () => svg("g", {}, svg("path", { class: "wire" }), svg("path", { class: "head" }),
-      svg("rect", { class: "plate", rx: 9 }), svg("text", { class: "count" }), svg("text", { class: "more" })),
+  const plates = [];
+  const wayOf = (flow) => {
+    const to = middleOf(cards.get(flow.decode), box);
+    const from = flow.prefill ? middleOf(cards.get(flow.prefill), box) : to;
+    const pace = flowRate(flow);
+    const thick = Math.min(12, 1.5 + 1.6 * Math.sqrt(flow.in_flight + pace));
+    return { to, from, pace, thick, begin: flow.prefill ? 4 : box.width * 0.55, end: box.width - 11 - thick };
+  };
+  keyed($("wires"), paths, flowKey, () => svg("g", {}, svg("path", { class: "wire" }), svg("path", { class: "head" })),
     (node, flow) => {
-      const [wire, head, plate, count, more] = node.children;
-      const to = middleOf(cards.get(flow.decode), box);
-      const from = flow.prefill ? middleOf(cards.get(flow.prefill), box) : to;
-      const begin = flow.prefill ? 4 : box.width * 0.55;
-      const pace = flowRate(flow);
-      const thick = Math.min(12, 1.5 + 1.6 * Math.sqrt(flow.in_flight + pace));
-      const tip = 6 + thick;
-      const end = box.width - 5 - tip;
+      const { to, from, pace, thick, begin, end } = wayOf(flow);
+      const [wire, head] = node.children;
       const bend = (end - begin) / 2;
+      const tip = 6 + thick;
       attribute(node, "class", flow.in_flight || pace > 0 ? "flow busy" : flow.total ? "flow" : "flow unused");
       attribute(wire, "d", `M${begin} ${from}C${begin + bend} ${from} ${end - bend} ${to} ${end} ${to}`);
       wire.style.setProperty("stroke-width", thick);
       attribute(head, "d", `M${end - 1} ${to - tip * 0.8}L${end + tip} ${to}L${end - 1} ${to + tip * 0.8}Z`);
-      const quiet = !flow.total || (many && !flow.in_flight && !pace);
-      for (const part of [plate, count, more]) attribute(part, "visibility", quiet ? "hidden" : null);
-      if (quiet) return;
-      const place = many ? 0.3 : 0.45;
-      const x = begin + (end - begin) * place;
-      const y = from + (to - from) * (place * place * (3 - 2 * place));
+    });
+  const labelled = paths.filter((flow) => flow.total && (!many || flow.in_flight || flowRate(flow)));
+  keyed($("labels"), labelled, flowKey,
+    () => svg("g", { class: "label" }, svg("rect", { rx: 9 }), svg("text"), svg("text", { class: "more" })),
+    (node, flow) => {
+      const { to, from, pace, begin, end } = wayOf(flow);
+      const [plate, count, more] = node.children;
       put(count, t("flow_label", { count: number(flow.in_flight) }));
       put(more, pace >= 0.05 ? t("flow_rate", { rate: rate(pace) }) : t("flow_total", { total: number(flow.total) }));
-      attribute(count, "x", x);
-      attribute(count, "y", y - 2);
-      attribute(more, "x", x);
-      attribute(more, "y", y + 13);
       const width = Math.max(count.getComputedTextLength(), more.getComputedTextLength()) + 18;
+      const at = (part) => [begin + (end - begin) * part, from + (to - from) * (part * part * (3 - 2 * part))];
+      const free = ([x, y]) => plates.every(([otherX, otherY]) => Math.abs(x - otherX) > width || Math.abs(y - otherY) > 38);
+      const [x, y] = [0.45, 0.25, 0.66, 0.14, 0.8].map(at).find(free) || at(0.45);
+      plates.push([x, y]);
+      for (const [text, down] of [[count, -2], [more, 13]]) {
+        attribute(text, "x", x);
+        attribute(text, "y", y + down);
+      }
       for (const [name, value] of Object.entries({ x: x - width / 2, y: y - 17, width, height: 36 })) attribute(plate, name, value);
     });
 };

@@ -29,7 +29,8 @@ const showRequest = (view, most) => (node, r) => {
   const said = SEGMENTS.filter((name) => r.bars[name])
     .map((name) => `${t(`seg_${name}`)} ${duration(r.bars[name][1] - r.bars[name][0])}`)
     .join(", ");
-  put(time, clock(r.time));
+  // Of its end, by which they are sorted.
+  put(time, clock(r.time + r.total_ms / 1000));
   put(route, routeName(r.route));
   put(path, pathOf(view, r));
   put(total, duration(r.total_ms));
