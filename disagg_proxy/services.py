@@ -22,6 +22,7 @@ from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
 from disagg_proxy.observe import view
+from disagg_proxy.observe.access_log import AccessLog
 from disagg_proxy.observe.happenings import Happenings
 from disagg_proxy.observe.journal import Journal
 from disagg_proxy.observe.meter import Meter
@@ -34,7 +35,7 @@ from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_proxy.watch.watchdog import Watchdog
 from disagg_proxy.workers.member import Member, Told
-from disagg_proxy.workers.overview import Overview, Part, counts_of, pack_stats
+from disagg_proxy.workers.overview import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Services:
         self.journal = Journal(0 if member is None else member.seat.worker)
         self.recorder = Recorder(self.stats, self.journal, Meter())
         self.registry = Registry(clock, config.instance_expiry)
+        self.recorder.served = self.registry.has_model
         self.happenings = Happenings(self.registry, self.journal)
         self.pairing = Pairing(
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
@@ -85,6 +87,7 @@ class Services:
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._watchdog: Watchdog | None = None
+        self._access_log: AccessLog | None = None
         self._look_timer: asyncio.TimerHandle | None = None
         self._told_to_stop: Callable[[bool], None] = lambda at_once: self.stopping.begin()
         self._clients: Callable[[], int] = lambda: 0
@@ -111,6 +114,11 @@ class Services:
         )
         self._watchdog.start()
         self._look()
+        if self.config.access_log != "off":
+            self._access_log = AccessLog(
+                self.config.access_log, None if self.member is None else self.member.seat.worker
+            )
+            self.recorder.sinks.append(self._access_log.take)
         if self.member is None:
             log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
             return
@@ -132,6 +140,8 @@ class Services:
         if self._watchdog is not None:
             await self._watchdog.stop()
         await self.discovery.stop()
+        if self._access_log is not None:
+            await self._access_log.stop()
         if self._upstream is not None:
             await self._upstream.close()
         if self.member is not None:
@@ -150,6 +160,8 @@ class Services:
             len(self.background),
             self.gate.waiting,
             counts_of(self.registry.instances()),
+            seen_of(self.registry.instances()),
+            gauges_of(self.registry.instances(), self.registry.now()),
         )
 
     async def view(self) -> dict[str, Any]:
@@ -180,12 +192,18 @@ class Services:
 
     def _part(self) -> Part:
         """What this worker publishes."""
+        instances = self.registry.instances()
         return Part(
             0 if self.member is None else self.member.seat.incarnation,
             pack_stats(self.stats),
-            counts_of(self.registry.instances()),
-            {"in_background": len(self.background), "queued": self.gate.waiting},
+            counts_of(instances),
+            {
+                "in_background": len(self.background),
+                "queued": self.gate.waiting,
+                **gauges_of(instances, self.registry.now()),
+            },
             dict(self.discovery.refused),
+            seen_of(instances),
         )
 
 

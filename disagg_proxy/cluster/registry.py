@@ -223,6 +223,7 @@ class Registry:
     def process_ended(self, instance: Instance) -> None:
         """Its process is gone, and with it the KV it held and the peers it knew."""
         instance.epoch += 1
+        instance.restarts += 1
         instance.breaker = Breaker()
         instance.pulse = Pulse(self._clock())
         instance.senders_frozen = 0
@@ -335,6 +336,10 @@ class Registry:
                 for name, card in instance.models.items():
                     found.setdefault(name, card)
         return found
+
+    def has_model(self, name: str) -> bool:
+        """Whether some instance serves it, ready or not."""
+        return any(name in instance.models for instance in self._instances.values())
 
     def missing(self) -> list[str]:
         """What keeps every pair from serving, in words; empty when both roles have an instance that takes requests.

@@ -59,8 +59,10 @@ class Drainer:
         finally:
             self._counts.waiting -= 1
             self._ended(instance, failure)
+            instance.drains += not failure
             if failure:
                 self._counts.failed += 1
+                instance.drains_failed += 1
                 log.warning("KV of %s is not drained from %s: %s", legs.id.public, instance, failure)
 
     async def _try_on(self, legs: Legs) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.http.metrics import ProxyCollector
 from disagg_proxy.http.respond import json_response
+from disagg_proxy.observe.metrics import metrics_registry
 from disagg_proxy.observe.report import stats_report
 from disagg_proxy.services import Services
 
@@ -34,8 +34,7 @@ def status_routes(services: Services) -> Blueprint:
 
     @blueprint.get("/metrics")
     async def metrics_text() -> Response:
-        metrics = CollectorRegistry()
-        metrics.register(ProxyCollector(services.registry, await services.overview()))
+        metrics = metrics_registry(services, await services.overview())
         return Response(generate_latest(metrics), content_type=CONTENT_TYPE_LATEST)
 
     return blueprint

@@ -207,7 +207,7 @@ class Record:
         now = self._recorder.clock()
         before, self._looked_at = self._looked_at, now
         self.pieces += self._step
-        self._recorder.meter.now.pieces += self._step
+        self._recorder.passed(self._step)
         if before is None:
             self._step = 1
         else:
@@ -230,7 +230,7 @@ class Record:
         rest = self._step - left
         self._step = left
         self.pieces += rest
-        self._recorder.meter.now.pieces += rest
+        self._recorder.passed(rest)
 
     # -- what is known in the end, in seconds
 

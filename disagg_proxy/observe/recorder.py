@@ -12,6 +12,7 @@ from disagg_proxy.observe.record import EVERY, Record
 from disagg_proxy.stats import Stats
 
 _MOST_FLOWS = 4096
+_MOST_MODELS = 64
 
 Sink = Callable[[Record], None]
 """Told of each request when it has ended; must not block or raise."""
@@ -32,6 +33,7 @@ class Recorder:
 
     Attributes:
         clock: monotonic seconds.
+        served: whether some instance serves a model; clients may name any.
         sinks: who else is told of each record in the end.
         flows: by the keys of the instances.
     """
@@ -43,6 +45,8 @@ class Recorder:
         self.meter = meter
         self.sinks: list[Sink] = []
         self.flows: dict[tuple[str | None, str], Flow] = {}
+        self.served: Callable[[str], bool] = lambda model: False
+        self._models: set[str] = set()
         self._turn = 0
 
     @classmethod
@@ -80,6 +84,11 @@ class Recorder:
         self.stats.gap.add(seconds)
         self.meter.now.gap.add(seconds)
 
+    def passed(self, pieces: int) -> None:
+        """So many more pieces of an answer."""
+        self.stats.pieces += pieces
+        self.meter.now.pieces += pieces
+
     def close(self, record: Record) -> None:
         """The request has ended."""
         stats, step = self.stats, self.meter.now
@@ -89,12 +98,26 @@ class Recorder:
             record.flow.in_flight -= 1
         stats.outcomes[record.outcome] += 1
         step.outcomes[record.outcome] += 1
+        stats.labelled[self._labels(record)] += 1
         if record.prompt_tokens:
+            stats.prompts.add(record.prompt_tokens)
             stats.prompt_tokens += record.prompt_tokens
+            stats.cached_tokens += record.cached_tokens or 0
             step.prompt_tokens += record.prompt_tokens
         if record.output_tokens:
+            stats.outputs.add(record.output_tokens)
             stats.output_tokens += record.output_tokens
             step.output_tokens += record.output_tokens
         self.journal.add(record)
         for sink in self.sinks:
             sink(record)
+
+    def _labels(self, record: Record) -> str:
+        """Route, outcome, cause and model. Only so many models have a label of their own."""
+        model = record.model or "unknown"
+        if model not in self._models:
+            if len(self._models) < _MOST_MODELS and record.model and self.served(record.model):
+                self._models.add(model)
+            elif record.model:
+                model = "other"
+        return f"{record.route}\t{record.outcome}\t{record.cause or ''}\t{model}"

@@ -17,7 +17,8 @@ async def scrape(machine) -> dict[str, float]:
     async with machine.http.get(machine.proxy.url + "/metrics") as answer:
         assert answer.status == 200 and answer.content_type == "text/plain"
         families = list(text_string_to_metric_families(await answer.text()))
-    assert all(family.documentation and family.name.startswith("disagg_proxy_") for family in families)
+    beginnings = ("disagg_proxy_", "process_", "python_")
+    assert all(family.documentation and family.name.startswith(beginnings) for family in families)
     samples = [sample for family in families for sample in family.samples]
     return {
         " ".join(
@@ -121,7 +122,7 @@ async def test_metrics_are_what_a_prometheus_parser_reads(machine, pair) -> None
         assert found[f"instance_ready {where}"] == 1
         assert found[f"instance_in_flight {where}"] == found[f"instance_failures_total {where}"] == 0
         assert found[f"instance_requests_total {where}"] >= legs
-    assert found["requests_total ok"] == 2
+    assert found[f"requests_total  sim-model ok {PATH}"] == 2
     assert [found[f"drains_total {result}"] for result in ("started", "done", "failed")] == [1, 1, 0]
     assert found["requests_in_flight"] == 0 and found["registrations_total"] >= 2
 

@@ -8,7 +8,7 @@ from disagg_proxy.observe.journal import Journal
 from disagg_proxy.observe.meter import Meter
 from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.stats import Stats
-from tests.cluster.conftest import World, world
+from tests.cluster.conftest import world
 from tests.machine import machine, pair
 
 __all__ = ["machine", "pair", "world"]
