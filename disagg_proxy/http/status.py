@@ -133,6 +133,7 @@ def instance_report(instance: Instance, services: Services, overview: Overview) 
         "in_flight": instance.in_flight,
         "kv_waiting": instance.kv_waiting,
         "kv_waiting_bytes": instance.kv_waiting_bytes,
+        "kv_missing": instance.kv_missing,
         "requests_total": counted["requests_total"],
         "failures_total": counted["failures_total"],
         "times_lost": instance.times_lost,
