@@ -1,7 +1,8 @@
-"""Engines with vLLM's NixlConnector: prefill first, its answer's params to decode; decode computes what cannot be read."""
+"""Engines with NixlConnector: prefill first, its answer's params to decode, which computes what it cannot read."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -38,7 +39,14 @@ NIXL = {"connector": "nixl"}
 async def started(stack: AsyncExitStack, role: str, **knobs: Any) -> SimEngine:
     engine = SimEngine(SimConfig(role=role, **{**NIXL, **knobs}))
     await engine.start()
-    stack.push_async_callback(engine.stop)
+
+    async def stop() -> None:
+        # asyncio leaves a connection open that comes while its server closes (Python 3.11): a last probe's is taken in.
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await engine.stop()
+
+    stack.push_async_callback(stop)
     return engine
 
 
@@ -233,7 +241,7 @@ async def test_a_decode_that_may_have_the_params_is_asked_again_without(machine:
     await right(machine.post(COMPLETIONS, ASK))
     decode.faults.reset_next(path=COMPLETIONS)
     await right(machine.post(COMPLETIONS, ASK))
-    assert [params is None for params in transfers(decode)] == [False, True]
+    assert [params is None for params in transfers(decode)] == [False, False, True]
     assert prefill.state()["kv_reads"] == 1
 
 
@@ -292,5 +300,7 @@ async def test_kinds_do_not_mix(http: aiohttp.ClientSession) -> None:
 async def test_a_ping_does_not_make_it_another_kind(machine: Machine, pair) -> None:
     registry = machine.proxy.services.registry
     there = machine.proxy.instance(pair[0].http_address)
+    before = pair[0].state()["http_requests"]
     refused = registry.announce(there.role, there.http, there.http)
+    await soon(pair[0].wait_until(lambda s: s["http_requests"] >= before + 2))
     assert refused is not None and there.kind.protocol == "nixl" and there.kv is None
