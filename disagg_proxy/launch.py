@@ -29,6 +29,7 @@ from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.flight.together_legs import Release, TogetherLegs
+from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.disagg_kv import DisaggKvHandover
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.handover import Handover
@@ -106,19 +107,20 @@ class Launcher:
         self.wanted = Wanted(pairing.wants_prefix, pairing.wants_session)
 
     def launch(
-        self, route: Route, headers: bytes, prepared: Prepared, client_id: str | None = None, session: bytes = b""
+        self, route: Route, headers: bytes, prepared: Prepared, record: Record, session: bytes = b""
     ) -> Carrier | Coroutine[Any, Any, Carrier]:
         """A flight of ``prepared`` on instances that have room now, or what to await until there are such instances.
         The caller must call the flight's ``leave`` in the end.
 
         Args:
             headers: the client's, as lines for the instances.
-            client_id: the client's own X-Request-Id.
+            record: opened for it; the flight ends it.
             session: what its SESSION_HEADER says.
 
         Raises:
             ProxyError: nobody can serve it, an unknown model, or too many requests. So does what is awaited.
         """
+        record.asks(prepared.model)
         tokens = self.token_guess.tokens(prepared.model, *prepared.prompt)
         kv_bytes = tokens * self._config.kv_bytes_per_token
         wish = self._wish(prepared, tokens)
@@ -135,7 +137,7 @@ class Launcher:
         def together(found: Pair | Alone) -> TogetherLegs:
             return TogetherLegs(
                 self._upstream(), self._registry, self._config, self._release, found, handover(found), route, headers,
-                prepared, client_id or secrets.token_hex(16), tokens=tokens,
+                prepared, record.client_id or secrets.token_hex(16), tokens=tokens,
             )  # fmt: skip
 
         def legs(found: Pair | Alone) -> Legs | TogetherLegs:
@@ -145,9 +147,11 @@ class Launcher:
             return self._gate.admit(prepared.model, wish, kv_bytes, legs, without, traits)
 
         def fly(first: Held) -> Carrier:
-            return self._flight(first, prepared, wish, admit)
+            record.admit()
+            return self._flight(first, prepared, record, wish, admit)
 
         async def fly_later(waiting: Coroutine[Any, Any, Held]) -> Carrier:
+            record.waited = True
             return fly(await waiting)
 
         first = admit()
@@ -157,6 +161,7 @@ class Launcher:
         self,
         first: Held,
         prepared: Prepared,
+        record: Record,
         wish: Wish,
         admit: Callable[[Collection[Instance]], Admitted],
     ) -> Carrier:
@@ -166,12 +171,12 @@ class Launcher:
         own_key = bool(self._config.engine_api_key)
         if isinstance(first, TogetherLegs):
             return TogetherFlight(
-                self._attempts(first, prepared.model, wish, admit), self._background, self._stats,
+                self._attempts(first, prepared.model, wish, admit), self._background, self._stats, record,
                 own_key=own_key, prefilled=learn,
             )  # fmt: skip
         assert isinstance(first, Legs)
         return Flight(
-            self._attempts(first, prepared.model, wish, admit), self._background, self._drainer, self._stats,
+            self._attempts(first, prepared.model, wish, admit), self._background, self._drainer, self._stats, record,
             prefill_deadlines=self._prefill_deadlines, loads=self._loads, own_key=own_key, prefilled=learn,
         )  # fmt: skip
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
@@ -19,6 +21,13 @@ from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
+from disagg_proxy.observe import view
+from disagg_proxy.observe.access_log import AccessLog
+from disagg_proxy.observe.happenings import Happenings
+from disagg_proxy.observe.journal import Journal
+from disagg_proxy.observe.meter import Meter
+from disagg_proxy.observe.news import News, inherit, news_of
+from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.protocol.prefix import ENDS
 from disagg_proxy.stats import Stats
 from disagg_proxy.stopping import Stopping
@@ -26,9 +35,12 @@ from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_proxy.watch.watchdog import Watchdog
 from disagg_proxy.workers.member import Member, Told
-from disagg_proxy.workers.overview import Overview, Part, counts_of, pack_stats
+from disagg_proxy.workers.overview import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
 
 log = logging.getLogger(__name__)
+
+_LOOK = 1.0
+"""Seconds between two looks of the meter."""
 
 
 class Services:
@@ -48,7 +60,11 @@ class Services:
         self.config = config
         self.member = member
         self.stats = Stats(clock)
+        self.journal = Journal(0 if member is None else member.seat.worker)
+        self.recorder = Recorder(self.stats, self.journal, Meter())
         self.registry = Registry(clock, config.instance_expiry)
+        self.recorder.served = self.registry.has_model
+        self.happenings = Happenings(self.registry, self.journal)
         self.pairing = Pairing(
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
             table=PrefixTable(ENDS), bound=config.load_bound,
@@ -59,7 +75,7 @@ class Services:
         self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats, crowd)
         self.background = Background()
         self.stopping = Stopping(config.shutdown_grace, clock)
-        self.drainer = Drainer(self.stats.drains)
+        self.drainer = Drainer(self.stats.drains, self.happenings.drain_ended)
         first = member is None or member.seat.worker == 0
         self.discovery = Discovery(config, self.registry, None if member is None else member.pings, quiet=not first)
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
@@ -71,6 +87,8 @@ class Services:
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._watchdog: Watchdog | None = None
+        self._access_log: AccessLog | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
         self._told_to_stop: Callable[[bool], None] = lambda at_once: self.stopping.begin()
         self._clients: Callable[[], int] = lambda: 0
 
@@ -91,22 +109,39 @@ class Services:
         await self.discovery.start(self._upstream)
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
         witness = None if self.member is None else self.member.marks
-        self._watchdog = Watchdog(self.registry, self._upstream, shortest, longest, self.discovery.headers, witness)
+        self._watchdog = Watchdog(
+            self.registry, self._upstream, shortest, longest, self.discovery.headers, witness, self.happenings.replayed
+        )
         self._watchdog.start()
+        self._look()
+        if self.config.access_log != "off":
+            self._access_log = AccessLog(
+                self.config.access_log, None if self.member is None else self.member.seat.worker
+            )
+            self.recorder.sinks.append(self._access_log.take)
         if self.member is None:
             log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
             return
-        told = Told(self.discovery.take, self._told_to_stop, self._watchdog.look, self._part, self._clients)
+        if self.member.seat.incarnation > 1:
+            inherit(self.recorder, self.journal, self.member.left_behind())
+            self.journal.tell("worker_replaced", None, f"worker {self.member.seat.worker} has ended and was replaced")
+            self.happenings.quiet = True
+        told = Told(self.discovery.take, self._told_to_stop, self._watchdog.look, self._part, self._news, self._clients)
         await self.member.start(told)
+        self.happenings.quiet = False
 
     async def stop(self) -> None:
         """Let what was sent to the instances end in the time that is left, then close everything."""
         self.stopping.begin()
         await self.stopping.wait(self.background.ended(), self.stopping.left)
         await self.background.give_up()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         if self._watchdog is not None:
             await self._watchdog.stop()
         await self.discovery.stop()
+        if self._access_log is not None:
+            await self._access_log.stop()
         if self._upstream is not None:
             await self._upstream.close()
         if self.member is not None:
@@ -125,7 +160,14 @@ class Services:
             len(self.background),
             self.gate.waiting,
             counts_of(self.registry.instances()),
+            seen_of(self.registry.instances()),
+            gauges_of(self.registry.instances(), self.registry.now()),
         )
+
+    async def view(self) -> dict[str, Any]:
+        """All that a page shows: docs/observe.md."""
+        overview = await self.overview()
+        return view.view(self, overview, [self._news()] if self.member is None else self.member.news())
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Give an instance nothing new, or again."""
@@ -138,14 +180,30 @@ class Services:
         """Whether nothing of the clients' would be lost if the instance's process ended now."""
         return instance.idle if self.member is None else self.member.idle(instance)
 
+    def _look(self) -> None:
+        """What there is now, for the page's charts."""
+        kv = sum(i.kv_waiting_bytes for i in self.registry.instances())
+        self.recorder.meter.look(self.stats.in_flight, self.gate.waiting, kv)
+        self._look_timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
+
+    def _news(self) -> News:
+        """What this worker publishes for the page."""
+        return news_of(self.recorder)
+
     def _part(self) -> Part:
         """What this worker publishes."""
+        instances = self.registry.instances()
         return Part(
             0 if self.member is None else self.member.seat.incarnation,
             pack_stats(self.stats),
-            counts_of(self.registry.instances()),
-            {"in_background": len(self.background), "queued": self.gate.waiting},
+            counts_of(instances),
+            {
+                "in_background": len(self.background),
+                "queued": self.gate.waiting,
+                **gauges_of(instances, self.registry.now()),
+            },
             dict(self.discovery.refused),
+            seen_of(instances),
         )
 
 

@@ -47,29 +47,33 @@ class Breaker:
         if self._pause and now >= self._open_until:
             self._trying = True
 
-    def success(self) -> None:
-        """An answer came that the instance is not to blame for."""
+    def success(self) -> bool:
+        """An answer came that the instance is not to blame for. Whether that closes it."""
+        closes = self._pause > 0
         self._failures = 0
         self._pause = 0.0
         self._trying = False
+        return closes
 
-    def failure(self, now: float) -> None:
-        """The instance failed a request.
+    def failure(self, now: float) -> bool:
+        """The instance failed a request. Whether that opens it.
 
         While it is open, what fails had been sent before and says nothing new.
         """
         if self.state(now) is BreakerState.OPEN:
-            return
+            return False
         self._failures += 1
         if self._trying or self._failures >= FAILURES_TO_OPEN:
             self._pause = min(max(FIRST_PAUSE, self._pause * 2), LONGEST_PAUSE)
             self._open_until = now + self._pause
             self._trying = False
+            return True
+        return False
 
-    def trip(self, now: float) -> None:
-        """The instance did something that one failure is enough for."""
+    def trip(self, now: float) -> bool:
+        """The instance did something that one failure is enough for. Whether that opens it."""
         self._failures = FAILURES_TO_OPEN - 1
-        self.failure(now)
+        return self.failure(now)
 
     def undecided(self) -> None:
         """The request that was to decide ended without a verdict; the next one may try."""

@@ -60,7 +60,7 @@ class Instance:
         last_ping: clock reading of the last ping, None if there was none.
         probe_failures: failed probes in a row.
         epoch: how often its process ended, or may have; after a change the KV it held is gone.
-        times_lost: how often it stopped being ready.
+        times_lost: how often it stopped being ready. restarts: how often its process was seen to have ended.
         in_flight: requests on it now; for decode until the last byte of the stream.
         tokens_in_flight: estimated tokens of these: on prefill those that it has to compute, on decode the prompts.
         spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
@@ -73,6 +73,7 @@ class Instance:
         breaker: leaves it alone while it keeps failing.
         pulse: who waits for its engine, and whether that moves.
         freezes, replays: how often it stood still, and prefills that were repeated to free it.
+        drains, drains_failed: on decode, KV of abandoned requests that was freed, and that was not.
         restart_wanted: frozen, and nothing but a restart is left to try.
         senders_frozen: on decode, prefills that stood still while they sent to this process of it.
         salt: a number of its endpoint's own, the same in every process; policies hash with it.
@@ -95,6 +96,7 @@ class Instance:
     probe_failures: int = 0
     epoch: int = 0
     times_lost: int = 0
+    restarts: int = 0
     spoken_to: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
     tokens_in_flight: int = 0
@@ -109,6 +111,8 @@ class Instance:
     pulse: Pulse = field(default_factory=lambda: Pulse(0.0))
     freezes: int = 0
     replays: int = 0
+    drains: int = 0
+    drains_failed: int = 0
     restart_wanted: bool = False
     senders_frozen: int = 0
     salt: int = field(init=False)

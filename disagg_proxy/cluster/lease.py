@@ -47,9 +47,10 @@ class Lease:
         if failed is None or not certain:
             self._breaker.undecided()
         elif failed:
-            self._breaker.failure(self._registry.now())
-        else:
-            self._breaker.success()
+            if self._breaker.failure(self._registry.now()):
+                self._registry.breaker_moved(self.instance)
+        elif self._breaker.success():
+            self._registry.breaker_moved(self.instance)
         self._registry.freed()
 
     @property

@@ -61,6 +61,7 @@ class Registry:
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
         self._on_ended: list[Watcher] = []
+        self._on_breaker: list[Watcher] = []
 
     # -- who wants to know
 
@@ -70,9 +71,13 @@ class Registry:
         probe_wanted: Watcher | None = None,
         freed: Callable[[], None] | None = None,
         ended: Watcher | None = None,
+        breaker: Watcher | None = None,
     ) -> None:
         """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now,
-        ``freed`` when an instance has room again for a request, ``ended`` when a process is gone."""
+        ``freed`` when an instance has room again for a request, ``ended`` when a process is gone,
+        ``breaker`` when its breaker has opened or closed."""
+        if breaker:
+            self._on_breaker.append(breaker)
         if ended:
             self._on_ended.append(ended)
         if freed:
@@ -222,6 +227,7 @@ class Registry:
     def process_ended(self, instance: Instance) -> None:
         """Its process is gone, and with it the KV it held and the peers it knew."""
         instance.epoch += 1
+        instance.restarts += 1
         instance.breaker = Breaker()
         instance.pulse = Pulse(self._clock())
         instance.senders_frozen = 0
@@ -281,6 +287,11 @@ class Registry:
         for watcher in self._on_freed:
             watcher()
 
+    def breaker_moved(self, instance: Instance) -> None:
+        """Its breaker has opened or closed."""
+        for watcher in self._on_breaker:
+            watcher(instance)
+
     def knows(self, instance: Instance) -> bool:
         """Whether it is still the instance at its endpoint."""
         return self._instances.get(instance.key) is instance
@@ -329,6 +340,10 @@ class Registry:
                 for name, card in instance.models.items():
                     found.setdefault(name, card)
         return found
+
+    def has_model(self, name: str) -> bool:
+        """Whether some instance serves it, ready or not."""
+        return any(name in instance.models for instance in self._instances.values())
 
     def missing(self) -> list[str]:
         """What keeps every pair from serving, in words; empty when both roles have an instance that takes requests.

@@ -71,3 +71,4 @@ class Config:
     enable_profiling: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    access_log: str = "off"

@@ -182,5 +182,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("log_format", "LOG_FORMAT", "--log-format", "text", values.choice("text", "json"),
             "text, or json for one JSON object a line",
             "text，或 json（每行一个 JSON 对象）"),
+    Setting("access_log", "ACCESS_LOG", "--access-log", "off", values.access_log,
+            "a line of JSON for each generation request when it ends: off, a file, or a dash (-) for standard output",
+            "每个生成请求结束时写一行 JSON：off 表示关闭，- 表示标准输出，或文件路径"),
 )
 # fmt: on

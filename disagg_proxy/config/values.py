@@ -202,3 +202,14 @@ def _instance(raw: str) -> StaticInstance:
         return StaticInstance(http_address, parse_address(kv).text)
     except ValueError as error:
         raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT or ,nixl]; in {raw!r} {error}") from None
+
+
+def access_log(raw: str) -> str:
+    """off, "-", or a file that can be appended to."""
+    if raw in ("off", "-"):
+        return raw
+    folder = os.path.dirname(raw) or "."
+    taken = os.path.exists(raw)
+    if os.path.isdir(raw) or not os.access(raw if taken else folder, os.W_OK if taken else os.W_OK | os.X_OK):
+        raise ValueError("must be off, -, or a file that can be written, in a folder that exists")
+    return os.path.abspath(raw)

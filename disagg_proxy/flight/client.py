@@ -1,28 +1,29 @@
-"""The client of one flight: told one outcome, which may come too late, and counted once when it goes."""
+"""The client of one flight: told one outcome, which may come too late. What is seen of it is in its record."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from disagg_proxy.errors import EngineDeadline, ProxyError
+from disagg_proxy.errors import ProxyError
 from disagg_proxy.flight.outcome import Outcome
-from disagg_proxy.stats import Stats
+from disagg_proxy.observe.record import Record
 
 Told = Callable[[Outcome | ProxyError], None]
 """Called once with what the client gets, unless it leaves before."""
 
 
 class Client:
-    """Counts as in flight from its creation to :meth:`leave`."""
+    """Waits until it is told something, or :meth:`leave`.
 
-    def __init__(self, stats: Stats) -> None:
-        self._stats = stats
-        self._begun_at = stats.clock()
+    Attributes:
+        record: gets what the client is told; closed by whoever calls :meth:`leave`, when all is counted.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self._told: Told | None = None
-        self._result = "client_left"
         self.waits = True
         self.gone = False
-        stats.in_flight += 1
 
     def listen(self, told: Told) -> None:
         """From now on there is somebody to tell."""
@@ -30,12 +31,14 @@ class Client:
 
     def tell(self, outcome: Outcome) -> bool:
         """Hand over an answer; False when nobody waits for it."""
+        if self.waits:
+            self.record.status = outcome.status
         return self._say(outcome)
 
     def fail(self, error: ProxyError) -> None:
         """Hand over an error, if somebody waits."""
         if self.waits:
-            self._result = "deadline" if isinstance(error, EngineDeadline) else "engine_error"
+            self.record.fail(error)
             self._say(error)
 
     def _say(self, what: Outcome | ProxyError) -> bool:
@@ -53,30 +56,4 @@ class Client:
         self.gone = True
         self.waits = False
         self._told = None
-        self._stats.in_flight -= 1
-        self._stats.outcomes[self._result] += 1
         return True
-
-    # -- what /stats shows of it
-
-    def prefilled(self) -> None:
-        """The prefill leg has its answer."""
-        self._stats.prefill.add(self._stats.clock() - self._begun_at)
-
-    def first_byte(self) -> None:
-        """The answer begins."""
-        self._stats.ttft.add(self._stats.clock() - self._begun_at)
-
-    def complete(self) -> None:
-        """The answer is whole."""
-        self._result = "ok"
-        self._stats.total.add(self._stats.clock() - self._begun_at)
-
-    def cut(self) -> None:
-        """The answer broke off."""
-        if not self.gone:
-            self._result = "cut"
-
-    def refused(self) -> None:
-        """The request itself was at fault."""
-        self._result = "client_error"

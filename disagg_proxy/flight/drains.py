@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
-from disagg_proxy.cluster.instance import State
+from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, ProxyError
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
@@ -37,10 +38,12 @@ class Drainer:
 
     Args:
         counts: what /stats shows.
+        ended: told of the instance when a drain has ended, and why it failed; empty when the KV is freed.
     """
 
-    def __init__(self, counts: Drains) -> None:
+    def __init__(self, counts: Drains, ended: Callable[[Instance, str], None] = lambda instance, failure: None) -> None:
         self._counts = counts
+        self._ended = ended
         self._turns: dict[str, asyncio.Semaphore] = {}
 
     async def drain(self, legs: Legs) -> None:
@@ -55,8 +58,11 @@ class Drainer:
                 failure = await self._try_on(legs)
         finally:
             self._counts.waiting -= 1
+            self._ended(instance, failure)
+            instance.drains += not failure
             if failure:
                 self._counts.failed += 1
+                instance.drains_failed += 1
                 log.warning("KV of %s is not drained from %s: %s", legs.id.public, instance, failure)
 
     async def _try_on(self, legs: Legs) -> str:

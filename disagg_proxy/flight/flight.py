@@ -38,9 +38,11 @@ from disagg_proxy.flight.legs import Legs, NotAsked
 from disagg_proxy.flight.outcome import Outcome, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.flight.verdict import is_failure
+from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.headers import answer_headers, is_stream
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider, hide
-from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
+from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
@@ -76,6 +78,7 @@ class Flight:
         background: Background,
         drainer: Drainer,
         stats: Stats,
+        record: Record,
         *,
         prefill_deadlines: Deadlines,
         loads: Deadlines,
@@ -91,10 +94,12 @@ class Flight:
         self._deadline: object | None = None
         self._own_key = own_key
         self._prefilled = prefilled
-        self._client = Client(stats)
+        self._client = Client(record)
+        self._record = record
         self._phase = _Phase.PREFILL
         self._relay: Relay | None = None
         self._task: asyncio.Task[None] | None = None
+        self._begin_try()
 
     @property
     def _legs(self) -> Legs:
@@ -126,6 +131,7 @@ class Flight:
             self._relay.close()
         elif self._task is None:
             self._legs.give_back()
+        self._record.end()
 
     def _prefill_late(self) -> None:
         if self._phase is _Phase.PREFILL:
@@ -134,6 +140,10 @@ class Flight:
             )
 
     # -- the legs
+
+    def _begin_try(self) -> None:
+        legs = self._legs
+        self._record.put_on(legs.pair.prefill, legs.pair.decode, legs.id.public)
 
     async def _run(self) -> None:
         try:
@@ -172,6 +182,8 @@ class Flight:
                 legs.end_decode()
                 return None if legs.abandoned else self._refused(refused, "prefill")
             self._prefilled(prefilled.body)
+            cached = self._record.cached_tokens = cached_tokens(prefilled.body)
+            self._record.prompt_tokens = prompt_tokens(prefilled.body) or None
             if legs.abandoned or not self._client.waits:
                 await self._drain(legs)
                 return None
@@ -181,13 +193,14 @@ class Flight:
                 self._phase = _Phase.OVER
                 return told
             self._phase = _Phase.DECODE
+            self._record.ask_decode()
             self._prefill_deadlines.drop(self._deadline)
             if not legs.prepared.streams:
                 self._loads.add(legs.kv.release)
             try:
                 answer = await legs.decode()
                 if answer.status == 200:
-                    return await self._relayed(answer, cached_tokens(prefilled.body))
+                    return await self._relayed(answer, cached)
             except NotAsked as failure:
                 if not legs.decode_lease.process_ended:
                     self._drain_behind()
@@ -205,9 +218,11 @@ class Flight:
             EngineError: prefill failed; another one may do.
             EngineDeadline: prefill says nothing.
         """
+        if legs is self._legs:
+            self._record.ask_prefill()
         answer = await legs.prefill()
         if not legs.abandoned:
-            self._client.prefilled()
+            self._record.answer_prefill()
         if is_failure(legs.route, answer.status):
             refusal(answer, "prefill", legs.id, self._own_key)
         return answer
@@ -222,6 +237,7 @@ class Flight:
         # Prefill may stand still because decode takes in no KV, and so would the next one.
         if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
             self._stats.failovers += 1
+            self._begin_try()
             await self._run()
         else:
             self._client.fail(error)
@@ -235,6 +251,7 @@ class Flight:
             raise error
         self._phase = _Phase.PREFILL
         self._stats.failovers += 1
+        self._begin_try()
 
     async def _refused_by_decode(self, answer: Answer) -> Outcome:
         refused = await answer.whole()
@@ -249,18 +266,19 @@ class Flight:
 
     def _refused(self, answer: WholeAnswer, leg: str) -> Outcome:
         outcome = refusal(answer, leg, self._legs.id, self._own_key)
-        self._client.refused()
+        self._record.refused(answer.status)
         return outcome
 
     def _told_by_prefill(self, answer: WholeAnswer) -> Outcome | None:
         """What prefill's answer already settles, so that decode has nothing to do but to free the KV."""
         if self._legs.prepared.prefill_answers:
-            self._first_byte()
-            self._client.complete()
+            self._first_byte(streamed=False)
+            self._record.output_tokens = output_tokens(answer.body)
+            self._record.complete()
             return whole(answer, self._legs.id)
         refused = over_context(self._legs, answer)
         if refused is not None:
-            self._client.refused()
+            self._record.refused(refused.status)
         return refused
 
     def _drain_behind(self) -> None:
@@ -288,7 +306,8 @@ class Flight:
             # The repair may change the length, which goes out before the body.
             whole = await answer.whole()
             vigil.heard()
-            self._first_byte()
+            self._first_byte(streamed=False)
+            self._record.output_tokens = output_tokens(whole.body)
             self._ended(complete=True)
             headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
@@ -299,21 +318,21 @@ class Flight:
             answer.close()
             raise
         vigil.heard()
-        relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), vigil, self._ended)
-        self._first_byte()
+        relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), vigil, self._ended, self._record)
+        self._first_byte(streamed=True)
         self._legs.prepared.forget_bodies()
         vigil.give_up = lambda error: relay.cut()
         self._phase = _Phase.BODY
         self._relay = relay
         return Outcome(200, headers, relay)
 
-    def _first_byte(self) -> None:
+    def _first_byte(self, streamed: bool) -> None:
         self._legs.kv.release()
-        self._client.first_byte()
+        self._record.begin_answer(streamed)
 
     def _ended(self, complete: bool) -> None:
         if complete:
-            self._client.complete()
-        else:
-            self._client.cut()
+            self._record.complete()
+        elif not self._client.gone:
+            self._record.cut()
         self._end_decode(failed=False if complete else None if self._client.gone else True)

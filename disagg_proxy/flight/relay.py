@@ -14,12 +14,17 @@ from typing import Protocol
 
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
+from disagg_proxy.observe.record import Record
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider, NoHiding
-from disagg_proxy.protocol.usage import UsageRepair
+from disagg_proxy.protocol.usage import UsageRepair, output_tokens
 from disagg_proxy.upstream import Answer
 
 _PULLED_AHEAD = 64 * 1024
 """Bytes that wait for a reader that pulls."""
+
+_END = 64
+"""Bytes that the last event of a stream may have, which tells of no tokens: ``[DONE]``, ``message_stop``."""
 
 
 class Outlet(Protocol):
@@ -41,9 +46,13 @@ class Relay:
     Args:
         vigil: told when decode is waited for, and what comes.
         ended: called once, with whether the body came to its end by itself.
+        record: told of the pieces.
     """
 
-    __slots__ = ("_answer", "_ended", "_hider", "_outlet", "_over", "_paused", "_repair", "_vigil")
+    __slots__ = (
+        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_record", "_repair", "_unseen",
+        "_vigil",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,12 +61,16 @@ class Relay:
         repair: UsageRepair,
         vigil: Vigil,
         ended: Callable[[bool], None],
+        record: Record,
     ) -> None:
         self._answer = answer
         self._hider = hider
         self._repair = repair
         self._vigil = vigil
         self._ended = ended
+        self._record = record
+        self._unseen = record.first_look
+        self._last = b""
         self._outlet: Outlet | None = None
         self._over = False
         self._paused = False
@@ -71,6 +84,11 @@ class Relay:
             return
         vigil = self._vigil
         vigil.heard()
+        self._unseen -= 1
+        if not self._unseen:
+            self._unseen = self._record.look()
+        if len(piece) > _END:
+            self._last = piece
         piece = self._repair.feed(self._hider.feed(piece))
         if piece:
             outlet.write(piece)
@@ -93,6 +111,7 @@ class Relay:
         outlet = self._outlet
         if self._over or outlet is None:
             return
+        self._record.cut(error)
         self._finish(complete=False)
         outlet.cut(StreamCut(error.message))
 
@@ -106,6 +125,7 @@ class Relay:
     def pause(self) -> None:
         """The client is behind: until :meth:`resume` decode is not waited for."""
         self._paused = True
+        self._record.disturbed()
         self._vigil.waiting = False
         self._answer.pause()
 
@@ -140,6 +160,11 @@ class Relay:
 
     def _finish(self, complete: bool) -> None:
         self._over = True
+        record, last, self._last = self._record, self._last, b""
+        record.passed(self._unseen)
+        record.output_tokens = output_tokens(last)
+        if record.prompt_tokens is None:
+            record.prompt_tokens = prompt_tokens(last) or None
         self._ended(complete)
 
 

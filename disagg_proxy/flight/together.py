@@ -22,9 +22,11 @@ from disagg_proxy.flight.client import Client, Told
 from disagg_proxy.flight.outcome import Outcome, refusal
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.flight.together_legs import TogetherLegs
+from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.headers import answer_headers, is_stream
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import NoHiding
-from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
+from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
@@ -40,6 +42,7 @@ class TogetherFlight:
         attempts: Attempts[TogetherLegs],
         background: Background,
         stats: Stats,
+        record: Record,
         *,
         own_key: bool,
         prefilled: Callable[[bytes], None],
@@ -49,7 +52,8 @@ class TogetherFlight:
         self._stats = stats
         self._own_key = own_key
         self._prefilled = prefilled
-        self._client = Client(stats)
+        self._client = Client(record)
+        self._record = record
         self._relay: Relay | None = None
         self._task: asyncio.Task[None] | None = None
         self._prefill: asyncio.Task[None] | None = None
@@ -81,6 +85,7 @@ class TogetherFlight:
         else:
             # Not before its first step, or nothing in it could give anything back.
             asyncio.get_running_loop().call_soon(self._task.cancel)
+        self._record.end()
 
     async def _run(self) -> None:
         try:
@@ -108,7 +113,9 @@ class TogetherFlight:
     async def _fly(self) -> Outcome:
         while True:
             legs = self._legs
+            self._record.put_on(legs.prefill, legs.decode, legs.id.public)
             self._ask_prefill(legs)
+            self._record.ask_decode()
             try:
                 answer = await legs.ask_decode()
                 if answer.status == 200:
@@ -129,7 +136,7 @@ class TogetherFlight:
 
     def _refused(self, legs: TogetherLegs, answer: WholeAnswer) -> Outcome:
         outcome = refusal(answer, "decode", legs.id, self._own_key)
-        self._client.refused()
+        self._record.refused(answer.status)
         return outcome
 
     # -- prefill's part
@@ -137,14 +144,16 @@ class TogetherFlight:
     def _ask_prefill(self, legs: TogetherLegs) -> None:
         self._repair.cached = None
         if legs.prefill is not None:
+            self._record.ask_prefill()
             self._prefill = self._background.spawn(self._follow_prefill(legs), "prefill")
 
     async def _follow_prefill(self, legs: TogetherLegs) -> None:
         answer = await legs.ask_prefill()
         if answer is not None and legs is self._legs:
-            self._client.prefilled()
+            self._record.answer_prefill()
             self._prefilled(answer.body)
-            self._repair.cached = cached_tokens(answer.body)
+            self._record.prompt_tokens = prompt_tokens(answer.body) or None
+            self._record.cached_tokens = self._repair.cached = cached_tokens(answer.body)
 
     def _stop_prefill(self) -> None:
         """Nobody needs its KV any more."""
@@ -162,7 +171,10 @@ class TogetherFlight:
             if b"cached_tokens" in whole.body and self._prefill is not None:
                 # Prefill's own answer may come a moment later than decode's.
                 await asyncio.wait((self._prefill,), timeout=_USAGE_WAIT)
-            self._first_byte(legs)
+            self._first_byte(legs, streamed=False)
+            self._record.output_tokens = output_tokens(whole.body)
+            if legs.prefill is None:
+                self._record.prompt_tokens = prompt_tokens(whole.body) or None
             self._ended(complete=True)
             headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(whole.body, self._repair.cached))
@@ -173,21 +185,21 @@ class TogetherFlight:
             raise
         vigil = legs.decoding
         vigil.heard()
-        relay = Relay(answer, NoHiding(), self._repair, vigil, self._ended)
-        self._first_byte(legs)
+        relay = Relay(answer, NoHiding(), self._repair, vigil, self._ended, self._record)
+        self._first_byte(legs, streamed=True)
         vigil.give_up = lambda error: relay.cut()
         self._relay = relay
         return Outcome(200, headers, relay)
 
-    def _first_byte(self, legs: TogetherLegs) -> None:
+    def _first_byte(self, legs: TogetherLegs, streamed: bool) -> None:
         legs.loaded()
         legs.prepared.forget_bodies()
-        self._client.first_byte()
+        self._record.begin_answer(streamed)
 
     def _ended(self, complete: bool) -> None:
         if complete:
-            self._client.complete()
-        else:
-            self._client.cut()
+            self._record.complete()
+        elif not self._client.gone:
+            self._record.cut()
         self._stop_prefill()
         self._legs.end_decode(failed=False if complete else None if self._client.gone else True)

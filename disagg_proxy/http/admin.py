@@ -15,7 +15,7 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import BadRequest, UnknownInstance
 from disagg_proxy.http.respond import json_response
-from disagg_proxy.http.status import instance_report, instance_reports
+from disagg_proxy.observe.report import instance_report, instance_reports
 from disagg_proxy.services import Services
 from disagg_proxy.stopping import first_of
 

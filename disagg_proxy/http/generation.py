@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from disagg_proxy.errors import UnsupportedEncoding
+from disagg_proxy.errors import ProxyError, UnsupportedEncoding
 from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.launch import Carrier
+from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.headers import Headers, client_request_id, request_lines, value_of
 from disagg_proxy.protocol.prepare import prepare
@@ -24,10 +26,34 @@ def begin(services: Services, route: Route, headers: Headers, body: bytes) -> Ca
         ProxyError: it cannot be served.
     """
     config, launcher = services.config, services.launcher
-    prepared = prepare(route, body, launcher.wanted)
-    session = value_of(headers, config.session_header.lower().encode()) if launcher.wanted.session else b""
-    lines = request_lines(headers, config.engine_api_key)
-    return launcher.launch(route, lines, prepared, client_request_id(headers), session)
+    record = services.recorder.open(route.path, client_request_id(headers))
+    try:
+        prepared = prepare(route, body, launcher.wanted)
+        session = value_of(headers, config.session_header.lower().encode()) if launcher.wanted.session else b""
+        lines = request_lines(headers, config.engine_api_key)
+        begun = launcher.launch(route, lines, prepared, record, session)
+    except ProxyError as error:
+        record.refuse(error)
+        raise
+    except Exception:
+        record.refuse(ProxyError(""))
+        raise
+    return _queued(begun, record) if isinstance(begun, Coroutine) else begun
+
+
+async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrier:
+    """The same with the record of what does not come out of the queue."""
+    try:
+        return await begun
+    except ProxyError as error:
+        record.refuse(error)
+        raise
+    except asyncio.CancelledError:
+        record.end()
+        raise
+    except Exception:
+        record.refuse(ProxyError(""))
+        raise
 
 
 def answer_head(outcome: Outcome, client_id: str | None, flight: Carrier) -> Headers:

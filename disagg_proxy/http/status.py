@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 
-from disagg_proxy import __version__
-from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.http.metrics import ProxyCollector
+from disagg_proxy.cluster.instance import Role
 from disagg_proxy.http.respond import json_response
+from disagg_proxy.observe.metrics import metrics_registry
+from disagg_proxy.observe.report import stats_report
 from disagg_proxy.services import Services
-from disagg_proxy.workers.overview import Overview
 
 
 def status_routes(services: Services) -> Blueprint:
@@ -35,8 +34,7 @@ def status_routes(services: Services) -> Blueprint:
 
     @blueprint.get("/metrics")
     async def metrics_text() -> Response:
-        metrics = CollectorRegistry()
-        metrics.register(ProxyCollector(services.registry, await services.overview()))
+        metrics = metrics_registry(services, await services.overview())
         return Response(generate_latest(metrics), content_type=CONTENT_TYPE_LATEST)
 
     return blueprint
@@ -63,85 +61,4 @@ def health_report(services: Services) -> dict[str, Any]:
             for role in Role
         },
         "missing": missing,
-    }
-
-
-def stats_report(services: Services, overview: Overview) -> dict[str, Any]:
-    """Everything in numbers. Latencies in seconds over the last 2048 requests, of each worker."""
-    stats = overview.stats
-    report = {
-        "version": __version__,
-        "uptime_s": round(stats.clock() - stats.started_at, 3),
-        "instances": instance_reports(services, overview),
-        "requests": {
-            "in_flight": stats.in_flight,
-            "finished": sum(stats.outcomes.values()),
-            "outcomes": dict(stats.outcomes),
-            "in_background": overview.in_background,
-            "failovers": stats.failovers,
-            "queued": overview.queued,
-            "turned_away": stats.turned_away,
-        },
-        "latency": {
-            "queue": stats.queued.summary(),
-            "prefill": stats.prefill.summary(),
-            "ttft": stats.ttft.summary(),
-            "total": stats.total.summary(),
-        },
-        "drains": {
-            "started": stats.drains.started,
-            "done": stats.drains.done,
-            "failed": stats.drains.failed,
-            "waiting": stats.drains.waiting,
-            "tokens": stats.drains.tokens,
-        },
-        "discovery": {
-            "messages": overview.traffic.messages,
-            "dropped": dict(overview.traffic.dropped),
-            "refused": dict(overview.refused),
-        },
-    }
-    if services.member is not None:
-        report["answered_by"] = services.member.seat.worker
-        report["workers"] = overview.workers
-    return report
-
-
-def instance_reports(services: Services, overview: Overview) -> list[dict[str, Any]]:
-    """All instances as /stats shows them."""
-    return [instance_report(i, services, overview) for i in services.registry.instances()]
-
-
-def instance_report(instance: Instance, services: Services, overview: Overview) -> dict[str, Any]:
-    """One instance as /stats shows it: its state as this process sees it, and what all have counted."""
-    registry = services.registry
-    counted = overview.counted(instance)
-    now = registry.now()
-    decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
-    apart = {d.http.text: why for d in decodes if (why := registry.exchange.why_not(instance, d))}
-    return {
-        "role": instance.role.value,
-        "http_address": instance.http.text,
-        "kv_address": instance.kv.text if instance.kv else None,
-        "models": list(instance.models),
-        "state": instance.state.value,
-        "reason": instance.explanation,
-        "draining": instance.draining,
-        "idle": services.idle(instance),
-        "source": instance.source.value,
-        "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
-        "in_flight": instance.in_flight,
-        "kv_waiting": instance.kv_waiting,
-        "kv_waiting_bytes": instance.kv_waiting_bytes,
-        "kv_missing": instance.kv_missing,
-        "requests_total": counted["requests_total"],
-        "failures_total": counted["failures_total"],
-        "times_lost": instance.times_lost,
-        "kv_protocol": instance.kind.protocol,
-        "cannot_exchange_with": list(apart),
-        "cannot_exchange_because": apart,
-        "breaker": instance.breaker.state(now).value,
-        "freezes": counted["freezes"],
-        "replays": counted["replays"],
-        "restart_wanted": instance.restart_wanted,
     }

@@ -8,6 +8,7 @@ in decode's buffer (``p2p_nccl_engine.py``).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from disagg_proxy.cluster.instance import Instance, State
@@ -34,8 +35,10 @@ class Movement(Protocol[M]):
     async def moved(self, instance: Instance, mark: M, within: float) -> bool: ...
 
 
-async def replay_until_it_moves(instance: Instance, movement: Movement[M], witness: Witness) -> bool:
-    """Whether replays have set a frozen decode going."""
+async def replay_until_it_moves(
+    instance: Instance, movement: Movement[M], witness: Witness, replayed: Callable[[Instance], None]
+) -> bool:
+    """Whether replays have set a frozen decode going; ``replayed`` is told of each."""
     tried: set[Vigil] = set()
     while len(tried) < MOST and instance.state is State.FROZEN:
         vigil = next((v for v in instance.pulse.unanswered() if v not in tried), None)
@@ -45,6 +48,7 @@ async def replay_until_it_moves(instance: Instance, movement: Movement[M], witne
             return False
         tried.add(vigil)
         instance.replays += 1
+        replayed(instance)
         log.warning("Replaying the prefill of a request that %s may be waiting for", instance)
         mark = await movement.mark(instance)
         if not await vigil.replay() or not await movement.moved(instance, mark, _EFFECT):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class Watchdog:
         shortest, longest: bounds on the learnt deadline, in seconds.
         headers: lines that are sent along with GET /metrics, such as the engines' key.
         witness: the other processes of this proxy.
+        replayed: told of an instance for which a prefill is repeated.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Watchdog:
         longest: float,
         headers: bytes,
         witness: Witness | None = None,
+        replayed: Callable[[Instance], None] = lambda instance: None,
     ) -> None:
         self._registry = registry
         self._upstream = upstream
@@ -72,6 +74,7 @@ class Watchdog:
         self._longest = longest
         self._headers = headers
         self._witness = witness or Alone()
+        self._replayed = replayed
         self._pause = min(1.0, shortest / _LOOKS)
         self._looking: asyncio.Task[None] | None = None
         self._suspects: dict[Instance, asyncio.Task[None]] = {}
@@ -143,7 +146,7 @@ class Watchdog:
         """Set it going again, or give it up."""
         pulse = instance.pulse
         if instance.role is Role.DECODE and not self._witness.given_up(instance):
-            helped = await replay_until_it_moves(instance, self, self._witness)
+            helped = await replay_until_it_moves(instance, self, self._witness, self._replayed)
             if instance.state in (State.READY, State.PROBING):
                 return
             if helped and instance.state is State.FROZEN:
@@ -220,7 +223,8 @@ class Watchdog:
         while instance.state is State.FROZEN:
             if await self.moved(instance, mark, self._shortest) and instance.state is State.FROZEN:
                 log.warning("%s moves again by itself", instance)
-                instance.breaker.trip(self._registry.now())
+                if instance.breaker.trip(self._registry.now()):
+                    self._registry.breaker_moved(instance)
                 self._registry.thaw(instance, "moves again")
 
 

@@ -13,6 +13,8 @@ from disagg_proxy.cluster.instance import NOT_PROBED, Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement, decode
 from disagg_proxy.discovery.listener import Traffic
+from disagg_proxy.observe.news import News
+from disagg_proxy.workers.area import HALF
 from disagg_proxy.workers.book import name_of
 from disagg_proxy.workers.channel import Channel, Message
 from disagg_proxy.workers.contacts import Contacts
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 _BEAT = 0.25
 _ANSWER = 0.1
 """Seconds between two beats, and those that others get to publish their numbers when they are asked."""
+
+_NEWS_BEATS = 4
+"""Beats after which the news are published though nobody asked: for the worker that may take this one's place."""
 
 _TABLE_WITHIN, _PROBES_WITHIN, _FOLLOW_WITHIN = 5.0, 1.0, 0.25
 """Seconds that a new worker waits for what the supervisor knows, and for the probes of that; and that an operator waits
@@ -58,7 +63,7 @@ class Told:
         announced: an instance has pinged.
         stopping: the proxy shall end; True: at once.
         look: somebody has found an engine frozen.
-        numbers: what to publish.
+        numbers, news: what to publish.
         clients: how many are connected.
     """
 
@@ -66,6 +71,7 @@ class Told:
     stopping: Callable[[bool], None]
     look: Callable[[], None]
     numbers: Callable[[], Part]
+    news: Callable[[], News]
     clients: Callable[[], int]
 
 
@@ -85,6 +91,7 @@ class Member:
         self._whole, self._poked = asyncio.Event(), asyncio.Event()
         self._news = -1
         self._hearing = self._freeing = False
+        self._beats = 0
         self._beat_timer: asyncio.TimerHandle | None = None
         self._told: Told | None = None
         self._own.head[Head.PID] = os.getpid()
@@ -121,6 +128,7 @@ class Member:
         if self._beat_timer is not None:
             self._beat_timer.cancel()
         if self._told is not None:
+            self._publish_news()
             self._publish(self._own.head[Head.PUBLISHED])
         self._pokes.close()
         self._channel.close()
@@ -183,7 +191,11 @@ class Member:
         self._beat_timer = asyncio.get_running_loop().call_later(_BEAT, self._beat)
         self._follow()
         self._hear_freed()
-        self._publish(max(row.head[Head.WANTED] for row in self._table.rows))
+        wanted = max(row.head[Head.WANTED] for row in self._table.rows)
+        self._beats += 1
+        if not self._beats % _NEWS_BEATS:
+            self._publish_news()
+        self._publish(wanted)
 
     def _on_poke(self) -> None:
         self._poked.set()
@@ -271,8 +283,22 @@ class Member:
     def _publish(self, wish: int) -> None:
         if self._told is not None:
             self._count_clients()
+            if wish > self._own.head[Head.PUBLISHED]:
+                self._publish_news()
             self._memory.areas[self.seat.worker].write(self._told.numbers().pack())
         self._own.head[Head.PUBLISHED] = max(wish, self._own.head[Head.PUBLISHED])
+
+    def _publish_news(self) -> None:
+        if self._told is not None:
+            self._memory.news[self.seat.worker].write(self._told.news().pack(HALF))
+
+    def left_behind(self) -> News:
+        """What the worker before this one in its place has published last."""
+        return News.unpack(self._memory.news[self.seat.worker].read())
+
+    def news(self) -> list[News]:
+        """What all have published last, which is new behind :meth:`overview`."""
+        return [News.unpack(area.read()) for area in self._memory.news]
 
     async def overview(self) -> Overview:
         """The numbers of all, as they are now; of a process that does not answer, as it published them last."""

@@ -1,4 +1,5 @@
-"""The memory that the processes of one proxy have in common: the table, and an area for each of them.
+"""The memory that the processes of one proxy have in common: the table, an area for each of them, and for each worker
+one more, for what only the page shows (observe/news.py).
 
 An anonymous file, inherited by its descriptor: it has no name that could be left behind, and is gone with the last
 process. (``multiprocessing.shared_memory`` has names, and until Python 3.13 a tracker that removes them too early.)
@@ -25,9 +26,14 @@ class Memory:
     def __init__(self, file: int, workers: int) -> None:
         self.file = file
         table = Table.size(workers)
-        whole = memoryview(mmap.mmap(file, table + (workers + 1) * SIZE))
+        whole = memoryview(mmap.mmap(file, self._size(workers)))
         self.table = Table(whole, workers)
-        self.areas = [Area(whole[table + i * SIZE : table + (i + 1) * SIZE]) for i in range(workers + 1)]
+        areas = [Area(whole[table + i * SIZE : table + (i + 1) * SIZE]) for i in range(2 * workers + 1)]
+        self.areas, self.news = areas[: workers + 1], areas[workers + 1 :]
+
+    @staticmethod
+    def _size(workers: int) -> int:
+        return Table.size(workers) + (2 * workers + 1) * SIZE
 
     @classmethod
     def create(cls, workers: int) -> Memory:
@@ -38,5 +44,5 @@ class Memory:
             # Pythons that were built against an older C library do not know it.
             with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as unnamed:
                 file = os.dup(unnamed.fileno())
-        os.ftruncate(file, Table.size(workers) + (workers + 1) * SIZE)
+        os.ftruncate(file, cls._size(workers))
         return cls(file, workers)

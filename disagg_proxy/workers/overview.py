@@ -6,7 +6,6 @@ have died are kept by the supervisor, so that no counter goes back.
 
 from __future__ import annotations
 
-import array
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +14,17 @@ from typing import Any
 
 import msgpack
 
+from disagg_proxy.cluster.breaker import BreakerState
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.discovery.listener import Traffic
-from disagg_proxy.stats import Drains, Latency, Stats
+from disagg_proxy.stats import Drains, Histogram, Stats
 from disagg_proxy.workers.area import HALF
 
-COUNTED = ("requests_total", "failures_total", "freezes", "replays")
+COUNTED = ("requests_total", "failures_total", "freezes", "replays", "drains", "drains_failed")
 """Of each instance: what each process counts for itself."""
+
+SEEN = ("times_lost", "restarts")
+"""Of each instance: what every process sees by itself."""
 
 
 @dataclass(slots=True)
@@ -30,6 +33,8 @@ class Overview:
 
     Attributes:
         instances: by HTTP endpoint, the values of :data:`COUNTED`.
+        seen: the values of :data:`SEEN`, of the process that has seen most; gauges: sums of what there is now. Both by
+            :func:`about`.
         workers: what /stats says of each worker; empty when the proxy is one process.
         restarts: workers that were replaced.
     """
@@ -40,12 +45,42 @@ class Overview:
     in_background: int
     queued: int
     instances: Mapping[str, Mapping[str, int]]
+    seen: Mapping[str, int] = field(default_factory=dict)
+    gauges: Mapping[str, int] = field(default_factory=dict)
     workers: list[dict[str, Any]] = field(default_factory=list)
     restarts: int = 0
 
     def counted(self, instance: Instance) -> Mapping[str, int]:
         """The values of :data:`COUNTED` of one instance, which may have come after the numbers were put together."""
         return self.instances.get(instance.key) or _counts(instance)
+
+    def tokens_in_flight(self, instance: Instance) -> int:
+        """Estimated tokens of the requests on it."""
+        return self.gauges.get(about(instance, "tokens"), 0)
+
+    def breakers(self, instance: Instance, state: BreakerState) -> int:
+        """In how many processes its breaker is in that state."""
+        return self.gauges.get(about(instance, state.value), 0)
+
+    def has_seen(self, instance: Instance, name: str) -> int:
+        """One of :data:`SEEN`."""
+        return self.seen.get(about(instance, name), 0)
+
+
+def about(instance: Instance, name: str) -> str:
+    """The name of one number of one instance."""
+    return f"{name} {instance.key}"
+
+
+def seen_of(instances: Iterable[Instance]) -> dict[str, int]:
+    """What one process has seen of each instance."""
+    return {about(i, name): value for i in instances for name in SEEN if (value := getattr(i, name))}
+
+
+def gauges_of(instances: Iterable[Instance], now: float) -> dict[str, int]:
+    """What one process has on each instance now."""
+    found = {about(i, "tokens"): i.tokens_in_flight for i in instances if i.tokens_in_flight}
+    return {**found, **{about(i, i.breaker.state(now).value): 1 for i in instances}}
 
 
 def _counts(instance: Instance) -> dict[str, int]:
@@ -58,6 +93,10 @@ def counts_of(instances: Iterable[Instance]) -> dict[str, dict[str, int]]:
 
 
 # -- one process
+
+
+OWN_GAUGES = ("in_background", "queued")
+"""Those that are of no instance."""
 
 
 @dataclass(slots=True)
@@ -74,12 +113,16 @@ class Part:
     instances: dict[str, dict[str, int]]
     gauges: dict[str, int]
     refused: dict[str, int]
+    seen: dict[str, int] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """The text, without its longest parts where it would not fit."""
-        text = bytes(msgpack.packb([self.incarnation, self.stats, self.instances, self.gauges, self.refused]))
+        text = bytes(
+            msgpack.packb([self.incarnation, self.stats, self.instances, self.gauges, self.refused, self.seen])
+        )
         if len(text) > HALF:
-            text = bytes(msgpack.packb([self.incarnation, without_recent(self.stats), {}, self.gauges, {}]))
+            gauges = {name: self.gauges[name] for name in OWN_GAUGES if name in self.gauges}
+            text = bytes(msgpack.packb([self.incarnation, without_recent(self.stats), {}, gauges, {}, {}]))
         return text
 
 
@@ -93,8 +136,8 @@ def pack_stats(stats: Stats) -> dict[str, Any]:
     packed: dict[str, Any] = {}
     for one in fields(Stats):
         value = getattr(stats, one.name)
-        if isinstance(value, Latency):
-            packed[one.name] = [value.count, array.array("d", value.recent).tobytes()]
+        if isinstance(value, Histogram):
+            packed[one.name] = value.pack()
         elif isinstance(value, Drains):
             packed[one.name] = {part.name: getattr(value, part.name) for part in fields(Drains)}
         elif isinstance(value, (int, Counter)):
@@ -104,7 +147,11 @@ def pack_stats(stats: Stats) -> dict[str, Any]:
 
 def without_recent(stats: Mapping[str, Any]) -> dict[str, Any]:
     """The counts without the recent latencies."""
-    return {name: [value[0], b""] if isinstance(value, list) else value for name, value in stats.items()}
+    return {name: [*value[:3], b""] if _is_latency(value) else value for name, value in stats.items()}
+
+
+def _is_latency(packed: Any) -> bool:
+    return isinstance(packed, list) and isinstance(packed[-1], bytes)
 
 
 def without_gauges(stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +169,7 @@ def add(one: Any, other: Any) -> Any:
         return {key: add(one[key], other[key]) if key in one and key in other else one.get(key, other.get(key))
                 for key in {**one, **other}}  # fmt: skip
     if isinstance(one, list):
-        return [one[0] + other[0], one[1] + other[1]]
+        return [add(mine, others) for mine, others in zip(one, other, strict=True)]
     return one + other
 
 
@@ -134,11 +181,10 @@ def unpack_stats(packed: Mapping[str, Any], clock: Callable[[], float], started_
         if one.name not in packed:
             continue
         value, now = packed[one.name], getattr(stats, one.name)
-        if isinstance(now, Latency):
-            recent = array.array("d")
-            recent.frombytes(value[1])
-            value = Latency.of_all([(value[0], recent)])
-        elif isinstance(now, Drains):
+        if isinstance(now, Histogram):
+            now.load(value)
+            continue
+        if isinstance(now, Drains):
             value = Drains(**value)
         elif isinstance(now, Counter):
             value = Counter(value)
@@ -182,7 +228,7 @@ def unpack_ground(text: bytes) -> Ground | None:
 
 def merge(parts: Iterable[Part | None], ground: Ground) -> Overview:
     """The whole. ``parts`` must have been read before ``ground``, or a worker that dies meanwhile is missing."""
-    stats, instances, refused = ground.dead if ground.dead else ({}, {}, {})
+    stats, instances, refused, seen = ground.dead if ground.dead else ({}, {}, {}, {})
     gauges: Counter[str] = Counter()
     for number, part in enumerate(parts):
         if part is None or part.incarnation <= ground.merged[number]:
@@ -190,6 +236,7 @@ def merge(parts: Iterable[Part | None], ground: Ground) -> Overview:
         stats = add(stats, part.stats)
         instances = add(instances, part.instances)
         refused = highest(refused, part.refused)
+        seen = highest(seen, part.seen)
         gauges.update(part.gauges)
     return Overview(
         stats=unpack_stats(stats, time.monotonic, ground.started_at),
@@ -198,6 +245,8 @@ def merge(parts: Iterable[Part | None], ground: Ground) -> Overview:
         in_background=gauges["in_background"],
         queued=gauges["queued"],
         instances=instances,
+        seen=seen,
+        gauges=gauges,
         workers=[dict(worker) for worker in ground.workers],
         restarts=sum(worker["restarts"] for worker in ground.workers),
     )
@@ -208,9 +257,10 @@ def bury(part: Part | None, ground: Ground, worker: int, incarnation: int) -> No
     ground.merged[worker] = incarnation
     if part is None or part.incarnation != incarnation:
         return
-    stats, instances, refused = ground.dead if ground.dead else ({}, {}, {})
+    stats, instances, refused, seen = ground.dead if ground.dead else ({}, {}, {}, {})
     ground.dead = [
         add(stats, without_gauges(part.stats)),
         add(instances, part.instances),
         highest(refused, part.refused),
+        highest(seen, part.seen),
     ]

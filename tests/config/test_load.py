@@ -49,6 +49,8 @@ def test_an_empty_flag_is_a_bad_value() -> None:
         ("LOAD_BOUND", "nan"),
         ("LOG_LEVEL", "loud"),
         ("LOG_FORMAT", "xml"),
+        ("ACCESS_LOG", "/nowhere/access.log"),
+        ("ACCESS_LOG", "/tmp"),
         ("ENABLE_PROFILING", "maybe"),
         ("CORS_ORIGINS", "example.org"),
         ("ALLOW_REGISTER", " , "),

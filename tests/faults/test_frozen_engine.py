@@ -221,7 +221,7 @@ async def test_metrics_tell_of_it(machine, pair) -> None:
     assert (await soon(machine.post(PATH, ASK), 30))[0] == 200
     async with machine.http.get(machine.proxy.url + "/metrics") as answer:
         text = await answer.text()
-    where = f'instance="{decode.http_address}",role="decode"'
+    where = f'address="{decode.http_address}",role="decode"'
     lines = [line.replace(" ", "") for line in text.splitlines()]
     for name in ("freezes", "replays"):
         assert any(line.startswith(f"disagg_proxy_instance_{name}_total") and line.endswith("1.0") for line in lines), (

@@ -11,6 +11,7 @@ from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.errors import EngineDisconnected, StreamCut
 from disagg_proxy.flight.relay import Relay
+from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.redact import IdHider
 from disagg_proxy.protocol.usage import UsageRepair
@@ -86,7 +87,8 @@ class Relayed:
         self.ended: list[bool] = []
         self.outlet = Outlet()
         hider, repair = IdHider(ID), UsageRepair(cached)
-        self.relay = Relay(self.carrier.answer, hider, repair, self.vigil, self.ended.append)
+        self.record = Recorder.alone().open("/v1/completions", None)
+        self.relay = Relay(self.carrier.answer, hider, repair, self.vigil, self.ended.append, self.record)
 
     def pour(self) -> Outlet:
         self.relay.pour(self.outlet)

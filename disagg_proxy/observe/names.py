@@ -1,0 +1,3 @@
+"""How the names of all metrics begin."""
+
+PREFIX = "disagg_proxy_"

@@ -1,0 +1,123 @@
+"""Opens and closes the records of requests, and adds up what they tell: totals, latencies, and who works with whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from disagg_proxy.observe.journal import Journal
+from disagg_proxy.observe.meter import Meter
+from disagg_proxy.observe.record import EVERY, Record
+from disagg_proxy.stats import Stats
+
+_MOST_FLOWS = 4096
+_MOST_MODELS = 64
+
+Sink = Callable[[Record], None]
+"""Told of each request when it has ended; must not block or raise."""
+
+
+@dataclass(slots=True)
+class Flow:
+    """Requests of one prefill and one decode; prefill is None for those that decode serves alone."""
+
+    prefill: str | None
+    decode: str
+    in_flight: int = 0
+    total: int = 0
+
+
+class Recorder:
+    """What records need, and what becomes of them.
+
+    Attributes:
+        clock: monotonic seconds.
+        served: whether some instance serves a model; clients may name any.
+        sinks: who else is told of each record in the end.
+        flows: by the keys of the instances.
+    """
+
+    def __init__(self, stats: Stats, journal: Journal, meter: Meter) -> None:
+        self.clock = stats.clock
+        self.stats = stats
+        self.journal = journal
+        self.meter = meter
+        self.sinks: list[Sink] = []
+        self.flows: dict[tuple[str | None, str], Flow] = {}
+        self.served: Callable[[str], bool] = lambda model: False
+        self._models: set[str] = set()
+        self._turn = 0
+
+    @classmethod
+    def alone(cls, clock: Callable[[], float] = time.monotonic) -> Recorder:
+        """One with nothing around it."""
+        return cls(Stats(clock), Journal(), Meter())
+
+    def open(self, route: str, client_id: str | None) -> Record:
+        """A request's body is complete."""
+        self._turn = turn = self._turn % EVERY + 1
+        return Record(self, route, client_id, turn)
+
+    def follow(self, record: Record) -> None:
+        """The request was put on the instances that it names, and may have been on others before."""
+        if record.flow is not None:
+            record.flow.in_flight -= 1
+        assert record.decode is not None
+        between = (record.prefill, record.decode)
+        flow = self.flows.get(between)
+        if flow is None:
+            if len(self.flows) >= _MOST_FLOWS:
+                self.flows = {key: one for key, one in self.flows.items() if one.in_flight}
+            flow = self.flows[between] = Flow(*between)
+        flow.in_flight += 1
+        flow.total += 1
+        record.flow = flow
+
+    def answered(self, seconds: float) -> None:
+        """A streamed answer has begun."""
+        self.stats.ttft.add(seconds)
+        self.meter.now.ttft.add(seconds)
+
+    def measured(self, seconds: float) -> None:
+        """A gap between two pieces of an answer."""
+        self.stats.gap.add(seconds)
+        self.meter.now.gap.add(seconds)
+
+    def passed(self, pieces: int) -> None:
+        """So many more pieces of an answer."""
+        self.stats.pieces += pieces
+        self.meter.now.pieces += pieces
+
+    def close(self, record: Record) -> None:
+        """The request has ended."""
+        stats, step = self.stats, self.meter.now
+        if record.admitted is not None:
+            stats.in_flight -= 1
+        if record.flow is not None:
+            record.flow.in_flight -= 1
+        stats.outcomes[record.outcome] += 1
+        step.outcomes[record.outcome] += 1
+        stats.labelled[self._labels(record)] += 1
+        if record.prompt_tokens:
+            stats.prompts.add(record.prompt_tokens)
+            stats.prompt_tokens += record.prompt_tokens
+            stats.cached_tokens += record.cached_tokens or 0
+            step.prompt_tokens += record.prompt_tokens
+        if record.output_tokens:
+            stats.outputs.add(record.output_tokens)
+            stats.output_tokens += record.output_tokens
+            step.output_tokens += record.output_tokens
+        self.journal.add(record)
+        for sink in self.sinks:
+            sink(record)
+
+    def _labels(self, record: Record) -> str:
+        """Route, outcome, cause and model. Only so many models have a label of their own."""
+        model = record.model or "unknown"
+        if model not in self._models:
+            if len(self._models) < _MOST_MODELS and record.model and self.served(record.model):
+                self._models.add(model)
+            elif record.model:
+                model = "other"
+        return f"{record.route}\t{record.outcome}\t{record.cause or ''}\t{model}"

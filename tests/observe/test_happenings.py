@@ -1,0 +1,123 @@
+"""Which changes of instances become events."""
+
+from __future__ import annotations
+
+import pytest
+
+from disagg_proxy.cluster.breaker import FAILURES_TO_OPEN
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.lease import Lease
+from disagg_proxy.observe.happenings import Happenings
+from disagg_proxy.observe.journal import Journal
+from tests.cluster.conftest import World
+
+
+class Told:
+    """A world whose happenings are journalled."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.journal = Journal()
+        self.happenings = Happenings(self.world.registry, self.journal)
+        self.prefill = self.world.ready(Role.PREFILL, 1)
+        self.decode = self.world.ready(Role.DECODE, 2)
+        self.journal.events.clear()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.journal.events]
+
+    def admit(self, instance: Instance) -> None:
+        self.world.registry.admit(instance, {"m": {"id": "m"}})
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+def test_an_instance_is_admitted_and_lost_and_back(told) -> None:
+    new = told.world.ready(Role.DECODE, 3)
+    told.world.time += 100
+    told.world.registry.expire()
+    assert told.kinds == ["admitted", "lost", "lost", "lost"]
+    event = told.journal.events[0]
+    assert (event.instance, event.text) == (new.key, "serves m")
+    assert "no ping for 100 s" in told.journal.events[-1].text
+    told.world.ready(Role.DECODE, 3)
+    assert told.kinds[4:] == ["admitted"], "its first probing is no news"
+
+
+def test_a_probe_that_fails(told) -> None:
+    told.world.registry.suspend(told.decode, "its /health answers 500")
+    told.world.registry.suspend(told.decode, "its /health answers 503")
+    assert told.kinds == ["probing"] and told.journal.events[0].text == "its /health answers 500"
+
+
+def test_frozen_and_what_became_of_it(told) -> None:
+    registry = told.world.registry
+    registry.freeze(told.decode, "its engine stands still")
+    told.happenings.replayed(told.decode)
+    told.happenings.replayed(told.decode)
+    registry.thaw(told.decode, "moves again after replayed prefills")
+    told.admit(told.decode)
+    assert told.kinds == ["frozen", "replayed", "freed", "admitted"]
+    assert told.journal.events[1].text.startswith("the prefills of 2 requests")
+    told.journal.events.clear()
+    registry.freeze(told.prefill, "stands still")
+    registry.want_restart(told.prefill, "stands still; restart it")
+    registry.process_ended(told.prefill)
+    assert told.kinds == ["frozen", "restart_wanted", "restarted", "freed"]
+
+
+def test_maintenance(told) -> None:
+    registry = told.world.registry
+    registry.drain(told.decode)
+    registry.drain(told.decode)
+    registry.drain(told.decode, False)
+    assert told.kinds == ["drained", "undrained"]
+
+
+def test_a_breaker_opens_and_closes(told) -> None:
+    for _ in range(FAILURES_TO_OPEN + 2):
+        Lease(told.world.registry, told.decode).end(failed=True)
+    assert told.kinds == ["breaker_opened"]
+    told.world.time += 100
+    Lease(told.world.registry, told.decode).end(failed=False)
+    Lease(told.world.registry, told.decode).end(failed=False)
+    assert told.kinds == ["breaker_opened", "breaker_closed"]
+
+
+def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> None:
+    registry = told.world.registry
+    registry.exchange.sends_towards(told.prefill, told.decode)
+    registry.suspend(told.decode, "connections are refused", gone=True)
+    told.admit(told.decode)
+    assert told.kinds == ["restarted", "probing", "admitted", "pair_refused"]
+    refused = told.journal.events[-1]
+    assert refused.instance == told.prefill.key and told.decode.http.text in refused.text
+    registry.suspend(told.decode, "x")
+    told.admit(told.decode)
+    assert told.kinds[4:] == ["probing", "admitted"], "told once"
+
+
+def test_drains(told) -> None:
+    told.happenings.drain_ended(told.decode, "")
+    told.happenings.drain_ended(told.decode, "")
+    told.happenings.drain_ended(told.decode, "it went away")
+    assert [(e.kind, e.count) for e in told.journal.events] == [("kv_drained", 2), ("drain_failed", 1)]
+
+
+def test_a_worker_in_anothers_place_admits_nothing_anew(told) -> None:
+    told.happenings.quiet = True
+    told.world.ready(Role.DECODE, 3)
+    assert told.kinds == []
+
+
+def test_instances_that_come_and_go_are_forgotten(told, monkeypatch) -> None:
+    monkeypatch.setattr("disagg_proxy.observe.happenings.MAX_INSTANCES", 2)
+    for port in range(10, 20):
+        told.world.ready(Role.DECODE, port)
+        told.world.time += 100
+        told.world.registry.expire()
+    assert len(told.happenings._seen) <= 5

@@ -1,0 +1,82 @@
+"""Steps of 5 s, and percentiles over them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_proxy.observe.meter import SECONDS, STEPS, Bins, Meter, Step, merged
+
+
+@given(st.lists(st.floats(1e-5, 1e4), min_size=1), st.floats(0.01, 1.0))
+def test_percentiles_are_right_to_within_5_percent(values: list[float], share: float) -> None:
+    bins = Bins()
+    for value in values:
+        bins.add(value)
+    exact = sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+    found = bins.quantile(share)
+    assert found is not None and exact * 0.95 <= found <= exact * 1.05
+
+
+def test_no_percentile_of_nothing_and_none_of_a_negative_time() -> None:
+    bins = Bins()
+    assert bins.quantile(0.5) is None
+    bins.add(-1.0)
+    found = bins.quantile(0.5)
+    assert found is not None and 0 < found < 1e-5
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1003.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_a_step_has_what_came_in_it_and_the_highest_that_was_seen() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    meter.now.outcomes["ok"] += 1
+    meter.look(3, 1, 10)
+    meter.look(2, 5, 7)
+    clock.time = 1005.0
+    meter.look(1, 0, 0)
+    meter.now.outcomes["cut"] += 1
+    first, second = map(Step.of, meter.rows())
+    assert (first.start, dict(first.outcomes)) == (1000, {"ok": 1})
+    assert (first.in_flight, first.queued, first.kv_waiting_bytes) == (3, 5, 10)
+    assert (second.start, dict(second.outcomes), second.in_flight) == (1005, {"cut": 1}, 1)
+
+
+def test_steps_of_all_workers_together() -> None:
+    clock = Clock()
+    one, other = Meter(clock), Meter(clock)
+    for meter, pieces in ((one, 3), (other, 4)):
+        meter.now.pieces = pieces
+        meter.now.ttft.add(0.1)
+        meter.look(2, 1, 500)
+    clock.time += 3 * SECONDS
+    one.look(0, 0, 0)
+    steps = merged([one.rows(), other.rows()], clock.time)
+    assert len(steps) == STEPS and [s.start for s in steps] == sorted({s.start for s in steps})
+    assert steps[-1].start == 1015
+    then = steps[-4]
+    assert (then.start, then.pieces, then.in_flight, then.queued, then.kv_waiting_bytes) == (1000, 7, 4, 2, 500)
+    assert sum(then.ttft.counts.values()) == 2
+    assert not any(step.pieces for step in steps if step is not then)
+
+
+def test_no_more_than_ten_minutes_are_kept_and_a_successor_has_them_too() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    for _ in range(200):
+        meter.now.pieces = 1
+        clock.time += SECONDS
+        meter.look(0, 0, 0)
+    assert len(meter.rows()) == STEPS
+    heir = Meter(clock)
+    heir.now.pieces = 5
+    heir.inherit(meter.rows())
+    steps = merged([heir.rows()], clock.time)
+    assert [step.pieces for step in steps] == [1] * (STEPS - 1) + [5]

@@ -1,0 +1,87 @@
+"""What processes publish, and the sum of it."""
+
+from __future__ import annotations
+
+from disagg_proxy.cluster.instance import Role
+from disagg_proxy.observe.journal import Journal
+from disagg_proxy.observe.meter import Meter
+from disagg_proxy.observe.news import FIELDS, News, inherit, news_of, together
+from disagg_proxy.observe.recorder import Recorder
+from disagg_proxy.stats import Stats
+from disagg_proxy.workers.area import HALF
+from tests.observe.conftest import Desk
+
+
+class Worker(Desk):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.recorder = Recorder(
+            Stats(lambda: self.time), Journal(number, lambda: self.wall), Meter(lambda: self.wall)
+        )  # fmt: skip
+
+    def published(self) -> News:
+        return News.unpack(news_of(self.recorder).pack(HALF))
+
+
+def test_records_of_all_are_in_the_order_of_their_end() -> None:
+    one, other = Worker(0), Worker(1)
+    for worker in (one, other, one, other):
+        for each in (one, other):
+            each.after(1)
+        worker.admitted().end()
+    records, *_ = together([one.published(), other.published()], one.wall)
+    ends = [row[FIELDS.index("seq")] for row in records]
+    assert len(ends) == 4 and ends == sorted(ends) and [seq % 64 for seq in ends] == [0, 1, 0, 1]
+
+
+def test_what_all_workers_find_out_is_told_once() -> None:
+    one, other = Worker(0), Worker(1)
+    for worker in (one, other):
+        worker.journal.tell("frozen", "d", "x")
+        worker.journal.tell("breaker_opened", "d", "x")
+        worker.after(5)
+        worker.journal.tell("freed", "d", "x")
+        worker.after(1)
+        worker.journal.tell("frozen", "d", "again")
+    _, events, _, _ = together([one.published(), other.published()], one.wall)
+    assert [e.kind for e in events] == ["frozen", "breaker_opened", "breaker_opened", "freed", "frozen"]
+
+
+def test_flows_are_added(world) -> None:
+    prefill, decode = world.ready(Role.PREFILL, 1), world.ready(Role.DECODE, 2)
+    one, other = Worker(0), Worker(1)
+    for worker in (one, other):
+        worker.admitted().put_on(prefill, decode, "x")
+    one.admitted().put_on(None, decode, "x")
+    *_, flows = together([one.published(), other.published()], one.wall)
+    assert {(f.prefill, f.in_flight, f.total) for f in flows} == {(prefill.key, 2, 2), (None, 1, 1)}
+
+
+def test_a_worker_goes_on_from_what_another_has_left(world) -> None:
+    dead, heir = Worker(2), Worker(2)
+    record = dead.admitted()
+    record.put_on(None, world.ready(Role.DECODE, 2), "x")
+    record.complete()
+    record.end()
+    dead.journal.tell("lost", "a", "x")
+    dead.admitted().put_on(None, world.instance(2), "y")
+    inherit(heir.recorder, heir.journal, dead.published())
+    assert heir.journal.last == dead.journal.last
+    heir.admitted().end()
+    heir.after(5)
+    records, events, _, flows = together([heir.published()], heir.wall)
+    assert [row[FIELDS.index("outcome")] for row in records] == ["ok", "client_left"]
+    assert [e.kind for e in events] == ["lost"]
+    assert [(f.in_flight, f.total) for f in flows] == [(0, 2)], "what was on its way has ended with it"
+
+
+def test_the_oldest_are_left_out_where_it_would_be_too_long() -> None:
+    worker = Worker(0)
+    for number in range(300):
+        worker.journal.tell("lost", "a", str(number) * 100)
+        worker.admitted().end()
+    text = news_of(worker.recorder).pack(20_000)
+    assert 0 < len(text) <= 20_000
+    kept = News.unpack(text)
+    assert kept.records[-1][0] == worker.journal.records[-1].seq and kept.events[-1][0] == worker.journal.events[-1].seq
+    assert news_of(worker.recorder).pack(10) == b"" and News.unpack(b"") == News()
