@@ -58,6 +58,10 @@ source "$ROOT/script/frozen.sh"
 source "$ROOT/script/look.sh"
 # shellcheck source=script/try.sh
 source "$ROOT/script/try.sh"
+# shellcheck source=script/bench.sh
+source "$ROOT/script/bench.sh"
+# shellcheck source=script/setups.sh
+source "$ROOT/script/setups.sh"
 # shellcheck source=script/doctor.sh
 source "$ROOT/script/doctor.sh"
 # shellcheck source=script/doctor_gpus.sh

@@ -8,6 +8,7 @@ _test_single_machine() {
   else
     case ${COMP_WORDS[1]} in
       all) choices='--supervise --no-supervise' ;;
+      bench) choices='--ratio --against-plain --once' ;;
       config) choices='--markdown en zh' ;;
       logs | stop | restart)
         choices='proxy prefill decode'

@@ -14,7 +14,7 @@ stop|[NAME...]|help_stop
 restart|NAME...|help_restart
 config|[--markdown [en,zh]]|help_config
 doctor||help_doctor
-bench||help_bench
+bench|[--ratio] [--against-plain] [--once]|help_bench
 env||help_env
 help||help_help'
 

@@ -10,6 +10,8 @@ compose() {
   LAUNCH_ENV=() LAUNCH=()
   if [[ $1 == proxy ]]; then
     compose_proxy
+  elif [[ ${PART_ROLE[$1]} == plain ]]; then
+    compose_plain "$1"
   elif [[ $ENGINE_KIND == vllm ]]; then
     compose_vllm "$1"
   else
@@ -71,6 +73,33 @@ compose_sim() {
     --max-model-len "$MAX_MODEL_LEN" --max-num-seqs "$MAX_NUM_SEQS" --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS"
     --kv-buffer-bytes "$(whole "$KV_BUFFER_SIZE")" --kv-pool-bytes "$((MEM_POOL_SIZE_GB << 30))"
     "${more[@]}" "${WORDS[@]}")
+}
+
+# An engine by itself, which `bench` compares with: vLLM's defaults where no setting says otherwise.
+compose_plain() {
+  local name=$1 gpus model
+  served_names
+  split_words "$EXTRA_PLAIN_ARGS"
+  if [[ $ENGINE_KIND == sim ]]; then
+    LAUNCH=("$PROXY_PYTHON" -m disagg_proxy.sim --role decode --connector disagg_kv --host "$ENGINE_HOST"
+      --port "${PART_HTTP[$name]}" --kv-port 0 --max-model-len "$MAX_MODEL_LEN" --max-num-seqs "$MAX_NUM_SEQS"
+      --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS")
+    for model in "${SERVED_NAMES[@]}"; do LAUNCH+=(--model "$model"); done
+    if [[ -n $ENGINE_API_KEY ]]; then LAUNCH+=(--api-key "$ENGINE_API_KEY"); fi
+    LAUNCH+=("${WORDS[@]}")
+    split_words "$EXTRA_SIM_ARGS"
+  else
+    gpus=${PART_GPUS[$name]//[!,]/}
+    LAUNCH_ENV=(CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=${PART_GPUS[$name]}" "VLLM_HOST_IP=$ENGINE_HOST")
+    LAUNCH=("${VLLM_COMMAND[@]}" serve "$MODEL" --host "$ENGINE_HOST" --port "${PART_HTTP[$name]}"
+      --served-model-name "${SERVED_NAMES[@]}" --dtype "$DTYPE" --max-model-len "$MAX_MODEL_LEN"
+      --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS" --max-num-seqs "$MAX_NUM_SEQS"
+      --gpu-memory-utilization "$PREFILL_GPU_MEMORY_UTILIZATION")
+    if [[ -n $gpus ]]; then LAUNCH+=(--tensor-parallel-size $((${#gpus} + 1))); fi
+    if [[ $ENFORCE_EAGER == 1 ]]; then LAUNCH+=(--enforce-eager); fi
+    if ! vllm_at_least 0 10; then LAUNCH+=(--disable-log-requests); fi
+  fi
+  LAUNCH+=("${WORDS[@]}")
 }
 
 compose_vllm() {
@@ -213,7 +242,7 @@ launch() {
   if [[ $log == - ]]; then mode=foreground; fi
   SPAWN_FIELDS=("kind=$(kind_of "$name")" "role=${PART_ROLE[$name]}" "mode=$mode" "http=${PART_HTTP[$name]}"
   "kv=${PART_KV[$name]:-$PROXY_PORT}" "gpus=${PART_GPUS[$name]:-}" "served=${PROXY_COUNT[${PART_HTTP[$name]}]:-0}")
-  if [[ $name != proxy ]]; then SPAWN_FIELDS+=("connector=$CONNECTOR"); fi
+  if [[ ${PART_ROLE[$name]} != proxy && ${PART_ROLE[$name]} != plain ]]; then SPAWN_FIELDS+=("connector=$CONNECTOR"); fi
   pass_keys
   spawn "$name" "$log" "${environment[@]}" "${LAUNCH[@]}"
 }

@@ -99,7 +99,7 @@ ports_of() {
   printf '%s\n' "${PART_HTTP[$1]}"
   if [[ $1 == proxy ]]; then
     printf '%s\n' "$PROXY_PORT"
-  else
+  elif [[ ${PART_ROLE[$1]} != plain ]]; then
     for ((offset = 0; offset < TP_SIZE; offset++)); do printf '%s\n' "$((PART_KV[$1] + offset))"; done
   fi
 }

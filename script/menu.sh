@@ -53,7 +53,20 @@ cmd_menu() {
 
 run_entry() {
   local status=0 part=''
-  if [[ $1 == restart ]]; then
+  if [[ $1 == bench ]]; then
+    read -r -p "$(text menu_bench_how)" part || return 0
+    part=${part//[[:space:]]/}
+    case $part in
+      '' | 1) part='' ;;
+      2) part=--ratio ;;
+      3) part=--against-plain ;;
+      4) part=--once ;;
+      *)
+        warn menu_unknown "$part"
+        return 0
+        ;;
+    esac
+  elif [[ $1 == restart ]]; then
     read -r -p "$(text menu_which)" part || return 0
     part=${part//[[:space:]]/}
     if [[ -z $part ]]; then return 0; fi

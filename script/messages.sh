@@ -19,7 +19,7 @@ help_stop|stop everything, or the parts that are named|停止全部或指定的�
 help_restart|restart parts, with the prefills that depend on a decode|重启指定部分，以及依赖该 decode 的 prefill
 help_config|every setting, its value and where it comes from|所有设置、取值与来源
 help_doctor|check this machine, with remedies|检查本机并给出解决办法
-help_bench|vllm bench serve through the proxy; a small load when engines are simulated|通过代理运行 vllm bench serve；模拟引擎时运行小负载
+help_bench|a report over request rates, by vllm bench serve through the proxy; --ratio: of every split of the GPUs into prefill and decode; --against-plain: beside plain engines on the same GPUs; --once: one load, no report|按请求速率生成报告（经代理运行 vllm bench serve）；--ratio：比较 GPU 在 prefill 与 decode 之间的各种分配；--against-plain：与同样 GPU 上的普通引擎对比；--once：只跑一次负载，不生成报告
 help_env|the exact commands that would be run|将要执行的完整命令
 help_help|this text|本说明
 menu_title|vLLM prefill/decode disaggregation on one machine|单机 vLLM prefill/decode 分离部署
@@ -40,6 +40,7 @@ menu_stop|stop everything|停止全部
 menu_restart|restart one part|重启某一部分
 menu_doctor|check this machine|检查本机
 menu_bench|measure|性能测试
+menu_bench_how|1 report over request rates, 2 which P:D ratio, 3 against plain engines, 4 one short load [1]: |1 按请求速率的报告，2 哪种 P:D 比例，3 与普通引擎对比，4 一次短负载 [1]：
 menu_env|show the commands that would be run|显示将要执行的命令
 menu_help|help|帮助
 unknown_command|unknown command "%s"|未知命令“%s”
@@ -57,6 +58,7 @@ want_port|must be a port, 1 to 65535|必须是端口号，1 到 65535
 want_count|must be a whole number, 1 or more|必须是不小于 1 的整数
 want_number|must be a number such as 8e9|必须是数字，如 8e9
 want_fraction|must be above 0 and at most 1|必须大于 0 且不超过 1
+want_rates|must be numbers above 0 such as 1 2 4 8|必须是大于 0 的数字，如 1 2 4 8
 want_flag|must be 0 or 1|必须是 0 或 1
 want_choice|must be one of %s|必须是以下之一：%s
 want_host|must be a host name or an address|必须是主机名或地址
@@ -156,6 +158,18 @@ test_skipped|%s was skipped: %s|%s 已跳过：%s
 test_failed|the test failed; `status` and `logs` say more|测试失败；详见 `status` 与 `logs`
 test_ok|All requests were answered through a prefill and a decode engine.|所有请求均经 prefill 与 decode 引擎得到回答。
 bench_simulated|No vLLM engines here: a small load of this script's own on what runs. Its figures say nothing about GPUs.|此处没有 vLLM 引擎：用本脚本的小负载测试，数字与 GPU 性能无关。
+bench_sim_figures|SIMULATED ENGINES: these figures say nothing about GPUs.|模拟引擎：这些数字与 GPU 性能无关。
+bench_own_client|The load generator is this project's own, not vllm bench serve; the report says so.|负载生成器为本项目自带，不是 vllm bench serve；报告中会注明。
+bench_once_alone|--once takes neither --ratio nor --against-plain|--once 不能与 --ratio 或 --against-plain 同用
+bench_no_pair|the proxy at %s has no prefill and decode ready; see `status`|%s 的代理没有就绪的 prefill 与 decode；请看 `status`
+bench_too_long|BENCH_INPUT_LEN=%s and BENCH_OUTPUT_LEN=%s are together more than MAX_MODEL_LEN=%s|BENCH_INPUT_LEN=%s 与 BENCH_OUTPUT_LEN=%s 之和超过 MAX_MODEL_LEN=%s
+bench_folder|The report goes to %s; Ctrl+C ends it and keeps what was measured.|报告写入 %s；按 Ctrl+C 结束并保留已测结果。
+bench_not_ours|what serves at %s was not started with `all`; --against-plain must be able to stop it and start it again|%s 上的服务不是由 `all` 启动的；--against-plain 需要能停止并重新启动它
+bench_pool_small|%s GPU(s) or engines to divide; two are needed at least|可分配的 GPU 或引擎只有 %s 个，至少需要两个
+bench_pool_twice|GPU %s is named twice; this comparison needs each engine on GPUs of its own|GPU %s 被指定了两次；此比较要求每个引擎独占 GPU
+bench_setup|Next setup: %s|下一种部署：%s
+bench_restoring|Starting again what ran before.|重新启动之前运行的部署。
+bench_nothing|nothing was measured; no report in %s|没有测得任何结果；%s 中没有报告
 no_log|there is no log of "%s" in %s|%2$s 中没有“%1$s”的日志
 no_logs|there are no logs in %s|%s 中没有日志
 env_sim|These are simulated engines (%s). ENGINE=vllm prints the commands for vLLM.|这里是模拟引擎（%s）。ENGINE=vllm 可显示 vLLM 的命令。

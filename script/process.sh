@@ -54,7 +54,7 @@ part_alive() {
 known_parts() {
   local file kind name
   [[ -d $RUN_DIR ]] || return 0
-  for kind in proxy prefill decode supervisor; do
+  for kind in proxy prefill decode plain supervisor; do
     for file in "$RUN_DIR/$kind.pid" "$RUN_DIR/$kind"[0-9].pid "$RUN_DIR/$kind"[0-9][0-9].pid; do
       if [[ -f $file ]]; then
         name=${file##*/}

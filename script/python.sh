@@ -25,12 +25,12 @@ ensure_python() {
   missing=$(requirements_missing "$BASE_PYTHON")
   if [[ -z $missing ]]; then
     PROXY_PYTHON=$BASE_PYTHON
-    say python_chosen "$PROXY_PYTHON"
+    if [[ -z ${BENCH_CHILD:-} ]]; then say python_chosen "$PROXY_PYTHON"; fi
     return 0
   fi
   if venv_ready; then
     PROXY_PYTHON=$VENV_DIR/bin/python
-    say python_venv "$PROXY_PYTHON"
+    if [[ -z ${BENCH_CHILD:-} ]]; then say python_venv "$PROXY_PYTHON"; fi
     return 0
   fi
   say python_lacks "$BASE_PYTHON" "$missing"

@@ -131,6 +131,7 @@ apply_defaults() {
   fi
   if [[ -z $LOG_DIR && ${SETTING_SOURCE[RUN_DIR]} == default ]]; then LOG_DIR=$ROOT/logs; fi
   LOG_DIR=$(absolute_path "${LOG_DIR:-$RUN_DIR/logs}")
+  REPORT_DIR=$(absolute_path "${REPORT_DIR:-$ROOT/reports}")
   VENV_DIR=$(absolute_path "${VENV_DIR:-$ROOT/.venv}")
   PYTHON=${PYTHON:-python3}
   if [[ $PYTHON == */* ]]; then PYTHON=$(absolute_path "$PYTHON"); fi
@@ -152,6 +153,7 @@ check_settings() {
       host) [[ $value =~ ^[A-Za-z0-9._:-]+$ ]] || die 2 bad_setting "$name" "$value" "$(text want_host)" ;;
       gpu) [[ $value =~ ^[A-Za-z0-9-]+(\+[A-Za-z0-9-]+)*$ ]] || die 2 bad_setting "$name" "$value" "$(text want_gpu)" ;;
       gpus) [[ $value =~ ^[A-Za-z0-9-]+([+,][A-Za-z0-9-]+)*$ ]] || die 2 bad_setting "$name" "$value" "$(text want_gpus)" ;;
+      rates) [[ $value =~ ^[0-9.]+([[:space:],]+[0-9.]+)*$ && ! $value =~ (^|[[:space:],])[0.]+([[:space:],]|$) ]] || die 2 bad_setting "$name" "$value" "$(text want_rates)" ;;
       word) [[ $value =~ ^[A-Za-z0-9_.-]+$ ]] || die 2 bad_setting "$name" "$value" "$(text want_word)" ;;
       names) [[ $value =~ ^[^,[:space:]]+(,[^,[:space:]]+)*$ ]] || die 2 bad_setting "$name" "$value" "$(text want_names)" ;;
     esac

@@ -49,10 +49,20 @@ RESTART_BACKOFF|number|1|seconds before a restart, doubled at each further one w
 START_TIMEOUT|count|@|seconds that all waits until everything is ready; default 120 simulated, 1800 with vllm (a download may be part of it)|all 等待全部就绪的秒数；默认模拟引擎 120，vllm 1800（可能包含下载）
 STOP_TIMEOUT|count|20|seconds from TERM to KILL|从 TERM 到 KILL 的秒数
 TEST_TIMEOUT|count|60|seconds of silence after which a request of test has failed|test 的请求静默多少秒后算失败
-BENCH_REQUESTS|count|@|requests of bench; default 200 with vllm, 60 simulated|bench 的请求数；默认 vllm 200，模拟引擎 60
-BENCH_CONCURRENCY|count|16|requests of bench at once|bench 的并发请求数
+BENCH_RATES|rates||requests per second that bench tries, such as 1 2 4 8; default: doubled from 1 until the SLO breaks or the engines saturate, then in between|bench 尝试的请求速率（每秒），如 1 2 4 8；默认从 1 起翻倍，直到 SLO 不满足或引擎饱和，再取中间值
+BENCH_SECONDS|count|@|seconds for which bench sends requests at each rate; default 30 with vllm, 10 simulated|bench 在每个速率下发送请求的秒数；默认 vllm 30，模拟引擎 10
+BENCH_TIME_LIMIT|count|@|seconds after which bench begins no further rate with one setup, when it looks for rates itself; default 900 with vllm, 180 simulated|自动寻找速率时，每种部署超过多少秒后不再尝试新的速率；默认 vllm 900，模拟引擎 180
+BENCH_SLO_TTFT_MS|number|1000|SLO of bench: longest time to the first token, in ms|bench 的 SLO：首 token 时间上限（毫秒）
+BENCH_SLO_TPOT_MS|number|50|SLO of bench: longest mean time per output token after the first, in ms|bench 的 SLO：首 token 之后每个 token 平均时间上限（毫秒）
+BENCH_SLO_ATTAINMENT|fraction|0.9|SLO of bench: share of the requests of a rate that must be in time|bench 的 SLO：一个速率下须按时完成的请求比例
+BENCH_CLIENT|choice:auto,vllm,own|auto|load generator of bench: vllm (vllm bench serve), own (this project's), or auto: vllm where the engines are vllm's|bench 的负载生成器：vllm（vllm bench serve）、own（本项目的）或 auto：引擎为 vllm 时用 vllm
 BENCH_INPUT_LEN|count|512|prompt length of bench, in tokens|bench 的提示词长度（token）
 BENCH_OUTPUT_LEN|count|64|answer length of bench, in tokens|bench 的回答长度（token）
+BENCH_REQUESTS|count|@|requests of bench --once; default 200 with vllm, 60 simulated|bench --once 的请求数；默认 vllm 200，模拟引擎 60
+BENCH_CONCURRENCY|count|16|requests of bench --once at once|bench --once 的并发请求数
+BENCH_SIM_ENGINES|count|4|simulated engines that bench --ratio divides into prefill and decode|bench --ratio 在 prefill 与 decode 之间分配的模拟引擎数
+EXTRA_PLAIN_ARGS|args||more arguments for the plain engines of bench --against-plain|bench --against-plain 中普通引擎的附加参数
+REPORT_DIR|path|@|folder of the reports of bench; default: reports beside this script|bench 报告目录；默认为脚本旁的 reports
 LOG_DIR|path|@|folder of the logs; default: logs beside this script, or RUN_DIR/logs when RUN_DIR is given|日志目录；默认为脚本旁的 logs，给出 RUN_DIR 时为 RUN_DIR/logs
 RUN_DIR|path|@|folder of PID files, private to the user; default: run beside this script|PID 文件目录，仅用户可访问；默认为脚本旁的 run
 PYTHON|text|@|Python to use or to make the virtual environment with; default python3|使用的 Python，或用它创建虚拟环境；默认 python3

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# `test` and `bench`: real requests through the proxy.
+# `test`: real requests through the proxy.
 
 # The service that `test` and `bench` ask, or the end with exit code 3.
 need_proxy() {
@@ -36,26 +36,4 @@ cmd_test() {
     return 1
   fi
   good test_ok
-}
-
-# With vllm its own benchmark; without it a small load of this script's, which says nothing about GPUs.
-cmd_bench() {
-  local requests=$BENCH_REQUESTS kind=sim name
-  (($# == 0)) || die 2 unknown_argument bench "$1"
-  need_proxy
-  pass_keys
-  served_names
-  for name in $(known_parts); do
-    if load_part "$name" && [[ ${PART[kind]:-} == vllm ]]; then kind=vllm; fi
-  done
-  if [[ $kind == vllm ]] && find_vllm; then
-    if [[ -n $API_KEY ]]; then export OPENAI_API_KEY=$API_KEY; fi
-    no_proxy=127.0.0.1,localhost,::1 "${VLLM_COMMAND[@]}" bench serve --base-url "$SERVICE_URL" --endpoint /v1/completions \
-      --model "${SERVED_NAMES[0]}" --tokenizer "$MODEL" --dataset-name random --random-input-len "$BENCH_INPUT_LEN" \
-      --random-output-len "$BENCH_OUTPUT_LEN" --ignore-eos --num-prompts "${requests:-200}" --max-concurrency "$BENCH_CONCURRENCY"
-  else
-    warn bench_simulated
-    "$BASE_PYTHON" "$ROOT/script/load.py" "$SERVICE_URL" "${SERVED_NAMES[0]}" "${requests:-60}" \
-      "$BENCH_CONCURRENCY" "$BENCH_INPUT_LEN" "$BENCH_OUTPUT_LEN"
-  fi
 }

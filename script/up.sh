@@ -25,7 +25,8 @@ cmd_all() {
   resolve_engine
   layout
   check_gpus
-  announce
+  # `bench` has said it already.
+  if [[ -z ${BENCH_CHILD:-} ]]; then announce; fi
   check_ports "${PARTS[@]}"
   # A supervisor whose parts are all gone would bring them back beside the new ones.
   stop_parts 30 supervisor
@@ -39,7 +40,7 @@ cmd_all() {
   fi
   trap - INT TERM HUP EXIT
   release_lock
-  report_ready
+  if [[ -z ${BENCH_CHILD:-} ]]; then report_ready; fi
 }
 
 # Everything there: says so, and that is no failure. Only a part: what to do, exit 1.

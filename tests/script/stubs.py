@@ -23,21 +23,33 @@ path = os.path.join({records!r}, f"{{os.getpid()}}.json")
 with open(path + ".new", "w") as file:
     json.dump(record, file)
 os.rename(path + ".new", path)
+value = lambda flag: words[words.index(flag) + 1]
 if words[0] != "serve":
     print("stub vllm", *words)
+    if "--save-result" in words:
+        # As vLLM writes it with --save-detailed: requests of 4 tokens, in time.
+        count = int(value("--num-prompts"))
+        lists = {{"ttfts": 0.05, "itls": [0.01] * 3, "input_lens": 8, "output_lens": 4, "errors": ""}}
+        result = {{name: [one] * count for name, one in lists.items()}}
+        with open(os.path.join(value("--result-dir"), value("--result-filename")), "w") as file:
+            json.dump({{"duration": count / float(value("--request-rate")), **result}}, file)
     sys.exit(0)
-value = lambda flag: words[words.index(flag) + 1]
+os.chdir({repository!r})
+names = words[words.index("--served-model-name") + 1 : words.index("--dtype")]
+models = [word for name in names for word in ("--model", name)]
+if "--kv-transfer-config" not in words:
+    os.environ.pop("PYTHONPATH", None)
+    os.execv({python!r}, [{python!r}, "-m", "disagg_proxy.sim", "--role", "decode", "--connector", "disagg_kv",
+        "--host", value("--host"), "--port", value("--port"), "--kv-port", "0", *models])
 transfer = json.loads(value("--kv-transfer-config"))
 extra = transfer["kv_connector_extra_config"]
-os.chdir({repository!r})
 os.environ.pop("PYTHONPATH", None)
-names = words[words.index("--served-model-name") + 1 : words.index("--dtype")]
 os.execv({python!r}, [{python!r}, "-m", "disagg_proxy.sim",
     "--role", {{"kv_producer": "prefill", "kv_consumer": "decode"}}[transfer["kv_role"]],
     "--host", value("--host"), "--port", value("--port"), "--kv-port", str(transfer["kv_port"]),
     "--proxy", extra["proxy_ip"] + ":" + str(extra["proxy_port"]), "--ping-seconds", "0.2",
     "--startup-seconds", os.environ.get("STUB_STARTUP", "0"),
-    *(word for name in names for word in ("--model", name))])
+    *models])
 """
 
 

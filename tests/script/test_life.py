@@ -46,7 +46,7 @@ def test_the_whole_life(machine: Machine) -> None:
     assert "==> " in machine.ok("logs", "-n", "1").stdout
     assert machine.run("logs", "nothing").returncode == 3
 
-    bench = machine.ok("bench", BENCH_REQUESTS="8", BENCH_INPUT_LEN="20", BENCH_OUTPUT_LEN="4")
+    bench = machine.ok("bench", "--once", BENCH_REQUESTS="8", BENCH_INPUT_LEN="20", BENCH_OUTPUT_LEN="4")
     assert "requests answered        8" in bench.stdout and "say nothing about GPUs" in bench.stderr
 
     machine.ok("stop")

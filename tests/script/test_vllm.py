@@ -85,7 +85,7 @@ def test_commands_and_environment(machine: Machine, stubs: Stubs, version: str) 
     machine.ok("test")
     status = machine.ok("status").stdout
     assert "vllm" in status and "GPU 0  NVIDIA Stub 0  559 / 81559 MiB" in status
-    bench = machine.ok("bench", BENCH_REQUESTS="7").stdout
+    bench = machine.ok("bench", "--once", BENCH_REQUESTS="7").stdout
     assert bench.startswith(f"stub vllm bench serve --base-url {machine.url} --endpoint /v1/completions --model model")
     assert "--tokenizer org/model" in bench and "--num-prompts 7" in bench
 

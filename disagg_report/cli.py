@@ -1,0 +1,195 @@
+"""The command line: ``sweep`` measures one setup into a folder, ``write`` and ``plots`` make what people read from it.
+
+Exit codes: 0 all went well; 1 a load generator failed or a folder cannot be read; 2 wrong usage; 130 interrupted.
+The key of what is measured comes from the environment: BENCH_KEY.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from disagg_report import machine
+from disagg_report.arrivals import Workload
+from disagg_report.client import Client, ClientFailed
+from disagg_report.folder import Header, Setup, read_header, read_report, setup_folder, write_header
+from disagg_report.own_client import OwnClient, key_from_environment
+from disagg_report.plots import NO_MATPLOTLIB, NoPlots, draw
+from disagg_report.power import NoPower, PowerMeter
+from disagg_report.progress import Progress
+from disagg_report.rates import Ended
+from disagg_report.records import BadRecord
+from disagg_report.slo import Slo
+from disagg_report.summary import summary
+from disagg_report.sweep import Plan, Sweep
+from disagg_report.verdict import verdict
+from disagg_report.vllm_client import VllmClient
+
+INSTALL = f"{sys.executable} -m pip install -r requirements-report.txt"
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers above 0, separated by blanks or commas."""
+    found = [float(word) for word in re.split(r"[\s,]+", text.strip()) if word]
+    if not all(0 < one < 1e6 for one in found):
+        raise ValueError
+    return found
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ValueError
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m disagg_report", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("sweep", help="measure one setup at rising request rates")
+    one.add_argument("folder", type=Path, help="of the report; made when it is not there")
+    one.add_argument("--url", action="append", required=True, help="the proxy; or plain engines, once each")
+    one.add_argument("--name", required=True, help="of the setup, short")
+    one.add_argument("--title", required=True, help="of the setup, for people")
+    one.add_argument("--kind", choices=("pd", "plain"), default="pd")
+    one.add_argument("--question", choices=("sweep", "ratio"), default="sweep")
+    one.add_argument("--model", required=True, help="served name")
+    one.add_argument("--tokenizer", default="", help="folder or name; for vllm bench serve")
+    one.add_argument("--client", choices=("own", "vllm"), default="own")
+    one.add_argument("--vllm", default="vllm", help="how vLLM's command line is started, as shell words")
+    one.add_argument("--vllm-version", default="")
+    one.add_argument("--rates", type=numbers, default=[], help="requests/s in their order; default: found by doubling")
+    one.add_argument("--seconds", type=float, default=30.0, help="time in which a rate's requests are sent")
+    one.add_argument("--time-limit", type=float, default=900.0, help="seconds after which no further rate begins")
+    one.add_argument("--patience", type=float, help="seconds to wait for answers after the last request")
+    one.add_argument("--warm-up", type=int, default=8, help="requests before anything counts")
+    one.add_argument("--engines", type=int, default=2, help="engines of the setup")
+    one.add_argument("--input-len", type=int, default=512, help="tokens of each prompt")
+    one.add_argument("--output-len", type=int, default=64, help="tokens of each answer")
+    one.add_argument("--gpus", type=pair, action="append", default=[], help="ROLE=0,1: whose power is measured")
+    one.add_argument("--fact", type=pair, action="append", default=[], help="NAME=VALUE for the report")
+    one.add_argument("--note", action="append", default=[], help="what a reader must know of this setup")
+    one.add_argument("--simulated", action="store_true", help="the engines are simulated; the report says so")
+    for name, text in (("write", "make summary.md and the plots again"), ("plots", "make only the plots")):
+        again = commands.add_parser(name, help=text)
+        again.add_argument("folder", type=Path)
+    for command in (one, commands.choices["write"], commands.choices["plots"]):
+        fixed = command is one
+        command.add_argument("--slo-ttft-ms", type=float, default=1000.0 if fixed else None)
+        command.add_argument("--slo-tpot-ms", type=float, default=50.0 if fixed else None)
+        command.add_argument("--slo-attainment", type=float, default=0.9 if fixed else None,
+                             help="share of requests that must be in time")  # fmt: skip
+    return parser
+
+
+def _vocabulary(tokenizer: str) -> int:
+    """Of the model in a folder; where it is not known, small enough for any."""
+    try:
+        config = json.loads((Path(tokenizer) / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 8000)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return 8000
+
+
+def _header(args: argparse.Namespace) -> Header:
+    """The report's, made by its first setup and kept for the others."""
+    if (args.folder / "report.json").exists():
+        return read_header(args.folder)
+    now = datetime.now().astimezone()
+    header = Header(
+        made=now.isoformat(timespec="seconds"),
+        question=args.question,
+        slo=Slo(args.slo_ttft_ms, args.slo_tpot_ms, args.slo_attainment),
+        input_tokens=args.input_len,
+        output_tokens=args.output_len,
+        seconds=args.seconds,
+        seed=int(now.timestamp()),
+        simulated=args.simulated,
+        facts={**machine.facts(), **dict(args.fact)},
+    )
+    write_header(args.folder, header)
+    return header
+
+
+async def _sweep(args: argparse.Namespace) -> Ended:
+    header = _header(args)
+    folder = setup_folder(args.folder, args.name)
+    workload = Workload(
+        args.model, header.input_tokens, header.output_tokens, header.seconds, header.seed, _vocabulary(args.tokenizer)
+    )
+    key = key_from_environment()
+    own = OwnClient(args.url, workload, key, args.patience)
+    client: Client = own
+    notes = list(args.note)
+    if args.client == "vllm":
+        slo = header.slo
+        goodput = [f"ttft:{slo.ttft_ms:g}", f"tpot:{slo.tpot_ms:g}"]
+        client = VllmClient(shlex.split(args.vllm), args.vllm_version, args.url, workload, args.tokenizer or args.model,
+                            goodput, folder, key)  # fmt: skip
+        if len(args.url) > 1:
+            notes.append(f"{len(args.url)} of it side by side, one for each engine at its part of the rate.")
+    elif len(args.url) > 1:
+        notes.append("Requests went to the engines in turn.")
+    meter, no_power = None, "no GPUs take part"
+    if args.gpus:
+        try:
+            meter, no_power = PowerMeter({role: names.split(",") for role, names in args.gpus if names}), ""
+        except NoPower as why:
+            no_power = str(why)
+    setup = Setup(args.name, args.title, args.kind, client.name, tuple(args.url), args.engines, no_power=no_power,
+                  notes=tuple(notes))  # fmt: skip
+    plan = Plan(workload, header.slo, args.rates, args.time_limit, max(1, args.warm_up))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    return await Sweep(setup, folder, plan, client, own, meter, Progress(sys.stderr), stop).run()
+
+
+def _write(args: argparse.Namespace, only_plots: bool) -> int:
+    report = read_report(args.folder)
+    slo = report.header.slo
+    changed = Slo(
+        slo.ttft_ms if args.slo_ttft_ms is None else args.slo_ttft_ms,
+        slo.tpot_ms if args.slo_tpot_ms is None else args.slo_tpot_ms,
+        slo.attainment if args.slo_attainment is None else args.slo_attainment,
+    )
+    report = replace(report, header=replace(report.header, slo=changed))
+    plots: list[Path] = []
+    no_plots = ""
+    try:
+        plots = draw(report, args.folder)
+    except NoPlots as why:
+        no_plots = str(why)
+        if no_plots == NO_MATPLOTLIB:
+            no_plots += f"; `{INSTALL}`, then `python -m disagg_report plots {args.folder.name}`"
+        print(f"No plots: {no_plots}", file=sys.stderr)
+        if only_plots:
+            return 1
+    (args.folder / "summary.md").write_text(summary(report, plots, no_plots), encoding="utf-8")
+    if not only_plots:
+        print(verdict(report))
+    print(args.folder / "summary.md")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See the module for the exit codes."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command != "sweep":
+            return _write(args, only_plots=args.command == "plots")
+        return 130 if asyncio.run(_sweep(args)) is Ended.INTERRUPTED else 0
+    except (ClientFailed, BadRecord, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,94 @@
+"""What follows from the figures: how much a setup serves within the SLO, and which serves most. Pure.
+
+A setup's *capacity* is its highest goodput among the rates at which it kept the SLO. Capacities that differ by less
+than 5 % are called equal: a sweep knows a limit to a quarter, and a rate has a few hundred requests at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from disagg_report.figures import LEAST_FOR_P99, Figures, figures
+from disagg_report.folder import Report, Setup
+
+EQUAL_WITHIN = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One setup.
+
+    Attributes:
+        best: the rate with the highest goodput among those that were kept; None when none was.
+        reached: a higher rate than the best was tried and not kept, so that the limit is known.
+    """
+
+    setup: Setup
+    rates: tuple[Figures, ...]
+    best: Figures | None
+    reached: bool
+
+    @property
+    def capacity(self) -> float:
+        """Good requests per second."""
+        return self.best.goodput if self.best else 0.0
+
+
+def outcomes(report: Report) -> list[Outcome]:
+    """Each setup's, in their order. Rates that were cut short count for nothing."""
+    found = []
+    for result in report.setups:
+        rates = tuple(figures(measured, report.header.slo) for measured in result.rates)
+        whole = [one for one in rates if not one.interrupted]
+        best = max((one for one in whole if one.kept), key=lambda one: one.goodput, default=None)
+        reached = any(not one.kept and (best is None or one.rate > best.rate) for one in whole)
+        found.append(Outcome(result.setup, rates, best, reached))
+    return found
+
+
+def verdict(report: Report) -> str:
+    """One sentence, and what stands against it."""
+    all_of_them = [one for one in outcomes(report) if one.rates]
+    if not all_of_them:
+        return "Nothing was measured."
+    sentence = _single(all_of_them[0]) if len(all_of_them) == 1 else _compared(all_of_them)
+    return " ".join([sentence, *_doubts(all_of_them)])
+
+
+def _single(one: Outcome) -> str:
+    if one.best is None:
+        return f"{one.setup.title} kept the SLO at no rate that was tried."
+    kept = f"{one.best.rate:g}/s"
+    return f"{one.setup.title} serves {one.capacity:.2f} requests/s within the SLO (highest rate kept: {kept})."
+
+
+def _compared(every: Sequence[Outcome]) -> str:
+    ranked = sorted(every, key=lambda one: -one.capacity)
+    first, second = ranked[0], ranked[1]
+    if first.best is None:
+        return "None of the setups kept the SLO at a rate that was tried."
+    others = ", ".join(f"{one.setup.title} {one.capacity:.2f}" for one in ranked[1:])
+    if second.capacity >= first.capacity * (1 - EQUAL_WITHIN):
+        equal = [one.setup.title for one in ranked if one.capacity >= first.capacity * (1 - EQUAL_WITHIN)]
+        return (
+            f"{' and '.join(equal)} serve equally many requests within the SLO as far as this can tell:"
+            f" {first.capacity:.2f} requests/s ({others})."
+        )
+    more = f", {first.capacity / second.capacity:.2f} times as many as the next" if second.best else ""
+    return (
+        f"Most requests within the SLO are served by {first.setup.title}: {first.capacity:.2f} requests/s{more}"
+        f" ({others})."
+    )
+
+
+def _doubts(every: Sequence[Outcome]) -> list[str]:
+    doubts = []
+    if open_ended := [one.setup.title for one in every if one.best and not one.reached]:
+        doubts.append(f"The limit was not reached with {', '.join(open_ended)}: higher rates may be served too.")
+    if few := [one.setup.title for one in every if one.best and one.best.sent < LEAST_FOR_P99]:
+        doubts.append(
+            f"Fewer than {LEAST_FOR_P99} requests stand behind the figure of {', '.join(few)}: more BENCH_SECONDS make"
+            " it firm."
+        )
+    return doubts
