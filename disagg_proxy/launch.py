@@ -131,13 +131,14 @@ class Launcher:
                 raise TypeError("an instance that cannot work alone was chosen to do so")
             return Legs(
                 self._upstream(), self._registry, self._config, found, route, headers, prepared,
-                tokens=tokens, kv_bytes=kv_bytes,
+                tokens=tokens, kv_bytes=kv_bytes, trace=record.trace,
             )  # fmt: skip
 
         def together(found: Pair | Alone) -> TogetherLegs:
             return TogetherLegs(
                 self._upstream(), self._registry, self._config, self._release, found, handover(found), route, headers,
                 prepared, record.client_id or secrets.token_hex(16), tokens=tokens,
+                trace=record.trace,
             )  # fmt: skip
 
         def legs(found: Pair | Alone) -> Legs | TogetherLegs:

@@ -72,3 +72,4 @@ class Config:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     access_log: str = "off"
+    traces: bool = False

@@ -185,5 +185,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("access_log", "ACCESS_LOG", "--access-log", "off", values.access_log,
             "a line of JSON for each generation request when it ends: off, a file, or a dash (-) for standard output",
             "每个生成请求结束时写一行 JSON：off 表示关闭，- 表示标准输出，或文件路径"),
+    Setting("traces", "TRACES", "--traces", "0", values.traces,
+            "1 exports OpenTelemetry traces by OTLP over HTTP; where to is said by the OTEL_* variables",
+            "设为 1 时通过 OTLP/HTTP 导出 OpenTelemetry 链路；目的地由 OTEL_* 环境变量决定"),
 )
 # fmt: on

@@ -213,3 +213,21 @@ def access_log(raw: str) -> str:
     if os.path.isdir(raw) or not os.access(raw if taken else folder, os.W_OK if taken else os.W_OK | os.X_OK):
         raise ValueError("must be off, -, or a file that can be written, in a folder that exists")
     return os.path.abspath(raw)
+
+
+def traces(raw: str) -> bool:
+    """As :func:`flag`, on only with the packages that it needs and a protocol that is spoken."""
+    on = flag(raw) and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+    if not on:
+        return False
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError:
+        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        raise ValueError(f"must be 0 as long as OpenTelemetry is not installed: pip install {packages}") from None
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = next((os.environ[name] for name in names if os.environ.get(name)), "http/protobuf")
+    if protocol != "http/protobuf":
+        raise ValueError(f"must be 0 with OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: only http/protobuf is spoken")
+    return True

@@ -19,6 +19,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, ProxyError
 from disagg_proxy.flight.verdict import blame, end_lease
+from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.handover import Handover
 from disagg_proxy.protocol.p2p_nccl import RequestId
@@ -68,6 +69,7 @@ class TogetherLegs:
         handover: how the KV goes over; None: decode computes.
         request_id: what both engines and the client call the request.
         tokens: estimated length of the prompts, in all.
+        trace: what both instances are told of the trace that the request belongs to.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class TogetherLegs:
         prepared: Prepared,
         request_id: str,
         tokens: int = 0,
+        trace: Trace | None = None,
     ) -> None:
         if prepared.prefill_answers or (handover is not None and not handover.fits(prepared)):
             handover = None
@@ -101,7 +104,11 @@ class TogetherLegs:
         self._config = config
         self._release = release
         self._tokens = tokens
-        self._headers = b"%sx-request-id: %s\r\n" % (headers, request_id.encode())
+        lines = b"%sx-request-id: %s\r\n" % (headers, request_id.encode())
+        self._headers = {
+            "prefill": lines if trace is None else lines + trace.prefill_lines,
+            "decode": lines if trace is None else lines + trace.decode_lines,
+        }
         self.decode_lease = Lease(registry, found.decode, found.decode_tokens)
         work = found.prefill_tokens if isinstance(found, Pair) else 0
         self.prefill_lease = None if prefill is None else Lease(registry, prefill, work)
@@ -203,7 +210,7 @@ class TogetherLegs:
             "POST",
             lease.instance,
             self.route.path,
-            headers=self._headers,
+            headers=self._headers[leg],
             body=body,
             silence=silence,
             leg=leg,
