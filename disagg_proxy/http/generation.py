@@ -27,6 +27,8 @@ def begin(services: Services, route: Route, headers: Headers, body: bytes) -> Ca
     """
     config, launcher = services.config, services.launcher
     record = services.recorder.open(route.path, client_request_id(headers))
+    if services.traces is not None:
+        headers = services.traces.begin(record, headers)
     try:
         prepared = prepare(route, body, launcher.wanted)
         session = value_of(headers, config.session_header.lower().encode()) if launcher.wanted.session else b""

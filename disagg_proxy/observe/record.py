@@ -21,7 +21,7 @@ each piece. Gaps in which the client took nothing are not counted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from disagg_proxy.errors import (
     ClientError,
@@ -36,6 +36,7 @@ from disagg_proxy.errors import (
 if TYPE_CHECKING:
     from disagg_proxy.cluster.instance import Instance
     from disagg_proxy.observe.recorder import Flow, Recorder
+    from disagg_proxy.observe.trace import Trace
 
 EVERY = 16
 """Of so many gaps one is measured."""
@@ -58,15 +59,14 @@ class Record:
         streamed: whether the answer is passed on as it comes.
         prompt_tokens, cached_tokens: as prefill's answer says. output_tokens: where decode's answer says so.
         pieces: of a streamed body. gaps: that were measured; gap_sum, gap_max: their seconds.
-        traceparent: of the client's W3C trace context, and tracestate, as they came.
-        trace: what the exporter of traces keeps with it.
+        trace: its W3C trace context, where traces are on.
     """
 
     __slots__ = (
         "_looked_at", "_recorder", "_step", "admitted", "arrived", "cached_tokens", "cause", "client_id",
         "decode", "decode_asked", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "model", "outcome",
         "output_tokens", "pieces", "prefill", "prefill_answered", "prefill_asked", "prompt_tokens", "public_id",
-        "ready", "route", "seq", "status", "streamed", "trace", "traceparent", "tracestate", "tries", "unix", "waited",
+        "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
     )  # fmt: skip
 
     def __init__(self, recorder: Recorder, route: str, client_id: str | None, step: int) -> None:
@@ -103,8 +103,7 @@ class Record:
         self.gap_max = 0.0
         self._looked_at: float | None = None
         self._step = step
-        self.traceparent = self.tracestate = b""
-        self.trace: Any = None
+        self.trace: Trace | None = None
 
     # -- its way
 
