@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--key", default=os.environ.get("API_KEY", ""), help="its API key (default: API_KEY)")
     parser.add_argument(
-        "--once", action="store_true", help="print the state now and leave; always so when the output is no terminal"
+        "--once", action="store_true", help="print the state now and leave; always so where the output is no terminal"
     )
     return parser
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from disagg_proxy.top.follow import FeedError
 
-    once = args.once or not sys.stdout.isatty()
+    # A terminal that cannot move its cursor shows no screen.
+    once = args.once or not sys.stdout.isatty() or os.environ.get("TERM") in (None, "", "dumb")
     try:
         asyncio.run(_print(url, args.key) if once else _watch(url, args.key))
     except FeedError as error:
