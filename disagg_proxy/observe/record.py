@@ -59,14 +59,15 @@ class Record:
         streamed: whether the answer is passed on as it comes.
         prompt_tokens, cached_tokens: as prefill's answer says. output_tokens: where decode's answer says so.
         pieces: of a streamed body. gaps: that were measured; gap_sum, gap_max: their seconds.
+        packed: what the page is told of it (news.py), once somebody has asked.
         trace: its W3C trace context, where traces are on.
     """
 
     __slots__ = (
         "_looked_at", "_recorder", "_step", "admitted", "arrived", "cached_tokens", "cause", "client_id",
         "decode", "decode_asked", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "model", "outcome",
-        "output_tokens", "pieces", "prefill", "prefill_answered", "prefill_asked", "prompt_tokens", "public_id",
-        "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
+        "output_tokens", "packed", "pieces", "prefill", "prefill_answered", "prefill_asked", "prompt_tokens",
+        "public_id", "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
     )  # fmt: skip
 
     def __init__(self, recorder: Recorder, route: str, client_id: str | None, step: int) -> None:
@@ -103,6 +104,7 @@ class Record:
         self.gap_max = 0.0
         self._looked_at: float | None = None
         self._step = step
+        self.packed: bytes | None = None
         self.trace: Trace | None = None
 
     # -- its way
