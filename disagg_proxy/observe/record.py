@@ -9,7 +9,7 @@ complete (401, 408, 413, 415) have none. All times are readings of one monotonic
     admitted          it has its places on instances; until then it waited in the queue, if ``waited``
     prefill_asked     a leg to prefill begins, of the last try
     prefill_answered  prefill's whole answer is here
-    decode_asked      the decode leg begins, of the last try; together with prefill's where both run at once
+    decode_asked      the decode leg begins, of the last try; together with prefill's where the protocol allows it
     first_byte        the first bytes of the body of decode's answer are here (all of them when it is not streamed)
     ended             the client's exchange is over
 
