@@ -110,7 +110,7 @@ class ProxyCollector(Collector):
             stats.ttft,
         )
         yield _histogram(
-            "inter_token_latency_seconds", "Between two pieces of a streamed answer; of 16 one is measured", stats.gap
+            "inter_token_latency_seconds", "Between two pieces of a streamed answer; of 32 one is measured", stats.gap
         )
         yield _histogram(
             "e2e_request_latency_seconds", "From the complete request to the end of the whole answer", stats.total
