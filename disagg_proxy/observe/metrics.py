@@ -90,6 +90,8 @@ class ProxyCollector(Collector):
             route, outcome, cause, model = labels.split("\t", 3)
             requests.add_metric([route, model, outcome, cause], count)
         yield requests
+        # By itself, since a rate needs a 0 to begin with, which series with labels do not have.
+        yield _counter("requests_turned_away", "Requests that got 429 from the proxy itself", stats.turned_away)
         yield _counter("failovers", "Tries on another pair after an instance failed", stats.failovers)
         yield _counter("prompt_tokens", "Prompt tokens of finished requests", stats.prompt_tokens)
         yield _counter(
