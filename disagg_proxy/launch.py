@@ -3,6 +3,7 @@
 p2p_nccl    prefill, then decode (flight/flight.py)
 disagg_kv   both at once, or decode alone: for requests that no pair can serve, for short prompts, and while there
             is no prefill (flight/together.py)
+nixl        prefill, then decode, or decode alone as above (flight/together.py too)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 from disagg_proxy.admission.gate import Admitted, Gate, Held
 from disagg_proxy.admission.size import TokenGuess
 from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.kv_kind import NIXL
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.registry import Registry
@@ -28,7 +30,10 @@ from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.flight.together_legs import Release, TogetherLegs
 from disagg_proxy.observe.record import Record
+from disagg_proxy.protocol.disagg_kv import DisaggKvHandover
 from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.handover import Handover
+from disagg_proxy.protocol.nixl import NixlHandover
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prefix import Wanted, session_name
 from disagg_proxy.protocol.prepare import Prepared
@@ -36,6 +41,18 @@ from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
 
 L = TypeVar("L", Legs, TogetherLegs)
+
+
+def handover(found: Pair | Alone) -> Handover | None:
+    """How the KV of one try goes from prefill to decode; None where decode computes."""
+    if isinstance(found, Alone):
+        return None
+    if found.decode.kind.protocol == NIXL:
+        return NixlHandover()
+    if found.prefill.kv is None:
+        raise ValueError("an instance without a KV address cannot be in a pair")
+    return DisaggKvHandover(found.prefill.kv.text)
+
 
 _LOADED_AFTER = 0.5
 """Seconds after which decode is taken to have loaded the KV of a request that is not streamed."""
@@ -119,12 +136,13 @@ class Launcher:
 
         def together(found: Pair | Alone) -> TogetherLegs:
             return TogetherLegs(
-                self._upstream(), self._registry, self._config, self._release, found, route, headers, prepared,
-                record.client_id or secrets.token_hex(16), tokens=tokens, trace=record.trace,
+                self._upstream(), self._registry, self._config, self._release, found, handover(found), route, headers,
+                prepared, record.client_id or secrets.token_hex(16), tokens=tokens,
+                trace=record.trace,
             )  # fmt: skip
 
         def legs(found: Pair | Alone) -> Legs | TogetherLegs:
-            return together(found) if found.decode.kind.together else one_by_one(found)
+            return together(found) if found.decode.kind.computes else one_by_one(found)
 
         def admit(without: Collection[Instance] = ()) -> Admitted:
             return self._gate.admit(prepared.model, wish, kv_bytes, legs, without, traits)
@@ -189,14 +207,14 @@ class Launcher:
         return Attempts(first, check, again, self._config.max_tries)
 
     def _and_strangers(self, legs: Legs | TogetherLegs, without: Collection[Instance]) -> set[Instance]:
-        """``without``, and all instances of the other protocol than the legs'."""
+        """``without``, and all instances that need another flight than the legs'."""
         together = isinstance(legs, TogetherLegs)
-        return {*without, *(i for i in self._registry.instances() if i.kind.together is not together)}
+        return {*without, *(i for i in self._registry.instances() if i.kind.computes is not together)}
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:
             # Where only such a decode is down, the same request may succeed later.
-            if not any(i.kind.together and i.role is Role.DECODE for i in self._registry.instances()):
+            if not any(i.kind.computes and i.role is Role.DECODE for i in self._registry.instances()):
                 raise prepared.refusal
             return Wish.ALONE
         if tokens < self._config.decode_alone_below:

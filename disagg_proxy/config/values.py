@@ -178,7 +178,7 @@ def registrants(raw: str) -> tuple[str, ...]:
 
 
 def instances(raw: str) -> tuple[StaticInstance, ...]:
-    """Instances separated by white space, each ``URL`` or ``URL,KV_ADDRESS``."""
+    """Instances separated by white space, each ``URL``, ``URL,KV_ADDRESS`` or ``URL,nixl``."""
     return tuple(_instance(part) for part in raw.split())
 
 
@@ -192,14 +192,16 @@ def _instance(raw: str) -> StaticInstance:
     except ValueError:
         port_number = None
     if parts.scheme != "http" or not parts.hostname or not port_number or parts.path.strip("/") or parts.query:
-        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT]; {raw!r} is not")
+        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT or ,nixl]; {raw!r} is not")
     http_address = parse_address(parts.netloc.rpartition("@")[2]).text
     if not comma:
         return StaticInstance(http_address)
+    if kv.lower() == "nixl":
+        return StaticInstance(http_address, nixl=True)
     try:
         return StaticInstance(http_address, parse_address(kv).text)
     except ValueError as error:
-        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT]; in {raw!r} {error}") from None
+        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT or ,nixl]; in {raw!r} {error}") from None
 
 
 def access_log(raw: str) -> str:
