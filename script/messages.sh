@@ -177,7 +177,7 @@ bench_folder|The report goes to %s; Ctrl+C ends it and keeps what was measured.|
 bench_not_ours|what serves at %s was not started with `all`; --against-plain must be able to stop it and start it again|%s 上的服务不是由 `all` 启动的；--against-plain 需要能停止并重新启动它
 bench_pool_small|%s GPU(s) or engines to divide; two are needed at least|可分配的 GPU 或引擎只有 %s 个，至少需要两个
 bench_pool_twice|GPU %s is named twice; this comparison needs each engine on GPUs of its own|GPU %s 被指定了两次；此比较要求每个引擎独占 GPU
-bench_setup|Next setup: %s|下一种部署：%s
+bench_setup|Next setup: %s (%s of %s)|下一种部署：%s（第 %s 种，共 %s 种）
 bench_restoring|Starting again what ran before.|重新启动之前运行的部署。
 bench_nothing|nothing was measured; no report in %s|没有测得任何结果；%s 中没有报告
 no_log|there is no log of "%s" in %s|%2$s 中没有“%1$s”的日志
