@@ -4,6 +4,7 @@ waits for their connection: a communicator takes about a second to make (measure
 from __future__ import annotations
 
 from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.kv_kind import DISAGG_KV
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.flight.background import Background
 from disagg_proxy.upstream.kv_control import KvControl
@@ -19,7 +20,7 @@ class Introductions:
         registry.watch(changed=self._on_change)
 
     def _on_change(self, instance: Instance) -> None:
-        if instance.state is not State.READY or not instance.kind.together:
+        if instance.state is not State.READY or instance.kind.protocol != DISAGG_KV:
             return
         others = self._registry.ready(Role.DECODE if instance.role is Role.PREFILL else Role.PREFILL)
         for other in others:

@@ -3,6 +3,7 @@
 p2p_nccl    prefill, then decode (flight/flight.py)
 disagg_kv   both at once, or decode alone: for requests that no pair can serve, for short prompts, and while there
             is no prefill (flight/together.py)
+nixl        prefill, then decode, or decode alone as above (flight/together.py too)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Protocol, cast
 from disagg_proxy.admission.gate import Admitted, Gate, Held
 from disagg_proxy.admission.size import TokenGuess
 from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.kv_kind import NIXL
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.registry import Registry
@@ -29,11 +31,26 @@ from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.flight.together_legs import Release, TogetherLegs
 from disagg_proxy.observe.record import Record
+from disagg_proxy.protocol.disagg_kv import DisaggKvHandover
 from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.handover import Handover
+from disagg_proxy.protocol.nixl import NixlHandover
 from disagg_proxy.protocol.prefix import Wanted, session_name
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
+
+
+def handover(found: Pair | Alone) -> Handover | None:
+    """How the KV of one try goes from prefill to decode; None where decode computes."""
+    if isinstance(found, Alone):
+        return None
+    if found.decode.kind.protocol == NIXL:
+        return NixlHandover()
+    if found.prefill.kv is None:
+        raise ValueError("an instance without a KV address cannot be in a pair")
+    return DisaggKvHandover(found.prefill.kv.text)
+
 
 _LOADED_AFTER = 0.5
 """Seconds after which decode is taken to have loaded the KV of a request that is not streamed."""
@@ -133,23 +150,24 @@ class Launcher:
             raise TypeError("an instance that cannot work alone was chosen to do so")
         return Legs(
             self._upstream(), self._registry, self._config, found, order.route, order.headers, order.prepared,
-            order.tokens, order.kv_bytes,
+            order.tokens, order.kv_bytes, trace=order.record.trace,
         )  # fmt: skip
 
     def _together(self, order: _Order, found: Pair | Alone) -> TogetherLegs:
         return TogetherLegs(
-            self._upstream(), self._registry, self._config, self._release, found, order.route, order.headers,
-            order.prepared, order.record.client_id or secrets.token_hex(16), tokens=order.tokens,
+            self._upstream(), self._registry, self._config, self._release, found, handover(found), order.route,
+            order.headers, order.prepared, order.record.client_id or secrets.token_hex(16), tokens=order.tokens,
+            trace=order.record.trace,
         )  # fmt: skip
 
     def _strangers(self, together: bool) -> set[Instance]:
-        """All instances of the other protocol."""
-        return {i for i in self._registry.instances() if i.kind.together is not together}
+        """All instances that need the other kind of flight."""
+        return {i for i in self._registry.instances() if i.kind.computes is not together}
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:
             # Where only such a decode is down, the same request may succeed later.
-            if not any(i.kind.together and i.role is Role.DECODE for i in self._registry.instances()):
+            if not any(i.kind.computes and i.role is Role.DECODE for i in self._registry.instances()):
                 raise prepared.refusal
             return Wish.ALONE
         if tokens < self._config.decode_alone_below:
@@ -190,7 +208,7 @@ class _Order:
 
     def legs(self, found: Pair | Alone) -> Legs | TogetherLegs:
         """Those of the protocol that what was found speaks."""
-        self._together = found.decode.kind.together
+        self._together = found.decode.kind.computes
         launcher = self._launcher
         return launcher._together(self, found) if self._together else launcher._one_by_one(self, found)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
@@ -37,6 +37,9 @@ from disagg_proxy.watch.watchdog import Watchdog
 from disagg_proxy.workers.member import Member, Told
 from disagg_proxy.workers.overview import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
 
+if TYPE_CHECKING:
+    from disagg_proxy.observe.traces import Traces
+
 log = logging.getLogger(__name__)
 
 _LOOK = 1.0
@@ -64,6 +67,9 @@ class Services:
         self.recorder = Recorder(self.stats, self.journal, Meter())
         self.registry = Registry(clock, config.instance_expiry)
         self.recorder.served = self.registry.has_model
+        self.traces = _traces(config, member)
+        if self.traces is not None:
+            self.recorder.sinks.append(self.traces.take)
         self.happenings = Happenings(self.registry, self.journal)
         self.pairing = Pairing(
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
@@ -123,7 +129,7 @@ class Services:
             log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
             return
         if self.member.seat.incarnation > 1:
-            inherit(self.recorder, self.journal, self.member.left_behind())
+            inherit(self.recorder, self.member.left_behind())
             self.journal.tell("worker_replaced", None, f"worker {self.member.seat.worker} has ended and was replaced")
             self.happenings.quiet = True
         told = Told(self.discovery.take, self._told_to_stop, self._watchdog.look, self._part, self._news, self._clients)
@@ -142,6 +148,8 @@ class Services:
         await self.discovery.stop()
         if self._access_log is not None:
             await self._access_log.stop()
+        if self.traces is not None:
+            await self.traces.stop()
         if self._upstream is not None:
             await self._upstream.close()
         if self.member is not None:
@@ -205,6 +213,14 @@ class Services:
             dict(self.discovery.refused),
             seen_of(instances),
         )
+
+
+def _traces(config: Config, member: Member | None) -> Traces | None:
+    if not config.traces:
+        return None
+    from disagg_proxy.observe.traces import Traces
+
+    return Traces(None if member is None else member.seat.worker)
 
 
 def _limits(config: Config) -> Limits:

@@ -35,7 +35,7 @@ class Limits:
             return False
         if instance.role is Role.PREFILL or not self.kv_buffer or not instance.kv_waiting_bytes:
             return True
-        if instance.kind.together:
+        if instance.kind.computes:
             # It has no buffer: KV comes straight into the blocks of a scheduled request.
             return True
         return instance.kv_waiting_bytes + kv_bytes <= self.kv_buffer

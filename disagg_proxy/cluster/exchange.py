@@ -61,9 +61,9 @@ class Exchange:
 
     def suppose_sent(self, prefills: Iterable[Instance], decode: Instance) -> None:
         """What other proxies do is not known, so each of ``prefills`` may have been sent towards decode."""
-        if decode.kv is not None and not decode.kind.together:
+        if decode.kv is not None and not decode.kind.computes:
             for prefill in prefills:
-                if not prefill.kind.together:
+                if not prefill.kind.computes:
                     self.has_sent(prefill, decode.kv.text)
 
     def possible(self, prefill: Instance, decode: Instance) -> bool:
@@ -72,7 +72,7 @@ class Exchange:
 
     def warm(self, prefill: Instance, decode: Instance) -> bool:
         """Whether a request of this pair finds its connection made: by a request before, or by an introduction."""
-        if decode.kind.together:
+        if decode.kind.computes:
             return True
         kv = decode.kv
         return kv is not None and prefill.spoken_to.get(kv.text) == self._processes[kv.text]

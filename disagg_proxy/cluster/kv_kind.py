@@ -10,13 +10,16 @@ P2P_NCCL = "p2p_nccl"
 DISAGG_KV = "disagg_kv"
 """This project's connector (docs/connector.md), vLLM 0.21 and newer: both legs at once, by ``kv_transfer_params``."""
 
+NIXL = "nixl"
+"""vLLM's NixlConnector: prefill's answer says where the KV is. Such instances do not ping (docs/nixl.md)."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvKind:
     """What an instance announced about its KV.
 
     Attributes:
-        protocol: :data:`P2P_NCCL` or :data:`DISAGG_KV`.
+        protocol: :data:`P2P_NCCL`, :data:`DISAGG_KV` or :data:`NIXL`.
         traits: what must be equal on both sides, by name.
         transports: ways to move the bytes, of which one must be common; empty where the protocol knows one only.
     """
@@ -26,12 +29,18 @@ class KvKind:
     transports: frozenset[str] = frozenset()
 
     @property
-    def together(self) -> bool:
-        """Whether both legs may be asked at once, and decode computes by itself what does not come."""
-        return self.protocol == DISAGG_KV
+    def computes(self) -> bool:
+        """Whether decode computes by itself what it gets no KV for; P2pNcclConnector's waits for it for ever."""
+        return self.protocol != P2P_NCCL
+
+    @property
+    def addressed(self) -> bool:
+        """Whether the proxy has to know the KV address of an instance."""
+        return self.protocol != NIXL
 
 
 P2P = KvKind()
+BY_NIXL = KvKind(NIXL)
 
 
 def why_apart(prefill: KvKind, decode: KvKind) -> str | None:

@@ -263,7 +263,7 @@ class Pairing:
         return [
             i
             for i in self.taking(Role.DECODE, model)
-            if i.kind.together and i.breaker.permits(now) and i not in without
+            if i.kind.computes and i.breaker.permits(now) and i not in without
         ]
 
     def _choose_alone(

@@ -16,7 +16,7 @@ from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.breaker import Breaker
 from disagg_proxy.cluster.exchange import Exchange
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
-from disagg_proxy.cluster.kv_kind import P2P, KvKind
+from disagg_proxy.cluster.kv_kind import BY_NIXL, P2P, KvKind
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
 
@@ -106,7 +106,8 @@ class Registry:
     def add_static(self, role: Role, named: StaticInstance) -> Instance:
         """Take in an instance from the configuration."""
         kv = None if named.kv_address is None else parse_address(named.kv_address)
-        instance = Instance(role, parse_address(named.http_address), kv, Source.STATIC)
+        kind = BY_NIXL if named.nixl else P2P
+        instance = Instance(role, parse_address(named.http_address), kv, Source.STATIC, kind)
         self._take_in(instance)
         return instance
 
@@ -125,7 +126,7 @@ class Registry:
             return None
         if known is None or known.state is State.LOST:
             return self._newcomer(role, http, kv, kind, boot)
-        if known.role is not role or (known.kv is not None and not same):
+        if known.role is not role or not (same or (known.kv is None and known.kind.addressed)):
             return self._contradiction(known, role, kv, kind, boot)
         known.last_ping = self._clock()
         if known.boot != boot:
@@ -183,9 +184,12 @@ class Registry:
         instance.probe_failures = 0
         if instance.state in (State.LOST, State.FROZEN):
             return
-        if instance.kv is None:
+        if instance.kv is None and instance.kind.addressed:
             instance.models = models
-            self.suspend(instance, "its KV address is unknown: name it as URL,KV_ADDRESS, or let it ping this proxy")
+            self.suspend(
+                instance,
+                "its KV address is unknown: name it as URL,KV_ADDRESS (or URL,nixl), or let it ping this proxy",
+            )
             return
         same = list(instance.models) == list(models)
         instance.models = models

@@ -15,10 +15,12 @@ class StaticInstance:
     Attributes:
         http_address: "host:port" of its OpenAI server.
         kv_address: "host:port" of its KV connector, None when only its pings will tell.
+        nixl: whether its connector is vLLM's NixlConnector, which needs no such address.
     """
 
     http_address: str
     kv_address: str | None = None
+    nixl: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +72,4 @@ class Config:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     access_log: str = "off"
+    traces: bool = False

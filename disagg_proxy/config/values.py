@@ -178,7 +178,7 @@ def registrants(raw: str) -> tuple[str, ...]:
 
 
 def instances(raw: str) -> tuple[StaticInstance, ...]:
-    """Instances separated by white space, each ``URL`` or ``URL,KV_ADDRESS``."""
+    """Instances separated by white space, each ``URL``, ``URL,KV_ADDRESS`` or ``URL,nixl``."""
     return tuple(_instance(part) for part in raw.split())
 
 
@@ -192,14 +192,16 @@ def _instance(raw: str) -> StaticInstance:
     except ValueError:
         port_number = None
     if parts.scheme != "http" or not parts.hostname or not port_number or parts.path.strip("/") or parts.query:
-        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT]; {raw!r} is not")
+        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT or ,nixl]; {raw!r} is not")
     http_address = parse_address(parts.netloc.rpartition("@")[2]).text
     if not comma:
         return StaticInstance(http_address)
+    if kv.lower() == "nixl":
+        return StaticInstance(http_address, nixl=True)
     try:
         return StaticInstance(http_address, parse_address(kv).text)
     except ValueError as error:
-        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT]; in {raw!r} {error}") from None
+        raise ValueError(f"must be http://HOST:PORT[,KV_HOST:KV_PORT or ,nixl]; in {raw!r} {error}") from None
 
 
 def access_log(raw: str) -> str:
@@ -211,3 +213,21 @@ def access_log(raw: str) -> str:
     if os.path.isdir(raw) or not os.access(raw if taken else folder, os.W_OK if taken else os.W_OK | os.X_OK):
         raise ValueError("must be off, -, or a file that can be written, in a folder that exists")
     return os.path.abspath(raw)
+
+
+def traces(raw: str) -> bool:
+    """As :func:`flag`, on only with the packages that it needs and a protocol that is spoken."""
+    on = flag(raw) and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+    if not on:
+        return False
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError:
+        packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+        raise ValueError(f"must be 0 as long as OpenTelemetry is not installed: pip install {packages}") from None
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = next((os.environ[name] for name in names if os.environ.get(name)), "http/protobuf")
+    if protocol != "http/protobuf":
+        raise ValueError(f"must be 0 with OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: only http/protobuf is spoken")
+    return True

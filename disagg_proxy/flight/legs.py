@@ -20,6 +20,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, EngineError, EngineFailed, EngineUnreachable, ProxyError
 from disagg_proxy.flight.verdict import blame, end_lease
+from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
@@ -46,6 +47,7 @@ class Legs:
     Args:
         tokens: estimated length of the prompts, in all.
         kv_bytes: what their KV is estimated to take on decode.
+        trace: what both instances are told of the trace that the request belongs to.
 
     Attributes:
         when_prefill_stands: told that prefill stands still while this leg waits for it. The leg itself waits on: a
@@ -65,6 +67,7 @@ class Legs:
         prepared: Prepared,
         tokens: int = 0,
         kv_bytes: int = 0,
+        trace: Trace | None = None,
     ) -> None:
         if pair.prefill.kv is None or pair.decode.kv is None:
             raise ValueError("an instance without a KV address cannot be in a pair")
@@ -75,7 +78,9 @@ class Legs:
         self._registry = registry
         self._config = config
         self._tokens = tokens
-        self._headers = b"%sx-request-id: %s\r\n" % (headers, self.id.internal.encode())
+        lines = b"%sx-request-id: %s\r\n" % (headers, self.id.internal.encode())
+        self._prefill_headers = lines if trace is None else lines + trace.prefill_lines
+        self._decode_headers = lines if trace is None else lines + trace.decode_lines
         self.pair = pair
         self.prefill_lease = Lease(registry, pair.prefill, pair.prefill_tokens)
         self.decode_lease = Lease(registry, pair.decode, pair.decode_tokens)
@@ -159,7 +164,7 @@ class Legs:
             "POST",
             instance,
             self.route.path,
-            headers=self._headers,
+            headers=self._prefill_headers,
             body=self.prepared.prefill_body,
             silence=self._config.prefill_timeout * _ABANDON_FACTOR,
             leg="prefill",
@@ -239,7 +244,7 @@ class Legs:
             "POST",
             self.decode_lease.instance,
             self.route.path,
-            headers=self._headers,
+            headers=self._decode_headers,
             body=body,
             silence=self._config.decode_timeout,
             leg="decode",

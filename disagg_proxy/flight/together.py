@@ -1,6 +1,7 @@
-"""One request between instances of this project's own connector: both legs at once, and decode's answer is the answer.
+"""One request whose decode computes by itself what it gets no KV for: decode's answer is the answer. Both legs run at
+once, or decode's begins when prefill's is over, by the protocol (:mod:`disagg_proxy.protocol.handover`).
 
-    prefill refused or failed      decode is told to compute by itself; the client notices nothing
+    prefill refused or failed      decode computes by itself; the client notices nothing
     decode refused (4xx)           the client gets that answer
     decode failed (5xx, broken, cannot be reached, stands still) before the first byte    another decode, bounded tries
     decode breaks in mid-answer    the client's connection is cut
@@ -114,9 +115,8 @@ class TogetherFlight:
             legs = self._legs
             self._record.put_on(legs.prefill, legs.decode, legs.id.public)
             self._ask_prefill(legs)
-            self._record.ask_decode()
             try:
-                answer = await legs.ask_decode()
+                answer = await legs.ask_decode(self._record.ask_decode)
                 if answer.status == 200:
                     return await self._relayed(legs, answer)
                 refused = await answer.whole()

@@ -1,12 +1,14 @@
-"""The two legs of a request between instances of this project's own connector, or decode's alone.
+"""The two legs of a request whose decode computes by itself what it gets no KV for, or decode's leg alone.
 
-Both may be sent at once. Decode fetches the KV under the transfer's name and computes by itself what does not come,
-so nothing can stall, a leg may be cancelled at any time, and no KV needs a drain: what nobody fetches expires.
+What they say about the KV, and whether decode waits for prefill's answer, is the protocol's
+(:mod:`disagg_proxy.protocol.handover`). Nothing can stall, a leg may be cancelled at any time, and no KV needs a
+drain: what nobody fetches expires.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -17,11 +19,14 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, ProxyError
 from disagg_proxy.flight.verdict import blame, end_lease
-from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill, new_transfer_id
+from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.handover import Handover
 from disagg_proxy.protocol.p2p_nccl import RequestId
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
+
+log = logging.getLogger(__name__)
 
 Release = Callable[[str, str], Awaitable[None]]
 """Told a KV address and a transfer id: the transfer is over there."""
@@ -61,8 +66,10 @@ class TogetherLegs:
 
     Args:
         release: ends waits for KV.
+        handover: how the KV goes over; None: decode computes.
         request_id: what both engines and the client call the request.
         tokens: estimated length of the prompts, in all.
+        trace: what both instances are told of the trace that the request belongs to.
     """
 
     def __init__(
@@ -72,15 +79,22 @@ class TogetherLegs:
         config: Config,
         release: Release,
         found: Pair | Alone,
+        handover: Handover | None,
         route: Route,
         headers: bytes,
         prepared: Prepared,
         request_id: str,
         tokens: int = 0,
+        trace: Trace | None = None,
     ) -> None:
-        prefill = found.prefill if isinstance(found, Pair) and not prepared.prefill_answers else None
+        if prepared.prefill_answers or (handover is not None and not handover.fits(prepared)):
+            handover = None
+        prefill = found.prefill if isinstance(found, Pair) and handover is not None else None
         self.id = RequestId(request_id, request_id)
-        self.transfer_id = new_transfer_id()
+        self._handover = handover
+        self._prefilled: asyncio.Future[bytes | None] | None = None
+        if handover is not None and handover.in_order:
+            self._prefilled = asyncio.get_running_loop().create_future()
         self.route = route
         self.prepared = prepared
         self.decode = found.decode
@@ -90,7 +104,11 @@ class TogetherLegs:
         self._config = config
         self._release = release
         self._tokens = tokens
-        self._headers = b"%sx-request-id: %s\r\n" % (headers, request_id.encode())
+        lines = b"%sx-request-id: %s\r\n" % (headers, request_id.encode())
+        self._headers = {
+            "prefill": lines if trace is None else lines + trace.prefill_lines,
+            "decode": lines if trace is None else lines + trace.decode_lines,
+        }
         self.decode_lease = Lease(registry, found.decode, found.decode_tokens)
         work = found.prefill_tokens if isinstance(found, Pair) else 0
         self.prefill_lease = None if prefill is None else Lease(registry, prefill, work)
@@ -125,10 +143,10 @@ class TogetherLegs:
 
     async def ask_prefill(self) -> WholeAnswer | None:
         """Prefill's answer if it did its work; else decode is told to wait no longer. Never raises a ProxyError."""
-        lease = self.prefill_lease
-        if lease is None:
+        lease, handover = self.prefill_lease, self._handover
+        if lease is None or handover is None:
             return None
-        body = for_prefill(self.prepared.prefill_body, self.transfer_id)
+        body = handover.for_prefill(self.prepared.prefill_body)
         leg = _Leg(self._post(lease, body, "prefill", self._config.prefill_timeout))
         vigil = lease.pulse.begin(self._registry.now, tokens=self._tokens, give_up=leg.give_up, receiver=None)
         try:
@@ -136,6 +154,7 @@ class TogetherLegs:
             if whole.status == 200:
                 vigil.heard()
                 lease.end(failed=False)
+                self._settle(whole.body)
                 return whole
             end_lease(self._registry, lease, self.route, whole.status)
         except ProxyError as error:
@@ -145,13 +164,17 @@ class TogetherLegs:
             vigil.end()
             lease.end()
             self._settle()
-        if self.decode.kv is not None:
-            await self._release(self.decode.kv.text, self.transfer_id)
+        if self.decode.kv is not None and handover.transfer_id:
+            await self._release(self.decode.kv.text, handover.transfer_id)
         return None
 
-    def _settle(self) -> None:
-        """Prefill has nothing more to do for it: from now on decode is waited for."""
+    def _settle(self, answer: bytes | None = None) -> None:
+        """Prefill has nothing more to do for it: from now on decode is waited for. Only the first call counts."""
+        if self._settled:
+            return
         self._settled = True
+        if self._prefilled is not None and not self._prefilled.done():
+            self._prefilled.set_result(answer)
         if self._decoding is not None and not self._decoding.begun:
             self._decoding.since = self._registry.now()
             self._decoding.listen()
@@ -163,18 +186,21 @@ class TogetherLegs:
 
     async def forget(self) -> None:
         """Nobody will fetch the KV any more: prefill shall not hold it until its deadline. Never raises."""
-        if self.prefill is not None and self.prefill.kv is not None:
-            await self._release(self.prefill.kv.text, self.transfer_id)
+        handover, kv = self._handover, None if self.prefill is None else self.prefill.kv
+        if kv is not None and handover is not None and handover.transfer_id:
+            await self._release(kv.text, handover.transfer_id)
 
     async def _post(self, lease: Lease, body: bytes, leg: str, silence: float) -> WholeAnswer:
-        return await (await self._send(lease, body, leg, silence, Enough.WHOLE)).whole()
+        return await (await self._send(lease, body, body, leg, silence, Enough.WHOLE)).whole()
 
-    async def _send(self, lease: Lease, body: bytes, leg: str, silence: float, enough: Enough) -> Answer:
+    async def _send(self, lease: Lease, body: bytes, again: bytes, leg: str, silence: float, enough: Enough) -> Answer:
+        """``again`` is the body to repeat it with where the first one may have been received."""
         try:
             return await self._send_once(lease, body, leg, silence, enough, fresh=False)
         except EngineDisconnected as error:
             if not error.reused and not error.unsent:
                 raise
+            body = body if error.unsent else again
             return await self._send_once(lease, body, leg, silence, enough, fresh=True)
 
     async def _send_once(
@@ -184,7 +210,7 @@ class TogetherLegs:
             "POST",
             lease.instance,
             self.route.path,
-            headers=self._headers,
+            headers=self._headers[leg],
             body=body,
             silence=silence,
             leg=leg,
@@ -192,19 +218,28 @@ class TogetherLegs:
             enough=enough,
         )
 
-    async def ask_decode(self) -> Answer:
+    async def ask_decode(self, asked: Callable[[], None] = lambda: None) -> Answer:
         """Decode's answer once it has begun, whole when it is not streamed.
 
-        While prefill is at work decode has nothing to do, so only from then on its silence means anything.
+        While prefill is at work decode has nothing to do, so only from then on its silence means anything. Where the
+        protocol has an order, decode is not even asked before.
+
+        Args:
+            asked: told when decode is asked.
 
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may be asked: the client has seen nothing.
         """
-        body = self.prepared.decode_body
-        if self.prefill is not None and self.prefill.kv is not None:
-            body = for_decode(body, self.transfer_id, self.prefill.kv.text)
+        body = again = self.prepared.decode_body
+        if self._handover is not None:
+            prefilled = None if self._prefilled is None else await self._prefilled
+            body = self._handover.for_decode(body, prefilled)
+            if prefilled is not None and body is again:
+                self._kv_missing()
+            again = body if self._handover.again else again
+        asked()
         enough = Enough.BEGUN if self.prepared.streams else Enough.WHOLE
-        leg = _Leg(self._send(self.decode_lease, body, "decode", self._config.decode_timeout, enough))
+        leg = _Leg(self._send(self.decode_lease, body, again, "decode", self._config.decode_timeout, enough))
         self._decoding = vigil = self.decode_lease.pulse.begin(
             self._registry.now, tokens=self._tokens, telling=self.prepared.streams, give_up=leg.give_up
         )
@@ -217,6 +252,13 @@ class TogetherLegs:
         # Whoever reads on is told that the connection has ended.
         vigil.give_up = lambda error: answer.close()
         return answer
+
+    def _kv_missing(self) -> None:
+        if self.prefill is None:
+            return
+        if not self.prefill.kv_missing:
+            log.warning("%s prefills without saying where the KV is: which KV connector does it run?", self.prefill)
+        self.prefill.kv_missing += 1
 
     def end_refused(self, status: int) -> None:
         """Decode answered, but not 200."""

@@ -9,6 +9,7 @@ from disagg_proxy.http.admin import admin_routes
 from disagg_proxy.http.exchange import ExchangeOwner
 from disagg_proxy.http.generate import generation_routes
 from disagg_proxy.http.guard import install_guard
+from disagg_proxy.http.page import page_routes
 from disagg_proxy.http.respond import install_error_handlers
 from disagg_proxy.http.single import single_routes
 from disagg_proxy.http.status import status_routes
@@ -38,6 +39,7 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     app.register_blueprint(generation_routes(parts))
     app.register_blueprint(single_routes(parts))
     app.register_blueprint(status_routes(parts))
+    app.register_blueprint(page_routes(parts))
     if config.admin_key:
         app.register_blueprint(admin_routes(parts))
     app.before_serving(parts.start)

@@ -10,16 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 from disagg_proxy.errors import StreamCut, headers_of, shutting_down
-from disagg_proxy.launch import Carrier
 
 log = logging.getLogger(__name__)
 
 _KEY = "disagg_proxy.flights"
 
+WATCHES = "disagg_proxy.watches"
+"""Key in the scope of an exchange whose client only watches: it may be dropped when the proxy stops."""
+
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class Owned(Protocol):
+    """A flight, or whatever else must be given back."""
+
+    def leave(self) -> None: ...
 
 
 class ExchangeOwner:
@@ -62,10 +70,10 @@ class _Owned:
 
     def __init__(self) -> None:
         self.handler: asyncio.Task[Any] | None = None
-        self._flights: list[Carrier] = []
+        self._flights: list[Owned] = []
         self._over = False
 
-    def add(self, flight: Carrier) -> None:
+    def add(self, flight: Owned) -> None:
         if self._over:
             flight.leave()
             raise asyncio.CancelledError
@@ -85,7 +93,7 @@ def handles(scope: Any) -> None:
     scope[_KEY].handler = asyncio.current_task()
 
 
-def own(scope: Any, flight: Carrier) -> None:
+def own(scope: Any, flight: Owned) -> None:
     """Make ``flight`` end with the exchange of ``scope``.
 
     Raises:

@@ -24,12 +24,13 @@ class Asked(NamedTuple):
     """What the head of a generation request says.
 
     Attributes:
-        lines: the client's headers as lines for the instances.
+        headers: the client's, as they came; lines: as lines for the instances.
         client_id: the client's own X-Request-Id.
         session: what its SESSION_HEADER says, where a policy asks for it.
     """
 
     route: Route
+    headers: Headers
     lines: bytes
     client_id: str | None
     session: bytes
@@ -39,7 +40,7 @@ def asked(services: Services, route: Route, headers: Headers) -> Asked:
     """Read a head."""
     config, wanted = services.config, services.launcher.wanted
     session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
-    return Asked(route, request_lines(headers, config.engine_api_key), client_request_id(headers), session)
+    return Asked(route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session)
 
 
 def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[Any, Any, Carrier]:
@@ -50,9 +51,12 @@ def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[A
     """
     launcher = services.launcher
     record = services.recorder.open(head.route.path, head.client_id)
+    lines = head.lines
+    if services.traces is not None:
+        lines = request_lines(services.traces.begin(record, head.headers), services.config.engine_api_key)
     try:
         prepared = prepare(head.route, body, launcher.wanted)
-        begun = launcher.launch(head.route, head.lines, prepared, record, head.session)
+        begun = launcher.launch(head.route, lines, prepared, record, head.session)
     except ProxyError as error:
         record.refuse(error)
         raise

@@ -15,7 +15,8 @@ from disagg_proxy.protocol.headers import Headers, value_of
 ADMIN = "/admin/"
 """What the admin key opens, and nothing else does."""
 
-_OPEN_PATHS = frozenset({"/health"})
+_OPEN_PATHS = frozenset({"/health", "/", "/dashboard"})
+"""The page holds no data: what it shows comes from a path that asks for the key."""
 
 
 class Guard:

@@ -56,6 +56,7 @@ from disagg_proxy.errors import (
     shutting_down,
 )
 from disagg_proxy.http.direct import ROUTE_OF, Direct
+from disagg_proxy.http.exchange import WATCHES
 from disagg_proxy.http.generation import Asked, asked, check_encoding
 from disagg_proxy.http.guard import Guard
 from disagg_proxy.protocol.fields import Route
@@ -455,6 +456,9 @@ class Protocol(HttpToolsProtocol):
             return
         if self._part:
             self._refuse(shutting_down())
+        elif self.cycle is not None and self.flow.write_paused and _only_watches(self.cycle):
+            # It would miss nothing, and the end would wait for it.
+            self.transport.abort()
         elif self.cycle is not None:
             _be_last(self.cycle)
 
@@ -514,6 +518,11 @@ def _dismiss(cycle: RequestResponseCycle | Direct) -> None:
     cycle.disconnected = True
     cycle.waiting_for_100_continue = False
     cycle.message_event.set()
+
+
+def _only_watches(cycle: RequestResponseCycle | Direct) -> bool:
+    """Whether its answer has no end of its own, such as the live page's feed."""
+    return isinstance(cycle, RequestResponseCycle) and WATCHES in cycle.scope
 
 
 def _be_last(cycle: RequestResponseCycle | Direct) -> None:

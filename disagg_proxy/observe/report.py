@@ -81,6 +81,7 @@ def instance_report(instance: Instance, services: Services, overview: Overview) 
         "tokens_in_flight": overview.tokens_in_flight(instance),
         "kv_waiting": instance.kv_waiting,
         "kv_waiting_bytes": instance.kv_waiting_bytes,
+        "kv_missing": instance.kv_missing,
         "requests_total": counted["requests_total"],
         "failures_total": counted["failures_total"],
         "times_lost": overview.has_seen(instance, "times_lost"),

@@ -1,16 +1,44 @@
 """What this project's own connector wants on the two legs: ``kv_transfer_params``, and nothing of the request id.
 
-docs/connector.md, "What a request says". Clients cannot set the field themselves (``fields.strip``), so it is put in
-front of the object as text, and the client's bytes stay as they are where they are UTF-8.
+docs/connector.md, "What a request says".
 """
 
 from __future__ import annotations
 
-import json
 import secrets
+
+from disagg_proxy.protocol.handover import with_params
+from disagg_proxy.protocol.prepare import Prepared
 
 FIELDS = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
 """Of an announcement, what must be equal on both sides."""
+
+
+class DisaggKvHandover:
+    """Both legs at once, under a name that each try has for itself; any number of prompts and choices.
+
+    Args:
+        prefill_kv: the KV address that prefill announced.
+    """
+
+    in_order = False
+    again = True
+
+    def __init__(self, prefill_kv: str) -> None:
+        self.transfer_id = new_transfer_id()
+        self._prefill_kv = prefill_kv
+
+    def fits(self, prepared: Prepared) -> bool:
+        """Each prompt is told apart by its tokens."""
+        return True
+
+    def for_prefill(self, body: bytes) -> bytes:
+        """Prefill offers its KV under the name."""
+        return for_prefill(body, self.transfer_id)
+
+    def for_decode(self, body: bytes, prefilled: bytes | None) -> bytes:
+        """Decode fetches KV of that name from prefill, which need not have it yet."""
+        return for_decode(body, self.transfer_id, self._prefill_kv)
 
 
 def new_transfer_id() -> str:
@@ -20,19 +48,9 @@ def new_transfer_id() -> str:
 
 def for_prefill(body: bytes, transfer_id: str) -> bytes:
     """Prefill offers its KV under that name."""
-    return _with_params(body, {"transfer_id": transfer_id})
+    return with_params(body, {"transfer_id": transfer_id})
 
 
 def for_decode(body: bytes, transfer_id: str, prefill_kv: str) -> bytes:
     """Decode fetches KV of that name from the KV address that prefill announced."""
-    return _with_params(body, {"transfer_id": transfer_id, "from": prefill_kv})
-
-
-def _with_params(body: bytes, params: dict[str, str]) -> bytes:
-    """``body``, the bytes of a JSON object that has no such field, with the field in it."""
-    if not json.detect_encoding(body).startswith("utf-8"):
-        body = json.dumps(json.loads(body)).encode()
-    brace = body.index(b"{") + 1
-    rest = body[brace:]
-    comma = b"" if rest.lstrip()[:1] == b"}" else b","
-    return body[:brace] + b'"kv_transfer_params":' + json.dumps(params).encode() + comma + rest
+    return with_params(body, {"transfer_id": transfer_id, "from": prefill_kv})

@@ -19,7 +19,7 @@ from disagg_proxy.errors import BadRequest, UnsupportedField
 from disagg_proxy.protocol import refusals
 from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, lax_int, strip
 from disagg_proxy.protocol.prefix import NO_AFFINITY, Affinity, Wanted, affinity
-from disagg_proxy.protocol.size import choices_of, prompt_size
+from disagg_proxy.protocol.size import choices_of, prompt_size, prompts_of
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class Prepared:
         refusal: why a pair cannot serve it; one engine alone could.
         affinity: what it has in common with others, as far as that was asked for.
         limit: tokens that the client asks for at most; 0 when that is no number.
+        prompts: how many prompts there are.
     """
 
     model: str | None
@@ -48,6 +49,7 @@ class Prepared:
     prompt: tuple[int, int] = (0, 0)
     refusal: UnsupportedField | None = None
     affinity: Affinity = NO_AFFINITY
+    prompts: int = 1
 
     @property
     def drain_body(self) -> bytes:
@@ -92,6 +94,7 @@ def prepare(route: Route, raw: bytes, wanted: Wanted | None = None) -> Prepared:
         prompt_size(body),
         refusal,
         NO_AFFINITY if wanted is None else affinity(route, body, wanted),
+        prompts_of(body),
     )
 
 

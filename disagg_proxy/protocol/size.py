@@ -12,6 +12,12 @@ def choices_of(body: Body) -> int:
     return max(1, lax_int(body["n"]) or 1) if "n" in body else 1
 
 
+def prompts_of(body: Body) -> int:
+    """How many prompts there are: a list of texts or of lists of token ids holds several."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
+
+
 def prompt_size(body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
     factor = choices_of(body)

@@ -97,7 +97,7 @@ class ChatRun:
             "prompt_logprobs": shapes.prompt_logprobs(found[0].request.prompt_logprobs),
             "prompt_token_ids": self.prompt_ids if self.body.get("return_token_ids") else None,
             "prompt_text": None,
-            "kv_transfer_params": None,
+            "kv_transfer_params": found[0].request.kv_transfer,
         }
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:

@@ -82,16 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     kv = parser.add_argument_group("KV cache")
     kv.add_argument(
         "--connector",
-        choices=("p2p_nccl", "disagg_kv"),
+        choices=("p2p_nccl", "disagg_kv", "nixl"),
         default="p2p_nccl",
-        help="how KV is exchanged: as vLLM's P2pNcclConnector, or as this project's own connector (docs/connector.md)",
+        help="how KV is exchanged: as vLLM's P2pNcclConnector, this project's own connector, or vLLM's NixlConnector",
     )
     kv.add_argument("--kv-secret", default="", help="disagg_kv: secret shared by engines and proxy")
     kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv: tokens of one block")
     kv.add_argument(
         "--load-timeout", type=float, default=30.0, help="disagg_kv: seconds that decode waits for KV, then computes"
     )
-    kv.add_argument("--hold-timeout", type=float, default=60.0, help="disagg_kv: seconds that prefill holds KV")
+    kv.add_argument("--hold-timeout", type=float, default=60.0, help="disagg_kv, nixl: seconds that prefill holds KV")
     kv.add_argument("--kv-bytes-per-token", type=int, default=147_456, help="size of one token's KV (Qwen3-4B: 147456)")
     kv.add_argument("--kv-buffer-bytes", type=int, default=8_000_000_000, help="buffer for KV not yet used by decode")
     kv.add_argument("--kv-pool-bytes", type=int, default=4 * 2**30, help="pinned pool behind the buffer")

@@ -134,7 +134,7 @@ def _full(run: _Run, found: list[Choice]) -> dict[str, Any]:
         "service_tier": None,
         "system_fingerprint": shapes.FINGERPRINT,
         "usage": run.usage(sum(len(choice.ids) for choice in found), found[-1].request.cached_tokens),
-        "kv_transfer_params": None,
+        "kv_transfer_params": found[0].request.kv_transfer,
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["prefill", "decode"]
-Connector = Literal["p2p_nccl", "disagg_kv"]
+Connector = Literal["p2p_nccl", "disagg_kv", "nixl"]
 CloseAfter400 = Literal["close", "reset", "keep"]
 
 
@@ -31,7 +31,8 @@ class SimConfig:
 
     role: Role = "prefill"
     connector: Connector = "p2p_nccl"
-    """Whose KV transfer: vLLM's P2pNcclConnector, or this project's own (docs/connector.md)."""
+    """Whose KV transfer: vLLM's P2pNcclConnector, this project's own (docs/connector.md), or vLLM's NixlConnector.
+    Engines with the last one do not ping."""
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0
@@ -82,7 +83,7 @@ class SimConfig:
     load_timeout: float = 30.0
     """Decode: how long a request waits for its KV before it is computed."""
     hold_timeout: float = 60.0
-    """Prefill: how long computed KV waits to be fetched."""
+    """Prefill: how long computed KV waits to be fetched; with NixlConnector too."""
 
     # HTTP behaviour.
     version: str = "0.21.0"
@@ -107,8 +108,8 @@ class SimConfig:
     def __post_init__(self) -> None:
         if self.role not in ("prefill", "decode"):
             raise SimConfigError(f"role must be prefill or decode, not {self.role!r}")
-        if self.connector not in ("p2p_nccl", "disagg_kv"):
-            raise SimConfigError(f"connector must be p2p_nccl or disagg_kv, not {self.connector!r}")
+        if self.connector not in ("p2p_nccl", "disagg_kv", "nixl"):
+            raise SimConfigError(f"connector must be p2p_nccl, disagg_kv or nixl, not {self.connector!r}")
         if not self.models or not all(self.models):
             raise SimConfigError("models must name at least one model")
         if self.close_after_400 not in ("close", "reset", "keep"):

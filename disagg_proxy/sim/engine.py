@@ -72,7 +72,8 @@ class SimEngine:
         self.faults.on_refuse = self._refuse
         self._started = True
         await self._worker.start(kv_sock)
-        self._pinger.start()
+        if config.connector != "nixl":
+            self._pinger.start()
         try:
             if config.startup_seconds:
                 await asyncio.sleep(config.startup_seconds)

@@ -155,7 +155,9 @@ def _whole(chat: dict[str, Any]) -> dict[str, Any]:
         arguments = json.loads(call["function"]["arguments"])
         content.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": arguments})
     usage = {"input_tokens": chat["usage"]["prompt_tokens"], "output_tokens": chat["usage"]["completion_tokens"]}
+    kept = chat["kv_transfer_params"]
     return {
+        **({} if kept is None else {"kv_transfer_params": kept}),
         "id": chat["id"],
         "type": "message",
         "role": "assistant",

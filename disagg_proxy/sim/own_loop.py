@@ -1,7 +1,9 @@
-"""The step loop of an engine with this project's own connector (docs/connector.md, "What happens").
+"""The step loop of an engine whose connector reads kv_transfer_params: this project's own (docs/connector.md, "What
+happens"), or vLLM's NixlConnector.
 
 Either role computes whatever it is asked. On decode a request with KV under way waits outside the batch, so no step
-waits for it; when the KV does not come, the prompt is computed. Nothing here can end the engine.
+waits for it; when the KV does not come, the prompt is computed. Nothing here can
+end the engine, but NixlConnector's assertions.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import asyncio
 from typing import Any
 
 from disagg_proxy.sim.logprobs import prompt_logprobs
+from disagg_proxy.sim.nixl_kv import Kept, Reads
 from disagg_proxy.sim.own_kv import rows_of
 from disagg_proxy.sim.own_kv_decode import Loads
 from disagg_proxy.sim.own_kv_prefill import Offers
@@ -28,7 +31,7 @@ class OwnStepLoop(StepLoop):
         self._loading: list[EngineRequest] = []
         self._tried: set[EngineRequest] = set()
 
-    def connect(self, offers: Offers, loads: Loads | None) -> None:
+    def connect(self, offers: Offers | Kept, loads: Loads | Reads | None) -> None:
         """Name the two sides of the KV exchange; ``loads`` on decode only."""
         self._offers = offers
         self._loads = loads

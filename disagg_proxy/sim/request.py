@@ -59,7 +59,7 @@ class Sampling:
     guide: Guide | None = None
     beam_search: bool = False
     kv_transfer: Mapping[str, Any] | None = None
-    """The request's kv_transfer_params; only this project's own connector reads them."""
+    """The request's kv_transfer_params; P2pNcclConnector does not read them."""
 
 
 LogprobEntry = dict[int, tuple[float, int]]
@@ -97,7 +97,9 @@ class EngineRequest:
     finished: bool = False
     prompt_logprobs: list[LogprobEntry | None] | None = None
     kv_rows: list[bytes] | None = None
-    """Blocks that came from prefill, with this project's own connector."""
+    """Blocks that came from prefill, with a connector that reads kv_transfer_params."""
+    kv_transfer: dict[str, Any] | None = None
+    """The answer's kv_transfer_params, with NixlConnector on prefill."""
 
     @property
     def cached_tokens(self) -> int:

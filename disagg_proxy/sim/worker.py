@@ -17,6 +17,7 @@ from disagg_proxy.sim.kv_listener import KvListener
 from disagg_proxy.sim.kv_memory import ReceiveStore
 from disagg_proxy.sim.kv_sender import KvSender
 from disagg_proxy.sim.metrics import Counters
+from disagg_proxy.sim.nixl_kv import Kept, Reads
 from disagg_proxy.sim.own_kv import announcement, identity
 from disagg_proxy.sim.own_kv_decode import Loads
 from disagg_proxy.sim.own_kv_prefill import Offers
@@ -130,6 +131,42 @@ class OwnWorker:
         return {"boot_id": self.boot, "kv_buffer_used": 0, "listener": "alive", "sender": None, **side.state()}
 
 
+class NixlWorker:
+    """vLLM's NixlConnector."""
+
+    def __init__(
+        self,
+        config: SimConfig,
+        faults: Faults,
+        counters: Counters,
+        kv_address: str,
+        changed: Callable[[], None],
+        died: Callable[[], None],
+    ) -> None:
+        unused = ReceiveStore(0, 1, config.kv_layers, changed)
+        self.loop = OwnStepLoop(config, faults, unused, KvSender(kv_address, changed), counters, changed, died)
+        self._kept = Kept(config, uuid.uuid4().hex, kv_address, changed)
+        self._reads = None if config.is_producer else Reads(config, self.loop.loaded)
+        self.loop.connect(self._kept, self._reads)
+
+    async def start(self, sock: socket.socket) -> None:
+        await self._kept.start(sock)
+        self.loop.start()
+
+    async def stop(self) -> None:
+        await self._kept.stop()
+        if self._reads is not None:
+            await self._reads.stop()
+
+    def announces(self) -> dict[str, Any]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        side = self._kept if self._reads is None else self._reads
+        return {"kv_buffer_used": 0, "listener": "alive", "sender": None, **side.state()}
+
+
 def make_worker(config: SimConfig, *args: Any) -> Worker:
     """The worker of this engine's connector."""
-    return OwnWorker(config, *args) if config.connector == "disagg_kv" else P2pWorker(config, *args)
+    workers: dict[str, Callable[..., Worker]] = {"p2p_nccl": P2pWorker, "disagg_kv": OwnWorker, "nixl": NixlWorker}
+    return workers[config.connector](config, *args)

@@ -85,7 +85,7 @@ class Ledger:
             if instance.slot < 0:
                 continue
             prepaid[instance.slot * LOADS + IN_FLIGHT] = 1
-            if kv_bytes and instance.role is Role.DECODE and not instance.kind.together:
+            if kv_bytes and instance.role is Role.DECODE and not instance.kind.computes:
                 prepaid[instance.slot * LOADS + KV_WAITING_BYTES] = kv_bytes
         for word, size in prepaid.items():
             self._own[word] += size

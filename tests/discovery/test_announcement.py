@@ -76,10 +76,10 @@ OWN = {
 
 def test_the_ping_of_the_projects_own_connector() -> None:
     found = decode([msgpack.dumps(OWN)])
-    assert found.kind.together and found.boot == "b" and found.kind.transports == {"tcp"}
+    assert found.kind.computes and found.boot == "b" and found.kind.transports == {"tcp"}
     assert dict(found.kind.traits) == {name: OWN[name] for name in FIELDS}
-    assert not decode([msgpack.dumps(PING)]).kind.together
-    assert not decode([msgpack.dumps({**PING, "protocol": "p2p_nccl"})]).kind.together
+    assert not decode([msgpack.dumps(PING)]).kind.computes
+    assert not decode([msgpack.dumps({**PING, "protocol": "p2p_nccl"})]).kind.computes
 
 
 @pytest.mark.parametrize(

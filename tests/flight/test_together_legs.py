@@ -13,6 +13,7 @@ from disagg_proxy.cluster.pairing import Alone, Pair
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.flight.together_legs import TogetherLegs
+from disagg_proxy.protocol.disagg_kv import DisaggKvHandover
 from disagg_proxy.protocol.fields import COMPLETIONS
 from disagg_proxy.protocol.prepare import prepare
 from tests.cluster.conftest import World
@@ -29,13 +30,16 @@ class Together:
         self.prefill, self.decode = (
             self.world.ready(role, port, kind=OWN) for role, port in ((Role.PREFILL, 1), (Role.DECODE, 2))
         )
+        self.transfer_id = ""
         self.released: list[tuple[str, str]] = []
 
     def legs(self, alone: bool = False, **fields: object) -> TogetherLegs:
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()
         found = Alone(self.decode) if alone else Pair(self.prefill, self.decode)
+        handover = None if alone else DisaggKvHandover("127.0.0.1:1001")
+        self.transfer_id = "" if handover is None else handover.transfer_id
         return TogetherLegs(
-            self.upstream, self.world.registry, Config(), self._release, found, COMPLETIONS,
+            self.upstream, self.world.registry, Config(), self._release, found, handover, COMPLETIONS,
             b"x-custom: 1\r\n", prepare(COMPLETIONS, body), "id", tokens=3,
         )  # fmt: skip
 
@@ -58,8 +62,8 @@ async def test_both_legs_speak_of_one_transfer(bench: Together) -> None:
     assert (await legs.ask_prefill()) is not None
     await legs.ask_decode()
     bodies = [json.loads(sent.body) for sent in bench.upstream.sent]
-    assert bodies[0]["kv_transfer_params"] == {"transfer_id": legs.transfer_id} and bodies[0]["max_tokens"] == 1
-    assert bodies[1]["kv_transfer_params"] == {"transfer_id": legs.transfer_id, "from": "127.0.0.1:1001"}
+    assert bodies[0]["kv_transfer_params"] == {"transfer_id": bench.transfer_id} and bodies[0]["max_tokens"] == 1
+    assert bodies[1]["kv_transfer_params"] == {"transfer_id": bench.transfer_id, "from": "127.0.0.1:1001"}
     assert {sent.headers for sent in bench.upstream.sent} == {b"x-custom: 1\r\nx-request-id: id\r\n"}
     assert not bench.released
     legs.loaded()
@@ -75,7 +79,7 @@ async def test_a_prefill_that_fails_releases_decode(bench: Together, outcomes: l
     bench.upstream.outcomes = list(outcomes)
     legs = bench.legs()
     assert await legs.ask_prefill() is None
-    assert bench.released == [("127.0.0.1:1002", legs.transfer_id)] and bench.prefill.in_flight == 0
+    assert bench.released == [("127.0.0.1:1002", bench.transfer_id)] and bench.prefill.in_flight == 0
     legs.give_back()
     assert bench.counts() == [0, 0, 0, 0]
 
@@ -86,7 +90,7 @@ async def test_a_frozen_prefill_releases_decode(bench: Together, monkeypatch: py
     await asyncio.sleep(0)
     (vigil,) = bench.prefill.pulse.open
     vigil.give_up(EngineFrozen("still"))
-    assert await task is None and bench.released == [("127.0.0.1:1002", legs.transfer_id)]
+    assert await task is None and bench.released == [("127.0.0.1:1002", bench.transfer_id)]
 
 
 async def test_a_frozen_decode_is_a_failure(bench: Together, monkeypatch: pytest.MonkeyPatch) -> None:

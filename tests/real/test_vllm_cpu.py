@@ -17,7 +17,10 @@ pytestmark = [pytest.mark.vllm_cpu, pytest.mark.timeout(600)]
 
 COMPLETIONS, CHAT, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/messages"
 HELLO = [{"role": "user", "content": "Hello there"}]
-TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+}
 CLAUDE_TOOL = {"name": "look_up", "input_schema": {"type": "object", "properties": {}}}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 

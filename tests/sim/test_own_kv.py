@@ -309,7 +309,7 @@ async def test_the_announcement_is_the_connectors_own() -> None:
             **announcement(engine.config, engine.state()["boot_id"]),
         }  # fmt: skip
         ping = decode_ping([message])
-        assert ping.kind.together and ping.boot == engine.state()["boot_id"]
+        assert ping.kind.computes and ping.boot == engine.state()["boot_id"]
     finally:
         await engine.stop()
         router.close(0)

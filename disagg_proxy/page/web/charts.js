@@ -1,0 +1,130 @@
+// Lines over the last ten minutes. A dashed line is the slower or the worse one, so that nobody needs the colours.
+
+const LONGEST = 600;
+const SHORTEST = 120;
+const SIZE = { width: 320, height: 132, left: 8, right: 8, top: 14, bottom: 20 };
+
+const CHARTS = [
+  { id: "ttft", show: duration, lines: [["series_p50", (s) => s.ttft.p50], ["series_p99", (s) => s.ttft.p99]] },
+  { id: "gap", show: duration, lines: [["series_p50", (s) => s.gap.p50], ["series_p99", (s) => s.gap.p99]] },
+  { id: "requests", show: rate, lines: [["series_ok", (s, per) => (s.requests[GOOD] || 0) / per], ["series_bad", (s, per) => failedOf(s.requests) / per]] },
+  { id: "load", show: (v) => number(v), lines: [["series_flight", (s) => s.in_flight], ["series_queued", (s) => s.queued]] },
+];
+
+// The next of 1, 2, 5, 10, … above: a scale that does not jump with every value.
+const roomy = (value) => {
+  if (!(value > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 2, 5, 10].find((part) => part * power >= value * 0.999);
+};
+
+const makeChart = (chart) => {
+  const { width, height, left, right, bottom } = SIZE;
+  const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "plot", tabindex: "0", role: "group" },
+    svg("path", { class: "grid", d: [0, 0.5, 1].map((part) => `M${left} ${gridAt(part)}H${width - right}`).join("") }),
+    svg("path", { class: "area" }), svg("path", { class: "line two" }), svg("path", { class: "line one" }),
+    svg("path", { class: "hair" }),
+    svg("text", { class: "axis", x: left, y: SIZE.top - 4 }),
+    svg("text", { class: "axis", x: left, y: height - 5 }),
+    svg("text", { class: "axis middle", x: (width - left - right) / 2 + left, y: height - 5 }),
+    svg("text", { class: "axis end", x: width - right, y: height - 5 }),
+    svg("text", { class: "axis empty", x: width / 2, y: (height - bottom) / 2 + 8 }));
+  const node = el("figure", { class: `chart ${chart.id}` },
+    el("figcaption", {}, el("span", { class: "chart-title" }), el("span", { class: "readout" })),
+    plot);
+  const state = { node, plot, picked: null, steps: [], chart };
+  charts.set(chart.id, state);
+  plot.addEventListener("pointermove", (e) => pick(state, nearest(state, e)));
+  plot.addEventListener("pointerleave", () => pick(state, null));
+  plot.addEventListener("blur", () => pick(state, null));
+  plot.addEventListener("keydown", (e) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
+    if (!move || !state.steps.length) return;
+    e.preventDefault();
+    const last = state.steps.length - 1;
+    const from = state.picked === null ? last + (move < 0 ? 1 : 0) : state.steps.findIndex((b) => b.time === state.picked);
+    pick(state, state.steps[Math.min(last, Math.max(0, from + move))].time, true);
+  });
+  return node;
+};
+
+const charts = new Map();
+
+const gridAt = (part) => SIZE.height - SIZE.bottom - part * (SIZE.height - SIZE.top - SIZE.bottom);
+
+const acrossAt = (time, { now, span }) => SIZE.left + (SIZE.width - SIZE.left - SIZE.right) * Math.min(1, Math.max(0, 1 - (now - time) / span));
+
+const nearest = (state, event) => {
+  const box = state.plot.getBoundingClientRect();
+  const x = ((event.clientX - box.left) / box.width) * SIZE.width;
+  let best = null;
+  for (const b of state.steps)
+    if (!best || Math.abs(acrossAt(b.time, state) - x) < Math.abs(acrossAt(best.time, state) - x)) best = b;
+  return best && best.time;
+};
+
+const pick = (state, time, aloud = false) => {
+  state.picked = time;
+  attribute(state.node.querySelector(".readout"), "aria-live", aloud ? "polite" : null);
+  readOut(state);
+};
+
+const said = ({ chart, per }, step) =>
+  chart.lines.map(([key, value]) => `${t(key)} ${chart.show(value(step, per))}`).join(" · ");
+
+const readOut = (state) => {
+  const { chart, steps, node, plot } = state;
+  const step = steps.find((b) => b.time === state.picked) || null;
+  const latest = steps.findLast((b) => chart.lines.some(([, value]) => known(value(b, state.per)))) || null;
+  const text = step ? `${clock(step.time)} · ${said(state, step)}` : latest ? said(state, latest) : "";
+  put(node.querySelector(".readout"), text);
+  const x = step && acrossAt(step.time, state);
+  attribute(plot.querySelector(".hair"), "d", step ? `M${x} ${SIZE.top}V${SIZE.height - SIZE.bottom}` : "M0 0");
+  attribute(plot, "aria-label", t("chart_keys", { title: t(`chart_${chart.id}`), latest: latest ? said(state, latest) : t("chart_empty") }));
+};
+
+// A gap in the values is a gap in the line.
+const strokeOf = (points) => {
+  let d = "";
+  let drawing = false;
+  for (const [x, y] of points) {
+    if (y === null) drawing = false;
+    else {
+      d += `${drawing ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}${drawing ? "" : "h.01"}`;
+      drawing = true;
+    }
+  }
+  return d;
+};
+
+const drawChart = (state, view) => {
+  const { chart, plot, node } = state;
+  state.now = view.now;
+  // A proxy that has just started has no ten minutes to show.
+  state.span = Math.min(LONGEST, Math.max(SHORTEST, 60 * Math.ceil(view.uptime_s / 60)));
+  state.per = view.rates.step_s;
+  state.steps = view.rates.steps.filter((s) => s.time > view.now - state.span && s.time + state.per <= view.now);
+  const values = chart.lines.map(([, value]) => state.steps.map((s) => value(s, state.per)));
+  const top = roomy(Math.max(0, ...values.flat().filter(known)));
+  const points = values.map((line) =>
+    line.map((value, place) => [acrossAt(state.steps[place].time, state), known(value) ? gridAt(value / top) : null]));
+  const some = values.flat().some(known);
+  attribute(plot.querySelector(".one"), "d", strokeOf(points[0]));
+  attribute(plot.querySelector(".two"), "d", strokeOf(points[1]));
+  const drawn = points[0].filter(([, y]) => y !== null);
+  const floor = gridAt(0);
+  attribute(plot.querySelector(".area"), "d",
+    drawn.length > 1 ? `M${drawn[0][0]} ${floor}${drawn.map(([x, y]) => `L${x.toFixed(1)} ${y.toFixed(1)}`).join("")}L${drawn[drawn.length - 1][0]} ${floor}Z` : "M0 0");
+  const [high, old, middle, now, empty] = plot.querySelectorAll("text");
+  put(high, some ? chart.show(top) : "");
+  put(old, t("chart_ago", { minutes: number(state.span / 60) }));
+  put(middle, t("chart_ago", { minutes: number(state.span / 120, 1) }));
+  put(now, t("chart_now"));
+  put(empty, some ? "" : t("chart_empty"));
+  put(node.querySelector(".chart-title"), t(`chart_${chart.id}`));
+  readOut(state);
+};
+
+const showCharts = (view) => {
+  keyed($("charts"), CHARTS, (chart) => chart.id, makeChart, (node, chart) => drawChart(charts.get(chart.id), view));
+};

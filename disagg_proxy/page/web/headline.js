@@ -1,0 +1,47 @@
+// Is it working? The proxy's verdict (page/verdict.py) in the reader's words, or that there is no proxy.
+
+const sentence = ({ key, values }) => {
+  const said = { ...values };
+  if (said.role) said.role = t(`role_${said.role}`);
+  if (said.state) said.state = word("state", said.state);
+  return t(key, said);
+};
+
+const showIncident = (incident) => {
+  shown($("incident"), Boolean(incident));
+  if (!incident) return;
+  const { role, name, steps, over_after: after } = incident;
+  put($("incident-title"), t("incident_title", { role: role ? t(`role_${role}`) : "", name }));
+  put($("incident-end"), known(after) ? t("incident_over", { age: duration(1000 * after) }) : t("incident_open"));
+  keyed($("incident-steps"), steps, (e) => e.seq,
+    () => el("li", {}, el("time"), el("span", { class: "kind" }), el("span", { class: "why" })),
+    (node, e) => {
+      const [time, kind, why] = node.children;
+      put(time, clock(e.time));
+      put(kind, word("event", e.kind));
+      put(why, e.text);
+    });
+};
+
+const verdictOf = (view, connected) => {
+  if (!view) return { level: "wait", sign: "probing", head: { key: "head_connecting" }, details: [] };
+  if (connected) return view.verdict;
+  const details = [{ key: "head_gone_detail", values: { time: clock(view.now) } }];
+  return { level: "bad", sign: "lost", head: { key: "head_gone" }, details };
+};
+
+const showHeadline = (connected) => {
+  const { view } = model;
+  const { level, sign, head, since, details } = verdictOf(view, connected);
+  attribute($("now"), "data-level", level);
+  const shape = $("now-sign");
+  if (!shape.firstChild) shape.append(icon(sign));
+  drawn(shape.firstChild, sign);
+  const said = sentence(head);
+  put($("now-text"), said);
+  document.title = `${said} · ${t("title")}`;
+  // Apart, so that a screen reader is not told every second.
+  put($("now-age"), known(since) ? t("for_age", { age: age(view.now - since) }) : "");
+  keyed($("now-details"), details.map(sentence), (text) => text, () => el("li"), put);
+  showIncident(view && view.incident);
+};

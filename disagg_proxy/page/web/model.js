@@ -1,0 +1,67 @@
+// What is known: the proxy's view, put together from the feed (the counterpart of joined() in page/feed.py).
+
+const model = { view: null, at: 0, rates: new Map() };
+
+const joined = (before, update) => {
+  const { gone, ...whole } = update;
+  for (const ring of ["recent", "events"]) {
+    const away = new Set(gone[ring]);
+    whole[ring] = [...before[ring].filter((e) => !away.has(e.seq)), ...update[ring]].sort((a, b) => a.seq - b.seq);
+  }
+  const old = before.rates.steps;
+  const steps = new Map([...old, ...update.rates.steps].map((step) => [step.time, step]));
+  whole.rates = { ...update.rates, steps: [...steps.values()].sort((a, b) => a.time - b.time).slice(-old.length) };
+  return whole;
+};
+
+const take = (kind, data) => {
+  model.view = kind === "update" && model.view ? joined(model.view, data) : data;
+  model.at = Date.now() / 1000;
+  countFlows(model.view);
+};
+
+const flowKey = (flow) => `${flow.prefill || ""} ${flow.decode || ""}`;
+
+// Requests a second of each flow over the last ten seconds.
+const countFlows = (view) => {
+  const there = new Set();
+  for (const flow of view.flows) {
+    const key = flowKey(flow);
+    there.add(key);
+    const seen = model.rates.get(key) || [];
+    seen.push([view.now, flow.total]);
+    while (seen.length > 2 && seen[0][0] < view.now - 10) seen.shift();
+    model.rates.set(key, seen);
+  }
+  for (const key of model.rates.keys()) if (!there.has(key)) model.rates.delete(key);
+};
+
+const flowRate = (flow) => {
+  const seen = model.rates.get(flowKey(flow)) || [];
+  if (seen.length < 2) return 0;
+  const [first, last] = [seen[0], seen[seen.length - 1]];
+  return last[0] > first[0] ? Math.max(0, last[1] - first[1]) / (last[0] - first[0]) : 0;
+};
+
+const byRole = (view, role) =>
+  view.instances.filter((i) => i.role === role).sort((a, b) => a.http_address.localeCompare(b.http_address, "en", { numeric: true }));
+
+// The one word for an instance: an operator's drain hides everything but trouble.
+const stateOf = (instance) => (instance.draining && instance.state === "ready" ? "draining" : instance.state);
+
+// Where all engines share a host, the port says it all.
+const hostOf = (address) => address.slice(0, address.lastIndexOf(":"));
+
+const shortName = (view, key) => {
+  const name = nameOf(view, key);
+  const hosts = new Set(view.instances.map((i) => hostOf(i.http_address)));
+  return hosts.size === 1 && hosts.has(hostOf(name)) ? name.slice(name.lastIndexOf(":")) : name;
+};
+
+const nameOf = (view, key) => view.instances.find((i) => i.key === key)?.http_address || key;
+
+const GOOD = "ok";
+
+const failedOf = (outcomes) => Object.entries(outcomes).reduce((sum, [name, count]) => sum + (name === GOOD ? 0 : count), 0);
+
+const finishedOf = (outcomes) => Object.values(outcomes).reduce((sum, count) => sum + count, 0);

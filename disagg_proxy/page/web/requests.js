@@ -1,0 +1,73 @@
+// Recent requests as bars: where the time of each one went.
+
+const SEGMENTS = ["queue", "prefill", "transfer", "decode"];
+const FEW = 12;
+const MANY = 60;
+
+const wish = { bad: false, more: false };
+
+const OUTCOME_SHAPE = { ok: "ready", client_error: "warning", client_left: "draining", turned_away: "draining" };
+
+const routeName = (route) => String(route || "").split("/")[2] || t("unknown");
+
+const pathOf = (view, r) => {
+  if (!r.decode) return t("unknown");
+  return `${r.prefill ? shortName(view, r.prefill) : t("alone")} → ${shortName(view, r.decode)}`;
+};
+
+const makeRequest = () =>
+  el("li", { class: "request" },
+    el("time"), el("span", { class: "route" }), el("span", { class: "path" }),
+    el("span", { class: "bar", "aria-hidden": "true" }, ...SEGMENTS.map((name) => el("span", { class: `seg ${name}` }))),
+    el("span", { class: "total" }),
+    el("span", { class: "outcome" }, icon("dot"), el("span")),
+    el("span", { class: "unseen" }));
+
+const showRequest = (view, most) => (node, r) => {
+  const [time, route, path, bar, total, outcome, spoken] = node.children;
+  const how = word("outcome", r.outcome);
+  const said = SEGMENTS.filter((name) => r.bars[name])
+    .map((name) => `${t(`seg_${name}`)} ${duration(r.bars[name][1] - r.bars[name][0])}`)
+    .join(", ");
+  // Of its end, by which they are sorted.
+  put(time, clock(r.time + r.total_ms / 1000));
+  put(route, routeName(r.route));
+  put(path, pathOf(view, r));
+  put(total, duration(r.total_ms));
+  attribute(node, "data-outcome", r.outcome);
+  attribute(node, "title", [r.model, said, r.cause].filter(Boolean).join("\n"));
+  SEGMENTS.forEach((name, place) => {
+    const part = bar.children[place];
+    const [from, to] = r.bars[name] || [0, 0];
+    part.style.setProperty("left", `${(100 * from) / most}%`);
+    part.style.setProperty("width", `${(100 * (to - from)) / most}%`);
+    shown(part, Boolean(r.bars[name]));
+  });
+  drawn(outcome.children[0], OUTCOME_SHAPE[r.outcome] || "lost");
+  put(outcome.children[1], how);
+  put(spoken, said);
+};
+
+const showRequests = (view) => {
+  const wanted = wish.bad ? view.recent.filter((r) => r.outcome !== GOOD) : view.recent;
+  const rows = wanted.slice(wish.more ? -MANY : -FEW).reverse();
+  const most = Math.max(1, ...rows.map((r) => r.total_ms || 0));
+  keyed($("requests"), rows, (r) => r.seq, makeRequest, showRequest(view, most));
+  shown($("requests-none"), !rows.length);
+  put($("requests-none"), t(wish.bad && view.recent.length ? "requests_none_bad" : "requests_none"));
+  shown($("requests-more"), wanted.length > FEW);
+  put($("requests-more"), t(wish.more ? "requests_less" : "requests_more"));
+  attribute($("requests-more"), "aria-expanded", String(wish.more));
+  attribute($("requests-all"), "aria-pressed", String(!wish.bad));
+  attribute($("requests-bad"), "aria-pressed", String(wish.bad));
+  keyed($("legend"), SEGMENTS, (name) => name,
+    (name) => el("li", {}, el("span", { class: `seg ${name}`, "aria-hidden": "true" }), el("span")),
+    (node, name) => put(node.children[1], t(`seg_${name}`)));
+};
+
+const listenToRequests = (again) => {
+  const when = (id, change) => $(id).addEventListener("click", () => { change(); again(); });
+  when("requests-all", () => { wish.bad = false; });
+  when("requests-bad", () => { wish.bad = true; });
+  when("requests-more", () => { wish.more = !wish.more; });
+};

@@ -1,0 +1,20 @@
+"""The proxy and its pair are those of tests/machine.py; browsers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.machine import machine, pair
+from tests.page.browser import Browser, chromium
+
+__all__ = ["machine", "pair"]
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    """One that must have nothing to complain of."""
+    async with chromium() as running:
+        yield running
+        assert running.unexpected() == []

@@ -1,0 +1,210 @@
+"""What a person sees in a real browser, on simulated engines."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from disagg_proxy.cluster.instance import State
+from disagg_proxy.sim import expected_chat_text, expected_text
+from tests.conftest import running_proxy, soon
+from tests.machine import REQUESTS
+from tests.page.browser import needs_browser
+
+pytestmark = needs_browser
+
+PATH = "/v1/completions"
+ASK = REQUESTS[PATH]
+SOON = pytest.mark.settings(freeze_after_min=0.4, freeze_after_max=0.4, probe_interval=0.1)
+EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+async def says(page, selector: str, text: str | re.Pattern[str]) -> None:
+    """Wait until an element says it."""
+    await page.locator(selector).filter(has_text=text).first.wait_for()
+
+
+async def test_a_pair_that_serves(machine, pair, browser) -> None:
+    prefill, decode = pair
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Serving: 1 pair ready")
+    assert await page.locator("#now").get_attribute("data-level") == "ok"
+    for side, engine in (".side.prefill", prefill), (".side.decode", decode):
+        card = page.locator(f"{side} .card")
+        assert await card.count() == 1
+        assert await card.locator(".state-word").text_content() == "Ready"
+        assert await card.locator(".address").text_content() == engine.http_address
+        assert await card.locator(".icon").get_attribute("data-shape") == "ready"
+    await machine.check_right()
+    await says(page, "#requests .outcome", "OK")
+    await says(page, "#flow-list", f"{prefill.http_address} to {decode.http_address}: 0 in flight, 1 in all")
+    await says(page, "#labels", "in flight")
+    await says(page, "#events .kind", "Ready")
+    assert await page.locator("#requests .bar .seg:visible").count() >= 2
+
+
+async def test_nobody_has_registered(machine, browser) -> None:
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Not serving: no prefill has registered")
+    await says(page, "#none-decode", "No decode has registered yet.")
+    await machine.engine("prefill")
+    await says(page, "#now-text", "Not serving: no decode has registered")
+
+
+@SOON
+async def test_a_decode_that_is_frozen_for_good_is_named_with_what_was_done(machine, pair, browser) -> None:
+    _, decode = pair
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Serving: 1 pair")
+    decode.faults.hold("schedule")
+    asked = asyncio.gather(*(machine.send(PATH, ASK) for _ in range(2)))
+    await says(page, "#now-text", f"Decode {decode.http_address} is frozen")
+    await says(page, "#now-age", re.compile(r"for \d+ s"))
+    await says(page, "#now-details", "answers pings, but its engine stands still")
+    await says(
+        page, "#now-details", re.compile(r"What was done: taken out of service, and (a prefill was|prefills were)")
+    )
+    await says(page, "#now-details", "Only a restart can")
+    await says(page, "#now-details", "There is no other pair: new requests get 503 until it is back.")
+    card = page.locator(".side.decode .card")
+    assert await card.locator(".state-word").text_content() == "Frozen"
+    assert await card.locator(".icon").get_attribute("data-shape") == "frozen"
+    assert await card.locator(".badge").text_content() == "Needs a restart"
+    assert (await page.title()).startswith(f"Decode {decode.http_address} is frozen")
+    assert [status for status, _, _ in await soon(asked, 30)] == [504, 504]
+    await machine.send(PATH, ASK)
+    await says(page, "#requests .outcome", "No pair")
+    decode.faults.release()
+
+
+@SOON
+async def test_a_decode_that_was_freed_leaves_its_story(machine, pair, browser) -> None:
+    _, decode = pair
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Serving: 1 pair")
+    decode.faults.lose_kv()
+    await soon(machine.check_right(), 30)
+    await soon(machine.proxy.until_state(decode.http_address, State.READY))
+    await says(page, "#incident-end", "over after")
+    await says(page, "#now-text", "Serving: 1 pair")
+    assert await page.locator("#incident-title").text_content() == f"Last incident: Decode {decode.http_address}"
+    steps = await page.locator("#incident-steps .kind").all_text_contents()
+    assert steps == ["Frozen", "Replayed", "Freed", "Ready"]
+    await says(page, ".side.decode .notes", "Froze once so far, 1 prefills replayed")
+
+
+@pytest.mark.parametrize("route", ["completions", "chat"])
+async def test_a_test_prompt_streams_and_shows_its_route(machine, pair, browser, route: str) -> None:
+    prefill, decode = pair
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Serving")
+    await page.get_by_label("Prompt").fill("Tell me more")
+    await page.get_by_label("Route").select_option(label=route.title())
+    await page.get_by_label("Tokens, at most").fill("9")
+    await page.get_by_role("button", name="Send").click()
+    await says(page, "#ask-route", f"Served by prefill {prefill.http_address} and decode {decode.http_address}")
+    right = expected_text("Tell me more", 9)
+    if route == "chat":
+        right = expected_chat_text([{"role": "user", "content": "Tell me more"}], 9)
+    assert await page.locator("#ask-answer").text_content() == right
+    await says(page, "#ask-status", re.compile(r"First token after [\d.]+ m?s, all after [\d.]+ m?s, \d+ pieces"))
+
+
+async def test_a_test_prompt_can_be_stopped_and_may_fail(machine, browser) -> None:
+    browser.expected.append("503")
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Not serving")
+    await page.get_by_role("button", name="Send").click()
+    await says(page, "#ask-status", "503: No prefill/decode pair can serve this")
+    _, decode = await machine.pair()
+    with decode.faults.held("schedule"):
+        await page.get_by_role("button", name="Send").click()
+        await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+        await page.get_by_role("button", name="Stop").click()
+        await says(page, "#ask-status", "Stopped")
+
+
+async def test_names_are_text_and_nothing_else(machine, browser) -> None:
+    await machine.pair(models=(EVIL,))
+    page = await browser.open(machine.proxy.url)
+    await says(page, ".card .models", EVIL)
+    await says(page, "#events .why", EVIL)
+    await page.get_by_label("Model").select_option(label=EVIL)
+    await page.get_by_label("Prompt").fill(EVIL)
+    await page.get_by_role("button", name="Send").click()
+    await says(page, "#ask-route", "Served by prefill")
+    assert await page.locator("img, main script").count() == 0
+
+
+@pytest.mark.parametrize("language", ["zh-CN", "zh-TW"])
+async def test_chinese_by_the_browsers_language_and_back(machine, pair, browser, language: str) -> None:
+    page = await browser.open(machine.proxy.url, locale=language)
+    await says(page, "#now-text", "服务正常：1 对就绪")
+    assert await page.locator("html").get_attribute("lang") == "zh-CN"
+    assert await page.locator(".card .state-word").all_text_contents() == ["就绪", "就绪"]
+    await page.locator("#language").click()
+    await says(page, "#now-text", "Serving: 1 pair ready")
+    assert await page.locator("html").get_attribute("lang") == "en"
+    await page.reload()
+    await says(page, "#now-text", "Serving: 1 pair ready")
+
+
+async def test_dark_by_the_systems_wish_and_by_the_button(machine, browser) -> None:
+    page = await browser.open(machine.proxy.url, color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = await page.evaluate(background)
+    await page.get_by_role("button", name="Switch between the light and the dark look").click()
+    light = await page.evaluate(background)
+    assert dark == "rgb(13, 17, 23)" and light == "rgb(243, 245, 248)"
+    await page.reload()
+    assert await page.evaluate(background) == light
+
+
+@pytest.mark.settings(api_key="sesame")
+async def test_the_key_is_asked_for_kept_in_the_tab_and_never_in_the_address(machine, browser) -> None:
+    browser.expected.append("401")
+    page = await browser.open(machine.proxy.url)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    await says(page, "#key-form", "This proxy asks for a key")
+    assert not await page.locator("#content").is_visible()
+    await page.get_by_label("API key").fill("wrong")
+    await page.get_by_role("button", name="Open").click()
+    await says(page, "#key-wrong", "The proxy did not take that key.")
+    await page.get_by_label("API key").fill("sesame")
+    await page.keyboard.press("Enter")
+    await says(page, "#now-text", "Not serving: no prefill has registered")
+    await page.reload()
+    await says(page, "#now-text", "Not serving: no prefill has registered")
+    assert not any("sesame" in url for url in [page.url, *asked]) and asked
+    assert "sesame" not in await page.evaluate("JSON.stringify(localStorage) + document.cookie")
+    await page.get_by_role("button", name="Forget the key").click()
+    await says(page, "#key-form", "This proxy asks for a key")
+    assert "sesame" not in await page.evaluate("JSON.stringify(sessionStorage)")
+
+
+async def test_the_page_outlives_the_proxy(browser) -> None:
+    browser.expected.append("ERR_")
+    async with running_proxy() as proxy:
+        page = await browser.open(proxy.url)
+        await says(page, "#link", "Live")
+        port = int(proxy.url.rpartition(":")[2])
+    await says(page, "#now-text", "The proxy does not answer")
+    async with running_proxy(http_port=port):
+        await says(page, "#link", "Live")
+        await says(page, "#now-text", "Not serving")
+
+
+async def test_older_values_of_a_chart_are_read_by_keys(machine, pair, browser) -> None:
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Serving")
+    chart = page.locator(".chart.load")
+    assert "Left and right arrows" in (await chart.locator("svg").get_attribute("aria-label") or "")
+    await chart.locator("svg").focus()
+    await page.keyboard.press("ArrowLeft")
+    await says(page, ".chart.load .readout", re.compile(r"^\d\d:\d\d:\d\d · in flight 0 · queued 0$"))
+    first = await chart.locator(".readout").text_content()
+    await page.keyboard.press("ArrowLeft")
+    assert await chart.locator(".readout").text_content() != first
