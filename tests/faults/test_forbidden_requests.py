@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disagg_proxy.http import create_app
-from disagg_proxy.http.single import NOT_SERVED
+from disagg_proxy.http.single import NOT_SERVED, POOLING
 from disagg_proxy.sim import expected_text
 from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 
@@ -101,7 +101,7 @@ async def test_responses_are_refused(machine, pair, path: str) -> None:
     await machine.unharmed(*pair)
 
 
-@pytest.mark.parametrize("path", sorted(set(NOT_SERVED) - {"/v1/responses"}))
+@pytest.mark.parametrize("path", sorted({*NOT_SERVED, *POOLING}))
 async def test_what_was_not_tried_on_real_engines_reaches_none(machine, pair, path: str) -> None:
     status, _, body = await machine.post(path, {"model": "sim-model", "input": "x", "prompt": "x"})
     assert (status, body["error"]["code"]) == (501, "not_implemented") and len(body["error"]["message"]) > 40
