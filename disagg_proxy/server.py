@@ -176,6 +176,7 @@ class Server(uvicorn.Server):
 
     async def _cut_off(self) -> None:
         """End the exchanges that still run; a client without an answer gets 503."""
+        self._services.recorder.cutting_off = True
         late = set(self.server_state.tasks)
         for task in late:
             task.cancel()

@@ -129,7 +129,7 @@ class Services:
             log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
             return
         if self.member.seat.incarnation > 1:
-            inherit(self.recorder, self.journal, self.member.left_behind())
+            inherit(self.recorder, self.member.left_behind())
             self.journal.tell("worker_replaced", None, f"worker {self.member.seat.worker} has ended and was replaced")
             self.happenings.quiet = True
         told = Told(self.discovery.take, self._told_to_stop, self._watchdog.look, self._part, self._news, self._clients)

@@ -115,9 +115,8 @@ class TogetherFlight:
             legs = self._legs
             self._record.put_on(legs.prefill, legs.decode, legs.id.public)
             self._ask_prefill(legs)
-            self._record.ask_decode()
             try:
-                answer = await legs.ask_decode()
+                answer = await legs.ask_decode(self._record.ask_decode)
                 if answer.status == 200:
                     return await self._relayed(legs, answer)
                 refused = await answer.whole()

@@ -218,11 +218,14 @@ class TogetherLegs:
             enough=enough,
         )
 
-    async def ask_decode(self) -> Answer:
+    async def ask_decode(self, asked: Callable[[], None] = lambda: None) -> Answer:
         """Decode's answer once it has begun, whole when it is not streamed.
 
         While prefill is at work decode has nothing to do, so only from then on its silence means anything. Where the
         protocol has an order, decode is not even asked before.
+
+        Args:
+            asked: told when decode is asked.
 
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may be asked: the client has seen nothing.
@@ -234,6 +237,7 @@ class TogetherLegs:
             if prefilled is not None and body is again:
                 self._kv_missing()
             again = body if self._handover.again else again
+        asked()
         enough = Enough.BEGUN if self.prepared.streams else Enough.WHOLE
         leg = _Leg(self._send(self.decode_lease, body, again, "decode", self._config.decode_timeout, enough))
         self._decoding = vigil = self.decode_lease.pulse.begin(

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from disagg_proxy.observe.record import Record
@@ -34,6 +34,7 @@ class Event:
         instance: its key, None for the proxy itself.
         text: a sentence for people.
         count: how often it happened since its first time, for those that come in numbers.
+        packed: what the page is told of it (news.py), once somebody has asked.
     """
 
     seq: int
@@ -42,10 +43,11 @@ class Event:
     instance: str | None
     text: str
     count: int = 1
+    packed: bytes | None = None
 
     def row(self) -> list[Any]:
         """As plain values."""
-        return list(astuple(self))
+        return [self.seq, self.time, self.kind, self.instance, self.text, self.count]
 
 
 Subscriber = Callable[[], None]
@@ -67,8 +69,8 @@ class Journal:
         """The newest sequence number."""
         self.records: deque[Record] = deque(maxlen=RECORDS)
         self.events: deque[Event] = deque(maxlen=EVENTS)
-        self.inherited: list[list[Any]] = []
-        """Rows of records that a process has left whose place this one has taken."""
+        self.inherited: list[tuple[int, bytes]] = []
+        """Packed records that a process has left whose place this one has taken."""
 
     def _next(self, now: float) -> int:
         seq = int(now * 1e6) // _SPACE * _SPACE + self._worker

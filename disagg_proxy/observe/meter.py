@@ -59,11 +59,12 @@ class Step:
         pieces: of streamed bodies. prompt_tokens, output_tokens: of requests that ended, where they are known.
         ttft, gap: durations; gap: between two pieces, sampled.
         in_flight, queued, kv_waiting_bytes: the highest that was seen.
+        packed: as it is published (news.py), once it is over.
     """
 
     __slots__ = (
-        "gap", "in_flight", "kv_waiting_bytes", "outcomes", "output_tokens", "pieces", "prompt_tokens", "queued",
-        "start", "ttft",
+        "gap", "in_flight", "kv_waiting_bytes", "outcomes", "output_tokens", "packed", "pieces", "prompt_tokens",
+        "queued", "start", "ttft",
     )  # fmt: skip
 
     def __init__(self, start: int) -> None:
@@ -77,6 +78,7 @@ class Step:
         self.in_flight = 0
         self.queued = 0
         self.kv_waiting_bytes = 0
+        self.packed: bytes | None = None
 
     def row(self) -> list[Any]:
         """As plain values."""
@@ -112,13 +114,13 @@ class Meter:
     """The steps of one process. Without :meth:`look` everything goes into one step.
 
     Attributes:
-        now: the step that is running.
+        now: the step that is running. before: those that are over, oldest first.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
         self.now = Step(self._start())
-        self._before: deque[Step] = deque(maxlen=STEPS - 1)
+        self.before: deque[Step] = deque(maxlen=STEPS - 1)
 
     def _start(self) -> int:
         return int(self._wall() // SECONDS) * SECONDS
@@ -127,30 +129,13 @@ class Meter:
         """To be called once a second with what is there now."""
         start = self._start()
         if start != self.now.start:
-            self._before.append(self.now)
+            self.before.append(self.now)
             self.now = Step(start)
         step = self.now
         step.in_flight = max(step.in_flight, in_flight)
         step.queued = max(step.queued, queued)
         step.kv_waiting_bytes = max(step.kv_waiting_bytes, kv_waiting_bytes)
 
-    def rows(self) -> list[list[Any]]:
-        """All steps, oldest first."""
-        return [step.row() for step in (*self._before, self.now)]
-
-    def inherit(self, rows: Iterable[list[Any]]) -> None:
-        """Those of a process whose place this one has taken."""
-        self._before.extendleft(
-            step for step in reversed([Step.of(row) for row in rows]) if step.start < self.now.start
-        )
-
-
-def merged(parts: Iterable[Iterable[list[Any]]], now: float) -> list[Step]:
-    """The last ten minutes of all, oldest first, each step once; steps without anything are there too."""
-    newest = int(now // SECONDS) * SECONDS
-    steps = {start: Step(start) for start in range(newest - (STEPS - 1) * SECONDS, newest + 1, SECONDS)}
-    for rows in parts:
-        for row in rows:
-            if (step := steps.get(row[0])) is not None:
-                step.take(Step.of(row))
-    return list(steps.values())
+    def inherit(self, steps: Iterable[Step]) -> None:
+        """Those of a process whose place this one has taken, oldest first."""
+        self.before.extendleft(step for step in reversed([*steps]) if step.start < self.now.start)

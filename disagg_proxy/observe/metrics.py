@@ -90,6 +90,8 @@ class ProxyCollector(Collector):
             route, outcome, cause, model = labels.split("\t", 3)
             requests.add_metric([route, model, outcome, cause], count)
         yield requests
+        # By itself, since a rate needs a 0 to begin with, which series with labels do not have.
+        yield _counter("requests_turned_away", "Requests that got 429 from the proxy itself", stats.turned_away)
         yield _counter("failovers", "Tries on another pair after an instance failed", stats.failovers)
         yield _counter("prompt_tokens", "Prompt tokens of finished requests", stats.prompt_tokens)
         yield _counter(
@@ -110,7 +112,7 @@ class ProxyCollector(Collector):
             stats.ttft,
         )
         yield _histogram(
-            "inter_token_latency_seconds", "Between two pieces of a streamed answer; of 16 one is measured", stats.gap
+            "inter_token_latency_seconds", "Between two pieces of a streamed answer; of 32 one is measured", stats.gap
         )
         yield _histogram(
             "e2e_request_latency_seconds", "From the complete request to the end of the whole answer", stats.total

@@ -1,5 +1,7 @@
 """What a process publishes for the page: its newest records and events, its steps, its flows. And all of them as one.
 
+What has ended does not change any more, so that it is packed once and decoded once, however often it is looked at.
+
 Where there are several workers each sees the same instances by itself, so that of the events that all of them find out
 (happenings.py) only the first is shown.
 """
@@ -8,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import msgpack
 
 from disagg_proxy.observe.happenings import SEEN_BY_ALL
-from disagg_proxy.observe.journal import EVENTS, RECORDS, Event, Journal
-from disagg_proxy.observe.meter import Step, merged
+from disagg_proxy.observe.journal import EVENTS, RECORDS, Event
+from disagg_proxy.observe.meter import SECONDS, STEPS, Step
 from disagg_proxy.observe.record import Record
 from disagg_proxy.observe.recorder import Flow, Recorder
 
@@ -23,25 +26,29 @@ _ALIKE = 15.0
 
 _MOST_ID = 64
 
+Entry = tuple[int, bytes]
+"""The number by which it is ordered, and the packed rest."""
+
 
 @dataclass(slots=True)
 class News:
-    """One process's, or all together, each oldest first.
+    """One process's, each oldest first.
 
     Attributes:
-        records: rows of :data:`FIELDS`. events, steps, flows: rows.
+        records, events: by their sequence numbers. steps: by the beginning of each.
+        flows: prefill, decode, in flight, total.
     """
 
-    records: list[list[Any]] = field(default_factory=list)
-    events: list[list[Any]] = field(default_factory=list)
-    steps: list[list[Any]] = field(default_factory=list)
+    records: list[Entry] = field(default_factory=list)
+    events: list[Entry] = field(default_factory=list)
+    steps: list[Entry] = field(default_factory=list)
     flows: list[list[Any]] = field(default_factory=list)
 
     def pack(self, most: int) -> bytes:
         """As at most so many bytes: the oldest records and events are left out where they do not fit."""
         records, events = self.records, self.events
         while True:
-            text = bytes(msgpack.packb([records, events, self.steps, self.flows]))
+            text = _pack([records, events, self.steps, self.flows])
             if len(text) <= most:
                 return text
             if not records and not events:
@@ -51,44 +58,98 @@ class News:
     @classmethod
     def unpack(cls, text: bytes) -> News:
         """From :meth:`pack`; empty from nothing."""
-        return cls(*msgpack.unpackb(text, strict_map_key=False)) if text else cls()
+        return cls(*msgpack.unpackb(text, use_list=False)) if text else cls()
 
 
 def news_of(recorder: Recorder) -> News:
     """This process's."""
-    journal = recorder.journal
-    rows = [*journal.inherited, *map(_row, journal.records)][-RECORDS:]
+    journal, meter = recorder.journal, recorder.meter
+    records = [*journal.inherited, *map(_record_entry, journal.records)][-RECORDS:]
+    steps = [*map(_step_entry, meter.before), (meter.now.start, _pack(meter.now.row()))]
     flows = [[f.prefill, f.decode, f.in_flight, f.total] for f in recorder.flows.values()]
-    return News(rows, [event.row() for event in journal.events], recorder.meter.rows(), flows)
+    return News(records, [*map(_event_entry, journal.events)], steps, flows)
 
 
-def inherit(recorder: Recorder, journal: Journal, left: News) -> None:
+def _pack(value: Any) -> bytes:
+    return bytes(msgpack.packb(value))
+
+
+def _record_entry(record: Record) -> Entry:
+    if record.packed is None:
+        record.packed = _pack(_row(record))
+    return record.seq, record.packed
+
+
+def _event_entry(event: Event) -> Entry:
+    if event.packed is None:
+        event.packed = _pack(event.row())
+    return event.seq, event.packed
+
+
+def _step_entry(step: Step) -> Entry:
+    """Of one that is over."""
+    if step.packed is None:
+        step.packed = _pack(step.row())
+    return step.start, step.packed
+
+
+def inherit(recorder: Recorder, left: News) -> None:
     """Go on from what a process has left whose place this one has taken."""
-    journal.inherited = left.records
-    journal.events.extend(Event(*row) for row in left.events)
-    journal.last = max([0, *(row[0] for row in (*left.records, *left.events))])
-    recorder.meter.inherit(left.steps)
+    journal = recorder.journal
+    journal.inherited = list(left.records)
+    journal.events.extend(_event(packed) for _, packed in left.events)
+    journal.last = max([0, *(seq for seq, _ in (*left.records, *left.events))])
+    recorder.meter.inherit(_step(packed) for _, packed in left.steps)
     for prefill, decode, _, total in left.flows:
         recorder.flows[prefill, decode] = Flow(prefill, decode, 0, total)
 
 
-def together(parts: Sequence[News], now: float) -> tuple[list[list[Any]], list[Event], list[Step], list[Flow]]:
-    """Records (rows of :data:`FIELDS`), events, steps and flows of all processes, oldest first."""
-    records = sorted((row for part in parts for row in part.records), key=lambda row: row[0])[-RECORDS:]
+# -- all processes
+
+
+@dataclass(slots=True)
+class Whole:
+    """The news of all processes, each oldest first.
+
+    Attributes:
+        records: to be read with :func:`fields_of`.
+        steps: the last ten minutes, each step once, with what the processes have packed of it: see :func:`step_of`.
+    """
+
+    records: list[bytes]
+    events: list[Event]
+    steps: list[tuple[int, tuple[bytes, ...]]]
+    flows: list[Flow]
+
+
+def together(parts: Sequence[News], now: float) -> Whole:
+    """All processes as one.
+
+    Args:
+        now: Unix time.
+    """
+    records = [packed for _, packed in sorted(entry for part in parts for entry in part.records)[-RECORDS:]]
     flows: dict[tuple[str | None, str], Flow] = {}
     for part in parts:
         for prefill, decode, in_flight, total in part.flows:
             flow = flows.setdefault((prefill, decode), Flow(prefill, decode))
             flow.in_flight += in_flight
             flow.total += total
-    return records, _events(parts), merged([part.steps for part in parts], now), list(flows.values())
+    newest = int(now // SECONDS) * SECONDS
+    steps: dict[int, tuple[bytes, ...]] = dict.fromkeys(range(newest - (STEPS - 1) * SECONDS, newest + 1, SECONDS), ())
+    for part in parts:
+        for start, packed in part.steps:
+            if start in steps:
+                steps[start] = (*steps[start], packed)
+    return Whole(records, _events(parts), list(steps.items()), list(flows.values()))
 
 
 def _events(parts: Sequence[News]) -> list[Event]:
     whole: list[Event] = []
     seen: dict[tuple[str, str | None], tuple[int, float]] = {}
-    told = sorted(((Event(*row), number) for number, part in enumerate(parts) for row in part.events), key=_when)
-    for event, worker in told:
+    told = sorted((seq, number, packed) for number, part in enumerate(parts) for seq, packed in part.events)
+    for _, worker, packed in told:
+        event = _event(packed)
         if event.kind in SEEN_BY_ALL:
             first = seen.get((event.kind, event.instance))
             if first is not None and first[0] != worker and event.time - first[1] < _ALIKE:
@@ -98,8 +159,26 @@ def _events(parts: Sequence[News]) -> list[Event]:
     return whole[-EVENTS:]
 
 
-def _when(told: tuple[Event, int]) -> int:
-    return told[0].seq
+@lru_cache(maxsize=4096)
+def _event(packed: bytes) -> Event:
+    return Event(*msgpack.unpackb(packed))
+
+
+def _step(packed: bytes) -> Step:
+    return Step.of(msgpack.unpackb(packed, strict_map_key=False))
+
+
+def step_of(start: int, parts: Sequence[bytes]) -> Step:
+    """One step of all processes."""
+    whole = Step(start)
+    for packed in parts:
+        whole.take(_step(packed))
+    return whole
+
+
+def fields_of(packed: bytes) -> dict[str, Any]:
+    """The fields of a record by their names."""
+    return dict(zip(FIELDS, cast(list[Any], msgpack.unpackb(packed)), strict=True))
 
 
 # -- records as plain values

@@ -9,11 +9,11 @@ complete (401, 408, 413, 415) have none. All times are readings of one monotonic
     admitted          it has its places on instances; until then it waited in the queue, if ``waited``
     prefill_asked     a leg to prefill begins, of the last try
     prefill_answered  prefill's whole answer is here
-    decode_asked      the decode leg begins, of the last try; together with prefill's where both run at once
+    decode_asked      the decode leg begins, of the last try; together with prefill's where the protocol allows it
     first_byte        the first bytes of the body of decode's answer are here (all of them when it is not streamed)
     ended             the client's exchange is over
 
-**Gaps between tokens** are sampled, since a clock reading for each of them would be felt: of every 16 gaps between two
+**Gaps between tokens** are sampled, since a clock reading for each of them would be felt: of every 32 gaps between two
 pieces of a streamed body one is measured, and the first one that is differs from stream to stream, so that each gap has
 the same chance. A piece is what one read of decode's connection brought, mostly one token. It costs one countdown for
 each piece. Gaps in which the client took nothing are not counted.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from disagg_proxy.observe.recorder import Flow, Recorder
     from disagg_proxy.observe.trace import Trace
 
-EVERY = 16
+EVERY = 32
 """Of so many gaps one is measured."""
 
 
@@ -59,14 +59,15 @@ class Record:
         streamed: whether the answer is passed on as it comes.
         prompt_tokens, cached_tokens: as prefill's answer says. output_tokens: where decode's answer says so.
         pieces: of a streamed body. gaps: that were measured; gap_sum, gap_max: their seconds.
+        packed: what the page is told of it (news.py), once somebody has asked.
         trace: its W3C trace context, where traces are on.
     """
 
     __slots__ = (
         "_looked_at", "_recorder", "_step", "admitted", "arrived", "cached_tokens", "cause", "client_id",
         "decode", "decode_asked", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "model", "outcome",
-        "output_tokens", "pieces", "prefill", "prefill_answered", "prefill_asked", "prompt_tokens", "public_id",
-        "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
+        "output_tokens", "packed", "pieces", "prefill", "prefill_answered", "prefill_asked", "prompt_tokens",
+        "public_id", "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
     )  # fmt: skip
 
     def __init__(self, recorder: Recorder, route: str, client_id: str | None, step: int) -> None:
@@ -103,6 +104,7 @@ class Record:
         self.gap_max = 0.0
         self._looked_at: float | None = None
         self._step = step
+        self.packed: bytes | None = None
         self.trace: Trace | None = None
 
     # -- its way
@@ -185,14 +187,18 @@ class Record:
         """The client's exchange is over; only the first call counts."""
         if self.ended is None:
             self.ended = self._recorder.clock()
-            if self.outcome == "client_left" and self.cause is None:
-                self.cause = self._left_where()
+            if self.outcome == "client_left":
+                self._left()
             self._recorder.close(self)
 
-    def _left_where(self) -> str:
-        if self.admitted is None:
-            return "in_queue"
-        return "before_first_byte" if self.first_byte is None else "mid_stream"
+    def _left(self) -> None:
+        """The client is gone without an outcome, or the proxy has ended its exchange."""
+        if self._recorder.cutting_off:
+            self.outcome, self.cause = "unavailable" if self.first_byte is None else "cut", "shutdown"
+        elif self.admitted is None:
+            self.cause = "in_queue"
+        else:
+            self.cause = "before_first_byte" if self.first_byte is None else "mid_stream"
 
     # -- its pieces
 
@@ -202,26 +208,27 @@ class Record:
         return self._step
 
     def look(self) -> int:
-        """As many pieces have passed as were asked for. After how many to call again."""
+        """As many pieces have passed as were asked for: a gap begins to be measured, or ends. After how many to call
+        again."""
         now = self._recorder.clock()
-        before, self._looked_at = self._looked_at, now
-        self.pieces += self._step
-        self._recorder.passed(self._step)
+        before = self._looked_at
         if before is None:
-            self._step = 1
-        else:
-            self._looked_at = None
-            self._step = EVERY - 1
-            gap = now - before
-            self.gaps += 1
-            self.gap_sum += gap
-            if gap > self.gap_max:
-                self.gap_max = gap
-            self._recorder.measured(gap)
-        return self._step
+            self._looked_at = now
+            self._step += 1
+            return 1
+        self._looked_at = None
+        gap = now - before
+        self.gaps += 1
+        self.gap_sum += gap
+        if gap > self.gap_max:
+            self.gap_max = gap
+        self.pieces += self._step
+        self._recorder.measured(gap, self._step)
+        self._step = EVERY - 1
+        return EVERY - 1
 
     def disturbed(self) -> None:
-        """The client took nothing: the gap that is being measured is not the engine's."""
+        """The client took nothing: the gap that is being measured is not the engine's, but the next one."""
         self._looked_at = None
 
     def passed(self, left: int) -> None:

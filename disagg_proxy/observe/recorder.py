@@ -33,6 +33,7 @@ class Recorder:
 
     Attributes:
         clock: monotonic seconds.
+        cutting_off: whether exchanges are ended by the proxy now, since the time of its shutdown is over.
         served: whether some instance serves a model; clients may name any.
         sinks: who else is told of each record in the end.
         flows: by the keys of the instances.
@@ -45,6 +46,7 @@ class Recorder:
         self.meter = meter
         self.sinks: list[Sink] = []
         self.flows: dict[tuple[str | None, str], Flow] = {}
+        self.cutting_off = False
         self.served: Callable[[str], bool] = lambda model: False
         self._models: set[str] = set()
         self._turn = 0
@@ -79,10 +81,13 @@ class Recorder:
         self.stats.ttft.add(seconds)
         self.meter.now.ttft.add(seconds)
 
-    def measured(self, seconds: float) -> None:
-        """A gap between two pieces of an answer."""
-        self.stats.gap.add(seconds)
-        self.meter.now.gap.add(seconds)
+    def measured(self, seconds: float, pieces: int) -> None:
+        """A gap between two pieces of an answer, and so many pieces more."""
+        stats, step = self.stats, self.meter.now
+        stats.pieces += pieces
+        step.pieces += pieces
+        stats.gap.add(seconds)
+        step.gap.add(seconds)
 
     def passed(self, pieces: int) -> None:
         """So many more pieces of an answer."""

@@ -1,18 +1,20 @@
 """Everything that a page shows of a proxy, as one object for JSON. Its schema is docs/observe.md.
 
-All durations in it are milliseconds, all moments Unix time in seconds.
+All durations in it are milliseconds, all moments Unix time in seconds. Entries of the past are made once and are the
+same objects in every view: they must not be changed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.observe.meter import SECONDS, Step
-from disagg_proxy.observe.news import FIELDS, News, together
+from disagg_proxy.observe.meter import SECONDS
+from disagg_proxy.observe.news import News, fields_of, step_of, together
 from disagg_proxy.observe.report import instance_report
 from disagg_proxy.stats import Latency
 from disagg_proxy.workers.overview import Overview
@@ -31,7 +33,7 @@ def view(services: Services, overview: Overview, news: Sequence[News]) -> dict[s
     """
     now = time.time()
     stats = overview.stats
-    records, events, steps, flows = together(news, now)
+    whole = together(news, now)
     return {
         "now": round(now, 3),
         "version": __version__,
@@ -40,7 +42,7 @@ def view(services: Services, overview: Overview, news: Sequence[News]) -> dict[s
         "workers": max(1, len(overview.workers)),
         "instances": [_instance(i, services, overview) for i in services.registry.instances()],
         "flows": [
-            {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in flows
+            {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in whole.flows
         ],
         "totals": {
             "requests": dict(stats.outcomes),
@@ -58,12 +60,12 @@ def view(services: Services, overview: Overview, news: Sequence[News]) -> dict[s
             "gap": _summary(stats.gap),
             "total": _summary(stats.total),
         },
-        "rates": {"step_s": SECONDS, "steps": [_step(step) for step in steps]},
-        "recent": [_record(dict(zip(FIELDS, row, strict=True))) for row in records],
+        "rates": {"step_s": SECONDS, "steps": [_step(start, parts) for start, parts in whole.steps]},
+        "recent": [_record(packed) for packed in whole.records],
         "events": [
             {"seq": e.seq, "time": round(e.time, 3), "kind": e.kind, "instance": e.instance, "text": e.text,
              "count": e.count}
-            for e in events
+            for e in whole.events
         ],
     }  # fmt: skip
 
@@ -81,7 +83,9 @@ def _summary(latency: Latency) -> dict[str, float | int | None]:
     return shown
 
 
-def _step(step: Step) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _step(start: int, parts: tuple[bytes, ...]) -> dict[str, Any]:
+    step = step_of(start, parts)
     ttft, gap = step.ttft, step.gap
     return {
         "time": step.start,
@@ -101,8 +105,10 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
 
-def _record(record: dict[str, Any]) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def _record(packed: bytes) -> dict[str, Any]:
     """With the bars of a waterfall: from and to, in order, without those that there were not."""
+    record = fields_of(packed)
     end = record["total_ms"]
     admitted, asked, answered, decode, first = (
         record.pop(f"{name}_at")

@@ -126,7 +126,7 @@ async def test_an_unknown_model_is_404_and_lists_those_that_exist(machine, pair,
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("GET", "/nowhere", 404, "not_found"),
         ("POST", "/sleep", 404, "not_found"),
         ("GET", "/v1/completions/../../etc/passwd", 404, "not_found"),
         ("GET", "/%00%ff", 404, "not_found"),

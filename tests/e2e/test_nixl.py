@@ -102,6 +102,9 @@ async def test_decode_is_asked_when_prefill_has_answered(machine: Machine, pair)
     prefill.faults.release()
     await right(answer)
     await clean(machine, *pair)
+    await soon(machine.proxy.until_idle())
+    (record,) = machine.proxy.services.journal.records
+    assert record.prefill_asked < record.prefill_answered <= record.decode_asked, "its times say so too"
 
 
 @pytest.mark.parametrize("changes", [{"prompt": [PROMPT, f"{PROMPT} and more"]}, {"n": 2, "temperature": 1.0}])

@@ -97,7 +97,6 @@ async def test_profiling_that_one_engine_refuses_is_told(machine, pair) -> None:
 
 
 UNKNOWN = [
-    "/",
     "/v1",
     "/nope",
     "/v1/completions/x",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.observe.meter import SECONDS, STEPS, Bins, Meter, Step, merged
+from disagg_proxy.observe.meter import SECONDS, STEPS, Bins, Meter
 
 
 @given(st.lists(st.floats(1e-5, 1e4), min_size=1), st.floats(0.01, 1.0))
@@ -43,40 +43,20 @@ def test_a_step_has_what_came_in_it_and_the_highest_that_was_seen() -> None:
     clock.time = 1005.0
     meter.look(1, 0, 0)
     meter.now.outcomes["cut"] += 1
-    first, second = map(Step.of, meter.rows())
+    (first,), second = meter.before, meter.now
     assert (first.start, dict(first.outcomes)) == (1000, {"ok": 1})
     assert (first.in_flight, first.queued, first.kv_waiting_bytes) == (3, 5, 10)
     assert (second.start, dict(second.outcomes), second.in_flight) == (1005, {"cut": 1}, 1)
 
 
-def test_steps_of_all_workers_together() -> None:
-    clock = Clock()
-    one, other = Meter(clock), Meter(clock)
-    for meter, pieces in ((one, 3), (other, 4)):
-        meter.now.pieces = pieces
-        meter.now.ttft.add(0.1)
-        meter.look(2, 1, 500)
-    clock.time += 3 * SECONDS
-    one.look(0, 0, 0)
-    steps = merged([one.rows(), other.rows()], clock.time)
-    assert len(steps) == STEPS and [s.start for s in steps] == sorted({s.start for s in steps})
-    assert steps[-1].start == 1015
-    then = steps[-4]
-    assert (then.start, then.pieces, then.in_flight, then.queued, then.kv_waiting_bytes) == (1000, 7, 4, 2, 500)
-    assert sum(then.ttft.counts.values()) == 2
-    assert not any(step.pieces for step in steps if step is not then)
-
-
 def test_no_more_than_ten_minutes_are_kept_and_a_successor_has_them_too() -> None:
     clock = Clock()
     meter = Meter(clock)
-    for _ in range(200):
-        meter.now.pieces = 1
+    for number in range(200):
+        meter.now.pieces = number
         clock.time += SECONDS
         meter.look(0, 0, 0)
-    assert len(meter.rows()) == STEPS
+    assert [step.pieces for step in meter.before] == list(range(200 - STEPS + 1, 200))
     heir = Meter(clock)
-    heir.now.pieces = 5
-    heir.inherit(meter.rows())
-    steps = merged([heir.rows()], clock.time)
-    assert [step.pieces for step in steps] == [1] * (STEPS - 1) + [5]
+    heir.inherit([*meter.before, meter.now])
+    assert [step.start for step in heir.before] == [step.start for step in meter.before], "its own step is another"

@@ -20,6 +20,7 @@ from disagg_proxy.stats import Histogram
 from disagg_proxy.workers.overview import Overview
 from tests.machine import REQUESTS
 from tests.observe.metrics import DASHBOARD, PAGE, RULES, described, expressions, listed, named_in
+from tests.test_docs import PAGES
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -148,6 +149,13 @@ def test_dashboard_and_rules_ask_only_for_what_there_is(where: str) -> None:
         assert {label.strip() for label in group.split(",")} <= labels
     assert {label for label in re.findall(r"(\w+)=~?\\?\"", expression)} <= labels
     assert set(re.findall(r"\$labels\.(\w+)", expression)) <= labels
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_metrics_that_other_pages_name_exist(page) -> None:
+    # vLLM's example proxies begin with the same word.
+    named = re.findall(r"\b(disagg_proxy_(?!p2p_nccl)\w+)", page.read_text(encoding="utf-8"))
+    assert set(named) <= set(listed())
 
 
 def test_the_dashboard_can_be_imported() -> None:

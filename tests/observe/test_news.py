@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.observe.journal import Journal
-from disagg_proxy.observe.meter import Meter
-from disagg_proxy.observe.news import FIELDS, News, inherit, news_of, together
+from disagg_proxy.observe.meter import SECONDS, STEPS, Meter
+from disagg_proxy.observe.news import News, fields_of, inherit, news_of, step_of, together
 from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.stats import Stats
 from disagg_proxy.workers.area import HALF
@@ -29,8 +29,8 @@ def test_records_of_all_are_in_the_order_of_their_end() -> None:
         for each in (one, other):
             each.after(1)
         worker.admitted().end()
-    records, *_ = together([one.published(), other.published()], one.wall)
-    ends = [row[FIELDS.index("seq")] for row in records]
+    whole = together([one.published(), other.published()], one.wall)
+    ends = [fields_of(packed)["seq"] for packed in whole.records]
     assert len(ends) == 4 and ends == sorted(ends) and [seq % 64 for seq in ends] == [0, 1, 0, 1]
 
 
@@ -43,8 +43,8 @@ def test_what_all_workers_find_out_is_told_once() -> None:
         worker.journal.tell("freed", "d", "x")
         worker.after(1)
         worker.journal.tell("frozen", "d", "again")
-    _, events, _, _ = together([one.published(), other.published()], one.wall)
-    assert [e.kind for e in events] == ["frozen", "breaker_opened", "breaker_opened", "freed", "frozen"]
+    whole = together([one.published(), other.published()], one.wall)
+    assert [e.kind for e in whole.events] == ["frozen", "breaker_opened", "breaker_opened", "freed", "frozen"]
 
 
 def test_flows_are_added(world) -> None:
@@ -53,8 +53,8 @@ def test_flows_are_added(world) -> None:
     for worker in (one, other):
         worker.admitted().put_on(prefill, decode, "x")
     one.admitted().put_on(None, decode, "x")
-    *_, flows = together([one.published(), other.published()], one.wall)
-    assert {(f.prefill, f.in_flight, f.total) for f in flows} == {(prefill.key, 2, 2), (None, 1, 1)}
+    whole = together([one.published(), other.published()], one.wall)
+    assert {(f.prefill, f.in_flight, f.total) for f in whole.flows} == {(prefill.key, 2, 2), (None, 1, 1)}
 
 
 def test_a_worker_goes_on_from_what_another_has_left(world) -> None:
@@ -65,14 +65,14 @@ def test_a_worker_goes_on_from_what_another_has_left(world) -> None:
     record.end()
     dead.journal.tell("lost", "a", "x")
     dead.admitted().put_on(None, world.instance(2), "y")
-    inherit(heir.recorder, heir.journal, dead.published())
+    inherit(heir.recorder, dead.published())
     assert heir.journal.last == dead.journal.last
     heir.admitted().end()
     heir.after(5)
-    records, events, _, flows = together([heir.published()], heir.wall)
-    assert [row[FIELDS.index("outcome")] for row in records] == ["ok", "client_left"]
-    assert [e.kind for e in events] == ["lost"]
-    assert [(f.in_flight, f.total) for f in flows] == [(0, 2)], "what was on its way has ended with it"
+    whole = together([heir.published()], heir.wall)
+    assert [fields_of(packed)["outcome"] for packed in whole.records] == ["ok", "client_left"]
+    assert [e.kind for e in whole.events] == ["lost"]
+    assert [(f.in_flight, f.total) for f in whole.flows] == [(0, 2)], "what was on its way has ended with it"
 
 
 def test_the_oldest_are_left_out_where_it_would_be_too_long() -> None:
@@ -85,3 +85,35 @@ def test_the_oldest_are_left_out_where_it_would_be_too_long() -> None:
     kept = News.unpack(text)
     assert kept.records[-1][0] == worker.journal.records[-1].seq and kept.events[-1][0] == worker.journal.events[-1].seq
     assert news_of(worker.recorder).pack(10) == b"" and News.unpack(b"") == News()
+
+
+def test_steps_of_all_workers_together() -> None:
+    one, other = Worker(0), Worker(1)
+    for worker, pieces in ((one, 3), (other, 4)):
+        meter = worker.recorder.meter
+        meter.now.pieces = pieces
+        meter.now.ttft.add(0.1)
+        meter.now.outcomes["ok"] += 1
+        meter.look(2, 1, 500)
+    begun = one.recorder.meter.now.start
+    one.after(3 * SECONDS)
+    one.recorder.meter.look(0, 0, 0)
+    whole = together([one.published(), other.published()], one.wall)
+    steps = [step_of(start, parts) for start, parts in whole.steps]
+    assert [s.start for s in steps] == [begun + (n - STEPS + 4) * SECONDS for n in range(STEPS)]
+    then = steps[-4]
+    assert (then.start, then.pieces, then.in_flight, then.queued, then.kv_waiting_bytes) == (begun, 7, 4, 2, 500)
+    assert sum(then.ttft.counts.values()) == then.outcomes["ok"] == 2
+    assert not any(step.pieces for step in steps if step is not then)
+
+
+def test_what_is_over_is_packed_once_and_what_changes_anew() -> None:
+    worker = Worker(0)
+    worker.admitted().end()
+    worker.journal.count("kv_drained", "a", "one", "{} of them")
+    first = news_of(worker.recorder)
+    worker.recorder.meter.now.pieces += 1
+    worker.journal.count("kv_drained", "a", "one", "{} of them")
+    second = news_of(worker.recorder)
+    assert first.records[0][1] is second.records[0][1]
+    assert first.events != second.events and first.steps != second.steps

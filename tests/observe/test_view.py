@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AsyncExitStack
 
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from tests.conftest import soon
-from tests.machine import REQUESTS
+from tests.conftest import running_proxy, soon
+from tests.machine import REQUESTS, Machine
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -176,3 +177,23 @@ async def test_neither_prompts_nor_keys_nor_clients_are_in_it(machine, pair) -> 
     whole = await view(machine)
     assert len(whole["recent"]) == 2
     assert "secret" not in json.dumps(whole)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before its first byte", "in mid-stream"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["direct", "through Quart"])
+async def test_a_request_that_the_shutdown_cuts_off(http, dial, chunked: bool, begun: bool) -> None:
+    async with running_proxy(shutdown_grace=0.3) as proxy, AsyncExitStack() as stack:
+        machine = Machine(proxy, stack, http)
+        _, decode = await machine.pair()
+        decode.faults.hold("answer")
+        client = await dial(proxy.url)
+        client.chunked = chunked
+        client.post(PATH, {**ASK, "stream": True, "max_tokens": 50})
+        await soon(decode.wait_until(lambda state: state["held_at"] == "answer"))
+        if begun:
+            decode.faults.step("answer")
+            await client.head()
+        await soon(proxy.stop())
+        decode.faults.release()
+        (record,) = proxy.services.journal.records
+        assert (record.outcome, record.cause) == ("cut" if begun else "unavailable", "shutdown")
