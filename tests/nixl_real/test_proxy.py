@@ -42,7 +42,11 @@ def engine(name: str, folder: Path) -> Engine:
         "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"kv_lease_duration": LEASE},
     }  # fmt: skip
     environment = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1"}
-    return Engine(name, "kv_both", folder, transfer=transfer, environment=environment)
+    tools = (
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
+    )  # fmt: skip
+    return Engine(name, "kv_both", folder, *tools, transfer=transfer, environment=environment)
 
 
 @pytest.fixture(scope="session")
@@ -87,12 +91,12 @@ async def external(decode: Engine) -> float:
 async def test_the_answer_is_that_of_one_engine_and_the_kv_came_from_prefill(proxy, engines, length: int) -> None:
     _, decode, plain = engines
     body = {"prompt": prompt(length), "max_tokens": 12, "ignore_eos": True}
-    for _ in range(2):
+    for turn in range(2):
         before = await external(decode)
         answer = await ask(proxy, COMPLETIONS, body)
         assert texts(answer) == texts(await plain.post(body)) and not answer.get("kv_transfer_params")
-        moved = await external(decode) - before
-        assert moved > 0 or _ == 1
+        # The second time decode has all but the last block itself.
+        assert await external(decode) > before or turn == 1
     assert all(i.kv_missing == 0 and i.failures_total == 0 for i in proxy.services.registry.instances())
 
 
