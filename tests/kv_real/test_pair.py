@@ -163,6 +163,16 @@ async def test_many_at_once_with_preemption(trio: Trio) -> None:
     assert await trio.decode.number("vllm:num_preemptions_total") > preempted
 
 
+async def test_prefill_that_preempts(trio: Trio) -> None:
+    """Prefill is made to generate too, so that its cache does not hold all: what it computes anew is sent all the same."""
+    preempted = await trio.prefill.number("vllm:num_preemptions_total")
+    bodies = [_body(trio.prompt(60 + 9 * number)) for number in range(24)]
+    answers = await asyncio.gather(*(trio.both(body, "at once", max_tokens=160) for body in bodies))
+    wanted = await asyncio.gather(*(trio.plain.post(body) for body in bodies))
+    assert [texts(answer) for _, answer in answers] == [texts(want) for want in wanted]
+    assert await trio.prefill.number("vllm:num_preemptions_total") > preempted
+
+
 async def test_200_prefills_that_nobody_fetches(trio: Trio) -> None:
     """Prefill keeps a bounded share of its cache for them, then nothing."""
     bodies = [_body(trio.prompt(100), tokens=1) for _ in range(200)]
