@@ -164,7 +164,7 @@ async def test_many_at_once_with_preemption(trio: Trio) -> None:
 
 
 async def test_prefill_that_preempts(trio: Trio) -> None:
-    """Prefill is made to generate too, so that its cache does not hold all: what it computes anew is sent all the same."""
+    """Prefill is made to generate too, so that its cache does not hold all. What it computes anew is sent as well."""
     preempted = await trio.prefill.number("vllm:num_preemptions_total")
     bodies = [_body(trio.prompt(60 + 9 * number)) for number in range(24)]
     answers = await asyncio.gather(*(trio.both(body, "at once", max_tokens=160) for body in bodies))
