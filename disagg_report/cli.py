@@ -172,8 +172,13 @@ def _write(args: argparse.Namespace, only_plots: bool) -> int:
     except NoPlots as why:
         no_plots = str(why)
         if no_plots == NO_MATPLOTLIB:
-            no_plots += f"; `{INSTALL}`, then `python -m disagg_report plots {args.folder.name}`"
-        print(f"No plots: {no_plots}", file=sys.stderr)
+            again = f"-m disagg_report plots {args.folder}"
+            print(f"No plots: {no_plots}. {INSTALL} && {sys.executable} {again}", file=sys.stderr)
+            no_plots += (
+                "; `pip install -r requirements-report.txt`, then `python -m disagg_report plots` with this folder"
+            )
+        else:
+            print(f"No plots: {no_plots}", file=sys.stderr)
         if only_plots:
             return 1
     (args.folder / "summary.md").write_text(summary(report, plots, no_plots), encoding="utf-8")

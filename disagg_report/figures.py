@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagg_report.records import Measurement, Power, Shot
+from disagg_report.records import Measurement, Power
 from disagg_report.slo import Slo
+
+_LEAST_DUE = 10
 
 LEAST_FOR_P99 = 100
 """With fewer values the 99th percentile is just the largest, and is marked so."""
@@ -97,19 +99,18 @@ def figures(measured: Measurement, slo: Slo) -> Figures:
     )
 
 
-def answered_by(shots: Sequence[Shot], moment: float) -> int | None:
-    """How many answers were complete at ``moment``; None where the load generator does not tell when it sent."""
-    answered = [shot for shot in shots if shot.answered]
-    if any(shot.sent is None for shot in answered):
-        return None
-    return sum((shot.sent or 0.0) + (shot.latency_ms or 0.0) / 1e3 <= moment for shot in answered)
-
-
 def saturated(measured: Measurement, quiet_ms: float | None) -> bool:
-    """Whether answers fall behind arrivals: fewer than 80 % of those that would be there by the last arrival if each
-    took ``quiet_ms``, its time at the lowest rate. False where that cannot be told."""
-    arrivals = len(measured.shots) / measured.rate
-    if quiet_ms is None or arrivals < 2 * quiet_ms / 1e3:
+    """Whether answers fall behind arrivals.
+
+    Of the requests that would be answered by the last arrival if each took ``quiet_ms``, its time at the lowest rate,
+    more than a fifth are not. False where that cannot be told: fewer than ten of them, or a load generator that does
+    not say when it sent.
+    """
+    sent = [shot.sent for shot in measured.shots]
+    if quiet_ms is None or not sent or None in sent:
         return False
-    there = answered_by(measured.shots, arrivals)
-    return there is not None and there < 0.8 * measured.rate * (arrivals - quiet_ms / 1e3)
+    last = max(one for one in sent if one is not None)
+    due = sum(one is not None and one + quiet_ms / 1e3 <= last for one in sent)
+    answered = (shot for shot in measured.shots if shot.answered)
+    there = sum((shot.sent or 0.0) + (shot.latency_ms or 0.0) / 1e3 <= last for shot in answered)
+    return due >= _LEAST_DUE and there < 0.8 * due

@@ -90,7 +90,7 @@ def _pair(values: tuple[float | None, float | None], mark: str, digits: int) -> 
 
 
 def _notes(one: Outcome) -> list[str]:
-    notes = [f"Load generator: {one.setup.client}.", f"The sweep ended because {one.setup.ended or 'it was ended'}."]
+    notes = [f"Load from {one.setup.client}.", f"The sweep ended because {one.setup.ended or 'it was ended'}."]
     notes += one.setup.notes
     if any(rate.answered < LEAST_FOR_P99 for rate in one.rates):
         notes.append(f"\\* the largest of fewer than {LEAST_FOR_P99} values.")

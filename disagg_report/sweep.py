@@ -109,10 +109,10 @@ class Sweep:
         measured = replace(measured, power=power)
         write_rate(self._folder, measured)
         found = figures(measured, self._plan.slo)
-        held = found.kept and not self._saturates(measured)
+        behind = self._saturates(measured)
         if not measured.interrupted:
-            self._tried.append(Tried(rate, held))
-        self._progress.say(line(self._setup.title, found, held))
+            self._tried.append(Tried(rate, found.kept and not behind))
+        self._progress.say(line(self._setup.title, found, behind))
 
     def _saturates(self, measured: Measurement) -> bool:
         if self._quiet_ms is None or measured.rate < min(one.rate for one in self._tried):
@@ -121,12 +121,13 @@ class Sweep:
         return saturated(measured, self._quiet_ms)
 
 
-def line(title: str, found: Figures, held: bool) -> str:
+def line(title: str, found: Figures, behind: bool) -> str:
     """One rate in one line."""
     ttft, itl = found.ttft_ms, found.itl_ms
     times = "" if ttft[0] is None else f"TTFT p50 {ttft[0]:.0f} ms, p99 {ttft[1]:.0f} ms; "
     times += "" if itl[0] is None else f"inter-token p50 {itl[0]:.1f} ms, p99 {itl[1]:.1f} ms; "
-    words = "cut short" if found.interrupted else "kept" if held else "NOT kept"
+    words = "cut short" if found.interrupted else "kept" if found.kept else "NOT kept"
+    words += ", answers fall behind arrivals" if behind else ""
     return (
         f"{title}, {found.rate:g} requests/s: {times}{found.good} of {found.sent} within the SLO"
         f" = {found.goodput:.2f} good requests/s: {words}"

@@ -3,6 +3,7 @@
 # Each `all` and `stop` is a run of this script, with the settings of this one.
 
 BENCH_WAS_RUNNING='' BENCH_SUPERVISED='' BENCH_CHANGED=''
+BENCH_SETUP=0 BENCH_SETUPS=1 # of how many
 POOL=()
 BENCH_EXPORTED=() # names of the settings that were not defaults
 
@@ -26,6 +27,8 @@ bench_setups() {
   resolve_engine
   BENCH_KIND=$ENGINE_KIND
   bench_pool "$ratio"
+  if [[ -n $ratio ]]; then BENCH_SETUPS=$((${#POOL[@]} - 1)); else BENCH_SETUP=1; fi
+  if [[ -n $plain ]]; then BENCH_SETUPS=$((BENCH_SETUPS + 1)); fi
   bench_begin
   trap 'bench_setups_end $?' EXIT
   trap 'exit 130' INT
@@ -90,7 +93,8 @@ again() {
 
 # What runs makes room for another setup.
 make_room() {
-  say bench_setup "$1"
+  BENCH_SETUP=$((BENCH_SETUP + 1))
+  say bench_setup "$1" "$BENCH_SETUP" "$BENCH_SETUPS"
   BENCH_CHANGED=1
   again stop
 }

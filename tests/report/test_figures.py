@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disagg_report.figures import answered_by, figures, percentile, saturated
+from disagg_report.figures import figures, percentile, saturated
 from disagg_report.records import Measurement, Shot
 from tests.report.make import POWER, SLO, measured, shot
 
@@ -61,4 +61,9 @@ def test_answers_that_fall_behind_saturate() -> None:
 
 def test_without_sending_times_nothing_is_said_about_saturation() -> None:
     unknown = Measurement(10, 99, tuple(shot(sent=None, ttft=50_000) for _ in range(100)))
-    assert answered_by(unknown.shots, 1.0) is None and not saturated(unknown, 500.0)
+    assert not saturated(unknown, 500.0)
+
+
+def test_a_few_requests_that_come_late_do_not_look_saturated() -> None:
+    late = (0.0, 0.4, 2.9, 3.1, 3.2, 3.3, 3.35, 3.4, 3.5, 3.6, 3.7, 3.8, 4.0)
+    assert not saturated(Measurement(4, 6, tuple(shot(sent=at, ttft=1500, tpot=0) for at in late)), 1400.0)
