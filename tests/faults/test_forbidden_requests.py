@@ -79,7 +79,9 @@ async def test_no_request_without_the_pairs_addresses_makes_an_engine_generate(m
                 async with machine.http.request(
                     method, machine.proxy.url + path, json=body, headers={"X-Request-Id": own, "x-request-id": own}
                 ) as answer:
-                    await answer.read()
+                    # The page's events have no end.
+                    if answer.content_type != "text/event-stream":
+                        await answer.read()
     harmless = {"/health", "/v1/models", "/version", "/tokenize", "/detokenize", "/v1/messages/count_tokens"}
     harmless |= {"/start_profile", "/stop_profile"}
     right = f"___prefill_addr_{prefill.kv_address}___decode_addr_{decode.kv_address}_[0-9a-f]{{32}}"
