@@ -62,6 +62,8 @@ source "$ROOT/script/try.sh"
 source "$ROOT/script/bench.sh"
 # shellcheck source=script/setups.sh
 source "$ROOT/script/setups.sh"
+# shellcheck source=script/watch.sh
+source "$ROOT/script/watch.sh"
 # shellcheck source=script/doctor.sh
 source "$ROOT/script/doctor.sh"
 # shellcheck source=script/doctor_gpus.sh

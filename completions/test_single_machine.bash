@@ -1,7 +1,7 @@
 # Bash completion for test_single_machine.sh:  source completions/test_single_machine.bash
 
 _test_single_machine() {
-  local commands='menu proxy prefill decode all test status logs stop restart config doctor bench env help'
+  local commands='menu proxy prefill decode all test status logs stop restart config doctor bench env page top help'
   local word=${COMP_WORDS[COMP_CWORD]} choices='' file
   if ((COMP_CWORD == 1)); then
     choices=$commands
@@ -9,6 +9,7 @@ _test_single_machine() {
     case ${COMP_WORDS[1]} in
       all) choices='--supervise --no-supervise' ;;
       bench) choices='--ratio --against-plain --once' ;;
+      top) choices='--once' ;;
       config) choices='--markdown en zh' ;;
       logs | stop | restart)
         choices='proxy prefill decode'

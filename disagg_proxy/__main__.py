@@ -1,4 +1,4 @@
-"""``python -m disagg_proxy``: the proxy."""
+"""``python -m disagg_proxy``: the proxy; ``python -m disagg_proxy top``: what shows it in a terminal."""
 
 import sys
 

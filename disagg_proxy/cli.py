@@ -24,9 +24,15 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the proxy until SIGINT or SIGTERM; returns the exit code."""
+    """Run the proxy until SIGINT or SIGTERM, or with ``top`` as the first word what shows one in a terminal; returns
+    the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["top"]:
+        from disagg_proxy.top.cli import main as top
+
+        return top(argv[1:])
     try:
-        config = load(sys.argv[1:] if argv is None else argv, os.environ)
+        config = load(argv, os.environ)
     except ConfigError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2
@@ -35,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if config.workers > 1:
-            return asyncio.run(Supervisor(config, sys.argv[1:] if argv is None else argv).run())
+            return asyncio.run(Supervisor(config, argv).run())
         listening = listen(config)
         services = Services(config)
     except BindError as error:

@@ -16,6 +16,8 @@ config|[--markdown [en,zh]]|help_config
 doctor||help_doctor
 bench|[--ratio] [--against-plain] [--once]|help_bench
 env||help_env
+page||help_page
+top|[--once]|help_top
 help||help_help'
 
 cmd_help() {
@@ -131,6 +133,8 @@ main() {
     doctor) cmd_doctor "$@" ;;
     bench) cmd_bench "$@" ;;
     env) cmd_env "$@" ;;
+    page) cmd_page "$@" ;;
+    top) cmd_top "$@" ;;
     __supervise) cmd_supervise ;;
     *)
       complain unknown_command "$command"

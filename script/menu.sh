@@ -16,7 +16,9 @@ MENU_TABLE='1|proxy|menu_proxy
 11|doctor|menu_doctor
 12|bench|menu_bench
 13|env|menu_env
-14|help|menu_help'
+14|page|menu_page
+15|top|menu_top
+16|help|menu_help'
 
 show_menu() {
   local number command key

@@ -21,6 +21,8 @@ help_config|every setting, its value and where it comes from|所有设置、取�
 help_doctor|check this machine, with remedies|检查本机并给出解决办法
 help_bench|a report over request rates, by vllm bench serve through the proxy; --ratio: of every split of the GPUs into prefill and decode; --against-plain: beside plain engines on the same GPUs; --once: one load, no report|按请求速率生成报告（经代理运行 vllm bench serve）；--ratio：比较 GPU 在 prefill 与 decode 之间的各种分配；--against-plain：与同样 GPU 上的普通引擎对比；--once：只跑一次负载，不生成报告
 help_env|the exact commands that would be run|将要执行的完整命令
+help_page|the address of the live page; opened where there is a desktop|实时页面的网址；有桌面时自动打开
+help_top|the live page in this terminal; q leaves|在终端中查看实时状态，按 q 退出
 help_help|this text|本说明
 menu_title|vLLM prefill/decode disaggregation on one machine|单机 vLLM prefill/decode 分离部署
 menu_prompt|Your choice: |请选择：
@@ -42,6 +44,8 @@ menu_doctor|check this machine|检查本机
 menu_bench|measure|性能测试
 menu_bench_how|1 report over request rates, 2 which P:D ratio, 3 against plain engines, 4 one short load [1]: |1 按请求速率的报告，2 哪种 P:D 比例，3 与普通引擎对比，4 一次短负载 [1]：
 menu_env|show the commands that would be run|显示将要执行的命令
+menu_page|the live page in a browser|浏览器中的实时页面
+menu_top|the live page in this terminal|终端中的实时状态
 menu_help|help|帮助
 unknown_command|unknown command "%s"|未知命令“%s”
 unknown_argument|%s does not take "%s"|%s 不接受“%s”
@@ -138,6 +142,12 @@ rolling_back|Stopping what was started: %s|正在停止已启动的部分：%s
 killing|%s (process group %s) did not end within %s s after TERM: KILL|%s（进程组 %s）在 TERM 后 %s 秒内未结束：发送 KILL
 all_ready|Everything is ready: %s|全部就绪：%s
 try_it|Try it:|试一试：
+watch_it|Watch it work: %s/  (or `top` in a terminal)|实时观察：%s/（或在终端中用 `top`）
+page_opened|Opened in the browser.|已在浏览器中打开。
+page_hint|Open it in a browser. From another machine: ssh -L %1$s:%2$s this-machine, then http://127.0.0.1:%1$s/|请在浏览器中打开。若在另一台机器上：ssh -L %1$s:%2$s 本机，然后访问 http://127.0.0.1:%1$s/
+page_key|The page asks for the key: it is API_KEY.|页面会要求输入密钥，即 API_KEY。
+top_installing|`top` needs the package rich: installing it into %s; the log is %s|`top` 需要 rich 包：正在安装到 %s，日志：%s
+top_no_rich|`top` needs the package rich. Run: %s -m pip install -r requirements-top.txt|`top` 需要 rich 包。请执行：%s -m pip install -r requirements-top.txt
 next_commands|Next: %s test, then status, logs, stop|接下来：%s test，以及 status、logs、stop
 nothing_runs|Nothing is running.|没有在运行的进程。
 not_running|%s is not running|%s 没有在运行

@@ -223,5 +223,6 @@ report_ready() {
     "$([[ -n ${http_proxy:-}${all_proxy:-}${ALL_PROXY:-} ]] && printf -- "--noproxy '*' " || true)" "$url" \
     "$([[ -n $API_KEY ]] && printf '%s' "-H \"Authorization: Bearer \$API_KEY\" " || true)" \
     "$(shell_quote "{\"model\": \"${SERVED_NAMES[0]}\", \"prompt\": \"San Francisco is a\", \"max_tokens\": 32, \"stream\": true}")"
+  say watch_it "$url"
   say next_commands "$0"
 }

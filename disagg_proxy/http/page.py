@@ -10,6 +10,7 @@ from disagg_proxy.http.exchange import WATCHES, handles, own
 from disagg_proxy.http.status import health_report
 from disagg_proxy.page.document import document
 from disagg_proxy.page.feed import Feed
+from disagg_proxy.page.verdict import incident, verdict
 from disagg_proxy.services import Services
 
 _FEED_HEADERS = {
@@ -26,7 +27,8 @@ def page_routes(services: Services) -> Blueprint:
     blueprint = Blueprint("page", __name__)
 
     async def view() -> dict[str, Any]:
-        return {**await services.view(), "health": health_report(services)}
+        shown = {**await services.view(), "health": health_report(services)}
+        return {**shown, "verdict": verdict(shown), "incident": incident(shown)}
 
     feed = Feed(view, services.stopping.begun)
     page = document()

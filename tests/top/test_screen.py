@@ -1,0 +1,138 @@
+"""What a terminal shows of a view."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from disagg_proxy.cluster.instance import State
+from disagg_proxy.page.document import strings
+from disagg_proxy.top.follow import views
+from disagg_proxy.top.screen import screen
+from disagg_proxy.top.words import Words, count, duration, plain, size
+from tests.conftest import soon
+from tests.machine import REQUESTS
+
+PATH = "/v1/completions"
+ASK = REQUESTS[PATH]
+
+
+def shown(view: dict[str, Any], language: str = "en", width: int = 160, **how: Any) -> str:
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(screen(view, Words(language), **how))
+    return captured.get()
+
+
+async def look(machine) -> dict[str, Any]:
+    async for view in views(machine.proxy.url, ""):
+        return view
+    raise AssertionError("no view")
+
+
+async def test_a_pair_that_serves(machine, pair) -> None:
+    prefill, decode = pair
+    await machine.check_right()
+    await machine.send(PATH, {**ASK, "model": "nobody"})
+    text = shown(await soon(look(machine)))
+    assert "● Serving: 1 pair ready" in text
+    for role, engine in ("Prefill", prefill), ("Decode", decode):
+        assert re.search(rf"{role} {engine.http_address} +● Ready +0 +0 +0 +1 +0 +sim-model", text), text
+    assert f"{prefill.http_address} ─▷ {decode.http_address}  0 in flight, 1 in all" in text
+    path = f":{prefill.http_address.rpartition(':')[2]} → :{decode.http_address.rpartition(':')[2]}"
+    assert re.search(rf"\d\d:\d\d:\d\d +completions +{path} .*█ +\S+ ms +OK", text)
+    assert re.search(r"completions +– +\S+ ms +Refused", text)
+    assert re.search(rf"Ready {decode.http_address} serves sim-model", text)
+
+
+async def test_nobody_is_there(machine) -> None:
+    text = shown(await soon(look(machine)))
+    assert "✕ Not serving: no prefill has registered" in text
+    assert "No decode has registered yet." in text and "No request has gone through yet." in text
+
+
+@pytest.mark.settings(freeze_after_min=0.4, freeze_after_max=0.4, probe_interval=0.1)
+async def test_a_frozen_decode_is_named_with_what_was_done(machine, pair) -> None:
+    _, decode = pair
+    decode.faults.hold("schedule")
+    await soon(machine.send(PATH, ASK), 30)
+    text = shown(await soon(look(machine)))
+    assert re.search(rf"❄ Decode {decode.http_address} is frozen for \d+ s", text)
+    assert "What was done: taken out of service, and a prefill was replayed once" in text
+    assert "Only a restart can" in text and "new requests get 503" in text
+    assert re.search(r"Last incident: .*\(not over\): [\d:]+ Frozen → [\d:]+ Replayed → [\d:]+ Given up", text)
+    assert re.search(rf"Decode {decode.http_address} +❄ Frozen", text)
+    decode.faults.release()
+
+
+async def test_in_chinese(machine, pair) -> None:
+    text = shown(await soon(look(machine)), "zh")
+    assert "● 服务正常：1 对就绪" in text and "● 就绪" in text
+
+
+async def test_it_fits_the_lines_that_there_are(machine, pair) -> None:
+    for _ in range(30):
+        await machine.check_right()
+    view = await soon(look(machine))
+    assert len(shown(view, height=40).splitlines()) <= 40
+    assert len(shown(view, height=24).splitlines()) < len(shown(view, height=60).splitlines())
+
+
+async def test_a_view_that_is_old_says_so(machine, pair) -> None:
+    text = shown(await soon(look(machine)), gone="http://proxy does not answer (refused)")
+    assert "✕ The proxy does not answer" in text and "refused" in text
+    assert re.search(r"What is below is from \d\d:\d\d:\d\d", text) and "Serving" not in text
+
+
+async def test_names_are_neither_markup_nor_control_characters(machine) -> None:
+    name = "[red]x[/red]\x1b[31m\x07[link=http://e]y"
+    await machine.pair(models=(name,))
+    text = shown(await soon(look(machine)))
+    assert "\x1b" not in text and "\x07" not in text
+    assert "[red]x[/red] [31m [link=http://e]y" in text
+
+
+async def test_a_lost_engine_and_one_that_has_gone_are_shown(machine, pair) -> None:
+    prefill, decode = pair
+    await machine.kill(decode)
+    view = await soon(look(machine))
+    text = shown(view)
+    assert "▲" in text or "✕ Not serving: no Decode is ready" in text
+    view["instances"] = [i for i in view["instances"] if i["role"] == "prefill"]
+    assert decode.http_address in shown(view), "events keep its name"
+    assert machine.proxy.instance(prefill.http_address).state is State.READY
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_text_that_is_asked_for_is_there(language: str) -> None:
+    from disagg_proxy.page.document import WEB
+
+    sources = "".join((WEB.parents[1] / "top" / name).read_text() for name in ("screen.py", "cli.py", "words.py"))
+    asked = set(re.findall(r'say\(\s*"(\w+)"', sources)) - {"head_"}
+    assert len(asked) > 20 and asked <= set(strings()[language])
+
+
+@pytest.mark.parametrize(
+    ("environ", "language"),
+    [
+        ({}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"),
+        ({"LANG": "de"}, "en"),
+    ],
+)
+def test_the_language_is_the_locales(environ: dict[str, str], language: str) -> None:
+    assert Words.of(environ).say("live") == strings()[language]["live"]
+
+
+def test_numbers() -> None:
+    assert [duration(ms) for ms in (None, 0.123, 4.56, 789.0, 1234, 45678)] == [
+        "–", "0.12 ms", "4.6 ms", "789 ms", "1.23 s", "45.7 s",
+    ]  # fmt: skip
+    assert [size(n) for n in (0, 999, 1500, 2.5e9)] == ["0 B", "999 B", "1.5 KB", "2.5 GB"]
+    assert count(1234567) == "1,234,567" and plain("a\nb\x1b[0m") == "a b [0m"
+    ages = [Words().age(s) for s in (0, 59, 60, 3700, 90_000)]
+    assert ages == ["0 s", "59 s", "1 min", "1 h 1 min", "1 d 1 h"]
