@@ -17,6 +17,11 @@ _LOOKED_AT = frozenset(
 )
 """Fields of :func:`_engine_requests` and :func:`_prompt_differs`."""
 
+NO_RESPONSES = (
+    "vLLM takes the engine's request id of this route from the body, which would stop an engine with P2pNcclConnector; "
+    "use /v1/chat/completions, or engines of this project's connector (docs/connector.md)"
+)
+
 _EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
 
 

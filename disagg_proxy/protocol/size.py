@@ -22,7 +22,7 @@ def prompt_size(body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
     factor = choices_of(body)
     tokens = text = 0
-    for name in ("prompt", "messages", "system", "tools"):
+    for name in ("prompt", "messages", "system", "tools", "input", "instructions"):
         value = body.get(name)
         if value is not None:
             more_tokens, more_text = _measure(value)
