@@ -300,9 +300,16 @@ class Pairing:
         can = self._registry.exchange.possible
         return [p for p in prefills if any(can(p, d) for d in decodes)]
 
-    def choose_one(self, model: str | None) -> Instance:
-        """Any ready instance that serves ``model``, for routes that one engine answers alone."""
+    def choose_one(self, model: str | None, *, computes: bool = False) -> Instance:
+        """Any ready instance that serves ``model``, for routes that one engine answers alone.
+
+        Args:
+            computes: only instances that may compute a prompt without a pair; prefills first, whose work it is like.
+        """
         ready = [*self.taking(Role.PREFILL, model), *self.taking(Role.DECODE, model)]
+        if computes:
+            able = [i for i in ready if i.kind.computes]
+            ready = [i for i in able if i.role is Role.PREFILL] or able
         if not ready:
             raise self._nothing(model, [], [])
         self._turn += 1

@@ -21,13 +21,13 @@ from disagg_proxy.flight.relay import Relay
 from disagg_proxy.http.generation import answer_head, begin
 from disagg_proxy.http.respond import error_parts, from_bug
 from disagg_proxy.launch import Carrier
-from disagg_proxy.protocol.fields import ROUTES, Route
+from disagg_proxy.protocol.fields import GENERATION, Route
 from disagg_proxy.protocol.headers import Headers, client_request_id
 from disagg_proxy.services import Services
 
 log = logging.getLogger(__name__)
 
-ROUTE_OF = {route.path.encode(): route for route in ROUTES}
+ROUTE_OF = {route.path.encode(): route for route in GENERATION}
 """By the request's target."""
 
 _NO_BODY = (204, 304)

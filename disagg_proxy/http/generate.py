@@ -17,7 +17,7 @@ from disagg_proxy.http.asked import read_body, sent_headers
 from disagg_proxy.http.exchange import handles, own
 from disagg_proxy.http.generation import answer_head, begin
 from disagg_proxy.launch import Carrier
-from disagg_proxy.protocol.fields import ROUTES, Route
+from disagg_proxy.protocol.fields import GENERATION, Route
 from disagg_proxy.protocol.headers import client_request_id
 from disagg_proxy.services import Services
 
@@ -25,7 +25,7 @@ from disagg_proxy.services import Services
 def generation_routes(services: Services) -> Blueprint:
     """One POST route for each way to generate."""
     blueprint = Blueprint("generate", __name__)
-    for route in ROUTES:
+    for route in GENERATION:
         blueprint.add_url_rule(route.path, route.path.replace("/", "_"), _handler(services, route), methods=["POST"])
     return blueprint
 

@@ -23,13 +23,17 @@ class Route:
     """
 
     path: str
-    dialect: Literal["completions", "chat", "messages"]
+    dialect: Literal["completions", "chat", "messages", "responses"]
 
 
 COMPLETIONS = Route("/v1/completions", "completions")
 CHAT = Route("/v1/chat/completions", "chat")
 MESSAGES = Route("/v1/messages", "messages")
+RESPONSES = Route("/v1/responses", "responses")
+"""Only for a decode that computes: no other engine can be told where the KV of such a request goes."""
 ROUTES = (COMPLETIONS, CHAT, MESSAGES)
+"""What a pair serves."""
+GENERATION = (*ROUTES, RESPONSES)
 
 _STEERING = ("kv_transfer_params", "request_id")
 """Fields that steer the KV transfer or name the engine's request; both are the proxy's own."""

@@ -12,6 +12,11 @@ from typing import Any
 from disagg_proxy.errors import BadRequest, UnsupportedField
 from disagg_proxy.protocol.fields import Body, Route, forces_tool
 
+NO_RESPONSES = (
+    "vLLM takes the engine's request id of this route from the body, which would stop an engine with P2pNcclConnector; "
+    "use /v1/chat/completions, or engines of this project's connector (docs/connector.md)"
+)
+
 _EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
 
 

@@ -22,7 +22,7 @@ def prompt_size(body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
     factor = choices_of(body)
     tokens, text = _measure(body.get("prompt"))
-    for name in ("messages", "system", "tools"):
+    for name in ("messages", "system", "tools", "input", "instructions"):
         more_tokens, more_text = _measure(body.get(name))
         tokens, text = tokens + more_tokens, text + more_text
     return tokens * factor, text * factor
