@@ -84,13 +84,14 @@ def prepare(route: Route, raw: bytes, wanted: Wanted | None = None) -> Prepared:
         refusal = error
     if strip(body):
         raw = encode(body)
+    limit = body.get("max_tokens")
     return Prepared(
         model,
         encode(for_prefill(route, body)),
         raw,
         choices_of(body),
         prefill_answers,
-        lax_int(body.get("max_tokens")) or 0,
+        limit if type(limit) is int else lax_int(limit) or 0,
         bool(body.get("stream")),
         prompt_size(body),
         refusal,
