@@ -60,8 +60,8 @@ class Relay:
     """
 
     __slots__ = (
-        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_pulse", "_record", "_repair", "_unseen",
-        "_vigil", "_write",
+        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_pulse", "_record", "_repair",
+        "_unseen", "_vigil", "_write",
     )  # fmt: skip
 
     def __init__(
