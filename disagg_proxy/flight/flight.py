@@ -24,7 +24,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
-from functools import partial
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pair
@@ -44,6 +43,7 @@ from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
 from disagg_proxy.stats import Stats
+from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Flight:
         loads: when decode is taken to have loaded the KV of a request that is not streamed, since its answer shows
             nothing before its end. A decode with a free place loads in its next step.
         own_key: whether the proxy's own key went to the instances, so that a 401 is not the client's doing.
-        prefilled: told the body of a prefill that did its work.
+        prefilled: told how many tokens a prefill that did its work has counted in the prompts; 0 when it does not say.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Flight:
         prefill_deadlines: Deadlines,
         loads: Deadlines,
         own_key: bool,
-        prefilled: Callable[[bytes], None],
+        prefilled: Callable[[int], None],
     ) -> None:
         self._attempts = attempts
         self._background = background
@@ -91,20 +91,17 @@ class Flight:
         self._stats = stats
         self._prefill_deadlines = prefill_deadlines
         self._loads = loads
-        self._deadline: object | None = None
+        self._deadline: int | None = None
+        self._load: int | None = None
         self._own_key = own_key
         self._prefilled = prefilled
         self._client = Client(record)
         self._record = record
         self._phase = _Phase.PREFILL
         self._relay: Relay | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._steps: Steps | None = None
+        self._begun = False
         self._begin_try()
-
-    @property
-    def _legs(self) -> Legs:
-        """Those of the present try."""
-        return self._attempts.legs
 
     @property
     def public_id(self) -> str:
@@ -116,22 +113,28 @@ class Flight:
     def start(self, told: Told) -> None:
         """Run the legs until there is something to say to the client, and say it."""
         self._client.listen(told)
-        self._task = self._background.spawn(self._run(), "request")
         self._deadline = self._prefill_deadlines.add(self._prefill_late)
+        self._begin()
 
     def leave(self) -> None:
         """The client's HTTP exchange is over. Only the first call counts."""
         if not self._client.leave():
             return
         self._prefill_deadlines.drop(self._deadline)
-        if self._phase is _Phase.DECODE and self._task is not None:
+        if self._phase is _Phase.DECODE and self._steps is not None:
             # An abort that comes while the API server still tokenises would leave the KV on the instance.
-            asyncio.get_running_loop().call_later(ABORT_GRACE, self._task.cancel)
+            asyncio.get_running_loop().call_later(ABORT_GRACE, self._steps.cancel)
         elif self._relay is not None:
             self._relay.close()
-        elif self._task is None:
+        elif not self._begun:
             self._legs.give_back()
         self._record.end()
+
+    def _begin(self) -> None:
+        """Run the present legs. They may end in here."""
+        self._begun = True
+        self._steps = steps = self._background.request(self._run())
+        steps.begin()
 
     def _prefill_late(self) -> None:
         if self._phase is _Phase.PREFILL:
@@ -142,7 +145,7 @@ class Flight:
     # -- the legs
 
     def _begin_try(self) -> None:
-        legs = self._legs
+        self._legs = legs = self._attempts.legs
         self._record.put_on(legs.pair.prefill, legs.pair.decode, legs.id.public)
 
     async def _run(self) -> None:
@@ -166,9 +169,15 @@ class Flight:
         """Both legs in order, on one pair after another; None when nobody waits for the answer any more."""
         while True:
             legs = self._legs
-            legs.when_prefill_stands = partial(self._leave_behind, legs)
+            legs.when_prefill_stands = self._leave_behind
             try:
-                prefilled = await self._prefill(legs)
+                self._record.ask_prefill()
+                prefilled = await legs.prefill()
+                if not legs.abandoned:
+                    self._record.answer_prefill()
+                if prefilled.status >= 500 and is_failure(legs.route, prefilled.status):
+                    # One of its own; another prefill may do.
+                    refusal(prefilled, "prefill", legs.id, self._own_key)
                 refused = prefill_refusal(legs.route, prefilled, legs.prepared.choices)
             except ProxyError as error:
                 if legs.abandoned:
@@ -181,11 +190,12 @@ class Flight:
             if refused is not None:
                 legs.end_decode()
                 return None if legs.abandoned else self._refused(refused, "prefill")
-            self._prefilled(prefilled.body)
+            tokens = prompt_tokens(prefilled.body)
+            self._prefilled(tokens)
             cached = self._record.cached_tokens = cached_tokens(prefilled.body)
-            self._record.prompt_tokens = prompt_tokens(prefilled.body) or None
+            self._record.prompt_tokens = tokens or None
             if legs.abandoned or not self._client.waits:
-                await self._drain(legs)
+                self._background.spawn(self._drain(legs), "drain")
                 return None
             told = self._told_by_prefill(prefilled)
             if told is not None:
@@ -196,7 +206,7 @@ class Flight:
             self._record.ask_decode()
             self._prefill_deadlines.drop(self._deadline)
             if not legs.prepared.streams:
-                self._loads.add(legs.kv.release)
+                self._load = self._loads.add(legs.kv.release)
             try:
                 answer = await legs.decode()
                 if answer.status == 200:
@@ -211,34 +221,19 @@ class Flight:
                 raise
             return await self._refused_by_decode(answer)
 
-    async def _prefill(self, legs: Legs) -> WholeAnswer:
-        """Prefill's answer, unless it is a failure of its own.
-
-        Raises:
-            EngineError: prefill failed; another one may do.
-            EngineDeadline: prefill says nothing.
-        """
-        if legs is self._legs:
-            self._record.ask_prefill()
-        answer = await legs.prefill()
-        if not legs.abandoned:
-            self._record.answer_prefill()
-        if is_failure(legs.route, answer.status):
-            refusal(answer, "prefill", legs.id, self._own_key)
-        return answer
-
     def _leave_behind(self, legs: Legs, error: ProxyError) -> None:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
         if legs is self._legs and not legs.abandoned and self._client.waits:
             legs.abandoned = True
-            self._task = self._background.spawn(self._go_on(legs.pair, error), "request")
+            self._steps = None
+            self._background.spawn(self._go_on(legs.pair, error), "request")
 
     async def _go_on(self, pair: Pair, error: ProxyError) -> None:
         # Prefill may stand still because decode takes in no KV, and so would the next one.
         if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
             self._stats.failovers += 1
             self._begin_try()
-            await self._run()
+            self._begin()
         else:
             self._client.fail(error)
 
@@ -300,17 +295,17 @@ class Flight:
     # -- the answer's body
 
     async def _relayed(self, answer: Answer, cached: int) -> Outcome:
-        headers = answer_headers(answer.headers, self._legs.id)
-        vigil = self._legs.decoding
+        legs = self._legs
+        headers = answer_headers(answer.headers, legs.id)
+        vigil = legs.decoding
         if not is_stream(answer.headers):
             # The repair may change the length, which goes out before the body.
-            whole = await answer.whole()
+            whole = await answer.whole() if legs.prepared.streams else answer.read()
             vigil.heard()
             self._first_byte(streamed=False)
             self._record.output_tokens = output_tokens(whole.body)
             self._ended(complete=True)
-            headers = [header for header in headers if header[0] != b"content-length"]
-            return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
+            return Outcome(200, headers, repair_usage(hide(legs.id, whole.body), cached))
         try:
             # Until the first byte a failure can still be told by a status of its own.
             await answer.until(Enough.BEGUN)
@@ -318,7 +313,7 @@ class Flight:
             answer.close()
             raise
         vigil.heard()
-        relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), vigil, self._ended, self._record)
+        relay = Relay(answer, IdHider(legs.id), UsageRepair(cached), vigil, self._ended, self._record)
         self._first_byte(streamed=True)
         self._legs.prepared.forget_bodies()
         vigil.give_up = lambda error: relay.cut()
@@ -327,6 +322,7 @@ class Flight:
         return Outcome(200, headers, relay)
 
     def _first_byte(self, streamed: bool) -> None:
+        self._loads.drop(self._load)
         self._legs.kv.release()
         self._record.begin_answer(streamed)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Lease
@@ -23,6 +24,7 @@ from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -83,10 +85,11 @@ class Legs:
         self.prefill_lease = Lease(registry, pair.prefill, pair.prefill_tokens)
         self.decode_lease = Lease(registry, pair.decode, pair.decode_tokens)
         self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
-        self.when_prefill_stands: Callable[[ProxyError], None] = lambda error: None
+        self.when_prefill_stands: Callable[[Legs, ProxyError], None] | None = None
         self.abandoned = False
         self.frozen: ProxyError | None = None
         self._decoding: Vigil | None = None
+        self._waiting: Steps | asyncio.Task[Any] | None = None
 
     @property
     def decoding(self) -> Vigil:
@@ -97,6 +100,7 @@ class Legs:
 
     def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
         """The decode leg is over; only the first call counts. Arguments: :meth:`Lease.end`, :meth:`Vigil.end`."""
+        self._waiting = None
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.decode_lease.end(failed=failed)
@@ -126,16 +130,17 @@ class Legs:
         vigil = lease.pulse.begin(
             self._registry.now,
             tokens=self._tokens,
-            give_up=lambda error: self.when_prefill_stands(error),
+            give_up=self._prefill_stands,
             receiver=self.pair.decode,
         )
         try:
             try:
-                whole = await self._send_prefill(self.pair.prefill, fresh=False)
+                answer = await self._send_prefill(self.pair.prefill, fresh=False)
             except EngineDisconnected as error:
                 if not error.reused and not error.unsent:
                     raise
-                whole = await self._send_prefill(self.pair.prefill, fresh=True)
+                answer = await self._send_prefill(self.pair.prefill, fresh=True)
+            whole = answer.read()
             if whole.status == 200:
                 vigil.heard()
         except ProxyError as error:
@@ -147,11 +152,16 @@ class Legs:
             raise
         finally:
             vigil.end()
+            self.when_prefill_stands = None
         end_lease(self._registry, lease, self.route, whole.status)
         return whole
 
-    async def _send_prefill(self, instance: Instance, fresh: bool) -> WholeAnswer:
-        answer = await self._upstream.request(
+    def _prefill_stands(self, error: ProxyError) -> None:
+        if self.when_prefill_stands is not None:
+            self.when_prefill_stands(self, error)
+
+    def _send_prefill(self, instance: Instance, fresh: bool) -> Awaitable[Answer]:
+        return self._upstream.request(
             "POST",
             instance,
             self.route.path,
@@ -162,7 +172,6 @@ class Legs:
             fresh=fresh,
             enough=Enough.WHOLE,
         )
-        return await answer.whole()
 
     async def replay(self) -> bool:
         """Prefill once more with the same id, for a decode that waits for KV which never came; True when it was done.
@@ -180,17 +189,17 @@ class Legs:
         # It may be the next one that stands still.
         deadline = prefill.pulse.deadline(self._config.freeze_after_min, self._config.freeze_after_max)
         try:
-            whole = await asyncio.wait_for(self._send_prefill(prefill, fresh=True), deadline)
+            answer = await asyncio.wait_for(self._send_prefill(prefill, fresh=True), deadline)
         except (ProxyError, asyncio.TimeoutError):
             return False
         finally:
             lease.end()
-        return whole.status == 200
+        return answer.status == 200
 
     async def decode(self) -> Answer:
         """Send the client's own body to decode and wait for the answer's beginning; all of it when it is not streamed.
 
-        Repeated only when the request cannot have been received. When decode is found to stand still the task is
+        Repeated only when the request cannot have been received. When decode is found to stand still the wait is
         cancelled, with ``frozen`` set.
 
         Raises:
@@ -216,23 +225,22 @@ class Legs:
             raise
 
     def _watch_decode(self, telling: bool) -> None:
-        task = asyncio.current_task()
-
-        def give_up(error: ProxyError) -> None:
-            self.frozen = error
-            if task is not None:
-                task.cancel()
-
+        self._waiting = Steps.running or asyncio.current_task()
         self._decoding = self.decode_lease.pulse.begin(
             self._registry.now,
             telling=telling,
-            give_up=give_up,
+            give_up=self._decode_stands,
             replay=self.replay,
             size=len(self.prepared.prefill_body) + len(self.prepared.decode_body),
         )
 
-    async def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Answer:
-        return await self._upstream.request(
+    def _decode_stands(self, error: ProxyError) -> None:
+        self.frozen = error
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Awaitable[Answer]:
+        return self._upstream.request(
             "POST",
             self.decode_lease.instance,
             self.route.path,
@@ -254,7 +262,7 @@ class Legs:
         instance = self.decode_lease.instance
         self._watch_decode(telling=True)
         try:
-            answer = await (await self._send_decode(self.prepared.drain_body, Enough.WHOLE, fresh=True)).whole()
+            answer = (await self._send_decode(self.prepared.drain_body, Enough.WHOLE, fresh=True)).read()
             if answer.status == 200:
                 self.decoding.heard()
             return answer
