@@ -14,12 +14,13 @@ class Deadlines:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._waits: dict[object, tuple[float, Callable[[], None]]] = {}
+        self._waits: dict[int | None, tuple[float, Callable[[], None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._last = 0
 
-    def add(self, late: Callable[[], None]) -> object:
+    def add(self, late: Callable[[], None]) -> int:
         """Call ``late`` in time; returns what :meth:`drop` takes."""
-        wait = object()
+        self._last = wait = self._last + 1
         loop = asyncio.get_running_loop()
         due = loop.time() + self.seconds
         self._waits[wait] = (due, late)
@@ -27,7 +28,7 @@ class Deadlines:
             self._timer = loop.call_at(due, self._ring)
         return wait
 
-    def drop(self, wait: object | None) -> None:
+    def drop(self, wait: int | None) -> None:
         """Do not call; harmless when it was called, or for None."""
         self._waits.pop(wait, None)
 

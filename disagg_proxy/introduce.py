@@ -26,5 +26,5 @@ class Introductions:
         for other in others:
             prefill, decode = (instance, other) if instance.role is Role.PREFILL else (other, instance)
             if prefill.kv and decode.kv and self._registry.exchange.possible(prefill, decode):
-                meeting = self._control.meet(decode.kv.text, prefill.kv.text)
+                meeting = self._control.meet(decode, prefill)
                 self._background.spawn(meeting, f"introduce {decode} to {prefill}")

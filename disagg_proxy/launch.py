@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any, Protocol, TypeVar, cast
+from types import CoroutineType
+from typing import Any, Protocol, cast
 
 from disagg_proxy.admission.gate import Admitted, Gate, Held
 from disagg_proxy.admission.size import TokenGuess
@@ -34,13 +35,10 @@ from disagg_proxy.protocol.disagg_kv import DisaggKvHandover
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.handover import Handover
 from disagg_proxy.protocol.nixl import NixlHandover
-from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.prefix import Wanted, session_name
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Upstream
-
-L = TypeVar("L", Legs, TogetherLegs)
 
 
 def handover(found: Pair | Alone) -> Handover | None:
@@ -104,6 +102,8 @@ class Launcher:
         self.token_guess = TokenGuess()
         self._prefill_deadlines = Deadlines(config.prefill_timeout)
         self._loads = Deadlines(_LOADED_AFTER)
+        self._own_key = bool(config.engine_api_key)
+        self._learns = bool(config.kv_bytes_per_token or config.decode_alone_below)
         self.wanted = Wanted(pairing.wants_prefix, pairing.wants_session)
 
     def launch(
@@ -121,95 +121,48 @@ class Launcher:
             ProxyError: nobody can serve it, an unknown model, or too many requests. So does what is awaited.
         """
         record.asks(prepared.model)
-        tokens = self.token_guess.tokens(prepared.model, *prepared.prompt)
-        kv_bytes = tokens * self._config.kv_bytes_per_token
-        wish = self._wish(prepared, tokens)
-        traits = self._traits(session, prepared, tokens, kv_bytes)
+        order = _Order(self, route, headers, prepared, record, session)
+        first = order.admit()
+        if isinstance(first, CoroutineType):
+            return self._later(order, first)
+        return self._flight(order, cast(Held, first))
 
-        def one_by_one(found: Pair | Alone) -> Legs:
-            if isinstance(found, Alone):
-                raise TypeError("an instance that cannot work alone was chosen to do so")
-            return Legs(
-                self._upstream(), self._registry, self._config, found, route, headers, prepared,
-                tokens=tokens, kv_bytes=kv_bytes, trace=record.trace,
+    async def _later(self, order: _Order, waiting: Coroutine[Any, Any, Held]) -> Carrier:
+        order.record.waited = True
+        return self._flight(order, await waiting)
+
+    def _flight(self, order: _Order, first: Held) -> Carrier:
+        order.record.admit()
+        if isinstance(first, Legs):
+            return Flight(
+                Attempts(first, order, self._config.max_tries), self._background, self._drainer, self._stats,
+                order.record, prefill_deadlines=self._prefill_deadlines, loads=self._loads, own_key=self._own_key,
+                prefilled=order.learn,
             )  # fmt: skip
-
-        def together(found: Pair | Alone) -> TogetherLegs:
-            return TogetherLegs(
-                self._upstream(), self._registry, self._config, self._release, found, handover(found), route, headers,
-                prepared, record.client_id or secrets.token_hex(16), tokens=tokens,
-                trace=record.trace,
-            )  # fmt: skip
-
-        def legs(found: Pair | Alone) -> Legs | TogetherLegs:
-            return together(found) if found.decode.kind.computes else one_by_one(found)
-
-        def admit(without: Collection[Instance] = ()) -> Admitted:
-            return self._gate.admit(prepared.model, wish, kv_bytes, legs, without, traits)
-
-        def fly(first: Held) -> Carrier:
-            record.admit()
-            return self._flight(first, prepared, record, wish, admit)
-
-        async def fly_later(waiting: Coroutine[Any, Any, Held]) -> Carrier:
-            record.waited = True
-            return fly(await waiting)
-
-        first = admit()
-        return fly_later(first) if isinstance(first, Coroutine) else fly(first)
-
-    def _flight(
-        self,
-        first: Held,
-        prepared: Prepared,
-        record: Record,
-        wish: Wish,
-        admit: Callable[[Collection[Instance]], Admitted],
-    ) -> Carrier:
-        def learn(body: bytes) -> None:
-            self._learn(prepared, body)
-
-        own_key = bool(self._config.engine_api_key)
-        if isinstance(first, TogetherLegs):
-            return TogetherFlight(
-                self._attempts(first, prepared.model, wish, admit), self._background, self._stats, record,
-                own_key=own_key, prefilled=learn,
-            )  # fmt: skip
-        assert isinstance(first, Legs)
-        return Flight(
-            self._attempts(first, prepared.model, wish, admit), self._background, self._drainer, self._stats, record,
-            prefill_deadlines=self._prefill_deadlines, loads=self._loads, own_key=own_key, prefilled=learn,
+        assert isinstance(first, TogetherLegs)
+        return TogetherFlight(
+            Attempts(first, order, self._config.max_tries), self._background, self._stats, order.record,
+            own_key=self._own_key, prefilled=order.learn,
         )  # fmt: skip
 
-    def _traits(self, session: bytes, prepared: Prepared, tokens: int, kv_bytes: int) -> Traits:
-        shared = prepared.affinity
-        name = shared.user
-        if self.wanted.session and session:
-            name = session_name(session.decode("latin-1"))
-        return Traits(tokens, kv_bytes, shared.prefix, shared.size, shared.home, name)
+    def _one_by_one(self, order: _Order, found: Pair | Alone) -> Legs:
+        if isinstance(found, Alone):
+            raise TypeError("an instance that cannot work alone was chosen to do so")
+        return Legs(
+            self._upstream(), self._registry, self._config, found, order.route, order.headers, order.prepared,
+            order.tokens, order.kv_bytes, trace=order.record.trace,
+        )  # fmt: skip
 
-    def _attempts(
-        self,
-        first: L,
-        model: str | None,
-        wish: Wish,
-        admit: Callable[[Collection[Instance]], Admitted],
-    ) -> Attempts[L]:
-        """Further tries, on instances of the same protocol."""
+    def _together(self, order: _Order, found: Pair | Alone) -> TogetherLegs:
+        return TogetherLegs(
+            self._upstream(), self._registry, self._config, self._release, found, handover(found), order.route,
+            order.headers, order.prepared, order.record.client_id or secrets.token_hex(16), tokens=order.tokens,
+            trace=order.record.trace,
+        )  # fmt: skip
 
-        async def again(without: Collection[Instance]) -> L:
-            found = admit(self._and_strangers(first, without))
-            return cast(L, await found if isinstance(found, Coroutine) else found)
-
-        def check(without: Collection[Instance]) -> None:
-            self._pairing.check(model, wish, self._and_strangers(first, without))
-
-        return Attempts(first, check, again, self._config.max_tries)
-
-    def _and_strangers(self, legs: Legs | TogetherLegs, without: Collection[Instance]) -> set[Instance]:
-        """``without``, and all instances that need another flight than the legs'."""
-        together = isinstance(legs, TogetherLegs)
-        return {*without, *(i for i in self._registry.instances() if i.kind.computes is not together)}
+    def _strangers(self, together: bool) -> set[Instance]:
+        """All instances that need the other kind of flight."""
+        return {i for i in self._registry.instances() if i.kind.computes is not together}
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:
@@ -221,9 +174,58 @@ class Launcher:
             return Wish.RATHER_ALONE
         return Wish.EITHER if self._config.decode_alone else Wish.PAIR
 
-    def _learn(self, prepared: Prepared, prefill_body: bytes) -> None:
-        """Follow how many bytes of text a token takes, where that is asked for."""
-        token_ids, text_bytes = prepared.prompt
-        wanted = self._config.kv_bytes_per_token or self._config.decode_alone_below
-        if wanted and not token_ids and prepared.choices == 1:
-            self.token_guess.learn(prepared.model, text_bytes, prompt_tokens(prefill_body))
+
+class _Order:
+    """One request that asks for instances, maybe several times, and makes its legs there."""
+
+    __slots__ = (
+        "_launcher", "_together", "headers", "kv_bytes", "prepared", "record", "route", "tokens", "traits", "wish",
+    )  # fmt: skip
+
+    def __init__(
+        self, launcher: Launcher, route: Route, headers: bytes, prepared: Prepared, record: Record, session: bytes
+    ) -> None:
+        self._launcher = launcher
+        self._together = False
+        self.route = route
+        self.headers = headers
+        self.prepared = prepared
+        self.record = record
+        self.tokens = launcher.token_guess.tokens(prepared.model, *prepared.prompt)
+        self.kv_bytes = self.tokens * launcher._config.kv_bytes_per_token
+        self.wish = launcher._wish(prepared, self.tokens)
+        shared = prepared.affinity
+        name = shared.user
+        if session and launcher.wanted.session:
+            name = session_name(session.decode("latin-1"))
+        self.traits = Traits(self.tokens, self.kv_bytes, shared.prefix, shared.size, shared.home, name)
+
+    def admit(self, without: Collection[Instance] = ()) -> Admitted:
+        """Legs, or what to await for them."""
+        return self._launcher._gate.admit(
+            self.prepared.model, self.wish, self.kv_bytes, self.legs, without, self.traits
+        )
+
+    def legs(self, found: Pair | Alone) -> Legs | TogetherLegs:
+        """Those of the protocol that what was found speaks."""
+        self._together = found.decode.kind.computes
+        launcher = self._launcher
+        return launcher._together(self, found) if self._together else launcher._one_by_one(self, found)
+
+    async def again(self, without: Collection[Instance]) -> Any:
+        """Further legs, of the same protocol as those before."""
+        found = self.admit(self._and_strangers(without))
+        return await found if isinstance(found, CoroutineType) else found
+
+    def check(self, without: Collection[Instance]) -> None:
+        """Raise what keeps everybody else from serving it."""
+        self._launcher._pairing.check(self.prepared.model, self.wish, self._and_strangers(without))
+
+    def _and_strangers(self, without: Collection[Instance]) -> set[Instance]:
+        return {*without, *self._launcher._strangers(self._together)}
+
+    def learn(self, tokens: int) -> None:
+        """Follow how many bytes of text a token takes, where that is asked for; ``tokens`` as prefill counted them."""
+        token_ids, text_bytes = self.prepared.prompt
+        if self._launcher._learns and not token_ids and self.prepared.choices == 1:
+            self._launcher.token_guess.learn(self.prepared.model, text_bytes, tokens)

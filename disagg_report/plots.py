@@ -71,6 +71,15 @@ def _rate_axis(axes: Any, every: Sequence[Outcome]) -> None:
     axes.set_xlabel("requests per second, Poisson arrivals")
 
 
+def _plain_numbers(axis: Any) -> None:
+    """20, 100, 1000 instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter("")
+
+
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
@@ -93,6 +102,7 @@ def _lines(every: Sequence[Outcome], path: Path, title: str, label: str,
             )  # fmt: skip
     axes.axhline(limit, color="#555555", linewidth=1, linestyle=":", label=f"SLO: {limit_name} {limit:g} ms")
     axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
     axes.set_ylabel(label)
     _rate_axis(axes, every)
     axes.legend(frameon=False, fontsize=8)

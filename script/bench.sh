@@ -3,7 +3,8 @@
 # each split of the GPUs into prefill and decode. `bench --once` is one load without a report.
 
 BENCH_FOLDER='' BENCH_KIND='' BENCH_GENERATOR=''
-BENCH_KEY='' # of what is measured
+BENCH_KEY=''       # of what is measured
+BENCH_MEASURING='' # PID of the measurement
 
 cmd_bench() {
   local once='' ratio='' plain=''
@@ -64,8 +65,8 @@ bench_running() {
   title=$(pd_title "$prefills" "$decodes")
   bench_begin
   trap 'bench_end $?' EXIT
-  trap 'exit 130' INT
-  trap 'exit 143' TERM HUP
+  trap 'bench_signal 130' INT
+  trap 'bench_signal 143' TERM HUP
   measure pd "$title" pd sweep $((prefills + decodes)) $((prefills * decodes)) "$SERVICE_URL"
 }
 
@@ -131,7 +132,11 @@ measure() {
   done
   for role in "${!gpus[@]}"; do words+=(--gpus "$role=${gpus[$role]}"); done
   while IFS= read -r url; do words+=(--fact "$url"); done < <(bench_facts)
-  (cd -- "$ROOT" && BENCH_KEY=$BENCH_KEY exec "$PROXY_PYTHON" -m disagg_report "${words[@]}") || status=$?
+  # In the background and awaited, so that a signal to this script alone ends it, too.
+  (cd -- "$ROOT" && BENCH_KEY=$BENCH_KEY exec "$PROXY_PYTHON" -m disagg_report "${words[@]}") &
+  BENCH_MEASURING=$!
+  wait "$BENCH_MEASURING" || status=$?
+  BENCH_MEASURING=''
   if ((status)); then exit "$status"; fi
 }
 
@@ -152,6 +157,15 @@ bench_facts() {
     if [[ -n $EXTRA_SIM_ARGS ]]; then printf 'EXTRA_SIM_ARGS=%s\n' "$EXTRA_SIM_ARGS"; fi
   fi
   if [[ -n $EXTRA_PROXY_ARGS ]]; then printf 'EXTRA_PROXY_ARGS=%s\n' "$EXTRA_PROXY_ARGS"; fi
+}
+
+# bench_signal STATUS: the measurement writes down what it has, then everything ends as it would.
+bench_signal() {
+  if [[ -n $BENCH_MEASURING ]]; then
+    kill -TERM "$BENCH_MEASURING" 2>/dev/null || true
+    while read_stat "$BENCH_MEASURING" && [[ $STAT_STATE != [ZX] ]]; do sleep 0.05; done
+  fi
+  exit "$1"
 }
 
 # bench_end STATUS: the summary of whatever was measured, however it ended.

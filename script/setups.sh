@@ -31,8 +31,8 @@ bench_setups() {
   if [[ -n $plain ]]; then BENCH_SETUPS=$((BENCH_SETUPS + 1)); fi
   bench_begin
   trap 'bench_setups_end $?' EXIT
-  trap 'exit 130' INT
-  trap 'exit 143' TERM HUP
+  trap 'bench_signal 130' INT
+  trap 'bench_signal 143' TERM HUP
   SERVICE_URL=http://$(authority "$HTTP_PROXY_HOST" "$HTTP_PROXY_PORT")
   if [[ -z $ratio ]]; then
     measure pd "$(pd_title "${#PREFILLS[@]}" "${#DECODES[@]}")" pd sweep "${#POOL[@]}" $((${#PREFILLS[@]} * ${#DECODES[@]})) \

@@ -95,11 +95,12 @@ class Proxy:
 
     async def until_idle(self) -> None:
         """Wait until no exchange with a client is left either."""
-        exchanges = self.services.stopping.exchanges
-        while (tasks := self.server.server_state.tasks | self.services.background._tasks) or exchanges.open:
+        exchanges, background = self.services.stopping.exchanges, self.services.background
+        while (tasks := set(self.server.server_state.tasks)) or exchanges.open or len(background):
             if tasks:
                 await asyncio.wait(tasks)
             await exchanges.ended()
+            await background.ended()
 
     @property
     def exchanges(self) -> int:

@@ -77,7 +77,7 @@ def commands(text: str) -> list[list[str]]:
     """Code blocks without their comments and without what is drawn."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
     return [
-        [re.sub(r"\s+#.*", "", line).strip() for line in block.splitlines()]
+        [re.sub(r"(^|\s+)#.*", "", line).strip() for line in block.splitlines()]
         for kind, block in blocks
         if kind != "mermaid"
     ]

@@ -227,7 +227,7 @@ class Gate:
         limits, crowd = self._limits, self._crowd
         if crowd is not None:
             crowd.refresh()
-        if self._full():
+        if limits.in_flight and self._full():
             # Still say at once what no wait can cure.
             self._pairing.check(model, wish, without)
             return None

@@ -32,6 +32,11 @@ class Breaker:
         self._open_until = 0.0
         self._trying = False
 
+    @property
+    def quiet(self) -> bool:
+        """Whether it is closed, and nothing has failed since the last success: then no call but a failure's matters."""
+        return not self._failures and not self._pause
+
     def state(self, now: float) -> BreakerState:
         """Where it stands."""
         if not self._pause:

@@ -13,6 +13,9 @@ DISAGG_KV = "disagg_kv"
 NIXL = "nixl"
 """vLLM's NixlConnector: prefill's answer says where the KV is. Such instances do not ping (docs/nixl.md)."""
 
+MOST_RANKS = 64
+"""Bound on what an announcement may claim."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvKind:
@@ -32,6 +35,12 @@ class KvKind:
     def computes(self) -> bool:
         """Whether decode computes by itself what it gets no KV for; P2pNcclConnector's waits for it for ever."""
         return self.protocol != P2P_NCCL
+
+    @property
+    def ranks(self) -> int:
+        """How many KV ports one instance has, counted up from its KV address: one for each tensor parallel rank."""
+        tp = dict(self.traits).get("tp")
+        return tp if isinstance(tp, int) and 1 <= tp <= MOST_RANKS else 1
 
     @property
     def addressed(self) -> bool:

@@ -13,6 +13,8 @@ from disagg_proxy.cluster.shared import IN_FLIGHT, KV_WAITING, KV_WAITING_BYTES,
 class Lease:
     """Counts one leg on ``instance``, and its ``tokens``, until :meth:`end`."""
 
+    __slots__ = ("_breaker", "_ended", "_epoch", "_registry", "_tokens", "instance", "pulse")
+
     def __init__(self, registry: Registry, instance: Instance, tokens: int = 0) -> None:
         self.instance = instance
         self._registry = registry
@@ -25,8 +27,9 @@ class Lease:
             registry.shared.add(instance, IN_FLIGHT, 1)
         instance.requests_total += 1
         # Those of this process; a successor starts with its own.
-        self._breaker = instance.breaker
-        self._breaker.begin(registry.now())
+        self._breaker = breaker = instance.breaker
+        if not breaker.quiet:
+            breaker.begin(registry.now())
         self.pulse = instance.pulse
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
@@ -39,19 +42,22 @@ class Lease:
         if self._ended:
             return
         self._ended = True
-        self.instance.in_flight -= 1
-        self.instance.tokens_in_flight -= self._tokens
-        if self._registry.shared is not None:
-            self._registry.shared.add(self.instance, IN_FLIGHT, -1)
+        instance, registry = self.instance, self._registry
+        instance.in_flight -= 1
+        instance.tokens_in_flight -= self._tokens
+        if registry.shared is not None:
+            registry.shared.add(instance, IN_FLIGHT, -1)
+        if failed or not self._breaker.quiet:
+            self._judge(failed, certain)
+        registry.freed()
+
+    def _judge(self, failed: bool | None, certain: bool) -> None:
+        breaker, registry = self._breaker, self._registry
         self.instance.failures_total += bool(failed)
         if failed is None or not certain:
-            self._breaker.undecided()
-        elif failed:
-            if self._breaker.failure(self._registry.now()):
-                self._registry.breaker_moved(self.instance)
-        elif self._breaker.success():
-            self._registry.breaker_moved(self.instance)
-        self._registry.freed()
+            breaker.undecided()
+        elif breaker.failure(registry.now()) if failed else breaker.success():
+            registry.breaker_moved(self.instance)
 
     @property
     def process_ended(self) -> bool:
@@ -69,6 +75,8 @@ class Lease:
 
 class KvClaim:
     """KV of one prompt from prefill to decode: from before the one is asked until the other has loaded it."""
+
+    __slots__ = ("_decode", "_prefill", "_registry", "_size", "released")
 
     def __init__(self, registry: Registry, prefill: Instance, decode: Instance, size: int) -> None:
         self._registry = registry

@@ -15,7 +15,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import NoPair, UnknownModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Pair:
     """The two instances of one request.
 
@@ -65,12 +65,13 @@ class _Plan:
     """Who could serve one model while no instance changes.
 
     Attributes:
-        version: of the registry and its exchange when it was made.
+        version, exchanges: those of the registry and its exchange when it was made.
         prefills: those that can exchange KV with a decode. partners: for each of them those decodes.
         warm: for each prefill whether it has met all its partners.
     """
 
-    version: tuple[int, int]
+    version: int
+    exchanges: int
     prefills: Sequence[Instance]
     partners: Mapping[Instance, Sequence[Instance]]
     warm: Mapping[Instance, bool]
@@ -157,23 +158,32 @@ class Pairing:
 
     def _choose_free(self, model: str | None, room: Callable[[Instance], bool] | None, traits: Traits) -> Pair | None:
         """The pair that the policies take among all, if nothing speaks against these two; asks nobody else."""
-        version = (self._registry.version, self._registry.exchange.version)
+        registry = self._registry
         plan = self._plans.get(model)
-        if plan is None or plan.version != version:
-            plan = self._plan(model, version)
+        if plan is None or plan.version != registry.version or plan.exchanges != registry.exchange.version:
+            plan = self._plan(model)
             if plan is None:
                 return None
-        prefill, fresh = self._pick_prefill(plan.prefills, traits)
-        now = self._registry.now()
-        if not prefill.breaker.permits(now) or (room is not None and not room(prefill)):
+        if len(plan.prefills) == 1 and not traits.prefix:
+            prefill, fresh = plan.prefills[0], traits.tokens
+        else:
+            prefill, fresh = self._pick_prefill(plan.prefills, traits)
+        if not self._free(prefill, room):
             return None
         partners = plan.partners[prefill]
-        decode = self._pick_decode(prefill, partners, traits, warm=plan.warm[prefill])
-        if not decode.breaker.permits(now) or (room is not None and not room(decode)):
-            return None
-        return Pair(prefill, decode, fresh, traits.tokens)
+        if len(partners) == 1:
+            decode = partners[0]
+        else:
+            decode = self._pick_decode(prefill, partners, traits, warm=plan.warm[prefill])
+        return Pair(prefill, decode, fresh, traits.tokens) if self._free(decode, room) else None
 
-    def _plan(self, model: str | None, version: tuple[int, int]) -> _Plan | None:
+    def _free(self, instance: Instance, room: Callable[[Instance], bool] | None) -> bool:
+        if room is not None and not room(instance):
+            return False
+        breaker = instance.breaker
+        return breaker.quiet or breaker.permits(self._registry.now())
+
+    def _plan(self, model: str | None) -> _Plan | None:
         try:
             found, decodes = self._candidates(model)
         except (NoPair, UnknownModel):
@@ -185,9 +195,10 @@ class Pairing:
             return None
         partners = {p: tuple(d for d in decodes if exchange.possible(p, d)) for p in prefills}
         warm = {p: all(exchange.warm(p, d) for d in partners[p]) for p in prefills}
-        if any(plan.version[0] != version[0] for plan in self._plans.values()):
+        version = self._registry.version
+        if any(plan.version != version for plan in self._plans.values()):
             self._plans.clear()
-        self._plans[model] = plan = _Plan(version, prefills, partners, warm)
+        self._plans[model] = plan = _Plan(version, exchange.version, prefills, partners, warm)
         return plan
 
     def _pick_prefill(self, prefills: Sequence[Instance], traits: Traits) -> tuple[Instance, int]:
@@ -300,9 +311,16 @@ class Pairing:
         can = self._registry.exchange.possible
         return [p for p in prefills if any(can(p, d) for d in decodes)]
 
-    def choose_one(self, model: str | None) -> Instance:
-        """Any ready instance that serves ``model``, for routes that one engine answers alone."""
+    def choose_one(self, model: str | None, *, computes: bool = False) -> Instance:
+        """Any ready instance that serves ``model``, for routes that one engine answers alone.
+
+        Args:
+            computes: only instances that may compute a prompt without a pair; prefills first, whose work it is like.
+        """
         ready = [*self.taking(Role.PREFILL, model), *self.taking(Role.DECODE, model)]
+        if computes:
+            able = [i for i in ready if i.kind.computes]
+            ready = [i for i in able if i.role is Role.PREFILL] or able
         if not ready:
             raise self._nothing(model, [], [])
         self._turn += 1

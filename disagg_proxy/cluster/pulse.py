@@ -62,6 +62,10 @@ def _slow(values: deque[float]) -> float:
     return sorted(values)[int(len(values) * 0.99)]
 
 
+def _nothing(error: ProxyError) -> None:
+    """The leg is over."""
+
+
 class Vigil:
     """One leg that waits for an engine, from its sending to the end of its answer.
 
@@ -123,9 +127,18 @@ class Vigil:
             if self.telling:
                 self._pulse.pace.add(self._clock() - self.since, self.tokens)
 
+    def moved(self) -> None:
+        """A further part of an answer that has begun has come, and was passed on at once."""
+        self._pulse.moves += 1
+
     def listen(self) -> None:
         """The engine is waited for again."""
         self.waiting = True
+
+    def let_go(self) -> None:
+        """Nobody will ask anything of the leg: it shall not be kept alive, nor by a cycle that only the garbage
+        collector finds."""
+        self.give_up, self.replay = _nothing, None
 
     def end(self, *, received: bool = True) -> None:
         """The leg is over; harmless when it was before.
@@ -175,13 +188,13 @@ class Pulse:
 
     def forget(self, vigil: Vigil, received: bool) -> None:
         """A vigil is over."""
-        if vigil not in self.open:
+        if self.open.pop(vigil, vigil) is vigil:
             return
-        del self.open[vigil]
-        if vigil.begun or vigil.replay is None or not received:
-            return
-        if len(self.left) < _LEFT and sum(v.size for v in self.left) + vigil.size <= _LEFT_BYTES:
-            self.left.append(vigil)
+        if not vigil.begun and vigil.replay is not None and received:
+            if len(self.left) < _LEFT and sum(v.size for v in self.left) + vigil.size <= _LEFT_BYTES:
+                self.left.append(vigil)
+                return
+        vigil.let_go()
 
     def look(self, now: float) -> bool:
         """Whether the engine has moved since the last look."""

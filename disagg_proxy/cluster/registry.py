@@ -50,6 +50,7 @@ class Registry:
         self._expiry = expiry
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
+        self._by_role: dict[Role, tuple[Instance, ...]] = {}
         self.version = 0
         """Changes whenever another set of instances may serve."""
         self.exchange = Exchange(MAX_INSTANCES)
@@ -154,19 +155,24 @@ class Registry:
             return True
         gone = next((i for i in self._instances.values() if i.state is State.LOST and _forgettable(i)), None)
         if gone is not None:
-            del self._instances[gone.key]
+            self._drop(gone)
         return gone is not None
+
+    def _drop(self, instance: Instance) -> None:
+        del self._instances[instance.key]
+        self._by_role.clear()
 
     def _take_in(self, instance: Instance) -> None:
         instance.draining = instance.key in self._drained
         instance.pulse = Pulse(self._clock())
         self._instances[instance.key] = instance
+        self._by_role.clear()
         self._move(instance, State.PROBING, instance.reason)
         self._want_probe(instance)
 
     def _contradiction(self, known: Instance, role: Role, kv: Address, kind: KvKind, boot: str) -> str | None:
         if known.state is State.PROBING and known.source is Source.PING:
-            del self._instances[known.key]
+            self._drop(known)
             return self._newcomer(role, known.http, kv, kind, boot)
         self._want_probe(known)
         return f"{known} is ready with KV address {known.kv.text if known.kv else '?'}; it is probed again"
@@ -261,7 +267,7 @@ class Registry:
             silent = now - instance.last_ping
             if instance.state is State.LOST:
                 if now - instance.changed_at >= _FORGET_AFTER and _forgettable(instance):
-                    del self._instances[instance.key]
+                    self._drop(instance)
             elif silent >= self._expiry:
                 instance.restart_wanted = False
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
@@ -306,7 +312,12 @@ class Registry:
 
     def in_flight(self, role: Role) -> int:
         """Requests on all instances of one role, in any state."""
-        return sum([i.in_flight for i in self._instances.values() if i.role is role])
+        found = self._by_role.get(role)
+        if found is None:
+            found = self._by_role[role] = tuple(i for i in self._instances.values() if i.role is role)
+        if len(found) == 1:
+            return found[0].in_flight
+        return sum([i.in_flight for i in found])
 
     def ready(self, role: Role) -> Sequence[Instance]:
         """Ready instances of one role."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any, Generic, Protocol, TypeVar
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.errors import ProxyError
@@ -27,6 +27,16 @@ class Legs(Protocol):
     def give_back(self) -> None: ...
 
 
+class Order(Protocol):
+    """What makes further tries possible."""
+
+    def check(self, without: Collection[Instance]) -> None:
+        """Raise a ProxyError when nobody can serve it without some instances."""
+
+    async def again(self, without: Collection[Instance]) -> Any:
+        """Legs without some instances, within the limits; may wait for room. Raises a ProxyError."""
+
+
 L = TypeVar("L", bound=Legs)
 
 
@@ -35,24 +45,17 @@ class Attempts(Generic[L]):
 
     Args:
         first: the legs to begin with.
-        check: raises a ProxyError when nobody can serve it without some instances.
-        admit: legs without some instances, within the limits; may wait for room. Raises a ProxyError.
         tries: legs that are tried at most.
     """
 
-    def __init__(
-        self,
-        first: L,
-        check: Callable[[Collection[Instance]], None],
-        admit: Callable[[Collection[Instance]], Awaitable[L]],
-        tries: int,
-    ) -> None:
-        self._check = check
-        self._admit = admit
+    __slots__ = ("_failed", "_left", "_order", "_pause", "legs")
+
+    def __init__(self, first: L, order: Order, tries: int) -> None:
+        self._order = order
         self._left = tries - 1
         self._pause = _FIRST_PAUSE
-        self._failed: set[Instance] = set()
-        self.legs = first
+        self._failed: frozenset[Instance] = frozenset()
+        self.legs: L = first
 
     async def another(self, failed: Instance, waiting: Callable[[], bool], suspect: Instance | None = None) -> bool:
         """Set up other legs without ``failed``; False when there are none, or no try is left.
@@ -63,7 +66,7 @@ class Attempts(Generic[L]):
             waiting: whether the client still does.
             suspect: an instance to be left out too, where there is another.
         """
-        self._failed.add(failed)
+        self._failed |= {failed}
         if self._left <= 0 or self._without(suspect) is None:
             return False
         self._left -= 1
@@ -75,7 +78,7 @@ class Attempts(Generic[L]):
             return False
         log.info("%s failed a request; another try", failed)
         try:
-            legs = await self._admit(without)
+            legs = await self._order.again(without)
         except ProxyError:
             return False
         if not waiting():
@@ -88,7 +91,7 @@ class Attempts(Generic[L]):
         """Whom to leave out; None when nobody is left."""
         for without in ({*self._failed, suspect}, self._failed) if suspect else (self._failed,):
             try:
-                self._check(without)
+                self._order.check(without)
             except ProxyError:
                 continue
             return without

@@ -24,7 +24,6 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
-from functools import partial
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pair
@@ -44,6 +43,7 @@ from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider, hide
 from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
 from disagg_proxy.stats import Stats
+from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Flight:
         loads: when decode is taken to have loaded the KV of a request that is not streamed, since its answer shows
             nothing before its end. A decode with a free place loads in its next step.
         own_key: whether the proxy's own key went to the instances, so that a 401 is not the client's doing.
-        prefilled: told the body of a prefill that did its work.
+        prefilled: told how many tokens a prefill that did its work has counted in the prompts; 0 when it does not say.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Flight:
         prefill_deadlines: Deadlines,
         loads: Deadlines,
         own_key: bool,
-        prefilled: Callable[[bytes], None],
+        prefilled: Callable[[int], None],
     ) -> None:
         self._attempts = attempts
         self._background = background
@@ -91,14 +91,16 @@ class Flight:
         self._stats = stats
         self._prefill_deadlines = prefill_deadlines
         self._loads = loads
-        self._deadline: object | None = None
+        self._deadline: int | None = None
+        self._load: int | None = None
         self._own_key = own_key
         self._prefilled = prefilled
         self._client = Client(record)
         self._record = record
         self._phase = _Phase.PREFILL
         self._relay: Relay | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._steps: Steps | None = None
+        self._begun = False
         self._begin_try()
 
     @property
@@ -116,22 +118,28 @@ class Flight:
     def start(self, told: Told) -> None:
         """Run the legs until there is something to say to the client, and say it."""
         self._client.listen(told)
-        self._task = self._background.spawn(self._run(), "request")
         self._deadline = self._prefill_deadlines.add(self._prefill_late)
+        self._begin()
 
     def leave(self) -> None:
         """The client's HTTP exchange is over. Only the first call counts."""
         if not self._client.leave():
             return
         self._prefill_deadlines.drop(self._deadline)
-        if self._phase is _Phase.DECODE and self._task is not None:
+        if self._phase is _Phase.DECODE and self._steps is not None:
             # An abort that comes while the API server still tokenises would leave the KV on the instance.
-            asyncio.get_running_loop().call_later(ABORT_GRACE, self._task.cancel)
+            asyncio.get_running_loop().call_later(ABORT_GRACE, self._steps.cancel)
         elif self._relay is not None:
             self._relay.close()
-        elif self._task is None:
+        elif not self._begun:
             self._legs.give_back()
         self._record.end()
+
+    def _begin(self) -> None:
+        """Run the present legs. They may end in here."""
+        self._begun = True
+        self._steps = steps = self._background.request(self._run())
+        steps.begin()
 
     def _prefill_late(self) -> None:
         if self._phase is _Phase.PREFILL:
@@ -166,7 +174,7 @@ class Flight:
         """Both legs in order, on one pair after another; None when nobody waits for the answer any more."""
         while True:
             legs = self._legs
-            legs.when_prefill_stands = partial(self._leave_behind, legs)
+            legs.when_prefill_stands = self._leave_behind
             try:
                 prefilled = await self._prefill(legs)
                 refused = prefill_refusal(legs.route, prefilled, legs.prepared.choices)
@@ -181,11 +189,12 @@ class Flight:
             if refused is not None:
                 legs.end_decode()
                 return None if legs.abandoned else self._refused(refused, "prefill")
-            self._prefilled(prefilled.body)
+            tokens = prompt_tokens(prefilled.body)
+            self._prefilled(tokens)
             cached = self._record.cached_tokens = cached_tokens(prefilled.body)
-            self._record.prompt_tokens = prompt_tokens(prefilled.body) or None
+            self._record.prompt_tokens = tokens or None
             if legs.abandoned or not self._client.waits:
-                await self._drain(legs)
+                self._background.spawn(self._drain(legs), "drain")
                 return None
             told = self._told_by_prefill(prefilled)
             if told is not None:
@@ -196,7 +205,7 @@ class Flight:
             self._record.ask_decode()
             self._prefill_deadlines.drop(self._deadline)
             if not legs.prepared.streams:
-                self._loads.add(legs.kv.release)
+                self._load = self._loads.add(legs.kv.release)
             try:
                 answer = await legs.decode()
                 if answer.status == 200:
@@ -231,14 +240,15 @@ class Flight:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
         if legs is self._legs and not legs.abandoned and self._client.waits:
             legs.abandoned = True
-            self._task = self._background.spawn(self._go_on(legs.pair, error), "request")
+            self._steps = None
+            self._background.spawn(self._go_on(legs.pair, error), "request")
 
     async def _go_on(self, pair: Pair, error: ProxyError) -> None:
         # Prefill may stand still because decode takes in no KV, and so would the next one.
         if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
             self._stats.failovers += 1
             self._begin_try()
-            await self._run()
+            self._begin()
         else:
             self._client.fail(error)
 
@@ -309,7 +319,6 @@ class Flight:
             self._first_byte(streamed=False)
             self._record.output_tokens = output_tokens(whole.body)
             self._ended(complete=True)
-            headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
         try:
             # Until the first byte a failure can still be told by a status of its own.
@@ -327,6 +336,7 @@ class Flight:
         return Outcome(200, headers, relay)
 
     def _first_byte(self, streamed: bool) -> None:
+        self._loads.drop(self._load)
         self._legs.kv.release()
         self._record.begin_answer(streamed)
 

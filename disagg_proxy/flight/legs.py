@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Lease
@@ -23,6 +24,7 @@ from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
 log = logging.getLogger(__name__)
@@ -83,10 +85,11 @@ class Legs:
         self.prefill_lease = Lease(registry, pair.prefill, pair.prefill_tokens)
         self.decode_lease = Lease(registry, pair.decode, pair.decode_tokens)
         self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
-        self.when_prefill_stands: Callable[[ProxyError], None] = lambda error: None
+        self.when_prefill_stands: Callable[[Legs, ProxyError], None] | None = None
         self.abandoned = False
         self.frozen: ProxyError | None = None
         self._decoding: Vigil | None = None
+        self._waiting: Steps | asyncio.Task[Any] | None = None
 
     @property
     def decoding(self) -> Vigil:
@@ -97,6 +100,7 @@ class Legs:
 
     def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
         """The decode leg is over; only the first call counts. Arguments: :meth:`Lease.end`, :meth:`Vigil.end`."""
+        self._waiting = None
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.decode_lease.end(failed=failed)
@@ -126,7 +130,7 @@ class Legs:
         vigil = lease.pulse.begin(
             self._registry.now,
             tokens=self._tokens,
-            give_up=lambda error: self.when_prefill_stands(error),
+            give_up=self._prefill_stands,
             receiver=self.pair.decode,
         )
         try:
@@ -147,8 +151,13 @@ class Legs:
             raise
         finally:
             vigil.end()
+            self.when_prefill_stands = None
         end_lease(self._registry, lease, self.route, whole.status)
         return whole
+
+    def _prefill_stands(self, error: ProxyError) -> None:
+        if self.when_prefill_stands is not None:
+            self.when_prefill_stands(self, error)
 
     async def _send_prefill(self, instance: Instance, fresh: bool) -> WholeAnswer:
         answer = await self._upstream.request(
@@ -190,7 +199,7 @@ class Legs:
     async def decode(self) -> Answer:
         """Send the client's own body to decode and wait for the answer's beginning; all of it when it is not streamed.
 
-        Repeated only when the request cannot have been received. When decode is found to stand still the task is
+        Repeated only when the request cannot have been received. When decode is found to stand still the wait is
         cancelled, with ``frozen`` set.
 
         Raises:
@@ -216,20 +225,19 @@ class Legs:
             raise
 
     def _watch_decode(self, telling: bool) -> None:
-        task = asyncio.current_task()
-
-        def give_up(error: ProxyError) -> None:
-            self.frozen = error
-            if task is not None:
-                task.cancel()
-
+        self._waiting = Steps.running or asyncio.current_task()
         self._decoding = self.decode_lease.pulse.begin(
             self._registry.now,
             telling=telling,
-            give_up=give_up,
+            give_up=self._decode_stands,
             replay=self.replay,
             size=len(self.prepared.prefill_body) + len(self.prepared.decode_body),
         )
+
+    def _decode_stands(self, error: ProxyError) -> None:
+        self.frozen = error
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     async def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Answer:
         return await self._upstream.request(

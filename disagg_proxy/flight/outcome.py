@@ -9,7 +9,7 @@ from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, headers_of
 from disagg_proxy.flight.legs import Legs
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.protocol.fields import MESSAGES, Route
-from disagg_proxy.protocol.headers import Headers, answer_headers, is_stream, value_of
+from disagg_proxy.protocol.headers import AnswerHeaders, PassedHeaders, answer_headers, is_stream, value_of
 from disagg_proxy.protocol.p2p_nccl import RequestId
 from disagg_proxy.protocol.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.protocol.redact import hide
@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
     """What the client gets: status, headers, and a body that is whole or still coming."""
 
     status: int
-    headers: Headers
+    headers: PassedHeaders
     body: bytes | Relay
 
 
@@ -34,7 +34,7 @@ def whole(answer: WholeAnswer, request_id: RequestId) -> Outcome:
 def _told(error: ProxyError) -> Outcome:
     """An error of the proxy's own wording as what the client gets."""
     headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
-    return Outcome(error.status, headers, error.body())
+    return Outcome(error.status, PassedHeaders(headers), error.body())
 
 
 def over_context(legs: Legs, prefilled: WholeAnswer) -> Outcome | None:
@@ -98,4 +98,4 @@ def prefill_refusal(route: Route, answer: WholeAnswer, choices: int) -> WholeAns
     if read.verdict is Verdict.UNKNOWN:
         log.warning("Prefill's 200 is no answer: %.300r", answer.body)
         raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
-    return WholeAnswer(read.status, [], read.body)
+    return WholeAnswer(read.status, AnswerHeaders(), read.body)

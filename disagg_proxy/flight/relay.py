@@ -16,15 +16,25 @@ from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
 from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
-from disagg_proxy.protocol.redact import IdHider, NoHiding
-from disagg_proxy.protocol.usage import UsageRepair, output_tokens
+from disagg_proxy.protocol.redact import IdHider
+from disagg_proxy.protocol.usage import KEY, UsageRepair, output_tokens
 from disagg_proxy.upstream import Answer
 
 _PULLED_AHEAD = 64 * 1024
 """Bytes that wait for a reader that pulls."""
 
+_LINE_END = ord("\n")
+
 _END = 64
 """Bytes that the last event of a stream may have, which tells of no tokens: ``[DONE]``, ``message_stop``."""
+
+
+def _nowhere(piece: bytes) -> None:
+    """Before and after there is an outlet nothing is poured."""
+
+
+def _nobody(complete: bool) -> None:
+    """Whoever was to be told was told."""
 
 
 class Outlet(Protocol):
@@ -51,13 +61,13 @@ class Relay:
 
     __slots__ = (
         "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_record", "_repair", "_unseen",
-        "_vigil",
+        "_vigil", "_write",
     )  # fmt: skip
 
     def __init__(
         self,
         answer: Answer,
-        hider: IdHider | NoHiding,
+        hider: IdHider,
         repair: UsageRepair,
         vigil: Vigil,
         ended: Callable[[bool], None],
@@ -72,28 +82,30 @@ class Relay:
         self._unseen = record.first_look
         self._last = b""
         self._outlet: Outlet | None = None
+        self._write: Callable[[bytes], None] = _nowhere
         self._over = False
         self._paused = False
 
     # -- decode's side
 
     def feed(self, piece: bytes) -> None:
-        """What has just arrived."""
-        outlet = self._outlet
-        if self._over or outlet is None:
+        """What has just arrived. Runs for every token: what holds for most of them is decided here, by the rules that
+        the filters state, since each further call costs as much as all the rest of it."""
+        if self._over:
             return
-        vigil = self._vigil
-        vigil.heard()
+        self._vigil.moved()
         self._unseen -= 1
         if not self._unseen:
             self._unseen = self._record.look()
         if len(piece) > _END:
             self._last = piece
-        piece = self._repair.feed(self._hider.feed(piece))
+        hider, repair = self._hider, self._repair
+        if piece[-1] == _LINE_END and not hider.held and not repair.held and KEY not in piece:
+            self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
+            return
+        piece = repair.feed(hider.feed(piece))
         if piece:
-            outlet.write(piece)
-        if not self._paused:
-            vigil.listen()
+            self._write(piece)
 
     def end(self) -> None:
         """Decode's answer is whole."""
@@ -119,7 +131,8 @@ class Relay:
 
     def pour(self, outlet: Outlet) -> None:
         """Write into ``outlet`` from now on, until its ``end`` or ``cut`` is called."""
-        self._outlet = outlet
+        self._outlet, self._write = outlet, outlet.write
+        self._vigil.waiting = not self._paused
         self._answer.pour(self)
 
     def pause(self) -> None:
@@ -160,12 +173,15 @@ class Relay:
 
     def _finish(self, complete: bool) -> None:
         self._over = True
+        # What is over shall go without the garbage collector, which looks for cycles.
+        self._write, self._outlet = _nowhere, None
         record, last, self._last = self._record, self._last, b""
         record.passed(self._unseen)
         record.output_tokens = output_tokens(last)
         if record.prompt_tokens is None:
             record.prompt_tokens = prompt_tokens(last) or None
-        self._ended(complete)
+        ended, self._ended = self._ended, _nobody
+        ended(complete)
 
 
 class _Pulled:

@@ -45,7 +45,7 @@ class TogetherFlight:
         record: Record,
         *,
         own_key: bool,
-        prefilled: Callable[[bytes], None],
+        prefilled: Callable[[int], None],
     ) -> None:
         self._attempts = attempts
         self._background = background
@@ -150,8 +150,9 @@ class TogetherFlight:
         answer = await legs.ask_prefill()
         if answer is not None and legs is self._legs:
             self._record.answer_prefill()
-            self._prefilled(answer.body)
-            self._record.prompt_tokens = prompt_tokens(answer.body) or None
+            tokens = prompt_tokens(answer.body)
+            self._prefilled(tokens)
+            self._record.prompt_tokens = tokens or None
             self._record.cached_tokens = self._repair.cached = cached_tokens(answer.body)
 
     def _stop_prefill(self) -> None:
@@ -175,7 +176,6 @@ class TogetherFlight:
             if legs.prefill is None:
                 self._record.prompt_tokens = prompt_tokens(whole.body) or None
             self._ended(complete=True)
-            headers = [header for header in headers if header[0] != b"content-length"]
             return Outcome(200, headers, repair_usage(whole.body, self._repair.cached))
         try:
             await answer.until(Enough.BEGUN)

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Alone, Pair
 from disagg_proxy.cluster.pulse import Vigil
@@ -28,8 +29,8 @@ from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
 log = logging.getLogger(__name__)
 
-Release = Callable[[str, str], Awaitable[None]]
-"""Told a KV address and a transfer id: the transfer is over there."""
+Release = Callable[[Instance, str], Awaitable[None]]
+"""Told an instance and a transfer id: the transfer is over there."""
 
 
 T = TypeVar("T")
@@ -164,8 +165,8 @@ class TogetherLegs:
             vigil.end()
             lease.end()
             self._settle()
-        if self.decode.kv is not None and handover.transfer_id:
-            await self._release(self.decode.kv.text, handover.transfer_id)
+        if handover.transfer_id:
+            await self._release(self.decode, handover.transfer_id)
         return None
 
     def _settle(self, answer: bytes | None = None) -> None:
@@ -186,9 +187,9 @@ class TogetherLegs:
 
     async def forget(self) -> None:
         """Nobody will fetch the KV any more: prefill shall not hold it until its deadline. Never raises."""
-        handover, kv = self._handover, None if self.prefill is None else self.prefill.kv
-        if kv is not None and handover is not None and handover.transfer_id:
-            await self._release(kv.text, handover.transfer_id)
+        handover = self._handover
+        if self.prefill is not None and handover is not None and handover.transfer_id:
+            await self._release(self.prefill, handover.transfer_id)
 
     async def _post(self, lease: Lease, body: bytes, leg: str, silence: float) -> WholeAnswer:
         return await (await self._send(lease, body, body, leg, silence, Enough.WHOLE)).whole()

@@ -13,21 +13,22 @@ import logging
 from collections.abc import Coroutine
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Protocol
+from types import CoroutineType
+from typing import Any, Protocol, cast
 
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.flight.relay import Relay
-from disagg_proxy.http.generation import answer_head, begin
+from disagg_proxy.http.generation import Asked, answer_id, begin
 from disagg_proxy.http.respond import error_parts, from_bug
 from disagg_proxy.launch import Carrier
-from disagg_proxy.protocol.fields import ROUTES, Route
-from disagg_proxy.protocol.headers import Headers, client_request_id
+from disagg_proxy.protocol.fields import GENERATION
+from disagg_proxy.protocol.headers import Headers, lines_of
 from disagg_proxy.services import Services
 
 log = logging.getLogger(__name__)
 
-ROUTE_OF = {route.path.encode(): route for route in ROUTES}
+ROUTE_OF = {route.path.encode(): route for route in GENERATION}
 """By the request's target."""
 
 _NO_BODY = (204, 304)
@@ -39,8 +40,8 @@ class Client(Protocol):
     transport: asyncio.Transport
 
     @property
-    def date(self) -> Headers:
-        """What the server says of itself in every answer."""
+    def date(self) -> bytes:
+        """What the server says of itself in every answer, as lines."""
 
     def on_response_complete(self) -> None:
         """The answer is whole."""
@@ -63,13 +64,11 @@ class Direct:
     waiting_for_100_continue = False
 
     __slots__ = (
+        "_asked",
         "_client",
-        "_client_id",
         "_flight",
-        "_headers",
         "_pieces",
         "_relay",
-        "_route",
         "_services",
         "_waiting",
         "default_headers",
@@ -79,12 +78,10 @@ class Direct:
         "response_started",
     )
 
-    def __init__(self, client: Client, services: Services, route: Route, headers: Headers, keep_alive: bool) -> None:
+    def __init__(self, client: Client, services: Services, asked: Asked, keep_alive: bool) -> None:
         self._client = client
         self._services = services
-        self._route = route
-        self._headers = headers
-        self._client_id = client_request_id(headers)
+        self._asked = asked
         self._pieces: list[bytes] = []
         self._flight: Carrier | None = None
         self._relay: Relay | None = None
@@ -102,20 +99,19 @@ class Direct:
 
     def start(self) -> None:
         """The body is whole. Never raises."""
-        pieces, headers = self._pieces, self._headers
-        self._pieces, self._headers = [], []
+        pieces, self._pieces = self._pieces, []
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         try:
-            begun = begin(self._services, self._route, headers, body)
+            begun = begin(self._services, self._asked, body)
         except ProxyError as error:
             self._refuse(error)
         except Exception as bug:
             self._refuse(from_bug(bug))
         else:
-            if isinstance(begun, Coroutine):
+            if isinstance(begun, CoroutineType):
                 self._waiting = asyncio.get_running_loop().create_task(self._queue(begun))
             else:
-                self._fly(begun)
+                self._fly(cast(Carrier, begun))
 
     async def _queue(self, begun: Coroutine[Any, Any, Carrier]) -> None:
         try:
@@ -144,35 +140,37 @@ class Direct:
             self._refuse(what)
             return
         assert self._flight is not None
-        headers = answer_head(what, self._client_id, self._flight)
+        name = answer_id(self._asked.client_id, self._flight).encode()
+        lines = b"%bx-request-id: %b\r\n" % (what.headers.lines, name)
         if isinstance(what.body, bytes):
-            self._say(what.status, headers, what.body)
+            self._say(what.status, lines, what.body)
             return
         self.response_started = True
-        headers.append((b"transfer-encoding", b"chunked"))
-        self._client.transport.write(self._head(what.status, headers))
+        self._client.transport.write(self._head(what.status, lines) + b"transfer-encoding: chunked\r\n\r\n")
         self._relay = what.body
         what.body.pour(self)
 
     def _refuse(self, error: ProxyError) -> None:
-        self._say(*error_parts(error, self._client_id))
+        status, headers, body = error_parts(error, self._asked.client_id)
+        self._say(status, lines_of(headers), body)
 
-    def _say(self, status: int, headers: Headers, body: bytes) -> None:
+    def _say(self, status: int, lines: bytes, body: bytes) -> None:
         """A whole answer."""
         if self.disconnected:
             self._over()
             return
         self.response_started = True
-        if status not in _NO_BODY:
-            headers.append((b"content-length", b"%d" % len(body)))
-        self._client.transport.write(self._head(status, headers) + body)
+        head = self._head(status, lines)
+        if status in _NO_BODY:
+            self._client.transport.write(head + b"\r\n")
+        else:
+            self._client.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         self._finish()
 
-    def _head(self, status: int, headers: Headers) -> bytes:
-        if not self.keep_alive:
-            headers.append((b"connection", b"close"))
-        lines = [b"%s: %s\r\n" % header for header in (*self._client.date, *headers)]
-        return b"%s%s\r\n" % (_status_line(status), b"".join(lines))
+    def _head(self, status: int, lines: bytes) -> bytes:
+        """All but the framing."""
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        return b"%b%b%b%b" % (_status_line(status), self._client.date, lines, close)
 
     # -- what the relay calls
 

@@ -15,17 +15,16 @@ from disagg_proxy.errors import ProxyError
 from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.http.asked import read_body, sent_headers
 from disagg_proxy.http.exchange import handles, own
-from disagg_proxy.http.generation import answer_head, begin
+from disagg_proxy.http.generation import answer_head, asked, begin
 from disagg_proxy.launch import Carrier
-from disagg_proxy.protocol.fields import ROUTES, Route
-from disagg_proxy.protocol.headers import client_request_id
+from disagg_proxy.protocol.fields import GENERATION, Route
 from disagg_proxy.services import Services
 
 
 def generation_routes(services: Services) -> Blueprint:
     """One POST route for each way to generate."""
     blueprint = Blueprint("generate", __name__)
-    for route in ROUTES:
+    for route in GENERATION:
         blueprint.add_url_rule(route.path, route.path.replace("/", "_"), _handler(services, route), methods=["POST"])
     return blueprint
 
@@ -33,8 +32,8 @@ def generation_routes(services: Services) -> Blueprint:
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
         handles(request.scope)
-        headers = sent_headers()
-        begun = begin(services, route, headers, await read_body())
+        head = asked(services, route, sent_headers())
+        begun = begin(services, head, await read_body())
         flight = await begun if isinstance(begun, Coroutine) else begun
         own(request.scope, flight)
         outcome = await _outcome(flight)
@@ -42,7 +41,7 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
         response = Response(body, status=outcome.status, content_type="application/json")
         # An engine may be silent for minutes; DECODE_TIMEOUT decides, not the framework.
         response.timeout = None
-        for name, value in answer_head(outcome, client_request_id(headers), flight):
+        for name, value in answer_head(outcome, head.client_id, flight):
             response.headers[name.decode("latin-1")] = value.decode("latin-1")
         return response
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from types import CoroutineType
+from typing import Any, NamedTuple
 
 from disagg_proxy.errors import ProxyError, UnsupportedEncoding
 from disagg_proxy.flight.outcome import Outcome
@@ -19,28 +20,50 @@ from disagg_proxy.protocol.prepare import prepare
 from disagg_proxy.services import Services
 
 
-def begin(services: Services, route: Route, headers: Headers, body: bytes) -> Carrier | Coroutine[Any, Any, Carrier]:
+class Asked(NamedTuple):
+    """What the head of a generation request says.
+
+    Attributes:
+        headers: the client's, as they came; lines: as lines for the instances.
+        client_id: the client's own X-Request-Id.
+        session: what its SESSION_HEADER says, where a policy asks for it.
+    """
+
+    route: Route
+    headers: Headers
+    lines: bytes
+    client_id: str | None
+    session: bytes
+
+
+def asked(services: Services, route: Route, headers: Headers) -> Asked:
+    """Read a head."""
+    config, wanted = services.config, services.launcher.wanted
+    session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
+    return Asked(route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session)
+
+
+def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[Any, Any, Carrier]:
     """The flight of one request, or what to await for it.
 
     Raises:
         ProxyError: it cannot be served.
     """
-    config, launcher = services.config, services.launcher
-    record = services.recorder.open(route.path, client_request_id(headers))
+    launcher = services.launcher
+    record = services.recorder.open(head.route.path, head.client_id)
+    lines = head.lines
     if services.traces is not None:
-        headers = services.traces.begin(record, headers)
+        lines = request_lines(services.traces.begin(record, head.headers), services.config.engine_api_key)
     try:
-        prepared = prepare(route, body, launcher.wanted)
-        session = value_of(headers, config.session_header.lower().encode()) if launcher.wanted.session else b""
-        lines = request_lines(headers, config.engine_api_key)
-        begun = launcher.launch(route, lines, prepared, record, session)
+        prepared = prepare(head.route, body, launcher.wanted)
+        begun = launcher.launch(head.route, lines, prepared, record, head.session)
     except ProxyError as error:
         record.refuse(error)
         raise
     except Exception:
         record.refuse(ProxyError(""))
         raise
-    return _queued(begun, record) if isinstance(begun, Coroutine) else begun
+    return _queued(begun, record) if isinstance(begun, CoroutineType) else begun
 
 
 async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrier:
@@ -60,11 +83,12 @@ async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrie
 
 def answer_head(outcome: Outcome, client_id: str | None, flight: Carrier) -> Headers:
     """The headers of the answer, but for those of its framing."""
-    found = [header for header in outcome.headers if header[0] != b"content-length"]
-    if not value_of(found, b"content-type"):
-        found.append((b"content-type", b"application/json"))
-    found.append((b"x-request-id", (client_id or flight.public_id[:32]).encode()))
-    return found
+    return [*outcome.headers, (b"x-request-id", answer_id(client_id, flight).encode())]
+
+
+def answer_id(client_id: str | None, flight: Carrier) -> str:
+    """The X-Request-Id of the answer: the client's own, or one that is unique."""
+    return client_id or flight.public_id[:32]
 
 
 def check_encoding(headers: Headers) -> None:

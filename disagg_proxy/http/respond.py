@@ -57,8 +57,7 @@ def passed_on(answer: WholeAnswer) -> Response:
     """An engine's answer to a route that concerns no KV transfer."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
     for name, value in answer_headers(answer.headers, None):
-        if name != b"content-length":
-            response.headers[name.decode("latin-1")] = value.decode("latin-1")
+        response.headers[name.decode("latin-1")] = value.decode("latin-1")
     return response
 
 

@@ -1,4 +1,8 @@
-"""Routes that one engine answers alone, routes that go to every engine, and those that no pair can serve."""
+"""Routes that one engine answers alone, routes that go to every engine, and those that no pair can serve.
+
+Pooling (embeddings, scores, classes) runs the model's forward pass. An engine with P2pNcclConnector dies of a request
+whose id names no peer, so these go only to engines that compute without one (:attr:`KvKind.computes`).
+"""
 
 from __future__ import annotations
 
@@ -11,31 +15,34 @@ from disagg_proxy.cluster.lease import Visit
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
 from disagg_proxy.http.asked import read_body, sent_headers
 from disagg_proxy.http.respond import json_response, passed_on
+from disagg_proxy.protocol.fields import RESPONSES, strip
 from disagg_proxy.protocol.headers import request_lines
-from disagg_proxy.protocol.prepare import model_of, parse_object
+from disagg_proxy.protocol.prepare import encode, model_of, parse_object
 from disagg_proxy.services import Services
 from disagg_proxy.upstream import WholeAnswer
 
 ONE_ENGINE = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 PROFILING = ("/start_profile", "/stop_profile")
 
-_POOLING = "it computes no tokens to decode, so a prefill/decode pair cannot serve it; ask an undivided vLLM"
+POOLING = (
+    "/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank",
+    "/v2/rerank",
+)  # fmt: skip
+_NO_POOLING = (
+    "it computes no tokens to decode, so a pair of P2pNcclConnector engines cannot serve it; use engines of this "
+    "project's connector (docs/connector.md), or ask an undivided vLLM"
+)
 NOT_SERVED = {
-    "/v1/responses": "vLLM takes the engine's request id of this route from the body, which would stop a prefill "
-    "instance; use /v1/chat/completions",
-    "/v1/embeddings": _POOLING,
-    "/v2/embed": _POOLING,
-    "/pooling": _POOLING,
-    "/classify": _POOLING,
-    "/score": _POOLING,
-    "/v1/score": _POOLING,
-    "/rerank": _POOLING,
-    "/v1/rerank": _POOLING,
-    "/v2/rerank": _POOLING,
     "/v1/audio/transcriptions": "audio is not handed from prefill to decode; ask an undivided vLLM",
     "/v1/audio/translations": "audio is not handed from prefill to decode; ask an undivided vLLM",
     "/v1/audio/speech": "audio is not handed from prefill to decode; ask an undivided vLLM",
 }
+
+
+NO_STORE = (
+    "a stored response lies on one engine and is not found again through a proxy; send the whole conversation, or use "
+    "/v1/chat/completions"
+)
 
 
 def single_routes(services: Services) -> Blueprint:
@@ -55,10 +62,10 @@ def single_routes(services: Services) -> Blueprint:
             )
             return await answer.whole()
 
-    async def ask_any(model: str | None, method: str, body: bytes) -> Response:
+    async def ask_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
         """The first engine that can be reached; these routes change nothing, so asking again is safe."""
         while True:
-            instance = services.pairing.choose_one(model)
+            instance = services.pairing.choose_one(model, computes=computes)
             try:
                 answer = await ask(instance, method, request.path, body)
             except EngineUnreachable as error:
@@ -66,13 +73,25 @@ def single_routes(services: Services) -> Blueprint:
                     raise
                 services.registry.lost_contact(instance, "its HTTP port refuses connections")
                 continue
-            if answer.status >= 500:
+            # 501 says that the model cannot do it.
+            if answer.status >= 500 and answer.status != 501:
                 raise EngineFailed(f"The engine failed with status {answer.status}.")
             return passed_on(answer)
 
     async def one_engine() -> Response:
         body = await read_body()
         return await ask_any(model_of(parse_object(body)), "POST", body)
+
+    async def pooling() -> Response:
+        body = await read_body()
+        fields = parse_object(body)
+        model = model_of(fields)
+        if not any(i.kind.computes for i in services.registry.instances()) and services.registry.instances():
+            raise NotServed(f"{request.path} is not served: {_NO_POOLING}.")
+        return await ask_any(model, "POST", encode(fields) if strip(fields) else body, computes=True)
+
+    async def stored_response(**_: str) -> Response:
+        raise NotServed(f"{RESPONSES.path}/ID is not served: {NO_STORE}.")
 
     async def version() -> Response:
         return await ask_any(None, "GET", b"")
@@ -100,17 +119,19 @@ def single_routes(services: Services) -> Blueprint:
         return json_response(known[name])
 
     async def not_served(**_: str) -> Response:
-        path = "/v1/responses" if request.path.startswith("/v1/responses") else request.path
-        raise NotServed(f"{path} is not served: {NOT_SERVED[path]}.")
+        raise NotServed(f"{request.path} is not served: {NOT_SERVED[request.path]}.")
 
     for path in ONE_ENGINE:
         blueprint.add_url_rule(path, path.strip("/").replace("/", "_"), one_engine, methods=["POST"])
+    for path in POOLING:
+        blueprint.add_url_rule(path, path.strip("/").replace("/", "_"), pooling, methods=["POST"])
     for path in PROFILING:
         blueprint.add_url_rule(path, path.strip("/"), every_engine, methods=["POST"])
     for path in NOT_SERVED:
         name = "not_" + path.strip("/").replace("/", "_")
         blueprint.add_url_rule(path, name, not_served, methods=["GET", "POST", "DELETE"])
-    blueprint.add_url_rule("/v1/responses/<path:_rest>", "not_responses", not_served, methods=["GET", "POST", "DELETE"])
+    stored = f"{RESPONSES.path}/<path:_rest>"
+    blueprint.add_url_rule(stored, "stored_response", stored_response, methods=["GET", "POST", "DELETE"])
     blueprint.add_url_rule("/version", "version", version, methods=["GET"])
     blueprint.add_url_rule("/v1/models", "models", models, methods=["GET"])
     blueprint.add_url_rule("/v1/models/<path:name>", "model", model, methods=["GET"])

@@ -25,6 +25,9 @@ obs-fold, white space before a colon, and control characters.
    or go on with the next request.
 9. **The end**: once the proxy is stopping, a request that is not here whole gets 503, on kept and on new connections,
    and a refusal ends its connection (rule 2). Only what tells of the proxy itself is still answered.
+
+A generation request whose head passed all that before (``protocol/heads``), with nothing in front of it, does not pass
+the parser again; its body is counted here.
 """
 
 from __future__ import annotations
@@ -54,10 +57,11 @@ from disagg_proxy.errors import (
 )
 from disagg_proxy.http.direct import ROUTE_OF, Direct
 from disagg_proxy.http.exchange import WATCHES
-from disagg_proxy.http.generation import check_encoding
+from disagg_proxy.http.generation import Asked, asked, check_encoding
 from disagg_proxy.http.guard import Guard
 from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.headers import Headers, value_of
+from disagg_proxy.protocol.headers import Headers, lines_of, value_of
+from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.services import Services
 from disagg_proxy.stopping import Stopping
 
@@ -91,6 +95,7 @@ def protocol(config: Config, parts: Services) -> type[Protocol]:
         services = parts
         stopping = parts.stopping
         guard = Guard(config)
+        heads = Heads()
         max_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
     return Limited
@@ -103,12 +108,16 @@ class Protocol(HttpToolsProtocol):
     services: Services
     stopping: Stopping
     guard: Guard
+    heads: Heads[tuple[Asked, bool]]
     max_connections = 0
+    _date: tuple[Headers, bytes] = ([], b"")
     cycle: RequestResponseCycle | Direct  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._part = _NOTHING
+        self._left = 0  # bytes of a body that does not pass the parser
+        self._first: bytes | None = None  # data that begins with a head
         self._fed = 0  # bytes given to the parser in the current call
         self._seen = 0  # bytes received in calls that held some of this message's head
         self._spent = 0  # bytes received in calls that held nothing else, less what they are good for
@@ -155,6 +164,16 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        if self._left:
+            self._rest(data)
+            return
+        if not self._part and not self._answering() and not self.pipeline:
+            known = self.heads.meet(data)
+            if known is not None and self._known(data, *known):
+                return
+            self._first = data
+        else:
+            self._first = None
         self._fed = len(data)
         before = self.headers if self._part else None
         try:
@@ -168,6 +187,36 @@ class Protocol(HttpToolsProtocol):
         if self._whole is not None:
             whole, self._whole = self._whole, None
             whole.start()
+
+    def _known(self, data: bytes, judged: tuple[Asked, bool], body: int, length: int, client_id: bytes) -> bool:
+        """Take a request with a known head, if it is one for here."""
+        more = body + length - len(data)
+        if more < 0 or not 0 < length <= self.limits.max_body_bytes or self.stopping.begun.is_set():
+            return False
+        asked, keep_alive = judged
+        if client_id:
+            asked = asked._replace(client_id=client_id.decode())
+        cycle = Direct(self, self.services, asked, keep_alive)
+        self.cycle = self._current = cycle
+        cycle.feed(data[body:])
+        if more:
+            self._left, self._part = more, _BODY
+            self._arm(self.limits.body_timeout)
+        else:
+            cycle.start()
+        return True
+
+    def _rest(self, data: bytes) -> None:
+        """More of a body that does not pass the parser."""
+        cycle, left = self.cycle, self._left
+        assert isinstance(cycle, Direct)
+        cycle.feed(data[:left])
+        self._left = max(0, left - len(data))
+        if not self._left:
+            self._part = _NOTHING
+            cycle.start()
+            if len(data) > left:
+                self.data_received(data[left:])
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -258,10 +307,13 @@ class Protocol(HttpToolsProtocol):
             return
         route = ROUTE_OF.get(self.url)
         if route is not None and self._is_plain(route):
-            cycle = Direct(self, self.services, route, self.headers, self.parser.should_keep_alive())
-            self.cycle = self._current = cycle
+            head, keep_alive = asked(self.services, route, self.headers), self.parser.should_keep_alive()
+            self.cycle = self._current = Direct(self, self.services, head, keep_alive)
+            if self._first is not None and self._first.startswith(b"POST "):
+                self.heads.learn(self._first, (head, keep_alive))
         else:
             self._through_quart()
+        self._first = None
         self.headers = []  # for trailers, which nobody reads
         self._part = _BODY
         self._spent = 0
@@ -336,9 +388,14 @@ class Protocol(HttpToolsProtocol):
     # Answers and refusals
 
     @property
-    def date(self) -> Headers:
-        """What the server says of itself in every answer."""
-        return self.server_state.default_headers
+    def date(self) -> bytes:
+        """What the server says of itself in every answer, as lines. uvicorn makes the list anew each second."""
+        headers = self.server_state.default_headers
+        made_of, lines = self._date
+        if made_of is not headers:
+            lines = lines_of(headers)
+            type(self)._date = headers, lines
+        return lines
 
     def on_response_complete(self) -> None:
         if self.pipeline:

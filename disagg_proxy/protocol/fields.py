@@ -23,16 +23,23 @@ class Route:
     """
 
     path: str
-    dialect: Literal["completions", "chat", "messages"]
+    dialect: Literal["completions", "chat", "messages", "responses"]
 
 
 COMPLETIONS = Route("/v1/completions", "completions")
 CHAT = Route("/v1/chat/completions", "chat")
 MESSAGES = Route("/v1/messages", "messages")
+RESPONSES = Route("/v1/responses", "responses")
+"""Only for a decode that computes: no other engine can be told where the KV of such a request goes."""
 ROUTES = (COMPLETIONS, CHAT, MESSAGES)
+"""What a pair serves."""
+GENERATION = (*ROUTES, RESPONSES)
 
 _STEERING = ("kv_transfer_params", "request_id")
 """Fields that steer the KV transfer or name the engine's request; both are the proxy's own."""
+
+_STEERED = frozenset((*_STEERING, "vllm_xargs"))
+"""Where they may stand."""
 
 _NOT_ON_DRAIN = ("echo", "logprobs", "top_logprobs", "prompt_logprobs")
 """Costly, or garbage on decode, and nobody reads a drain's answer."""
@@ -41,6 +48,8 @@ _NOT_ON_DRAIN = ("echo", "logprobs", "top_logprobs", "prompt_logprobs")
 def strip(body: Body) -> bool:
     """Take out, in place, what may reach neither instance; returns whether anything was there."""
     found = False
+    if _STEERED.isdisjoint(body):
+        return found
     for holder in (body, body.get("vllm_xargs")):
         if isinstance(holder, dict):
             for name in _STEERING:
@@ -80,6 +89,8 @@ def for_drain(prefill_body: Body) -> Body:
 def forces_tool(route: Route, body: Body) -> bool:
     """Whether ``tool_choice`` makes the model call a tool, so that the answer is parsed as a call."""
     choice = body.get("tool_choice")
+    if choice is None:
+        return False
     if route.dialect == "chat":
         return choice == "required" or isinstance(choice, dict)
     return route.dialect == "messages" and isinstance(choice, dict) and choice.get("type") in ("any", "tool")
@@ -87,6 +98,8 @@ def forces_tool(route: Route, body: Body) -> bool:
 
 def _at_least_one(limit: Any) -> bool:
     """Whether pydantic's lax ``int`` may read ``limit`` as 1 or more; strings are left for decode to judge."""
+    if type(limit) is int:
+        return bool(limit >= 1)
     if isinstance(limit, str):
         return True
     return isinstance(limit, (int, float)) and limit >= 1 and (isinstance(limit, int) or limit.is_integer())

@@ -9,10 +9,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from disagg_proxy.protocol.p2p_nccl import RequestId
+from disagg_proxy.protocol.p2p_nccl import MARKERS, RequestId
 
 Headers = list[tuple[bytes, bytes]]
 """Name in lower case and value, in the order of the wire."""
+
+
+class PassedHeaders(Headers):
+    """Those of an answer on their way to the client, but for Content-Length. Not to be changed: answers with the same
+    head share them.
+
+    Attributes:
+        lines: the same as lines of the wire, in any case with a Content-Type.
+    """
+
+    __slots__ = ("lines",)
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(header for header in headers if header[0] != b"content-length")
+        self.lines = lines_of(self)
+        if not value_of(self, b"content-type"):
+            self.lines += b"content-type: application/json\r\n"
+
+
+class AnswerHeaders(Headers):
+    """Those of an instance's answer. Not to be changed: answers with the same head share them.
+
+    Attributes:
+        passed: what goes on to the client, once that was found out; ``stream``: whether the body is one of events.
+    """
+
+    __slots__ = ("passed", "stream")
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(headers)
+        self.passed: PassedHeaders | None = None
+        self.stream = value_of(self, b"content-type").startswith(b"text/event-stream")
+
 
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
@@ -25,6 +58,9 @@ _ANSWER_OWN = _HOP_BY_HOP | frozenset(b"date server x-request-id".split())
 
 _MAX_ID = 256
 
+_MARK = MARKERS[0].encode()
+"""What every internal id begins with."""
+
 
 def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """The value of the first header called ``name``; empty when there is none."""
@@ -32,6 +68,11 @@ def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
         if found == name:
             return value
     return b""
+
+
+def lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """As lines of the wire."""
+    return b"".join([b"%s: %s\r\n" % header for header in headers])
 
 
 def encode_headers(headers: Mapping[str, str]) -> bytes:
@@ -57,14 +98,22 @@ def request_lines(headers: Headers, engine_api_key: str) -> bytes:
     return b"".join(lines)
 
 
-def answer_headers(headers: Headers, request_id: RequestId | None) -> Headers:
-    """An instance's headers as they go to the client, with no trace of the internal id."""
+def answer_headers(headers: Headers, request_id: RequestId | None) -> PassedHeaders:
+    """An instance's headers as they go to the client, with no trace of the internal id, and without Content-Length."""
+    if isinstance(headers, AnswerHeaders) and headers.passed is not None:
+        return headers.passed
     dropped = _dropped(headers, _ANSWER_OWN)
     found = [header for header in headers if header[0] not in dropped]
-    if request_id is None:
-        return found
-    internal, public = request_id.internal.encode(), request_id.public.encode()
-    return [(name, value.replace(internal, public)) for name, value in found]
+    marked = [value for _, value in found if _MARK in value]
+    if not marked:
+        passed = PassedHeaders(found)
+        if isinstance(headers, AnswerHeaders):
+            headers.passed = passed
+        return passed
+    if request_id is not None:
+        internal, public = request_id.internal.encode(), request_id.public.encode()
+        found = [(name, value.replace(internal, public)) for name, value in found]
+    return PassedHeaders(found)
 
 
 def _dropped(headers: Headers, own: frozenset[bytes]) -> frozenset[bytes]:
@@ -86,4 +135,6 @@ def client_request_id(headers: Headers) -> str | None:
 
 def is_stream(headers: Headers) -> bool:
     """Whether the body is a stream of server-sent events."""
+    if isinstance(headers, AnswerHeaders):
+        return headers.stream
     return value_of(headers, b"content-type").startswith(b"text/event-stream")

@@ -49,7 +49,7 @@ def read_prefill(route: Route, body: bytes, streamed: bool, choices: int) -> Pre
         choices: after an error in mid-stream only a single choice is known to be whole.
     """
     if not streamed:
-        return _judge_object(route, _object(body))
+        return _DONE if _is_answer(route, body) else _judge_object(route, _object(body))
     begun = False
     for event in _events(body):
         found = _judge_object(route, event)
@@ -60,6 +60,29 @@ def read_prefill(route: Route, body: bytes, streamed: bool, choices: int) -> Pre
                 return found
             return _DONE if choices == 1 else _UNKNOWN
     return _DONE if begun else _UNKNOWN
+
+
+class _Answer(msgspec.Struct):
+    """What is looked at of an answer; reading no more takes a third of the time."""
+
+    object: Any = None
+    error: Any = None
+    type: Any = None
+    choices: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_answers = msgspec.json.Decoder(_Answer)
+
+
+def _is_answer(route: Route, body: bytes) -> bool:
+    """Whether it is plainly what :func:`_judge_object` takes for DONE; False where that has to look."""
+    try:
+        answer = _answers.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    if answer.error is not None or answer.object == "error" or route.dialect == "messages":
+        return False
+    return bytes(answer.choices).startswith(b"[")
 
 
 def _judge_object(route: Route, answer: dict[str, Any]) -> PrefillAnswer:

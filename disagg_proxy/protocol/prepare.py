@@ -15,9 +15,9 @@ from typing import NoReturn
 
 import msgspec
 
-from disagg_proxy.errors import BadRequest, UnsupportedField
+from disagg_proxy.errors import BadRequest, NotServed, ProxyError, UnsupportedField
 from disagg_proxy.protocol import refusals
-from disagg_proxy.protocol.fields import Body, Route, for_drain, for_prefill, lax_int, strip
+from disagg_proxy.protocol.fields import RESPONSES, Body, Route, for_drain, for_prefill, lax_int, strip
 from disagg_proxy.protocol.prefix import NO_AFFINITY, Affinity, Wanted, affinity
 from disagg_proxy.protocol.size import choices_of, prompt_size, prompts_of
 
@@ -47,7 +47,7 @@ class Prepared:
     limit: int = 0
     streams: bool = True
     prompt: tuple[int, int] = (0, 0)
-    refusal: UnsupportedField | None = None
+    refusal: ProxyError | None = None
     affinity: Affinity = NO_AFFINITY
     prompts: int = 1
 
@@ -72,6 +72,8 @@ def prepare(route: Route, raw: bytes, wanted: Wanted | None = None) -> Prepared:
     """
     body = parse_object(raw)
     model = model_of(body)
+    if route is RESPONSES:
+        return _for_decode_alone(model, body, encode(body) if strip(body) else raw)
     prefill_answers = refusals.wants_prompt_logprobs(route, body)
     refusal: UnsupportedField | None = None
     try:
@@ -82,19 +84,25 @@ def prepare(route: Route, raw: bytes, wanted: Wanted | None = None) -> Prepared:
         refusal = error
     if strip(body):
         raw = encode(body)
+    limit = body.get("max_tokens")
     return Prepared(
         model,
         encode(for_prefill(route, body)),
         raw,
         choices_of(body),
         prefill_answers,
-        lax_int(body.get("max_tokens")) or 0,
+        limit if type(limit) is int else lax_int(limit) or 0,
         bool(body.get("stream")),
         prompt_size(body),
         refusal,
         NO_AFFINITY if wanted is None else affinity(route, body, wanted),
         prompts_of(body),
     )
+
+
+def _for_decode_alone(model: str | None, body: Body, raw: bytes) -> Prepared:
+    refusal = NotServed(f"{RESPONSES.path} is not served: {refusals.NO_RESPONSES}.")
+    return Prepared(model, b"", raw, streams=bool(body.get("stream")), prompt=prompt_size(body), refusal=refusal)
 
 
 def parse_object(raw: bytes) -> Body:

@@ -10,45 +10,58 @@ from disagg_proxy.protocol.p2p_nccl import RequestId
 
 
 class IdHider:
-    """Replaces one id in one body. Feed the pieces in order, then :meth:`end`."""
+    """Replaces one id in one body. Feed the pieces in order, then :meth:`end`.
+
+    Attributes:
+        internal, public: what is replaced, and by what. Empty where there is nothing to hide.
+        held: a tail that waits for its rest. While there is none, replacing is all that :meth:`feed` does to a piece
+            of whole lines.
+    """
+
+    __slots__ = ("held", "internal", "public")
 
     def __init__(self, request_id: RequestId) -> None:
-        self._internal = request_id.internal.encode()
-        self._public = request_id.public.encode()
-        self._held = b""
+        self.internal = request_id.internal.encode()
+        self.public = request_id.public.encode()
+        self.held = b""
 
     def feed(self, piece: bytes) -> bytes:
         """What may be passed on now; may be empty."""
-        data = self._held + piece if self._held else piece
-        if self._internal in data:
-            data = data.replace(self._internal, self._public)
+        data = self.held + piece if self.held else piece
+        if self.internal in data:
+            data = data.replace(self.internal, self.public)
         if data.endswith(b"\n"):
             # As whole events do; no beginning of an id does.
-            self._held = b""
+            self.held = b""
             return data
         cut = self._undecided(data)
-        self._held = data[cut:]
+        self.held = data[cut:]
         return data[:cut]
 
     def end(self) -> bytes:
         """What was held back and turned out to be no id."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held
 
     def _undecided(self, data: bytes) -> int:
         """Where a tail that is a beginning of the id starts; the length of ``data`` when there is none."""
-        start = max(0, len(data) - len(self._internal) + 1)
-        first = self._internal[:1]
+        start = max(0, len(data) - len(self.internal) + 1)
+        first = self.internal[:1]
         start = data.find(first, start)
         while start >= 0:
-            if self._internal.startswith(data[start:]):
+            if self.internal.startswith(data[start:]):
                 return start
             start = data.find(first, start + 1)
         return len(data)
 
 
-class NoHiding:
+class NoHiding(IdHider):
     """For a body in which no internal id can be."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.internal = self.public = self.held = b""
 
     def feed(self, piece: bytes) -> bytes:
         """All of it."""

@@ -12,6 +12,16 @@ from typing import Any
 from disagg_proxy.errors import BadRequest, UnsupportedField
 from disagg_proxy.protocol.fields import Body, Route, forces_tool
 
+_LOOKED_AT = frozenset(
+    ("use_beam_search", "prompt_embeds", "truncate_prompt_tokens", "chat_template", "chat_template_kwargs")
+)
+"""Fields of :func:`_engine_requests` and :func:`_prompt_differs`."""
+
+NO_RESPONSES = (
+    "vLLM takes the engine's request id of this route from the body, which would stop an engine with P2pNcclConnector; "
+    "use /v1/chat/completions, or engines of this project's connector (docs/connector.md)"
+)
+
 _EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
 
 
@@ -23,18 +33,25 @@ def check(route: Route, body: Body) -> None:
         UnsupportedField: a single engine would serve it.
     """
     _limits(route, body)
-    _engine_requests(body)
-    _prompt_differs(body)
-    for part in _content_parts(body.get("messages")):
+    if not _LOOKED_AT.isdisjoint(body):
+        _engine_requests(body)
+        _prompt_differs(body)
+    messages = body.get("messages")
+    if messages is None:
+        return
+    for part in _content_parts(messages):
         _media(part)
         if route.dialect == "messages" and part.get("type") == "tool_use" and not part.get("id"):
             raise BadRequest("Every tool_use block needs its id.", param="messages")
 
 
 def _limits(route: Route, body: Body) -> None:
-    if route.dialect == "completions" and "max_tokens" in body and body["max_tokens"] is None:
+    most = body.get("max_tokens")
+    if most is None and route.dialect == "completions" and "max_tokens" in body:
         raise BadRequest("max_tokens must not be null here; leave it out or give a number.", param="max_tokens")
-    least, most = body.get("min_tokens"), body.get("max_tokens")
+    least = body.get("min_tokens")
+    if least is None:
+        return
     if route.dialect == "chat":
         most = body.get("max_completion_tokens") or most
     if type(least) is int and type(most) is int and least > most:

@@ -9,7 +9,7 @@ from disagg_proxy.protocol.fields import Body, lax_int
 
 def choices_of(body: Body) -> int:
     """How many choices each prompt gets: ``n`` as vLLM reads it, 1 where that is refused or missing."""
-    return max(1, lax_int(body.get("n")) or 1)
+    return max(1, lax_int(body["n"]) or 1) if "n" in body else 1
 
 
 def prompts_of(body: Body) -> int:
@@ -21,10 +21,12 @@ def prompts_of(body: Body) -> int:
 def prompt_size(body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
     factor = choices_of(body)
-    tokens, text = _measure(body.get("prompt"))
-    for name in ("messages", "system", "tools"):
-        more_tokens, more_text = _measure(body.get(name))
-        tokens, text = tokens + more_tokens, text + more_text
+    tokens = text = 0
+    for name in ("prompt", "messages", "system", "tools", "input", "instructions"):
+        value = body.get(name)
+        if value is not None:
+            more_tokens, more_text = _measure(value)
+            tokens, text = tokens + more_tokens, text + more_text
     return tokens * factor, text * factor
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 
-_KEY = b'"prompt_tokens_details"'
-_VALUE = re.compile(_KEY + rb'\s*:\s*\{[^{}]*?"cached_tokens"\s*:\s*(\d{1,18})(?=\s*[,}])')
+KEY = b'"prompt_tokens_details"'
+_VALUE = re.compile(KEY + rb'\s*:\s*\{[^{}]*?"cached_tokens"\s*:\s*(\d{1,18})(?=\s*[,}])')
 _WINDOW = 256
 """Bytes from the key's beginning within which its value has ended."""
 
@@ -28,10 +28,15 @@ def cached_tokens(prefill_body: bytes) -> int:
 
 def repair_usage(body: bytes, cached: int | None) -> bytes:
     """Put ``cached`` where ``body`` reports cached tokens; None leaves what is there."""
-    if _KEY not in body:
+    if cached is None:
         return body
-    repair = UsageRepair(cached)
-    return repair.feed(body) + repair.end()
+    at = body.find(KEY)
+    while at >= 0:
+        value = _VALUE.match(body, at, at + _WINDOW)
+        if value:
+            body = b"%b%d%b" % (body[: value.start(1)], cached, body[value.end(1) :])
+        at = body.find(KEY, at + len(KEY))
+    return body
 
 
 _OUTPUT = (b'"completion_tokens"', b'"output_tokens"')
@@ -56,28 +61,32 @@ class UsageRepair:
 
     Attributes:
         cached: may become known while the body comes.
+        held: a tail that waits for its rest. While there is none, :meth:`feed` passes whole lines without
+            :data:`KEY` as they are.
     """
+
+    __slots__ = ("cached", "held")
 
     def __init__(self, cached: int | None) -> None:
         self.cached = cached
-        self._held = b""
+        self.held = b""
 
     def feed(self, piece: bytes) -> bytes:
         """What may be passed on now; may be empty."""
-        if not self._held and _KEY not in piece and piece.endswith(b"\n"):
+        if not self.held and KEY not in piece and piece.endswith(b"\n"):
             # Whole events without usage; no beginning of the key ends like that.
             return piece
-        return self._pass(self._held + piece if self._held else piece, ended=False)
+        return self._pass(self.held + piece if self.held else piece, ended=False)
 
     def end(self) -> bytes:
         """What was held back until the body ended."""
-        return self._pass(self._held, ended=True)
+        return self._pass(self.held, ended=True)
 
     def _pass(self, data: bytes, ended: bool) -> bytes:
         """Everything up to the first key whose value has not ended yet, which is held back."""
         passed: list[bytes] = []
         at = 0
-        while (key := data.find(_KEY, at)) >= 0:
+        while (key := data.find(KEY, at)) >= 0:
             end = key + _WINDOW
             if not ended and len(data) < end and data.find(b"}", key) < 0:
                 break
@@ -86,18 +95,18 @@ class UsageRepair:
                 passed += data[at : value.start(1)], str(self.cached).encode()
                 at = value.end(1)
             else:
-                passed.append(data[at : key + len(_KEY)])
-                at = key + len(_KEY)
+                passed.append(data[at : key + len(KEY)])
+                at = key + len(KEY)
         cut = key if key >= 0 else len(data) if ended else _beginning(data, at)
-        self._held = data[cut:]
+        self.held = data[cut:]
         return b"".join((*passed, data[at:cut])) if passed else data[:cut]
 
 
 def _beginning(data: bytes, at: int) -> int:
     """Where a tail that is a beginning of the key starts; the length of ``data`` when there is none."""
-    start = data.find(b'"', max(at, len(data) - len(_KEY) + 1))
+    start = data.find(b'"', max(at, len(data) - len(KEY) + 1))
     while start >= 0:
-        if _KEY.startswith(data[start:]):
+        if KEY.startswith(data[start:]):
             return start
         start = data.find(b'"', start + 1)
     return len(data)

@@ -86,6 +86,8 @@ class SimConfig:
     """Prefill: how long computed KV waits to be fetched; with NixlConnector too."""
 
     # HTTP behaviour.
+    pooling: bool = False
+    """Whether the model embeds texts too."""
     version: str = "0.21.0"
     keepalive_seconds: float = 5.0
     close_after_400: CloseAfter400 = "close"

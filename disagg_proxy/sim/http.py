@@ -24,6 +24,7 @@ from disagg_proxy.sim.exchange import Exchange, RecordedRequest, StreamCutError
 from disagg_proxy.sim.faults import Faults, Injected
 from disagg_proxy.sim.kv_wire import reset
 from disagg_proxy.sim.messages_api import count_tokens, messages
+from disagg_proxy.sim.pooling_api import embeddings
 from disagg_proxy.sim.request import EngineDeadError
 from disagg_proxy.sim.responses_api import responses
 from disagg_proxy.sim.step_loop import StepLoop
@@ -89,6 +90,8 @@ class HttpSide:
             "/metrics": {"GET": self._metrics_text},
             "/sim/state": {"GET": self._show_state},
         }
+        if config.pooling:
+            self._routes["/v1/embeddings"] = {"POST": embeddings}
         if config.enable_profiler:
             self._routes["/start_profile"] = {"POST": self._start_profile}
             self._routes["/stop_profile"] = {"POST": self._stop_profile}

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Generator
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
-from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.protocol.headers import AnswerHeaders
+from disagg_proxy.steps import Moment, Steps
 
 log = logging.getLogger(__name__)
 
 _READ_AHEAD = 256 * 1024
 """Bytes of a body that are held for somebody who has not asked for it yet, or only for its beginning."""
+
+
+_NO_HEADERS = AnswerHeaders()
 
 
 class Enough(IntEnum):
@@ -34,7 +39,7 @@ class WholeAnswer(NamedTuple):
     """An answer that was read to its end."""
 
     status: int
-    headers: Headers
+    headers: AnswerHeaders
     body: bytes
 
 
@@ -59,6 +64,22 @@ class Carrier(Protocol):
     def resume_reading(self) -> None: ...
 
     def abort(self) -> None: ...
+
+
+class _Turn:
+    """A moment for a reader that is a task."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def come(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._future.__await__()
 
 
 class Answer:
@@ -93,7 +114,7 @@ class Answer:
         self.leg = leg
         self.reused = reused
         self.status = 0
-        self.headers: Headers = []
+        self.headers = _NO_HEADERS
         self._have = Enough.NOTHING
         self._enough = Enough.NOTHING
         self._pieces: list[bytes] = []
@@ -101,39 +122,48 @@ class Answer:
         self._paused = False
         self._sink: Sink | None = None
         self._error: EngineError | EngineDeadline | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: Moment | _Turn | None = None
 
     # -- the connection's side
 
-    def begun(self, status: int, headers: Headers) -> None:
+    def begun(self, status: int, headers: AnswerHeaders) -> None:
         """Status and headers have come."""
         self.status = status
         self.headers = headers
         self._have = Enough.HEAD
 
-    def received(self, piece: bytes, over: bool) -> None:
-        """What has come in one go: maybe nothing of the body, maybe its end."""
-        if over:
-            self._carrier = None
+    def received(self, piece: bytes) -> None:
+        """What has come in one go, and the answer goes on; maybe nothing of the body."""
         sink = self._sink
         if sink is not None:
             if piece:
                 sink.feed(piece)
-            if over:
-                self._have = Enough.WHOLE
-                sink.end()
             return
         if piece:
             self._pieces.append(piece)
             self._held += len(piece)
             self._have = Enough.BEGUN
-        if over:
-            self._have = Enough.WHOLE
         if self._waiter is not None and self._have >= self._enough:
             self._wake()
         elif self._held > _READ_AHEAD and self._enough is not Enough.WHOLE and self._carrier is not None:
             self._paused = True
             self._carrier.pause_reading()
+
+    def ended(self, last: bytes = b"") -> None:
+        """The last of the body has come."""
+        self._carrier = None
+        self._have = Enough.WHOLE
+        sink = self._sink
+        if sink is not None:
+            self._sink = None
+            if last:
+                sink.feed(last)
+            sink.end()
+            return
+        if last:
+            self._pieces.append(last)
+        if self._waiter is not None:
+            self._wake()
 
     def broke(self, error: EngineError | EngineDeadline) -> None:
         """The connection ended before the answer did."""
@@ -141,14 +171,15 @@ class Answer:
             return
         self._carrier = None
         self._error = error
-        if self._sink is not None:
-            self._sink.broke(error)
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.broke(error)
         elif self._waiter is not None:
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            self._waiter.come()
 
     # -- the reader's side
 
@@ -162,9 +193,10 @@ class Answer:
         if self._have < enough and self._error is None:
             self._enough = enough
             self._go_on()
-            self._waiter = asyncio.get_running_loop().create_future()
+            moment: Moment | _Turn = Moment() if Steps.running is not None else _Turn()
+            self._waiter = moment
             try:
-                await self._waiter
+                await moment
             except asyncio.CancelledError:
                 self.close()
                 raise
@@ -181,11 +213,14 @@ class Answer:
     def pour(self, sink: Sink) -> None:
         """From now on everything goes to ``sink``: what is held at once, the rest when it comes."""
         piece = self._take()
-        self._sink = sink
+        if self._have is not Enough.WHOLE and self._error is None:
+            self._sink = sink
         # Before the sink gets anything: it may pause at once.
         self._go_on()
         if piece:
             sink.feed(piece)
+        if self._sink is not None:
+            return
         if self._have is Enough.WHOLE:
             sink.end()
         elif self._error is not None:

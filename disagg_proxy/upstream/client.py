@@ -13,6 +13,8 @@ import logging
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.errors import EngineUnreachable
+from disagg_proxy.protocol.headers import AnswerHeaders
+from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.answer import Answer, Enough
 from disagg_proxy.upstream.connection import Connection
 
@@ -33,6 +35,7 @@ class Upstream:
     def __init__(self, connect_timeout: float) -> None:
         self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
+        self.heads: Heads[tuple[int, AnswerHeaders]] = Heads()
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None

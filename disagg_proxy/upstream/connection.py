@@ -1,7 +1,7 @@
 """One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
 
-llhttp (httptools) reads the answer and takes off its framing. A connection that says anything unasked, or anything
-that is not HTTP, is closed.
+llhttp (httptools) reads the answer and takes off its framing, but for small answers whose head it has read before
+(``protocol/heads``). A connection that says anything unasked, or anything that is not HTTP, is closed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
-from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.protocol.headers import AnswerHeaders, Headers
+from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.answer import Answer, closed_early
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,13 @@ _JOINED = 64 * 1024
 
 
 class Pool(Protocol):
-    """Whom a connection belongs to."""
+    """Whom a connection belongs to.
+
+    Attributes:
+        heads: of answers that were read before, on any connection.
+    """
+
+    heads: Heads[tuple[int, AnswerHeaders]]
 
     def came(self, connection: Connection) -> None:
         """It is open."""
@@ -54,6 +61,7 @@ class Connection(asyncio.Protocol):
         "_framed",
         "_head",
         "_headers",
+        "_heads",
         "_heard",
         "_loop",
         "_over",
@@ -66,9 +74,11 @@ class Connection(asyncio.Protocol):
         "_timer",
         "_transport",
         "_used",
+        "_whole",
         "idle_since",
         "keep",
         "name",
+        "on_body",
     )
 
     def __init__(self, name: str, keep: bool, pool: Pool) -> None:
@@ -76,12 +86,16 @@ class Connection(asyncio.Protocol):
         self.keep = keep
         self.idle_since = 0.0
         self._pool = pool
+        self._heads = pool.heads
         self._loop = asyncio.get_running_loop()
-        self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._headers: Headers = []
         self._pieces: list[bytes] = []
+        self._whole = 0  # of the pieces, those of a body that is over
+        # Called for each piece of a body; the list's own method costs least.
+        self.on_body = self._pieces.append
+        self._parser = httptools.HttpResponseParser(self)
         self._head = 0  # bytes received before the present answer's body
         self._used = False
         self._framed = False  # whether the answer says where it ends
@@ -137,6 +151,13 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         self._heard = self._loop.time()
+        fresh = not self._head and not answer.status
+        if fresh:
+            known = self._heads.meet(data)
+            if known is not None and known[1] + known[2] == len(data):
+                answer.begun(*known[0])
+                self._end(answer, data[known[1] :])
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -145,21 +166,26 @@ class Connection(asyncio.Protocol):
                 self._fail(closed_early(answer.leg, answer.reused))
                 return
             self.keep = False
-        if answer.status == 0:
+        if not answer.status:
             self._head += len(data)
             if self._head > _MAX_HEAD:
                 self._fail(closed_early(answer.leg, answer.reused))
             return
-        pieces = self._pieces
-        if not pieces:
-            piece = b""
-        else:
-            piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            pieces.clear()
         if self._over:
-            self._end(answer, piece)
+            if fresh and self.keep and answer.status < 400:
+                self._heads.learn(data, (answer.status, answer.headers))
+            self._end(answer, self._take())
         else:
-            answer.received(piece, over=False)
+            answer.received(self._take())
+
+    def _take(self) -> bytes:
+        """What has come of the body."""
+        pieces = self._pieces
+        if self._over:
+            del pieces[self._whole :]
+        piece = b"" if not pieces else pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return piece
 
     def eof_received(self) -> None:
         return None
@@ -169,7 +195,7 @@ class Connection(asyncio.Protocol):
         if answer is not None and answer.status and not self._framed and error is None:
             # The answer's end is the connection's (RFC 9112, 6.3).
             self._answer = None
-            answer.received(b"", over=True)
+            answer.ended()
         elif answer is not None:
             self._fail(closed_early(answer.leg, answer.reused, unsent=self._stuffed and not answer.status))
         self._transport = None
@@ -200,16 +226,13 @@ class Connection(asyncio.Protocol):
             self.keep = False
         if status in (204, 304):
             self._framed = True
-        self._answer.begun(status, headers)
-
-    def on_body(self, body: bytes) -> None:
-        if not self._over:
-            self._pieces.append(body)
+        self._answer.begun(status, AnswerHeaders(headers))
 
     def on_message_complete(self) -> None:
         self._headers = []  # trailers, which nobody reads
-        if self._answer is not None and self._answer.status:
+        if self._answer is not None and self._answer.status and not self._over:
             self._over = True
+            self._whole = len(self._pieces)
 
     # -- ends
 
@@ -222,7 +245,7 @@ class Connection(asyncio.Protocol):
             self._pool.idle(self)
         else:
             self.abort()
-        answer.received(last, over=True)
+        answer.ended(last)
 
     def _fail(self, error: EngineDisconnected | EngineDeadline) -> None:
         answer, self._answer = self._answer, None

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from disagg_kv.control import Control
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.handshake import Refused
+from disagg_proxy.cluster.instance import Instance
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +31,26 @@ class KvControl:
         self._secret = secret
         self._timeout = timeout
 
-    async def release(self, address: str, transfer_id: str) -> None:
-        """The transfer is over at that KV address. Never raises."""
-        await self._say(address, lambda control: control.release(transfer_id))
+    async def release(self, instance: Instance, transfer_id: str) -> None:
+        """The transfer is over on that instance. Never raises."""
+        await self._say(instance, lambda control: control.release(transfer_id))
 
-    async def meet(self, decode: str, prefill: str) -> None:
-        """The decode at one KV address shall connect to the prefill at the other. Never raises."""
-        await self._say(decode, lambda control: control.meet(prefill))
+    async def meet(self, decode: Instance, prefill: Instance) -> None:
+        """Decode shall connect to prefill, each of its ranks to the same one there. Never raises."""
+        kv = prefill.kv
+        if kv is not None:
+            await self._say(decode, lambda control: control.meet(kv.text))
 
-    async def _say(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
+    async def _say(self, instance: Instance, what: Callable[[Control], Awaitable[None]]) -> None:
+        """To every rank: each waits, holds and connects for itself."""
+        kv = instance.kv
+        if kv is None:
+            return
+        host = kv.text.rpartition(":")[0]
+        for port in range(kv.port, min(kv.port + instance.kind.ranks, 65536)):
+            await self._say_to(f"{host}:{port}", what)
+
+    async def _say_to(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
         try:
             await asyncio.wait_for(self._once(address, what), 2 * self._timeout)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:

@@ -30,9 +30,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     original = Direct.__init__
 
-    def init(self: Direct, client: Any, services: Any, route: Any, *rest: Any) -> None:
-        paths.append(route.path)
-        original(self, client, services, route, *rest)
+    def init(self: Direct, client: Any, services: Any, asked: Any, *rest: Any) -> None:
+        paths.append(asked.route.path)
+        original(self, client, services, asked, *rest)
 
     monkeypatch.setattr(Direct, "__init__", init)
     return paths

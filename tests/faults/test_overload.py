@@ -135,9 +135,9 @@ async def test_those_that_wait_are_told_when_the_last_pair_goes(machine, pair) -
     assert (await soon(first))[0] == 502
 
 
+@pytest.mark.settings(kv_bytes_per_token=1)
 async def test_sizes_are_learnt_from_prefill(machine, pair) -> None:
     services = machine.proxy.services
-    object.__setattr__(services.config, "kv_bytes_per_token", 1)
     await machine.post(COMPLETIONS, {"model": "sim-model", "prompt": PROMPT, "max_tokens": 1})
     _, usage = await machine.get("/stats")
     seen = pair[0].received(COMPLETIONS)[0]

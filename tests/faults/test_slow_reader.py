@@ -20,9 +20,9 @@ def read_from_decode(monkeypatch) -> list[int]:
     sizes: list[int] = []
     original = Answer.received
 
-    def received(self: Answer, piece: bytes, over: bool) -> None:
+    def received(self: Answer, piece: bytes) -> None:
         sizes.append(len(piece))
-        original(self, piece, over)
+        original(self, piece)
 
     monkeypatch.setattr(Answer, "received", received)
     return sizes

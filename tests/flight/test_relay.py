@@ -12,6 +12,7 @@ from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.errors import EngineDisconnected, StreamCut
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.observe.recorder import Recorder
+from disagg_proxy.protocol.headers import AnswerHeaders
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.redact import IdHider
 from disagg_proxy.protocol.usage import UsageRepair
@@ -31,7 +32,7 @@ class Carrier:
 
     def __init__(self, *script: Script) -> None:
         self.answer = Answer(self, "decode", reused=False)
-        self.answer.begun(200, [])
+        self.answer.begun(200, AnswerHeaders())
         self.script = deque(script)
         self.paused = self.aborted = False
 
@@ -40,9 +41,9 @@ class Carrier:
         while self.script and not self.paused and not self.aborted:
             what = self.script.popleft()
             if isinstance(what, bytes):
-                self.answer.received(what, over=False)
+                self.answer.received(what)
             elif what is OVER:
-                self.answer.received(b"", over=True)
+                self.answer.ended()
             else:
                 self.answer.broke(what)
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
 from disagg_proxy.cluster.pairing import Alone, Pair
 from disagg_proxy.config import Config
@@ -43,8 +43,9 @@ class Together:
             b"x-custom: 1\r\n", prepare(COMPLETIONS, body), "id", tokens=3,
         )  # fmt: skip
 
-    async def _release(self, address: str, transfer: str) -> None:
-        self.released.append((address, transfer))
+    async def _release(self, instance: Instance, transfer: str) -> None:
+        assert instance.kv is not None
+        self.released.append((instance.kv.text, transfer))
 
     def counts(self) -> list[int]:
         return [self.prefill.in_flight, self.decode.in_flight, self.prefill.kv_waiting, self.decode.kv_waiting]

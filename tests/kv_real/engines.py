@@ -38,10 +38,25 @@ def free_port() -> int:
 
 
 class Engine:
-    """One ``vllm serve``. ``role`` "" is an engine without a connector."""
+    """One ``vllm serve``. ``role`` "" is an engine without a connector.
 
-    def __init__(self, name: str, role: str, folder: Path, *arguments: str, **extra: Any) -> None:
+    Args:
+        transfer: its --kv-transfer-config, where it is not this project's connector with ``extra`` for settings.
+        environment: more variables.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        folder: Path,
+        *arguments: str,
+        transfer: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+        **extra: Any,
+    ) -> None:
         self.name, self.role, self.folder, self.arguments, self.extra = name, role, folder, arguments, extra
+        self.transfer, self.environment = transfer, environment or {}
         self.port, self.kv_port = free_port(), free_port()
         self.fault = folder / f"{name}.fault"
         self.log = folder / f"{name}.log"
@@ -59,13 +74,13 @@ class Engine:
             *self.arguments,
         ]  # fmt: skip
         if self.role:
-            config = {
+            config = self.transfer or {
                 "kv_connector": "DisaggKVConnector", "kv_connector_module_path": "tests.kv_real.faulty",
                 "kv_role": self.role, "kv_port": self.kv_port, "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {"min_load_tokens": 1, **self.extra},
             }  # fmt: skip
             command += ["--kv-transfer-config", json.dumps(config)]
-        environment = {**os.environ, **_ENVIRONMENT, "FAULT_FILE": str(self.fault)}
+        environment = {**os.environ, **_ENVIRONMENT, **self.environment, "FAULT_FILE": str(self.fault)}
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 

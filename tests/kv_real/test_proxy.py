@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from tests.conftest import Proxy, running_proxy
 from tests.kv_real.conftest import Trio, texts
+from tests.kv_real.engines import MODEL, PYTHON
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Where is San Francisco?"}]
@@ -40,6 +42,27 @@ async def ask(proxy: Proxy, path: str, body: dict[str, Any], **headers: str) -> 
 
 async def external(trio: Trio) -> float:
     return (await trio.decode.tokens_by_source()).get("external_kv_transfer", 0.0)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling", "/score", "/rerank", "/classify"])
+async def test_what_the_model_cannot_do_harms_nobody(trio, proxy, path: str) -> None:
+    """The engine says so, and generates on."""
+    status, _, answer = await ask(proxy, path, {"input": "x", "query": "x", "documents": ["y"], "text_1": "x"})
+    assert status in (400, 404), answer
+    assert (await ask(proxy, COMPLETIONS, {"prompt": trio.prompt(40), "max_tokens": 3}))[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_responses_are_decodes_alone(trio, proxy, stream: bool) -> None:
+    before = await external(trio)
+    body = {"input": "Where is San Francisco?", "max_output_tokens": 8, "stream": stream}
+    status, _, answer = await ask(proxy, "/v1/responses", body)
+    assert status == 200, answer
+    if stream:
+        assert b"response.output_text.delta" in answer and b"response.completed" in answer or b"incomplete" in answer
+    else:
+        assert answer["usage"]["output_tokens"] == 8 or answer["status"] == "completed"
+    assert await external(trio) == before
 
 
 @pytest.mark.parametrize("length", [3, 32, 33, 100, 300, 700])
@@ -100,7 +123,7 @@ async def test_clients_that_leave_leave_nothing(trio, proxy) -> None:
         except asyncio.TimeoutError:
             pass
 
-    await asyncio.gather(*(leave(i) for i in range(60)))
+    await asyncio.gather(*(leave(i) for i in range(200)))
     body = {"prompt": trio.prompt(100), "max_tokens": 6, "ignore_eos": True}
     status, _, answer = await ask(proxy, COMPLETIONS, body)
     assert status == 200 and texts(answer) == texts(await trio.plain.post(body))
@@ -111,6 +134,22 @@ async def test_clients_that_leave_leave_nothing(trio, proxy) -> None:
         await asyncio.sleep(0.1)
     assert [i.in_flight for i in stats.registry.instances()] == [0, 0]
     assert stats.stats.drains.started == 0
+
+
+async def test_vllm_bench_serve(trio, proxy) -> None:
+    before = await external(trio)
+    host, port = proxy.url.removeprefix("http://").split(":")
+    bench = await asyncio.create_subprocess_exec(
+        str(PYTHON), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--host", host, "--port", port,
+        "--model", "tiny", "--tokenizer", str(MODEL), "--temperature", "0", "--dataset-name", "random",
+        "--random-input-len", "40", "--random-output-len", "6", "--num-prompts", "40",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await bench.communicate()
+    assert bench.returncode == 0, out.decode()[-3000:]
+    assert re.search(r"Successful requests:\s+40", out.decode()), out.decode()[-3000:]
+    assert not re.search(r"Failed requests:\s+[1-9]", out.decode()), out.decode()[-3000:]
+    assert await external(trio) - before > 40 * 38, "the KV came from prefill"
 
 
 async def test_without_prefill_decode_serves_alone_and_prefill_is_taken_back(trio, proxy) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 
+from bench import observe
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.errors import (
     BadRequest,
@@ -176,3 +178,10 @@ def test_a_body_without_pieces(desk) -> None:
     record.passed(record.first_look)
     record.end()
     assert record.pieces == 0 and record.mean_gap is None
+
+
+def test_the_measurement_of_its_cost_measures(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(observe, "_ROUNDS", 1)
+    observe.main()
+    figures = [float(found) for found in re.findall(r"([\d.]+) µs", capsys.readouterr().out)]
+    assert len(figures) == 4 and all(0 < figure < 100_000 for figure in figures)

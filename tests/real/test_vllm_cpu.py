@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import re
 from typing import Any
 
 import openai
 import pytest
 
 from tests.conftest import Proxy
-from tests.real.conftest import MODEL, PYTHON, post
+from tests.real.conftest import post
 
 pytestmark = [pytest.mark.vllm_cpu, pytest.mark.timeout(600)]
 
@@ -154,16 +152,3 @@ async def test_the_openai_client_streams(proxy: Proxy) -> None:
         chunks = [chunk async for chunk in stream]
     assert chunks[-1].choices[0].finish_reason in ("length", "stop")
     assert len({chunk.id for chunk in chunks}) == 1
-
-
-async def test_vllm_bench_serve(proxy: Proxy) -> None:
-    host, port = proxy.url.removeprefix("http://").split(":")
-    bench = await asyncio.create_subprocess_exec(
-        str(PYTHON), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--host", host, "--port", port,
-        "--model", "tiny", "--tokenizer", str(MODEL), "--temperature", "0", "--dataset-name", "random",
-        "--random-input-len", "40", "--random-output-len", "6", "--num-prompts", "12",
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await bench.communicate()
-    assert bench.returncode == 0, out.decode()[-3000:]
-    assert re.search(r"Successful requests:\s+12", out.decode()), out.decode()[-3000:]

@@ -201,6 +201,17 @@ def test_a_bar_on_a_terminal_and_ctrl_c_that_keeps_what_was_measured(bench: Mach
     bench.ok("test")
 
 
+def test_a_signal_to_the_script_alone_ends_the_measurement(bench: Machine) -> None:
+    bench.ok("all")
+    process = bench.start("bench", BENCH_RATES="8", BENCH_SECONDS="60")
+    folder = Path(bench.env["REPORT_DIR"])
+    wait_for(lambda: bool(list(folder.glob("*/setups/01-pd/setup.json"))))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert not any("disagg_report" in command for command in bench.leftovers().values())
+    bench.ok("test")
+
+
 def test_ctrl_c_in_a_split_brings_back_what_ran(bench: Machine) -> None:
     bench.env |= {"BENCH_SIM_ENGINES": "2", "BENCH_SECONDS": "30"}
     bench.ok("all", "--no-supervise")

@@ -13,6 +13,7 @@ import pytest
 from tests.script.machine import REPOSITORY, SCRIPT
 
 PARTS = sorted((REPOSITORY / "script").glob("*.sh"))
+CHECKS = [REPOSITORY / name for name in ("tests/run", "tests/real_vllm", "tests/environment.sh", ".ci/run")]
 COMPLETION = REPOSITORY / "completions/test_single_machine.bash"
 
 
@@ -31,10 +32,11 @@ def run(*command: str | Path) -> None:
 def test_shellcheck() -> None:
     run(tool("shellcheck"), "-x", SCRIPT)
     run(tool("shellcheck"), "--shell=bash", COMPLETION)
+    run(tool("shellcheck"), "-x", *CHECKS)
 
 
 def test_shfmt() -> None:
-    run(tool("shfmt"), "-i", "2", "-ci", "-d", SCRIPT, COMPLETION, *PARTS)
+    run(tool("shfmt"), "-i", "2", "-ci", "-d", SCRIPT, COMPLETION, *PARTS, *CHECKS)
 
 
 def test_every_part_is_sourced_and_short() -> None:

@@ -16,6 +16,9 @@ from disagg_kv.control import Control
 from disagg_kv.protocol.frames import Kind
 from disagg_kv.protocol.frames import encode as frame
 from disagg_kv.protocol.handshake import Refused
+from disagg_proxy.address import parse_address
+from disagg_proxy.cluster.instance import Instance, Role, Source
+from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
 from disagg_proxy.discovery.announcement import decode as decode_ping
 from disagg_proxy.sim import SimConfig, SimEngine, encode, expected_chat_text, expected_text
 from disagg_proxy.sim.own_kv import announcement, identity
@@ -28,6 +31,12 @@ PROMPT = " ".join(f"word{n}" for n in range(40))
 RIGHT = expected_text(PROMPT, 8)
 TOKENS = len(encode(PROMPT))
 MESSAGE = [{"role": "user", "content": PROMPT}]
+
+
+async def released(address: str, transfer: str) -> None:
+    """As the proxy does it."""
+    kv = parse_address(address)
+    await KvControl("", 5.0).release(Instance(Role.DECODE, kv, kv, Source.PING, KvKind(DISAGG_KV)), transfer)
 
 
 @pytest.fixture
@@ -180,7 +189,7 @@ async def does_not_come(pair: Pair, what: str) -> None:
         await pair.p.kill()
     else:
         address = pair.p.kv_address if what == "released on prefill" else pair.d.kv_address
-        await KvControl("", 5.0).release(address, transfer.id)
+        await released(address, transfer.id)
     answer = await asyncio.wait_for(decode, 5)
     assert answer.json["choices"][0]["text"] == RIGHT
     assert computed(pair.d)
@@ -214,7 +223,7 @@ async def test_the_proxy_releases_what_prefill_holds(pair: Pair) -> None:
     transfer = Transfer(pair)
     await transfer.prefill()
     assert pair.p.state()["kv_waiting"]
-    await KvControl("", 5.0).release(pair.p.kv_address, transfer.id)
+    await released(pair.p.kv_address, transfer.id)
     await asyncio.wait_for(pair.p.wait_until(lambda s: not s["kv_waiting"]), 5)
 
 

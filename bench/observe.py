@@ -1,0 +1,99 @@
+"""What it costs to be seen: CPU time of a request's record, of a piece of a stream, of a line of the access log, and of
+what a worker publishes for the page.
+
+    python -m bench.observe
+
+Each figure is the least of several rounds in this process, so that another program on the machine does little to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from disagg_proxy.address import parse_address
+from disagg_proxy.cluster.instance import Instance, Role, Source
+from disagg_proxy.observe.access_log import AccessLog
+from disagg_proxy.observe.news import news_of
+from disagg_proxy.observe.record import EVERY, Record
+from disagg_proxy.observe.recorder import Recorder
+
+_ROUNDS = 7
+
+
+def microseconds(work: Callable[[], object], times: int) -> float:
+    """CPU time of one call."""
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        begun = time.process_time()
+        for _ in range(times):
+            work()
+        best = min(best, time.process_time() - begun)
+    return best / times * 1e6
+
+
+class _Request:
+    """A small request that is not streamed, from its arrival to its end."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder.alone()
+        self._prefill, self._decode = (
+            Instance(role, parse_address(f"127.0.0.1:{port}"), None, Source.STATIC)
+            for role, port in ((Role.PREFILL, 20003), (Role.DECODE, 20005))
+        )
+
+    def __call__(self) -> Record:
+        record = self.recorder.open("/v1/completions", None)
+        record.asks("model")
+        record.admit()
+        record.put_on(self._prefill, self._decode, "0123456789abcdef0123456789abcdef")
+        record.ask_prefill()
+        record.answer_prefill()
+        record.prompt_tokens, record.cached_tokens = 100, 0
+        record.ask_decode()
+        record.begin_answer(False)
+        record.output_tokens, record.status = 8, 200
+        record.complete()
+        record.end()
+        return record
+
+
+def pieces() -> float:
+    """CPU time of the looks at one piece of a stream, on average; the countdown in the relay comes on top."""
+    record = Recorder.alone().open("/v1/completions", None)
+
+    def gap() -> None:
+        record.look()
+        record.look()
+
+    return microseconds(gap, 10_000) / EVERY
+
+
+async def _line(request: _Request) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        log = AccessLog(str(Path(folder) / "access.log"))
+        record = request()
+        found = microseconds(lambda: log.take(record), 2_000)
+        await log.stop()
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    request = _Request()
+    print(f"record of a request            {microseconds(request, 10_000):6.2f} µs")
+    print(f"sampling, each piece           {pieces():6.3f} µs")
+    print(f"line of the access log         {asyncio.run(_line(request)):6.2f} µs")
+    print(
+        f"news for the page, each second {microseconds(lambda: news_of(request.recorder).pack(1 << 18), 200):6.0f} µs"
+    )
+    if found := os.cpu_count():
+        print(f"({found} cores)")
+
+
+if __name__ == "__main__":
+    main()

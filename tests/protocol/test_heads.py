@@ -1,0 +1,85 @@
+"""Heads that were read before."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_proxy.protocol.heads import LONGEST, Heads
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\nX-Request-Id: %b\r\nX-A: b\r\n\r\n"
+
+
+def known(head: bytes = HEAD % (b"7", b"first")) -> Heads[str]:
+    heads: Heads[str] = Heads()
+    heads.learn(head, "this one")
+    return heads
+
+
+@pytest.mark.parametrize(("length", "name"), [(b"0", b"a"), (b"123456", b"a-b_c.d:e"), (b"7", b"9" * 128)])
+def test_a_head_is_met_again_with_another_length_and_id(length: bytes, name: bytes) -> None:
+    head = HEAD % (length, name)
+    assert known().meet(head + b"body") == ("this one", len(head), int(length), name)
+
+
+def test_a_head_without_an_id_is_met_too() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length:5\r\n\r\n"
+    assert known(head).meet(head + b"hello") == ("this one", len(head), 5, b"")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD % (b"7", b"a b"),
+        HEAD % (b"7", b"a\x00"),
+        HEAD % (b"7", "é".encode()),
+        HEAD % (b"7", b""),
+        HEAD % (b"7", b"9" * 129),
+        HEAD % (b"", b"a"),
+        HEAD % (b"+7", b"a"),
+        HEAD % (b"7 ", b"a"),
+        HEAD % (b"7\r\nContent-Length: 7", b"a"),
+        HEAD % (b"7\r\nTransfer-Encoding: chunked", b"a"),
+        HEAD % (b"7", b"a\r\nX-Request-Id: b"),
+        HEAD % (b"7" * 13, b"a"),
+        (HEAD % (b"7", b"a")).replace(b"Host: x", b"Host: y"),
+        (HEAD % (b"7", b"a")).replace(b"POST", b"post"),
+        (HEAD % (b"7", b"a")).replace(b"Content-Length", b"content-length"),
+        (HEAD % (b"7", b"a")).replace(b"X-Request-Id", b"X-Request-Ie"),
+        (HEAD % (b"7", b"a")).replace(b"\r\n", b"\n"),
+        b"\r\n\r\n" + HEAD % (b"7", b"a"),
+        (HEAD % (b"7", b"a"))[:-2],
+        b"",
+    ],
+)
+def test_anything_else_is_not_met(head: bytes) -> None:
+    assert known().meet(head) is None
+
+
+@given(st.binary(max_size=40), st.integers(0, 110), st.integers(0, 20))
+def test_no_change_elsewhere_is_overlooked(put_in: bytes, at: int, instead: int) -> None:
+    head = HEAD % (b"7", b"first")
+    changed = head[:at] + put_in + head[at + instead :]
+    met = known().meet(changed)
+    if met is not None:
+        what, body, length, name = met
+        # But for the two values, what was met is what was learnt.
+        again = HEAD % (b"%d" % length, name)
+        spelled = changed[:body].split(b"Content-Length: ")[1].split(b"\r\n")[0]
+        assert what == "this one" and int(spelled) == length
+        assert changed[:body] == again.replace(b"Content-Length: %d" % length, b"Content-Length: " + spelled)
+
+
+def test_a_head_that_is_too_long_or_has_no_length_is_not_learnt() -> None:
+    heads: Heads[str] = Heads()
+    for head in (b"GET / HTTP/1.1\r\n\r\n", b"\r\n\r\n", b"", HEAD % (b"7", b"a" * LONGEST), HEAD[:20]):
+        heads.learn(head, "never")
+    assert len(heads) == 0
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    heads: Heads[int] = Heads()
+    for number in range(5000):
+        heads.learn(HEAD.replace(b"X-A", b"X-%d" % number) % (b"1", b"a"), number)
+    assert 0 < len(heads) <= 512

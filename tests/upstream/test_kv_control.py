@@ -1,0 +1,75 @@
+"""RELEASE and MEET go to every rank of an instance, whatever becomes of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from disagg_kv.control import Control
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.kv_kind import DISAGG_KV, MOST_RANKS, KvKind
+from disagg_proxy.upstream.kv_control import KvControl
+from tests.cluster.conftest import World
+
+Said = list[tuple[str, str, str]]
+
+
+class _Control:
+    def __init__(self, said: Said, address: str) -> None:
+        self._said, self._address = said, address
+
+    async def release(self, transfer: str) -> None:
+        self._said.append((self._address, "release", transfer))
+
+    async def meet(self, prefill: str) -> None:
+        self._said.append((self._address, "meet", prefill))
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Said:
+    """What was said to which address; nobody is at a port that ends in 2."""
+    found: Said = []
+
+    async def open_(address: str, secret: str, timeout: float) -> _Control:
+        if address.endswith("2"):
+            raise ConnectionRefusedError
+        return _Control(found, address)
+
+    monkeypatch.setattr(Control, "open", open_)
+    return found
+
+
+def instances(tp: int | str) -> tuple[Instance, Instance]:
+    world, kind = World(), KvKind(DISAGG_KV, (("tp", tp),))
+    return world.ready(Role.PREFILL, 1, kind=kind), world.ready(Role.DECODE, 2, kind=kind)
+
+
+async def test_to_every_rank(said: Said) -> None:
+    prefill, decode = instances(4)
+    control = KvControl("", 1.0)
+    await control.release(prefill, "t")
+    assert sorted(said) == [(f"127.0.0.1:{port}", "release", "t") for port in (1001, 1003, 1004)]
+    said.clear()
+    await control.meet(decode, prefill)
+    assert sorted(said) == [(f"127.0.0.1:{port}", "meet", "127.0.0.1:1001") for port in (1003, 1004, 1005)]
+
+
+@pytest.mark.parametrize("tp", [1, 0, -1, MOST_RANKS + 1, "many"])
+async def test_odd_announcements_are_one_rank(said: Said, tp: int | str) -> None:
+    await KvControl("", 1.0).release(instances(tp)[0], "t")
+    assert said == [("127.0.0.1:1001", "release", "t")]
+
+
+Ask = Callable[[KvControl, Instance], Awaitable[None]]
+
+
+@pytest.mark.parametrize("ask", [lambda c, i: c.release(i, "t"), lambda c, i: c.meet(i, i)], ids=["release", "meet"])
+async def test_an_instance_without_a_kv_address_is_told_nothing(said: Said, ask: Ask) -> None:
+    instance = instances(1)[0]
+    instance.kv = None
+    await ask(KvControl("", 1.0), instance)
+    assert not said
