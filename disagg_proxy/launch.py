@@ -73,9 +73,6 @@ class Launcher:
     Args:
         upstream: the client pool, once it is there.
         release: ends waits for KV on engines of this project's own connector.
-
-    Attributes:
-        wanted: what :func:`disagg_proxy.protocol.prepare.prepare` shall look for.
     """
 
     def __init__(
@@ -104,7 +101,13 @@ class Launcher:
         self._loads = Deadlines(_LOADED_AFTER)
         self._own_key = bool(config.engine_api_key)
         self._learns = bool(config.kv_bytes_per_token or config.decode_alone_below)
-        self.wanted = Wanted(pairing.wants_prefix, pairing.wants_session)
+        self._wanted = Wanted(pairing.wants_prefix, pairing.wants_session)
+        self._wanted_of_one = Wanted(False, pairing.wants_session)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What :func:`disagg_proxy.protocol.prepare.prepare` shall look for: a single prefill is not chosen."""
+        return self._wanted if len(self._registry.ready(Role.PREFILL)) > 1 else self._wanted_of_one
 
     def launch(
         self, route: Route, headers: bytes, prepared: Prepared, record: Record, session: bytes = b""

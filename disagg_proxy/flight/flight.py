@@ -104,11 +104,6 @@ class Flight:
         self._begin_try()
 
     @property
-    def _legs(self) -> Legs:
-        """Those of the present try."""
-        return self._attempts.legs
-
-    @property
     def public_id(self) -> str:
         """The id that clients see in the body."""
         return self._legs.id.public
@@ -150,7 +145,7 @@ class Flight:
     # -- the legs
 
     def _begin_try(self) -> None:
-        legs = self._legs
+        self._legs = legs = self._attempts.legs
         self._record.put_on(legs.pair.prefill, legs.pair.decode, legs.id.public)
 
     async def _run(self) -> None:
@@ -176,7 +171,13 @@ class Flight:
             legs = self._legs
             legs.when_prefill_stands = self._leave_behind
             try:
-                prefilled = await self._prefill(legs)
+                self._record.ask_prefill()
+                prefilled = await legs.prefill()
+                if not legs.abandoned:
+                    self._record.answer_prefill()
+                if prefilled.status >= 500 and is_failure(legs.route, prefilled.status):
+                    # One of its own; another prefill may do.
+                    refusal(prefilled, "prefill", legs.id, self._own_key)
                 refused = prefill_refusal(legs.route, prefilled, legs.prepared.choices)
             except ProxyError as error:
                 if legs.abandoned:
@@ -219,22 +220,6 @@ class Flight:
                 self._end_decode(failed=True)
                 raise
             return await self._refused_by_decode(answer)
-
-    async def _prefill(self, legs: Legs) -> WholeAnswer:
-        """Prefill's answer, unless it is a failure of its own.
-
-        Raises:
-            EngineError: prefill failed; another one may do.
-            EngineDeadline: prefill says nothing.
-        """
-        if legs is self._legs:
-            self._record.ask_prefill()
-        answer = await legs.prefill()
-        if not legs.abandoned:
-            self._record.answer_prefill()
-        if is_failure(legs.route, answer.status):
-            refusal(answer, "prefill", legs.id, self._own_key)
-        return answer
 
     def _leave_behind(self, legs: Legs, error: ProxyError) -> None:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
@@ -310,16 +295,17 @@ class Flight:
     # -- the answer's body
 
     async def _relayed(self, answer: Answer, cached: int) -> Outcome:
-        headers = answer_headers(answer.headers, self._legs.id)
-        vigil = self._legs.decoding
+        legs = self._legs
+        headers = answer_headers(answer.headers, legs.id)
+        vigil = legs.decoding
         if not is_stream(answer.headers):
             # The repair may change the length, which goes out before the body.
-            whole = await answer.whole()
+            whole = await answer.whole() if legs.prepared.streams else answer.read()
             vigil.heard()
             self._first_byte(streamed=False)
             self._record.output_tokens = output_tokens(whole.body)
             self._ended(complete=True)
-            return Outcome(200, headers, repair_usage(hide(self._legs.id, whole.body), cached))
+            return Outcome(200, headers, repair_usage(hide(legs.id, whole.body), cached))
         try:
             # Until the first byte a failure can still be told by a status of its own.
             await answer.until(Enough.BEGUN)
@@ -327,7 +313,7 @@ class Flight:
             answer.close()
             raise
         vigil.heard()
-        relay = Relay(answer, IdHider(self._legs.id), UsageRepair(cached), vigil, self._ended, self._record)
+        relay = Relay(answer, IdHider(legs.id), UsageRepair(cached), vigil, self._ended, self._record)
         self._first_byte(streamed=True)
         self._legs.prepared.forget_bodies()
         vigil.give_up = lambda error: relay.cut()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role
@@ -135,11 +135,12 @@ class Legs:
         )
         try:
             try:
-                whole = await self._send_prefill(self.pair.prefill, fresh=False)
+                answer = await self._send_prefill(self.pair.prefill, fresh=False)
             except EngineDisconnected as error:
                 if not error.reused and not error.unsent:
                     raise
-                whole = await self._send_prefill(self.pair.prefill, fresh=True)
+                answer = await self._send_prefill(self.pair.prefill, fresh=True)
+            whole = answer.read()
             if whole.status == 200:
                 vigil.heard()
         except ProxyError as error:
@@ -159,8 +160,8 @@ class Legs:
         if self.when_prefill_stands is not None:
             self.when_prefill_stands(self, error)
 
-    async def _send_prefill(self, instance: Instance, fresh: bool) -> WholeAnswer:
-        answer = await self._upstream.request(
+    def _send_prefill(self, instance: Instance, fresh: bool) -> Awaitable[Answer]:
+        return self._upstream.request(
             "POST",
             instance,
             self.route.path,
@@ -171,7 +172,6 @@ class Legs:
             fresh=fresh,
             enough=Enough.WHOLE,
         )
-        return await answer.whole()
 
     async def replay(self) -> bool:
         """Prefill once more with the same id, for a decode that waits for KV which never came; True when it was done.
@@ -189,12 +189,12 @@ class Legs:
         # It may be the next one that stands still.
         deadline = prefill.pulse.deadline(self._config.freeze_after_min, self._config.freeze_after_max)
         try:
-            whole = await asyncio.wait_for(self._send_prefill(prefill, fresh=True), deadline)
+            answer = await asyncio.wait_for(self._send_prefill(prefill, fresh=True), deadline)
         except (ProxyError, asyncio.TimeoutError):
             return False
         finally:
             lease.end()
-        return whole.status == 200
+        return answer.status == 200
 
     async def decode(self) -> Answer:
         """Send the client's own body to decode and wait for the answer's beginning; all of it when it is not streamed.
@@ -239,8 +239,8 @@ class Legs:
         if self._waiting is not None:
             self._waiting.cancel()
 
-    async def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Answer:
-        return await self._upstream.request(
+    def _send_decode(self, body: bytes, enough: Enough, fresh: bool) -> Awaitable[Answer]:
+        return self._upstream.request(
             "POST",
             self.decode_lease.instance,
             self.route.path,
@@ -262,7 +262,7 @@ class Legs:
         instance = self.decode_lease.instance
         self._watch_decode(telling=True)
         try:
-            answer = await (await self._send_decode(self.prepared.drain_body, Enough.WHOLE, fresh=True)).whole()
+            answer = (await self._send_decode(self.prepared.drain_body, Enough.WHOLE, fresh=True)).read()
             if answer.status == 200:
                 self.decoding.heard()
             return answer

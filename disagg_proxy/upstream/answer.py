@@ -205,10 +205,14 @@ class Answer:
         if self._have < enough and self._error is not None:
             raise self._error
 
+    def read(self) -> WholeAnswer:
+        """What is there, once it is all that was waited for."""
+        return WholeAnswer(self.status, self.headers, self._take())
+
     async def whole(self) -> WholeAnswer:
         """All of it. Raises as :meth:`until` does."""
         await self.until(Enough.WHOLE)
-        return WholeAnswer(self.status, self.headers, self._take())
+        return self.read()
 
     def pour(self, sink: Sink) -> None:
         """From now on everything goes to ``sink``: what is held at once, the rest when it comes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from functools import lru_cache
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
@@ -82,8 +83,8 @@ class Upstream:
         connection = None if fresh else self._take(netloc)
         if connection is None:
             connection = await self._dial(instance.http, str(instance), leg, keep=not fresh)
-        length = f"content-length: {len(body)}\r\n" if body or method == "POST" else ""
-        head = f"{method} {path} HTTP/1.1\r\nhost: {netloc}\r\n{length}".encode() + headers + b"\r\n"
+        length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
+        head = b"%b%b%b\r\n" % (_begin(method, path, netloc), length, headers)
         answer = connection.send(head, body, silence, leg)
         await answer.until(enough)
         return answer
@@ -147,6 +148,11 @@ class Upstream:
                 raise
             log.info("%s: %s on the %s leg: %s", name, type(error).__name__, leg, error)
             raise EngineUnreachable(f"The {leg} instance could not be reached.", refused=_is_refusal(error)) from error
+
+
+@lru_cache(maxsize=1024)
+def _begin(method: str, path: str, netloc: str) -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nhost: {netloc}\r\n".encode()
 
 
 def _hang_up(dialing: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:

@@ -36,7 +36,7 @@ class Upstream:
         async def read() -> WholeAnswer:
             return whole
 
-        return SimpleNamespace(status=outcome, whole=read)
+        return SimpleNamespace(status=outcome, whole=read, read=lambda: whole)
 
     @property
     def fresh(self) -> list[bool]:
