@@ -15,11 +15,13 @@ pytestmark = [pytest.mark.vllm_cpu, pytest.mark.timeout(600)]
 
 COMPLETIONS, CHAT, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/messages"
 HELLO = [{"role": "user", "content": "Hello there"}]
-TOOL = {
-    "type": "function",
-    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
-}
-CLAUDE_TOOL = {"name": "look_up", "input_schema": {"type": "object", "properties": {}}}
+ONE_OF_TWO = {
+    "type": "object", "properties": {"way": {"enum": ["up", "down"]}}, "required": ["way"],
+    "additionalProperties": False,
+}  # fmt: skip
+"""A model that knows nothing would write other arguments to its limit, and what is cut off does not parse."""
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": ONE_OF_TWO}}
+CLAUDE_TOOL = {"name": "look_up", "input_schema": ONE_OF_TWO}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
