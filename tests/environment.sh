@@ -6,7 +6,7 @@ python=${PYTHON:-python3}
 venv=${VENV_DIR:-.venv}
 stamp=$venv/.requirements-dev
 
-wanted=$("$python" --version && cat requirements-proxy.txt requirements-report.txt requirements-top.txt requirements-dev.txt)
+wanted=$("$python" --version && cat requirements-proxy.txt requirements-report.txt requirements-top.txt requirements-otel.txt requirements-dev.txt)
 if [[ ! -x $venv/bin/python || $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
   "$python" -m venv "$venv" || {
     echo "${0##*/}: '$python -m venv' failed; on Debian: apt-get install python3-venv" >&2

@@ -115,7 +115,7 @@ def _why_no_pair(instances: list[dict[str, Any]]) -> Sentence:
         if not states:
             return _say(f"head_none_{role}")
         if "ready" not in states:
-            return _say("head_none_ready", role=role)
+            return _say(f"head_none_ready_{role}")
     return _say("head_apart")
 
 

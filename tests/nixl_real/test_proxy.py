@@ -111,8 +111,9 @@ async def test_chat_streams_messages_and_a_forced_tool_call(proxy, engines) -> N
     assert ["".join(e["choices"][0]["text"] for e in events)] == texts(await plain.post(body))
     answer = await ask(proxy, MESSAGES, {"messages": HELLO, "max_tokens": 8})
     assert answer["type"] == "message" and "kv_transfer_params" not in answer
-    tool = {"type": "function", "function": {"name": "f", "parameters": {
-        "type": "object", "properties": {}, "additionalProperties": False}}}  # fmt: skip
+    way = {"type": "object", "properties": {"way": {"enum": ["up", "down"]}}, "required": ["way"],
+           "additionalProperties": False}  # fmt: skip
+    tool = {"type": "function", "function": {"name": "f", "parameters": way}}
     call = await ask(proxy, CHAT, {"messages": HELLO, "tools": [tool], "tool_choice": "required", "max_tokens": 60})
     assert call["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
     assert await external(decode) - before > 200

@@ -92,7 +92,7 @@ async def test_a_decode_that_was_freed_leaves_its_story(machine, pair, browser) 
     assert await page.locator("#incident-title").text_content() == f"Last incident: Decode {decode.http_address}"
     steps = await page.locator("#incident-steps .kind").all_text_contents()
     assert steps == ["Frozen", "Replayed", "Freed", "Ready"]
-    await says(page, ".side.decode .notes", "Froze once so far, 1 prefills replayed")
+    await says(page, ".side.decode .notes", "Froze once so far; prefills replayed: 1")
 
 
 @pytest.mark.parametrize("route", ["completions", "chat"])

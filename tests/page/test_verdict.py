@@ -56,7 +56,7 @@ CASES = [
     (
         view(P, instance("decode", "lost")),
         "bad",
-        ["Not serving: no Decode is ready", "Decode decode:1: Lost. why it is lost"],
+        ["Not serving: no decode is ready", "Decode decode:1: Lost. why it is lost"],
     ),
     (view(P, D), "bad", ["Not serving: no prefill and decode can exchange KV"]),
     (view(D, status="ok"), "warn", ["Serving without prefill: decode computes the prompts itself"]),
@@ -150,7 +150,12 @@ def test_an_incident_of_one_that_is_gone_keeps_its_name() -> None:
 
 def test_every_sentence_has_a_text_in_both_languages() -> None:
     source = (WEB.parent / "verdict.py").read_text(encoding="utf-8")
-    keys = set(re.findall(r'_say\(\s*"(\w+)"', source)) | {"head_none_prefill", "head_none_decode"}
+    keys = set(re.findall(r'_say\(\s*"(\w+)"', source)) | {
+        "head_none_prefill",
+        "head_none_decode",
+        "head_none_ready_prefill",
+        "head_none_ready_decode",
+    }
     keys |= set(re.findall(r'"(detail_restart|detail_waiting)"', source))
     keys |= {f"{stem}_{n}" for stem in re.findall(r'_counted\(\s*"(\w+)"', source) for n in ("one", "many")}
     assert len(keys) > 15

@@ -100,7 +100,7 @@ async def test_a_lost_engine_and_one_that_has_gone_are_shown(machine, pair) -> N
     await machine.kill(decode)
     view = await soon(look(machine))
     text = shown(view)
-    assert "▲" in text or "✕ Not serving: no Decode is ready" in text
+    assert "▲" in text or "✕ Not serving: no decode is ready" in text
     view["instances"] = [i for i in view["instances"] if i["role"] == "prefill"]
     assert decode.http_address in shown(view), "events keep its name"
     assert machine.proxy.instance(prefill.http_address).state is State.READY

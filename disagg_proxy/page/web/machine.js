@@ -12,11 +12,13 @@ const makeCard = (instance) =>
       figure("in_flight"), figure("tokens_in_flight"), figure("kv_waiting"), figure("served"), figure("failed", "failures")),
     el("ul", { class: "notes" }));
 
+// Bytes are known only where KV_BYTES_PER_TOKEN is set.
+const kvText = (size, prompts) => (size ? bytes(size) : plural("prompts", prompts));
+
 const notesOf = (instance) => {
   const notes = [];
   const state = stateOf(instance);
   if (state !== "ready" && instance.reason) notes.push(instance.reason);
-  if (instance.restart_wanted) notes.push(t("restart_wanted"));
   if (instance.breaker === "open") notes.push(t("breaker_open"));
   if (instance.breaker === "half-open") notes.push(t("breaker_half"));
   if (instance.freezes) notes.push(plural("froze", instance.freezes, { replays: instance.replays }));
@@ -36,7 +38,7 @@ const showCard = (most) => (node, instance) => {
   put(models, instance.models.join(", "));
   attribute(models, "title", instance.models.join(", "));
   meter.firstChild.style.setProperty("width", `${Math.min(100, (100 * instance.in_flight) / most)}%`);
-  const kv = instance.kv_waiting_bytes ? bytes(instance.kv_waiting_bytes) : plural("prompts", instance.kv_waiting);
+  const kv = kvText(instance.kv_waiting_bytes, instance.kv_waiting);
   const values = [instance.in_flight, instance.tokens_in_flight, kv, instance.requests_total, instance.failures_total];
   values.forEach((value, place) => {
     const [term, data] = figures.children[place].children;
@@ -112,6 +114,8 @@ const drawLane = (view) => {
       attribute(head, "d", `M${end - 1} ${to - tip * 0.8}L${end + tip} ${to}L${end - 1} ${to + tip * 0.8}Z`);
     });
   const labelled = paths.filter((flow) => flow.total && (!many || flow.in_flight || flowRate(flow)));
+  // Where there is no room, it is those with little to say that give way.
+  labelled.sort((a, b) => b.in_flight + flowRate(b) - a.in_flight - flowRate(a));
   keyed($("labels"), labelled, flowKey,
     () => svg("g", { class: "label" }, svg("rect", { rx: 9 }), svg("text"), svg("text", { class: "more" })),
     (node, flow) => {
@@ -142,6 +146,8 @@ const tileValues = (view) => {
   const { latency, totals } = view;
   const perSecond = (count) => (step ? rate(count(step) / view.rates.step_s) : t("unknown"));
   const finished = finishedOf(totals.requests);
+  const decodes = byRole(view, "decode");
+  const sum = (name) => decodes.reduce((all, i) => all + i[name], 0);
   const p50 = ({ p50 }) => duration(p50);
   const p99 = ({ p99 }) => t("tile_p99", { p99: duration(p99) });
   return {
@@ -150,7 +156,7 @@ const tileValues = (view) => {
     ttft: [t("tile_ttft"), p50(latency.ttft), p99(latency.ttft)],
     gap: [t("tile_gap"), p50(latency.gap), p99(latency.gap)],
     flight: [t("tile_flight"), number(totals.in_flight), t("tile_flight_more", { queued: number(totals.queued) })],
-    kv: [t("tile_kv"), bytes(view.instances.reduce((sum, i) => sum + (i.role === "decode" ? i.kv_waiting_bytes : 0), 0)), t("tile_kv_more")],
+    kv: [t("tile_kv"), kvText(sum("kv_waiting_bytes"), sum("kv_waiting")), t("tile_kv_more")],
   };
 };
 
