@@ -70,6 +70,7 @@ class Vigil:
     """One leg that waits for an engine, from its sending to the end of its answer.
 
     Attributes:
+        pulse: whose it is. Further parts of an answer that has begun, and is passed on at once, only count its moves.
         since: clock reading of the sending.
         tokens: estimated prompt tokens to be computed, 0 where there are none.
         begun: whether the first byte of the answer's body has come.
@@ -83,7 +84,7 @@ class Vigil:
 
     __slots__ = (
         "_clock",
-        "_pulse",
+        "pulse",
         "begun",
         "give_up",
         "receiver",
@@ -106,7 +107,7 @@ class Vigil:
         receiver: Instance | None,
         size: int,
     ) -> None:
-        self._pulse = pulse
+        self.pulse = pulse
         self._clock = clock
         self.since = clock()
         self.tokens = tokens
@@ -121,15 +122,11 @@ class Vigil:
     def heard(self) -> None:
         """A part of the answer has come; until :meth:`listen` it is the client's turn."""
         self.waiting = False
-        self._pulse.moves += 1
+        self.pulse.moves += 1
         if not self.begun:
             self.begun = True
             if self.telling:
-                self._pulse.pace.add(self._clock() - self.since, self.tokens)
-
-    def moved(self) -> None:
-        """A further part of an answer that has begun has come, and was passed on at once."""
-        self._pulse.moves += 1
+                self.pulse.pace.add(self._clock() - self.since, self.tokens)
 
     def listen(self) -> None:
         """The engine is waited for again."""
@@ -146,7 +143,7 @@ class Vigil:
         Args:
             received: False when the engine cannot have got the request.
         """
-        self._pulse.forget(self, received)
+        self.pulse.forget(self, received)
 
 
 class Pulse:

@@ -60,8 +60,8 @@ class Relay:
     """
 
     __slots__ = (
-        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_record", "_repair", "_unseen",
-        "_vigil", "_write",
+        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_pulse", "_record", "_repair",
+        "_unseen", "_vigil", "_write",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +77,7 @@ class Relay:
         self._hider = hider
         self._repair = repair
         self._vigil = vigil
+        self._pulse = vigil.pulse
         self._ended = ended
         self._record = record
         self._unseen = record.first_look
@@ -93,7 +94,7 @@ class Relay:
         the filters state, since each further call costs as much as all the rest of it."""
         if self._over:
             return
-        self._vigil.moved()
+        self._pulse.moves += 1
         self._unseen -= 1
         if not self._unseen:
             self._unseen = self._record.look()

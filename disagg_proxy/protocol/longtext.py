@@ -1,95 +1,48 @@
-"""Long strings of a request are taken out of its JSON before it is read, and put back into what is written.
+"""Reads a long request without its text: the rules look at no text, only at its length.
 
-The rules look at no text, only at its length, but reading and writing 64 KiB of it cost more than the rest of the
-request together. So the values of ``prompt``, ``content`` and ``text`` that are long are cut out as they stand in the
-body, and a number takes the place of each: a random one of this process, which no client can know. Reading the rest
-proves the shape; whether the text itself is well-formed is left to prefill, which reads it before decode does.
+Reading and writing 64 KiB of text cost more than the rest of a request together. So ``prompt``, and ``content`` and
+``text`` within ``messages``, stay as they stand in the body where they are long: :class:`msgspec.Raw`, which is written
+out again byte by byte. The reader has found their ends; whether what is between is well-formed beyond that is left to
+prefill, which reads it before decode does.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
+from typing import Any
+
+import msgspec
+
+from disagg_proxy.protocol.fields import Body
 
 LONG = 2048
-"""Bytes from which on a string is taken out."""
+"""Bytes from which on a text stays unread."""
 
-_MOST_QUOTES = 256
-"""Quotes that are looked at; a body with more is not worth it."""
+_QUOTE, _BRACKET = ord('"'), ord("[")
 
-_KEY = re.compile(rb'"(?:prompt|content|text)"[ \t\r\n]*:[ \t\r\n]*\Z')
-_KEY_ROOM = 32
-
-_MARK = 10**17 + secrets.randbelow(8 * 10**17)
-"""The first number; all have 18 digits, so that any JSON reader takes them for whole numbers."""
-
-_QUOTE, _BACKSLASH = b'"', 0x5C
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
 
-class LongText:
-    """What was taken out of one body.
+def read(raw: bytes) -> Body:
+    """A JSON object in which long texts are unread.
 
-    Attributes:
-        rest: the body without it.
-        size: bytes of the text, without its quotes. Media in ``data:`` URLs do not count.
+    Raises:
+        msgspec.MsgspecError, ValueError, RecursionError: it is not one that can be read so; ``json`` may take it.
     """
-
-    __slots__ = ("_pieces", "rest", "size")
-
-    def __init__(self, rest: bytes, pieces: list[bytes]) -> None:
-        self.rest = rest
-        self._pieces = pieces
-        self.size = sum(len(piece) - 2 for piece in pieces if not piece.startswith(b'"data:'))
-
-    def put_back(self, text: bytes) -> bytes | None:
-        """JSON that was made from the rest, with the strings in their places; None when they are not all there once."""
-        whole: list[bytes] = []
-        copied = 0
-        for number, piece in enumerate(self._pieces):
-            mark = b"%d" % (_MARK + number)
-            at = text.find(mark, copied)
-            if at < 0 or text.find(mark, at + 1) >= 0:
-                return None
-            whole += text[copied:at], piece
-            copied = at + len(mark)
-        whole.append(text[copied:])
-        return b"".join(whole)
+    return {name: _value(name, value) for name, value in _object.decode(raw).items()}
 
 
-def take_out(raw: bytes) -> LongText | None:
-    """The long strings of ``raw`` apart from the rest; None when there are none, or it is not worth it."""
-    kept: list[bytes] = []
-    pieces: list[bytes] = []
-    copied, at = 0, raw.find(_QUOTE)
-    for _ in range(_MOST_QUOTES):
-        if at < 0:
-            break
-        end = _end_of_string(raw, at)
-        if end < 0:
-            return None
-        if end - at > LONG and _KEY.search(raw, max(0, at - _KEY_ROOM), at):
-            kept += raw[copied:at], b"%d" % (_MARK + len(pieces))
-            pieces.append(raw[at:end])
-            copied = end
-        at = raw.find(_QUOTE, end)
-    else:
-        return None
-    if not pieces:
-        return None
-    kept.append(raw[copied:])
-    return LongText(b"".join(kept), pieces)
+def _value(name: str, value: msgspec.Raw) -> Any:
+    if len(value) > LONG:
+        first = memoryview(value)[0]
+        if first == _QUOTE and name in ("prompt", "content", "text"):
+            return value
+        if first == _BRACKET and name in ("messages", "content"):
+            # Messages, and the parts of one.
+            return [{key: _value(key, inner) for key, inner in one.items()} for one in _objects.decode(value)]
+    return msgspec.json.decode(value)
 
 
-def _end_of_string(raw: bytes, start: int) -> int:
-    """Behind the closing quote of the string that begins at ``start``; -1 when there is none, or it has many quotes."""
-    end = start
-    for _ in range(_MOST_QUOTES):
-        end = raw.find(_QUOTE, end + 1)
-        if end < 0 or raw[end - 1] != _BACKSLASH:
-            return end + 1 if end >= 0 else -1
-        slashes = 1
-        while raw[end - 1 - slashes] == _BACKSLASH:
-            slashes += 1
-        if slashes % 2 == 0:
-            return end + 1
-    return -1
+def size_of(text: msgspec.Raw) -> int:
+    """Its bytes as they stand in the body, escapes included; 0 for media, as in ``size``."""
+    return 0 if bytes(memoryview(text)[:6]) == b'"data:' else len(text) - 2

@@ -18,7 +18,7 @@ import msgspec
 from disagg_proxy.errors import BadRequest, NotServed, ProxyError, UnsupportedField
 from disagg_proxy.protocol import refusals
 from disagg_proxy.protocol.fields import RESPONSES, Body, Route, for_drain, for_prefill, lax_int, strip
-from disagg_proxy.protocol.longtext import LONG, LongText, take_out
+from disagg_proxy.protocol.longtext import LONG, read
 from disagg_proxy.protocol.prefix import NO_AFFINITY, Affinity, Wanted, affinity
 from disagg_proxy.protocol.size import choices_of, prompt_size, prompts_of
 
@@ -71,31 +71,13 @@ def prepare(route: Route, raw: bytes, wanted: Wanted | None = None) -> Prepared:
     Raises:
         BadRequest: not JSON, not an object, or a field that no version of vLLM can serve.
     """
-    long = take_out(raw) if len(raw) > LONG and (wanted is None or not wanted.prefix) else None
-    if long is not None:
-        prepared = _without(route, raw, long, wanted)
-        if prepared is not None:
-            return prepared
+    if len(raw) > LONG and (wanted is None or not wanted.prefix):
+        try:
+            return _prepare(route, raw, read(raw), wanted)
+        except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+            # Whatever is wrong with it is worded by those who read it whole.
+            pass
     return _prepare(route, raw, parse_object(raw), wanted)
-
-
-def _without(route: Route, raw: bytes, long: LongText, wanted: Wanted | None) -> Prepared | None:
-    """The same, read without its long strings; None when that does not work out."""
-    try:
-        body = msgspec.json.decode(long.rest)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    if not isinstance(body, dict):
-        return None
-    prepared = _prepare(route, long.rest, body, wanted)
-    prefill_body = long.put_back(prepared.prefill_body)
-    decode_body = raw if prepared.decode_body is long.rest else long.put_back(prepared.decode_body)
-    if prefill_body is None or decode_body is None:
-        return None
-    prepared.prefill_body, prepared.decode_body = prefill_body, decode_body
-    tokens, text = prepared.prompt
-    prepared.prompt = tokens, text + long.size * prepared.choices
-    return prepared
 
 
 def _prepare(route: Route, raw: bytes, body: Body, wanted: Wanted | None) -> Prepared:

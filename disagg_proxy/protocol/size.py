@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from disagg_proxy.protocol.fields import Body, lax_int
+from disagg_proxy.protocol.longtext import size_of
 
 
 def choices_of(body: Body) -> int:
@@ -36,7 +39,9 @@ def _measure(value: Any) -> tuple[int, int]:
     waiting = [value]
     while waiting:
         item = waiting.pop()
-        if isinstance(item, str):
+        if isinstance(item, msgspec.Raw):
+            text += size_of(item)
+        elif isinstance(item, str):
             if item.startswith("data:"):
                 continue
             text += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))

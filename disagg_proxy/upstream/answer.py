@@ -91,6 +91,7 @@ class Answer:
 
     Attributes:
         status, headers: from :attr:`Enough.HEAD` on.
+        sink: where the body is poured, while it comes.
     """
 
     __slots__ = (
@@ -101,7 +102,7 @@ class Answer:
         "_held",
         "_paused",
         "_pieces",
-        "_sink",
+        "sink",
         "_waiter",
         "headers",
         "leg",
@@ -120,7 +121,7 @@ class Answer:
         self._pieces: list[bytes] = []
         self._held = 0
         self._paused = False
-        self._sink: Sink | None = None
+        self.sink: Sink | None = None
         self._error: EngineError | EngineDeadline | None = None
         self._waiter: Moment | _Turn | None = None
 
@@ -134,7 +135,7 @@ class Answer:
 
     def received(self, piece: bytes) -> None:
         """What has come in one go, and the answer goes on; maybe nothing of the body."""
-        sink = self._sink
+        sink = self.sink
         if sink is not None:
             if piece:
                 sink.feed(piece)
@@ -153,9 +154,9 @@ class Answer:
         """The last of the body has come."""
         self._carrier = None
         self._have = Enough.WHOLE
-        sink = self._sink
+        sink = self.sink
         if sink is not None:
-            self._sink = None
+            self.sink = None
             if last:
                 sink.feed(last)
             sink.end()
@@ -171,7 +172,7 @@ class Answer:
             return
         self._carrier = None
         self._error = error
-        sink, self._sink = self._sink, None
+        sink, self.sink = self.sink, None
         if sink is not None:
             sink.broke(error)
         elif self._waiter is not None:
@@ -218,12 +219,12 @@ class Answer:
         """From now on everything goes to ``sink``: what is held at once, the rest when it comes."""
         piece = self._take()
         if self._have is not Enough.WHOLE and self._error is None:
-            self._sink = sink
+            self.sink = sink
         # Before the sink gets anything: it may pause at once.
         self._go_on()
         if piece:
             sink.feed(piece)
-        if self._sink is not None:
+        if self.sink is not None:
             return
         if self._have is Enough.WHOLE:
             sink.end()

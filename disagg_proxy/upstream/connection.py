@@ -175,6 +175,9 @@ class Connection(asyncio.Protocol):
             if fresh and self.keep and answer.status < 400:
                 self._heads.learn(data, (answer.status, answer.headers))
             self._end(answer, self._take())
+        elif answer.sink is not None and len(self._pieces) == 1:
+            # A token of a stream, mostly.
+            answer.sink.feed(self._pieces.pop())
         else:
             answer.received(self._take())
 
