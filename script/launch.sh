@@ -91,6 +91,11 @@ compose_plain() {
   else
     gpus=${PART_GPUS[$name]//[!,]/}
     LAUNCH_ENV=(CUDA_DEVICE_ORDER=PCI_BUS_ID "CUDA_VISIBLE_DEVICES=${PART_GPUS[$name]}" "VLLM_HOST_IP=$ENGINE_HOST")
+    if [[ -z ${VLLM_PORT:-} ]]; then
+      # vLLM looks for free ports of its own and takes them a moment later; engines that start together found the same
+      # one (0.21, seen on two GPUs). From here it counts up.
+      LAUNCH_ENV+=("VLLM_PORT=$((41000 + 64 * (PART_HTTP[$name] - PREFILL_HTTP_PORT)))")
+    fi
     LAUNCH=("${VLLM_COMMAND[@]}" serve "$MODEL" --host "$ENGINE_HOST" --port "${PART_HTTP[$name]}"
       --served-model-name "${SERVED_NAMES[@]}" --dtype "$DTYPE" --max-model-len "$MAX_MODEL_LEN"
       --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS" --max-num-seqs "$MAX_NUM_SEQS"

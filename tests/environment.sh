@@ -16,4 +16,4 @@ if [[ ! -x $venv/bin/python || $(cat "$stamp" 2>/dev/null) != "$wanted" ]]; then
   printf '%s' "$wanted" >"$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
-[[ $venv == /* ]] && export PATH="$venv/bin:$PATH"
+if [[ $venv == /* ]]; then export PATH="$venv/bin:$PATH"; fi

@@ -128,6 +128,9 @@ def test_vllm_bench_serve_where_there_is_vllm(bench: Machine, stubs: Stubs) -> N
     served = [record for record in stubs.started() if record["argv"][0] == "serve"]
     alone = [record for record in served if "--kv-transfer-config" not in record["argv"]]
     assert [record["env"]["CUDA_VISIBLE_DEVICES"] for record in alone] == ["0", "1"]
+    # Engines that start together do not look for free ports at the same place.
+    ports = sorted(int(record["env"]["VLLM_PORT"]) for record in alone)
+    assert ports[1] - ports[0] >= 64
     assert all("--enforce-eager" in record["argv"] for record in alone)
 
 
