@@ -29,9 +29,13 @@ class Heads(Generic[T]):
     """What was made of each head.
 
     A message is given as its bytes from the first one on, as much as has come.
+
+    Args:
+        ids: whether heads may have an X-Request-Id of their own; without, those that have are remembered as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ids: bool = True) -> None:
+        self._ids = ids
         self._known: dict[bytes, T] = {}
 
     def __len__(self) -> int:
@@ -48,7 +52,7 @@ class Heads(Generic[T]):
             return None
         start, stop = length.span(1)
         head, name = data[:start] + data[stop:end], b""
-        found = _ID.search(head)
+        found = _ID.search(head) if self._ids else None
         if found is not None:
             name = found[1]
             start, stop = found.span(1)
@@ -64,7 +68,7 @@ class Heads(Generic[T]):
         if length is None:
             return
         head = data[: length.start(1)] + data[length.end(1) : end]
-        found = _ID.search(head)
+        found = _ID.search(head) if self._ids else None
         if found is not None:
             head = head[: found.start(1)] + _SOME + head[found.end(1) :]
         if len(self._known) >= _MOST:

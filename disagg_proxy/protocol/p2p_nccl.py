@@ -30,14 +30,17 @@ class _Randomness:
     """The system's, read in larger pieces: a call of its own for each id is a fifth of what the rest of it costs."""
 
     def __init__(self) -> None:
-        self._pool = b""
+        self._pool = ""
+        self._at = 0
 
     def hex(self, size: int) -> str:
         """So many bytes in hexadecimal digits."""
-        if len(self._pool) < size:
-            self._pool = secrets.token_bytes(4096 + size)
-        found, self._pool = self._pool[:size], self._pool[size:]
-        return found.hex()
+        at, end = self._at, self._at + 2 * size
+        if end > len(self._pool):
+            self._pool = secrets.token_hex(4096 + size)
+            at, end = 0, 2 * size
+        self._at = end
+        return self._pool[at:end]
 
 
 _randomness = _Randomness()

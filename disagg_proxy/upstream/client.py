@@ -36,7 +36,7 @@ class Upstream:
     def __init__(self, connect_timeout: float) -> None:
         self._connect_timeout = connect_timeout
         self._loop = asyncio.get_running_loop()
-        self.heads: Heads[tuple[int, AnswerHeaders]] = Heads()
+        self.heads: Heads[tuple[int, AnswerHeaders]] = Heads(ids=False)
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None

@@ -57,7 +57,8 @@ def test_the_address_and_the_terminal(machine: Machine, tmp_path: Path) -> None:
     absent = tmp_path / "without"
     absent.mkdir()
     (absent / "rich.py").write_text("raise ModuleNotFoundError(name='rich')\n")
-    done = machine.run("top", API_KEY="sesame", PYTHONPATH=str(absent))
+    elsewhere = str(tmp_path / "venv")
+    done = machine.run("top", API_KEY="sesame", PYTHONPATH=str(absent), VENV_DIR=elsewhere)
     assert done.returncode == 1 and "-m pip install -r requirements-top.txt" in done.stderr
 
 
