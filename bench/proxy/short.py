@@ -26,8 +26,8 @@ _PAIRS = 5
 _TRIES = 3
 _SECONDS = 2.0
 _NOISE = 0.4
-"""Recorded with a new ratio: how much worse, as a share, is still taken for noise. Within one recording the ratios of W1
-went from 0.38 to 0.53."""
+"""Recorded with a new ratio: how much worse, as a share, is still taken for noise. Within one recording the ratios of
+W1 went from 0.38 to 0.53."""
 
 _LOADS = {
     "W1": replace(WORKLOADS["W1"], warmup=0.4),
