@@ -9,7 +9,6 @@ proves that there is none.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 
 from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.usage import COUNT
 
 
 class Verdict(Enum):
@@ -116,7 +116,6 @@ def _object(text: bytes) -> dict[str, Any]:
 
 
 _TOKEN_COUNTS = (b'"prompt_tokens"', b'"input_tokens"')
-_COUNT = re.compile(rb"\s*:\s*(\d{1,18})(?!\d)")
 _OVER_CONTEXT = "maximum context length"
 """In vLLM's words for it, 0.9.2 - 0.23."""
 
@@ -127,7 +126,7 @@ def prompt_tokens(body: bytes) -> int:
     for key in _TOKEN_COUNTS:
         at = body.find(key)
         while at >= 0:
-            found = _COUNT.match(body, at + len(key))
+            found = COUNT.match(body, at + len(key))
             # A quote behind a backslash is text that the model wrote.
             if found and body[at - 1 : at] != b"\\":
                 most = max(most, int(found[1]))

@@ -40,7 +40,8 @@ def repair_usage(body: bytes, cached: int | None) -> bytes:
 
 
 _OUTPUT = (b'"completion_tokens"', b'"output_tokens"')
-_COUNT = re.compile(rb"\s*:\s*(\d{1,18})(?!\d)")
+COUNT = re.compile(rb"\s*:\s*(\d{1,18})(?!\d)")
+"""Behind the key of a number of tokens."""
 
 
 def output_tokens(body: bytes) -> int | None:
@@ -51,7 +52,7 @@ def output_tokens(body: bytes) -> int | None:
     for key in _OUTPUT:
         at = body.rfind(key)
         # A quote behind a backslash is text that the model wrote.
-        if at >= 0 and body[at - 1 : at] != b"\\" and (found := _COUNT.match(body, at + len(key))):
+        if at >= 0 and body[at - 1 : at] != b"\\" and (found := COUNT.match(body, at + len(key))):
             return int(found[1])
     return None
 

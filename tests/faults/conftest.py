@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,6 +15,8 @@ from tests.conftest import Proxy, Wire
 from tests.machine import REQUESTS, Machine, machine, pair
 
 __all__ = ["machine", "pair"]
+
+Dial = Callable[[str], Awaitable[Wire]]
 
 # With logprobs every token is about a kilobyte, so the stream is several times what all socket buffers hold.
 LARGE = {**REQUESTS["/v1/completions"], "max_tokens": 3000, "ignore_eos": True, "logprobs": 20, "stream": True}
@@ -44,6 +47,18 @@ async def dial_slowly(proxy: Proxy) -> Wire:
     parts = urlsplit(proxy.url)
     await asyncio.get_running_loop().sock_connect(sock, (parts.hostname, parts.port))
     return Wire(*await asyncio.open_connection(sock=sock, limit=SMALL))
+
+
+@pytest.fixture(params=[False, True], ids=["direct", "quart"])
+def dial_either_way(dial: Dial, request: pytest.FixtureRequest) -> Dial:
+    """Connections whose requests are taken off them directly, or go through Quart."""
+
+    async def open_one(url: str) -> Wire:
+        wire = await dial(url)
+        wire.chunked = request.param
+        return wire
+
+    return open_one
 
 
 @pytest.fixture

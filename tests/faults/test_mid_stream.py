@@ -9,7 +9,7 @@ import pytest
 
 from disagg_proxy.http.exchange import HideUnfinished
 from disagg_proxy.sim import expected_text
-from tests.conftest import Wire, soon
+from tests.conftest import soon
 from tests.machine import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
@@ -75,16 +75,10 @@ async def test_a_stream_that_decode_breaks_off_is_cut(machine, pair, caplog, tok
     assert text_of((await machine.post(PATH, REQUESTS[PATH]))[2]) == RIGHT[PATH]
 
 
-@pytest.fixture(params=[False, True], ids=["direct", "quart"])
-def dial(dial, request):
-    """Connections whose requests come in either way."""
-
-    async def open_one(url: str) -> Wire:
-        wire = await dial(url)
-        wire.chunked = request.param
-        return wire
-
-    return open_one
+@pytest.fixture
+def dial(dial_either_way):
+    """Every test here runs over both ways in."""
+    return dial_either_way
 
 
 @pytest.mark.parametrize("path", REQUESTS)

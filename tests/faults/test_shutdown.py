@@ -39,16 +39,10 @@ class Shutdown:
         return self._ended.done()
 
 
-@pytest.fixture(params=[False, True], ids=["direct", "quart"])
-def dial(dial, request):
-    """Connections whose requests come in either way."""
-
-    async def open_one(url: str) -> Wire:
-        wire = await dial(url)
-        wire.chunked = request.param
-        return wire
-
-    return open_one
+@pytest.fixture
+def dial(dial_either_way):
+    """Every test here runs over both ways in."""
+    return dial_either_way
 
 
 @pytest.fixture
