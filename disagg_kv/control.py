@@ -13,6 +13,7 @@ from disagg_kv.protocol.frames import Kind, WireError, decode_body, encode, fram
 from disagg_kv.protocol.handshake import Identity, Refused, check_proof, nonce, proof
 from disagg_kv.protocol.keys import parse_address
 from disagg_kv.protocol.messages import Release
+from disagg_kv.within import within
 
 
 class Control:
@@ -26,9 +27,11 @@ class Control:
         """To an engine's KV address, as it was announced. OSError or TimeoutError if it is not there, Refused if the
         secret or the version differs, WireError if it is something else."""
         host, port = parse_address(address)
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), seconds)
+        async with within(seconds):
+            reader, writer = await asyncio.open_connection(host, port)
         try:
-            boot = await asyncio.wait_for(cls._handshake(reader, writer, secret), seconds)
+            async with within(seconds):
+                boot = await cls._handshake(reader, writer, secret)
         except BaseException:
             writer.close()
             raise

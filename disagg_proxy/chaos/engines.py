@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from disagg_kv.within import within
 from disagg_proxy.chaos.work import CHAT, COMPLETIONS, MESSAGES, REFUSED_BY_DECODE
 from disagg_proxy.sim import Faults, SimConfig, SimEngine
 from disagg_proxy.sim.faults import Injected
@@ -143,12 +144,14 @@ class LedgerEngine(SimEngine):
             return at_rest and state["sender"] is None
 
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.wait_until(between), seconds)
+            async with within(seconds):
+                await self.wait_until(between)
 
     async def while_sending(self, seconds: float) -> None:
         """Wait for a moment at which a prefill has announced a tensor, but not sent it; for so long at most."""
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.wait_until(lambda state: bool(state["sender"])), seconds)
+            async with within(seconds):
+                await self.wait_until(lambda state: bool(state["sender"]))
 
     def note_end(self, how: str) -> None:
         """Before this process is ended: what it died of already, and which prefills it takes with it."""

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+from disagg_kv.within import within
 from disagg_proxy.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_proxy.chaos.work import MAX_MODEL_LEN, MODEL
 from disagg_proxy.config import Config
@@ -147,7 +148,8 @@ class Machine:
                 await self._changed.wait()
 
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(wait(), seconds)
+            async with within(seconds):
+                await wait()
         return condition()
 
     async def restart_prefill(

@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 
@@ -76,9 +77,8 @@ class Lifelines:
     async def _until_closed(self, instance: Instance) -> None:
         """Return when the connection is closed, or cannot be made."""
         try:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(instance.http.host, instance.http.port), self._connect_timeout
-            )
+            async with within(self._connect_timeout):
+                reader, writer = await asyncio.open_connection(instance.http.host, instance.http.port)
         except (OSError, asyncio.TimeoutError):
             return
         try:

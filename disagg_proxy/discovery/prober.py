@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable
@@ -87,7 +88,8 @@ class Prober:
                 pause = min(retry, self._interval)
                 retry = min(retry * 2, _LAST_RETRY)
             try:
-                await asyncio.wait_for(wake.wait(), pause)
+                async with within(pause):
+                    await wake.wait()
             except asyncio.TimeoutError:
                 continue
 

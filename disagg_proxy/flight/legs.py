@@ -12,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Pair
@@ -189,7 +190,8 @@ class Legs:
         # It may be the next one that stands still.
         deadline = prefill.pulse.deadline(self._config.freeze_after_min, self._config.freeze_after_max)
         try:
-            answer = await asyncio.wait_for(self._send_prefill(prefill, fresh=True), deadline)
+            async with within(deadline):
+                answer = await self._send_prefill(prefill, fresh=True)
         except (ProxyError, asyncio.TimeoutError):
             return False
         finally:

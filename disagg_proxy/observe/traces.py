@@ -27,6 +27,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from disagg_kv.within import within
 from disagg_proxy import __version__
 from disagg_proxy.observe.record import Record
 from disagg_proxy.observe.trace import Trace
@@ -172,7 +173,8 @@ class Traces:
         # A receiver that is gone holds this up for as long as it may, but not the end of the process.
         threading.Thread(target=end, name="last-spans", daemon=True).start()
         try:
-            await asyncio.wait_for(done.wait(), _END_WITHIN)
+            async with within(_END_WITHIN):
+                await done.wait()
         except asyncio.TimeoutError:
             log.warning("The last spans were not taken in time (OTEL_EXPORTER_OTLP_ENDPOINT)")
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from disagg_kv.within import within
 from disagg_proxy.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ class Feed:
             except Exception:
                 log.exception("The live page cannot be brought up to date")
             try:
-                await asyncio.wait_for(self._ended.wait(), self._every)
+                async with within(self._every):
+                    await self._ended.wait()
             except asyncio.TimeoutError:
                 continue
         self.over = True

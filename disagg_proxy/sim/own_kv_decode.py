@@ -20,6 +20,7 @@ from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, nonce, proof
 from disagg_kv.protocol.keys import Key, parse_address
 from disagg_kv.protocol.messages import Go, Gone, Release
+from disagg_kv.within import within
 from disagg_proxy.sim.config import SimConfig
 from disagg_proxy.sim.kv_wire import reset
 from disagg_proxy.sim.own_kv import HANDSHAKE_SECONDS, blocks_of, expect, read_frame, read_transfer, row_bytes, send
@@ -58,9 +59,11 @@ class _Link:
         reason = "closed"
         try:
             host, port = parse_address(self._address)
-            reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), _CONNECT_SECONDS)
+            async with within(_CONNECT_SECONDS):
+                reader, writer = await asyncio.open_connection(host, port)
             self._writer = writer
-            await asyncio.wait_for(self._handshake(reader, writer), HANDSHAKE_SECONDS)
+            async with within(HANDSHAKE_SECONDS):
+                await self._handshake(reader, writer)
             self.ready = True
             for message in self._early:
                 writer.write(message)

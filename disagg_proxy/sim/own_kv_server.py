@@ -14,6 +14,7 @@ from typing import Any
 from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, choose_transport, nonce, proof
 from disagg_kv.protocol.messages import Release, Want
+from disagg_kv.within import within
 from disagg_proxy.sim.config import SimConfig
 from disagg_proxy.sim.kv_wire import reset
 from disagg_proxy.sim.own_kv import HANDSHAKE_SECONDS, expect, read_frame, row_bytes, send
@@ -60,7 +61,8 @@ class OwnKvServer:
         self._writers.add(writer)
         lane = self._offers.attach(writer)
         try:
-            role, hello = await asyncio.wait_for(self._handshake(reader, writer), HANDSHAKE_SECONDS)
+            async with within(HANDSHAKE_SECONDS):
+                role, hello = await self._handshake(reader, writer)
             if role == "control":
                 send(writer, Kind.READY, {})
             else:

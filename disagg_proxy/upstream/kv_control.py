@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from disagg_kv.control import Control
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.handshake import Refused
+from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class KvControl:
 
     async def _say_to(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
         try:
-            await asyncio.wait_for(self._once(address, what), 2 * self._timeout)
+            async with within(2 * self._timeout):
+                await self._once(address, what)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
             log.info("The KV port %s could not be told something: %s", address, error)
 

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from disagg_kv.within import within
 from disagg_proxy.cluster.instance import NOT_PROBED, Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement, decode
@@ -113,8 +114,10 @@ class Member:
         self._pokes.open(self._on_poke)
         self._beat()
         try:
-            await asyncio.wait_for(self._whole.wait(), _TABLE_WITHIN)
-            await asyncio.wait_for(self._probed(), _PROBES_WITHIN)
+            async with within(_TABLE_WITHIN):
+                await self._whole.wait()
+            async with within(_PROBES_WITHIN):
+                await self._probed()
         except asyncio.TimeoutError:
             log.info("Not every instance has answered its first probe yet")
 
@@ -271,7 +274,8 @@ class Member:
                 await self._poked.wait()
 
         try:
-            await asyncio.wait_for(heard(), _FOLLOW_WITHIN)
+            async with within(_FOLLOW_WITHIN):
+                await heard()
         except asyncio.TimeoutError:
             log.warning("Not every worker has heard of the drain of %s yet", instance)
 
@@ -307,7 +311,8 @@ class Member:
         self._publish(wish)
         self._pokes.poke()
         try:
-            await asyncio.wait_for(self._answered(wish), _ANSWER)
+            async with within(_ANSWER):
+                await self._answered(wish)
         except asyncio.TimeoutError:
             log.debug("Not every process has published its numbers in time")
         parts = [unpack(area.read()) for area in self._memory.areas[:-1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -188,6 +189,9 @@ async def test_a_receiver_that_is_not_there_holds_up_neither_requests_nor_the_en
         machine = Machine(proxy, stack, http)
         await machine.pair()
         await soon(machine.check_right())
+    # The exporter draws its pauses from the one random generator of the process, which other tests watch.
+    for thread in [one for one in threading.enumerate() if one.name == "last-spans"]:
+        await asyncio.to_thread(thread.join)
 
 
 async def test_off_the_context_passes_as_it_came_and_nothing_is_loaded(machine, pair) -> None:

@@ -1,0 +1,33 @@
+"""A limit on what is awaited, beside cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from disagg_kv.within import within
+from tests.conftest import soon
+
+
+async def test_a_task_that_is_cancelled_as_its_wait_is_over_ends() -> None:
+    loop = asyncio.get_running_loop()
+    over, never = loop.create_future(), loop.create_future()
+
+    async def work() -> None:
+        async with within(60):
+            await over
+        await never
+
+    task = loop.create_task(work())
+    await asyncio.sleep(0)
+    over.set_result(None)
+    task.cancel()
+    await soon(asyncio.gather(task, return_exceptions=True))
+    assert task.cancelled()
+
+
+async def test_what_takes_too_long_is_a_timeout() -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        async with within(0.001):
+            await asyncio.get_running_loop().create_future()
