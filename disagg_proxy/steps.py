@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Moment:
@@ -48,7 +48,7 @@ class Steps:
 
     __slots__ = ("_ended", "_on", "_running", "_to_cancel", "_work")
 
-    running: Steps | None = None
+    running: ClassVar[Steps | None] = None
     """Whose step is being taken, None where an ordinary task runs."""
 
     def __init__(self, work: Coroutine[Any, Any, Any], ended: Callable[[Steps, BaseException | None], None]) -> None:

@@ -151,7 +151,7 @@ class Relay:
                 self._vigil.listen()
                 self._answer.resume()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
         """For a reader that pulls.
 
         Raises:
@@ -159,8 +159,7 @@ class Relay:
         """
         pieces = _Pulled(self)
         self.pour(pieces)
-        while (piece := await pieces.next()) is not None:
-            yield piece
+        return pieces
 
     def cut(self) -> None:
         """Break it off in the middle: the client is told as of a decode that broke."""
@@ -211,8 +210,11 @@ class _Pulled:
         self._cut = cause
         self.end()
 
-    async def next(self) -> bytes | None:
-        """What has come since the last call; None at the end.
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """What has come since the last call.
 
         Raises:
             StreamCut: there is no proper end.
@@ -228,4 +230,4 @@ class _Pulled:
             return found
         if self._cut is not None:
             raise self._cut
-        return None
+        raise StopAsyncIteration

@@ -90,6 +90,7 @@ class SimEngine:
         if not self._started:
             return
         self.ready = False
+        await self._http.settle()
         self._http.refuse()
         await self._loop.stop()
         await self._http.stop()
@@ -101,6 +102,7 @@ class SimEngine:
         if not self._started:
             return
         self.ready = False
+        await self._http.settle()
         self._http.refuse()
         self._http.close_connections()
         await self._end_worker()

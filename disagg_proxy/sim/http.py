@@ -146,6 +146,12 @@ class HttpSide:
                 await server.shutdown(0.05)
             await runner.cleanup()
 
+    async def settle(self) -> None:
+        """Let what was accepted just now become connections: a listener that closes in between loses their sockets
+        (Python 3.11, ``asyncio/base_events.py``, ``Server._attach``)."""
+        for _ in range(4):
+            await asyncio.sleep(0)
+
     def refuse(self) -> None:
         """Stop taking new connections; open ones stay."""
         if self._listener is not None:
