@@ -25,10 +25,13 @@ _HOT = (
     "http/direct.py",
     "http/generation.py",
     "http/asked.py",
+    "observe/journal.py",
+    "observe/meter.py",
     "deadlines.py",
     "launch.py",
     "stats.py",
     "steps.py",
+    "stopping.py",
 )
 _AS_THEY_ARE = {"headers.py"}
 """A list with methods cannot be a native class."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import ClassVar, Final, Protocol
 
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
@@ -23,9 +23,9 @@ from disagg_proxy.upstream import Answer
 _PULLED_AHEAD = 64 * 1024
 """Bytes that wait for a reader that pulls."""
 
-_LINE_END = ord("\n")
+_LINE_END: Final = ord("\n")
 
-_END = 64
+_END: Final = 64
 """Bytes that the last event of a stream may have, which tells of no tokens: ``[DONE]``, ``message_stop``."""
 
 
@@ -39,6 +39,10 @@ def _nobody(complete: bool) -> None:
 
 class Outlet(Protocol):
     """Where a relay's bytes go. It calls the relay's ``pause`` and ``resume``."""
+
+    @property
+    def pass_on(self) -> Callable[[bytes], None] | None:
+        """Takes the next bytes as one chunk of HTTP/1.1 with its framing; None where they go on without it."""
 
     def write(self, piece: bytes) -> None:
         """The next bytes, never none."""
@@ -60,8 +64,8 @@ class Relay:
     """
 
     __slots__ = (
-        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_paused", "_pulse", "_record", "_repair",
-        "_unseen", "_vigil", "_write",
+        "_answer", "_ended", "_hider", "_last", "_outlet", "_over", "_pass_on", "_paused", "_pulse", "_record",
+        "_repair", "_unseen", "_vigil", "_write",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +88,7 @@ class Relay:
         self._last = b""
         self._outlet: Outlet | None = None
         self._write: Callable[[bytes], None] = _nowhere
+        self._pass_on: Callable[[bytes], None] | None = None
         self._over = False
         self._paused = False
 
@@ -94,12 +99,7 @@ class Relay:
         the filters state, since each further call costs as much as all the rest of it."""
         if self._over:
             return
-        self._pulse.moves += 1
-        self._unseen -= 1
-        if not self._unseen:
-            self._unseen = self._record.look()
-        if len(piece) > _END:
-            self._last = piece
+        self._count(piece)
         hider, repair = self._hider, self._repair
         if piece[-1] == _LINE_END and not hider.held and not repair.held and KEY not in piece:
             self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
@@ -107,6 +107,24 @@ class Relay:
         piece = repair.feed(hider.feed(piece))
         if piece:
             self._write(piece)
+
+    def feed_chunk(self, chunk: bytes, front: int) -> None:
+        """The same for a chunk with its framing, which stays right: an id and what replaces it are equally long."""
+        hider = self._hider
+        pass_on = self._pass_on
+        if pass_on is None or chunk[-3] != _LINE_END or hider.held or self._repair.held or KEY in chunk:
+            self.feed(chunk[front:-2])
+            return
+        self._count(chunk)
+        pass_on(chunk.replace(hider.internal, hider.public) if hider.internal else chunk)
+
+    def _count(self, piece: bytes) -> None:
+        self._pulse.moves += 1
+        self._unseen -= 1
+        if not self._unseen:
+            self._unseen = self._record.look()
+        if len(piece) > _END:
+            self._last = piece
 
     def end(self) -> None:
         """Decode's answer is whole."""
@@ -132,7 +150,7 @@ class Relay:
 
     def pour(self, outlet: Outlet) -> None:
         """Write into ``outlet`` from now on, until its ``end`` or ``cut`` is called."""
-        self._outlet, self._write = outlet, outlet.write
+        self._outlet, self._write, self._pass_on = outlet, outlet.write, outlet.pass_on
         self._vigil.waiting = not self._paused
         self._answer.pour(self)
 
@@ -174,7 +192,7 @@ class Relay:
     def _finish(self, complete: bool) -> None:
         self._over = True
         # What is over shall go without the garbage collector, which looks for cycles.
-        self._write, self._outlet = _nowhere, None
+        self._write, self._outlet, self._pass_on = _nowhere, None, None
         record, last, self._last = self._record, self._last, b""
         record.passed(self._unseen)
         record.output_tokens = output_tokens(last)
@@ -186,6 +204,8 @@ class Relay:
 
 class _Pulled:
     """An outlet that holds pieces until they are asked for."""
+
+    pass_on: ClassVar[None] = None
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay

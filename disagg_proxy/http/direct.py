@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.flight.outcome import Outcome
@@ -56,11 +56,12 @@ class Direct:
     """One exchange; stands where uvicorn keeps its ``RequestResponseCycle``, and has what it looks at there.
 
     Attributes:
+        pass_on: writes to the client.
         response_started, response_complete, disconnected, keep_alive, message_event, default_headers: uvicorn's.
     """
 
-    message_event = _Nobody()
-    waiting_for_100_continue = False
+    message_event: ClassVar[_Nobody] = _Nobody()
+    waiting_for_100_continue: ClassVar[bool] = False
 
     __slots__ = (
         "_asked",
@@ -73,6 +74,7 @@ class Direct:
         "default_headers",
         "disconnected",
         "keep_alive",
+        "pass_on",
         "response_complete",
         "response_started",
     )
@@ -84,6 +86,7 @@ class Direct:
         self._pieces: list[bytes] = []
         self._flight: Carrier | None = None
         self._relay: Relay | None = None
+        self.pass_on: Callable[[bytes], None] = client.transport.write
         self._waiting: asyncio.Task[None] | None = None
         self.keep_alive = keep_alive
         self.default_headers: Headers = []
@@ -145,7 +148,7 @@ class Direct:
             self._say(what.status, lines, what.body)
             return
         self.response_started = True
-        self._client.transport.write(self._head(what.status, lines) + b"transfer-encoding: chunked\r\n\r\n")
+        self.pass_on(self._head(what.status, lines) + b"transfer-encoding: chunked\r\n\r\n")
         self._relay = what.body
         what.body.pour(self)
 
@@ -161,9 +164,9 @@ class Direct:
         self.response_started = True
         head = self._head(status, lines)
         if status in _NO_BODY:
-            self._client.transport.write(head + b"\r\n")
+            self.pass_on(head + b"\r\n")
         else:
-            self._client.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+            self.pass_on(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         self._finish()
 
     def _head(self, status: int, lines: bytes) -> bytes:
@@ -175,11 +178,11 @@ class Direct:
 
     def write(self, piece: bytes) -> None:
         """The next bytes of the body, as one chunk."""
-        self._client.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.pass_on(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def end(self) -> None:
         """The body came to its end."""
-        self._client.transport.write(b"0\r\n\r\n")
+        self.pass_on(b"0\r\n\r\n")
         self._finish()
 
     def cut(self, cause: StreamCut) -> None:

@@ -49,6 +49,9 @@ class Sink(Protocol):
     def feed(self, piece: bytes) -> None:
         """The next bytes, never none."""
 
+    def feed_chunk(self, chunk: bytes, front: int) -> None:
+        """The next bytes as one chunk of HTTP/1.1, with its framing: ``front`` bytes before its data, two behind."""
+
     def end(self) -> None:
         """The body came to its end."""
 

@@ -1,7 +1,8 @@
 """One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
 
 llhttp (httptools) reads the answer and takes off its framing, but for small answers whose head it has read before
-(``protocol/heads``). A connection that says anything unasked, or anything that is not HTTP, is closed.
+(``protocol/heads``) and for the chunks of a stream that come one by one (``protocol/chunks``). A connection that says
+anything unasked, or anything that is not HTTP, is closed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
+from disagg_proxy.protocol.chunks import lone_chunk
 from disagg_proxy.protocol.headers import AnswerHeaders, Headers
 from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.answer import Answer, closed_early
@@ -59,6 +61,9 @@ class Connection:
 
     __slots__ = (
         "_answer",
+        "_between",
+        "_clock",
+        "_feed",
         "_framed",
         "_head",
         "_headers",
@@ -89,6 +94,7 @@ class Connection:
         self._pool = pool
         self._heads = pool.heads
         self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._headers: Headers = []
@@ -97,9 +103,11 @@ class Connection:
         # Called for each piece of a body; the list's own method costs least.
         self.on_body = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
+        self._feed = self._parser.feed_data
         self._head = 0  # bytes received before the present answer's body
         self._used = False
         self._framed = False  # whether the answer says where it ends
+        self._between = False  # the parser stands behind a chunk, and nothing of the next one has come
         self._over = False
         self._paused = False
         self._stuffed = False  # part of the request waits to leave
@@ -121,8 +129,8 @@ class Connection:
         answer = self._answer = Answer(self, leg, self._used)
         self._used = True
         self._head = 0
-        self._over = self._framed = False
-        self._silence, self._heard = silence, self._loop.time()
+        self._over = self._framed = self._between = False
+        self._silence, self._heard = silence, self._clock()
         due = self._heard + silence
         if self._timer is None or self._timer.when() > due:
             self._watch(due)
@@ -151,7 +159,14 @@ class Connection:
         if answer is None:
             self.abort()
             return
-        self._heard = self._loop.time()
+        self._heard = self._clock()
+        sink = answer.sink
+        if self._between:
+            # A token of a stream, mostly. The parser need not know of it.
+            if sink is not None and (front := lone_chunk(data)):
+                sink.feed_chunk(data, front)
+                return
+            self._between = False
         fresh = not self._head and not answer.status
         if fresh:
             known = self._heads.meet(data)
@@ -160,7 +175,7 @@ class Connection:
                 self._end(answer, data[known[1] :])
                 return
         try:
-            self._parser.feed_data(data)
+            self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             log.info("%s: its answer on the %s leg is not HTTP/1.1: %s", self.name, answer.leg, error)
             if not self._over:
@@ -176,11 +191,10 @@ class Connection:
             if fresh and self.keep and answer.status < 400:
                 self._heads.learn(data, (answer.status, answer.headers))
             self._end(answer, self._take())
-        elif answer.sink is not None and len(self._pieces) == 1:
-            # A token of a stream, mostly.
-            answer.sink.feed(self._pieces.pop())
-        else:
-            answer.received(self._take())
+            return
+        # Within a chunk's head the data could not end like that.
+        self._between = self._between and data.endswith(b"\n\r\n")
+        answer.received(self._take())
 
     def _take(self) -> bytes:
         """What has come of the body."""
@@ -205,7 +219,7 @@ class Connection:
         self._transport = None
         self._unwatch()
         # It knows this connection, and would keep it.
-        self._parser = None  # type: ignore[assignment]
+        self._parser = self._feed = None  # type: ignore[assignment]
         self._pool.went(self)
 
     # -- the parser's side
@@ -232,6 +246,9 @@ class Connection:
             self._framed = True
         self._answer.begun(status, AnswerHeaders(headers))
 
+    def on_chunk_complete(self) -> None:
+        self._between = True
+
     def on_message_complete(self) -> None:
         self._headers = []  # trailers, which nobody reads
         if self._answer is not None and self._answer.status and not self._over:
@@ -245,7 +262,7 @@ class Connection:
         self._answer = None
         # vLLM closes the connection after some 400s without saying so.
         if self.keep and answer.status < 400 and self.open and not self._stuffed:
-            self.idle_since = self._loop.time()
+            self.idle_since = self._clock()
             self._pool.idle(self)
         else:
             self.abort()

@@ -62,6 +62,8 @@ class Outlet:
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
         self.ends: list[str] = []
+        self.chunks: list[bytes] = []
+        self.pass_on = self.chunks.append
 
     def write(self, piece: bytes) -> None:
         assert piece and not self.ends
@@ -256,3 +258,41 @@ async def test_a_reader_that_stops_pulling_leaves_the_end_to_its_owner() -> None
     assert relayed.ended == [] and not relayed.carrier.aborted
     relayed.relay.close()
     assert relayed.ended == [False] and relayed.carrier.aborted
+
+
+@pytest.mark.parametrize(
+    ("piece", "passed"),
+    [
+        (b"data: %b\n\n" % ID.internal.encode(), b"data: %b\n\n" % ID.public.encode()),
+        (b"data: 1\n\n", b"data: 1\n\n"),
+        (b"data: no end of a line", None),
+        (b'data: {"prompt_tokens_details":null}\n\n', None),
+    ],
+    ids=["id", "plain", "unfinished", "usage"],
+)
+async def test_a_chunk_goes_on_with_its_framing_when_nothing_of_it_changes_its_length(piece, passed) -> None:
+    relayed = Relayed()
+    outlet = relayed.pour()
+    front = b"%x\r\n" % len(piece)
+    relayed.relay.feed_chunk(front + piece + b"\r\n", len(front))
+    relayed.relay.end()
+    assert outlet.chunks == ([] if passed is None else [front + passed + b"\r\n"])
+    assert outlet.body == (piece if passed is None else b"")
+    assert relayed.pulse.moves == 1
+
+
+async def test_a_chunk_behind_a_held_tail_goes_on_with_it() -> None:
+    relayed = Relayed()
+    outlet = relayed.pour()
+    internal, public = ID.internal.encode(), ID.public.encode()
+    relayed.relay.feed(internal[:9])
+    relayed.relay.feed_chunk(b"%x\r\n%b\n\r\n" % (len(internal) - 8, internal[9:]), 4)
+    assert (outlet.body, outlet.chunks) == (public + b"\n", [])
+
+
+async def test_after_the_end_a_chunk_goes_nowhere() -> None:
+    relayed = Relayed()
+    outlet = relayed.pour()
+    relayed.relay.close()
+    relayed.relay.feed_chunk(b"2\r\n1\n\r\n", 3)
+    assert not outlet.chunks and not outlet.pieces

@@ -106,6 +106,9 @@ class Sink:
         self.body += piece
         self.came.set()
 
+    def feed_chunk(self, chunk: bytes, front: int) -> None:
+        self.feed(chunk[front:-2])
+
     def end(self) -> None:
         self.over.set_result("end")
 

@@ -1,0 +1,148 @@
+"""A chunked answer, however its bytes are cut on their way and whoever takes its framing off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_proxy.protocol.heads import Heads
+from disagg_proxy.upstream.connection import Connection
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.heads: Heads[Any] = Heads(ids=False)
+        self.free = 0
+
+    def came(self, connection: Connection) -> None: ...
+
+    def idle(self, connection: Connection) -> None:
+        self.free += 1
+
+    def went(self, connection: Connection) -> None: ...
+
+
+class Transport:
+    def __init__(self) -> None:
+        self.aborted = False
+
+    def write(self, data: bytes) -> None: ...
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.body = b""
+        self.chunks = 0
+        self.over = ""
+
+    def feed(self, piece: bytes) -> None:
+        assert piece and not self.over
+        self.body += piece
+
+    def feed_chunk(self, chunk: bytes, front: int) -> None:
+        self.chunks += 1
+        assert int(chunk[: front - 2], 16) == len(chunk) - front - 2 and chunk[-2:] == b"\r\n"
+        self.feed(chunk[front:-2])
+
+    def end(self) -> None:
+        self.over = "end"
+
+    def broke(self, error: Exception) -> None:
+        self.over = type(error).__name__
+
+
+class Exchange:
+    """One answer on a connection without a socket."""
+
+    def __init__(self) -> None:
+        self.pool, self.transport, self.sink = Pool(), Transport(), Sink()
+        self.connection = Connection("here:1", True, self.pool)
+        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
+        self.answer = self.connection.send(b"", b"", 60.0, "decode")
+
+    def receive(self, *reads: bytes) -> Sink:
+        """All reads after a head."""
+        self.connection.data_received(HEAD)
+        self.answer.pour(self.sink)
+        for data in reads:
+            if not self.transport.aborted:
+                self.connection.data_received(data)
+        self.connection.abort()
+        return self.sink
+
+
+def chunk(piece: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+async def test_tokens_that_come_one_by_one_keep_their_framing() -> None:
+    exchange = Exchange()
+    events = [b"data: %d\n\n" % i for i in range(5)]
+    sink = exchange.receive(*map(chunk, events), b"0\r\n\r\n")
+    assert (sink.body, sink.over, exchange.pool.free) == (b"".join(events), "end", 1)
+    assert sink.chunks == 4, "all but the first, behind which the parser first stands between two"
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        (chunk(b"a\n"), b"6\r\n1\r\nx\r\n", b"\r\n", b"0\r\n\r\n"),
+        (chunk(b"a\n"), b"c\r\n\n\r\n", b"1\r\nx\r\n", b"\n\n\n\r\n", b"0\r\n\r\n"),
+        (chunk(b"a\n"), chunk(b"b\n") + b"6", b"\r\n1\r\nb\r\n\r\n", b"0\r\n\r\n"),
+    ],
+    ids=["looks like a chunk in two", "looks like one within one", "a size in two"],
+)
+async def test_what_looks_like_a_chunk_is_data(reads) -> None:
+    exchange = Exchange()
+    sink = exchange.receive(*reads)
+    plain = Exchange().receive(b"".join(reads))
+    assert (sink.body, sink.over) == (plain.body, plain.over) and sink.over == "end"
+
+
+async def test_a_wrong_size_breaks_the_answer() -> None:
+    sink = Exchange().receive(chunk(b"a\n"), chunk(b"b\n"), b"zz\r\nx\r\n")
+    assert (sink.body, sink.over) == (b"a\nb\n", "EngineDisconnected")
+
+
+_pieces = st.lists(
+    st.one_of(
+        st.binary(min_size=1, max_size=30), st.sampled_from([b"\n", b"\r\n", b"\n\r\n1\r\nx\r\n", b"1\r\nx\r\n"])
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(_pieces, st.lists(st.integers(0, 400), max_size=12), st.booleans())
+async def test_however_it_is_cut(pieces: list[bytes], cuts: list[int], upper: bool) -> None:
+    form = b"%X\r\n%b\r\n" if upper else b"%x\r\n%b\r\n"
+    wire = b"".join(form % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    ends = sorted({cut for cut in cuts if 0 < cut < len(wire)})
+    reads = [wire[a:b] for a, b in zip([0, *ends], [*ends, len(wire)], strict=True)]
+    exchange = Exchange()
+    sink = exchange.receive(*reads)
+    assert (sink.body, sink.over, exchange.pool.free) == (b"".join(pieces), "end", 1)
+
+
+@given(_pieces, st.data())
+async def test_chunk_by_chunk_with_some_glued_or_torn(pieces: list[bytes], data: st.DataObject) -> None:
+    reads = [b""]
+    for piece in pieces:
+        for part in (chunk(piece)[:2], chunk(piece)[2:]) if data.draw(st.booleans()) else (chunk(piece),):
+            if data.draw(st.booleans()):
+                reads[-1] += part
+            else:
+                reads.append(part)
+    sink = Exchange().receive(*filter(None, reads), b"0\r\n\r\n")
+    assert (sink.body, sink.over) == (b"".join(pieces), "end")
