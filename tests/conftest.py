@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,7 +14,6 @@ import aiohttp
 import pytest
 from multidict import CIMultiDict
 
-from disagg_proxy import steps
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
@@ -203,17 +201,3 @@ async def dial() -> AsyncIterator[Callable[[str], Awaitable[Wire]]]:
     yield open_one
     for wire in wires:
         wire.leave()
-
-
-_COMPILED = steps.__file__.endswith((".so", ".pyd"))
-_NEEDS_SOURCE = re.compile(r"object attribute .* is read-only|object expected; got tests\.|has no attribute '__code__'")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """A compiled class takes neither another method nor a stand-in: tests that need that are skipped."""
-    report = yield
-    if _COMPILED and call.excinfo is not None and _NEEDS_SOURCE.search(str(call.excinfo.value)):
-        report.outcome = "skipped"
-        report.longrepr = (__file__, 0, f"Skipped: {call.excinfo.value}")
-    return report

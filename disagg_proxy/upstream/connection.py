@@ -49,7 +49,7 @@ class Pool(Protocol):
 
 
 class Connection:
-    """An ``asyncio.Protocol`` by its methods, not by its class: a compiled one then has its attributes in place.
+    """An ``asyncio.Protocol`` by its methods.
 
     Args:
         name: the instance, as host:port.
