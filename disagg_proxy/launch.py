@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any, Protocol
+from types import CoroutineType
+from typing import Any, Protocol, cast
 
 from disagg_proxy.admission.gate import Admitted, Gate, Held
 from disagg_proxy.admission.size import TokenGuess
@@ -125,9 +126,9 @@ class Launcher:
         record.asks(prepared.model)
         order = _Order(self, route, headers, prepared, record, session)
         first = order.admit()
-        if isinstance(first, Coroutine):
+        if isinstance(first, CoroutineType):
             return self._later(order, first)
-        return self._flight(order, first)
+        return self._flight(order, cast(Held, first))
 
     async def _later(self, order: _Order, waiting: Coroutine[Any, Any, Held]) -> Carrier:
         order.record.waited = True
@@ -217,7 +218,7 @@ class _Order:
     async def again(self, without: Collection[Instance]) -> Any:
         """Further legs, of the same protocol as those before."""
         found = self.admit(self._and_strangers(without))
-        return await found if isinstance(found, Coroutine) else found
+        return await found if isinstance(found, CoroutineType) else found
 
     def check(self, without: Collection[Instance]) -> None:
         """Raise what keeps everybody else from serving it."""

@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, ClassVar, Protocol
+from types import CoroutineType
+from typing import Any, Protocol, cast
 
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.flight.outcome import Outcome
@@ -60,8 +61,8 @@ class Direct:
         response_started, response_complete, disconnected, keep_alive, message_event, default_headers: uvicorn's.
     """
 
-    message_event: ClassVar[_Nobody] = _Nobody()
-    waiting_for_100_continue: ClassVar[bool] = False
+    message_event = _Nobody()
+    waiting_for_100_continue = False
 
     __slots__ = (
         "_asked",
@@ -110,10 +111,10 @@ class Direct:
         except Exception as bug:
             self._refuse(from_bug(bug))
         else:
-            if isinstance(begun, Coroutine):
+            if isinstance(begun, CoroutineType):
                 self._waiting = asyncio.get_running_loop().create_task(self._queue(begun))
             else:
-                self._fly(begun)
+                self._fly(cast(Carrier, begun))
 
     async def _queue(self, begun: Coroutine[Any, Any, Carrier]) -> None:
         try:

@@ -6,12 +6,10 @@ Only the form in which vLLM's server writes it counts: lower-case digits, no ext
 
 from __future__ import annotations
 
-from typing import Final
-
-BACK: Final = b"\r\n"
+BACK = b"\r\n"
 """Behind a chunk's data."""
 
-_LONGEST: Final = 4096
+_LONGEST = 4096
 """Bytes of a chunk that is looked at. There is a front for each length."""
 
 
@@ -31,7 +29,7 @@ def _fronts() -> list[bytes]:
     return fronts
 
 
-_FRONTS: Final = _fronts()
+_FRONTS = _fronts()
 
 
 def lone_chunk(data: bytes) -> int:

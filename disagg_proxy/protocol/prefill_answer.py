@@ -62,11 +62,14 @@ def read_prefill(route: Route, body: bytes, streamed: bool, choices: int) -> Pre
     return _DONE if begun else _UNKNOWN
 
 
-_Answer: Any = msgspec.defstruct(
-    "_Answer",
-    [("object", Any, None), ("error", Any, None), ("type", Any, None), ("choices", msgspec.Raw, msgspec.Raw(b"null"))],
-)
-"""What is looked at of an answer; reading no more takes a third of the time."""
+class _Answer(msgspec.Struct):
+    """What is looked at of an answer; reading no more takes a third of the time."""
+
+    object: Any = None
+    error: Any = None
+    type: Any = None
+    choices: msgspec.Raw = msgspec.Raw(b"null")
+
 
 _answers = msgspec.json.Decoder(_Answer)
 

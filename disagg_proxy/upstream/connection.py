@@ -48,9 +48,8 @@ class Pool(Protocol):
         """It is closed."""
 
 
-class Connection:
-    """An ``asyncio.Protocol`` by its methods.
-
+class Connection(asyncio.Protocol):
+    """
     Args:
         name: the instance, as host:port.
         keep: whether it may carry another request after this one.
