@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,6 +18,8 @@ from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
+from disagg_proxy.sim import engine
+from tests.ports import hold_port
 
 pytest.register_assert_rewrite("tests.machine", "tests.command")
 
@@ -117,6 +119,19 @@ async def running_proxy(**settings: Any) -> AsyncIterator[Proxy]:
         yield proxy
     finally:
         await proxy.stop()
+
+
+@pytest.fixture(autouse=True)
+def _engines_keep_their_ports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A simulated engine's ports stay its own to the end of the test, so that nobody answers for one that is gone."""
+    bound = engine._bound
+
+    def kept(host: str, port: int) -> socket.socket:
+        return bound(host, port or hold_port(hold, host))
+
+    with ExitStack() as hold:
+        monkeypatch.setattr(engine, "_bound", kept)
+        yield
 
 
 @pytest.fixture

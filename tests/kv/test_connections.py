@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from disagg_kv.protocol.frames import Kind, encode
 from disagg_kv.protocol.handshake import Refused, Shape, nonce
 from disagg_kv.transport.channel import Channel
 from tests.kv.memory import SHAPE, Decode, Prefill, key, until
+from tests.ports import hold_port
 
 Make = Callable[..., Any]
 
@@ -82,11 +84,10 @@ def test_many_transfers_over_one_connection(prefill: Make, decode: Make) -> None
 
 
 def test_nobody_listens(decode: Make) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     d = decode()
-    d.load(key("t"), f"127.0.0.1:{port}", [1, 2])
-    assert d.result().failed_blocks == {1, 2}
+    with ExitStack() as hold:
+        d.load(key("t"), f"127.0.0.1:{hold_port(hold)}", [1, 2])
+        assert d.result().failed_blocks == {1, 2}
 
 
 def test_prefill_dies_while_decode_waits(prefill: Make, decode: Make) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 from aiohttp import web
 
 from disagg_report.arrivals import Workload
 from disagg_report.own_client import OwnClient
+from tests.ports import hold_port
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 WORKLOAD = Workload("m", input_tokens=8, output_tokens=3, seconds=0.2, seed=1)
@@ -116,9 +117,9 @@ async def test_failures_are_told_apart() -> None:
 
 
 async def test_nobody_listens() -> None:
-    async with server(GOOD) as url:
-        pass
-    found = await OwnClient([url], WORKLOAD).measure(RATE, asyncio.Event(), ignore)
+    with ExitStack() as hold:
+        url = f"http://127.0.0.1:{hold_port(hold)}"
+        found = await OwnClient([url], WORKLOAD).measure(RATE, asyncio.Event(), ignore)
     assert len(found.shots) == 8 and all("ConnectorError" in (shot.error or "") for shot in found.shots)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from tests.ports import hold_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "test_single_machine.sh"
 FAST = "--ping-seconds 0.2 --time-per-output-token 0.002"
@@ -27,21 +28,14 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def reserve_ports(hold: ExitStack, width: int = 2) -> list[int]:
-    """Six ports of the kernel's choice, each followed by ``width - 1`` that are free too.
-
-    ``hold`` keeps them from everybody else: the sockets stay bound and never listen, which leaves the port to servers
-    that set SO_REUSEADDR, as all of those under test do. It is set after bind, so that the kernel gives each port once.
-    """
+    """Six ports of the kernel's choice, each followed by ``width - 1`` that are free too, until ``hold`` is closed."""
     found: list[int] = []
     while len(found) < 6:
         with ExitStack() as attempt:
-            port = 0
             try:
-                for offset in range(width):
-                    one = attempt.enter_context(socket.socket())
-                    one.bind(("127.0.0.1", port + offset if port else 0))
-                    port = port or one.getsockname()[1]
-                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                port = hold_port(attempt)
+                for offset in range(1, width):
+                    hold_port(attempt, port=port + offset)
             except (OSError, OverflowError):
                 continue
             hold.push(attempt.pop_all())
