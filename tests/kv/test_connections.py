@@ -141,7 +141,7 @@ def test_200_abandoned_requests_leave_nothing(prefill: Make, decode: Make) -> No
     p.compute(key("last"), [5])
     d.load(key("last"), p.address, [1])
     assert not d.result().failed_blocks
-    assert p.outbox.held()["wants"] == 0
+    _wait(lambda: p.outbox.held()["wants"] == 0)
 
 
 @pytest.mark.parametrize(

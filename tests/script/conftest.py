@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.script.machine import Machine
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As for what a shell starts with `&`. The programs under test would inherit it, and bash cannot take it back.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -239,7 +239,8 @@ def test_children_that_outlive_their_part_are_stopped(machine: Machine) -> None:
     leader.kill()
     leader.wait()
     leader.stdout.close()
-    assert child in machine.leftovers()
+    # Its environment cannot be seen while it becomes `sleep`.
+    wait_for(lambda: child in machine.leftovers())
     machine.ok("stop")
     assert machine.leftovers() == {}
 
