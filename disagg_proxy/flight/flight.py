@@ -168,7 +168,7 @@ class Flight:
     async def _fly(self) -> Outcome | None:
         """Both legs in order, on one pair after another; None when nobody waits for the answer any more."""
         while True:
-            legs = self._legs
+            legs, lost = self._legs, None
             legs.when_prefill_stands = self._leave_behind
             try:
                 self._record.ask_prefill()
@@ -185,7 +185,9 @@ class Flight:
                     return None
                 if not isinstance(error, EngineError):
                     raise
-                await self._another_or_raise(legs.pair.prefill, error)
+                lost = error
+            if lost is not None:
+                await self._another_or_raise(legs.pair.prefill, lost)
                 continue
             if refused is not None:
                 legs.end_decode()
@@ -214,12 +216,13 @@ class Flight:
             except NotAsked as failure:
                 if not legs.decode_lease.process_ended:
                     self._drain_behind()
-                await self._another_or_raise(legs.pair.decode, failure.error)
-                continue
+                lost = failure.error
             except ProxyError:
                 self._end_decode(failed=True)
                 raise
-            return await self._refused_by_decode(answer)
+            if lost is None:
+                return await self._refused_by_decode(answer)
+            await self._another_or_raise(legs.pair.decode, lost)
 
     def _leave_behind(self, legs: Legs, error: ProxyError) -> None:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""

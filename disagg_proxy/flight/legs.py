@@ -135,13 +135,7 @@ class Legs:
             receiver=self.pair.decode,
         )
         try:
-            try:
-                answer = await self._send_prefill(self.pair.prefill, fresh=False)
-            except EngineDisconnected as error:
-                if not error.reused and not error.unsent:
-                    raise
-                answer = await self._send_prefill(self.pair.prefill, fresh=True)
-            whole = answer.read()
+            whole = (await self._prefilled()).read()
             if whole.status == 200:
                 vigil.heard()
         except ProxyError as error:
@@ -160,6 +154,14 @@ class Legs:
     def _prefill_stands(self, error: ProxyError) -> None:
         if self.when_prefill_stands is not None:
             self.when_prefill_stands(self, error)
+
+    async def _prefilled(self) -> Answer:
+        try:
+            return await self._send_prefill(self.pair.prefill, fresh=False)
+        except EngineDisconnected as error:
+            if not error.reused and not error.unsent:
+                raise
+        return await self._send_prefill(self.pair.prefill, fresh=True)
 
     def _send_prefill(self, instance: Instance, fresh: bool) -> Awaitable[Answer]:
         return self._upstream.request(
@@ -211,20 +213,23 @@ class Legs:
         if not self.decode_lease.same_process:
             raise NotAsked(EngineFailed("The decode instance went away during the prefill."))
         self._watch_decode(telling=self.prepared.streams)
-        enough = Enough.BEGUN if self.prepared.streams else Enough.WHOLE
         try:
-            try:
-                return await self._send_decode(self.prepared.decode_body, enough, fresh=False)
-            except EngineDisconnected as error:
-                if not error.unsent:
-                    raise
-                return await self._send_decode(self.prepared.decode_body, enough, fresh=True)
+            return await self._begun()
         except ProxyError as error:
             blame(self._registry, self.decode_lease.instance, error)
             if isinstance(error, EngineUnreachable):
                 self.decoding.end(received=False)
                 raise NotAsked(error) from error
             raise
+
+    async def _begun(self) -> Answer:
+        enough = Enough.BEGUN if self.prepared.streams else Enough.WHOLE
+        try:
+            return await self._send_decode(self.prepared.decode_body, enough, fresh=False)
+        except EngineDisconnected as error:
+            if not error.unsent:
+                raise
+        return await self._send_decode(self.prepared.decode_body, enough, fresh=True)
 
     def _watch_decode(self, telling: bool) -> None:
         self._waiting = Steps.running or asyncio.current_task()

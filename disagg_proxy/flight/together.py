@@ -126,9 +126,10 @@ class TogetherFlight:
             except (EngineError, EngineDeadline) as error:
                 legs.decode_lease.end(failed=True)
                 self._give_back(legs)
-                if not self._client.waits or not await self._attempts.another(legs.decode, self._waits):
-                    raise error
-                self._stats.failovers += 1
+                lost = error
+            if not self._client.waits or not await self._attempts.another(legs.decode, self._waits):
+                raise lost
+            self._stats.failovers += 1
 
     def _waits(self) -> bool:
         return self._client.waits

@@ -202,7 +202,7 @@ class TogetherLegs:
             if not error.reused and not error.unsent:
                 raise
             body = body if error.unsent else again
-            return await self._send_once(lease, body, leg, silence, enough, fresh=True)
+        return await self._send_once(lease, body, leg, silence, enough, fresh=True)
 
     async def _send_once(
         self, lease: Lease, body: bytes, leg: str, silence: float, enough: Enough, fresh: bool
