@@ -1,3 +1,11 @@
 """One OpenAI endpoint in front of vLLM prefill and decode instances on one machine."""
 
+from importlib.util import find_spec
+
 __version__ = "0.1.0"
+
+
+def compiled() -> bool:
+    """Whether the hot path is native code (setup.py)."""
+    spec = find_spec("disagg_proxy.steps")
+    return spec is not None and not str(spec.origin).endswith(".py")

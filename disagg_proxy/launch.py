@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Coroutine
-from types import CoroutineType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from disagg_proxy.admission.gate import Admitted, Gate, Held
 from disagg_proxy.admission.size import TokenGuess
@@ -126,9 +125,9 @@ class Launcher:
         record.asks(prepared.model)
         order = _Order(self, route, headers, prepared, record, session)
         first = order.admit()
-        if isinstance(first, CoroutineType):
+        if isinstance(first, Coroutine):
             return self._later(order, first)
-        return self._flight(order, cast(Held, first))
+        return self._flight(order, first)
 
     async def _later(self, order: _Order, waiting: Coroutine[Any, Any, Held]) -> Carrier:
         order.record.waited = True
@@ -218,7 +217,7 @@ class _Order:
     async def again(self, without: Collection[Instance]) -> Any:
         """Further legs, of the same protocol as those before."""
         found = self.admit(self._and_strangers(without))
-        return await found if isinstance(found, CoroutineType) else found
+        return await found if isinstance(found, Coroutine) else found
 
     def check(self, without: Collection[Instance]) -> None:
         """Raise what keeps everybody else from serving it."""

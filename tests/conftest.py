@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from multidict import CIMultiDict
 
+from disagg_proxy import compiled
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
@@ -24,6 +25,13 @@ from tests.ports import hold_port
 pytest.register_assert_rewrite("tests.machine", "tests.command")
 
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if compiled():
+        for item in items:
+            if item.get_closest_marker("interpreted"):
+                item.add_marker(pytest.mark.skip(reason="the hot path is compiled"))
 
 
 class _Server(Server):

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from disagg_proxy import __version__, cli
+from disagg_proxy import __version__, cli, compiled
 from disagg_proxy.config.table import SETTINGS
 from disagg_proxy.sim import expected_text
 from tests.command import SCRIPT, Engines, Run, commands, engine_pairs
@@ -43,7 +43,7 @@ async def test_help_names_every_setting(run: Run, tmp_path: Path) -> None:
 def test_version_is_the_packages(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
-    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == __version__
+    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == __version__ + ", compiled" * compiled()
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ OTHERS_SETTINGS = re.compile(
 )
 """Of vLLM, CUDA, libraries and the tests."""
 
-OTHERS_WORDS = {"PUT_ASYNC", "SO_REUSEPORT", "MAX_CONTENT_LENGTH", "DISAGG_KV_TRACE"}
-"""In capitals, and no settings: of vLLM's connector, of the kernel, of Quart; where the connector writes its times."""
+OTHERS_WORDS = {"PUT_ASYNC", "SO_REUSEPORT", "MAX_CONTENT_LENGTH", "DISAGG_KV_TRACE", "DISAGG_PROXY_COMPILE"}
+"""In capitals, and no settings: of vLLM's connector, of the kernel, of Quart; where the connector writes its times;
+what setup.py builds."""
 
 OTHERS_ROUTES = {
     "/abort_requests", "/collective_rpc", "/generative_scoring", "/inference/v1/generate", "/invocations", "/pause",

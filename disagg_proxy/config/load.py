@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from disagg_proxy import __version__
+from disagg_proxy import __version__, compiled
 from disagg_proxy.config.model import Config
 from disagg_proxy.config.table import SETTINGS, Setting
 
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Each flag can be set by the environment variable in brackets; a flag wins.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--version", action="version", version=f"{__version__}, compiled" if compiled() else __version__
+    )
     for setting in SETTINGS:
         default = f", default {setting.default}" if setting.default else ""
         parser.add_argument(

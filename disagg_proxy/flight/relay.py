@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import ClassVar, Final, Protocol
 
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
@@ -23,9 +23,9 @@ from disagg_proxy.upstream import Answer
 _PULLED_AHEAD = 64 * 1024
 """Bytes that wait for a reader that pulls."""
 
-_LINE_END = ord("\n")
+_LINE_END: Final = ord("\n")
 
-_END = 64
+_END: Final = 64
 """Bytes that the last event of a stream may have, which tells of no tokens: ``[DONE]``, ``message_stop``."""
 
 
@@ -95,8 +95,8 @@ class Relay:
     # -- decode's side
 
     def feed(self, piece: bytes) -> None:
-        """What has just arrived. What holds for most pieces is decided here, by the rules that the filters state, since
-        calling them costs as much as all the rest of it."""
+        """What has just arrived. Runs for every token: what holds for most of them is decided here, by the rules that
+        the filters state, since each further call costs as much as all the rest of it."""
         if self._over:
             return
         self._count(piece)
@@ -205,7 +205,7 @@ class Relay:
 class _Pulled:
     """An outlet that holds pieces until they are asked for."""
 
-    pass_on = None
+    pass_on: ClassVar[None] = None
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay

@@ -13,8 +13,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from http import HTTPStatus
-from types import CoroutineType
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.flight.outcome import Outcome
@@ -61,8 +60,8 @@ class Direct:
         response_started, response_complete, disconnected, keep_alive, message_event, default_headers: uvicorn's.
     """
 
-    message_event = _Nobody()
-    waiting_for_100_continue = False
+    message_event: ClassVar[_Nobody] = _Nobody()
+    waiting_for_100_continue: ClassVar[bool] = False
 
     __slots__ = (
         "_asked",
@@ -111,10 +110,10 @@ class Direct:
         except Exception as bug:
             self._refuse(from_bug(bug))
         else:
-            if isinstance(begun, CoroutineType):
+            if isinstance(begun, Coroutine):
                 self._waiting = asyncio.get_running_loop().create_task(self._queue(begun))
             else:
-                self._fly(cast(Carrier, begun))
+                self._fly(begun)
 
     async def _queue(self, begun: Coroutine[Any, Any, Carrier]) -> None:
         try:

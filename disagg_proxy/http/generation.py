@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from types import CoroutineType
 from typing import Any, NamedTuple
 
 from disagg_proxy.errors import ProxyError, UnsupportedEncoding
@@ -63,7 +62,7 @@ def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[A
     except Exception:
         record.refuse(ProxyError(""))
         raise
-    return _queued(begun, record) if isinstance(begun, CoroutineType) else begun
+    return _queued(begun, record) if isinstance(begun, Coroutine) else begun
 
 
 async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrier:

@@ -6,10 +6,12 @@ Only the form in which vLLM's server writes it counts: lower-case digits, no ext
 
 from __future__ import annotations
 
-BACK = b"\r\n"
+from typing import Final
+
+BACK: Final = b"\r\n"
 """Behind a chunk's data."""
 
-_LONGEST = 4096
+_LONGEST: Final = 4096
 """Bytes of a chunk that is looked at. There is a front for each length."""
 
 
@@ -29,7 +31,7 @@ def _fronts() -> list[bytes]:
     return fronts
 
 
-_FRONTS = _fronts()
+_FRONTS: Final = _fronts()
 
 
 def lone_chunk(data: bytes) -> int:

@@ -60,8 +60,7 @@ class NixlHandover:
         return body if params is None else with_params(body, params)
 
 
-class _Answer(msgspec.Struct):
-    kv_transfer_params: dict[str, Any] | None = None
+_Answer: Any = msgspec.defstruct("_Answer", [("kv_transfer_params", dict[str, Any] | None, None)])
 
 
 def transfer_params(answer: bytes) -> dict[str, Any] | None:

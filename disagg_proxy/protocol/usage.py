@@ -13,8 +13,9 @@ cut on its way.
 from __future__ import annotations
 
 import re
+from typing import Final
 
-KEY = b'"prompt_tokens_details"'
+KEY: Final = b'"prompt_tokens_details"'
 _VALUE = re.compile(KEY + rb'\s*:\s*\{[^{}]*?"cached_tokens"\s*:\s*(\d{1,18})(?=\s*[,}])')
 _WINDOW = 256
 """Bytes from the key's beginning within which its value has ended."""

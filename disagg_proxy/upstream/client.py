@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 from functools import lru_cache
+from typing import Any, cast
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
@@ -132,15 +133,16 @@ class Upstream:
             self._sweeper = self._loop.call_at(next_one + KEEP_IDLE, self._sweep)
 
     async def _dial(self, address: Address, name: str, leg: str, keep: bool) -> Connection:
-        dialing = self._loop.create_task(
-            self._loop.create_connection(lambda: Connection(address.netloc, keep, self), address.host, address.port)
-        )
+        def fresh() -> Any:
+            return Connection(address.netloc, keep, self)
+
+        dialing = self._loop.create_task(self._loop.create_connection(fresh, address.host, address.port))
         try:
             # Not wait_for, which before Python 3.12 loses a cancellation that comes together with the connection.
             await asyncio.wait((dialing,), timeout=self._connect_timeout)
             if not dialing.done():
                 raise asyncio.TimeoutError
-            return dialing.result()[1]
+            return cast(Connection, dialing.result()[1])
         except BaseException as error:
             dialing.add_done_callback(_hang_up)
             dialing.cancel()

@@ -48,8 +48,9 @@ class Pool(Protocol):
         """It is closed."""
 
 
-class Connection(asyncio.Protocol):
-    """
+class Connection:
+    """An ``asyncio.Protocol`` by its methods, not by its class: a compiled one then has its attributes in place.
+
     Args:
         name: the instance, as host:port.
         keep: whether it may carry another request after this one.

@@ -173,6 +173,7 @@ async def test_a_503_says_why_an_instance_is_not_ready_without_its_address(machi
     assert "one is probing: its HTTP port" in message and not ADDRESS.search(message)
 
 
+@pytest.mark.interpreted
 async def test_a_bug_in_the_proxy_is_500_without_its_details(machine, pair, monkeypatch, caplog) -> None:
     def broken(*args) -> None:
         raise RuntimeError("a secret detail")

@@ -65,6 +65,7 @@ async def test_during_the_prefill(machine, pair, client: Wire, point: str, strea
     assert machine.proxy.services.stats.outcomes == {"client_left": 1}
 
 
+@pytest.mark.interpreted
 @KINDS
 async def test_between_the_legs(machine, pair, client: Wire, monkeypatch, stream: bool) -> None:
     monkeypatch.setattr(flight, "ABORT_GRACE", 0.1)

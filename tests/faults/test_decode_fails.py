@@ -96,6 +96,7 @@ async def accepts_again(machine, decode) -> None:
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
 
 
+@pytest.mark.interpreted
 @in_turn
 async def test_a_decode_that_refuses_connections_means_a_new_id_and_a_drain_of_the_first_one(machine, four) -> None:
     prefills, decodes = four
@@ -113,6 +114,7 @@ async def test_a_decode_that_refuses_connections_means_a_new_id_and_a_drain_of_t
     await machine.unharmed(*prefills, *decodes)
 
 
+@pytest.mark.interpreted
 async def test_the_only_decode_that_refuses_connections_is_502_and_drained_when_it_accepts(machine, pair) -> None:
     answer = await refused_after_the_prefill(machine, *pair, lambda: machine.send(PATH, ASK))
     assert check_error(*answer, 502, "engine_unreachable") == "The decode instance could not be reached."

@@ -151,6 +151,7 @@ async def test_a_drain_that_is_turned_away_is_tried_again(machine, pair, dial, s
     await machine.unharmed(prefill, decode)
 
 
+@pytest.mark.interpreted
 async def test_a_drain_is_tried_again_while_decode_refuses_connections(machine, pair, dial) -> None:
     prefill, decode = pair
     without_kept_connections(machine.proxy, decode)

@@ -14,6 +14,8 @@ from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.stats import Drains
 from tests.flight.conftest import Bench
 
+pytestmark = pytest.mark.interpreted
+
 RESET = EngineDisconnected("reset", unsent=False, reused=False)
 REFUSED = EngineUnreachable("refused", refused=False)
 LATE = EngineDeadline("late")

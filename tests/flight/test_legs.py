@@ -13,6 +13,8 @@ from disagg_proxy.flight.legs import NotAsked
 from disagg_proxy.upstream import Enough
 from tests.flight.conftest import Bench
 
+pytestmark = pytest.mark.interpreted
+
 RESET = EngineDisconnected("x", unsent=False, reused=True)
 RESET_FRESH = EngineDisconnected("x", unsent=False, reused=False)
 UNSENT = EngineDisconnected("x", unsent=True, reused=True)

@@ -19,6 +19,8 @@ from disagg_proxy.protocol.prepare import prepare
 from tests.cluster.conftest import World
 from tests.flight.conftest import Upstream
 
+pytestmark = pytest.mark.interpreted
+
 OWN = KvKind(DISAGG_KV)
 RESET = EngineDisconnected("x", unsent=False, reused=True)
 RESET_FRESH = EngineDisconnected("x", unsent=False, reused=False)

@@ -1,0 +1,72 @@
+"""Compiles the hot path to C with mypyc where DISAGG_PROXY_COMPILE=1 asks for it (docs/performance.md).
+
+Otherwise there is nothing here that pyproject.toml does not say. The modules stay ordinary Python: without it they run
+as they are, and tests/test_compilable.py holds them to what compiles without changing its meaning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+MYPY = "mypy[mypyc]>=2"
+
+_HOT = (
+    "admission/*.py",
+    "cluster/*.py",
+    "cluster/policies/*.py",
+    "flight/*.py",
+    "http/asked.py",
+    "http/direct.py",
+    "http/generation.py",
+    "observe/journal.py",
+    "observe/meter.py",
+    "observe/record.py",
+    "observe/recorder.py",
+    "protocol/*.py",
+    "upstream/*.py",
+    "deadlines.py",
+    "launch.py",
+    "stats.py",
+    "steps.py",
+)
+_AS_THEY_ARE = {"headers.py", "kv_control.py"}
+"""A list with methods cannot be a native class; and what tells KV ports awaits while it handles exceptions."""
+
+# The compiler's own check of types would need every dependency; `mypy` in the tests' command is the one that counts.
+_LENIENT = ("--config-file=", "--ignore-missing-imports", "--allow-untyped-calls")
+
+
+def hot_path(package: Path = Path("disagg_proxy")) -> list[Path]:
+    """The modules that every request or token runs through."""
+    found = [path for pattern in _HOT for path in sorted(package.glob(pattern))]
+    return [path for path in found if path.name != "__init__.py" and path.name not in _AS_THEY_ARE]
+
+
+def arguments() -> dict[str, Any]:
+    """What setup gets on top of pyproject.toml."""
+    if os.environ.get("DISAGG_PROXY_COMPILE") != "1":
+        return {}
+    if importlib.util.find_spec("mypyc") is None:
+        # The builder installs it and comes again.
+        return {"setup_requires": [MYPY]}
+    from mypyc.build import mypycify
+
+    # Elsewhere than in ./build, whose leftovers setuptools would pack: modules that belong to another compilation.
+    build = tempfile.mkdtemp(prefix="disagg-proxy-build-")
+    atexit.register(shutil.rmtree, build, ignore_errors=True)
+    modules = mypycify(
+        [*_LENIENT, *map(str, hot_path())], opt_level="3", debug_level="0", target_dir=os.path.join(build, "c")
+    )
+    return {"ext_modules": modules, "options": {"build": {"build_base": build}}}
+
+
+if __name__ == "__main__":
+    setup(**arguments())
