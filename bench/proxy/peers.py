@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +13,11 @@ from pathlib import Path
 from bench.proxy.machine import free_port
 
 OURS = "ours"
+COMPILED = "ours-compiled"
 DIRECT = "direct"
 REFERENCE = "reference"
 EXAMPLE = "vllm-example"
+PROJECT = Path(__file__).parents[2]
 
 
 class Missing(Exception):
@@ -43,6 +47,7 @@ class Peer:
     Attributes:
         command: of its process; None where clients talk to the engines themselves.
         requirements: installed into an environment of its own; none where the running Python has all.
+        compiled: it is this project, built into that environment with its hot path compiled.
         environment: variables on top of the present ones.
         pings: engines register by ZMQ; otherwise the command names them.
         hides: clients never see the internal request id, and cached tokens are prefill's.
@@ -54,6 +59,7 @@ class Peer:
     title: str
     command: Callable[[Place], list[str]] | None
     requirements: tuple[str, ...] = ()
+    compiled: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     pings: bool = True
     hides: bool = False
@@ -71,13 +77,14 @@ class Peer:
             return Path(sys.executable).parent
         home = environments / self.name
         stamp = home / "installed"
-        wanted = "\n".join((sys.version, *self.requirements))
+        wanted = "\n".join((sys.version, *self.requirements, _sources() if self.compiled else ""))
+        environment = {**os.environ, "DISAGG_PROXY_COMPILE": "1"} if self.compiled else None
         if not stamp.exists() or stamp.read_text() != wanted:
             for command in (
                 [sys.executable, "-m", "venv", "--clear", str(home)],
                 [str(home / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", *self.requirements],
             ):
-                done = subprocess.run(command, capture_output=True, text=True)
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
                 if done.returncode:
                     last = (done.stderr or done.stdout).strip().splitlines()[-1:]
                     raise Missing(f"cannot be installed: {''.join(last)}")
@@ -91,7 +98,15 @@ class Peer:
         return Place(prefill, decode, programs)
 
 
-def _ours(place: Place, options: tuple[str, ...]) -> list[str]:
+def _sources() -> str:
+    """A digest of what is built."""
+    digest = hashlib.sha256()
+    for path in (PROJECT / "setup.py", *sorted((PROJECT / "disagg_proxy").rglob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _ours(place: Place, options: tuple[str, ...], *program: str) -> list[str]:
     """With limits that are kept account of and never reached, so that nobody waits for room."""
     limits = {
         "max-in-flight": 16384,
@@ -103,8 +118,8 @@ def _ours(place: Place, options: tuple[str, ...]) -> list[str]:
     ports = {"http-port": place.http, "zmq-port": place.zmq}
     flags = [f"--{name}={value}" for name, value in {**ports, **limits}.items()]
     return [
-        sys.executable,
-        *("-m", "disagg_proxy", "--http-host=127.0.0.1", "--zmq-host=127.0.0.1", "--log-level=info"),
+        *(program or (sys.executable, "-m", "disagg_proxy")),
+        *("--http-host=127.0.0.1", "--zmq-host=127.0.0.1", "--log-level=info"),
         *flags,
         *options,
     ]
@@ -140,6 +155,16 @@ def peers(example: Path | None = None, options: tuple[str, ...] = ()) -> dict[st
     """
     known = [
         Peer(OURS, "this proxy", lambda place: _ours(place, options), hides=True, notes="limits, metrics, log at info"),
+        Peer(
+            COMPILED,
+            "this proxy, compiled",
+            # By its command: with -m the folder it is run in would come first.
+            lambda place: _ours(place, options, str(place.programs / "disagg-proxy")),
+            requirements=(str(PROJECT),),
+            compiled=True,
+            hides=True,
+            notes="the same, built with DISAGG_PROXY_COMPILE=1",
+        ),
         Peer(
             "vllm-router",
             "vllm-router 0.1.17 (Rust)",

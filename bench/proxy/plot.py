@@ -15,7 +15,7 @@ from bench.proxy.report import load
 from bench.proxy.summary import names, ratio
 from bench.proxy.workloads import WORKLOADS
 
-_COLOURS = ("#2f6f4f", "#b5541c", "#c9932b", "#8a8f98", "#5b6c9f")
+_COLOURS = ("#2f6f4f", "#7fae93", "#b5541c", "#c9932b", "#8a8f98", "#5b6c9f")
 
 
 def bars(results: dict[str, Any]) -> dict[str, dict[str, float]]:

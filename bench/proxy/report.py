@@ -11,10 +11,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.proxy.peers import DIRECT, OURS
+from bench.proxy.peers import COMPILED, DIRECT, OURS
 from bench.proxy.summary import Figure, Run, added, figure, names, ratio
 from bench.proxy.workloads import WORKLOADS
 
@@ -68,10 +69,15 @@ def tables(results: Mapping[str, Any]) -> str:
     def rows(of: Sequence[str], columns: Sequence[str], make: Callable[[str, str], str]) -> list[list[str]]:
         return [[titles[peer], *(make(peer, column) for column in columns)] for peer in of]
 
-    others = [peer for peer in proxies if peer != OURS]
-    parts = [
-        "CPU of this proxy as a ratio of each other's, round by round (below 1: less).\n",
-        table(["", *loads], rows(others, loads, lambda p, w: cell(ratio(runs, w, "cpu_us", p)))),
+    mine = [peer for peer in (OURS, COMPILED) if peer in proxies]
+    others = [peer for peer in proxies if peer not in mine]
+    parts = []
+    for one in mine:
+        parts += [
+            f"CPU of {titles[one]}, as a ratio of each other's, round by round (below 1: less).\n",
+            table(["", *loads], rows(others, loads, partial(_ratio, runs, one))),
+        ]
+    parts += [
         "CPU of the proxy, user and system, in µs per request (W1, W4) or token (W2, W3).\n",
         table(["", *loads], rows(proxies, loads, lambda p, w: cell(figure(runs, p, w, "cpu_us")))),
     ]
@@ -92,6 +98,10 @@ def tables(results: Mapping[str, Any]) -> str:
     legend = [f"- {w}: {WORKLOADS[w].title}" for w in (*loads, *held)]
     skipped = [f"- not measured: {what}: {why}" for what, why in results["skipped"].items()]
     return "\n".join([part for part in parts if part] + ["\n".join([*legend, *skipped]) + "\n", _machine(results)])
+
+
+def _ratio(runs: Sequence[Run], mine: str, other: str, workload: str) -> str:
+    return cell(ratio(runs, workload, "cpu_us", other, ours=mine))
 
 
 def _delays(runs: Sequence[Run], peers: Sequence[str], paced: Sequence[str], titles: Mapping[str, str]) -> str:

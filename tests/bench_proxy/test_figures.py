@@ -123,6 +123,15 @@ def test_the_tables() -> None:
     assert "not measured: third: no network" in text and "50% of all measured seconds" in text
 
 
+def test_this_proxy_compiled_is_compared_by_itself() -> None:
+    of = results()
+    of["titles"]["ours-compiled"] = "this proxy, compiled"
+    of["runs"] = runs(ours=[10, 10], other=[20, 40], **{"ours-compiled": [5, 5]})
+    python, _, native = report.tables(of).partition("CPU of this proxy, compiled, as a ratio")
+    assert "| another | 0.38 (0.25–0.50) |" in python
+    assert "| another | 0.19 (0.12–0.25) |" in native and "| this proxy, compiled | 5.00 (5.00–5.00) |" in native
+
+
 def test_several_results_are_one(tmp_path: Path) -> None:
     for name, cpu in (("a", 10), ("b", 30)):
         one = {**results(), "runs": [{**run, "clean": 2, "clean_delay": 1} for run in runs(ours=[cpu], other=[20])]}
