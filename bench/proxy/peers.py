@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.proxy.machine import free_port
+from bench.proxy.machine import ROOT, free_port
 
 OURS = "ours"
 COMPILED = "ours-compiled"
 DIRECT = "direct"
 REFERENCE = "reference"
 EXAMPLE = "vllm-example"
-PROJECT = Path(__file__).parents[2]
 
 
 class Missing(Exception):
@@ -47,8 +46,7 @@ class Peer:
     Attributes:
         command: of its process; None where clients talk to the engines themselves.
         requirements: installed into an environment of its own; none where the running Python has all.
-        compiled: it is this project, built into that environment with its hot path compiled.
-        environment: variables on top of the present ones.
+        environment: variables on top of the present ones, for the installation too.
         pings: engines register by ZMQ; otherwise the command names them.
         hides: clients never see the internal request id, and cached tokens are prefill's.
         prefill_one: prefill is asked for all tokens and must be told to stop after one, as an SGLang engine does.
@@ -59,7 +57,6 @@ class Peer:
     title: str
     command: Callable[[Place], list[str]] | None
     requirements: tuple[str, ...] = ()
-    compiled: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     pings: bool = True
     hides: bool = False
@@ -77,14 +74,13 @@ class Peer:
             return Path(sys.executable).parent
         home = environments / self.name
         stamp = home / "installed"
-        wanted = "\n".join((sys.version, *self.requirements, _sources() if self.compiled else ""))
-        environment = {**os.environ, "DISAGG_PROXY_COMPILE": "1"} if self.compiled else None
+        wanted = "\n".join((sys.version, *self.requirements, _sources() if str(ROOT) in self.requirements else ""))
         if not stamp.exists() or stamp.read_text() != wanted:
             for command in (
                 [sys.executable, "-m", "venv", "--clear", str(home)],
                 [str(home / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check", *self.requirements],
             ):
-                done = subprocess.run(command, capture_output=True, text=True, env=environment)
+                done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **self.environment})
                 if done.returncode:
                     last = (done.stderr or done.stdout).strip().splitlines()[-1:]
                     raise Missing(f"cannot be installed: {''.join(last)}")
@@ -101,7 +97,7 @@ class Peer:
 def _sources() -> str:
     """A digest of what is built."""
     digest = hashlib.sha256()
-    for path in (PROJECT / "setup.py", *sorted((PROJECT / "disagg_proxy").rglob("*.py"))):
+    for path in (ROOT / "setup.py", *sorted((ROOT / "disagg_proxy").rglob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -160,8 +156,8 @@ def peers(example: Path | None = None, options: tuple[str, ...] = ()) -> dict[st
             "this proxy, compiled",
             # By its command: with -m the folder it is run in would come first.
             lambda place: _ours(place, options, str(place.programs / "disagg-proxy")),
-            requirements=(str(PROJECT),),
-            compiled=True,
+            requirements=(str(ROOT),),
+            environment={"DISAGG_PROXY_COMPILE": "1"},
             hides=True,
             notes="the same, built with DISAGG_PROXY_COMPILE=1",
         ),
