@@ -27,9 +27,14 @@ pytest.register_assert_rewrite("tests.machine", "tests.command")
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
 
 
+_MYPYC_THROWS = r"ignore:the \(type, exc, tb\) signature of throw:DeprecationWarning"
+"""Of code that mypyc makes, from Python 3.12 on; such code of the project's own is still an error."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if compiled():
         for item in items:
+            item.add_marker(pytest.mark.filterwarnings(_MYPYC_THROWS))
             if item.get_closest_marker("interpreted"):
                 item.add_marker(pytest.mark.skip(reason="the hot path is compiled"))
 
