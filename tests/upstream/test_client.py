@@ -15,6 +15,7 @@ from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError,
 from disagg_proxy.protocol.headers import value_of
 from disagg_proxy.upstream import Answer, Enough, Upstream, client
 from tests.conftest import soon
+from tests.ports import hold_port
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
 CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"
@@ -328,10 +329,8 @@ def check(error: EngineError | EngineDeadline, kind: type, server: Server, **fac
 
 
 async def test_a_refused_connection_is_unreachable(server: Server, ask: Ask) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        with pytest.raises(EngineError) as caught:
-            await ask(address=f"127.0.0.1:{closed.getsockname()[1]}")
+    with ExitStack() as hold, pytest.raises(EngineError) as caught:
+        await ask(address=f"127.0.0.1:{hold_port(hold)}")
     check(caught.value, EngineUnreachable, server, refused=True)
 
 
