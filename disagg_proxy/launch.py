@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any, Protocol
+from typing import Any, cast
 
-from disagg_proxy.admission.gate import Admitted, Gate, Held
+from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.size import TokenGuess
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import NIXL
@@ -23,7 +23,6 @@ from disagg_proxy.config import Config
 from disagg_proxy.deadlines import Deadlines
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
-from disagg_proxy.flight.client import Told
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs
@@ -55,15 +54,11 @@ _LOADED_AFTER = 0.5
 """Seconds after which decode is taken to have loaded the KV of a request that is not streamed."""
 
 
-class Carrier(Protocol):
-    """A request on its way, whatever the protocol."""
+Carrier = Flight | TogetherFlight
+"""A request on its way, whatever the protocol."""
 
-    @property
-    def public_id(self) -> str: ...
-
-    def start(self, told: Told) -> None: ...
-
-    def leave(self) -> None: ...
+AnyLegs = Legs | TogetherLegs
+"""The same of its legs, which :class:`_Order` has the gate make."""
 
 
 class Launcher:
@@ -125,15 +120,16 @@ class Launcher:
         record.asks(prepared.model)
         order = _Order(self, route, headers, prepared, record, session)
         first = order.admit()
-        if isinstance(first, Coroutine):
-            return self._later(order, first)
-        return self._flight(order, first)
+        # Not whether it is a Coroutine: to ask an abstract class costs more than all of this.
+        if isinstance(first, (Legs, TogetherLegs)):
+            return self._flight(order, first)
+        return self._later(order, first)
 
-    async def _later(self, order: _Order, waiting: Coroutine[Any, Any, Held]) -> Carrier:
+    async def _later(self, order: _Order, waiting: Coroutine[Any, Any, AnyLegs]) -> Carrier:
         order.record.waited = True
         return self._flight(order, await waiting)
 
-    def _flight(self, order: _Order, first: Held) -> Carrier:
+    def _flight(self, order: _Order, first: AnyLegs) -> Carrier:
         order.record.admit()
         if isinstance(first, Legs):
             return Flight(
@@ -141,7 +137,6 @@ class Launcher:
                 order.record, prefill_deadlines=self._prefill_deadlines, loads=self._loads, own_key=self._own_key,
                 prefilled=order.learn,
             )  # fmt: skip
-        assert isinstance(first, TogetherLegs)
         return TogetherFlight(
             Attempts(first, order, self._config.max_tries), self._background, self._stats, order.record,
             own_key=self._own_key, prefilled=order.learn,
@@ -202,22 +197,22 @@ class _Order:
             name = session_name(session.decode("latin-1"))
         self.traits = Traits(self.tokens, self.kv_bytes, shared.prefix, shared.size, shared.home, name)
 
-    def admit(self, without: Collection[Instance] = ()) -> Admitted:
+    def admit(self, without: Collection[Instance] = ()) -> AnyLegs | Coroutine[Any, Any, AnyLegs]:
         """Legs, or what to await for them."""
-        return self._launcher._gate.admit(
-            self.prepared.model, self.wish, self.kv_bytes, self.legs, without, self.traits
-        )
+        gate = self._launcher._gate
+        admitted = gate.admit(self.prepared.model, self.wish, self.kv_bytes, self.legs, without, self.traits)
+        return cast("AnyLegs | Coroutine[Any, Any, AnyLegs]", admitted)
 
-    def legs(self, found: Pair | Alone) -> Legs | TogetherLegs:
+    def legs(self, found: Pair | Alone) -> AnyLegs:
         """Those of the protocol that what was found speaks."""
         self._together = found.decode.kind.computes
         launcher = self._launcher
         return launcher._together(self, found) if self._together else launcher._one_by_one(self, found)
 
-    async def again(self, without: Collection[Instance]) -> Any:
+    async def again(self, without: Collection[Instance]) -> AnyLegs:
         """Further legs, of the same protocol as those before."""
         found = self.admit(self._and_strangers(without))
-        return await found if isinstance(found, Coroutine) else found
+        return found if isinstance(found, (Legs, TogetherLegs)) else await found
 
     def check(self, without: Collection[Instance]) -> None:
         """Raise what keeps everybody else from serving it."""

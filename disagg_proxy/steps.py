@@ -19,7 +19,7 @@ class Moment:
     __slots__ = ("_over", "_waiting")
 
     def __init__(self) -> None:
-        self._waiting: Callable[[], None] | None = None
+        self._waiting: Steps | None = None
         self._over = False
 
     def come(self) -> None:
@@ -28,14 +28,14 @@ class Moment:
             return
         self._over = True
         if self._waiting is not None:
-            self._waiting()
+            self._waiting.go_on()
 
     def __await__(self) -> Generator[Any, None, None]:
         if not self._over:
             yield self
 
-    def call(self, waiting: Callable[[], None] | None) -> None:
-        """Whom to call."""
+    def call(self, waiting: Steps | None) -> None:
+        """Who goes on then."""
         self._waiting = waiting
 
 
@@ -73,7 +73,8 @@ class Steps:
         elif on is not None:
             on.cancel()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Take the next step: what it waited for is there."""
         self._step(None)
 
     def _woken(self, future: asyncio.Future[Any]) -> None:
@@ -100,10 +101,10 @@ class Steps:
     def _await(self, on: Any) -> None:
         if type(on) is Moment:
             self._on = on
-            on.call(self._go_on)
+            on.call(self)
         elif on is None:
             # A bare yield, as of asyncio.sleep(0).
-            asyncio.get_running_loop().call_soon(self._go_on)
+            asyncio.get_running_loop().call_soon(self.go_on)
             return
         else:
             self._on = on

@@ -96,12 +96,13 @@ class Relay:
 
     def feed(self, piece: bytes) -> None:
         """What has just arrived. Runs for every token: what holds for most of them is decided here, by the rules that
-        the filters state, since each further call costs as much as all the rest of it."""
+        the filters state, since each further call costs as much as all the rest of it. ``find`` and not ``in``, which
+        first tries whether what is looked for is a number, and formats an error."""
         if self._over:
             return
         self._count(piece)
         hider, repair = self._hider, self._repair
-        if piece[-1] == _LINE_END and not hider.held and not repair.held and KEY not in piece:
+        if piece[-1] == _LINE_END and not hider.held and not repair.held and piece.find(KEY) < 0:
             self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
             return
         piece = repair.feed(hider.feed(piece))
@@ -112,7 +113,7 @@ class Relay:
         """The same for a chunk with its framing, which stays right: an id and what replaces it are equally long."""
         hider = self._hider
         pass_on = self._pass_on
-        if pass_on is None or chunk[-3] != _LINE_END or hider.held or self._repair.held or KEY in chunk:
+        if pass_on is None or chunk[-3] != _LINE_END or hider.held or self._repair.held or chunk.find(KEY) >= 0:
             self.feed(chunk[front:-2])
             return
         self._count(chunk)

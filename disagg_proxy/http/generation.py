@@ -10,7 +10,9 @@ from collections.abc import Coroutine
 from typing import Any, NamedTuple
 
 from disagg_proxy.errors import ProxyError, UnsupportedEncoding
+from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.outcome import Outcome
+from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.launch import Carrier
 from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.fields import Route
@@ -62,7 +64,7 @@ def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[A
     except Exception:
         record.refuse(ProxyError(""))
         raise
-    return _queued(begun, record) if isinstance(begun, Coroutine) else begun
+    return begun if isinstance(begun, (Flight, TogetherFlight)) else _queued(begun, record)
 
 
 async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrier:

@@ -2,7 +2,8 @@
 
 A parser (llhttp, strict) reads every head once, and its user judges it. What came of that is remembered by the head's
 bytes, all of them but two values: the digits of Content-Length, and X-Request-Id where it is made of nothing but
-letters, digits and ``_.:-``. The same bytes mean the same, so they need not be read again.
+letters, digits and ``_.:-``. The same bytes mean the same, so they need not be read again. Those that have come with
+the same length before, and have no X-Request-Id, need not even be searched for the two.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Heads(Generic[T]):
     def __init__(self, ids: bool = True) -> None:
         self._ids = ids
         self._known: dict[bytes, T] = {}
+        self._same: dict[bytes, tuple[bytes, int]] = {}  # by all bytes of the head: its key there, and the length
 
     def __len__(self) -> int:
         return len(self._known)
@@ -47,6 +49,11 @@ class Heads(Generic[T]):
         end = data.find(b"\r\n\r\n", 0, LONGEST)
         if end < 0:
             return None
+        whole = data[:end]
+        same = self._same.get(whole)
+        if same is not None:
+            what = self._known.get(same[0])
+            return None if what is None else (what, end + 4, same[1], b"")
         length = _LENGTH.search(data, 0, end + 2)
         if length is None:
             return None
@@ -58,7 +65,14 @@ class Heads(Generic[T]):
             start, stop = found.span(1)
             head = head[:start] + _SOME + head[stop:]
         what = self._known.get(head)
-        return None if what is None else (what, end + 4, int(length[1]), name)
+        if what is None:
+            return None
+        size = int(length[1])
+        if not name:
+            if len(self._same) >= _MOST:
+                self._same.clear()
+            self._same[whole] = head, size
+        return what, end + 4, size, name
 
     def learn(self, data: bytes, what: T) -> None:
         """A parser has taken the head at the beginning of ``data``, with a Content-Length, and that is what it means

@@ -28,8 +28,7 @@ class IdHider:
     def feed(self, piece: bytes) -> bytes:
         """What may be passed on now; may be empty."""
         data = self.held + piece if self.held else piece
-        if self.internal in data:
-            data = data.replace(self.internal, self.public)
+        data = data.replace(self.internal, self.public)
         if data.endswith(b"\n"):
             # As whole events do; no beginning of an id does.
             self.held = b""

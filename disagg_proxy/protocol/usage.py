@@ -75,7 +75,7 @@ class UsageRepair:
 
     def feed(self, piece: bytes) -> bytes:
         """What may be passed on now; may be empty."""
-        if not self.held and KEY not in piece and piece.endswith(b"\n"):
+        if not self.held and piece.find(KEY) < 0 and piece.endswith(b"\n"):
             # Whole events without usage; no beginning of the key ends like that.
             return piece
         return self._pass(self.held + piece if self.held else piece, ended=False)

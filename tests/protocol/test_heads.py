@@ -25,7 +25,30 @@ def test_a_head_is_met_again_with_another_length_and_id(length: bytes, name: byt
 
 def test_a_head_without_an_id_is_met_too() -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-length:5\r\n\r\n"
-    assert known(head).meet(head + b"hello") == ("this one", len(head), 5, b"")
+    heads = known(head)
+    for body in (b"hello", b"world", b""):
+        assert heads.meet(head + body) == ("this one", len(head), 5, b"")
+    longer = head.replace(b":5", b":1234")
+    assert [heads.meet(one) for one in (longer, head)] == [("this one", len(longer), 1234, b""), heads.meet(head)]
+
+
+def test_what_is_learnt_anew_or_forgotten_counts_for_heads_that_were_met_before() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-length:5\r\n\r\n"
+    heads = known(head)
+    assert heads.meet(head) == ("this one", len(head), 5, b"")
+    heads.learn(head.replace(b":5", b":6"), "another")
+    assert heads.meet(head) == ("another", len(head), 5, b"")
+    for number in range(512):
+        heads.learn(HEAD.replace(b"X-A", b"X-%d" % number) % (b"1", b"a"), "others")
+    assert heads.meet(head) is None
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_an_id_is_told_each_time(ids: bool) -> None:
+    heads: Heads[str] = Heads(ids)
+    head = HEAD % (b"7", b"a")
+    heads.learn(head, "this one")
+    assert [heads.meet(head) for _ in range(3)] == [("this one", len(head), 7, b"a" if ids else b"")] * 3
 
 
 @pytest.mark.parametrize(
@@ -83,3 +106,8 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(5000):
         heads.learn(HEAD.replace(b"X-A", b"X-%d" % number) % (b"1", b"a"), number)
     assert 0 < len(heads) <= 512
+    head = HEAD.replace(b"X-Request-Id", b"X-B")
+    heads.learn(head % (b"1", b"a"), 1)
+    for length in range(5000):
+        assert heads.meet(head % (b"%d" % length, b"a")) is not None
+    assert len(heads._same) <= 512
