@@ -42,7 +42,7 @@ class Outlet(Protocol):
 
     @property
     def pass_on(self) -> Callable[[bytes], None] | None:
-        """Takes the next bytes as one chunk of HTTP/1.1 with its framing; None where they go on without it."""
+        """Takes the next bytes as chunks of HTTP/1.1 with their framing; None where they go on without it."""
 
     def write(self, piece: bytes) -> None:
         """The next bytes, never none."""
@@ -109,15 +109,16 @@ class Relay:
         if piece:
             self._write(piece)
 
-    def feed_chunk(self, chunk: bytes, front: int) -> None:
-        """The same for a chunk with its framing, which stays right: an id and what replaces it are equally long."""
+    def feed_chunks(self, chunks: bytes) -> bool:
+        """The same for chunks of whole lines with their framing, which stays right: an id and what replaces it are
+        equally long, and neither is torn where a line ends. False where they must come without it."""
         hider = self._hider
         pass_on = self._pass_on
-        if pass_on is None or chunk[-3] != _LINE_END or hider.held or self._repair.held or chunk.find(KEY) >= 0:
-            self.feed(chunk[front:-2])
-            return
-        self._count(chunk)
-        pass_on(chunk.replace(hider.internal, hider.public) if hider.internal else chunk)
+        if pass_on is None or hider.held or self._repair.held or chunks.find(KEY) >= 0:
+            return False
+        self._count(chunks)
+        pass_on(chunks.replace(hider.internal, hider.public) if hider.internal else chunks)
+        return True
 
     def _count(self, piece: bytes) -> None:
         self._pulse.moves += 1

@@ -49,8 +49,9 @@ class Sink(Protocol):
     def feed(self, piece: bytes) -> None:
         """The next bytes, never none."""
 
-    def feed_chunk(self, chunk: bytes, front: int) -> None:
-        """The next bytes as one chunk of HTTP/1.1, with its framing: ``front`` bytes before its data, two behind."""
+    def feed_chunks(self, chunks: bytes) -> bool:
+        """The next bytes as chunks of HTTP/1.1 with their framing, each of whole lines; False, with nothing taken, when
+        they must come without it."""
 
     def end(self) -> None:
         """The body came to its end."""

@@ -1,7 +1,7 @@
 """One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
 
 llhttp (httptools) reads the answer and takes off its framing, but for small answers whose head it has read before
-(``protocol/heads``) and for the chunks of a stream that come one by one (``protocol/chunks``). A connection that says
+(``protocol/heads``) and for the chunks of a stream that come whole (``protocol/chunks``). A connection that says
 anything unasked, or anything that is not HTTP, is closed.
 """
 
@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
-from disagg_proxy.protocol.chunks import lone_chunk
+from disagg_proxy.protocol.chunks import are_whole
 from disagg_proxy.protocol.headers import AnswerHeaders, Headers
 from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.answer import Answer, closed_early
@@ -162,9 +162,8 @@ class Connection:
         self._heard = self._clock()
         sink = answer.sink
         if self._between:
-            # A token of a stream, mostly. The parser need not know of it.
-            if sink is not None and (front := lone_chunk(data)):
-                sink.feed_chunk(data, front)
+            # Tokens of a stream, mostly. The parser need not know of them.
+            if sink is not None and are_whole(data) and sink.feed_chunks(data):
                 return
             self._between = False
         fresh = not self._head and not answer.status

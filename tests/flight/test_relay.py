@@ -260,39 +260,52 @@ async def test_a_reader_that_stops_pulling_leaves_the_end_to_its_owner() -> None
     assert relayed.ended == [False] and relayed.carrier.aborted
 
 
+def framed(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+_INTERNAL, _PUBLIC = b"data: %b\n\n" % ID.internal.encode(), b"data: %b\n\n" % ID.public.encode()
+
+
 @pytest.mark.parametrize(
-    ("piece", "passed"),
+    ("chunks", "passed"),
     [
-        (b"data: %b\n\n" % ID.internal.encode(), b"data: %b\n\n" % ID.public.encode()),
-        (b"data: 1\n\n", b"data: 1\n\n"),
-        (b"data: no end of a line", None),
-        (b'data: {"prompt_tokens_details":null}\n\n', None),
+        (framed(_INTERNAL), framed(_PUBLIC)),
+        (framed(b"data: 1\n\n"), framed(b"data: 1\n\n")),
+        (framed(_INTERNAL, b"\n", _INTERNAL), framed(_PUBLIC, b"\n", _PUBLIC)),
     ],
-    ids=["id", "plain", "unfinished", "usage"],
+    ids=["id", "plain", "several"],
 )
-async def test_a_chunk_goes_on_with_its_framing_when_nothing_of_it_changes_its_length(piece, passed) -> None:
+async def test_chunks_go_on_with_their_framing(chunks: bytes, passed: bytes) -> None:
     relayed = Relayed()
     outlet = relayed.pour()
-    front = b"%x\r\n" % len(piece)
-    relayed.relay.feed_chunk(front + piece + b"\r\n", len(front))
+    assert relayed.relay.feed_chunks(chunks)
     relayed.relay.end()
-    assert outlet.chunks == ([] if passed is None else [front + passed + b"\r\n"])
-    assert outlet.body == (piece if passed is None else b"")
+    assert (outlet.chunks, outlet.body) == ([passed], b"")
     assert relayed.pulse.moves == 1
 
 
-async def test_a_chunk_behind_a_held_tail_goes_on_with_it() -> None:
+async def test_chunks_with_usage_must_come_without_their_framing() -> None:
     relayed = Relayed()
     outlet = relayed.pour()
-    internal, public = ID.internal.encode(), ID.public.encode()
-    relayed.relay.feed(internal[:9])
-    relayed.relay.feed_chunk(b"%x\r\n%b\n\r\n" % (len(internal) - 8, internal[9:]), 4)
-    assert (outlet.body, outlet.chunks) == (public + b"\n", [])
+    assert not relayed.relay.feed_chunks(framed(b"1\n", b'data: {"prompt_tokens_details":null}\n\n'))
+    assert not outlet.chunks and not outlet.pieces and relayed.pulse.moves == 0
 
 
-async def test_after_the_end_a_chunk_goes_nowhere() -> None:
+@pytest.mark.parametrize("tail", [ID.internal[:9].encode(), b'"prompt_tok'], ids=["id", "usage"])
+async def test_so_must_chunks_behind_a_held_tail(tail: bytes) -> None:
+    relayed = Relayed()
+    outlet = relayed.pour()
+    relayed.relay.feed(tail)
+    assert not relayed.relay.feed_chunks(framed(b"\n"))
+    relayed.relay.feed(b"\n")
+    assert (outlet.body, outlet.chunks) == (tail + b"\n", [])
+    assert relayed.relay.feed_chunks(framed(b"\n"))
+
+
+async def test_after_the_end_chunks_go_nowhere() -> None:
     relayed = Relayed()
     outlet = relayed.pour()
     relayed.relay.close()
-    relayed.relay.feed_chunk(b"2\r\n1\n\r\n", 3)
+    assert not relayed.relay.feed_chunks(framed(b"1\n"))
     assert not outlet.chunks and not outlet.pieces

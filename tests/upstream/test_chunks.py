@@ -50,10 +50,17 @@ class Sink:
         assert piece and not self.over
         self.body += piece
 
-    def feed_chunk(self, chunk: bytes, front: int) -> None:
-        self.chunks += 1
-        assert int(chunk[: front - 2], 16) == len(chunk) - front - 2 and chunk[-2:] == b"\r\n"
-        self.feed(chunk[front:-2])
+    def feed_chunks(self, chunks: bytes) -> bool:
+        if b"parse me" in chunks:
+            return False
+        while chunks:
+            self.chunks += 1
+            digits, _, rest = chunks.partition(b"\r\n")
+            size = int(digits, 16)
+            assert rest[size - 1 : size + 2] == b"\n\r\n"
+            self.feed(rest[:size])
+            chunks = rest[size + 2 :]
+        return True
 
     def end(self) -> None:
         self.over = "end"
@@ -92,6 +99,23 @@ async def test_tokens_that_come_one_by_one_keep_their_framing() -> None:
     sink = exchange.receive(*map(chunk, events), b"0\r\n\r\n")
     assert (sink.body, sink.over, exchange.pool.free) == (b"".join(events), "end", 1)
     assert sink.chunks == 4, "all but the first, behind which the parser first stands between two"
+
+
+async def test_tokens_that_come_together_keep_their_framing() -> None:
+    exchange = Exchange()
+    events = [b"data: %d\n\n" % i for i in range(7)]
+    one, *others = map(chunk, events)
+    sink = exchange.receive(one, b"".join(others[:3]), b"".join(others[3:]) + b"0\r\n\r\n")
+    assert (sink.body, sink.over, exchange.pool.free) == (b"".join(events), "end", 1)
+    assert sink.chunks == 3, "what comes together with the end is parsed"
+
+
+async def test_what_the_sink_does_not_take_with_its_framing_is_parsed() -> None:
+    exchange = Exchange()
+    events = [b"1\n", b"parse me\n", b"2\n", b"3\n"]
+    sink = exchange.receive(*map(chunk, events), b"0\r\n\r\n")
+    assert (sink.body, sink.over, exchange.pool.free) == (b"".join(events), "end", 1)
+    assert sink.chunks == 2
 
 
 @pytest.mark.parametrize(

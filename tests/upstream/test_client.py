@@ -107,8 +107,8 @@ class Sink:
         self.body += piece
         self.came.set()
 
-    def feed_chunk(self, chunk: bytes, front: int) -> None:
-        self.feed(chunk[front:-2])
+    def feed_chunks(self, chunks: bytes) -> bool:
+        return False
 
     def end(self) -> None:
         self.over.set_result("end")
