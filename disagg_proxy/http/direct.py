@@ -69,6 +69,7 @@ class Direct:
         "_asked",
         "_client",
         "_flight",
+        "_front",
         "_pieces",
         "_relay",
         "_services",
@@ -87,6 +88,7 @@ class Direct:
         self._asked = asked
         self._pieces: list[bytes] = []
         self._flight: Carrier | None = None
+        self._front = b""  # a head that leaves with the first of its body
         self._relay: Relay | None = None
         self.pass_on: Callable[[bytes], None] = client.transport.write
         self._waiting: asyncio.Task[None] | None = None
@@ -150,9 +152,10 @@ class Direct:
             self._say(what.status, lines, what.body)
             return
         self.response_started = True
-        self.pass_on(self._head(what.status, lines) + b"transfer-encoding: chunked\r\n\r\n")
+        self._front = self._head(what.status, lines) + b"transfer-encoding: chunked\r\n\r\n"
         self._relay = what.body
         what.body.pour(self)
+        self._send_front()
 
     def _refuse(self, error: ProxyError) -> None:
         status, headers, body = error_parts(error, self._asked.client_id)
@@ -180,16 +183,25 @@ class Direct:
 
     def write(self, piece: bytes) -> None:
         """The next bytes of the body, as one chunk."""
-        self.pass_on(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self._send(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def end(self) -> None:
         """The body came to its end."""
-        self.pass_on(b"0\r\n\r\n")
+        self._send(b"0\r\n\r\n")
         self._finish()
+
+    def _send(self, data: bytes) -> None:
+        front, self._front = self._front, b""
+        self.pass_on(front + data if front else data)
+
+    def _send_front(self) -> None:
+        if self._front:
+            self._send(b"")
 
     def cut(self, cause: StreamCut) -> None:
         """It did not: the connection closes without the last chunk, which the client can see."""
         log.warning("An answer was cut off: %s", cause)
+        self._send_front()
         self._client.transport.close()
         self._over()
 
