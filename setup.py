@@ -34,6 +34,7 @@ _HOT = (
     "upstream/*.py",
     "deadlines.py",
     "launch.py",
+    "outbox.py",
     "stats.py",
     "steps.py",
 )

@@ -28,6 +28,7 @@ from disagg_proxy.observe.journal import Journal
 from disagg_proxy.observe.meter import Meter
 from disagg_proxy.observe.news import News, inherit, news_of
 from disagg_proxy.observe.recorder import Recorder
+from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.prefix import ENDS
 from disagg_proxy.stats import Stats
 from disagg_proxy.stopping import Stopping
@@ -80,6 +81,7 @@ class Services:
         crowd = None if member is None else member.ledger
         self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats, crowd)
         self.background = Background()
+        self.outbox = Outbox()
         self.stopping = Stopping(config.shutdown_grace, clock)
         self.drainer = Drainer(self.stats.drains, self.happenings.drain_ended)
         first = member is None or member.seat.worker == 0
@@ -111,7 +113,7 @@ class Services:
 
     async def start(self) -> None:
         """Begin on the running event loop."""
-        self._upstream = Upstream(self.config.connect_timeout)
+        self._upstream = Upstream(self.config.connect_timeout, self.outbox)
         await self.discovery.start(self._upstream)
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
         witness = None if self.member is None else self.member.marks

@@ -38,7 +38,7 @@ import re
 import resource
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -59,6 +59,7 @@ from disagg_proxy.http.direct import ROUTE_OF, Direct
 from disagg_proxy.http.exchange import WATCHES
 from disagg_proxy.http.generation import Asked, asked, check_encoding
 from disagg_proxy.http.guard import Guard
+from disagg_proxy.outbox import Gathering
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.headers import Headers, lines_of, value_of
 from disagg_proxy.protocol.heads import Heads
@@ -135,7 +136,8 @@ class Protocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        # It has all of a transport that is used here and in uvicorn.
+        super().connection_made(cast(asyncio.Transport, Gathering(transport, self.services.outbox)))
         self._arm(self.limits.header_timeout)
         if 0 < self.max_connections < len(self.connections):
             self._refuse(Unavailable("Too many clients are connected.", retry_after=3))

@@ -15,6 +15,7 @@ from typing import Any, cast
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.errors import EngineUnreachable
+from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.headers import AnswerHeaders
 from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.answer import Answer, Enough
@@ -32,10 +33,12 @@ class Upstream:
 
     Args:
         connect_timeout: seconds for one connection attempt.
+        outbox: through which requests leave.
     """
 
-    def __init__(self, connect_timeout: float) -> None:
+    def __init__(self, connect_timeout: float, outbox: Outbox) -> None:
         self._connect_timeout = connect_timeout
+        self.outbox = outbox
         self._loop = asyncio.get_running_loop()
         self.heads: Heads[tuple[int, AnswerHeaders]] = Heads(ids=False)
         self._idle: dict[str, list[Connection]] = {}

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
+from disagg_proxy.outbox import Gathering, Outbox
 from disagg_proxy.protocol.chunks import are_whole
 from disagg_proxy.protocol.headers import AnswerHeaders, Headers
 from disagg_proxy.protocol.heads import Heads
@@ -34,9 +35,11 @@ class Pool(Protocol):
 
     Attributes:
         heads: of answers that were read before, on any connection.
+        outbox: through which requests leave.
     """
 
     heads: Heads[tuple[int, AnswerHeaders]]
+    outbox: Outbox
 
     def came(self, connection: Connection) -> None:
         """It is open."""
@@ -95,7 +98,7 @@ class Connection:
         self._heads = pool.heads
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
-        self._transport: asyncio.Transport | None = None
+        self._transport: Gathering | None = None
         self._answer: Answer | None = None
         self._headers: Headers = []
         self._pieces: list[bytes] = []
@@ -145,7 +148,7 @@ class Connection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's are no subclasses of asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = Gathering(cast(asyncio.Transport, transport), self._pool.outbox)
         self._pool.came(self)
 
     def pause_writing(self) -> None:
@@ -214,7 +217,8 @@ class Connection:
             self._answer = None
             answer.ended()
         elif answer is not None:
-            self._fail(closed_early(answer.leg, answer.reused, unsent=self._stuffed and not answer.status))
+            waits = self._stuffed or (self._transport is not None and self._transport.held > 0)
+            self._fail(closed_early(answer.leg, answer.reused, unsent=waits and not answer.status))
         self._transport = None
         self._unwatch()
         # It knows this connection, and would keep it.

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.connection import Connection
 
@@ -17,6 +18,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding
 class Pool:
     def __init__(self) -> None:
         self.heads: Heads[Any] = Heads(ids=False)
+        self.outbox = Outbox()
         self.free = 0
 
     def came(self, connection: Connection) -> None: ...

@@ -12,6 +12,7 @@ import pytest
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError, EngineUnreachable
+from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.headers import value_of
 from disagg_proxy.upstream import Answer, Enough, Upstream, client
 from tests.conftest import soon
@@ -80,7 +81,7 @@ Ask = Callable[..., Awaitable[Answer]]
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    upstream = Upstream(connect_timeout=0.2)
+    upstream = Upstream(0.2, Outbox())
     yield upstream
     await upstream.close()
 
@@ -605,7 +606,7 @@ async def test_closed_while_it_is_poured_it_breaks(server: Server, ask: Ask) -> 
 
 
 async def test_everything_is_closed_in_the_end(server: Server) -> None:
-    upstream = Upstream(connect_timeout=1.0)
+    upstream = Upstream(1.0, Outbox())
     server.answers = [OK, CUT, CUT]
     options = {"silence": 5.0, "leg": "decode"}
     await (await upstream.request("GET", server.instance(), "/", **options)).whole()
