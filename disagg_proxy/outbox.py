@@ -95,7 +95,11 @@ class Gathering:
         """Behind what was written before."""
         if self.held:
             self._outbox.flush()
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:
+            # Only asyncio's own transports raise: what was just written has found the other side gone.
+            self._transport.abort()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Behind what was written before."""

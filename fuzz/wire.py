@@ -24,6 +24,7 @@ from disagg_proxy.config import Config
 from disagg_proxy.http import wire as wire_rules
 from disagg_proxy.http.direct import Client, Direct
 from disagg_proxy.http.wire import protocol
+from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.headers import Headers
 from disagg_proxy.services import Services
@@ -127,7 +128,7 @@ class Server:
         self.failures: list[str] = []
         logging.getLogger("uvicorn.error").addHandler(Witness(self.failures))
         self.reading = Reading()
-        services = cast(Services, SimpleNamespace(stopping=Stopping(1.0, self.loop.time)))
+        services = cast(Services, SimpleNamespace(stopping=Stopping(1.0, self.loop.time), outbox=Outbox()))
         self.direct = _recording(self)
         self.config = uvicorn.Config(
             self._app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ class Wire:
     def __init__(self, name: str, log: list[tuple[str, Any]]) -> None:
         self.name = name
         self.log = log
-        self.closing = False
+        self.closing = self.gone = False
 
     def write(self, data: bytes) -> None:
         assert not self.closing
@@ -38,6 +39,8 @@ class Wire:
         self.log.append((self.name, "abort"))
 
     def write_eof(self) -> None:
+        if self.gone:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
         self.log.append((self.name, "eof"))
 
     def set_protocol(self, protocol: object) -> None:
@@ -123,6 +126,13 @@ async def test_what_was_written_before_the_end_goes_before_it(desk: Desk, end: s
     desk.a.write(b"3")
     getattr(desk.a, end)(*([asyncio.Protocol()] if end == "set_protocol" else []))
     assert desk.log == [("a", b"1"), ("b", b"2"), ("a", b"3"), ("a", said)]
+
+
+async def test_an_end_for_somebody_who_is_gone_is_an_abort(desk: Desk) -> None:
+    desk.wires[0].gone = True
+    desk.a.write(b"1")
+    desk.a.write_eof()
+    assert desk.log == [("a", b"1"), ("a", "abort")]
 
 
 async def test_an_abort_loses_what_is_held_and_nothing_of_others(desk: Desk) -> None:
