@@ -181,7 +181,7 @@ class Server:
         connection.connection_made(wire)
         for piece in pieces:
             if not wire.closed:
-                connection.data_received(piece)
+                self.loop.call_soon(connection.data_received, piece)
                 self.loop.spin(lambda: len(wire.said))
             assert wire.closed or not wire.paused, "reading stays paused"
         for _ in range(8):
