@@ -23,10 +23,10 @@ from uvicorn.server import ServerState
 from disagg_proxy.config import Config
 from disagg_proxy.http import wire as wire_rules
 from disagg_proxy.http.direct import Client, Direct
+from disagg_proxy.http.generation import Asked
 from disagg_proxy.http.wire import protocol
 from disagg_proxy.outbox import Outbox
-from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.protocol.prefix import Wanted
 from disagg_proxy.services import Services
 from disagg_proxy.stopping import Stopping
 from fuzz.pure import Witness
@@ -128,7 +128,12 @@ class Server:
         self.failures: list[str] = []
         logging.getLogger("uvicorn.error").addHandler(Witness(self.failures))
         self.reading = Reading()
-        services = cast(Services, SimpleNamespace(stopping=Stopping(1.0, self.loop.time), outbox=Outbox()))
+        services = SimpleNamespace(
+            config=_LIMITS,
+            launcher=SimpleNamespace(wanted=Wanted(prefix=False, session=False)),
+            outbox=Outbox(),
+            stopping=Stopping(1.0, self.loop.time),
+        )
         self.direct = _recording(self)
         self.config = uvicorn.Config(
             self._app,
@@ -137,7 +142,7 @@ class Server:
             log_config=None,
             lifespan="off",
             ws="none",
-            http=protocol(_LIMITS, services),
+            http=protocol(_LIMITS, cast(Services, services)),
             timeout_keep_alive=_KEEP_ALIVE,
         )
         self.config.load()
@@ -198,14 +203,19 @@ def _recording(server: Server) -> type[Direct]:
     """Records and answers what is taken directly, as the application does the rest."""
 
     class Recording(Direct):
-        def __init__(self, client: Client, services: Services, route: Route, headers: Headers, keep: bool) -> None:
-            super().__init__(client, services, route, headers, keep)
-            self.taken: Taken = ("POST", route.path.encode() + b"?", headers, b"")
+        def __init__(self, client: Client, services: Services, asked: Asked, keep_alive: bool) -> None:
+            super().__init__(client, services, asked, keep_alive)
+            self.asked = asked
 
         def start(self) -> None:
-            requests = server.reading.requests
-            requests.append((*self.taken[:3], b"".join(self._pieces)))
-            self._say(200, [(b"x-number", b"%d" % len(requests))], b"")
+            requests, asked, body = server.reading.requests, self.asked, b"".join(self._pieces)
+            # A head that came before is told as it was then, but for these.
+            now = {b"content-length": b"%d" % len(body)}
+            if asked.client_id:
+                now[b"x-request-id"] = asked.client_id.encode()
+            headers = [(name, now.get(name, value)) for name, value in asked.headers]
+            requests.append(("POST", asked.route.path.encode() + b"?", headers, body))
+            self._say(200, b"x-number: %d\r\n" % len(requests), b"")
 
     return Recording
 
