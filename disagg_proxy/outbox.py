@@ -36,6 +36,11 @@ class Outbox:
             asyncio.get_running_loop().call_soon(self._turn)
             transport.deliver(data)
             return
+        if len(data) > _MOST_BYTES:
+            # It would leave now anyhow, copied behind its head.
+            self.flush()
+            transport.deliver(data)
+            return
         who = self._who
         if who and who[-1] is transport:
             self._what[-1] += data

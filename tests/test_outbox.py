@@ -116,6 +116,19 @@ async def test_long_prompts_are_not_held(desk: Desk) -> None:
     assert desk.log[1:] == [("b", b"x" * 200_000 + b"y" * 100_000)]
 
 
+async def test_the_longest_are_not_copied_either(desk: Desk) -> None:
+    desk.a.write(b"first")
+    body = b"x" * 300_000
+    desk.c.write(b"other")
+    desk.b.write(b"head")
+    desk.b.write(body)
+    desk.b.write(b"tail")
+    assert desk.log[1:] == [("c", b"other"), ("b", b"head"), ("b", body)]
+    assert desk.log[-1][1] is body
+    await turn()
+    assert desk.log[4:] == [("b", b"tail")]
+
+
 @pytest.mark.parametrize(
     ("end", "said"),
     [("close", "close"), ("write_eof", "eof"), ("set_protocol", "protocol")],
