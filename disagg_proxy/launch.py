@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.size import TokenGuess
@@ -56,6 +56,9 @@ _LOADED_AFTER = 0.5
 
 Carrier = Flight | TogetherFlight
 """A request on its way, whatever the protocol."""
+
+CARRIERS: Final = (Flight, TogetherFlight)
+"""What tells it from something that is awaited for it: to ask for a Coroutine, an abstract class, costs far more."""
 
 AnyLegs = Legs | TogetherLegs
 """The same of its legs, which :class:`_Order` has the gate make."""
@@ -120,7 +123,6 @@ class Launcher:
         record.asks(prepared.model)
         order = _Order(self, route, headers, prepared, record, session)
         first = order.admit()
-        # Not whether it is a Coroutine: to ask an abstract class costs more than all of this.
         if isinstance(first, (Legs, TogetherLegs)):
             return self._flight(order, first)
         return self._later(order, first)

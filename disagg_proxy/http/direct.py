@@ -16,13 +16,11 @@ from http import HTTPStatus
 from typing import Any, ClassVar, Protocol
 
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
-from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.flight.relay import Relay
-from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.http.generation import Asked, answer_id, begin
 from disagg_proxy.http.respond import error_parts, from_bug
-from disagg_proxy.launch import Carrier
+from disagg_proxy.launch import CARRIERS, Carrier
 from disagg_proxy.protocol.fields import GENERATION
 from disagg_proxy.protocol.headers import Headers, lines_of
 from disagg_proxy.services import Services
@@ -114,7 +112,7 @@ class Direct:
         except Exception as bug:
             self._refuse(from_bug(bug))
         else:
-            if isinstance(begun, (Flight, TogetherFlight)):
+            if isinstance(begun, CARRIERS):
                 self._fly(begun)
             else:
                 self._waiting = asyncio.get_running_loop().create_task(self._queue(begun))

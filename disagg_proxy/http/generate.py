@@ -7,7 +7,7 @@ whatever is refused before its body is read.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 
 from quart import Blueprint, Response, request
 
@@ -16,7 +16,7 @@ from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.http.asked import read_body, sent_headers
 from disagg_proxy.http.exchange import handles, own
 from disagg_proxy.http.generation import answer_head, asked, begin
-from disagg_proxy.launch import Carrier
+from disagg_proxy.launch import CARRIERS, Carrier
 from disagg_proxy.protocol.fields import GENERATION, Route
 from disagg_proxy.services import Services
 
@@ -34,7 +34,7 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
         handles(request.scope)
         head = asked(services, route, sent_headers())
         begun = begin(services, head, await read_body())
-        flight = await begun if isinstance(begun, Coroutine) else begun
+        flight = begun if isinstance(begun, CARRIERS) else await begun
         own(request.scope, flight)
         outcome = await _outcome(flight)
         body = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()

@@ -10,10 +10,8 @@ from collections.abc import Coroutine
 from typing import Any, NamedTuple
 
 from disagg_proxy.errors import ProxyError, UnsupportedEncoding
-from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.outcome import Outcome
-from disagg_proxy.flight.together import TogetherFlight
-from disagg_proxy.launch import Carrier
+from disagg_proxy.launch import CARRIERS, Carrier
 from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.headers import Headers, client_request_id, request_lines, value_of
@@ -64,7 +62,7 @@ def begin(services: Services, head: Asked, body: bytes) -> Carrier | Coroutine[A
     except Exception:
         record.refuse(ProxyError(""))
         raise
-    return begun if isinstance(begun, (Flight, TogetherFlight)) else _queued(begun, record)
+    return begun if isinstance(begun, CARRIERS) else _queued(begun, record)
 
 
 async def _queued(begun: Coroutine[Any, Any, Carrier], record: Record) -> Carrier:
