@@ -10,9 +10,9 @@ import pytest
 
 from disagg_proxy.errors import EngineDisconnected
 from disagg_proxy.outbox import Gathering, Outbox
-from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream import Enough
 from disagg_proxy.upstream.connection import Connection
+from tests.upstream.pool import Pool
 
 
 class Wire:
@@ -158,23 +158,9 @@ async def test_an_abort_loses_what_is_held_and_nothing_of_others(desk: Desk) -> 
     assert desk.log == [("a", b"1"), ("a", "abort"), ("c", b"2")]
 
 
-class Pool:
-    """For connections without sockets."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.heads: Heads[Any] = Heads(ids=False)
-        self.outbox = desk.outbox
-
-    def came(self, connection: Connection) -> None: ...
-
-    def idle(self, connection: Connection) -> None: ...
-
-    def went(self, connection: Connection) -> None: ...
-
-
 @pytest.mark.parametrize("left", [False, True])
 async def test_a_request_that_has_not_left_when_its_connection_breaks_was_not_sent(desk: Desk, left: bool) -> None:
-    connection = Connection("here:1", True, Pool(desk))
+    connection = Connection("here:1", True, Pool(desk.outbox))
     connection.connection_made(desk.wires[0])  # type: ignore[arg-type]
     desk.b.write(b"the turn's first")
     answer = connection.send(b"head", b"body", 60.0, "decode")

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_proxy.outbox import Outbox
-from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.upstream.connection import Connection
+from tests.upstream.pool import Pool
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-class Pool:
-    def __init__(self) -> None:
-        self.heads: Heads[Any] = Heads(ids=False)
-        self.outbox = Outbox()
-        self.free = 0
-
-    def came(self, connection: Connection) -> None: ...
-
-    def idle(self, connection: Connection) -> None:
-        self.free += 1
-
-    def went(self, connection: Connection) -> None: ...
 
 
 class Transport:
@@ -75,7 +59,7 @@ class Exchange:
     """One answer on a connection without a socket."""
 
     def __init__(self) -> None:
-        self.pool, self.transport, self.sink = Pool(), Transport(), Sink()
+        self.pool, self.transport, self.sink = Pool(Outbox()), Transport(), Sink()
         self.connection = Connection("here:1", True, self.pool)
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
         self.answer = self.connection.send(b"", b"", 60.0, "decode")
