@@ -203,6 +203,11 @@ class Pulse:
             self.left.clear()
         return moved
 
+    def give_up(self, error: ProxyError) -> None:
+        """End every open leg with ``error``, as far as each leg allows it."""
+        for vigil in list(self.open):
+            vigil.give_up(error)
+
     def waiting(self) -> list[Vigil]:
         """Those who wait for the engine now, oldest first."""
         return [vigil for vigil in self.open if vigil.waiting]

@@ -19,6 +19,7 @@ from disagg_proxy.cluster.instance import Instance, Role, Source, State
 from disagg_proxy.cluster.kv_kind import BY_NIXL, P2P, KvKind
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
+from disagg_proxy.errors import EngineUnreachable
 
 if TYPE_CHECKING:
     from disagg_proxy.cluster.shared import Shared
@@ -235,7 +236,7 @@ class Registry:
         instance.epoch += 1
         instance.restarts += 1
         instance.breaker = Breaker()
-        instance.pulse = Pulse(self._clock())
+        orphaned, instance.pulse = instance.pulse, Pulse(self._clock())
         instance.senders_frozen = 0
         if self.others_send and instance.role is Role.DECODE:
             self.exchange.suppose_sent((i for i in self._instances.values() if i.role is Role.PREFILL), instance)
@@ -243,6 +244,7 @@ class Registry:
         for watcher in self._on_ended:
             watcher(instance)
         self.thaw(instance, "its process has ended")
+        _end_prefills(instance, orphaned, "its process has ended")
 
     def look_again(self, instance: Instance) -> None:
         """A leg failed in a way that leaves open whether the instance lives."""
@@ -271,6 +273,7 @@ class Registry:
             elif silent >= self._expiry:
                 instance.restart_wanted = False
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
+                _end_prefills(instance, instance.pulse, instance.reason)
 
     # -- who is out for maintenance
 
@@ -372,6 +375,15 @@ class Registry:
             )
             lacks.append(f"no {role.value} instance is ready ({why or 'none has registered'})")
         return lacks
+
+
+def _end_prefills(instance: Instance, pulse: Pulse, reason: str) -> None:
+    """End the legs in flight on a prefill that will not answer them, where decode computes what it gets no KV for.
+
+    Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never ended: its decode would hang.
+    """
+    if instance.role is Role.PREFILL and instance.kind.computes:
+        pulse.give_up(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
 
 
 def _forgettable(instance: Instance) -> bool:

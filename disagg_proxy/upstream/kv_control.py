@@ -19,6 +19,10 @@ from disagg_proxy.cluster.instance import Instance
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 8
+"""Connections to one KV port at the same time. An engine refuses more than its ``max_connections`` (64 by default),
+and a lost prefill can have hundreds of transfers to release."""
+
 
 class KvControl:
     """Sends RELEASE and MEET.
@@ -31,6 +35,7 @@ class KvControl:
     def __init__(self, secret: str, timeout: float) -> None:
         self._secret = secret
         self._timeout = timeout
+        self._slots: dict[str, asyncio.Semaphore] = {}
 
     async def release(self, instance: Instance, transfer_id: str) -> None:
         """The transfer is over on that instance. Never raises."""
@@ -53,7 +58,7 @@ class KvControl:
 
     async def _say_to(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
         try:
-            async with within(2 * self._timeout):
+            async with self._slots.setdefault(address, asyncio.Semaphore(_AT_ONCE)), within(2 * self._timeout):
                 await self._once(address, what)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
             log.info("The KV port %s could not be told something: %s", address, error)

@@ -1,7 +1,11 @@
 """The life of an instance: announced, admitted, suspended, lost, forgotten, contradicted."""
 
+import pytest
+
 from disagg_proxy.cluster.instance import Role, Source, State
+from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, KvKind
 from disagg_proxy.config import StaticInstance
+from disagg_proxy.errors import EngineUnreachable
 
 P, D = Role.PREFILL, Role.DECODE
 
@@ -140,3 +144,25 @@ def test_a_new_process_starts_with_a_closed_breaker(world) -> None:
     world.registry.suspend(instance, "refused", gone=True)
     world.registry.admit(instance, {"m": {}})
     assert instance.breaker.permits(world.time)
+
+
+@pytest.mark.parametrize("end", ["no pings", "another boot", "process gone"])
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+@pytest.mark.parametrize("kind", [P2P, KvKind(DISAGG_KV)])
+def test_legs_on_a_prefill_that_will_not_answer_end_where_decode_can_compute(world, end, role, kind) -> None:
+    instance, errors = world.ready(role, 1, kind=kind, boot="a"), []
+    for _ in range(2):
+        instance.pulse.begin(world.registry.now, give_up=errors.append)
+    world.time += 9.9
+    world.registry.expire()
+    assert not errors
+    if end == "no pings":
+        world.time += 0.1
+        world.registry.expire()
+        world.registry.expire()
+    elif end == "another boot":
+        world.ping(role, 1, kind=kind, boot="b")
+    else:
+        world.registry.suspend(instance, "its HTTP port refuses connections", gone=True)
+    assert len(errors) == (2 if role is Role.PREFILL and kind.computes else 0)
+    assert not any(isinstance(error, EngineUnreachable) and error.refused for error in errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -73,3 +74,22 @@ async def test_an_instance_without_a_kv_address_is_told_nothing(said: Said, ask:
     instance.kv = None
     await ask(KvControl("", 1.0), instance)
     assert not said
+
+
+async def test_connections_to_one_port_are_bounded_and_all_is_said(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine takes 64 by default, and a lost prefill can have hundreds of transfers to release."""
+    now, most = 0, 0
+    say = _Control.release
+
+    async def release(self: _Control, transfer: str) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        await say(self, transfer)
+        now -= 1
+
+    monkeypatch.setattr(_Control, "release", release)
+    control, prefill = KvControl("", 1.0), instances(1)[0]
+    await asyncio.gather(*(control.release(prefill, str(number)) for number in range(300)))
+    assert len({transfer for _, _, transfer in said}) == 300 and most == 8
