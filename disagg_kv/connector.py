@@ -57,7 +57,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(decode, block_size, self._num_blocks, settings)
+            self._scheduler = SchedulerHalf(decode, block_size, settings)
         else:
             self._worker = WorkerHalf(
                 decode, settings, versions.model_name(vllm_config), block_size,

@@ -22,6 +22,7 @@ from disagg_kv.protocol.messages import Go, Want
 
 _REMEMBERED = 8192
 """Released transfers that are remembered, for requests that are scheduled later."""
+_CANCELLED = "cancelled"
 
 
 @dataclass(eq=False)
@@ -53,6 +54,8 @@ class Collected:
     """Requests whose load is over."""
     failed_blocks: frozenset[int] = frozenset()
     """Blocks that were not filled; the requests they belong to are in ``requests``."""
+    reasons: tuple[str, ...] = ()
+    """Why loads failed, one for each; none for a request that was aborted."""
     unwanted: tuple[tuple[str, Key], ...] = ()
     """Peer and key of loads that were given up while the peer may still hold the blocks."""
 
@@ -84,7 +87,7 @@ class Inbox:
         with self._changed:
             load = self._by_request.get(request)
             if load is not None:
-                self._give_up(load, "cancelled")
+                self._give_up(load, _CANCELLED)
 
     def collect(self) -> Collected:
         with self._changed:
@@ -95,7 +98,8 @@ class Inbox:
             over, self._over = self._over, []
             unwanted, self._unwanted = self._unwanted, []
         failed = frozenset(block for load in over if load.failed for block in load.blocks)
-        return Collected(frozenset(load.request for load in over), failed, tuple(unwanted))
+        reasons = tuple(load.failed for load in over if load.failed not in ("", _CANCELLED))
+        return Collected(frozenset(load.request for load in over), failed, reasons, tuple(unwanted))
 
     def wait(self, seconds: float) -> None:
         """Returns early when there is something to collect."""
@@ -107,6 +111,11 @@ class Inbox:
         """Loads that are not over."""
         with self._changed:
             return len(self._loads)
+
+    def waits_for(self, peer: str) -> bool:
+        """Whether a load waits for this connection."""
+        with self._changed:
+            return any(load.peer == peer for load in self._loads.values())
 
     # Another connection's thread.
 

@@ -3,8 +3,7 @@
 Rules on decode: a request is loaded at most once; whatever happens to the load, after it the request is an ordinary
 one. Of several requests with the same key (``n`` > 1) one loads and the others wait for it and then find its blocks
 in the prefix cache. Rules on prefill: of several requests with the same key one is offered; the blocks of a finished
-request stay until the worker half says that nobody reads them (``finished_sending``), and at most a share of the cache
-may wait so.
+request stay until the worker half says that nobody reads them (``finished_sending``).
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ class _Offer:
     total: int
     blocks: list[int]
     computed: bool = False
-    finished: bool = False
 
 
 class SchedulerHalf:
     """See the module. ``decode``: whether this engine loads (kv_consumer) or offers (kv_producer)."""
 
-    def __init__(self, decode: bool, block_size: int, num_blocks: int, settings: Settings) -> None:
+    def __init__(self, decode: bool, block_size: int, settings: Settings) -> None:
         self._decode, self._block, self._settings = decode, block_size, settings
-        self._hold_blocks = max(1, int(num_blocks * settings.hold_fraction))
         self._min_load = settings.min_load_tokens or block_size + 1
         self._plan = Plan()
         self._transfers: dict[str, Transfer | None] = {}
@@ -122,10 +119,8 @@ class SchedulerHalf:
         offer = self._offers.get(name)
         if offer is None:
             return False
-        offer.finished = True
         if not offer.computed or versions.aborted(request):
             self._plan.drops.append((name, "aborted"))
-        self._bound()
         return True
 
     def moved(self, sent: set[str], received: set[str]) -> None:
@@ -160,13 +155,3 @@ class SchedulerHalf:
         ready = offer.total if offer.computed else done // self._block
         if ready:
             plan.progress.append(Progress(name, offer.blocks[: offer.total], ready))
-
-    def _bound(self) -> None:
-        """Gives up the oldest finished requests when too many blocks wait to be fetched."""
-        waiting = [(name, offer.total) for name, offer in self._offers.items() if offer.finished]
-        held = sum(total for _, total in waiting)
-        for name, total in waiting:
-            if held <= self._hold_blocks:
-                break
-            held -= total
-            self._plan.drops.append((name, "too much KV waits to be fetched"))

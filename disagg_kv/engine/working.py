@@ -19,6 +19,7 @@ from disagg_kv.prefill.outbox import Outbox
 from disagg_kv.prefill.server import Server
 from disagg_kv.protocol.handshake import Identity, Shape
 from disagg_kv.settings import Settings
+from disagg_kv.tally import Tally
 from disagg_kv.trace import Trace
 from disagg_kv.transport.factory import Node
 
@@ -62,7 +63,12 @@ class WorkerHalf:
         transports = node.transports()
         self._overlap = self._overlap and any(node.overlaps(name) for name in transports)
         self._node = node
-        self._outbox = Outbox(settings.hold_timeout_s, settings.max_waiting)
+        hold_blocks = max(1, int(num_blocks * settings.hold_fraction))
+        self._outbox = Outbox(settings.hold_timeout_s, settings.max_waiting, hold_blocks=hold_blocks)
+        self._tally = Tally(
+            "prompts computed here because their KV did not come" if self._decode
+            else "prompts whose KV was computed and given up", logger.warning,
+        )  # fmt: skip
         self._inbox = Inbox()
         self._links = Links(node, self._inbox)
         self._server = Server(
@@ -135,6 +141,7 @@ class WorkerHalf:
         news = self._inbox.collect()
         self._links.give_up(news.unwanted)
         self._failed |= news.failed_blocks
+        self._tally.add(news.reasons if self._decode else self._outbox.take_unfetched().elements())
         for name in news.requests:
             self._node.trace("loaded", request=name, failed=len(news.failed_blocks))
         return sent, set(news.requests)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,12 +68,19 @@ class Lane:
 
 
 class Outbox:
-    """Jobs, lanes and what connects them. ``max_waiting``: WANTs that may wait for a job, over all lanes."""
+    """Jobs, lanes and what connects them. ``max_waiting``: WANTs that may wait for a job, over all lanes;
+    ``hold_blocks``: blocks of finished requests that may wait for a WANT, None for any number."""
 
     def __init__(
-        self, hold_seconds: float, max_waiting: int = 4096, clock: Callable[[], float] = time.monotonic
+        self,
+        hold_seconds: float,
+        max_waiting: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+        hold_blocks: int | None = None,
     ) -> None:
         self._hold, self._max_waiting, self._clock = hold_seconds, max_waiting, clock
+        self._hold_blocks = hold_blocks
+        self._unfetched: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._jobs: dict[Key, Job] = {}
         self._by_request: dict[str, Job] = {}
@@ -143,12 +150,14 @@ class Outbox:
                         self._end(job, "not computed")
 
     def collect(self) -> set[str]:
-        """Finished requests whose blocks may be freed; each is named once. Ends what nobody fetched in time."""
+        """Finished requests whose blocks may be freed; each is named once. Ends what nobody fetched in time, or what
+        is too much."""
         with self._changed:
             now = self._clock()
             for job in list(self._jobs.values()):
                 if job.ready >= job.total and not job.reading and now - job.since > self._hold:
-                    self._end(job, "expired")
+                    self._give_up(job, "expired")
+            self._bound()
             free = {name for name in self._finished if (job := self._by_request[name]).ended and not job.reading}
             for name in free:
                 del self._by_request[name]
@@ -160,6 +169,12 @@ class Outbox:
         with self._changed:
             if self._finished:
                 self._changed.wait(seconds)
+
+    def take_unfetched(self) -> Counter[str]:
+        """Prompts that were given up though all their KV was there, by reason, since the last call."""
+        with self._changed:
+            unfetched, self._unfetched = self._unfetched, Counter()
+            return unfetched
 
     def held(self) -> dict[str, int]:
         """Counts for logs and tests."""
@@ -225,6 +240,13 @@ class Outbox:
                     self._end(job, "released")
             self._changed.notify_all()
 
+    def post(self, lane: Lane, message: bytes) -> None:
+        """Something for the lane's sender to say next; once, if the same still waits to be sent."""
+        with self._changed:
+            if not lane.closed and message not in lane.messages:
+                lane.messages.append(message)
+                self._changed.notify_all()
+
     # A lane's sender thread.
 
     def next(self, lane: Lane, seconds: float | None = None) -> bytes | Segment | None:
@@ -256,6 +278,24 @@ class Outbox:
             self._changed.notify_all()
 
     # Under the lock.
+
+    def _bound(self) -> None:
+        """Gives up the newest prompts when too many blocks wait for a WANT. Decode takes its requests first come, first
+        served: the oldest are those that it asks for next. What it has asked for is on its way, and does not count."""
+        if self._hold_blocks is None:
+            return
+        waiting = [
+            job for job in self._jobs.values() if job.request in self._finished and job.key not in self._wanted_by
+        ]
+        held = sum(job.total for job in waiting)
+        while held > self._hold_blocks:
+            job = waiting.pop()
+            held -= job.total
+            self._give_up(job, "too much KV waits to be fetched")
+
+    def _give_up(self, job: Job, reason: str) -> None:
+        self._unfetched[reason] += 1
+        self._end(job, reason)
 
     def _ready_segment(self, lane: Lane) -> Segment | None:
         for key, want in lane.wants.items():

@@ -69,6 +69,7 @@ def test_a_load_that_fails_names_all_its_blocks(end: str) -> None:
     news = inbox.collect()
     assert news.requests == {"r"}
     assert news.failed_blocks == {5, 6, 7}
+    assert len(news.reasons) == 1
     if end != "late":
         news = inbox.collect()
     else:
@@ -83,6 +84,7 @@ def test_cancelled_while_it_waits() -> None:
     news = inbox.collect()
     assert news.requests == {"r"}
     assert news.unwanted == (("p", key("t")),)
+    assert not news.reasons, "an aborted request is no failure"
     assert inbox.go("p", Go(key("t"), 0, 3, True)) is None, "what comes now is thrown away"
 
 

@@ -100,6 +100,61 @@ def test_chunks_are_sent_as_they_are_computed() -> None:
     assert (second.first, list(second.blocks), second.last) == (2, [3, 4], True)
 
 
+def _finish(outbox: Outbox, name: str, blocks: int = 3) -> None:
+    outbox.open(key(name), name, blocks)
+    outbox.progress(name, list(range(blocks)), blocks, None)
+    outbox.finish({name})
+
+
+def test_the_newest_are_given_up_when_too_much_waits() -> None:
+    """Decode takes its requests first come, first served: it asks for the oldest next."""
+    outbox, lane, _ = _outbox(hold_blocks=9)
+    for name in "abcde":
+        _finish(outbox, name)
+        assert outbox.collect() == ({name} if name in "de" else set())
+    assert outbox.take_unfetched() == {"too much KV waits to be fetched": 2} and not outbox.take_unfetched()
+    outbox.want(lane, Want(key("d"), 0, 3))
+    assert _gone(outbox, lane) == "too much KV waits to be fetched"
+    outbox.want(lane, Want(key("a"), 0, 3))
+    outbox.sent(lane, _next(outbox, lane), True)
+    assert outbox.collect() == {"a"}
+    _finish(outbox, "f")
+    assert outbox.collect() == set(), "there is capacity again"
+
+
+def test_what_decode_has_asked_for_is_not_given_up_and_does_not_count() -> None:
+    outbox, lane, _ = _outbox(hold_blocks=3)
+    for name in "ab":
+        outbox.want(lane, Want(key(name), 0, 3))
+        _finish(outbox, name)
+    sending = _next(outbox, lane)
+    _finish(outbox, "c")
+    assert outbox.collect() == set()
+    _finish(outbox, "d")
+    assert outbox.collect() == {"d"}
+    for segment in (sending, _next(outbox, lane)):
+        outbox.sent(lane, segment, True)
+    assert outbox.collect() == {"a", "b"}
+
+
+def test_a_prompt_that_is_still_computed_is_not_given_up() -> None:
+    outbox, _, _ = _outbox(hold_blocks=1)
+    outbox.open(key("t"), "r", 5)
+    outbox.progress("r", [1, 2], 2, None)
+    assert outbox.collect() == set() and outbox.held()["jobs"] == 1
+
+
+def test_a_message_is_posted_once() -> None:
+    """Whatever a peer asks again and again takes no memory."""
+    outbox, lane, _ = _outbox()
+    for _ in range(5):
+        outbox.post(lane, b"x")
+    assert (outbox.next(lane, 0), outbox.next(lane, 0)) == (b"x", None)
+    outbox.detach(lane)
+    outbox.post(lane, b"x")
+    assert not lane.messages
+
+
 def test_a_preempted_prompt_goes_on_where_it_was() -> None:
     outbox, lane, _ = _outbox()
     outbox.want(lane, Want(key("t"), 0, 3))

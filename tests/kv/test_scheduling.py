@@ -35,8 +35,8 @@ class Request:
         return self.num_prompt_tokens + self.outputs
 
 
-def _half(decode: bool, blocks: int = 100, **settings: Any) -> SchedulerHalf:
-    return SchedulerHalf(decode, 4, blocks, Settings(**settings))
+def _half(decode: bool, **settings: Any) -> SchedulerHalf:
+    return SchedulerHalf(decode, 4, Settings(**settings))
 
 
 def _decode_request(name: str = "r", transfer: str = "t", tokens: int = 10, **more: Any) -> Request:
@@ -268,17 +268,6 @@ def test_a_key_can_be_offered_again() -> None:
     half.plan(_output())
     _offer(half, "again")
     assert [one.request for one in half.plan(_output()).opens] == ["again"]
-
-
-def test_the_oldest_are_dropped_when_too_much_waits() -> None:
-    half = _half(False, blocks=18, hold_fraction=0.5)
-    for name in "abcde":
-        request = _offer(half, name, name)
-        half.plan(_output({name: ([1, 2, 3], 0, 10)}))
-        half.finished(request)
-        drops = [dropped for dropped, _ in half.plan(_output()).drops]
-        half.moved(set(drops), set())
-        assert drops == {"d": ["a"], "e": ["b"]}.get(name, [])
 
 
 def test_requests_without_params_leave_no_trace() -> None:
