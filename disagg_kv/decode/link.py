@@ -8,15 +8,17 @@ load from there at once.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 
 from disagg_kv.decode.inbox import Inbox, Load
+from disagg_kv.decode.liveness import PROBES, Liveness
 from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, nonce, proof
 from disagg_kv.protocol.keys import Key, parse_address
-from disagg_kv.protocol.messages import Go, Gone, Release
+from disagg_kv.protocol.messages import PING, PINGS, Go, Gone, Release
 from disagg_kv.transport.base import Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import Node, open_transport
@@ -38,6 +40,12 @@ class Link:
         self.dead = False
         self.ready = False
         self._started = time.monotonic()
+        self._lost = ""
+        self._receiving = False
+        self._liveness: Liveness | None = None
+        self._opening = threading.Timer(_OPEN_SECONDS, self._not_opened)
+        self._opening.daemon = True
+        self._opening.start()
         threading.Thread(target=self._run, name="disagg-kv-receive", daemon=True).start()
 
     def post(self, message: bytes) -> None:
@@ -62,6 +70,7 @@ class Link:
             )
             transport = self._handshake(channel)
             self.ready = True
+            self._opening.cancel()
             logger.info("prefill engine %s is connected (%s, boot %s)", self.peer, transport.name, self.boot[:8])
             threading.Thread(target=self._write, args=(channel,), name="disagg-kv-write", daemon=True).start()
             while not self.dead:
@@ -77,6 +86,8 @@ class Link:
             reason = f"{type(error).__name__}: {error}"
             logger.exception("the connection to %s is ended", self.peer)
         finally:
+            self._opening.cancel()
+            reason = self._lost or reason
             if not self.dead:
                 logger.warning("the connection to prefill engine %s has ended: %s", self.peer, reason)
             self.dead = True
@@ -101,10 +112,16 @@ class Link:
         kind, ready = channel.frame(patient=False)
         _expect(kind, ready, Kind.READY)
         self.boot = theirs.boot
+        if welcome.get(PINGS) is True:
+            self._liveness = Liveness(node.settings.stall_timeout_s)
         return open_transport(node, channel, ready)
 
     def _receive(self, channel: Channel, transport: Transport) -> None:
         kind, body = channel.frame()
+        if self._liveness is not None:
+            self._liveness.heard()
+        if kind is Kind.PONG:
+            return
         if kind is Kind.GONE:
             gone = Gone.decode(body)
             logger.debug("KV of %s is gone: %s", gone.key.transfer, gone.reason)
@@ -116,6 +133,7 @@ class Link:
         if go.count > self._node.cache.num_blocks:
             raise WireError(f"{go.count} blocks are more than the cache has")
         load = self._inbox.go(self.peer, go)
+        self._receiving = True
         self._node.trace("receive", key=go.key.transfer, blocks=go.count)
         try:
             blocks = None if load is None else load.blocks[load.filled : load.filled + go.count]
@@ -123,17 +141,47 @@ class Link:
             ok = True
             self._node.trace("received", key=go.key.transfer, bytes=go.count * self._node.cache.block_bytes)
         finally:
+            self._receiving = False
             if load is not None:
                 if not ok:
                     transport.close()
                 self._inbox.arrived(load, go.count, ok)
 
     def _write(self, channel: Channel) -> None:
+        """Sends what is posted and, while loads wait, PING. An idle connection wakes nobody."""
+        liveness, due = self._liveness, math.inf
         try:
-            while (message := self._outgoing.get()) is not None:
+            while True:
+                if liveness is None or not self._inbox.waits_for(self.peer):
+                    due = math.inf
+                elif due == math.inf:
+                    due = time.monotonic() + liveness.interval
+                    liveness.begin()
+                message: bytes | None = PING
+                try:
+                    message = self._outgoing.get(timeout=None if due == math.inf else max(0.0, due - time.monotonic()))
+                except queue.Empty:
+                    assert liveness is not None
+                    due = time.monotonic() + liveness.interval
+                    if not liveness.probe(self._receiving):
+                        self._lost = f"the prefill engine has not answered {PROBES} liveness probes"
+                        channel.close()
+                        return
+                if message is None:
+                    return
                 channel.write(message)
         except OSError:
             channel.close()
+
+    def _not_opened(self) -> None:
+        """NCCL waits indefinitely for a peer that stops while their communicator is made."""
+        self.dead = True
+        if not self.ready:
+            # A reader that gets ready now sees ``dead`` before it writes any block.
+            reason = f"not connected within {_OPEN_SECONDS:.0f} s"
+            logger.warning("the connection to prefill engine %s is given up: %s", self.peer, reason)
+            self.close()
+            self._inbox.lost(self.peer, reason)
 
 
 def _expect(kind: Kind, body: dict[str, object], wanted: Kind) -> None:

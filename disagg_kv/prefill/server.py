@@ -25,7 +25,7 @@ from disagg_kv.protocol.handshake import (
     nonce,
     proof,
 )
-from disagg_kv.protocol.messages import Go, Release, Want
+from disagg_kv.protocol.messages import PINGS, PONG, Go, Release, Want
 from disagg_kv.transport.base import Stalled, Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import Node, open_transport, terms
@@ -129,7 +129,7 @@ class Server:
         if identity.role == "prefill":
             raise Refused("a prefill engine has nothing to ask for")
         check(self._node.identity, identity)
-        welcome = {**self._node.identity.to_wire(), "nonce": nonce()}
+        welcome = {**self._node.identity.to_wire(), "nonce": nonce(), PINGS: True}
         if identity.role == "decode":
             welcome["transport"] = choose_transport(self._node.transports(), hello.get("transports"))
         secret = self._node.settings.secret
@@ -172,6 +172,10 @@ class Server:
                 self._outbox.want(lane, Want.decode(body))
             elif kind is Kind.RELEASE:
                 self._outbox.release(lane, Release.decode(body))
+            elif kind is Kind.PING:
+                # From this thread: the sender may be waiting for a long step. Only KV on its way delays the answer.
+                if not channel.write_between(PONG):
+                    self._outbox.post(lane, PONG)
             else:
                 raise WireError(f"{kind.name} is not for a prefill engine")
 
@@ -183,7 +187,8 @@ class Server:
             logger.info("decode engine at %s is connected (%s)", peer, transport.name)
             while (item := self._outbox.next(lane)) is not None:
                 if isinstance(item, bytes):
-                    channel.write(item)
+                    with channel.turn:
+                        channel.write(item)
                 else:
                     self._send_segment(channel, lane, transport, item)
         except Exception as error:
@@ -201,8 +206,9 @@ class Server:
             parts = self._node.overlaps(transport.name) and cache.layered(segment.fence)
             cache.join(segment.fence, 1 if parts else cache.planes)
             trace("go", key=segment.key.transfer, blocks=count, last=segment.last, parts=parts)
-            channel.write(Go(segment.key, segment.first, count, segment.last, parts).encode())
-            transport.send(segment.blocks, segment.fence, parts)
+            with channel.turn:
+                channel.write(Go(segment.key, segment.first, count, segment.last, parts).encode())
+                transport.send(segment.blocks, segment.fence, parts)
             if parts:
                 cache.join(segment.fence, cache.planes)
             ok = True

@@ -31,6 +31,8 @@ class Kind(IntEnum):
     GO = 12  # [prefill] these blocks come now
     PART = 14  # [prefill] of a GO with parts, over NCCL: the next piece comes now
     GONE = 13  # [prefill] these blocks will not come, and why
+    PING = 15  # [decode] are you alive; only where WELCOME has said "ping"
+    PONG = 16  # [prefill] the answer to PING
 
 
 class WireError(ValueError):

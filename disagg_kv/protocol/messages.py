@@ -9,6 +9,9 @@ from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.protocol.keys import Key, transfer_id
 
 _MAX_BLOCKS = 1 << 24
+PING, PONG = encode(Kind.PING, {}), encode(Kind.PONG, {})
+PINGS = "ping"
+"""Field of WELCOME, true: this prefill engine answers PING. Older ones close the connection instead."""
 
 
 def _number(body: dict[str, Any], name: str, low: int, high: int) -> int:

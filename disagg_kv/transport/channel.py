@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import threading
 from typing import Any
 
 from disagg_kv.protocol.frames import Kind, read_frame
@@ -23,6 +24,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
         self._sock = sock
+        self.turn = threading.Lock()
+        """Held by who writes, where several threads do, until its message and the KV that belongs to it are out."""
         sock.settimeout(seconds)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -67,6 +70,16 @@ class Channel:
         view = memoryview(data)
         for at in range(0, len(view), _PART):
             self._sock.sendall(view[at : at + _PART])
+
+    def write_between(self, data: bytes) -> bool:
+        """Sends a message unless another thread is in the middle of one: then False, without waiting."""
+        if not self.turn.acquire(blocking=False):
+            return False
+        try:
+            self.write(data)
+        finally:
+            self.turn.release()
+        return True
 
     def broken(self) -> bool:
         """Whether the other side has closed the connection, or this one. Never blocks, also while another thread reads.

@@ -84,6 +84,10 @@ class SimConfig:
     """Decode: how long a request waits for its KV before it is computed."""
     hold_timeout: float = 60.0
     """Prefill: how long computed KV waits to be fetched; with NixlConnector too."""
+    hold_blocks: int = 0
+    """Prefill: blocks of finished prompts that may wait to be fetched; 0: any number."""
+    stall_timeout: float = 5.0
+    """Decode: the connector's ``stall_timeout_s``, of which its limit on a prefill that answers nothing is made."""
 
     # HTTP behaviour.
     pooling: bool = False
@@ -152,6 +156,8 @@ _AT_LEAST: dict[str, float] = {
     "tp": 1,
     "load_timeout": 0,
     "hold_timeout": 0,
+    "hold_blocks": 0,
+    "stall_timeout": 0.01,
 }
 
 

@@ -34,6 +34,8 @@ class Faults:
     Attributes:
         health_status: what GET /health answers; None for the truth.
         pings: False keeps the engine silent towards the proxy.
+        kv_answers: False keeps the KV port of this project's own connector silent, as in a stopped process: its kernel
+            still accepts connections and data.
         corrupt_kv: a prefill with this project's own connector sends wrong bytes.
         split: sizes of the pieces that every body is written in, used in turn; () writes normally.
     """
@@ -41,6 +43,7 @@ class Faults:
     def __init__(self, changed: Callable[[], None]) -> None:
         self.health_status: int | None = None
         self.pings = True
+        self.kv_answers = True
         self.corrupt_kv = False
         self.split: Sequence[int] = ()
         self._changed = changed

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from disagg_kv.decode.inbox import Inbox, Load
+from disagg_kv.decode.liveness import PROBES, Liveness
 from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, nonce, proof
 from disagg_kv.protocol.keys import Key, parse_address
-from disagg_kv.protocol.messages import Go, Gone, Release
+from disagg_kv.protocol.messages import PING, PINGS, Go, Gone, Release
 from disagg_kv.within import within
 from disagg_proxy.sim.config import SimConfig
 from disagg_proxy.sim.kv_wire import reset
@@ -46,6 +47,9 @@ class _Link:
         self.ready = False
         self.dead = False
         self._early: list[bytes] = []
+        self._liveness = Liveness(loads.config.stall_timeout)
+        self._answers_pings = False
+        self._silent = False
         self._writer: asyncio.StreamWriter | None = None
         self.task = asyncio.create_task(self._run(), name=f"own-kv-link-{address}")
 
@@ -68,12 +72,19 @@ class _Link:
             for message in self._early:
                 writer.write(message)
             self._loads.changed()
-            while True:
-                await self._receive(reader)
+            probing = asyncio.create_task(self._probe(writer)) if self._answers_pings else None
+            try:
+                while True:
+                    await self._receive(reader)
+            finally:
+                if probing is not None:
+                    probing.cancel()
         except Refused as refusal:
             reason = f"refused: {refusal}"
         except (OSError, asyncio.TimeoutError, WireError) as error:
             reason = f"{type(error).__name__}: {error}"
+            if self._silent:
+                reason = f"the prefill engine has not answered {PROBES} liveness probes"
         finally:
             self.dead = True
             if self._writer is not None:
@@ -91,9 +102,26 @@ class _Link:
         check_proof(proof(config.kv_secret, theirs.role, hello, welcome), welcome.get("proof"))
         send(writer, Kind.PROOF, {"proof": proof(config.kv_secret, mine.role, hello, welcome)})
         await expect(reader, Kind.READY)
+        self._answers_pings = welcome.get(PINGS) is True
+
+    async def _probe(self, writer: asyncio.StreamWriter) -> None:
+        """As the connector's writer thread (``disagg_kv/decode/link.py``)."""
+        while True:
+            self._liveness.begin()
+            while self._loads.wait_for(self.peer):
+                await asyncio.sleep(self._liveness.interval)
+                if not self._liveness.probe():
+                    self._silent = True
+                    reset(writer.transport)
+                    return
+                writer.write(PING)
+            await asyncio.sleep(self._liveness.interval)
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         kind, body = await read_frame(reader)
+        self._liveness.heard()
+        if kind is Kind.PONG:
+            return
         if kind is Kind.GONE:
             self._loads.gone(self, Gone.decode(body))
             return
@@ -210,6 +238,10 @@ class Loads:
         """
         parse_address(address)
         self._link(address)
+
+    def wait_for(self, peer: str) -> bool:
+        """Whether a load waits for this connection."""
+        return self._inbox.waits_for(peer)
 
     def _link(self, address: str) -> _Link:
         link = self._links.get(address)

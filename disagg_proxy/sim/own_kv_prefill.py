@@ -34,7 +34,7 @@ class Offers:
         self._config = config
         self._faults = faults
         self._changed = changed
-        self._outbox = Outbox(config.hold_timeout)
+        self._outbox = Outbox(config.hold_timeout, hold_blocks=config.hold_blocks or None)
         self._names: dict[EngineRequest, str] = {}
         self._offered: dict[Key, EngineRequest] = {}
         self._rows: dict[EngineRequest, list[bytes]] = {}

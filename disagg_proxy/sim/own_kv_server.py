@@ -13,9 +13,10 @@ from typing import Any
 
 from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, choose_transport, nonce, proof
-from disagg_kv.protocol.messages import Release, Want
+from disagg_kv.protocol.messages import PINGS, Release, Want
 from disagg_kv.within import within
 from disagg_proxy.sim.config import SimConfig
+from disagg_proxy.sim.faults import Faults
 from disagg_proxy.sim.kv_wire import reset
 from disagg_proxy.sim.own_kv import HANDSHAKE_SECONDS, expect, read_frame, row_bytes, send
 from disagg_proxy.sim.own_kv_decode import Loads
@@ -31,8 +32,11 @@ class OwnKvServer:
         loads: on a decode engine, what the proxy may release.
     """
 
-    def __init__(self, config: SimConfig, identity: Identity, offers: Offers, loads: Loads | None) -> None:
+    def __init__(
+        self, config: SimConfig, identity: Identity, faults: Faults, offers: Offers, loads: Loads | None
+    ) -> None:
         self._config = config
+        self._faults = faults
         self._identity = identity
         self._offers = offers
         self._loads = loads
@@ -79,6 +83,9 @@ class OwnKvServer:
                     self._loads.meet(str(body.get("from")))
                 elif kind is Kind.WANT and role == "decode":
                     self._offers.want(lane, Want.decode(body))
+                elif kind is Kind.PING and role == "decode":
+                    if self._faults.kv_answers:
+                        send(writer, Kind.PONG, {})
                 else:
                     raise WireError(f"{kind.name} is not for this connection")
         except Refused as refusal:
@@ -101,11 +108,13 @@ class OwnKvServer:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> tuple[str, dict[str, Any]]:
         hello = await expect(reader, Kind.HELLO)
+        if not self._faults.kv_answers:
+            await asyncio.get_running_loop().create_future()
         theirs, secret = Identity.from_wire(hello), self._config.kv_secret
         if theirs.role == "prefill":
             raise Refused("a prefill engine has nothing to ask for")
         check(self._identity, theirs)
-        welcome = {**self._identity.to_wire(), "nonce": nonce()}
+        welcome = {**self._identity.to_wire(), "nonce": nonce(), PINGS: True}
         if theirs.role == "decode":
             welcome["transport"] = choose_transport(self._config.kv_transports, hello.get("transports"))
         send(writer, Kind.WELCOME, {**welcome, "proof": proof(secret, self._identity.role, hello, welcome)})

@@ -110,7 +110,7 @@ class OwnWorker:
         self.loop = OwnStepLoop(config, faults, unused, KvSender(kv_address, changed), counters, changed, died)
         self._offers = Offers(config, faults, changed)
         self._loads = None if config.is_producer else Loads(config, me, self.loop.loaded, changed)
-        self._server = OwnKvServer(config, me, self._offers, self._loads)
+        self._server = OwnKvServer(config, me, faults, self._offers, self._loads)
         self.loop.connect(self._offers, self._loads)
 
     async def start(self, sock: socket.socket) -> None:

@@ -142,14 +142,16 @@ class Decode:
         """What ``collect`` says once ``count`` loads are over."""
         requests: set[str] = set()
         failed: set[int] = set()
-        until(lambda: self._take(requests, failed) >= count, lambda: self.inbox.wait(0.05))
-        return Collected(frozenset(requests), frozenset(failed))
+        reasons: list[str] = []
+        until(lambda: self._take(requests, failed, reasons) >= count, lambda: self.inbox.wait(0.05))
+        return Collected(frozenset(requests), frozenset(failed), tuple(reasons))
 
-    def _take(self, requests: set[str], failed: set[int]) -> int:
+    def _take(self, requests: set[str], failed: set[int], reasons: list[str]) -> int:
         news = self.inbox.collect()
         self.links.give_up(news.unwanted)
         requests |= news.requests
         failed |= news.failed_blocks
+        reasons += news.reasons
         return len(requests)
 
 

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disagg_kv.control import Control
+from disagg_kv.decode.liveness import PROBES, Liveness
 from disagg_kv.protocol.frames import Kind, encode
 from disagg_kv.protocol.handshake import Refused, Shape, nonce
 from disagg_kv.transport.channel import Channel
-from tests.kv.memory import SHAPE, Decode, Prefill, key, until
+from tests.kv.memory import SHAPE, Decode, MemoryTransport, Prefill, key, until
 from tests.ports import hold_port
 
 Make = Callable[..., Any]
@@ -311,3 +312,148 @@ def test_a_prefill_that_sends_half_of_it_fails_the_load(decode: Make) -> None:
         channel.write(encode(Kind.GO, {**key("t").to_wire(), "first": 0, "count": 2, "last": True}) + bytes(10))
         assert d.result().failed_blocks == {1, 2}
         channel.close()
+
+
+def _accept(server: socket.socket, **more: Any) -> Channel:
+    """The first decode engine that connects, after a handshake whose WELCOME has these fields too."""
+    channel = Channel(server.accept()[0], 20)
+    assert channel.frame()[0] is Kind.HELLO
+    welcome = {"name": "disagg_kv", "version": 1, "role": "prefill", "boot": "x", "rank": 0, "shape": SHAPE.__dict__,
+               "nonce": "n", "transport": "tcp", "proof": "", **more}  # fmt: skip
+    channel.write(encode(Kind.WELCOME, welcome))
+    assert channel.frame()[0] is Kind.PROOF
+    channel.write(encode(Kind.READY, {"transport": "tcp", "staging": 64}))
+    return channel
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Waits for so many intervals of liveness probes."""
+    counted, probe = threading.Semaphore(0), Liveness.probe
+
+    def counting(self: Liveness, receiving: bool = False) -> bool:
+        counted.release()
+        return probe(self, receiving)
+
+    monkeypatch.setattr(Liveness, "probe", counting)
+
+    def wait(count: int) -> None:
+        for _ in range(count):
+            assert counted.acquire(timeout=20)
+
+    return wait
+
+
+def test_a_prefill_that_has_stopped_fails_every_load(decode: Make) -> None:
+    """It has shaken hands, its kernel takes the bytes, and nothing comes: as after SIGSTOP."""
+    d = decode(settings={"stall_timeout_s": 0.05})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        d.load(key("t"), address, [1, 2], seconds=600)
+        channel = _accept(server, ping=True)
+        d.load(key("u"), address, [3], seconds=600)
+        news = d.result(2)
+        assert news.failed_blocks == {1, 2, 3}
+        assert set(news.reasons) == {f"the prefill engine has not answered {PROBES} liveness probes"}
+        channel.close()
+
+
+def test_an_idle_connection_is_not_probed(
+    prefill: Make, decode: Make, probes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, d = prefill(), decode(settings={"stall_timeout_s": 0.2})
+    d.load(key("t"), p.address, [1])
+    probes(3)
+    idle, waits_for = threading.Event(), d.inbox.waits_for
+
+    def looked(peer: str) -> bool:
+        if not (waits := waits_for(peer)):
+            idle.set()
+        return waits
+
+    monkeypatch.setattr(d.inbox, "waits_for", looked)
+    p.compute(key("t"), [1])
+    assert not d.result().failed_blocks
+    assert idle.wait(20)
+    monkeypatch.setattr(Liveness, "probe", lambda *_: pytest.fail("it is probed"))
+    assert not threading.Event().wait(0.1)
+    p.compute(key("u"), [2])
+    d.load(key("u"), p.address, [2])
+    assert not d.result().failed_blocks, "its writer still runs"
+
+
+def test_an_older_prefill_is_not_probed(decode: Make) -> None:
+    """It would close the connection: its WELCOME has no "ping"."""
+    d = decode(settings={"stall_timeout_s": 0.05})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        d.load(key("t"), f"127.0.0.1:{server.getsockname()[1]}", [1], seconds=0.5)
+        channel = _accept(server)
+        assert d.result().reasons == ("not here in time",)
+        assert [channel.frame()[0] for _ in range(2)] == [Kind.WANT, Kind.RELEASE]
+        channel.close()
+
+
+def test_an_older_decode_hears_no_pong(prefill: Make) -> None:
+    p = prefill()
+    channel = Channel.connect(("127.0.0.1", p.server.port), 5, 5)
+    channel.write(encode(Kind.HELLO, {"name": "disagg_kv", "version": 1, "role": "decode", "boot": "x", "rank": 0,
+                                      "shape": SHAPE.__dict__, "nonce": nonce(), "transports": ["tcp"],
+                                      "staging": 64}))  # fmt: skip
+    assert channel.frame()[1]["ping"] is True
+    channel.write(encode(Kind.PROOF, {"proof": ""}))
+    assert channel.frame()[0] is Kind.READY
+    channel.write(encode(Kind.WANT, {**key("t").to_wire(), "first": 0, "count": 1}))
+    p.compute(key("t"), [1])
+    assert channel.frame()[0] is Kind.GO
+    channel.close()
+
+
+def test_a_long_step_is_no_silence(prefill: Make, decode: Make, probes: Callable[[int], None]) -> None:
+    """The sender waits for the step's KV meanwhile; PONG does not wait for the sender."""
+    p, d = prefill(), decode(settings={"stall_timeout_s": 0.2})
+    passed = threading.Event()
+    p.cache.fill([2], 5)
+    p.outbox.open(key("t"), "r", 1)
+    p.outbox.progress("r", [2], 1, lambda: passed.wait(20))
+    d.load(key("t"), p.address, [9])
+    probes(PROBES + 5)
+    passed.set()
+    assert not d.result().failed_blocks
+    assert d.cache.content([9]) == p.cache.content([2])
+
+
+def test_a_long_transfer_is_no_silence(
+    prefill: Make, decode: Make, probes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PONG comes behind the KV, which has a limit of its own."""
+    p, d = prefill(), decode(settings={"stall_timeout_s": 0.2})
+    going = threading.Event()
+    for name in ("send", "receive"):
+        move = getattr(MemoryTransport, name)
+        monkeypatch.setattr(
+            MemoryTransport, name, lambda *args, move=move: move(*args) if going.wait(20) else pytest.fail("stuck")
+        )
+    p.compute(key("t"), [1])
+    d.load(key("t"), p.address, [1])
+    probes(PROBES + 5)
+    going.set()
+    assert not d.result().failed_blocks
+    assert d.cache.content([1]) == p.cache.content([1])
+    p.compute(key("u"), [2])
+    d.load(key("u"), p.address, [2])
+    assert not d.result().failed_blocks, "frames are in order after it"
+
+
+def test_a_connection_that_is_never_made_fails_its_loads(
+    prefill: Make, decode: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL waits without end for a peer that stops while its communicator is made."""
+    monkeypatch.setattr("disagg_kv.decode.link._OPEN_SECONDS", 0.2)
+    stuck = threading.Event()
+    monkeypatch.setattr("disagg_kv.decode.link.open_transport", lambda *args: stuck.wait(20) and None)
+    p, d = prefill(), decode()
+    try:
+        d.load(key("t"), p.address, [1], seconds=600)
+        assert d.result().failed_blocks == {1}
+    finally:
+        stuck.set()

@@ -330,3 +330,31 @@ def test_the_announcement_has_the_fields_of_the_real_one() -> None:
     config = SimConfig(role="decode", connector="disagg_kv")
     sent = real.announcement(identity(config, "b"), "h:1", "k:2", list(config.kv_transports))
     assert {"type": "D", "http_address": "h:1", "zmq_address": "k:2", **announcement(config, "b")} == sent
+
+
+async def test_prefill_keeps_the_oldest_prompts_when_too_much_waits() -> None:
+    """Decode, whose queue is first come, first served, asks for them next."""
+    blocks = -(-TOKENS // 16)
+    async with running({**OWN, "hold_blocks": 2 * blocks}, OWN) as pair:
+        transfers = [Transfer(pair, transfer=f"t{number}") for number in range(4)]
+        for transfer in transfers:
+            assert (await transfer.prefill()).status == 200
+        for number, transfer in enumerate(transfers):
+            before = sources(pair.d)["external_kv_transfer"]
+            assert (await transfer.decode()).json["choices"][0]["text"] == RIGHT
+            assert (sources(pair.d)["external_kv_transfer"] > before) is (number < 2)
+        await idle(pair)
+
+
+async def test_a_prefill_that_has_stopped_is_noticed() -> None:
+    """Its KV port accepts what comes and says nothing."""
+    async with running(OWN, {**OWN, "load_timeout": 600.0, "stall_timeout": 0.1}) as pair:
+        first = Transfer(pair)
+        await asyncio.gather(first.prefill(), first.decode())
+        pair.p.faults.kv_answers = False
+        answer = await asyncio.wait_for(Transfer(pair).decode(), 5)
+        assert answer.json["choices"][0]["text"] == RIGHT
+        pair.p.faults.kv_answers = True
+        again = Transfer(pair)
+        await asyncio.gather(again.prefill(), again.decode())
+        assert sources(pair.d)["external_kv_transfer"] == 2 * (TOKENS - 1)
