@@ -35,9 +35,10 @@ class Settings:
     hold_timeout_s: float = 60.0
     """Prefill: how long computed KV waits to be fetched."""
     hold_fraction: float = 0.5
-    """Prefill: share of the KV cache that may wait to be fetched; beyond it the oldest is given up."""
+    """Prefill: share of the KV cache that may wait for decode to ask for it; beyond it the newest is given up."""
     stall_timeout_s: float = 5.0
-    """How long a transfer that has begun may make no progress."""
+    """How long a transfer that has begun may make no progress. Decode: a prefill engine that answers no probe for twice
+    as long, while loads wait for it, counts as dead."""
     overlap: str = "auto"
     """Prefill: send layers while later ones are computed: ``always``, ``never``, or ``auto``: over NCCL."""
     min_load_tokens: int = 0
