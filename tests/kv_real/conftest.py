@@ -17,6 +17,8 @@ import pytest
 from tests.kv_real.engines import MODEL, PYTHON, Engine, free_port
 
 LOAD_SECONDS, HOLD_SECONDS = 6.0, 8.0
+STALL_SECONDS = 2.0
+"""Of decode: prefill may be silent twice as long, which is less than LOAD_SECONDS."""
 CHUNK = 128
 BLOCKS = 64
 """Few enough that sixteen requests do not fit: decode has to preempt."""
@@ -78,7 +80,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     times = {"load_timeout_s": LOAD_SECONDS, "hold_timeout_s": HOLD_SECONDS}
     trio = Trio(
         Engine("prefill", "kv_producer", folder, *sizes, overlap=OVERLAP, staging_mb=1, **times),
-        Engine("decode", "kv_consumer", folder, *sizes, **times),
+        Engine("decode", "kv_consumer", folder, *sizes, stall_timeout_s=STALL_SECONDS, **times),
         Engine("plain", "", folder),
         free_port(),
     )

@@ -143,7 +143,7 @@ async def test_vllm_bench_serve(trio, proxy) -> None:
         str(PYTHON), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--host", host, "--port", port,
         "--model", "tiny", "--tokenizer", str(MODEL), "--temperature", "0", "--dataset-name", "random",
         "--random-input-len", "40", "--random-output-len", "6", "--num-prompts", "40",
-        # More at once than decode takes, and prefill gives up KV that has waited longest: right, but not what is meant.
+        # With more at once than decode takes, prefill gives up the newest KV: right, but not what is meant.
         "--max-concurrency", "8",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
