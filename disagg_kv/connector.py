@@ -6,6 +6,7 @@ The interface is vllm/distributed/kv_transfer/kv_connector/v1/base.py, the same 
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -15,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from disagg_kv.engine import versions
+from disagg_kv.engine import digest, versions
 from disagg_kv.engine.layout import check_specs
 from disagg_kv.engine.plan import Plan
 from disagg_kv.engine.scheduling import SchedulerHalf
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("vllm.disagg_kv")
+
+
+def model_identity(config: Any, version: str) -> tuple[str, str]:
+    """The model's name and digest. Without a digest ("") engines compare the names."""
+    name = versions.model_name(config)
+    if version:
+        return name, digest.version_digest(version)
+    began = time.monotonic()
+    try:
+        description, weights, load_format = versions.model_files(config)
+        found = digest.model_digest(weights, description, versions.model_facts(config), load_format)
+    except Exception as error:
+        logger.warning("weights cannot be compared with other engines', only the name %s (set model_version in "
+                       "kv_connector_extra_config to say which they are): %s", name, error)  # fmt: skip
+        return name, ""
+    logger.info("digest of %s: %s, %.2f s", name, found, time.monotonic() - began)
+    return name, found
 
 
 class Metadata(KVConnectorMetadata):
@@ -58,9 +76,10 @@ class DisaggKVConnector(KVConnectorBase_V1):
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(decode, block_size, settings)
+            versions.watch_engine(self._scheduler.weights_written, self._scheduler.adapters.loaded)
         else:
             self._worker = WorkerHalf(
-                decode, settings, versions.model_name(vllm_config), block_size,
+                decode, settings, model_identity(vllm_config, settings.model_version), block_size,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
                 versions.host_ip(), versions.layers_run_once(vllm_config),
             )  # fmt: skip

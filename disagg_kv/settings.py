@@ -51,6 +51,8 @@ class Settings:
     """Prefill: requests of decode engines that may wait for KV that is not there yet."""
     idle_wait_ms: float = 1.0
     """How long a step without work waits for news of a transfer, instead of running the next empty step at once."""
+    model_version: str = ""
+    """Stands for weights and configuration in place of their digest: engines with the same text exchange KV."""
     secret: str = ""
     """Shared by all engines and the proxy; better in the environment (DISAGG_KV_SECRET)."""
     trace: str = ""

@@ -41,9 +41,11 @@ class Load:
     writing: bool = False
     failed: str = ""
     done: bool = False
+    adapter: str = ""
+    """Digest of the request's LoRA adapter."""
 
     def want(self) -> Want:
-        return Want(self.key, self.first, len(self.blocks))
+        return Want(self.key, self.first, len(self.blocks), self.adapter)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,12 @@ class Inbox:
             if load is not None and load.peer == peer:
                 load.failed = load.failed or reason or "gone"
                 self._finish(load)
+
+    def refuse_adapters(self, peer: str) -> None:
+        """The peer does not compare adapters: nothing that depends on one is taken from there."""
+        with self._changed:
+            for load in [load for load in self._loads.values() if load.peer == peer and load.adapter]:
+                self._give_up(load, "the prefill engine does not compare LoRA adapters")
 
     def lost(self, peer: str, reason: str) -> None:
         """The peer cannot be reached, or the connection broke. Comes after ``arrived`` for what was being written."""

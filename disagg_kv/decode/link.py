@@ -37,6 +37,7 @@ class Link:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._channel: Channel | None = None
         self.boot = ""
+        self.compares_adapters = True
         self.dead = False
         self.ready = False
         self._started = time.monotonic()
@@ -71,6 +72,8 @@ class Link:
             transport = self._handshake(channel)
             self.ready = True
             self._opening.cancel()
+            if not self.compares_adapters:
+                self._inbox.refuse_adapters(self.peer)
             logger.info("prefill engine %s is connected (%s, boot %s)", self.peer, transport.name, self.boot[:8])
             threading.Thread(target=self._write, args=(channel,), name="disagg-kv-write", daemon=True).start()
             while not self.dead:
@@ -114,6 +117,7 @@ class Link:
         self.boot = theirs.boot
         if welcome.get(PINGS) is True:
             self._liveness = Liveness(node.settings.stall_timeout_s)
+        self.compares_adapters = theirs.shape is not None and theirs.shape.digest is not None
         return open_transport(node, channel, ready)
 
     def _receive(self, channel: Channel, transport: Transport) -> None:
@@ -215,6 +219,8 @@ class Links:
             link.post(load.want().encode())
             if link.dead:
                 self._inbox.gone(link.peer, load.key, "the connection broke")
+            elif not link.compares_adapters:
+                self._inbox.refuse_adapters(link.peer)
 
     def release(self, address: str, key: Key) -> None:
         """Tells an engine, if there is a connection to it, that the key is not needed."""

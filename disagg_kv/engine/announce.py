@@ -3,6 +3,7 @@ the proxy's listener already understands, with fields that tell which engines ca
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from typing import Any
@@ -16,6 +17,7 @@ from disagg_kv.settings import Settings
 
 logger = logging.getLogger("vllm.disagg_kv")
 PERIOD_SECONDS = 3.0
+_LONGEST = 64
 
 
 def join_address(host: str, port: int) -> str:
@@ -26,6 +28,7 @@ def announcement(identity: Identity, http_address: str, kv_address: str, transpo
     """The message: the three fields of the old connector, then this one's."""
     shape = identity.shape
     assert shape is not None
+    digest = {"kv_digest": shape.digest} if shape.digest else {}
     return {
         "type": "P" if identity.role == "prefill" else "D",
         "http_address": http_address,
@@ -35,13 +38,19 @@ def announcement(identity: Identity, http_address: str, kv_address: str, transpo
         "connector_version": __version__,
         "boot_id": identity.boot,
         "tp": shape.tp,
-        "layout": shape.layout,
-        "dtype": shape.dtype,
+        "layout": _short(shape.layout),
+        "dtype": _short(shape.dtype),
         "block_size": shape.block_size,
         "block_bytes": shape.block_bytes,
         "kv_model": shape.model,
         "transports": transports,
+        **digest,
     }
+
+
+def _short(text: str) -> str:
+    """The text, or a digest of one that would make the message grow with the model: it is only compared."""
+    return text if len(text) <= _LONGEST else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 class Announcer:
@@ -50,12 +59,17 @@ class Announcer:
     def __init__(self, settings: Settings, identity: Identity, host: str, port: int, transports: list[str]) -> None:
         self._proxy = f"tcp://{join_address(settings.proxy_ip, settings.proxy_port)}"
         self._kv_address = join_address(host, port)
-        self._message = msgspec.msgpack.encode(
-            announcement(identity, join_address(host, settings.http_port), self._kv_address, transports)
-        )
+        self._http_address, self._transports = join_address(host, settings.http_port), transports
+        self.renew(identity)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
         self._thread.start()
+
+    def renew(self, identity: Identity) -> None:
+        """Announces this identity from the next message on."""
+        self._message = msgspec.msgpack.encode(
+            announcement(identity, self._http_address, self._kv_address, self._transports)
+        )
 
     def close(self) -> None:
         self._stop.set()

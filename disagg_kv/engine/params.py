@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg_kv.engine import versions
+from disagg_kv.engine.adapters import Adapters
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.keys import Key, fingerprint, transfer_id
 from disagg_kv.settings import Settings
@@ -24,9 +25,12 @@ class Transfer:
     key: Key
     address: str = ""
     """Where decode finds the KV; "" on prefill."""
+    adapter: str = ""
+    """Digest of the request's LoRA adapter, "" without one. No part of the key: prefill can only refuse at once what it
+    can tell from a prompt that is still to come."""
 
 
-def read(request: Any, decode: bool, settings: Settings) -> Transfer | None:
+def read(request: Any, decode: bool, settings: Settings, adapters: Adapters) -> Transfer | None:
     """The transfer that a request belongs to, or None if it is to be computed like any other."""
     params = getattr(request, "kv_transfer_params", None)
     if not isinstance(params, dict) or "transfer_id" not in params:
@@ -40,7 +44,11 @@ def read(request: Any, decode: bool, settings: Settings) -> Transfer | None:
             address = str(params.get("from") or "")
             if not settings.may_fetch_from(address):
                 raise WireError(f"{address} is not among the peers that KV may come from (setting peers)")
-        return Transfer(Key(name, fingerprint(tokens, versions.prompt_extras(request))), address)
+        lora = getattr(request, "lora_request", None)
+        adapter = "" if lora is None else adapters.digest(lora)
+        if adapter is None:
+            return None
+        return Transfer(Key(name, fingerprint(tokens, versions.prompt_extras(request))), address, adapter)
     except Exception as error:
         logger.warning("kv_transfer_params of %s cannot be used: %s", request.request_id, str(error)[:200])
         return None

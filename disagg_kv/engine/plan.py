@@ -16,6 +16,8 @@ class StartLoad:
     address: str
     first: int
     blocks: list[int]
+    adapter: str = ""
+    """Digest of the request's LoRA adapter, "" without one."""
 
 
 @dataclass
@@ -25,6 +27,8 @@ class Open:
     request: str
     key: Key
     total: int
+    adapter: str = ""
+    """As of ``StartLoad``."""
 
 
 @dataclass
@@ -45,5 +49,7 @@ class Plan:
     progress: list[Progress] = field(default_factory=list)
     suspends: list[str] = field(default_factory=list)
     drops: list[tuple[str, str]] = field(default_factory=list)
+    updated: bool = False
+    """The engine's weights are written in place: it exchanges no KV from now on."""
     idle: bool = False
     """The step computes nothing: it may wait a moment for news instead of being run again at once."""

@@ -8,16 +8,19 @@ request stay until the worker half says that nobody reads them (``finished_sendi
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 from disagg_kv.engine import params, versions
+from disagg_kv.engine.adapters import Adapters
 from disagg_kv.engine.params import Transfer
 from disagg_kv.engine.plan import Open, Plan, Progress, StartLoad
 from disagg_kv.protocol.keys import Key
 from disagg_kv.settings import Settings
 
+logger = logging.getLogger("vllm.disagg_kv")
 _REMEMBERED = 8192
 
 
@@ -43,10 +46,21 @@ class SchedulerHalf:
         self._loaded: OrderedDict[Key, None] = OrderedDict()
         self._offers: OrderedDict[str, _Offer] = OrderedDict()
         self._offered: dict[Key, str] = {}
+        self.adapters = Adapters()
+        self._updated = False
+
+    def weights_written(self, method: str) -> None:
+        """An RPC is about to write this engine's weights. Nothing is offered or loaded from now on: neither side can
+        tell which weights the other one has by then."""
+        if self._updated:
+            return
+        logger.error("weights are written in place (%s): this engine exchanges no KV until it is restarted", method)
+        self._updated = self._plan.updated = True
+        self._plan.drops += [(name, "the weights were updated") for name in self._offers]
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded behind the ``computed`` ones that are here, and whether that is asynchronous."""
-        if not self._decode or request.request_id in self._tried:
+        if not self._decode or self._updated or request.request_id in self._tried:
             return 0, False
         transfer = self._transfer(request)
         if transfer is None:
@@ -77,11 +91,12 @@ class SchedulerHalf:
                 ids = versions.first_group(blocks.get_block_ids())[first:total]
                 self._tried.add(name)
                 self._loading[transfer.key] = name
-                self._plan.loads.append(StartLoad(name, transfer.key, transfer.address, first, ids))
-        elif name not in self._offers and transfer.key not in self._offered:
+                load = StartLoad(name, transfer.key, transfer.address, first, ids, transfer.adapter)
+                self._plan.loads.append(load)
+        elif name not in self._offers and transfer.key not in self._offered and not self._updated:
             self._offers[name] = _Offer(transfer.key, request.num_prompt_tokens, total, [])
             self._offered[transfer.key] = name
-            self._plan.opens.append(Open(name, transfer.key, total))
+            self._plan.opens.append(Open(name, transfer.key, total, transfer.adapter))
 
     def plan(self, output: Any) -> Plan:
         """What the worker half has to do in the step of this scheduler output."""
@@ -142,12 +157,13 @@ class SchedulerHalf:
     def _transfer(self, request: Any) -> Transfer | None:
         name = request.request_id
         if name not in self._transfers:
-            self._transfers[name] = params.read(request, self._decode, self._settings)
+            read = None if self._updated else params.read(request, self._decode, self._settings, self.adapters)
+            self._transfers[name] = read
         return self._transfers[name]
 
     def _advance(self, plan: Plan, output: Any, name: str, blocks: list[int], anew: bool, computed: int) -> None:
         offer = self._offers.get(name)
-        if offer is None or offer.computed:
+        if offer is None or offer.computed or self._updated:
             return
         offer.blocks = blocks if anew else offer.blocks + blocks
         done = computed + output.num_scheduled_tokens[name]

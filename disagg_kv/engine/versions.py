@@ -9,10 +9,13 @@ either: loads are asynchronous, and only steps with work have something to send.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("vllm.disagg_kv")
@@ -35,7 +38,10 @@ def check_version(text: str) -> None:
 
 
 def check_parallel(config: Any) -> None:
-    """ValueError for what would need more than one rank of one group per peer."""
+    """ValueError for what would need more than one rank of one group per peer, and for a cache that only its own engine
+    can read."""
+    if getattr(getattr(config, "cache_config", None), "calculate_kv_scales", False):
+        raise ValueError("calculate_kv_scales is not supported: each engine computes other scales for its FP8 cache")
     parallel = config.parallel_config
     for name in ("pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size",
                  "prefill_context_parallel_size"):  # fmt: skip
@@ -63,6 +69,103 @@ def tensor_parallel_rank() -> int:
 def model_name(config: Any) -> str:
     """Last part of the model's name or path: engines may find the same model in different places."""
     return os.path.basename(str(config.model_config.model).rstrip("/"))
+
+
+def local_folder(name: str, revision: str | None = None, cache: str | None = None) -> Path | None:
+    """Where a model or adapter lies on this machine: its path, or the snapshot of a Hub id that vLLM has downloaded to
+    the folder ``cache`` (None: the default). None if it does not."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
+    except Exception:  # a bad id, another kind of store, nothing downloaded: many types
+        return None
+
+
+def model_files(config: Any) -> tuple[Path, Path | None, str]:
+    """Folder (or GGUF file) of the configuration, of the weights (None for dummy weights, which vLLM draws with a fixed
+    seed), and the load format. ValueError if they are not on this machine."""
+    model, load = config.model_config, config.load_config
+    load_format = str(getattr(load.load_format, "value", load.load_format)).lower()
+    cache = load.download_dir
+    weights = local_folder(getattr(model, "model_weights", "") or model.model, model.revision, cache)
+    overridden = getattr(model, "hf_config_path", None)
+    description = local_folder(overridden or model.model, model.revision, cache)
+    if description is None or (weights is None and load_format != "dummy"):
+        raise ValueError(f"{model.model} is not on this machine")
+    return description, None if load_format == "dummy" else weights, load_format
+
+
+def model_facts(config: Any) -> dict[str, str]:
+    """What else in the configuration changes the KV of the same tokens and weights, by name."""
+    model, cache = config.model_config, str(config.cache_config.cache_dtype)
+    facts = {
+        name: json.dumps(value, sort_keys=True, default=_stable)
+        for name in ("quantization", "quantization_config", "hf_overrides", "rope_scaling", "rope_theta",
+                     "override_attention_dtype", "disable_sliding_window", "model_class_overrides")
+        if (value := getattr(model, name, None))
+    }  # fmt: skip
+    facts["dtype"] = str(model.dtype)
+    if cache not in ("auto", "float16", "bfloat16", "float32", "half", "float"):
+        # Quantised caches of different formats are all tensors of bytes. "fp8" is an alias of "fp8_e4m3".
+        facts["cache_dtype"] = "fp8_e4m3" if cache == "fp8" else cache
+    text = getattr(model, "hf_text_config", None)
+    if any("longrope" in str(getattr(text, name, "")) for name in ("rope_parameters", "rope_scaling")):
+        # The factors depend on it (0.32, layers/rotary_embedding/phi3_long_rope_scaled_rope.py).
+        facts["max_model_len"] = str(model.max_model_len)
+    if getattr(model, "is_multimodal_model", False):
+        # Part of the hash of an image, so other spellings never match (0.32, multimodal/processing/inputs.py).
+        facts["model"] = str(model.model)
+    return facts
+
+
+def _stable(value: Any) -> str:
+    """A text without addresses in memory for what is not JSON: functions, enums, dataclasses."""
+    named = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{named}" if named else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+_READS = re.compile(r"(get|list|check|compute|save|profile|start_profile|stop_profile)(_|$)")
+_HARMLESS = frozenset(
+    {"update_max_model_len", "init_weight_transfer_engine", "shutdown_weight_transfer_engine", "synchronize_device",
+     "release_late_interaction_query_cache", "checkpoint_prepare", "reset_mm_cache", "reset_encoder_cache"}
+)  # fmt: skip
+
+
+def watch_engine(writes: Callable[[str], None], loads: Callable[[Any], None]) -> None:
+    """Follows what changes the weights of the running engine of this process.
+
+    vLLM has no hook for it, but all ways lead through two methods of ``EngineCore`` (0.21 to 0.33, v1/engine/core.py):
+    ``collective_rpc`` (``reload_weights``, ``update_weights``, ``start_weight_update``, ``apply_model``, methods of a
+    worker extension) and ``add_lora``. Only the newest caller of this function is notified.
+
+    Args:
+        writes: called with a method's name before it runs on the workers, unless it is known to leave weights alone.
+        loads: called with the ``LoRARequest`` of an adapter once it is loaded.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    engine: Any = EngineCore
+    rpc = getattr(engine.collective_rpc, "__wrapped__", engine.collective_rpc)
+    add = getattr(engine.add_lora, "__wrapped__", engine.add_lora)
+
+    @functools.wraps(rpc)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        name = method if isinstance(method, str) else f"function {getattr(method, '__name__', '')}"
+        if name not in _HARMLESS and not _READS.match(name):
+            writes(name)
+        return rpc(self, method, *args, **kwargs)
+
+    @functools.wraps(add)
+    def add_lora(self: Any, lora_request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add(self, lora_request, *args, **kwargs)
+        loads(lora_request)
+        return result
+
+    engine.collective_rpc, engine.add_lora = collective_rpc, add_lora
 
 
 def host_ip() -> str:

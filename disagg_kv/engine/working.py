@@ -35,7 +35,7 @@ class WorkerHalf:
         self,
         decode: bool,
         settings: Settings,
-        model: str,
+        model: tuple[str, str],
         block_size: int,
         tp: int,
         rank: int,
@@ -43,6 +43,7 @@ class WorkerHalf:
         host: str,
         overlap: bool,
     ) -> None:
+        """``model``: name and digest."""
         self._decode, self._settings = decode, settings
         self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
         self._port, self._host = port, host
@@ -56,8 +57,9 @@ class WorkerHalf:
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         settings, role = self._settings, "decode" if self._decode else "prefill"
         self._cache = cache = TorchCache(layers, num_blocks)
-        shape = Shape(self._model, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes,
-                      self._tp)  # fmt: skip
+        name, digest = self._model
+        shape = Shape(name, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes, self._tp,
+                      digest)  # fmt: skip
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
         node = Node(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
         transports = node.transports()
@@ -80,9 +82,9 @@ class WorkerHalf:
             self._announcer = Announcer(settings, identity, self._host, self._server.port, transports)
         self._ready = True
         logger.info(
-            "KV connector: %s, rank %d of %d, KV port %s:%d, transports %s, %d planes of %d bytes per block, layout %s",
-            role, self._rank, self._tp, settings.listen, self._server.port, "/".join(transports), cache.planes,
-            cache.row_bytes, cache.layout,
+            "KV connector: %s, model %s@%s, rank %d of %d, KV port %s:%d, transports %s, %d planes of %d bytes per "
+            "block, layout %s", role, name, digest[:12], self._rank, self._tp, settings.listen, self._server.port,
+            "/".join(transports), cache.planes, cache.row_bytes, cache.layout,
         )  # fmt: skip
 
     def before_overwriting(self, plan: Plan) -> None:
@@ -105,6 +107,8 @@ class WorkerHalf:
         """Starts and ends what the step wants started and ended. Comes before the layers up to 0.26, later behind."""
         if not self._ready:
             return
+        if plan.updated:
+            self._renew()
         self._open(plan)
         for name, reason in plan.drops:
             self._outbox.drop(name, reason)
@@ -116,7 +120,8 @@ class WorkerHalf:
             fence, deadline = self._cache.mark(), time.monotonic() + self._settings.load_timeout_s
             for load in plan.loads:
                 self._links.start(
-                    Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence), load.address
+                    Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence, adapter=load.adapter),
+                    load.address,
                 )
 
     def computed(self, plan: Plan) -> None:
@@ -151,10 +156,18 @@ class WorkerHalf:
         failed, self._failed = self._failed, set()
         return failed
 
+    def _renew(self) -> None:
+        """The weights are written in place: every connection ends, and no peer fits any more."""
+        self._node.renew()
+        self._links.close()
+        self._server.disconnect()
+        if self._announcer is not None:
+            self._announcer.renew(self._node.identity)
+
     def _open(self, plan: Plan) -> None:
         opens, plan.opens = plan.opens, []
         for opening in opens:
-            self._outbox.open(opening.key, opening.request, opening.total)
+            self._outbox.open(opening.key, opening.request, opening.total, opening.adapter)
 
     def _advance(self, plan: Plan, fence: StepFence) -> None:
         self._step = fence

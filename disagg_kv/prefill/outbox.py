@@ -30,6 +30,8 @@ class Job:
     request: str
     total: int
     """Blocks of the whole prompt."""
+    adapter: str = ""
+    """Digest of the LoRA adapter that it is computed with."""
     blocks: Sequence[int] = ()
     ready: int = 0
     """Leading blocks that hold their final KV."""
@@ -92,13 +94,13 @@ class Outbox:
 
     # The engine's thread.
 
-    def open(self, key: Key, request: str, total: int) -> None:
+    def open(self, key: Key, request: str, total: int, adapter: str = "") -> None:
         """A prompt of this request will be ready some time. Opening a request again starts it anew."""
         with self._changed:
             replaced = self._jobs.get(key)
             if replaced is not None:
                 replaced.ended = "replaced"
-            job = Job(key, request, total)
+            job = Job(key, request, total, adapter)
             if key.transfer in self._released:
                 job.ended = "released"
             self._jobs[key] = self._by_request[request] = job
@@ -212,8 +214,8 @@ class Outbox:
                 reason = "wanted twice"
             if not reason and job is None and len(self._wanted_by) >= self._max_waiting:
                 reason = "too many requests wait"
-            if not reason and job is not None and want.first + want.count != job.total:
-                reason = f"the prompt has {job.total} blocks, not {want.first + want.count}"
+            if not reason and job is not None:
+                reason = _unfit(job, want)
             if reason:
                 lane.messages.append(Gone(key, reason).encode())
             else:
@@ -261,6 +263,9 @@ class Outbox:
                     found.append(lane.messages.popleft())
                 elif (segment := self._ready_segment(lane)) is not None:
                     found.append(segment)
+                elif lane.messages:
+                    # Looking for a segment has refused a WANT that does not fit its job.
+                    found.append(lane.messages.popleft())
                 return bool(found)
 
             self._changed.wait_for(look, seconds)
@@ -302,8 +307,8 @@ class Outbox:
             job = self._jobs.get(key)
             if job is None or job.reading:
                 continue
-            if want.first + want.count != job.total:
-                self._tell_gone(key, f"the prompt has {job.total} blocks, not {want.first + want.count}")
+            if reason := _unfit(job, want):
+                self._tell_gone(key, reason)
                 return self._ready_segment(lane)
             start = lane.next_block[key]
             if job.ready > start:
@@ -336,3 +341,12 @@ class Outbox:
         self._ended.move_to_end(key)
         while len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
+
+
+def _unfit(job: Job, want: Want) -> str:
+    """Why the job is not the KV that decode wants; "" if it is."""
+    if want.first + want.count != job.total:
+        return f"the prompt has {job.total} blocks, not {want.first + want.count}"
+    if want.adapter != job.adapter:
+        return "the LoRA adapter has other content here"
+    return ""

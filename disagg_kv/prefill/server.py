@@ -54,12 +54,16 @@ class Server:
         threading.Thread(target=self._listen, name="disagg-kv-listen", daemon=True).start()
 
     def close(self) -> None:
-        with self._lock:
-            self._closed.set()
-            channels = list(self._channels)
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Ends every connection; new ones are still accepted."""
+        with self._lock:
+            channels = list(self._channels)
         for channel in channels:
             channel.close()
 

@@ -39,6 +39,9 @@ class Shape:
     block_bytes: int
     """Bytes of one block over all planes of this rank."""
     tp: int
+    digest: str | None = None
+    """Stands for the model's weights and configuration (``disagg_kv.engine.digest``) or its ``model_version``. "" where
+    there is none, None from an engine of a release before it had one (0.1.0)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,20 @@ def _shape(value: object) -> Shape:
         if not isinstance(field, kind) or isinstance(field, bool):
             raise WireError(f"the shape's {name} is missing or wrong")
         fields[name] = field
-    return Shape(**fields)
+    digest = value.get("digest")
+    if digest is not None and (not isinstance(digest, str) or len(digest) > 64):
+        raise WireError("the shape's digest is wrong")
+    return Shape(**fields, digest=digest)
+
+
+def _same_model(mine: Shape, theirs: Shape) -> str:
+    """What differs between the models, by digest, or by name where one side has no digest; "" if nothing does."""
+    if mine.digest and theirs.digest:
+        if mine.digest == theirs.digest:
+            return ""
+        return (f"model is {theirs.model}@{theirs.digest[:12]}, here {mine.model}@{mine.digest[:12]} "
+                "(other weights or configuration)")  # fmt: skip
+    return "" if mine.model == theirs.model else f"model is {theirs.model}, here {mine.model}"
 
 
 def check(mine: Identity, theirs: Identity) -> None:
@@ -92,7 +108,9 @@ def check(mine: Identity, theirs: Identity) -> None:
     if mine.shape is None or theirs.shape is None:
         raise Refused("the shape of the KV cache is missing")
     ours, others = asdict(mine.shape), asdict(theirs.shape)
-    wrong = [f"{name} is {others[name]}, here {ours[name]}" for name in ours if ours[name] != others[name]]
+    wrong = [said] if (said := _same_model(mine.shape, theirs.shape)) else []
+    wrong += [f"{name} is {others[name]}, here {ours[name]}" for name in ours
+              if name not in ("model", "digest") and ours[name] != others[name]]  # fmt: skip
     if mine.rank != theirs.rank:
         wrong.append(f"rank is {theirs.rank}, here {mine.rank}")
     if wrong:

@@ -33,13 +33,20 @@ class Want:
     key: Key
     first: int
     count: int
+    adapter: str = ""
+    """Digest of the LoRA adapter that the prompt is computed with, "" without one. Releases up to 0.1.0 ignore it."""
 
     def encode(self) -> bytes:
-        return encode(Kind.WANT, {**self.key.to_wire(), "first": self.first, "count": self.count})
+        more = {"adapter": self.adapter} if self.adapter else {}
+        return encode(Kind.WANT, {**self.key.to_wire(), "first": self.first, "count": self.count, **more})
 
     @classmethod
     def decode(cls, body: dict[str, Any]) -> Want:
-        return cls(Key.from_wire(body), _number(body, "first", 0, _MAX_BLOCKS), _number(body, "count", 1, _MAX_BLOCKS))
+        adapter = body.get("adapter", "")
+        if not isinstance(adapter, str) or len(adapter) > 64:
+            raise WireError("not the digest of an adapter")
+        first, count = _number(body, "first", 0, _MAX_BLOCKS), _number(body, "count", 1, _MAX_BLOCKS)
+        return cls(Key.from_wire(body), first, count, adapter)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from disagg_kv.protocol.frames import WireError
@@ -15,20 +16,30 @@ from disagg_kv.transport.base import BlockCache, Transport
 from disagg_kv.transport.channel import Channel
 
 logger = logging.getLogger("vllm.disagg_kv")
+_UPDATED = " (updated in place, "
 _MAX_TCP_STAGING = 16 * 1024 * 1024
 """Larger pieces make nothing faster there."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Node:
     """What every connection of one rank needs to know."""
 
     identity: Identity
+    """Of the next handshake; see ``renew``."""
     settings: Settings
     cache: BlockCache
     trace: Trace
     opener: Callable[[Node, Channel, Mapping[str, Any]], Transport] | None = None
     """In place of ``open_transport``, for a cache that is not torch's."""
+
+    def renew(self) -> None:
+        """The model is not the one it was: for every peer, of any release, and for the proxy this is now an engine that
+        has been restarted with a model that no other one has."""
+        shape, boot = self.identity.shape, uuid.uuid4().hex
+        assert shape is not None
+        model = f"{shape.model.partition(_UPDATED)[0]}{_UPDATED}{boot[:8]})"
+        self.identity = replace(self.identity, boot=boot, shape=replace(shape, model=model, digest=boot))
 
     def transports(self) -> list[str]:
         """Names in order of preference. ValueError if NCCL is asked for without a GPU."""

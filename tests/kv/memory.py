@@ -105,13 +105,16 @@ class Prefill:
 
     def __post_init__(self) -> None:
         self.outbox = Outbox(hold_seconds=60)
-        self.server = Server(node("prefill", self.cache, self.shape, **self.settings), self.outbox, self.port)
+        self.node = node("prefill", self.cache, self.shape, **self.settings)
+        self.server = Server(self.node, self.outbox, self.port)
         self.address = f"127.0.0.1:{self.server.port}"
 
-    def compute(self, key: Key, blocks: Sequence[int], seed: int = 1, request: str = "") -> None:
+    def compute(
+        self, key: Key, blocks: Sequence[int], seed: int = 1, request: str = "", adapter: str = ""
+    ) -> None:  # fmt: skip
         """A prompt that is computed and finished at once."""
         self.cache.fill(blocks, seed)
-        self.outbox.open(key, request or key.transfer, len(blocks))
+        self.outbox.open(key, request or key.transfer, len(blocks), adapter)
         self.outbox.progress(request or key.transfer, blocks, len(blocks), None)
 
 
@@ -125,7 +128,7 @@ class Decode:
 
     def __post_init__(self) -> None:
         self.inbox = Inbox()
-        here = node("decode", self.cache, self.shape, **self.settings)
+        self.node = here = node("decode", self.cache, self.shape, **self.settings)
         self.links = Links(here, self.inbox)
         self.server = Server(here, Outbox(hold_seconds=60), 0, self.inbox.release, self.links.meet)
         self.address = f"127.0.0.1:{self.server.port}"
@@ -134,8 +137,10 @@ class Decode:
         self.links.close()
         self.server.close()
 
-    def load(self, key: Key, address: str, blocks: Sequence[int], first: int = 0, seconds: float = 30) -> None:
-        load = Load(key, f"d-{key.transfer}", blocks, first, time.monotonic() + seconds)
+    def load(
+        self, key: Key, address: str, blocks: Sequence[int], first: int = 0, seconds: float = 30, adapter: str = ""
+    ) -> None:  # fmt: skip
+        load = Load(key, f"d-{key.transfer}", blocks, first, time.monotonic() + seconds, adapter=adapter)
         self.links.start(load, address)
 
     def result(self, count: int = 1) -> Collected:

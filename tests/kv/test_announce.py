@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import zmq
 
 msgspec = pytest.importorskip("msgspec")
 
-from disagg_kv.engine.announce import Announcer  # noqa: E402
+from disagg_kv.engine.announce import Announcer, announcement  # noqa: E402
 from disagg_kv.protocol.handshake import Identity  # noqa: E402
 from disagg_kv.settings import Settings  # noqa: E402
 from tests.kv.memory import SHAPE  # noqa: E402
@@ -30,6 +33,41 @@ def test_what_is_announced(role: str, kind: str) -> None:
             "protocol_version": 1, "connector_version": "0.1.0", "boot_id": "boot", "tp": 1, "layout": "(B*1,4)",
             "dtype": "float32", "block_size": 4, "block_bytes": 24, "kv_model": "m", "transports": ["nccl", "tcp"],
         }  # fmt: skip
+    finally:
+        router.close(0)
+        context.term()
+
+
+def test_the_digest_is_announced_where_there_is_one() -> None:
+    def sent(**changes: str) -> dict[str, Any]:
+        return announcement(Identity("decode", "b", 0, replace(SHAPE, **changes)), "h:1", "k:1", ["tcp"])
+
+    assert sent(digest="a" * 32)["kv_digest"] == "a" * 32
+    assert "kv_digest" not in sent(digest="")
+
+
+def test_the_message_stays_small() -> None:
+    """Whatever the number of layers of different forms; proxies of older releases compare these fields as texts."""
+    layouts = ["|".join(f"(B*1,{heads},32,128):0123" for heads in range(count)) for count in (100, 101)]
+    found = [announcement(Identity("decode", "b" * 32, 0, replace(SHAPE, layout=layout, digest="a" * 32)),
+                          "127.0.0.1:65535", "127.0.0.1:65535", ["nccl", "tcp"]) for layout in layouts]  # fmt: skip
+    assert len({one["layout"] for one in found}) == 2
+    assert all(len(msgspec.msgpack.encode(one)) < 512 for one in found)
+
+
+def test_a_renewed_identity_is_announced() -> None:
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    try:
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        settings = Settings(proxy_ip="127.0.0.1", proxy_port=port, http_port=8000)
+        announcer = Announcer(settings, Identity("decode", "old", 0, SHAPE), "127.0.0.1", 21001, ["tcp"])
+        announcer.renew(Identity("decode", "new", 0, SHAPE))
+        boot = ""
+        while boot != "new":
+            assert router.poll(10000)
+            boot = msgspec.msgpack.decode(router.recv_multipart()[1])["boot_id"]
+        announcer.close()
     finally:
         router.close(0)
         context.term()

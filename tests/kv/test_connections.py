@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from tests.kv.memory import SHAPE, Decode, MemoryTransport, Prefill, key, until
 from tests.ports import hold_port
 
 Make = Callable[..., Any]
+MODERN = replace(SHAPE, digest="a" * 32)
+"""Of an engine that announces a digest; ``SHAPE`` is of a release before that."""
 
 
 def _wait(condition: Callable[[], bool]) -> None:
@@ -152,16 +155,75 @@ def test_200_abandoned_requests_leave_nothing(prefill: Make, decode: Make) -> No
         (Shape(**{**SHAPE.__dict__, "dtype": "bfloat16"}), "dtype is bfloat16, here float32"),
         (Shape(**{**SHAPE.__dict__, "model": "other"}), "model is other"),
         (Shape(**{**SHAPE.__dict__, "layout": "x"}), "layout is x"),
+        (
+            replace(MODERN, digest="b" * 32),
+            f"model is m@{'b' * 12}, here m@{'a' * 12} (other weights or configuration)",
+        ),
     ],
 )
 def test_caches_that_do_not_fit_are_refused(
     prefill: Make, decode: Make, shape: Shape, word: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    p, d = prefill(), decode(shape=shape)
+    p, d = prefill(shape=MODERN if shape.digest else SHAPE), decode(shape=shape)
     with caplog.at_level(logging.INFO, "vllm.disagg_kv"):
         d.load(key("t"), p.address, [1])
         assert d.result().failed_blocks == {1}
     assert word in caplog.text
+
+
+@pytest.mark.parametrize("computed_first", [True, False])
+@pytest.mark.parametrize(("here", "there", "fit"), [("x", "x", True), ("x", "y", False), ("x", "", False)])
+def test_prompts_of_other_adapters_are_refused_at_once(
+    prefill: Make, decode: Make, here: str, there: str, fit: bool, computed_first: bool
+) -> None:
+    """The key names the adapter only: of another content under that name nothing is taken, and nothing waits."""
+    p, d = prefill(shape=MODERN), decode(shape=MODERN)
+    if computed_first:
+        p.compute(key("t"), [3], adapter=here)
+    d.load(key("t"), p.address, [10], adapter=there)
+    if not computed_first:
+        _wait(lambda: p.outbox.held()["wants"] == 1)
+        p.compute(key("t"), [3], adapter=here)
+    assert d.result().failed_blocks == (set() if fit else {10})
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_adapters_are_not_loaded_from_releases_that_do_not_compare_them(
+    prefill: Make, decode: Make, connected: bool
+) -> None:
+    p, d = prefill(shape=SHAPE), decode(shape=MODERN)
+    if connected:
+        p.compute(key("plain"), [1])
+        d.load(key("plain"), p.address, [1])
+        assert not d.result().failed_blocks
+    d.load(key("t"), p.address, [2], adapter="x")
+    assert d.result().failed_blocks == {2}
+    p.compute(key("again"), [1])
+    d.load(key("again"), p.address, [1])
+    assert not d.result().failed_blocks, "other prompts are still loaded"
+
+
+@pytest.mark.parametrize("release", [MODERN, SHAPE])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_engine_with_updated_weights_is_refused(prefill: Make, decode: Make, role: str, release: Shape) -> None:
+    """By engines of every release, and also by one that was connected."""
+    p, d = prefill(shape=MODERN), decode(shape=MODERN)
+    updated, other = (p, d) if role == "prefill" else (d, p)
+    other.node.identity = replace(other.node.identity, shape=release)
+    p.compute(key("a"), [1])
+    d.load(key("a"), p.address, [1])
+    assert not d.result().failed_blocks
+    before = updated.node.identity
+    updated.node.renew()
+    d.links.close()
+    p.server.disconnect()
+    after = updated.node.identity
+    assert after.boot != before.boot and after.shape.model.startswith("m (updated in place")
+    p.compute(key("b"), [1])
+    d.load(key("b"), p.address, [1])
+    assert d.result().failed_blocks == {1}
+    updated.node.renew()
+    assert len(updated.node.identity.shape.model) == len(after.shape.model)
 
 
 @pytest.mark.parametrize("secrets", [("a", "b"), ("", "b"), ("a", "")])

@@ -319,6 +319,16 @@ def test_blocks_that_are_not_those_of_the_prompt_are_refused() -> None:
     assert "2 blocks, not 3" in _gone(outbox, lane)
 
 
+def test_another_adapter_under_the_same_name_is_refused() -> None:
+    outbox, lane, _ = _outbox()
+    outbox.open(key("a"), "a", 2, "x")
+    outbox.want(lane, Want(key("a"), 0, 2, "y"))
+    assert "adapter" in _gone(outbox, lane)
+    outbox.want(lane, Want(key("b"), 0, 2))
+    outbox.open(key("b"), "b", 2, "x")
+    assert "adapter" in _gone(outbox, lane)
+
+
 def test_waiting_requests_are_bounded() -> None:
     outbox, lane, _ = _outbox(max_waiting=2)
     for name in "abc":

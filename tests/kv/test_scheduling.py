@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from disagg_kv.engine.plan import Plan
 from disagg_kv.engine.scheduling import SchedulerHalf
 from disagg_kv.settings import Settings
+from tests.kv.checkpoints import lora
 
 PEER = "127.0.0.1:21001"
 
@@ -138,12 +141,63 @@ def test_prompts_of_one_transfer_are_told_apart() -> None:
     assert half.matched(second, 0) == (11, True)
 
 
-@pytest.mark.parametrize("more", [{"cache_salt": "s"}, {"lora_request": SimpleNamespace(lora_name="l")}])
-def test_salt_and_lora_make_another_key(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["salt", "adapter"])
+def test_salt_and_lora_make_another_key(name: str, tmp_path: Path) -> None:
+    more = {"cache_salt": "s"} if name == "salt" else {"lora_request": lora(tmp_path)}
     half = _half(True)
     half.matched(_decode_request("a"), 0)
     half.allocated(_decode_request("a"), _blocks(1, 2, 3), 10)
     assert half.matched(_decode_request("b", **more), 0) == (10, True)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_adapters_digest_goes_along(tmp_path: Path, decode: bool) -> None:
+    half = _half(decode)
+    for folder, seed in (("a", 0), ("b", 1), ("c", 0)):
+        request = _decode_request(folder, folder, lora_request=lora(tmp_path / folder, seed, number=ord(folder)))
+        half.matched(request, 0)
+        half.allocated(request, _blocks(1, 2, 3), 10)
+    plan = half.plan(_output())
+    first, second, third = (one.adapter for one in (plan.loads if decode else plan.opens))
+    assert first == third != second and len(first) == 32
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_an_adapter_that_cannot_be_read_is_computed(tmp_path: Path, decode: bool) -> None:
+    half, adapter = _half(decode), lora(tmp_path / "a")
+    half.adapters.loaded(adapter)
+    lora(tmp_path / "a", seed=1)
+    request = _decode_request(lora_request=adapter)
+    assert half.matched(request, 0) == (0, False)
+    half.allocated(request, _blocks(1, 2, 3), 0)
+    assert half.plan(_output()) == Plan(idle=True)
+    assert half.finished(request) is False
+
+
+def test_decode_loads_nothing_once_its_weights_are_written(caplog: pytest.LogCaptureFixture) -> None:
+    half, waiting = _half(True), _decode_request("a", "a")
+    assert half.matched(waiting, 0) == (10, True)
+    half.weights_written("reload_weights")
+    half.weights_written("reload_weights")
+    assert caplog.text.count("weights are written in place (reload_weights)") == 1
+    assert half.plan(_output()).updated and not half.plan(_output()).updated
+    for request in (waiting, _decode_request("b", "b")):
+        assert half.matched(request, 0) == (0, False)
+        half.allocated(request, _blocks(1, 2, 3), 0)
+        assert half.finished(request) is False
+    assert not half.plan(_output()).loads
+
+
+def test_prefill_offers_nothing_once_its_weights_are_written() -> None:
+    half, begun, late = _half(False), _decode_request("a", "a"), _decode_request("b", "b")
+    half.allocated(begun, _blocks(1), 0)
+    half.plan(_output({"a": ([1], 0, 4)}))
+    half.weights_written("update_weights")
+    half.allocated(late, _blocks(4, 5, 6), 0)
+    plan = half.plan(_output({"b": ([4, 5, 6], 0, 10)}, cached=[("a", [2, 3], 4, 6, False)]))
+    assert plan.updated and plan.drops == [("a", "the weights were updated")]
+    assert not plan.opens and not plan.progress
+    assert half.finished(begun) is True and half.finished(late) is False
 
 
 def test_an_aborted_load_is_cancelled() -> None:

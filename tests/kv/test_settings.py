@@ -79,3 +79,9 @@ def test_an_older_version_is_refused_and_a_newer_one_is_warned_of(caplog: pytest
 def test_other_parallelism_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         check_parallel(SimpleNamespace(parallel_config=SimpleNamespace(**{name: 2})))
+
+
+def test_scales_that_each_engine_computes_for_itself_are_refused() -> None:
+    cache = SimpleNamespace(calculate_kv_scales=True)
+    with pytest.raises(ValueError, match="calculate_kv_scales"):
+        check_parallel(SimpleNamespace(parallel_config=SimpleNamespace(), cache_config=cache))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_kv.protocol.frames import MAX_FRAME, Kind, WireError, encode, read_frame
-from disagg_kv.protocol.handshake import Identity, Refused
+from disagg_kv.protocol.handshake import Identity, Refused, check
 from disagg_kv.protocol.keys import Key, fingerprint, parse_address, transfer_id
 from disagg_kv.protocol.messages import Go, Gone, Release, Want
+from tests.kv.memory import SHAPE
 
 _KEYS = st.builds(
     Key,
@@ -22,7 +24,7 @@ _KEYS = st.builds(
 )
 _COUNTS = st.integers(1, 1 << 24)
 _MESSAGES = st.one_of(
-    st.builds(Want, _KEYS, st.integers(0, 1 << 24), _COUNTS),
+    st.builds(Want, _KEYS, st.integers(0, 1 << 24), _COUNTS, st.text(max_size=64)),
     st.builds(Go, _KEYS, st.integers(0, 1 << 24), _COUNTS, st.booleans()),
     st.builds(Gone, _KEYS, st.text(max_size=200)),
     _KEYS.map(lambda key: Release(key.transfer, key)),
@@ -53,6 +55,50 @@ def _read(data: bytes) -> tuple[Kind, dict[str, Any]]:
 def test_a_message_arrives_as_it_was_sent(message: Want | Go | Gone | Release) -> None:
     kind, body = _read(message.encode())
     assert _DECODERS[kind].decode(body) == message
+
+
+def test_what_releases_without_digests_send_and_read() -> None:
+    want = Want(Key("t", "0" * 32), 0, 2)
+    assert _read(want.encode())[1] == {"t": "t", "p": "0" * 32, "first": 0, "count": 2}, "nothing without an adapter"
+    old = {name: value for name, value in SHAPE.__dict__.items() if name != "digest"}
+    hello = {**Identity("decode", "b", 0, SHAPE).to_wire(), "shape": old}
+    assert Identity.from_wire(hello).shape == SHAPE and SHAPE.digest is None
+
+
+@pytest.mark.parametrize("digest", [5, ["a"], "a" * 65])
+def test_a_digest_is_a_short_text(digest: object) -> None:
+    with pytest.raises(WireError):
+        Identity.from_wire(
+            {**Identity("decode", "b", 0, SHAPE).to_wire(), "shape": {**SHAPE.__dict__, "digest": digest}}
+        )
+    with pytest.raises(WireError):
+        Want.decode({"t": "t", "p": "0" * 32, "first": 0, "count": 2, "adapter": digest})
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "fit"),
+    [
+        (("m", "a"), ("m", "a"), True),
+        (("m", "a"), ("3f8a", "a"), True),
+        (("m", "a"), ("m", "b"), False),
+        (("m", "a"), ("m", None), True),
+        (("m", None), ("m", "a"), True),
+        (("m", "a"), ("n", None), False),
+        (("m", "a"), ("m", ""), True),
+        (("m", ""), ("n", ""), False),
+    ],
+)
+def test_models_are_compared_by_digest_or_else_by_name(mine: Any, theirs: Any, fit: bool) -> None:
+    """None: of a release without digests. Empty: the weights could not be read."""
+    here, there = (
+        Identity(role, "b", 0, replace(SHAPE, model=model, digest=digest))
+        for role, (model, digest) in (("prefill", mine), ("decode", theirs))
+    )
+    if fit:
+        check(here, there)
+    else:
+        with pytest.raises(Refused, match="^model is"):
+            check(here, there)
 
 
 @settings(deadline=None)
