@@ -23,7 +23,8 @@ class KvKind:
 
     Attributes:
         protocol: :data:`P2P_NCCL`, :data:`DISAGG_KV` or :data:`NIXL`.
-        traits: what must be equal on both sides, by name.
+        traits: what must be equal where both sides name it. ``kv_digest`` stands for the model's weights and
+            configuration; where one side has none, ``kv_model``, the model's name, is compared in its place.
         transports: ways to move the bytes, of which one must be common; empty where the protocol knows one only.
     """
 
@@ -52,13 +53,28 @@ P2P = KvKind()
 BY_NIXL = KvKind(NIXL)
 
 
+_MODEL = frozenset({"kv_model", "kv_digest"})
+
+
+def alike_but_for_model(one: KvKind, other: KvKind) -> bool:
+    """Whether the same engine with other weights would announce this."""
+    caches = [dict(item for item in kind.traits if item[0] not in _MODEL) for kind in (one, other)]
+    return one.protocol == other.protocol and one.transports == other.transports and caches[0] == caches[1]
+
+
 def why_apart(prefill: KvKind, decode: KvKind) -> str | None:
     """What keeps two instances from exchanging KV, for people; None when they can."""
     if prefill.protocol != decode.protocol:
         return f"prefill speaks {prefill.protocol}, decode {decode.protocol}"
-    theirs = dict(decode.traits)
-    differing = [f"{name} is {value}, on decode {theirs.get(name)}" for name, value in prefill.traits
-                 if theirs.get(name) != value]  # fmt: skip
+    ours, theirs = dict(prefill.traits), dict(decode.traits)
+    ignored, differing = frozenset({"kv_digest"}), []
+    if "kv_digest" in ours and "kv_digest" in theirs:
+        ignored = _MODEL
+        if ours["kv_digest"] != theirs["kv_digest"]:
+            names = (f"{side.get('kv_model')}@{str(side['kv_digest'])[:12]}" for side in (ours, theirs))
+            differing = ["kv_model is {}, on decode {} (other weights or configuration)".format(*names)]
+    differing += [f"{name} is {value}, on decode {theirs[name]}" for name, value in prefill.traits
+                  if name not in ignored and name in theirs and theirs[name] != value]  # fmt: skip
     if differing:
         return "; ".join(differing)
     if (prefill.transports or decode.transports) and not prefill.transports & decode.transports:

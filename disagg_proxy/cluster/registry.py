@@ -16,7 +16,7 @@ from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.breaker import Breaker
 from disagg_proxy.cluster.exchange import Exchange
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
-from disagg_proxy.cluster.kv_kind import BY_NIXL, P2P, KvKind
+from disagg_proxy.cluster.kv_kind import BY_NIXL, P2P, KvKind, alike_but_for_model
 from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.config.model import StaticInstance
 from disagg_proxy.errors import EngineUnreachable
@@ -127,11 +127,14 @@ class Registry:
             return None
         if known is None or known.state is State.LOST:
             return self._newcomer(role, http, kv, kind, boot)
-        if known.role is not role or not (same or (known.kv is None and known.kind.addressed)):
+        restarted = bool(known.boot) and boot not in ("", known.boot) and known.kv == kv
+        restarted = restarted and alike_but_for_model(known.kind, kind)
+        if known.role is not role or not (same or restarted or (known.kv is None and known.kind.addressed)):
             return self._contradiction(known, role, kv, kind, boot)
         known.last_ping = self._clock()
         if known.boot != boot:
             if known.boot:
+                known.kind = kind
                 self.process_ended(known)
                 self.suspend(known, "it was restarted")
                 self._want_probe(known)

@@ -15,7 +15,7 @@ import msgpack
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, P2P_NCCL, KvKind
-from disagg_proxy.protocol.disagg_kv import FIELDS
+from disagg_proxy.protocol.disagg_kv import FIELDS, OPTIONAL
 
 MAX_BYTES = 4096
 """A real ping has about 100 bytes."""
@@ -92,7 +92,7 @@ def _kind(fields: dict[object, object]) -> KvKind:
     if protocol != DISAGG_KV:
         raise BadAnnouncement("mistyped", f"the KV protocol {str(protocol)[:40]!r} is not known here")
     traits: list[tuple[str, str | int]] = []
-    for name in FIELDS:
+    for name in (*FIELDS, *(name for name in OPTIONAL if name in fields)):
         value = fields.get(name)
         if not isinstance(value, (str, int)) or isinstance(value, bool):
             raise BadAnnouncement("mistyped", f"{name} is neither text nor a number")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from disagg_proxy.cluster.breaker import BreakerState
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.registry import MAX_INSTANCES, Registry
 from disagg_proxy.observe.journal import Journal
+
+log = logging.getLogger(__name__)
 
 SEEN_BY_ALL = frozenset(
     {"admitted", "probing", "lost", "frozen", "restart_wanted", "freed", "restarted", "drained", "undrained",
@@ -37,6 +40,7 @@ class Happenings:
         self._journal = journal
         self._seen: dict[str, _Seen] = {}
         self._refused: dict[tuple[str, str], str] = {}
+        self._unpaired: dict[str, str] = {}
         self.quiet = False
         registry.watch(changed=self._changed, ended=self._ended, breaker=self._breaker)
 
@@ -58,6 +62,7 @@ class Happenings:
         known = {i.key for i in self._registry.instances()}
         self._seen = {key: seen for key, seen in self._seen.items() if key in known}
         self._refused = {keys: why for keys, why in self._refused.items() if known.issuperset(keys)}
+        self._unpaired = {key: why for key, why in self._unpaired.items() if key in known}
 
     def _moved(self, instance: Instance, before: State) -> None:
         state, reason = instance.state, instance.reason
@@ -96,6 +101,17 @@ class Happenings:
             elif self._refused.get(between) != why:
                 self._refused[between] = why
                 self._tell("pair_refused", prefill, f"gets no request together with {decode}: {why}")
+        for prefill in [instance] if is_prefill else self._registry.ready(Role.PREFILL):
+            self._warn_unpaired(prefill)
+
+    def _warn_unpaired(self, prefill: Instance) -> None:
+        """Log a prefill that no ready decode of its model can exchange KV with, once for each reason."""
+        decodes = [d for d in self._registry.ready(Role.DECODE) if not set(d.models).isdisjoint(prefill.models)]
+        reasons = [self._registry.exchange.why_not(prefill, decode) for decode in decodes]
+        why = "" if None in reasons else "; ".join(sorted({reason for reason in reasons if reason}))
+        if why and self._unpaired.get(prefill.key) != why:
+            log.warning("%s computes nothing for the %d ready decode instances: %s", prefill, len(decodes), why)
+        self._unpaired[prefill.key] = why
 
     # -- told by others
 

@@ -11,7 +11,11 @@ from disagg_proxy.protocol.handover import with_params
 from disagg_proxy.protocol.prepare import Prepared
 
 FIELDS = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
-"""Of an announcement, what must be equal on both sides."""
+"""Of an announcement, what must be equal on both sides. Every engine announces it."""
+
+OPTIONAL = ("kv_digest",)
+"""What must be equal where both sides announce it. Engines of older releases do not, so it is never required, and
+neither the engines nor the proxies need to be updated first."""
 
 
 class DisaggKvHandover:

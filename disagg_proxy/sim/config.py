@@ -72,6 +72,8 @@ class SimConfig:
 
     # This project's own connector. What both sides of a pair must have in common, and its deadlines in seconds.
     kv_model: str = "sim"
+    kv_digest: str | None = ""
+    """Stands for the weights; empty: derived from ``kv_model``, None: as a release without it."""
     kv_dtype: str = "bfloat16"
     kv_layout: str = "sim"
     kv_block_size: int = 16

@@ -46,10 +46,16 @@ def rows_of(config: SimConfig, prompt_ids: Sequence[int]) -> list[bytes]:
 
 def identity(config: SimConfig, boot: str) -> Identity:
     """Rank 0 of this engine."""
-    shape = Shape(
-        config.kv_model, config.kv_dtype, config.kv_block_size, config.kv_layout, 1, row_bytes(config), config.tp
-    )
+    shape = Shape(config.kv_model, config.kv_dtype, config.kv_block_size, config.kv_layout, 1, row_bytes(config),
+                  config.tp, digest_of(config))  # fmt: skip
     return Identity(config.role, boot, 0, shape)
+
+
+def digest_of(config: SimConfig) -> str | None:
+    """What stands for the weights of this engine."""
+    if config.kv_digest == "":
+        return hashlib.sha256(config.kv_model.encode()).hexdigest()[:32]
+    return config.kv_digest
 
 
 def announcement(config: SimConfig, boot: str) -> dict[str, Any]:
@@ -66,6 +72,7 @@ def announcement(config: SimConfig, boot: str) -> dict[str, Any]:
         "block_bytes": row_bytes(config),
         "kv_model": config.kv_model,
         "transports": list(config.kv_transports),
+        **({"kv_digest": digest} if (digest := digest_of(config)) else {}),
     }
 
 

@@ -33,6 +33,15 @@ def pairing(world):
         (own("nccl"), own("tcp"), "no common transport"),
         (OWN, own(tp=2), "tp is 1, on decode 2"),
         (OWN, own(tp=2, dtype="fp8"), "tp is 1, on decode 2; dtype is bfloat16, on decode fp8"),
+        (own(kv_model="m", kv_digest="a"), own(kv_model="n", kv_digest="a"), None),
+        (own(kv_model="m", kv_digest="a"), own(kv_model="m"), None),
+        (own(kv_model="m"), own(kv_model="m", kv_digest="a"), None),
+        (own(kv_model="m", kv_digest="a"), own(kv_model="n"), "kv_model is m, on decode n"),
+        (
+            own(kv_model="m", kv_digest="a" * 32),
+            own(kv_model="m", kv_digest="b" * 32, tp=2),
+            f"kv_model is m@{'a' * 12}, on decode m@{'b' * 12} (other weights or configuration); tp is 1, on decode 2",
+        ),
     ],
 )
 def test_why_apart(prefill: KvKind, decode: KvKind, why: str | None) -> None:
@@ -116,3 +125,13 @@ def test_another_kind_on_a_live_endpoint_is_a_contradiction(world) -> None:
     decode = world.ready(D, 2, kind=OWN, boot="a")
     assert world.ping(D, 2, kind=own(tp=2), boot="b") is not None
     assert decode.kind is OWN
+
+
+@pytest.mark.parametrize("boot", ["b", "a", ""])
+def test_other_weights_on_a_live_endpoint_are_a_restart(world, boot: str) -> None:
+    """Another process there, or one whose weights were updated in place; the same one cannot have other weights."""
+    decode = world.ready(D, 2, kind=own(kv_model="m", kv_digest="x"), boot="a")
+    other = own(kv_model="m", kv_digest="y")
+    accepted = world.ping(D, 2, kind=other, boot=boot) is None
+    assert accepted is (boot == "b") and (decode.kind == other) is accepted
+    assert decode.state is (State.PROBING if accepted else State.READY)

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.kv_kind import why_apart
 from disagg_proxy.discovery.announcement import MAX_BYTES, Announcement, BadAnnouncement, decode
-from disagg_proxy.protocol.disagg_kv import FIELDS
+from disagg_proxy.protocol.disagg_kv import FIELDS, OPTIONAL
 
 PING = {"type": "P", "http_address": "127.0.0.1:20003", "zmq_address": "127.0.0.1:21001"}
 
@@ -82,10 +83,17 @@ def test_the_ping_of_the_projects_own_connector() -> None:
     assert not decode([msgpack.dumps({**PING, "protocol": "p2p_nccl"})]).kind.computes
 
 
+def test_fields_that_only_newer_engines_have() -> None:
+    digests = dict.fromkeys(OPTIONAL, "d")
+    found = decode([msgpack.dumps({**OWN, **digests, "of a later release": {"a": 1}})])
+    assert dict(found.kind.traits) == {**{name: OWN[name] for name in FIELDS}, **digests}
+    assert why_apart(found.kind, decode([msgpack.dumps({**OWN, "type": "D"})]).kind) is None
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        *({name: value} for name in FIELDS for value in (None, True, [1], {})),
+        *({name: value} for name in (*FIELDS, *OPTIONAL) for value in (None, True, [1], {})),
         {"protocol": "other"}, {"protocol": None}, {"transports": "tcp"}, {"transports": [1]}, {"boot_id": 5},
     ],
 )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.sim import SimEngine
+from disagg_proxy.sim.own_kv import digest_of
 from tests.conftest import soon
 from tests.e2e.together import (
     ASK,
@@ -158,12 +161,13 @@ async def test_a_retry_stays_with_its_protocol(machine: Machine) -> None:
         ({"kv_dtype": "float16"}, "dtype is bfloat16, on decode float16"),
         ({"kv_block_size": 32}, "block_size is 16, on decode 32"),
         ({"tp": 2}, "tp is 1, on decode 2"),
-        ({"kv_model": "other"}, "kv_model is sim, on decode other"),
+        ({"kv_model": "other", "kv_digest": None}, "kv_model is sim, on decode other"),
+        ({"kv_digest": "f" * 32}, f"on decode sim@{'f' * 12} (other weights or configuration)"),
         ({"kv_transports": ("nccl",)}, "no common transport"),
     ],
 )
 @settings(decode_alone=False)
-async def test_caches_that_differ_make_no_pair(machine: Machine, trait: dict[str, Any], why: str) -> None:
+async def test_caches_that_differ_make_no_pair(machine: Machine, trait: dict[str, Any], why: str, caplog) -> None:
     prefill = await machine.engine("prefill", **OWN)
     decode = await machine.engine("decode", **OWN, **trait)
     for engine in (prefill, decode):
@@ -177,6 +181,52 @@ async def test_caches_that_differ_make_no_pair(machine: Machine, trait: dict[str
     _, stats = await machine.get("/stats")
     found = next(i for i in stats["instances"] if i["role"] == "prefill")
     assert why in found["cannot_exchange_because"][decode.http_address]
+    warned = [r for r in caplog.records if r.levelname == "WARNING" and "ready decode instances" in r.message]
+    assert len(warned) == 1 and why in warned[0].message and prefill.http_address in warned[0].message
+
+
+async def test_models_are_known_by_their_weights(machine: Machine) -> None:
+    """Another folder name is no other model, and an engine of a release without digests is known by the name."""
+    prefill, decode = await machine.pair(**OWN)
+    renamed = await machine.engine("decode", **OWN, kv_model="renamed", kv_digest=digest_of(decode.config))
+    older = await machine.engine("decode", **OWN, kv_digest=None)
+    other = await machine.engine("decode", **OWN, kv_digest="f" * 32)
+    for engine in (renamed, older, other):
+        await machine.proxy.until_state(engine.http_address, State.READY)
+    for _ in range(9):
+        await right(machine.post(COMPLETIONS, ASK))
+    assert [external(engine) > 0 for engine in (decode, renamed, older, other)] == [True, True, True, False]
+    _, stats = await machine.get("/stats")
+    found = next(i for i in stats["instances"] if i["role"] == "prefill")
+    assert found["cannot_exchange_with"] == [other.http_address]
+    await clean(machine, prefill, decode, renamed, older, other)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_folder_replaced_between_two_starts_ends_the_pair(machine: Machine, pair, role: str) -> None:
+    """The engine comes back at the same addresses before the proxy has missed it."""
+    await right(machine.post(COMPLETIONS, ASK))
+    old = pair[0 if role == "prefill" else 1]
+    await old.kill()
+    config = replace(old.restarted().config, kv_digest="f" * 32)
+    new = SimEngine(config)
+    await new.start()
+    machine.engines.append(new)
+    await soon(apart(machine))
+    before = external(pair[1]), new.state()["kv_sent" if role == "prefill" else "kv_links"]
+    await right(machine.post(COMPLETIONS, ASK))
+    assert (external(pair[1]), new.state()["kv_sent" if role == "prefill" else "kv_links"]) == before
+    _, health = await machine.get("/health")
+    assert health["pairs"] == 0 and "(other weights or configuration)" in str(health["missing"])
+
+
+async def apart(machine: Machine) -> None:
+    """Returns once both engines are ready and make no pair."""
+    while True:
+        _, health = await machine.get("/health")
+        if health["prefill"]["ready"] and health["decode"]["ready"] and not health["pairs"]:
+            return
+        await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

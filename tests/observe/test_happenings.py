@@ -6,6 +6,7 @@ import pytest
 
 from disagg_proxy.cluster.breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.observe.happenings import Happenings
 from disagg_proxy.observe.journal import Journal
@@ -99,6 +100,33 @@ def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> Non
     registry.suspend(told.decode, "x")
     told.admit(told.decode)
     assert told.kinds[4:] == ["probing", "admitted"], "told once"
+
+
+def test_a_prefill_that_fits_no_decode_is_logged_once(told, caplog) -> None:
+    def own(weights: str) -> KvKind:
+        return KvKind(DISAGG_KV, (("kv_model", "m"), ("kv_digest", weights)), frozenset({"tcp"}))
+
+    def lines() -> list[str]:
+        found = [record for record in caplog.records if record.levelname == "WARNING"]
+        caplog.clear()
+        return [record.message for record in found]
+
+    world = told.world
+    prefill = world.ready(Role.PREFILL, 11, kind=own("a"), boot="p")
+    (line,) = lines()
+    assert "prefill speaks disagg_kv, decode p2p_nccl" in line, "the only decode so far"
+    decode = world.ready(Role.DECODE, 12, kind=own("b"), boot="d")
+    (line,) = lines()
+    assert str(prefill) in line and "kv_model is m@a, on decode m@b (other weights or configuration)" in line
+    for _ in range(3):
+        world.ping(Role.DECODE, 12, kind=own("b"), boot="d")
+        world.registry.suspend(decode, "x")
+        told.admit(decode)
+    assert lines() == [], "each reason once"
+    world.ready(Role.DECODE, 13, "another model", kind=own("c"), boot="e")
+    assert lines() == [], "it would not serve the same requests"
+    world.ready(Role.DECODE, 14, kind=own("a"), boot="f")
+    assert lines() == []
 
 
 def test_drains(told) -> None:
