@@ -43,6 +43,7 @@ class Engine:
     Args:
         transfer: its --kv-transfer-config, where it is not this project's connector with ``extra`` for settings.
         environment: more variables.
+        model: folder of its model, where it is not VLLM_CPU_MODEL.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Engine:
         *arguments: str,
         transfer: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
+        model: str | Path | None = MODEL,
         **extra: Any,
     ) -> None:
         self.name, self.role, self.folder, self.arguments, self.extra = name, role, folder, arguments, extra
-        self.transfer, self.environment = transfer, environment or {}
+        self.transfer, self.environment, self.model = transfer, environment or {}, model
         self.port, self.kv_port = free_port(), free_port()
         self.fault = folder / f"{name}.fault"
         self.log = folder / f"{name}.log"
@@ -68,7 +70,7 @@ class Engine:
 
     def start(self) -> None:
         command = [
-            str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL), "--served-model-name", "tiny",
+            str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(self.model), "--served-model-name", "tiny",
             "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--max-model-len", "1024",
             "--dtype", "float32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M", "--block-size", "32",
             *self.arguments,
