@@ -41,7 +41,7 @@ class Shape:
     tp: int
     digest: str | None = None
     """Stands for the model's weights and configuration (``disagg_kv.engine.digest``) or its ``model_version``. "" where
-    there is none, None from an engine of a release before it had one (0.1.0)."""
+    there is none, None from an engine of a release without this field."""
 
 
 @dataclass(frozen=True)

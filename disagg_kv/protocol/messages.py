@@ -34,7 +34,7 @@ class Want:
     first: int
     count: int
     adapter: str = ""
-    """Digest of the LoRA adapter that the prompt is computed with, "" without one. Releases up to 0.1.0 ignore it."""
+    """Digest of the LoRA adapter that the prompt is computed with, "" without one. Older releases ignore it."""
 
     def encode(self) -> bytes:
         more = {"adapter": self.adapter} if self.adapter else {}
