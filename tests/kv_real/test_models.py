@@ -63,15 +63,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     try:
         for engine in found.all:
             engine.start()
-
-        async def ready() -> None:
-            await asyncio.gather(*(engine.ready() for engine in found.all))
-
-        asyncio.run(ready())
+            asyncio.run(engine.ready())
         yield found
     finally:
         for engine in found.all:
-            engine.stop()
+            engine.kill()
 
 
 async def _through(engines: Engines, decode: Engine, transfer: str) -> tuple[list[str], list[str], float]:
