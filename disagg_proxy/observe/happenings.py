@@ -110,7 +110,9 @@ class Happenings:
         reasons = [self._registry.exchange.why_not(prefill, decode) for decode in decodes]
         why = "" if None in reasons else "; ".join(sorted({reason for reason in reasons if reason}))
         if why and self._unpaired.get(prefill.key) != why:
-            log.warning("%s computes nothing for the %d ready decode instances: %s", prefill, len(decodes), why)
+            log.warning(
+                "%s cannot exchange KV with any of the %d ready decode instances: %s", prefill, len(decodes), why
+            )
         self._unpaired[prefill.key] = why
 
     # -- told by others

@@ -102,7 +102,7 @@ def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> Non
     assert told.kinds[4:] == ["probing", "admitted"], "told once"
 
 
-def test_a_prefill_that_fits_no_decode_is_logged_once(told, caplog) -> None:
+def test_a_prefill_that_fits_no_decode_is_logged_once(caplog) -> None:
     def own(weights: str) -> KvKind:
         return KvKind(DISAGG_KV, (("kv_model", "m"), ("kv_digest", weights)), frozenset({"tcp"}))
 
@@ -111,7 +111,9 @@ def test_a_prefill_that_fits_no_decode_is_logged_once(told, caplog) -> None:
         caplog.clear()
         return [record.message for record in found]
 
-    world = told.world
+    world = World()
+    Happenings(world.registry, Journal())
+    world.ready(Role.DECODE, 2)
     prefill = world.ready(Role.PREFILL, 11, kind=own("a"), boot="p")
     (line,) = lines()
     assert "prefill speaks disagg_kv, decode p2p_nccl" in line, "the only decode so far"
@@ -121,7 +123,7 @@ def test_a_prefill_that_fits_no_decode_is_logged_once(told, caplog) -> None:
     for _ in range(3):
         world.ping(Role.DECODE, 12, kind=own("b"), boot="d")
         world.registry.suspend(decode, "x")
-        told.admit(decode)
+        world.registry.admit(decode, {"m": {"id": "m"}})
     assert lines() == [], "each reason once"
     world.ready(Role.DECODE, 13, "another model", kind=own("c"), boot="e")
     assert lines() == [], "it would not serve the same requests"
