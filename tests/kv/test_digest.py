@@ -40,6 +40,15 @@ def test_other_weights_of_the_same_sizes(tmp_path: Path, size: int) -> None:
     assert len(set(found)) == 4 and all(len(text) == 32 for text in found)
 
 
+def test_names_and_dtypes_of_tensors_count(tmp_path: Path) -> None:
+    found = tensors()
+    swapped = dict(zip(reversed(NAMES), found.values(), strict=True))
+    folder = model(tmp_path / "m", found)
+    seen = [digest_of(folder), digest_of(model(tmp_path / "swapped", swapped))]
+    write(folder / "model.safetensors", found, "F16")
+    assert len({*seen, digest_of(folder)}) == 3
+
+
 def test_a_folder_that_is_replaced_between_two_starts(tmp_path: Path) -> None:
     before = digest_of(model(tmp_path / "m"))
     assert digest_of(model(tmp_path / "m")) == before
