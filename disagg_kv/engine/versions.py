@@ -130,8 +130,9 @@ def _stable(value: Any) -> str:
 
 _READS = re.compile(r"(get|list|check|compute|save|profile|start_profile|stop_profile)(_|$)")
 _HARMLESS = frozenset(
-    {"update_max_model_len", "init_weight_transfer_engine", "shutdown_weight_transfer_engine", "synchronize_device",
-     "release_late_interaction_query_cache", "checkpoint_prepare", "reset_mm_cache", "reset_encoder_cache"}
+    {"initialize_cache", "update_max_model_len", "init_weight_transfer_engine", "shutdown_weight_transfer_engine",
+     "synchronize_device", "checkpoint_prepare", "release_late_interaction_query_cache", "reset_mm_cache",
+     "reset_encoder_cache"}
 )  # fmt: skip
 
 
