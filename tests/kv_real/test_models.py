@@ -72,7 +72,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 
 async def _through(engines: Engines, decode: Engine, transfer: str) -> tuple[list[str], list[str], float]:
     """The answer of a transfer, decode's own answer to the same prompt, and how many tokens were loaded for it."""
-    prompt = [random.Random(transfer).randrange(5, 250) for _ in range(LENGTH)]
+    tokens = random.Random(transfer)
+    prompt = [tokens.randrange(5, 250) for _ in range(LENGTH)]
     body: dict[str, Any] = {"prompt": prompt, "max_tokens": 16, "ignore_eos": True, "cache_salt": transfer}
     before = (await decode.tokens_by_source())["external_kv_transfer"]
     await engines.prefill.post({**body, "max_tokens": 1}, transfer_id=transfer)
