@@ -67,6 +67,8 @@ def for_prefill(route: Route, body: Body) -> Body:
         changed["max_completion_tokens"] = 1
     if "min_tokens" in body and not _at_most_one(body["min_tokens"]):
         del changed["min_tokens"]
+    if route.dialect == "messages" and _has_thinking_budget(body):
+        del changed["thinking"]
     if body.get("stream"):
         # Without a stream both legs refuse stream_options, and prefill shall be the one to say so.
         changed.pop("stream_options", None)
@@ -94,6 +96,22 @@ def forces_tool(route: Route, body: Body) -> bool:
     if route.dialect == "chat":
         return choice == "required" or isinstance(choice, dict)
     return route.dialect == "messages" and isinstance(choice, dict) and choice.get("type") in ("any", "tool")
+
+
+def _has_thinking_budget(body: Body) -> bool:
+    """Whether ``thinking`` limits the reasoning of /v1/messages to a budget that the client's ``max_tokens`` exceeds.
+
+    vLLM refuses such a budget next to prefill's ``max_tokens`` of 1, unless ``kv_transfer_params`` say
+    ``do_remote_decode`` as NixlConnector's do (0.32, ``entrypoints/anthropic/protocol.py``,
+    ``validate_thinking_budget``). ``enabled`` only sets a sampling limit. The other types are kept: ``disabled``
+    changes the prompt (0.32, ``entrypoints/anthropic/serving.py``, ``_handle_thinking``). A budget that decode refuses
+    is kept too, so that prefill refuses it before there is any KV.
+    """
+    thinking = body.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("type") != "enabled":
+        return False
+    budget, limit = lax_int(thinking.get("budget_tokens")), lax_int(body.get("max_tokens"))
+    return budget is not None and limit is not None and budget < limit
 
 
 def _at_least_one(limit: Any) -> bool:

@@ -82,6 +82,34 @@ def test_min_tokens(value, kept) -> None:
     assert ("min_tokens" in on_prefill(COMPLETIONS, {"min_tokens": value, "max_tokens": 9})) is kept
 
 
+BUDGET = {"type": "enabled", "budget_tokens": 1024}
+
+
+@pytest.mark.parametrize(
+    ("route", "thinking", "limit", "kept"),
+    [
+        (MESSAGES, BUDGET, 2000, False),
+        (MESSAGES, {**BUDGET, "display": "omitted"}, 1025, False),
+        (MESSAGES, {"type": "enabled", "budget_tokens": "1024"}, "2000", False),
+        # Decode refuses these, so prefill should too.
+        (MESSAGES, BUDGET, 1024, True),
+        (MESSAGES, BUDGET, None, True),
+        (MESSAGES, {"type": "enabled"}, 2000, True),
+        (MESSAGES, {"type": "enabled", "budget_tokens": 1.5}, 2000, True),
+        # Part of the prompt, or no limit at all.
+        (MESSAGES, {"type": "disabled"}, 2000, True),
+        (MESSAGES, {"type": "adaptive"}, 2000, True),
+        (MESSAGES, "enabled", 2000, True),
+        (MESSAGES, None, 2000, True),
+        (CHAT, BUDGET, 2000, True),
+    ],
+)
+def test_a_thinking_budget_that_exceeds_one_token_is_decodes_alone(route, thinking, limit, kept) -> None:
+    body = {"thinking": thinking, "max_tokens": limit}
+    assert ("thinking" in on_prefill(route, body)) is kept
+    assert "thinking" in json.loads(prepare(route, json.dumps(body).encode()).decode_body)
+
+
 @pytest.mark.parametrize("stream", [True, 1, "true", "on", [1]])
 def test_any_stream_is_taken_off_prefill_with_its_options(stream) -> None:
     got = on_prefill(CHAT, {"stream": stream, "stream_options": {"include_usage": True}})
