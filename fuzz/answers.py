@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from disagg_proxy.address import parse_address
-from disagg_proxy.protocol.fields import ROUTES
+from disagg_proxy.protocol.fields import CHAT, MESSAGES, ROUTES, Route
 from disagg_proxy.protocol.p2p_nccl import RequestId, new_request_id
 from disagg_proxy.protocol.prefill_answer import (
     Verdict,
@@ -19,7 +19,7 @@ from disagg_proxy.protocol.prefill_answer import (
     read_prefill,
 )
 from disagg_proxy.protocol.redact import IdHider, hide
-from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
+from disagg_proxy.protocol.usage import CacheUse, UsageRepair, cache_use, repair_usage
 from fuzz.source import Source
 
 ID = RequestId("___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_" + "5a" * 16, "b7" * 47)
@@ -36,6 +36,8 @@ WORDS = [
     b'"prompt_tokens_details"',
     b'"prompt_tokens_details":{"cached_tokens":',
     b'"prompt_tokens_details": {"audio_tokens": null, "cached_tokens": 12',
+    b'{"input_tokens":1,"output_tokens":8,"cache_creation_input_tokens":0,"cache_read_input_tokens":748}',
+    *(b'"cache_read_input_tokens":', b'"cache_creation_input_tokens":', b'"created_cache_tokens":'),
     *(b'"cached_tokens":', b'"prompt_tokens":', b'"input_tokens" : ', b"7}", b"{", b"}", b'"', b"\\", b":", b" " * 60),
     *(
         b'data: {"choices":[]}\n\n',
@@ -56,6 +58,9 @@ SEEDS = [
     + b'","choices":[{"text":"x"}]}\n\ndata: {"error":{"code":400}}\n\ndata: [DONE]\n\n',
     b"\0\2" + b'event: error\r\ndata: {"type":"error","error":{"message":"maximum context length"}}\r\n\r\n',
     b"\3\1" + b'{"object":"error","message":"x","code":500}',
+    b"\0" * 24 + b'{"choices":[],"usage":{"prompt_tokens":5,"prompt_tokens_details":{"cached_tokens":4}}}',
+    b"\2" * 24 + b'{"type":"message","usage":{"input_tokens":1,"output_tokens":8,"cache_creation_input_tokens":0,'
+    b'"cache_read_input_tokens":748}}',
 ]
 
 
@@ -64,21 +69,29 @@ def check(data: bytes) -> str:
     decisions = Source(data[:24])
     body = data[24:]
     cached = decisions.number(300)
-    check_pieces(decisions.pieces(body), body, cached)
+    pieces, use = decisions.pieces(body), CacheUse(cached, cached // 2 or None)
+    for route in (CHAT, MESSAGES):
+        check_pieces(route, pieces, body, use)
+    assert repair_usage(CHAT, body, use) == _at_once(CHAT, body, use)
     return check_reading(decisions, body)
 
 
-def check_pieces(pieces: list[bytes], body: bytes, cached: int) -> None:
+def _at_once(route: Route, body: bytes, use: CacheUse) -> bytes:
+    repair = UsageRepair(route, use)
+    return repair.feed(body) + repair.end()
+
+
+def check_pieces(route: Route, pieces: list[bytes], body: bytes, use: CacheUse) -> None:
     """Relay's two filters, as it joins them."""
     assert b"".join(pieces) == body
-    hider, repair = IdHider(ID), UsageRepair(cached)
+    hider, repair = IdHider(ID), UsageRepair(route, use)
     passed, fed = [], 0
     for piece in pieces:
         fed += len(piece)
         passed.append(repair.feed(hider.feed(piece)))
         assert sum(map(len, passed)) >= (fed - MOST_HELD) // 4, "too much is held back"
     passed.append(repair.feed(hider.end()) + repair.end())
-    whole = repair_usage(hide(ID, body), cached)
+    whole = _at_once(route, hide(ID, body), use)
     got = b"".join(passed)
     assert got == whole, f"in pieces {got!r}, whole {whole!r}"
     assert _INTERNAL not in got
@@ -91,7 +104,8 @@ def check_reading(decisions: Source, body: bytes) -> str:
     found = read_prefill(route, body, streamed, choices)
     if found.verdict is Verdict.REFUSED:
         assert 400 <= found.status < 600 and "error" in json.loads(found.body)
-    assert cached_tokens(body) >= 0 and prompt_tokens(body) >= 0
+    assert cache_use(route, body).cached >= 0 and prompt_tokens(body) >= 0
+    assert isinstance(repair_usage(route, body, cache_use(route, body)), bytes)
     assert isinstance(error_message(body), str) and is_over_context(body) in (True, False)
     return found.verdict.name.lower()
 

@@ -41,7 +41,7 @@ from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider, hide
-from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
+from disagg_proxy.protocol.usage import CacheUse, UsageRepair, cache_use, output_tokens, repair_usage
 from disagg_proxy.stats import Stats
 from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
@@ -194,7 +194,8 @@ class Flight:
                 return None if legs.abandoned else self._refused(refused, "prefill")
             tokens = prompt_tokens(prefilled.body)
             self._prefilled(tokens)
-            cached = self._record.cached_tokens = cached_tokens(prefilled.body)
+            use = cache_use(legs.route, prefilled.body)
+            self._record.cached_tokens = use.cached
             self._record.prompt_tokens = tokens or None
             if legs.abandoned or not self._client.waits:
                 self._background.spawn(self._drain(legs), "drain")
@@ -212,7 +213,7 @@ class Flight:
             try:
                 answer = await legs.decode()
                 if answer.status == 200:
-                    return await self._relayed(answer, cached)
+                    return await self._relayed(answer, use)
             except NotAsked as failure:
                 if not legs.decode_lease.process_ended:
                     self._drain_behind()
@@ -297,7 +298,7 @@ class Flight:
 
     # -- the answer's body
 
-    async def _relayed(self, answer: Answer, cached: int) -> Outcome:
+    async def _relayed(self, answer: Answer, use: CacheUse) -> Outcome:
         legs = self._legs
         headers = answer_headers(answer.headers, legs.id)
         vigil = legs.decoding
@@ -308,7 +309,7 @@ class Flight:
             self._first_byte(streamed=False)
             self._record.output_tokens = output_tokens(whole.body)
             self._ended(complete=True)
-            return Outcome(200, headers, repair_usage(hide(legs.id, whole.body), cached))
+            return Outcome(200, headers, repair_usage(legs.route, hide(legs.id, whole.body), use))
         try:
             # Until the first byte a failure can still be told by a status of its own.
             await answer.until(Enough.BEGUN)
@@ -316,7 +317,7 @@ class Flight:
             answer.close()
             raise
         vigil.heard()
-        relay = Relay(answer, IdHider(legs.id), UsageRepair(cached), vigil, self._ended, self._record)
+        relay = Relay(answer, IdHider(legs.id), UsageRepair(legs.route, use), vigil, self._ended, self._record)
         self._first_byte(streamed=True)
         self._legs.prepared.forget_bodies()
         vigil.give_up = lambda error: relay.cut()

@@ -17,7 +17,7 @@ from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
 from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import IdHider
-from disagg_proxy.protocol.usage import KEY, UsageRepair, output_tokens
+from disagg_proxy.protocol.usage import UsageRepair, output_tokens
 from disagg_proxy.upstream import Answer
 
 _PULLED_AHEAD = 64 * 1024
@@ -102,7 +102,7 @@ class Relay:
             return
         self._count(piece)
         hider, repair = self._hider, self._repair
-        if piece[-1] == _LINE_END and not hider.held and not repair.held and piece.find(KEY) < 0:
+        if piece[-1] == _LINE_END and not hider.held and not repair.held and piece.find(repair.key) < 0:
             self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
             return
         piece = repair.feed(hider.feed(piece))
@@ -112,9 +112,9 @@ class Relay:
     def feed_chunks(self, chunks: bytes) -> bool:
         """The same for chunks of whole lines with their framing, which stays right: an id and what replaces it are
         equally long, and neither is torn where a line ends. False where they must come without it."""
-        hider = self._hider
+        hider, repair = self._hider, self._repair
         pass_on = self._pass_on
-        if pass_on is None or hider.held or self._repair.held or chunks.find(KEY) >= 0:
+        if pass_on is None or hider.held or repair.held or chunks.find(repair.key) >= 0:
             return False
         self._count(chunks)
         pass_on(chunks.replace(hider.internal, hider.public) if hider.internal else chunks)

@@ -26,7 +26,7 @@ from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.headers import answer_headers, is_stream
 from disagg_proxy.protocol.prefill_answer import prompt_tokens
 from disagg_proxy.protocol.redact import NoHiding
-from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, output_tokens, repair_usage
+from disagg_proxy.protocol.usage import UsageRepair, cache_use, output_tokens, repair_usage, tells_cache_use
 from disagg_proxy.stats import Stats
 from disagg_proxy.upstream import Answer, Enough, WholeAnswer
 
@@ -57,7 +57,7 @@ class TogetherFlight:
         self._relay: Relay | None = None
         self._task: asyncio.Task[None] | None = None
         self._prefill: asyncio.Task[None] | None = None
-        self._repair = UsageRepair(None)
+        self._repair = UsageRepair(attempts.legs.route, None)
 
     @property
     def _legs(self) -> TogetherLegs:
@@ -142,7 +142,7 @@ class TogetherFlight:
     # -- prefill's part
 
     def _ask_prefill(self, legs: TogetherLegs) -> None:
-        self._repair.cached = None
+        self._repair.use = None
         if legs.prefill is not None:
             self._record.ask_prefill()
             self._prefill = self._background.spawn(self._follow_prefill(legs), "prefill")
@@ -154,7 +154,8 @@ class TogetherFlight:
             tokens = prompt_tokens(answer.body)
             self._prefilled(tokens)
             self._record.prompt_tokens = tokens or None
-            self._record.cached_tokens = self._repair.cached = cached_tokens(answer.body)
+            self._repair.use = use = cache_use(legs.route, answer.body)
+            self._record.cached_tokens = use.cached
 
     def _stop_prefill(self) -> None:
         """Nobody needs its KV any more."""
@@ -169,15 +170,15 @@ class TogetherFlight:
         if not is_stream(answer.headers):
             whole = await answer.whole()
             legs.decoding.heard()
-            if b"cached_tokens" in whole.body and self._prefill is not None:
+            if tells_cache_use(legs.route, whole.body) and self._prefill is not None:
                 # Prefill's own answer may come a moment later than decode's.
                 await asyncio.wait((self._prefill,), timeout=_USAGE_WAIT)
             self._first_byte(legs, streamed=False)
             self._record.output_tokens = output_tokens(whole.body)
-            if legs.prefill is None:
+            if self._record.prompt_tokens is None:
                 self._record.prompt_tokens = prompt_tokens(whole.body) or None
             self._ended(complete=True)
-            return Outcome(200, headers, repair_usage(whole.body, self._repair.cached))
+            return Outcome(200, headers, repair_usage(legs.route, whole.body, self._repair.use))
         try:
             await answer.until(Enough.BEGUN)
         except BaseException:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.usage import COUNT
+from disagg_proxy.protocol.usage import COUNT, PROMPT, cached_beside
 
 
 class Verdict(Enum):
@@ -113,21 +113,21 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_TOKEN_COUNTS = (b'"prompt_tokens"', b'"input_tokens"')
 _OVER_CONTEXT = "maximum context length"
 """In vLLM's words for it, 0.9.2 - 0.23."""
 
 
 def prompt_tokens(body: bytes) -> int:
-    """The prompts' length in tokens as an answer's usage gives it, whole or streamed; 0 when it does not."""
+    """The prompts' length in tokens as an answer's usage gives it, cached ones included, whole or streamed; 0 when it
+    does not."""
     most = 0
-    for key in _TOKEN_COUNTS:
+    for key in PROMPT:
         at = body.find(key)
         while at >= 0:
             found = COUNT.match(body, at + len(key))
             # A quote behind a backslash is text that the model wrote.
             if found and body[at - 1 : at] != b"\\":
-                most = max(most, int(found[1]))
+                most = max(most, int(found[1]) + cached_beside(body, at))
             at = body.find(key, at + len(key))
     return most
 

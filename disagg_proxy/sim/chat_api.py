@@ -17,6 +17,7 @@ from disagg_proxy.sim import openai_json as shapes
 from disagg_proxy.sim.api_error import ApiError, InvalidBody, Refused
 from disagg_proxy.sim.exchange import Exchange
 from disagg_proxy.sim.frontend import Choice, Delta, beam_search, collect, generate, make_requests
+from disagg_proxy.sim.prefix_cache import BLOCK
 from disagg_proxy.sim.request import EngineDeadError
 from disagg_proxy.sim.sampling_rules import check_fields, check_prompt, fit_prompt, format_guide, sampling_of
 from disagg_proxy.sim.template import render_chat
@@ -73,9 +74,12 @@ class ChatRun:
         self.model = config.models[0]
         self.requests = make_requests(self.id, self.prompt_ids, self.sampling, randomize=config.randomize_request_ids)
 
-    def _usage(self, completion: int, cached: int = 0) -> dict[str, Any]:
-        shown = cached if self.exchange.config.enable_prompt_tokens_details else None
-        return shapes.usage(len(self.prompt_ids), completion, shown)
+    def _usage(self, completion: int, cached: int | None = None) -> dict[str, Any]:
+        length = len(self.prompt_ids)
+        if cached is None or not self.exchange.config.enable_prompt_tokens_details:
+            return shapes.usage(length, completion)
+        # What was computed here of the blocks that the prefix cache holds (v1/metrics/stats.py, PrefillStats.finalize).
+        return shapes.usage(length, completion, cached, max(0, length // BLOCK * BLOCK - cached))
 
     async def full(self) -> dict[str, Any]:
         """The answer in one piece."""

@@ -1,4 +1,8 @@
-"""/v1/messages and /v1/messages/count_tokens, as vLLM 0.21 ``entrypoints/anthropic``: the chat route translated."""
+"""/v1/messages and /v1/messages/count_tokens, as vLLM 0.32 ``entrypoints/anthropic``: the chat route translated.
+
+Newer than the rest of the simulated engine (0.21) in the thinking budget, in the usage, and in the system blocks that
+are left out of the prompt.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,11 @@ from disagg_proxy.sim.exchange import Exchange
 from disagg_proxy.sim.request import EngineDeadError
 from disagg_proxy.sim.sampling_rules import check_prompt
 
+_BILLING = "x-anthropic-billing-header"
+"""Begins a system block of Claude Code that is not rendered: a part of it changes with every request."""
+
+_LEAST_BUDGET = 1024
+
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -30,7 +39,8 @@ def to_chat(body: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any
     if isinstance(system, str) and system:
         messages.append({"role": "system", "content": system})
     elif system:
-        text = "".join(block.get("text") or "" for block in system if block.get("type") == "text")
+        texts = (block.get("text") or "" for block in system if block.get("type") == "text")
+        text = "".join(text for text in texts if not text.startswith(_BILLING))
         messages.append({"role": "system", "content": text})
     for message in _messages(body):
         messages.extend(_convert(message))
@@ -49,8 +59,28 @@ def to_chat(body: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any
             chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     if body.get("kv_transfer_params") is not None:
         chat["kv_transfer_params"] = body["kv_transfer_params"]
+    _thinking(body, chat, counting=counting)
     _tools(body, chat)
     return chat
+
+
+def _thinking(body: Mapping[str, Any], chat: dict[str, Any], *, counting: bool) -> None:
+    thinking = body.get("thinking")
+    if thinking is None:
+        return
+    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    if kind == "disabled":
+        chat["chat_template_kwargs"] = {"enable_thinking": False, **(body.get("chat_template_kwargs") or {})}
+    elif kind == "enabled":
+        budget = thinking.get("budget_tokens")
+        if type(budget) is not int or budget < _LEAST_BUDGET:
+            raise InvalidBody("[{'loc': ('body', 'thinking'), 'msg': 'Input should be greater than or equal to 1024'}]")
+        of_prefill = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
+        if not counting and not of_prefill and budget >= body["max_tokens"]:
+            said = "Value error, thinking.budget_tokens must be less than max_tokens"
+            raise InvalidBody(f"[{{'loc': ('body',), 'msg': '{said}'}}]")
+    elif kind != "adaptive":
+        raise InvalidBody("[{'loc': ('body', 'thinking'), 'msg': 'Input should be valid'}]")
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -154,7 +184,6 @@ def _whole(chat: dict[str, Any]) -> dict[str, Any]:
         # json.loads fails on arguments that max_tokens cut off, and vLLM answers 500 then.
         arguments = json.loads(call["function"]["arguments"])
         content.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": arguments})
-    usage = {"input_tokens": chat["usage"]["prompt_tokens"], "output_tokens": chat["usage"]["completion_tokens"]}
     kept = chat["kv_transfer_params"]
     return {
         **({} if kept is None else {"kv_transfer_params": kept}),
@@ -164,8 +193,21 @@ def _whole(chat: dict[str, Any]) -> dict[str, Any]:
         "content": content,
         "model": chat["model"],
         "stop_reason": _STOP_REASONS[choice["finish_reason"]],
-        "usage": usage,
+        "usage": _usage(chat["usage"]),
     }
+
+
+def _usage(chat: Mapping[str, Any]) -> dict[str, int]:
+    """``_build_anthropic_usage``: the prompt is the sum of three; two of them only with prompt token details."""
+    details = chat.get("prompt_tokens_details") or {}
+    read, created = details.get("cached_tokens"), details.get("created_cache_tokens")
+    usage = {
+        "input_tokens": max(0, chat["prompt_tokens"] - (read or 0) - (created or 0)),
+        "output_tokens": chat["completion_tokens"],
+        "cache_creation_input_tokens": created,
+        "cache_read_input_tokens": read,
+    }
+    return {name: value for name, value in usage.items() if value is not None}
 
 
 async def _events(
@@ -180,15 +222,14 @@ async def _events(
         if first:
             first = False
             start = {"id": chunk["id"], "type": "message", "role": "assistant", "content": [], "model": chunk["model"]}
-            counted = {"input_tokens": usage["prompt_tokens"], "output_tokens": 0}
-            message = {**start, "stop_reason": None, "stop_sequence": None, "usage": counted}
+            message = {**start, "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
             yield {"type": "message_start", "message": message}, tokens
             continue
         if not chunk["choices"]:
             if block is not None:
                 yield {"type": "content_block_stop", "index": index}, 0
-            counted = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-            yield {"type": "message_delta", "delta": {"stop_reason": _STOP_REASONS[finish]}, "usage": counted}, 0
+            ended = {"delta": {"stop_reason": _STOP_REASONS[finish]}, "usage": _usage(usage)}
+            yield {"type": "message_delta", **ended}, 0
             continue
         choice = chunk["choices"][0]
         finish = choice["finish_reason"] or finish

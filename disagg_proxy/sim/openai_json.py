@@ -12,9 +12,11 @@ from disagg_proxy.sim.vocabulary import decode
 FINGERPRINT = "vllm-0.21.0-sim"
 
 
-def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:
-    """vLLM's UsageInfo; ``cached`` only where prompt token details are on and there is something to tell."""
-    details = {"cached_tokens": cached} if cached else None
+def usage(prompt: int, completion: int, cached: int | None = None, created: int | None = None) -> dict[str, Any]:
+    """vLLM's UsageInfo; ``cached`` where prompt token details are on, and ``created`` on the chat route (0.32)."""
+    details = None if cached is None else {"cached_tokens": cached}
+    if details is not None and created is not None:
+        details["created_cache_tokens"] = created
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,

@@ -80,8 +80,46 @@ async def test_text_that_looks_like_usage_is_left_alone(machine) -> None:
     assert cached(body["usage"]) == 0
 
 
-async def test_usage_of_messages(machine) -> None:
-    await machine.pair(**ON)
+CONNECTORS = pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
+
+
+def of_messages(length: int, read: int, created: int, output: int = 5) -> dict[str, int]:
+    """As vLLM 0.32 splits a prompt: what was read from the cache, what was written to it, and the rest."""
+    cache = {"cache_creation_input_tokens": created, "cache_read_input_tokens": read}
+    return {"input_tokens": length - read - created, "output_tokens": output, **cache}
+
+
+@CONNECTORS
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_prompt_of_messages_is_split_as_prefill_split_it(machine, connector: str, stream: bool) -> None:
+    pair = await machine.pair(**ON, connector=connector)
+    body = {"model": "sim-model", "messages": MESSAGES, "max_tokens": 5}
+    length = LENGTH["/v1/chat/completions"]
+    whole_blocks = length // 16 * 16
+    for read, cut in ((0, ()), (whole_blocks, ()), (whole_blocks, (50,)), (whole_blocks, (7, 300))):
+        pair[1].faults.split_writes(cut)
+        if stream:
+            found = await machine.stream("/v1/messages", body)
+            assert found[0]["message"]["usage"] == {"input_tokens": length, "output_tokens": 0}
+            usage = next(event["usage"] for event in found if event["type"] == "message_delta")
+        else:
+            usage = (await machine.post("/v1/messages", body))[2]["usage"]
+        assert usage == of_messages(length, read, whole_blocks - read)
+    assert machine.proxy.services.stats.prompt_tokens == 4 * length
+    await machine.unharmed(*pair)
+
+
+@CONNECTORS
+async def test_created_tokens_of_chat_are_those_that_prefill_wrote(machine, connector: str) -> None:
+    await machine.pair(**ON, connector=connector)
+    path = "/v1/chat/completions"
+    for read in (0, LENGTH[path] // 16 * 16):
+        _, _, body = await machine.post(path, BODIES[path])
+        details = {"cached_tokens": read, "created_cache_tokens": LENGTH[path] // 16 * 16 - read}
+        assert body["usage"]["prompt_tokens_details"] == details
+
+
+async def test_usage_of_messages_where_the_engines_do_not_tell(machine, pair) -> None:
     body = {"model": "sim-model", "messages": MESSAGES, "max_tokens": 5}
     _, _, answer = await machine.post("/v1/messages", body)
     assert answer["usage"] == {"input_tokens": LENGTH["/v1/chat/completions"], "output_tokens": 5}

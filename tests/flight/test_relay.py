@@ -12,10 +12,11 @@ from disagg_proxy.cluster.pulse import Pulse
 from disagg_proxy.errors import EngineDisconnected, StreamCut
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.observe.recorder import Recorder
+from disagg_proxy.protocol.fields import CHAT
 from disagg_proxy.protocol.headers import AnswerHeaders
 from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.redact import IdHider
-from disagg_proxy.protocol.usage import UsageRepair
+from disagg_proxy.protocol.usage import CacheUse, UsageRepair
 from disagg_proxy.upstream import Answer
 from tests.conftest import soon
 
@@ -89,7 +90,7 @@ class Relayed:
         self.vigil = self.pulse.begin(lambda: 0.0, give_up=lambda error: None)
         self.ended: list[bool] = []
         self.outlet = Outlet()
-        hider, repair = IdHider(ID), UsageRepair(cached)
+        hider, repair = IdHider(ID), UsageRepair(CHAT, None if cached is None else CacheUse(cached))
         self.record = Recorder.alone().open("/v1/completions", None)
         self.relay = Relay(self.carrier.answer, hider, repair, self.vigil, self.ended.append, self.record)
 

@@ -69,7 +69,7 @@ class Exchange:
         told = await soon(self.told)
         pulse, record = Pulse(0.0), Recorder.alone().open("/v1/completions", None)
         vigil = pulse.begin(lambda: 0.0, give_up=lambda error: None)
-        relay = Relay(self.answer, NoHiding(), UsageRepair(None), vigil, lambda complete: None, record)
+        relay = Relay(self.answer, NoHiding(), UsageRepair(COMPLETIONS, None), vigil, lambda complete: None, record)
         told(Outcome(200, PassedHeaders([(b"content-type", b"text/event-stream")]), relay))
 
 

@@ -2,30 +2,47 @@
 
 import pytest
 
-from disagg_proxy.protocol.usage import UsageRepair, cached_tokens, repair_usage
+from disagg_proxy.protocol.fields import CHAT, MESSAGES, Route
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
+from disagg_proxy.protocol.usage import CacheUse, UsageRepair, cache_use, repair_usage
 
 DECODE = b'{"usage":{"prompt_tokens":90,"prompt_tokens_details":{"cached_tokens":89},"x":1}}'
 
 
-def test_prefill_figure_is_found_or_zero() -> None:
-    assert cached_tokens(b'{"usage":{"prompt_tokens_details": {"cached_tokens": 48}}}') == 48
-    assert cached_tokens(b'{"usage":{"prompt_tokens_details":null}}') == 0
-    assert cached_tokens(b"not json") == 0
+@pytest.mark.parametrize(
+    ("route", "body", "use"),
+    [
+        (CHAT, b'{"usage":{"prompt_tokens_details": {"cached_tokens": 48}}}', CacheUse(48)),
+        (CHAT, b'{"prompt_tokens_details":{"cached_tokens":0,"created_cache_tokens":80}}', CacheUse(0, 80)),
+        (CHAT, b'{"usage":{"prompt_tokens_details":null}}', CacheUse()),
+        (CHAT, b"not json", CacheUse()),
+        (MESSAGES, b'{"usage":{"input_tokens":90,"output_tokens":1}}', CacheUse()),
+        (
+            MESSAGES,
+            b'{"usage":{"input_tokens":2,"output_tokens":1,"cache_creation_input_tokens":8,"cache_read_input_tokens":80}}',
+            CacheUse(80, 8),
+        ),
+    ],
+)
+def test_prefill_figures_are_found_or_zero(route: Route, body: bytes, use: CacheUse) -> None:
+    assert cache_use(route, body) == use
 
 
 def test_other_details_stay() -> None:
     body = b'{"prompt_tokens_details":{"audio_tokens":3,"cached_tokens":7,"y":1}}'
-    assert repair_usage(body, 5) == b'{"prompt_tokens_details":{"audio_tokens":3,"cached_tokens":5,"y":1}}'
+    assert (
+        repair_usage(CHAT, body, CacheUse(5)) == b'{"prompt_tokens_details":{"audio_tokens":3,"cached_tokens":5,"y":1}}'
+    )
 
 
 @pytest.mark.parametrize("body", [b'{"prompt_tokens_details":null}', b"{}", b""])
 def test_nothing_to_repair(body: bytes) -> None:
-    assert repair_usage(body, 5) == body
+    assert repair_usage(CHAT, body, CacheUse(5)) == body
 
 
 def test_text_that_looks_like_the_key_is_left_alone() -> None:
     body = rb'{"text":"\"prompt_tokens_details\":{\"cached_tokens\":1}"}'
-    assert repair_usage(body, 5) == body
+    assert repair_usage(CHAT, body, CacheUse(5)) == body
 
 
 @pytest.mark.parametrize("cached", [0, 16, 123456])
@@ -33,9 +50,9 @@ def test_any_split_gives_the_same(cached: int) -> None:
     body = b'data: {"choices":[]}\n\ndata: ' + DECODE + b"\n\ndata: [DONE]\n\n"
     for first in range(len(body)):
         for second in (first + 1, first + 9, len(body)):
-            repair = UsageRepair(cached)
+            repair = UsageRepair(CHAT, CacheUse(cached))
             pieces = body[:first], body[first:second], body[second:]
-            assert b"".join(map(repair.feed, pieces)) + repair.end() == repair_usage(body, cached)
+            assert b"".join(map(repair.feed, pieces)) + repair.end() == repair_usage(CHAT, body, CacheUse(cached))
 
 
 ODD = [
@@ -52,20 +69,73 @@ ODD = [
 @pytest.mark.parametrize("odd", ODD)
 def test_any_split_of_what_no_engine_sends_gives_the_same(odd: bytes) -> None:
     for body in (odd, odd + DECODE):
-        whole = repair_usage(body, 77)
+        whole = repair_usage(CHAT, body, CacheUse(77))
         for first in range(len(body)):
-            repair = UsageRepair(77)
+            repair = UsageRepair(CHAT, CacheUse(77))
             assert repair.feed(body[:first]) + repair.feed(body[first:]) + repair.end() == whole
-        repair = UsageRepair(77)
+        repair = UsageRepair(CHAT, CacheUse(77))
         assert b"".join(repair.feed(body[i : i + 1]) for i in range(len(body))) + repair.end() == whole
 
 
 def test_an_ordinary_event_is_not_held_back() -> None:
     event = b'data: {"choices":[{"text":"a","finish_reason":null}]}\n\n'
-    assert UsageRepair(1).feed(event) == event
+    assert UsageRepair(CHAT, CacheUse(1)).feed(event) == event
 
 
 def test_a_key_without_an_end_is_not_held_for_ever() -> None:
-    repair = UsageRepair(1)
+    repair = UsageRepair(CHAT, CacheUse(1))
     endless = b'"prompt_tokens_details":[' + b"1," * 200
     assert repair.feed(endless) + repair.end() == endless
+
+
+def anthropic(rest: int, read: int | None = None, created: int | None = None) -> bytes:
+    usage = b'"usage":{"input_tokens":%d,"output_tokens":8' % rest
+    if created is not None:
+        usage += b',"cache_creation_input_tokens":%d' % created
+    return usage + (b"}" if read is None else b',"cache_read_input_tokens":%d}' % read)
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "right"),
+    [
+        (anthropic(1, 748, 0), CacheUse(0, 736), anthropic(13, 0, 736)),
+        (anthropic(1, 748, 0), CacheUse(736, 0), anthropic(13, 736, 0)),
+        (anthropic(1, 748), CacheUse(0), anthropic(749, 0)),
+        (anthropic(1, 748), CacheUse(16, 736), anthropic(733, 16)),
+        (anthropic(1, 748, 0), CacheUse(0), anthropic(749, 0, 0)),
+        # Up to 0.23, and without the details.
+        (anthropic(749), CacheUse(16), anthropic(749)),
+        # More than there is of the prompt.
+        (anthropic(1, 748, 0), CacheUse(700, 736), anthropic(0, 700, 736)),
+    ],
+)
+def test_the_prompt_of_messages_is_split_as_prefill_split_it(decode: bytes, prefill: CacheUse, right: bytes) -> None:
+    whole = b'{"content":[{"type":"text","text":"a"}],' + decode + b"}"
+    assert repair_usage(MESSAGES, whole, prefill) == b'{"content":[{"type":"text","text":"a"}],' + right + b"}"
+    start = b'event: message_start\ndata: {"type":"message_start","message":{' + anthropic(749) + b"}}\n\n"
+    stream = start + b'event: message_delta\ndata: {"type":"message_delta",%b}\n\n'
+    body = stream % decode
+    for first in range(len(body)):
+        for second in (first + 1, first + 9, len(body)):
+            repair = UsageRepair(MESSAGES, prefill)
+            pieces = body[:first], body[first:second], body[second:]
+            assert b"".join(map(repair.feed, pieces)) + repair.end() == stream % right
+
+
+def test_created_tokens_of_chat_are_prefills_too() -> None:
+    body = b'{"prompt_tokens_details":{"cached_tokens":%d,"created_cache_tokens":%d,"multimodal_tokens":{"image":64}}}'
+    assert repair_usage(CHAT, body % (89, 0), CacheUse(16, 64)) == body % (16, 64)
+    assert repair_usage(CHAT, body % (89, 0), CacheUse(16)) == body % (16, 0)
+
+
+def test_arguments_of_a_tool_call_are_left_alone() -> None:
+    """In a whole answer of /v1/messages they are JSON, which the model may fill with anything."""
+    call = b'{"content":[{"type":"tool_use","input":{"input_tokens":1,"cache_read_input_tokens":9}}],'
+    body = call + anthropic(1, 748) + b"}"
+    assert repair_usage(MESSAGES, body, CacheUse(0)) == call + anthropic(749, 0) + b"}"
+
+
+@pytest.mark.parametrize("usage", [anthropic(749), anthropic(1, 748), anthropic(13, 0, 736), anthropic(1, 700, 48)])
+def test_cached_tokens_belong_to_the_prompt(usage: bytes) -> None:
+    assert prompt_tokens(b"{" + usage + b"}") == 749
+    assert prompt_tokens(b'data: {"message":{' + anthropic(0) + b"}}\n\ndata: {" + usage + b"}\n\n") == 749
