@@ -70,6 +70,7 @@ class Instance:
         kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
         requests_total, failures_total: legs sent to it, and those that failed by its own fault.
         kv_missing: prefills that were done and did not say where their KV is, so that decode computed (NixlConnector).
+        prefills_refused: prefills that it refused of requests that decode accepted, so that decode computed.
         breaker: leaves it alone while it keeps failing.
         pulse: who waits for its engine, and whether that moves.
         freezes, replays: how often it stood still, and prefills that were repeated to free it.
@@ -107,6 +108,7 @@ class Instance:
     requests_total: int = 0
     failures_total: int = 0
     kv_missing: int = 0
+    prefills_refused: int = 0
     breaker: Breaker = field(default_factory=Breaker)
     pulse: Pulse = field(default_factory=lambda: Pulse(0.0))
     freezes: int = 0

@@ -19,11 +19,14 @@ from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.errors import EngineDisconnected, ProxyError
-from disagg_proxy.flight.verdict import blame, end_lease
+from disagg_proxy.flight.outcome import prefill_refusal
+from disagg_proxy.flight.verdict import blame, end_lease, is_failure
 from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.fields import Route
 from disagg_proxy.protocol.handover import Handover
+from disagg_proxy.protocol.headers import is_stream
 from disagg_proxy.protocol.p2p_nccl import RequestId
+from disagg_proxy.protocol.prefill_answer import error_message
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
 
@@ -116,6 +119,8 @@ class TogetherLegs:
         self._kv = None if prefill is None else KvClaim(registry, prefill, found.decode, 0)
         self._settled = prefill is None
         self._decoding: Vigil | None = None
+        self._refusal: WholeAnswer | None = None
+        self._accepted = False
 
     @property
     def decoding(self) -> Vigil:
@@ -154,10 +159,19 @@ class TogetherLegs:
             whole = await leg.result()
             if whole.status == 200:
                 vigil.heard()
-                lease.end(failed=False)
-                self._settle(whole.body)
-                return whole
+                refusal = None
+                if is_stream(whole.headers):
+                    # A refusal from within the engine is an event of a stream that began with 200.
+                    refusal = prefill_refusal(self.route, whole, self.prepared.choices)
+                if refusal is None:
+                    lease.end(failed=False)
+                    self._settle(whole.body)
+                    return whole
+                whole = refusal
             end_lease(self._registry, lease, self.route, whole.status)
+            if whole.status != 429 and not is_failure(self.route, whole.status):
+                self._refusal = whole
+                self._compare()
         except ProxyError as error:
             blame(self._registry, lease.instance, error)
             lease.end(failed=True)
@@ -250,9 +264,31 @@ class TogetherLegs:
         except ProxyError as error:
             blame(self._registry, self.decode, error)
             raise
+        if answer.status == 200:
+            self._accepted = True
+            self._compare()
         # Whoever reads on is told that the connection has ended.
         vigil.give_up = lambda error: answer.close()
         return answer
+
+    def _compare(self) -> None:
+        """Count a request that prefill refused and decode accepted, once both are known, and log the first one.
+
+        Either the engines differ, or prefill's body breaks a rule of vLLM's that decode's does not: one token, no
+        stream (:func:`disagg_proxy.protocol.fields.for_prefill`).
+        """
+        prefill, refusal = self.prefill, self._refusal
+        if prefill is None or refusal is None or not self._accepted:
+            return
+        self._refusal = None
+        if not prefill.prefills_refused:
+            # What follows may quote the prompt (pydantic's "input").
+            reason = error_message(refusal.body).partition("input")[0][:200]
+            log.warning(
+                "%s refuses requests to %s that %s accepts, which then computes their prompts: status %d, %s",
+                prefill, self.route.path, self.decode, refusal.status, reason,
+            )  # fmt: skip
+        prefill.prefills_refused += 1
 
     def _kv_missing(self) -> None:
         if self.prefill is None:

@@ -57,6 +57,8 @@ def instance_metrics(registry: Registry, overview: Overview) -> Iterable[Metric]
         ("replays", "Prefills repeated to free a decode that waits for KV", counted("replays")),
         ("drains", "KV of abandoned requests that was freed on it", counted("drains")),
         ("drains_failed", "KV of abandoned requests that was not freed on it", counted("drains_failed")),
+        ("kv_missing", "Prefills that did not say where their KV is", counted("kv_missing")),
+        ("prefills_refused", "Prefills it refused of requests that decode accepted", counted("prefills_refused")),
         ("times_lost", "Times it stopped being ready", seen("times_lost")),
         ("restarts", "Times its process was seen to have ended", seen("restarts")),
     ]

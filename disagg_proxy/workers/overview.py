@@ -20,7 +20,10 @@ from disagg_proxy.discovery.listener import Traffic
 from disagg_proxy.stats import Drains, Histogram, Stats
 from disagg_proxy.workers.area import HALF
 
-COUNTED = ("requests_total", "failures_total", "freezes", "replays", "drains", "drains_failed")
+COUNTED = (
+    "requests_total", "failures_total", "freezes", "replays", "drains", "drains_failed", "kv_missing",
+    "prefills_refused",
+)  # fmt: skip
 """Of each instance: what each process counts for itself."""
 
 SEEN = ("times_lost", "restarts")

@@ -125,6 +125,73 @@ async def test_clients_cannot_steer_the_transfer(machine: Machine, pair) -> None
         assert "mine" not in str(engine.received(COMPLETIONS)[0].json)
 
 
+# -- prefill refuses
+
+
+THINKING = [{"type": "enabled", "budget_tokens": 1024}, {"type": "adaptive"}, {"type": "disabled"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("thinking", THINKING, ids=lambda thinking: thinking["type"])
+async def test_thinking_does_not_keep_prefill_from_its_part(machine: Machine, pair, thinking, stream: bool) -> None:
+    """vLLM 0.32 refuses a budget that max_tokens does not exceed, and prefill's is 1."""
+    path = "/v1/messages"
+    body = {**REQUESTS[path], "max_tokens": 2000, "thinking": thinking, "stream": stream}
+    plain = (await machine.post(path + "/count_tokens", body))[2]["input_tokens"]
+    status, _, raw = await machine.send(path, body)
+    assert status == 200, raw
+    assert (computed(pair[1]), external(pair[1])) == (1, plain - 1)
+    await clean(machine, *pair)
+
+
+FORCED = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required", "max_tokens": 60}
+CHATS = "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prefill_that_refuses_what_decode_accepts_is_counted_and_logged_once(
+    machine: Machine, pair, caplog, path: str, stream: bool
+) -> None:
+    prefill, decode = pair
+    said = b"{\"error\": {\"message\": \"[{'msg': 'no budget', 'input': 'a secret prompt'}]\"}}"
+    body = {**REQUESTS[path], "stream": stream}
+    if stream and path == COMPLETIONS:
+        body["stream_options"] = {"include_usage": True}
+    for _ in range(3):
+        prefill.faults.fail_next(400, said, path=path)
+        assert (await machine.send(path, body))[0] == 200
+    assert external(decode) == 0
+    await soon(machine.proxy.until_idle())
+    shown = next(i for i in (await machine.get("/stats"))[1]["instances"] if i["role"] == "prefill")
+    assert (shown["prefills_refused"], shown["failures_total"]) == (3, 0)
+    logged = [record.getMessage() for record in caplog.records if "refuses requests" in record.getMessage()]
+    assert len(logged) == 1 and "400" in logged[0] and "no budget" in logged[0] and "secret" not in logged[0]
+    assert machine.proxy.services.stats.prompt_tokens == sum(decode.state()["tokens_by_source"].values()) > 0
+    await clean(machine, *pair)
+
+
+async def test_a_refusal_in_the_stream_of_a_prefill_frees_decode(machine: Machine, pair) -> None:
+    """A forced tool call has prefill stream: its 200 comes before the engine's front end has checked the request."""
+    prefill, decode = pair
+    body = {**REQUESTS[CHATS], **FORCED}
+    event = b'data: {"error": {"message": "no", "type": "BadRequestError", "code": 400}}\n\ndata: [DONE]\n\n'
+    prefill.faults.fail_next(200, event, {"Content-Type": "text/event-stream"}, path=CHATS)
+    assert (await soon(machine.post(CHATS, body)))[0] == 200
+    assert machine.proxy.instance(prefill.http_address).prefills_refused == 1
+    await clean(machine, *pair)
+
+
+async def test_what_both_refuse_and_a_busy_prefill_are_no_such_refusals(machine: Machine, pair) -> None:
+    refused = b'{"error": {"message": "no"}}'
+    for engine in pair:
+        engine.faults.fail_next(400, refused, path=COMPLETIONS)
+    assert (await machine.post(COMPLETIONS, ASK))[0] == 400
+    pair[0].faults.fail_next(429, refused, path=COMPLETIONS)
+    await right(machine.post(COMPLETIONS, ASK))
+    assert machine.proxy.instance(pair[0].http_address).prefills_refused == 0
+
+
 # -- prefill fails
 
 
