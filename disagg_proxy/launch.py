@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, cast
 
 from disagg_proxy.admission.gate import Gate
-from disagg_proxy.admission.size import TokenGuess
+from disagg_proxy.admission.size import TokenGuess, in_blocks
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import NIXL
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
@@ -30,7 +30,7 @@ from disagg_proxy.flight.together import TogetherFlight
 from disagg_proxy.flight.together_legs import Release, TogetherLegs
 from disagg_proxy.observe.record import Record
 from disagg_proxy.protocol.disagg_kv import DisaggKvHandover
-from disagg_proxy.protocol.fields import Route
+from disagg_proxy.protocol.fields import COMPLETIONS, Route
 from disagg_proxy.protocol.handover import Handover
 from disagg_proxy.protocol.nixl import NixlHandover
 from disagg_proxy.protocol.prefix import Wanted, session_name
@@ -178,7 +178,8 @@ class _Order:
     """One request that asks for instances, maybe several times, and makes its legs there."""
 
     __slots__ = (
-        "_launcher", "_together", "headers", "kv_bytes", "prepared", "record", "route", "tokens", "traits", "wish",
+        "_launcher", "_sequences", "_templated", "_together", "headers", "kv_bytes", "prepared", "record", "route",
+        "tokens", "traits", "wish",
     )  # fmt: skip
 
     def __init__(
@@ -191,13 +192,19 @@ class _Order:
         self.prepared = prepared
         self.record = record
         self.tokens = launcher.token_guess.tokens(prepared.model, *prepared.prompt)
-        self.kv_bytes = self.tokens * launcher._config.kv_bytes_per_token
+        per_token = launcher._config.kv_bytes_per_token
+        self.kv_bytes = 0
+        self._templated = route is not COMPLETIONS
+        self._sequences = prepared.choices * prepared.prompts
+        if per_token:
+            most = launcher.token_guess.at_most(prepared.model, *prepared.prompt, self._sequences, self._templated)
+            self.kv_bytes = per_token * most
         self.wish = launcher._wish(prepared, self.tokens)
         shared = prepared.affinity
         name = shared.user
         if session and launcher.wanted.session:
             name = session_name(session.decode("latin-1"))
-        self.traits = Traits(self.tokens, self.kv_bytes, shared.prefix, shared.size, shared.home, name)
+        self.traits = Traits(self.tokens, self.tokens * per_token, shared.prefix, shared.size, shared.home, name)
 
     def admit(self, without: Collection[Instance] = ()) -> AnyLegs | Coroutine[Any, Any, AnyLegs]:
         """Legs, or what to await for them."""
@@ -223,8 +230,17 @@ class _Order:
     def _and_strangers(self, without: Collection[Instance]) -> set[Instance]:
         return {*without, *self._launcher._strangers(self._together)}
 
-    def learn(self, tokens: int) -> None:
-        """Follow how many bytes of text a token takes, where that is asked for; ``tokens`` as prefill counted them."""
-        token_ids, text_bytes = self.prepared.prompt
-        if self._launcher._learns and not token_ids and self.prepared.choices == 1:
-            self._launcher.token_guess.learn(self.prepared.model, text_bytes, tokens)
+    def learn(self, tokens: int) -> int:
+        """Take in the prompts' length as prefill counted it, 0 when it did not.
+
+        Returns:
+            the bytes of KV that they take on decode, from now on the request's own figure.
+        """
+        launcher, prepared = self._launcher, self.prepared
+        token_ids, text_bytes = prepared.prompt
+        if not tokens:
+            return self.kv_bytes
+        if launcher._learns and not token_ids and self._sequences == 1:
+            launcher.token_guess.learn(prepared.model, text_bytes, tokens, self._templated)
+        self.kv_bytes = launcher._config.kv_bytes_per_token * in_blocks(tokens * prepared.choices, self._sequences)
+        return self.kv_bytes

@@ -94,6 +94,18 @@ class KvClaim:
         self._count(-1)
         self._registry.freed()
 
+    def resize(self, size: int) -> None:
+        """Its size is known by now."""
+        less = self._size - size
+        if self.released or not less:
+            return
+        self._size = size
+        self._decode.kv_waiting_bytes -= less
+        if self._registry.shared is not None:
+            self._registry.shared.add(self._decode, KV_WAITING_BYTES, -less)
+        if less > 0:
+            self._registry.freed()
+
     def _count(self, one: int) -> None:
         self._prefill.kv_waiting += one
         self._decode.kv_waiting += one

@@ -83,7 +83,7 @@ class Flight:
         prefill_deadlines: Deadlines,
         loads: Deadlines,
         own_key: bool,
-        prefilled: Callable[[int], None],
+        prefilled: Callable[[int], int],
     ) -> None:
         self._attempts = attempts
         self._background = background
@@ -193,7 +193,7 @@ class Flight:
                 legs.end_decode()
                 return None if legs.abandoned else self._refused(refused, "prefill")
             tokens = prompt_tokens(prefilled.body)
-            self._prefilled(tokens)
+            legs.kv.resize(self._prefilled(tokens))
             use = cache_use(legs.route, prefilled.body)
             self._record.cached_tokens = use.cached
             self._record.prompt_tokens = tokens or None

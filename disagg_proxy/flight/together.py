@@ -45,7 +45,7 @@ class TogetherFlight:
         record: Record,
         *,
         own_key: bool,
-        prefilled: Callable[[int], None],
+        prefilled: Callable[[int], int],
     ) -> None:
         self._attempts = attempts
         self._background = background

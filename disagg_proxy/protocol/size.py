@@ -25,7 +25,7 @@ def prompt_size(body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
     factor = choices_of(body)
     tokens = text = 0
-    for name in ("prompt", "messages", "system", "tools", "input", "instructions"):
+    for name in ("prompt", "messages", "system", "tools", "documents", "input", "instructions"):
         value = body.get(name)
         if value is not None:
             more_tokens, more_text = _measure(value)
@@ -51,5 +51,7 @@ def _measure(value: Any) -> tuple[int, int]:
             else:
                 waiting.extend(item)
         elif isinstance(item, dict):
+            # Templates write the names too; without them a tool's schema has more tokens than bytes.
+            waiting.extend(item)
             waiting.extend(item.values())
     return tokens, text

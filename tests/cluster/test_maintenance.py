@@ -180,3 +180,19 @@ def test_legs_and_kv_that_is_on_its_way_keep_both_sides_from_being_idle(world) -
     assert prefill.idle and not decode.idle
     legs[1].end()
     assert decode.idle and decode.kv_waiting == prefill.kv_waiting == 0
+
+
+def test_kv_counts_at_its_true_size_once_that_is_known(world) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    kv, other = (KvClaim(world.registry, prefill, decode, size) for size in (900, 100))
+    freed: list[int] = []
+    world.registry.watch(freed=lambda: freed.append(decode.kv_waiting_bytes))
+    for size in (400, 400, 700):
+        kv.resize(size)
+        assert decode.kv_waiting_bytes == size + 100
+    assert freed == [500], "only what frees room is announced, once"
+    kv.release()
+    kv.resize(5)
+    assert decode.kv_waiting_bytes == 100
+    other.release()
+    assert decode.kv_waiting_bytes == decode.kv_waiting == 0

@@ -114,6 +114,13 @@ class Load(RuleBasedStateMachine):
         if worker in self.workers:
             legs.end()
 
+    @rule(one=legs, part=st.floats(0, 1))
+    def is_prefilled(self, one, part: float) -> None:
+        """Its KV turns out to be smaller than was estimated."""
+        worker, legs = one
+        if worker in self.workers:
+            legs.kv.resize(int(legs.kv._size * part))
+
     @rule(number=st.integers(0, 2))
     def die(self, number: int) -> None:
         self.table.bury(number)
