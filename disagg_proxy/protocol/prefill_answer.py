@@ -118,8 +118,7 @@ _OVER_CONTEXT = "maximum context length"
 
 
 def prompt_tokens(body: bytes) -> int:
-    """The prompts' length in tokens as an answer's usage gives it, cached ones included, whole or streamed; 0 when it
-    does not."""
+    """The prompts' length in tokens by an answer's usage, cached tokens included; 0 without one."""
     most = 0
     for key in PROMPT:
         at = body.find(key)

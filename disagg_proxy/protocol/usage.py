@@ -80,7 +80,7 @@ def _found(pattern: re.Pattern[bytes], text: bytes) -> int | None:
 
 
 def cache_use(route: Route, prefill_body: bytes) -> CacheUse:
-    """What prefill's answer, whole or streamed, says of its cache; nothing cached where it does not say."""
+    """Prefill's cache figures from its answer, streamed or not; nothing cached where it reports none."""
     spelling = _spelling(route)
     at = prefill_body.rfind(spelling.key)
     fields = spelling.fields.match(prefill_body, at, at + _WINDOW) if at >= 0 else None
@@ -90,12 +90,12 @@ def cache_use(route: Route, prefill_body: bytes) -> CacheUse:
 
 
 def tells_cache_use(route: Route, body: bytes) -> bool:
-    """Whether :func:`repair_usage` may have something to correct in decode's whole answer."""
+    """Whether :func:`repair_usage` may have something to correct in decode's complete answer."""
     return (b'"cache_read_input_tokens"' if route.dialect == "messages" else b'"cached_tokens"') in body
 
 
 def repair_usage(route: Route, body: bytes, use: CacheUse | None) -> bytes:
-    """``body``, a whole answer of decode's, with prefill's figures where it has its own; None changes nothing."""
+    """Decode's complete answer with its cache figures replaced by prefill's; unchanged where ``use`` is None."""
     if use is None:
         return body
     at = max(0, body.rfind(_ANTHROPIC.key)) if route.dialect == "messages" else 0
@@ -154,13 +154,13 @@ def cached_beside(body: bytes, at: int) -> int:
 
 
 class UsageRepair:
-    """:func:`repair_usage` for an event stream that arrives in pieces. Feed them in order, then :meth:`end`.
+    """:func:`repair_usage` for an event stream. Feed its chunks in order, then call :meth:`end`.
 
     Attributes:
         key: what an event with figures holds.
-        use: prefill's figures; may become known while the body comes.
-        held: a tail that waits for its rest. While there is none, :meth:`feed` passes whole lines without :attr:`key`
-            as they are.
+        use: prefill's figures; may be set while the body is streaming.
+        held: the beginning of a key or an object that the next chunk completes. While it is empty, :meth:`feed`
+            returns complete lines without :attr:`key` unchanged.
     """
 
     __slots__ = ("_spelling", "held", "key", "use")

@@ -128,8 +128,8 @@ def test_created_tokens_of_chat_are_prefills_too() -> None:
     assert repair_usage(CHAT, body % (89, 0), CacheUse(16)) == body % (16, 0)
 
 
-def test_arguments_of_a_tool_call_are_left_alone() -> None:
-    """In a whole answer of /v1/messages they are JSON, which the model may fill with anything."""
+def test_arguments_of_a_tool_call_are_not_changed() -> None:
+    """In a complete answer to /v1/messages they are JSON, which the model may fill with anything."""
     call = b'{"content":[{"type":"tool_use","input":{"input_tokens":1,"cache_read_input_tokens":9}}],'
     body = call + anthropic(1, 748) + b"}"
     assert repair_usage(MESSAGES, body, CacheUse(0)) == call + anthropic(749, 0) + b"}"

@@ -234,9 +234,9 @@ def test_a_thinking_budget_is_checked_against_the_limit(thinking, limit: int, re
 
 def test_a_billing_header_is_no_part_of_the_prompt() -> None:
     header = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=7f3"}
-    told = {"type": "text", "text": "Be brief."}
+    kept = {"type": "text", "text": "Be brief."}
     body = {"model": "sim-model", "messages": MESSAGE, "max_tokens": 5}
-    assert to_chat({**body, "system": [header, told]}) == to_chat({**body, "system": [told]})
+    assert to_chat({**body, "system": [header, kept]}) == to_chat({**body, "system": [kept]})
 
 
 async def test_padding_really_travels() -> None:
