@@ -229,6 +229,7 @@ class Flight:
         """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
         if legs is self._legs and not legs.abandoned and self._client.waits:
             legs.abandoned = True
+            legs.keep_for_release()
             self._steps = None
             self._background.spawn(self._go_on(legs.pair, error), "request")
 
@@ -282,6 +283,7 @@ class Flight:
 
     def _drain_behind(self) -> None:
         """Drain the present try's KV while this request goes on."""
+        self._legs.keep_for_release()
         self._background.spawn(self._drain(self._legs), "drain")
 
     async def _drain(self, legs: Legs) -> None:

@@ -117,6 +117,11 @@ class Legs:
         self.prefill_lease.end()
         self.end_decode()
 
+    def keep_for_release(self) -> None:
+        """The request moves to another pair while this try's KV is, or may come to be, on decode: keep what its
+        release needs, whatever becomes of the bodies that the tries share."""
+        self.prepared = self.prepared.for_release()
+
     async def prefill(self) -> WholeAnswer:
         """Send the one-token body to prefill and read its whole answer.
 

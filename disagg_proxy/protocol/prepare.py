@@ -9,7 +9,7 @@ bytes unless a field in them must not pass.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NoReturn
 
@@ -58,8 +58,18 @@ class Prepared:
         return encode(for_drain(json.loads(self.prefill_body)))
 
     def forget_bodies(self) -> None:
-        """Nothing will be sent any more: a long prompt shall not be kept for as long as its answer streams."""
+        """Drop the bodies once the answer streams, so that a long prompt does not stay in memory until its end.
+
+        Every try of a request shares one object; a try that still has KV to release keeps :meth:`for_release`.
+        """
         self.prefill_body = self.decode_body = b""
+
+    def for_release(self) -> Prepared:
+        """A copy with what the release of a try's KV needs, unaffected by :meth:`forget_bodies`.
+
+        The prefill body is shared, not copied: it gives the drain's body, and a replayed prefill.
+        """
+        return replace(self, decode_body=b"")
 
 
 def prepare(route: Route, raw: bytes, wanted: Wanted | None = None) -> Prepared:

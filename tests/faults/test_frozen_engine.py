@@ -9,7 +9,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
-from tests.machine import REQUESTS, RIGHT, check_error, text_of
+from tests.machine import REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -123,17 +123,26 @@ async def test_a_decode_that_comes_round_by_itself_is_back(machine, pair) -> Non
     await machine.unharmed(*pair)
 
 
-async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, pair) -> None:
+async def ask_for(machine, stream: bool) -> str:
+    """The text of the answer to the plain request."""
+    if stream:
+        return text_of_events(await machine.stream(PATH, ASK))
+    status, _, body = await machine.post(PATH, ASK)
+    assert status == 200, body
+    return text_of(body)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, pair, stream: bool) -> None:
     prefill, decode = pair
     registry = machine.proxy.services.registry
     with prefill.faults.held("answer"):
-        asked = asyncio.ensure_future(machine.post(PATH, ASK))
+        asked = asyncio.ensure_future(ask_for(machine, stream))
         await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
         registry.freeze(machine.proxy.instance(decode.http_address), "stands still")
         spare = await machine.engine("decode")
         await soon(machine.proxy.until_state(spare.http_address, State.READY))
-    status, _, body = await soon(asked)
-    assert (status, text_of(body)) == (200, RIGHT[PATH])
+    assert await soon(asked) == RIGHT[PATH]
     first, second = (r.headers["X-Request-Id"] for r in prefill.received(PATH))
     assert first != second and [r.headers["X-Request-Id"] for r in spare.received(PATH)] == [second]
     drains = machine.proxy.services.stats.drains
@@ -145,14 +154,35 @@ async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, 
 
 
 @SOON
-async def test_requests_leave_a_frozen_prefill_and_what_it_sends_later_is_drained(machine, pair) -> None:
+async def test_kv_that_is_released_after_another_try_has_answered_can_be_replayed(machine, pair) -> None:
+    """The first KV is lost, so its release stalls decode; the prefill is repeated although the bodies were dropped."""
+    prefill, decode = pair
+    decode.faults.lose_kv()
+    registry = machine.proxy.services.registry
+    with prefill.faults.held("answer"):
+        asked = asyncio.ensure_future(ask_for(machine, stream=True))
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        registry.freeze(machine.proxy.instance(decode.http_address), "stalled")
+        spare = await machine.engine("decode")
+        await soon(machine.proxy.until_state(spare.http_address, State.READY))
+    assert await soon(asked) == RIGHT[PATH]
+    registry.thaw(machine.proxy.instance(decode.http_address), "moves")
+    await soon(machine.proxy.until_state(decode.http_address, State.FROZEN))
+    await soon(machine.proxy.until_state(decode.http_address, State.READY))
+    shown = await instance_of(machine, decode)
+    assert (shown["replays"], shown["restart_wanted"]) == (1, False)
+    await machine.unharmed(prefill, decode, spare)
+
+
+@SOON
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_requests_leave_a_frozen_prefill_and_what_it_sends_later_is_drained(machine, pair, stream: bool) -> None:
     prefill, decode = pair
     with prefill.faults.held("forward"):
-        asked = asyncio.ensure_future(machine.post(PATH, ASK))
+        asked = asyncio.ensure_future(ask_for(machine, stream))
         await soon(prefill.wait_until(lambda state: state["held_at"] == "forward"))
         spare = await machine.engine("prefill")
-        status, _, body = await soon(asked, 30)
-        assert (status, text_of(body)) == (200, RIGHT[PATH])
+        assert await soon(asked, 30) == RIGHT[PATH]
         (first,), (second,) = prefill.received(PATH), spare.received(PATH)
         assert first.headers["X-Request-Id"] != second.headers["X-Request-Id"]
         assert [r.headers["X-Request-Id"] for r in decode.received(PATH)] == [second.headers["X-Request-Id"]]
