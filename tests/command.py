@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -97,3 +98,46 @@ async def engine_pairs() -> AsyncIterator[Engines]:
             return pair
 
         yield start
+
+
+class EngineProcess:
+    """A simulated engine as a process of its own, for signals that stop it as a whole."""
+
+    def __init__(self, child: asyncio.subprocess.Process) -> None:
+        self.child = child
+        self.http_address = self.kv_address = ""
+
+    async def until_ready(self) -> None:
+        assert self.child.stdout is not None
+        words = (await soon(self.child.stdout.readline(), 30)).decode().split()
+        found = dict(word.split("=", 1) for word in words[1:])
+        self.http_address, self.kv_address = found["http"], found["kv"]
+
+    def stop(self) -> None:
+        self.child.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.child.send_signal(signal.SIGCONT)
+
+    async def kill(self) -> None:
+        self.child.kill()
+        await self.child.wait()
+
+
+@asynccontextmanager
+async def engine_process(role: str, proxy: str | None, *flags: str) -> AsyncIterator[EngineProcess]:
+    """An engine that pings ``proxy``, if that is given, and serves; killed at the end."""
+    pings = ["--proxy", proxy, "--ping-seconds", "0.1"] if proxy else []
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "disagg_proxy.sim", "--role", role, "--port", "0", "--kv-port", "0"),
+        *("--time-per-output-token", "0", *pings, *flags),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        engine = EngineProcess(child)
+        await engine.until_ready()
+        yield engine
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.communicate()

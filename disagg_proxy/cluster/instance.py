@@ -26,7 +26,7 @@ class State(Enum):
 
     PROBING: known, but its HTTP side has not (or no longer) answered rightly, or its KV address is not known.
     READY: may get requests. FROZEN: pings and answers /health, but its forward pass stands still. LOST: its pings
-    stopped; kept a while so that /stats can say so.
+    stopped; kept a while so that /stats can say so, longer when it may be hung (:attr:`Instance.silent`).
     """
 
     PROBING = "probing"
@@ -58,6 +58,8 @@ class Instance:
             /v1/models showed.
         reason: why it is in this state, for people.
         last_ping: clock reading of the last ping, None if there was none.
+        last_answer: clock reading of the last answer to a probe from a process that has been ready; None before that,
+            and once its port refuses connections.
         probe_failures: failed probes in a row.
         epoch: how often its process ended, or may have; after a change the KV it held is gone.
         times_lost: how often it stopped being ready. restarts: how often its process was seen to have ended.
@@ -75,7 +77,7 @@ class Instance:
         pulse: who waits for its engine, and whether that moves.
         freezes, replays: how often it stood still, and prefills that were repeated to free it.
         drains, drains_failed: on decode, KV of abandoned requests that was freed, and that was not.
-        restart_wanted: frozen, and nothing but a restart is left to try.
+        restart_wanted: frozen or hung, and nothing but a restart is left to try.
         senders_frozen: on decode, prefills that stood still while they sent to this process of it.
         salt: a number of its endpoint's own, the same in every process; policies hash with it.
         slot: its place in what several processes of this proxy share; -1 where nothing is shared.
@@ -93,6 +95,7 @@ class Instance:
     reason: str = NOT_PROBED
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     last_ping: float | None = None
+    last_answer: float | None = None
     changed_at: float = 0.0
     probe_failures: int = 0
     epoch: int = 0
@@ -144,6 +147,14 @@ class Instance:
         queue), so it is idle only when decode has loaded the KV.
         """
         return not (self.in_flight or self.visits or self.kv_waiting)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has been ready and now leaves probes without an answer, while its port is not closed.
+
+        A process that is stopped or hung is like this: the kernel still accepts its connections.
+        """
+        return self.last_answer is not None and self.probe_failures > 0
 
     @property
     def explanation(self) -> str:

@@ -65,6 +65,21 @@ class Lease:
         return self.instance.epoch != self._epoch
 
     @property
+    def lost(self) -> bool:
+        """Whether the process of the lease is gone, frozen, without pings, or does not answer its probes.
+
+        A P2pNcclConnector prefill that sends to it blocks in its sender, which has no timeout
+        (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``, ``send_sync``).
+        """
+        state = self.instance.state
+        return (
+            self.process_ended
+            or state is State.FROZEN
+            or state is State.LOST
+            or (state is State.PROBING and self.instance.silent)
+        )
+
+    @property
     def same_process(self) -> bool:
         """Whether the instance is ready now, as the process that the lease began with.
 

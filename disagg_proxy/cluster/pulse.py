@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from disagg_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
-    from disagg_proxy.cluster.instance import Instance
+    from disagg_proxy.cluster.lease import Lease
 
 _RECENT = 256
 """First answers that the pace is learnt from."""
@@ -23,6 +23,9 @@ _ENOUGH = 8
 
 _FACTOR = 5.0
 """An answer is late when it takes so many times what the slowest recent ones took."""
+
+_BLOCKED_FACTOR = 2.0
+"""The same where the cause is known already, in multiples of the median."""
 
 _SMALL = 512
 """Prompt tokens below which a prefill's time is not the prompt's doing."""
@@ -53,17 +56,31 @@ class Pace:
         """
         if len(self._seconds) < _ENOUGH:
             return longest
-        slow = max(_slow(self._seconds), _slow(self._per_token) * tokens)
+        slow = max(_quantile(self._seconds, 0.99), _quantile(self._per_token, 0.99) * tokens)
         return min(max(_FACTOR * slow, shortest), longest)
 
+    def blocked_deadline(self, tokens: int, shortest: float, longest: float) -> float:
+        """As :meth:`deadline`, for an engine that has a known reason to be blocked; never longer than that.
 
-def _slow(values: deque[float]) -> float:
-    """The 99th percentile."""
-    return sorted(values)[int(len(values) * 0.99)]
+        Only the computation of the prompts counts, since an engine that works on a queue steps in between.
+        """
+        usual = self.deadline(tokens, shortest, longest)
+        if len(self._seconds) < _ENOUGH:
+            return min(usual, shortest)
+        compute = _quantile(self._per_token, 0.5) * max(tokens, _SMALL)
+        return min(usual, max(_BLOCKED_FACTOR * compute, shortest / 2))
+
+
+def _quantile(values: deque[float], share: float) -> float:
+    return sorted(values)[int(len(values) * share)]
 
 
 def _nothing(error: ProxyError) -> None:
     """The leg is over."""
+
+
+def _stay() -> None:
+    """The leg cannot move."""
 
 
 class Vigil:
@@ -77,8 +94,9 @@ class Vigil:
         waiting: whether the engine is waited for now, and not the client.
         telling: whether the engine is due to say something before the answer's end. Without streaming decode is not.
         give_up: ends the leg with an error, as far as that may be done.
+        move: for a prefill, lets the request leave for another pair if there is one; the leg itself continues.
         replay: sends the prefill of a decode leg once more, with the same id; True when prefill did it.
-        receiver: for a prefill, whom its KV goes to.
+        receiver: for a prefill, the lease on the decode that its KV goes to.
         size: bytes that remembering the leg takes.
     """
 
@@ -87,6 +105,7 @@ class Vigil:
         "pulse",
         "begun",
         "give_up",
+        "move",
         "receiver",
         "replay",
         "since",
@@ -104,8 +123,9 @@ class Vigil:
         telling: bool,
         give_up: Callable[[ProxyError], None],
         replay: Callable[[], Awaitable[bool]] | None,
-        receiver: Instance | None,
+        receiver: Lease | None,
         size: int,
+        move: Callable[[], None],
     ) -> None:
         self.pulse = pulse
         self._clock = clock
@@ -117,6 +137,7 @@ class Vigil:
         self.give_up = give_up
         self.replay = replay
         self.receiver = receiver
+        self.move = move
         self.size = size
 
     def heard(self) -> None:
@@ -135,7 +156,7 @@ class Vigil:
     def let_go(self) -> None:
         """Nobody will ask anything of the leg: it shall not be kept alive, nor by a cycle that only the garbage
         collector finds."""
-        self.give_up, self.replay = _nothing, None
+        self.give_up, self.replay, self.move = _nothing, None, _stay
 
     def end(self, *, received: bool = True) -> None:
         """The leg is over; harmless when it was before.
@@ -155,7 +176,8 @@ class Pulse:
         open: vigils, oldest first.
         left: decode legs that were given up before their first byte since the engine was last seen to move. The
             engine may be waiting for the KV of one of them.
-        still_since: clock reading at which the last move had been seen.
+        still_since: clock reading at which the last move had been seen, or from which silence is measured anew.
+        moved_at: clock reading at which the last move was seen.
     """
 
     def __init__(self, now: float) -> None:
@@ -164,7 +186,7 @@ class Pulse:
         self.pace = Pace()
         self.open: dict[Vigil, None] = {}
         self.left: list[Vigil] = []
-        self.still_since = now
+        self.still_since = self.moved_at = now
         self._seen = 0
 
     def begin(
@@ -175,11 +197,12 @@ class Pulse:
         telling: bool = True,
         give_up: Callable[[ProxyError], None],
         replay: Callable[[], Awaitable[bool]] | None = None,
-        receiver: Instance | None = None,
+        receiver: Lease | None = None,
         size: int = 0,
+        move: Callable[[], None] = _stay,
     ) -> Vigil:
         """A leg is being sent; the arguments are the attributes of :class:`Vigil`."""
-        vigil = Vigil(self, clock, tokens, telling, give_up, replay, receiver, size)
+        vigil = Vigil(self, clock, tokens, telling, give_up, replay, receiver, size, move)
         self.open[vigil] = None
         return vigil
 
@@ -199,7 +222,7 @@ class Pulse:
         moved = moves != self._seen
         if moved:
             self._seen = moves
-            self.still_since = now
+            self.still_since = self.moved_at = now
             self.left.clear()
         return moved
 
@@ -219,7 +242,18 @@ class Pulse:
 
     def deadline(self, shortest: float, longest: float) -> float:
         """Seconds of such a silence that mean that the engine stands still."""
-        return self.pace.deadline(sum(vigil.tokens for vigil in self.open if vigil.waiting), shortest, longest)
+        return self.pace.deadline(self._tokens(), shortest, longest)
+
+    def blocked_deadline(self, shortest: float, longest: float) -> float:
+        """The same for an engine that sends to one which is lost: it need not be learnt what is normal."""
+        return self.pace.blocked_deadline(self._tokens(), shortest, longest)
+
+    def _tokens(self) -> int:
+        return sum(vigil.tokens for vigil in self.open if vigil.waiting)
+
+    def blocked(self) -> list[Vigil]:
+        """Prefills in flight whose decode is lost."""
+        return [vigil for vigil in self.open if vigil.waiting and vigil.receiver is not None and vigil.receiver.lost]
 
     def unanswered(self) -> list[Vigil]:
         """Decode legs of which one may be waiting for KV that is not there, the likeliest first.

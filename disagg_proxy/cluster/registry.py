@@ -30,6 +30,12 @@ MAX_INSTANCES = 1024
 _FORGET_AFTER = 60.0
 """Seconds for which a lost instance stays visible in /stats."""
 
+_FORGET_HUNG_AFTER = 600.0
+"""The same for one that may be hung, after the time that decides it: its restart has to be asked for."""
+
+_HUNG_AFTER = 3
+"""Expiry times without a ping or an answer after which a process is taken to be hung."""
+
 Watcher = Callable[[Instance], None]
 """Told about one instance; must not block or raise."""
 
@@ -42,6 +48,8 @@ class Registry:
         expiry: seconds without a ping after which a pinging instance is out.
 
     Attributes:
+        hung_after: seconds without any sign of life, from a process that does not refuse connections, after which
+            only a restart helps.
         shared: told what this process puts on instances, where there are others.
         others_send: whether other proxies send requests to the same instances.
     """
@@ -49,6 +57,7 @@ class Registry:
     def __init__(self, clock: Callable[[], float], expiry: float) -> None:
         self._clock = clock
         self._expiry = expiry
+        self.hung_after = _HUNG_AFTER * expiry
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
         self._by_role: dict[Role, tuple[Instance, ...]] = {}
@@ -96,6 +105,8 @@ class Registry:
     def _move(self, instance: Instance, state: State, reason: str) -> None:
         if instance.state is State.READY and state is not State.READY:
             instance.times_lost += 1
+        if state is not instance.state:
+            instance.restart_wanted = False
         instance.state, instance.reason, instance.changed_at = state, reason, self._clock()
         self._serving.clear()
         self.version += 1
@@ -186,6 +197,7 @@ class Registry:
     def admit(self, instance: Instance, models: Mapping[str, Mapping[str, Any]]) -> None:
         """Its /health and /v1/models answered rightly."""
         instance.probe_failures = 0
+        instance.last_answer = self._clock()
         if instance.state in (State.LOST, State.FROZEN):
             return
         if instance.kv is None and instance.kind.addressed:
@@ -206,6 +218,8 @@ class Registry:
         Args:
             gone: its connections are refused. Where a lifeline is held, that one tells whether the process has ended.
         """
+        if gone:
+            instance.last_answer = None
         if gone and instance.state in (State.READY, State.FROZEN) and not self.has_lifeline(instance):
             self.process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
@@ -222,15 +236,14 @@ class Registry:
             self._move(instance, State.FROZEN, reason)
 
     def want_restart(self, instance: Instance, reason: str) -> None:
-        """It is frozen, and nothing else is left to try."""
-        if instance.state is State.FROZEN:
+        """It is frozen or hung, and nothing else is left to try. Withdrawn by every change of its state."""
+        if instance.state is not State.READY:
             instance.restart_wanted = True
-            self._move(instance, State.FROZEN, reason)
+            self._move(instance, instance.state, reason)
 
     def thaw(self, instance: Instance, reason: str) -> None:
         """Its engine moves again; a probe may admit it."""
         if instance.state is State.FROZEN:
-            instance.restart_wanted = False
             self._move(instance, State.PROBING, reason)
             self._want_probe(instance)
 
@@ -241,6 +254,8 @@ class Registry:
         instance.breaker = Breaker()
         orphaned, instance.pulse = instance.pulse, Pulse(self._clock())
         instance.senders_frozen = 0
+        instance.last_answer = None
+        instance.restart_wanted = False
         if self.others_send and instance.role is Role.DECODE:
             self.exchange.suppose_sent((i for i in self._instances.values() if i.role is Role.PREFILL), instance)
         self.exchange.process_ended(instance)
@@ -271,10 +286,10 @@ class Registry:
                 continue
             silent = now - instance.last_ping
             if instance.state is State.LOST:
-                if now - instance.changed_at >= _FORGET_AFTER and _forgettable(instance):
+                after = self.hung_after + _FORGET_HUNG_AFTER if instance.silent else _FORGET_AFTER
+                if now - instance.changed_at >= after and _forgettable(instance):
                     self._drop(instance)
             elif silent >= self._expiry:
-                instance.restart_wanted = False
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
                 _end_prefills(instance, instance.pulse, instance.reason)
 

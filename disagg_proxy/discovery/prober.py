@@ -1,7 +1,8 @@
 """Whether an instance really serves: an HTTP 200 from its /health and its /v1/models.
 
 Pings start about 2 s before vLLM's HTTP server answers, and go on when it is stuck, so a ping alone admits nobody.
-One task per instance; it ends when the instance is forgotten or lost.
+One task per instance; it ends when the instance is forgotten, or lost and not serving: one that merely stopped to ping
+is probed on, to tell a hung process from one that has ended.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Prober:
     async def _follow(self, instance: Instance) -> None:
         retry = _FIRST_RETRY
         wake = self._wake[instance]
-        while self._registry.knows(instance) and instance.state is not State.LOST:
+        while self._registry.knows(instance) and (instance.state is not State.LOST or instance.last_answer is not None):
             wake.clear()
             await self.look(instance)
             if instance.state is State.READY:
@@ -100,6 +101,8 @@ class Prober:
             models = _models(await self._get(instance, "/v1/models"))
         except _NotServing as refusal:
             instance.probe_failures += 1
+            if not refusal.tolerable and instance.last_answer is not None:
+                instance.last_answer = self._registry.now()
             if not refusal.tolerable or instance.probe_failures >= _TOLERATED_TIMEOUTS:
                 self._registry.suspend(instance, str(refusal), gone=refusal.gone)
         else:

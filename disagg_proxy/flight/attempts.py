@@ -57,6 +57,10 @@ class Attempts(Generic[L]):
         self._failed: frozenset[Instance] = frozenset()
         self.legs: L = first
 
+    def possible(self, failed: Instance) -> bool:
+        """Whether a try is left, and a pair without ``failed`` could serve it."""
+        return self._left > 0 and self._serves({*self._failed, failed})
+
     async def another(self, failed: Instance, waiting: Callable[[], bool], suspect: Instance | None = None) -> bool:
         """Set up other legs without ``failed``; False when there are none, or no try is left.
 
@@ -90,9 +94,14 @@ class Attempts(Generic[L]):
     def _without(self, suspect: Instance | None) -> Collection[Instance] | None:
         """Whom to leave out; None when nobody is left."""
         for without in ({*self._failed, suspect}, self._failed) if suspect else (self._failed,):
-            try:
-                self._order.check(without)
-            except ProxyError:
-                continue
-            return without
+            if self._serves(without):
+                return without
         return None
+
+    def _serves(self, without: Collection[Instance]) -> bool:
+        """Whether somebody can serve it without these."""
+        try:
+            self._order.check(without)
+        except ProxyError:
+            return False
+        return True

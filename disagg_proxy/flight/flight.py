@@ -8,6 +8,7 @@
     decode cannot be reached       another pair; without one 502. The KV is drained, unless its process has ended
     decode broken before the first byte    502, no drain: it may have been received, and a second decode of an id hangs
     prefill stands still           another pair; without one 504. The old leg runs on, then its KV is drained
+    decode or prefill is lost during the prefill    another pair; without one the leg is waited for
     decode stands still            504 before the first byte of the answer, a cut afterwards
     client leaves before the first byte of the answer    decode is aborted once it surely has the request
     client leaves later            decode is aborted at once: vLLM frees everything itself
@@ -26,14 +27,13 @@ from collections.abc import Callable
 from enum import Enum
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.pairing import Pair
 from disagg_proxy.deadlines import Deadlines
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
 from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.client import Client, Told
 from disagg_proxy.flight.drains import Drainer
-from disagg_proxy.flight.legs import Legs, NotAsked
+from disagg_proxy.flight.legs import Legs, NotAsked, decode_went_away
 from disagg_proxy.flight.outcome import Outcome, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.flight.relay import Relay
 from disagg_proxy.flight.verdict import is_failure
@@ -197,6 +197,9 @@ class Flight:
             use = cache_use(legs.route, prefilled.body)
             self._record.cached_tokens = use.cached
             self._record.prompt_tokens = tokens or None
+            if legs.abandoned and legs.decode_lease.process_ended:
+                legs.give_back()
+                return None
             if legs.abandoned or not self._client.waits:
                 self._background.spawn(self._drain(legs), "drain")
                 return None
@@ -225,17 +228,29 @@ class Flight:
                 return await self._refused_by_decode(answer)
             await self._another_or_raise(legs.pair.decode, lost)
 
-    def _leave_behind(self, legs: Legs, error: ProxyError) -> None:
-        """Prefill stands still: the request goes on with another pair, the leg runs on by itself."""
-        if legs is self._legs and not legs.abandoned and self._client.waits:
-            legs.abandoned = True
-            legs.keep_for_release()
-            self._steps = None
-            self._background.spawn(self._go_on(legs.pair, error), "request")
+    def _leave_behind(self, legs: Legs, error: ProxyError | None) -> None:
+        """Continue the request on another pair while the prefill leg runs on.
 
-    async def _go_on(self, pair: Pair, error: ProxyError) -> None:
-        # Prefill may stand still because decode takes in no KV, and so would the next one.
-        if await self._attempts.another(pair.prefill, lambda: self._client.waits, suspect=pair.decode):
+        Args:
+            error: prefill is frozen; the client gets this where there is no other pair. None: prefill or decode is
+                lost, and the leg is left only for a pair that can serve.
+        """
+        if legs is not self._legs or legs.abandoned or not self._client.waits:
+            return
+        # A frozen prefill may be blocked by a decode that takes in no KV, and a lost decode blocks its prefill.
+        failed, suspect = legs.pair.prefill, legs.pair.decode
+        if error is None:
+            if legs.decode_lease.lost:
+                failed, suspect = suspect, failed
+            if not self._attempts.possible(failed):
+                return
+        legs.abandoned = True
+        legs.keep_for_release()
+        self._steps = None
+        self._background.spawn(self._go_on(failed, suspect, error or decode_went_away()), "request")
+
+    async def _go_on(self, failed: Instance, suspect: Instance, error: ProxyError) -> None:
+        if await self._attempts.another(failed, lambda: self._client.waits, suspect=suspect):
             self._stats.failovers += 1
             self._begin_try()
             self._begin()

@@ -42,6 +42,11 @@ class NotAsked(Exception):
         self.error = error
 
 
+def decode_went_away() -> EngineError:
+    """What the client gets for it when no other pair can serve the request."""
+    return EngineFailed("The decode instance went away during the prefill.")
+
+
 class Legs:
     """The legs of one try of a request, on one pair. Creating it takes its places on both instances.
 
@@ -51,8 +56,9 @@ class Legs:
         trace: what both instances are told of the trace that the request belongs to.
 
     Attributes:
-        when_prefill_stands: told that prefill stands still while this leg waits for it. The leg itself waits on: a
-            prefill that was sent is never cancelled.
+        when_prefill_stands: notified, while this leg waits for prefill, that no answer is to be expected: with the
+            error when prefill is frozen, with None when prefill or decode is lost, which may be temporary. The leg
+            itself continues: a prefill that was sent is never cancelled.
         abandoned: whether the request goes on elsewhere; then only the KV is left to see to.
         frozen: why decode was given up, None while it was not.
     """
@@ -86,7 +92,7 @@ class Legs:
         self.prefill_lease = Lease(registry, pair.prefill, pair.prefill_tokens)
         self.decode_lease = Lease(registry, pair.decode, pair.decode_tokens)
         self.kv = KvClaim(registry, pair.prefill, pair.decode, kv_bytes)
-        self.when_prefill_stands: Callable[[Legs, ProxyError], None] | None = None
+        self.when_prefill_stands: Callable[[Legs, ProxyError | None], None] | None = None
         self.abandoned = False
         self.frozen: ProxyError | None = None
         self._decoding: Vigil | None = None
@@ -137,7 +143,8 @@ class Legs:
             self._registry.now,
             tokens=self._tokens,
             give_up=self._prefill_stands,
-            receiver=self.pair.decode,
+            receiver=self.decode_lease,
+            move=self._prefill_stands,
         )
         try:
             whole = (await self._prefilled()).read()
@@ -156,7 +163,7 @@ class Legs:
         end_lease(self._registry, lease, self.route, whole.status)
         return whole
 
-    def _prefill_stands(self, error: ProxyError) -> None:
+    def _prefill_stands(self, error: ProxyError | None = None) -> None:
         if self.when_prefill_stands is not None:
             self.when_prefill_stands(self, error)
 
@@ -216,7 +223,7 @@ class Legs:
             EngineError, EngineDeadline: there is no answer.
         """
         if not self.decode_lease.same_process:
-            raise NotAsked(EngineFailed("The decode instance went away during the prefill."))
+            raise NotAsked(decode_went_away())
         self._watch_decode(telling=self.prepared.streams)
         try:
             return await self._begun()

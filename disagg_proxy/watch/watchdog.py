@@ -7,6 +7,10 @@
                    to another pair with a new id while the old legs run on, since a prefill is never cancelled
     moves again    back in service through a probe, with its breaker half open
     a second prefill freezes while it sends to one decode    that decode's KV listener is dead: it is taken out too
+    a decode is lost       requests that still prefill for it move to another pair at once; their prefills, which block
+                   in their sender, are judged by their counters without waiting for the learnt deadline
+    neither pings nor answers, as after SIGSTOP    hung: ``restart_wanted`` after Registry.hung_after, and its waiting
+                   requests end as above
 
 With other processes of this proxy beside it an engine that one of them finds is frozen here too, and what is decided is
 decided once (watch/witness.py). One task looks at all instances; one more runs for each instance that is suspected.
@@ -21,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import EngineFrozen, ProxyError
 from disagg_proxy.upstream import Upstream
@@ -105,14 +110,42 @@ class Watchdog:
         pulse = instance.pulse
         pulse.moves_elsewhere = self._witness.moves(instance)
         moved = pulse.look(now)
+        if self._hung(instance, now):
+            return
+        blocked = self._leave(instance)
         if instance.state is State.READY and instance not in self._suspects and self._witness.frozen(instance):
             self._follow(instance, self._join(instance))
             return
         if moved or instance.state is not State.READY or instance in self._suspects:
             return
-        deadline = pulse.deadline(self._shortest, self._longest)
+        deadline = (pulse.blocked_deadline if blocked else pulse.deadline)(self._shortest, self._longest)
         if pulse.silent_for(now) > deadline / 2:
             self._follow(instance, self._suspect(instance, deadline / 2))
+
+    def _leave(self, instance: Instance) -> bool:
+        """Let requests leave a prefill that is lost itself, or whose decode is; True for the latter."""
+        if instance.role is not Role.PREFILL:
+            return False
+        blocked = instance.pulse.blocked()
+        own = instance.state is not State.READY and instance.silent
+        for vigil in instance.pulse.waiting() if own else blocked:
+            vigil.move()
+        return bool(blocked)
+
+    def _hung(self, instance: Instance, now: float) -> bool:
+        """Whether its process shows no sign of life for too long; its restart is then asked for, once."""
+        if instance.last_answer is None or not instance.silent or instance.state in (State.READY, State.FROZEN):
+            return False
+        dead_for = now - max(instance.last_answer, instance.last_ping or 0.0, instance.pulse.moved_at)
+        if dead_for < self._registry.hung_after:
+            return False
+        if not instance.restart_wanted:
+            pings = "" if instance.last_ping is None else "no ping and "
+            reason = f"its process hangs: {pings}no answer from /health for {dead_for:.0f} s; restart it"
+            self._registry.want_restart(instance, reason)
+            log.error("%s is given up: %s", instance, reason)
+            self._answer_waiting(instance, "does not answer")
+        return True
 
     def _follow(self, instance: Instance, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"suspect {instance}")
@@ -195,20 +228,24 @@ class Watchdog:
         return engine_counters(whole.body) if whole.status == 200 else ()
 
     def _give_up(self, instance: Instance, reason: str) -> None:
-        """Tell everybody who waits for it that nothing will come."""
-        pulse = instance.pulse
+        """Ask for its restart, and end the waits for it."""
         self._registry.want_restart(instance, reason)
         self._witness.give_up(instance)
         log.error("%s is given up: %s", instance, reason)
-        error = EngineFrozen(f"The {instance.role.value} instance stands still.")
-        vigils = list(pulse.open)
+        vigils = self._answer_waiting(instance, "stands still")
+        if instance.role is Role.PREFILL and vigils and (receiver := vigils[0].receiver) is not None:
+            self._blame_receiver(instance, receiver.instance)
+
+    def _answer_waiting(self, instance: Instance, what: str) -> list[Vigil]:
+        """Notify all legs on it that nothing will come, which ends them or moves their requests."""
+        error = EngineFrozen(f"The {instance.role.value} instance {what}.")
+        vigils = list(instance.pulse.open)
         for vigil in vigils:
             vigil.give_up(error)
-        if instance.role is Role.PREFILL and vigils:
-            self._blame_receiver(instance, vigils[0].receiver)
+        return vigils
 
-    def _blame_receiver(self, prefill: Instance, decode: Instance | None) -> None:
-        if decode is None or decode.state is not State.READY:
+    def _blame_receiver(self, prefill: Instance, decode: Instance) -> None:
+        if decode.state is not State.READY:
             return
         if self._witness.blame(prefill, decode) >= _SENDERS:
             # What it has taken in before it may still answer.

@@ -74,6 +74,35 @@ def test_a_lost_instance_is_forgotten_but_not_while_it_is_in_use(world) -> None:
     assert not world.registry.knows(instance)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_one_that_may_be_hung_is_remembered_longer(world, wanted: bool) -> None:
+    """Its restart has to be asked for, and seen to be."""
+    instance = world.ready(Role.DECODE, 2)
+    world.time += 10
+    world.registry.expire()
+    instance.probe_failures = 3
+    if wanted:
+        world.time += 20
+        world.registry.want_restart(instance, "its process hangs")
+    world.time += 629
+    world.registry.expire()
+    assert world.registry.knows(instance) and instance.restart_wanted is wanted
+    world.time += 1
+    world.registry.expire()
+    assert not world.registry.knows(instance)
+
+
+def test_a_lost_one_that_refuses_connections_is_forgotten_as_before(world) -> None:
+    instance = world.ready(Role.DECODE, 2)
+    world.time += 10
+    world.registry.expire()
+    instance.probe_failures = 3
+    world.registry.suspend(instance, "its HTTP port refuses connections", gone=True)
+    world.time += 60
+    world.registry.expire()
+    assert not world.registry.knows(instance)
+
+
 def test_suspended_is_out_until_a_probe_admits_it_again_and_counts_as_another_process(world) -> None:
     instance = world.ready(D, 1)
     world.registry.lost_contact(instance, "refused")

@@ -137,6 +137,7 @@ async def test_requests_leave_a_prefill_that_freezes_on_a_dead_decode(machine, f
     prefills[0].faults.release()
     await soon(asyncio.gather(*requests), 30)
     assert prefills[0].state()["stalled_on"] is not None
+    await soon(machine.proxy.until(lambda: machine.proxy.instance(prefills[0].http_address).restart_wanted))
     shown = (await machine.get("/stats"))[1]["instances"][0]
     assert (shown["state"], shown["restart_wanted"]) == ("frozen", True)
     assert len(set(ids(*decodes))) == len(ids(*decodes)), "no id is decoded twice"

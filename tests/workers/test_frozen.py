@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from disagg_proxy.sim import expected_text
+from tests.command import engine_process
 from tests.conftest import soon
 from tests.workers.conftest import ASK, PATH, until
 
@@ -90,6 +91,25 @@ async def test_one_that_comes_round_by_itself_is_back_for_all(fleet, engines) ->
     await until(lambda: _state_everywhere(doors, decode, "ready"))
     for door in doors:
         assert (await door.ask())[0] in (200, 503), "one of them tries it first"
+
+
+async def test_what_a_stopped_decode_means_is_known_to_all(fleet, engines) -> None:
+    """Each worker finds the process hung; the prefill that blocks behind it is found by the one whose request waits."""
+    proxy = await fleet(2, INSTANCE_EXPIRY="0.8", PROBE_INTERVAL="0.2", FREEZE_AFTER_MIN="0.8")
+    (prefill, decode) = await engines(proxy.zmq)
+    await decode.stop()
+    stopped = await proxy.stack.enter_async_context(engine_process("decode", proxy.zmq))
+    for engine in (prefill, stopped):
+        await proxy.until_known(engine)
+    doors = await proxy.doors()
+    stopped.stop()
+    status, body = await soon(doors[0].ask())
+    assert (status, body["error"]["message"]) == (504, "The prefill instance stands still.")
+    await until(lambda: _state_everywhere(doors, prefill, "frozen", restart=True))
+    await until(lambda: _state_everywhere(doors, stopped, "lost", restart=True))
+    assert (await doors[1].instance(prefill))["freezes"] == 1
+    await stopped.kill()
+    await until(lambda: _state_everywhere(doors, stopped, "lost"))
 
 
 async def _state_everywhere(doors, engine, state: str, restart: bool = False) -> bool:
