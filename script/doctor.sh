@@ -29,7 +29,7 @@ cmd_doctor() {
   doctor_memory
   doctor_limits
   doctor_files
-  doctor_frozen
+  doctor_running
   if ((DOCTOR_ERRORS)); then
     complain doctor_bad "$DOCTOR_ERRORS" "$DOCTOR_WARNINGS"
     return 1
@@ -192,13 +192,23 @@ doctor_files() {
   if ((stale == 0)); then verdict_ok doc_run_dir "$RUN_DIR"; fi
 }
 
-# What only the proxy can tell of engines that run.
-doctor_frozen() {
-  local name reason
+# What runs, as `status` judges it.
+doctor_running() {
+  local name reason loading=''
   part_alive proxy || return 0
   ask_proxy
-  for name in "${PREFILLS[@]}" "${DECODES[@]}"; do
-    reason=${PROXY_WANTS[${PART_HTTP[$name]}]:-}
-    if [[ -n $reason ]]; then verdict_error doc_frozen "$name" "$reason" "$name"; fi
+  for name in "${PREFILLS[@]}" "${DECODES[@]}" proxy; do
+    part_alive "$name" || continue
+    reason=${PROXY_WANTS[${PART[http]:-none}]:-}
+    if [[ -n $reason ]]; then
+      verdict_error doc_frozen "$name" "$reason" "$name"
+    else
+      readiness
+      case $HEALTH in
+        loading) loading=1 ;;
+        hung) verdict_error doc_hung "$name" "$READINESS" "$name" ;;
+      esac
+    fi
   done
+  if pair_is_missing "$loading"; then verdict_error doc_no_pair "$MISSING"; fi
 }

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Engines that ping and answer /health while their forward pass stands still. Only the proxy can tell: /stats shows
-# `restart_wanted` once it has tried in vain to bring one back. The supervisor ends such an engine, and goes on as if it had
-# died. Left alone are
+# Engines that the proxy wants restarted (`restart_wanted` in /stats): frozen, so that they ping and answer /health while their
+# forward pass is stalled, or hung, so that they neither ping nor answer. Only the proxy can tell. The supervisor ends such
+# an engine and then treats it as one that has died. Exempt are
 #   an engine in the foreground: the log says once what to do;
 #   a process that may be younger than the wish, since the proxy needs a moment to see that an engine was restarted: it must
-#   have been seen content with this one, or this one must be a minute old and answer.
+#   have been seen content with this one, or this one must be a minute old and listen.
 
 NEXT_LOOK=0                # when to ask again, in bash's SECONDS
 declare -A CONTENT_WITH=() # the PID with which the proxy was seen content, by name
@@ -53,5 +53,5 @@ end_frozen() {
 wish_is_for_this() {
   local now
   printf -v now '%(%s)T' -1
-  [[ ${CONTENT_WITH[$1]:-} == "$PART_PID" ]] || { ((now - ${PART[since]:-now} >= 60)) && engine_ready "$1"; }
+  [[ ${CONTENT_WITH[$1]:-} == "$PART_PID" ]] || { ((now - ${PART[since]:-now} >= 60)) && port_taken "${PART_HTTP[$1]}"; }
 }

@@ -2,7 +2,7 @@
 # `status`, `logs` and `env`: looking without changing anything.
 
 cmd_status() {
-  local name worst=0 state ready simulated='' supervised=''
+  local name worst=0 state ready simulated='' supervised='' loading=''
   local -a names=()
   mapfile -t names < <(known_parts)
   if ((${#names[@]} == 0)); then
@@ -18,8 +18,12 @@ cmd_status() {
     if [[ ${PART[kind]:-} == sim ]]; then simulated=1; fi
     state=$PART_STATE ready=-
     if [[ $PART_STATE == alive ]]; then
-      ready=$(readiness "$name")
-      if [[ -n ${PROXY_FROZEN[${PART[http]:-none}]:-} ]]; then state=frozen worst=1; fi
+      readiness
+      ready=$READINESS
+      case $HEALTH in
+        loading) loading=1 ;;
+        hung | frozen) state=$HEALTH worst=1 ;;
+      esac
     else
       worst=1
       if [[ $PART_STATE == reused ]]; then state=dead; fi
@@ -28,9 +32,13 @@ cmd_status() {
     fi
     printf '%-12s %-10s %-8s %-13s %-9s %-9s %s\n' "$name" "$(kind_shown "${PART[kind]:-?}")" "$PART_PID" \
       "$(ports_shown)" "$state" "$(uptime_shown)" "$ready"
-    remedy_shown "$name" "$supervised"
+    remedy_shown "$name" "$supervised" "$state"
     restarts_shown "$name"
   done
+  if pair_is_missing "$loading"; then
+    worst=1
+    complain status_no_pair "$MISSING"
+  fi
   if [[ -n $simulated ]]; then warn status_sim; fi
   gpu_memory_shown
   return "$worst"
@@ -51,35 +59,66 @@ uptime_shown() {
   if [[ $PART_STATE != alive ]]; then printf -- '-'; else printf '%d:%02d:%02d' $((seconds / 3600)) $((seconds / 60 % 60)) $((seconds % 60)); fi
 }
 
-# An engine's own /health says only that its HTTP side lives, so the proxy's opinion stands beside it.
+# How the loaded part, which is alive, serves: READINESS in words, and HEALTH:
+#   ok        it answers
+#   frozen    so the proxy says. An engine's own /health tells only that its HTTP side lives
+#   loading   its HTTP port does not listen yet
+#   hung      it listens without an answer, or without a good one
+# The proxy also leaves MISSING: what keeps every pair from serving, empty when requests can be served.
+READINESS='' HEALTH='' MISSING=''
 readiness() {
   local port=${PART[http]:-}
+  HEALTH=ok
   case ${PART[role]} in
-    supervisor) printf '%s' "$(text status_watching)" ;;
+    supervisor) READINESS=$(text status_watching) ;;
     proxy)
+      MISSING=''
       if proxy_get /health && [[ $HTTP_BODY =~ \"pairs\":\ *([0-9]+) ]]; then
-        text status_pairs "${BASH_REMATCH[1]}"
-        if [[ $HTTP_STATUS != 200 && $HTTP_BODY =~ \"missing\":\ *\[([^]]*)\] ]]; then printf ': %s' "$(plain_line "${BASH_REMATCH[1]}")"; fi
+        READINESS=$(text status_pairs "${BASH_REMATCH[1]}")
+        if [[ $HTTP_STATUS != 200 && $HTTP_BODY =~ \"missing\":\ *\[([^]]*)\] ]]; then
+          MISSING=$(plain_line "${BASH_REMATCH[1]}")
+          READINESS+=": $MISSING"
+        fi
       else
-        text status_silent
+        no_answer
       fi
       ;;
     *)
-      if [[ -z ${PROXY_FROZEN[$port]:-} ]] &&
-        { ! http_get "$(reach "$ENGINE_HOST")" "$port" /health || [[ $HTTP_STATUS != 200 ]]; }; then
-        text status_loading
-      elif [[ -n ${PROXY_STATE[$port]:-} ]]; then
-        text status_proxy_says "$(plain_line "${PROXY_STATE[$port]}")" "${PROXY_COUNT[$port]}"
+      if [[ -n ${PROXY_FROZEN[$port]:-} ]]; then
+        HEALTH=frozen
+      elif ! http_get "$(reach "$ENGINE_HOST")" "$port" /health || [[ $HTTP_STATUS != 200 ]]; then
+        no_answer
+        if [[ -n ${PROXY_WANTS[$port]:-} ]]; then READINESS+=" (${PROXY_WANTS[$port]})"; fi
+        return 0
+      fi
+      if [[ -n ${PROXY_STATE[$port]:-} ]]; then
+        READINESS=$(text status_proxy_says "$(plain_line "${PROXY_STATE[$port]}")" "${PROXY_COUNT[$port]}")
       else
-        text status_unknown
+        READINESS=$(text status_unknown)
       fi
       ;;
   esac
 }
 
-# What to do about an engine that the proxy wants restarted, where no supervisor does it.
+no_answer() {
+  if ! port_taken "${PART[http]}"; then
+    HEALTH=loading READINESS=$(text status_loading)
+  elif [[ $HTTP_STATUS == 000 ]]; then
+    HEALTH=hung READINESS=$(text status_silent)
+  else
+    HEALTH=hung READINESS=$(text status_bad "$HTTP_STATUS")
+  fi
+}
+
+# pair_is_missing LOADING: whether `all` had everything up and no request can be served now. Not while an engine still
+# loads, or while another command or the supervisor changes what runs.
+pair_is_missing() {
+  [[ -n $MISSING && -z $1 && -r $RUN_DIR/settings ]] && ! lock_holder
+}
+
+# What to do about an engine that must be restarted, where no supervisor does it.
 remedy_shown() {
-  [[ $PART_STATE == alive && -n ${PROXY_WANTS[${PART[http]:-none}]:-} ]] || return 0
+  [[ $PART_STATE == alive && ($3 == hung || -n ${PROXY_WANTS[${PART[http]:-none}]:-}) ]] || return 0
   if [[ ${PART[mode]:-} == foreground ]]; then
     printf '             %s\n' "$(text status_wanted_terminal)"
   elif [[ -z $2 ]]; then

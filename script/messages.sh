@@ -187,14 +187,16 @@ env_no_vllm|No vLLM found here; the commands are those for %s.|此处未找到 v
 status_watching|watching|监护中
 status_pairs|%s pair(s)|%s 对
 status_silent|does not answer|无响应
-status_loading|loading, or not answering|加载中或无响应
+status_loading|loading|加载中
+status_bad|its /health answers %s|其 /health 返回 %s
+status_no_pair|no request can be served: %s|无法处理任何请求：%s
 status_proxy_says|proxy: %s; %s requests so far|代理：%s；累计 %s 个请求
 status_flying|%s, %s in flight (%s)|%s，在途 %s（%s）
 status_unknown|answers; the proxy does not know it|有响应；代理尚未接纳
 status_restarts|restarts: %s; last %s: %s|重启 %s 次；最近 %s：%s
 status_given_up|given up; see %s, then `restart`|已放弃重启；查看 %s 后执行 `restart`
-status_wanted|frozen: `restart %s` brings it back|已卡住：`restart %s` 可恢复
-status_wanted_terminal|frozen: stop it in its terminal with Ctrl+C and start it again|已卡住：请在其终端中按 Ctrl+C 停止并重新启动
+status_wanted|`restart %s` brings it back|`restart %s` 可恢复
+status_wanted_terminal|stop it in its terminal with Ctrl+C and start it again|请在其终端中按 Ctrl+C 停止并重新启动
 status_sim|The engines are SIMULATED: no model runs.|引擎是模拟的：没有运行真实模型。
 sup_watching|watching: %s|开始监护：%s
 sup_ends|the supervisor ends|监护进程结束
@@ -264,6 +266,8 @@ doc_stale_dead|%s: its PID file names PID %s, which is gone, started %s min ago;
 doc_stale_reused|%s: its PID file names PID %s, which is another process by now, started %s min ago; `stop` clears it and leaves that process alone|%s：PID 文件中的 PID %s 现属于其他进程，启动于 %s 分钟前；`stop` 会清理文件且不影响该进程
 doc_clock|%s: its PID file is from the future; the clock was set back|%s：PID 文件时间在未来；系统时钟曾被回拨
 doc_frozen|%s is frozen, says the proxy: %s. `restart %s` brings it back|代理报告 %s 已卡住：%s。`restart %s` 可恢复
+doc_hung|%s runs, but %s. `restart %s` brings it back|%s 在运行，但%s。`restart %s` 可恢复
+doc_no_pair|no request can be served: %s|无法处理任何请求：%s
 TABLE
 )
 readonly MESSAGE_TABLE

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from tests.script.machine import FAST, Machine, wait_for
 
@@ -61,6 +64,58 @@ def test_decode_killed_under_load(machine: Machine) -> None:
     assert f"PID {decode} died" in status and "had sent KV" in status
     machine.ok("stop")
     assert machine.leftovers() == {}
+
+
+SOON = {"INSTANCE_EXPIRY": "0.7", "PROBE_INTERVAL": "0.3", "FREEZE_AFTER_MIN": "0.8"}
+
+
+def test_a_decode_that_is_stopped_as_a_whole(machine: Machine) -> None:
+    """It neither pings nor answers: restarted with the prefill that has sent to it, as one that froze."""
+    machine.env |= SOON
+    machine.ok("all")
+    machine.ok("test")
+    old = {name: machine.pid(name) for name in ("proxy", "prefill", "decode")}
+    os.kill(old["decode"], signal.SIGSTOP)
+    wait_for(lambda: back(machine, "decode", old["decode"]) and back(machine, "prefill", old["prefill"]), 40)
+    wait_for(lambda: serves(machine))
+    assert machine.pid("proxy") == old["proxy"] and old["decode"] not in machine.leftovers()
+    log = machine.log("supervisor")
+    assert re.search(rf"decode \(PID {old['decode']}\) is frozen, says the proxy \(its process hangs: no ping", log)
+    assert "after TERM: KILL" in log
+    wait_for(lambda: machine.run("status").returncode == 0)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_status_and_doctor_say_what_hangs_and_that_there_is_no_pair(machine: Machine, name: str) -> None:
+    machine.env |= SOON
+    machine.ok("all", "--no-supervise")
+    machine.ok("doctor")
+    pid = machine.pid(name)
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: pairs(machine) == 0)
+    status, doctor = machine.run("status"), machine.run("doctor")
+    assert status.returncode == doctor.returncode == 1
+    row = next(line for line in status.stdout.splitlines() if line.startswith(name))
+    assert row.split()[4] == "hung" and "does not answer" in row
+    assert f"`restart {name}` brings it back" in status.stdout
+    missing = f"no {name} instance is ready (one is lost"
+    assert "no request can be served" in status.stderr and missing in status.stdout
+    assert "No errors" not in doctor.stderr
+    assert f"`restart {name}` brings it back" in doctor.stdout and missing in doctor.stdout
+    os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: machine.run("status").returncode == 0)
+    machine.ok("doctor")
+
+
+def test_what_still_loads_is_no_error(machine: Machine) -> None:
+    starting = machine.start("all", EXTRA_SIM_ARGS="--ping-seconds 0.2 --startup-seconds 60")
+    try:
+        wait_for(lambda: machine.fields("decode").get("pid", "0") != "0")
+        status = machine.ok("status")
+        assert status.stdout.count(" loading") == 2 and "no request can be served" not in status.stderr
+    finally:
+        starting.terminate()
+        starting.wait(40)
 
 
 def test_prefill_and_proxy_come_back_alone(machine: Machine) -> None:
