@@ -18,7 +18,8 @@ from disagg_proxy.workers.ledger import Slots
 log = logging.getLogger(__name__)
 
 _FORGET_AFTER = 90.0
-"""Seconds without a ping, longer than any registry remembers one that is lost."""
+"""Seconds without a ping after which a slot may be given to another instance, where none is free. A registry that still
+remembers the one before, as it may be hung, then counts only its own load on it."""
 
 _SAME_END = 5_000_000_000
 """Nanoseconds within which several workers notice the same end of a process."""

@@ -1,10 +1,12 @@
 """Drains: what frees KV whose decode will not come, when it is sent, and when it must not be."""
 
 import asyncio
+import gc
 
 import pytest
 
 from disagg_proxy.cluster.instance import State
+from disagg_proxy.protocol.prepare import Prepared
 from tests.conftest import soon
 from tests.faults.conftest import ids, without_kept_connections
 from tests.machine import REQUESTS
@@ -184,3 +186,28 @@ async def test_a_drain_of_a_decode_that_died_is_given_up_at_once(machine, pair, 
     drains = machine.proxy.services.stats.drains
     assert (drains.started, drains.done, drains.failed, drains.waiting) == (1, 0, 1, 0)
     assert [machine.proxy.instance(engine.http_address).in_flight for engine in pair] == [0, 0]
+
+
+async def test_the_prompt_of_an_ordinary_request_is_not_kept_while_its_answer_streams(machine, pair) -> None:
+    """Only a try whose KV is still to be released keeps it."""
+    prefill, decode = pair
+    prompt = "a prompt that no other test has"
+
+    def kept() -> list[bytes]:
+        bodies = [b for o in gc.get_objects() if type(o) is Prepared for b in (o.prefill_body, o.decode_body)]
+        return [body for body in bodies if prompt.encode() in body]
+
+    decode.faults.hold("schedule", after=3)
+    body = {**ASK, "prompt": prompt, "stream": True}
+    async with machine.http.post(machine.proxy.url + PATH, json=body) as stream:
+        await soon(stream.content.readany())
+        await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+        assert kept() == []
+        decode.faults.release()
+        await soon(stream.read())
+    await machine.unharmed(*pair)
+    with prefill.faults.held("answer"):
+        waiting = asyncio.ensure_future(machine.post(PATH, {**ASK, "prompt": prompt}))
+        await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
+        assert kept(), "the bodies are found where they are kept"
+    assert (await soon(waiting))[0] == 200
