@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import EngineFrozen, ProxyError
@@ -234,7 +235,7 @@ class Watchdog:
         log.error("%s is given up: %s", instance, reason)
         vigils = self._answer_waiting(instance, "stands still")
         if instance.role is Role.PREFILL and vigils and (receiver := vigils[0].receiver) is not None:
-            self._blame_receiver(instance, receiver.instance)
+            self._blame_receiver(instance, receiver)
 
     def _answer_waiting(self, instance: Instance, what: str) -> list[Vigil]:
         """Notify all legs on it that nothing will come, which ends them or moves their requests."""
@@ -244,9 +245,11 @@ class Watchdog:
             vigil.give_up(error)
         return vigils
 
-    def _blame_receiver(self, prefill: Instance, decode: Instance) -> None:
-        if decode.state is not State.READY:
+    def _blame_receiver(self, prefill: Instance, receiver: Lease) -> None:
+        # The successor of a process that has ended is not what its prefills wait for.
+        if not receiver.same_process:
             return
+        decode = receiver.instance
         if self._witness.blame(prefill, decode) >= _SENDERS:
             # What it has taken in before it may still answer.
             first = self._witness.found(decode)

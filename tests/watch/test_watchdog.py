@@ -169,3 +169,19 @@ async def test_requests_leave_a_prefill_that_is_lost_itself(watched: Watched) ->
     assert not watched.given_up, "where there is no other, it may still answer"
     watched.later(20.0, pinging=watched.decode, answering=watched.decode)
     assert watched.prefill.restart_wanted and len(watched.given_up) == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_prefills_that_block_on_a_process_that_has_ended_do_not_condemn_its_successor(replaced: bool) -> None:
+    watched = Watched()
+    registry, decode = watched.world.registry, watched.decode
+    other = watched.world.ready(Role.PREFILL, 3)
+    other.pulse.begin(registry.now, give_up=watched.given_up.append, receiver=watched.legs.decode_lease)
+    if replaced:
+        registry.process_ended(decode)
+        registry.admit(decode, decode.models)
+    for prefill in (watched.prefill, other):
+        registry.freeze(prefill, "stalled")
+        watched.watchdog._give_up(prefill, "stalled; restart it")
+    assert len(watched.given_up) == 2
+    assert (decode.state, decode.restart_wanted) == ((State.READY, False) if replaced else (State.FROZEN, True))
