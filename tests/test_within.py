@@ -6,11 +6,15 @@ import asyncio
 
 import pytest
 
-from disagg_kv.within import within
+from disagg_kv.within import within as of_the_connector
+from disagg_proxy.within import within as of_the_proxy
 from tests.conftest import soon
 
+both = pytest.mark.parametrize("within", [of_the_proxy, of_the_connector], ids=["proxy", "connector"])
 
-async def test_a_task_that_is_cancelled_as_its_wait_is_over_ends() -> None:
+
+@both
+async def test_a_task_that_is_cancelled_as_its_wait_is_over_ends(within) -> None:
     loop = asyncio.get_running_loop()
     over, never = loop.create_future(), loop.create_future()
 
@@ -27,7 +31,8 @@ async def test_a_task_that_is_cancelled_as_its_wait_is_over_ends() -> None:
     assert task.cancelled()
 
 
-async def test_what_takes_too_long_is_a_timeout() -> None:
+@both
+async def test_what_takes_too_long_is_a_timeout(within) -> None:
     with pytest.raises(asyncio.TimeoutError):
         async with within(0.001):
             await asyncio.get_running_loop().create_future()

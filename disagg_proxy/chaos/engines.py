@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg_kv.within import within
 from disagg_proxy.chaos.work import CHAT, COMPLETIONS, MESSAGES, REFUSED_BY_DECODE
 from disagg_proxy.sim import Faults, SimConfig, SimEngine
 from disagg_proxy.sim.faults import Injected
+from disagg_proxy.within import within
 
 ROUTES = (COMPLETIONS, CHAT, MESSAGES)
 _KEY = re.compile(r"_([0-9a-f]{32})")

@@ -14,13 +14,13 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
-from disagg_kv.within import within
 from disagg_proxy.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_proxy.chaos.work import MAX_MODEL_LEN, MODEL
 from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
 from disagg_proxy.sim import SimConfig
+from disagg_proxy.within import within
 
 PING, EXPIRY = 0.5, 2.0
 """Seconds; four pings to an expiry, a bit more than vLLM's three to ten."""

@@ -14,9 +14,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.within import within
 
 log = logging.getLogger(__name__)
 

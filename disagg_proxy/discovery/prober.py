@@ -13,11 +13,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable
 from disagg_proxy.upstream import Upstream, WholeAnswer
+from disagg_proxy.within import within
 
 log = logging.getLogger(__name__)
 

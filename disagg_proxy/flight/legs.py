@@ -12,7 +12,6 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from disagg_kv.within import within
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.pairing import Pair
@@ -27,6 +26,7 @@ from disagg_proxy.protocol.p2p_nccl import new_request_id
 from disagg_proxy.protocol.prepare import Prepared
 from disagg_proxy.steps import Steps
 from disagg_proxy.upstream import Answer, Enough, Upstream, WholeAnswer
+from disagg_proxy.within import within
 
 log = logging.getLogger(__name__)
 

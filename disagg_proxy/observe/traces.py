@@ -27,11 +27,11 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from disagg_kv.within import within
 from disagg_proxy import __version__
 from disagg_proxy.observe.record import Record
 from disagg_proxy.observe.trace import Trace
 from disagg_proxy.protocol.headers import Headers
+from disagg_proxy.within import within
 
 log = logging.getLogger(__name__)
 

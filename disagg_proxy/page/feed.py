@@ -15,8 +15,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from disagg_kv.within import within
 from disagg_proxy.errors import Unavailable
+from disagg_proxy.within import within
 
 log = logging.getLogger(__name__)
 

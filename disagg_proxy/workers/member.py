@@ -9,12 +9,12 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from disagg_kv.within import within
 from disagg_proxy.cluster.instance import NOT_PROBED, Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement, decode
 from disagg_proxy.discovery.listener import Traffic
 from disagg_proxy.observe.news import News
+from disagg_proxy.within import within
 from disagg_proxy.workers.area import HALF
 from disagg_proxy.workers.book import name_of
 from disagg_proxy.workers.channel import Channel, Message
