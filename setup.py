@@ -32,6 +32,7 @@ _HOT = (
     "observe/recorder.py",
     "protocol/*.py",
     "upstream/*.py",
+    "background.py",
     "deadlines.py",
     "launch.py",
     "outbox.py",

@@ -3,10 +3,10 @@ waits for their connection: a communicator takes about a second to make (measure
 
 from __future__ import annotations
 
+from disagg_proxy.background import Background
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.kv_kind import DISAGG_KV
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.flight.background import Background
 from disagg_proxy.upstream.kv_control import KvControl
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.size import TokenGuess, in_blocks
+from disagg_proxy.background import Background
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import NIXL
 from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
@@ -22,7 +23,6 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.deadlines import Deadlines
 from disagg_proxy.flight.attempts import Attempts
-from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.flight import Flight
 from disagg_proxy.flight.legs import Legs

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
+from disagg_proxy.background import Background
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pairing
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
@@ -17,7 +18,6 @@ from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.service import Discovery
-from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher

@@ -26,11 +26,11 @@ import logging
 from collections.abc import Callable
 from enum import Enum
 
+from disagg_proxy.background import Background
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.deadlines import Deadlines
 from disagg_proxy.errors import EngineDeadline, EngineError, EngineUnreachable, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
-from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.client import Client, Told
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.flight.legs import Legs, NotAsked, decode_went_away

@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from disagg_proxy.background import Background
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError, Unavailable
 from disagg_proxy.flight.attempts import Attempts
-from disagg_proxy.flight.background import Background
 from disagg_proxy.flight.client import Client, Told
 from disagg_proxy.flight.outcome import Outcome, refusal
 from disagg_proxy.flight.relay import Relay

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from disagg_proxy.flight.background import Background
+from disagg_proxy.background import Background
 from tests.conftest import soon
 
 
