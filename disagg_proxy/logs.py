@@ -8,7 +8,6 @@ import sys
 from datetime import datetime, timezone
 
 from disagg_proxy.config import Config
-from disagg_proxy.http.exchange import HideUnfinished
 
 
 class JsonLines(logging.Formatter):
@@ -30,6 +29,13 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+class HideUnfinished(logging.Filter):
+    """Drops uvicorn's line about a response that was cut off on purpose; http/exchange.py logs the cause."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "returned without completing response" not in str(record.msg)
 
 
 def configure_logging(config: Config, worker: int | None = None) -> None:

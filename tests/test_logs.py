@@ -8,8 +8,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from disagg_proxy.config import Config
-from disagg_proxy.http.exchange import HideUnfinished
-from disagg_proxy.logs import JsonLines, configure_logging
+from disagg_proxy.logs import HideUnfinished, JsonLines, configure_logging
 
 
 def record(message: str, *args: object, exc_info=None) -> logging.LogRecord:

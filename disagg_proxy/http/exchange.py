@@ -100,10 +100,3 @@ def own(scope: Any, flight: Owned) -> None:
         CancelledError: the exchange has ended.
     """
     scope[_KEY].add(flight)
-
-
-class HideUnfinished(logging.Filter):
-    """Drops uvicorn's own line about the responses that were cut on purpose; the cause is logged here."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "returned without completing response" not in str(record.msg)
