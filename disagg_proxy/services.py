@@ -23,6 +23,7 @@ from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
 from disagg_proxy.observe import view
 from disagg_proxy.observe.access_log import AccessLog
+from disagg_proxy.observe.aggregate import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
 from disagg_proxy.observe.happenings import Happenings
 from disagg_proxy.observe.journal import Journal
 from disagg_proxy.observe.meter import Meter
@@ -36,7 +37,6 @@ from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_proxy.watch.watchdog import Watchdog
 from disagg_proxy.workers.member import Member, Told
-from disagg_proxy.workers.overview import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
 
 if TYPE_CHECKING:
     from disagg_proxy.observe.traces import Traces

@@ -1,4 +1,5 @@
-"""Counts and recent latencies of the proxy itself. Plain numbers, changed on the event loop only."""
+"""Counts and recent latencies of the proxy itself. Plain numbers, changed on the event loop only (:class:`Traffic` by
+the listener's thread)."""
 
 from __future__ import annotations
 
@@ -114,6 +115,14 @@ class Drains:
     failed: int = 0
     tokens: int = 0
     waiting: int = 0
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Registration messages that the listener has received: how many in all, and those dropped by kind."""
+
+    messages: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)

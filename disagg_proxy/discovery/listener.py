@@ -14,14 +14,13 @@ import ipaddress
 import logging
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import zmq
 
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement, BadAnnouncement, decode
+from disagg_proxy.stats import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +38,6 @@ _MAX_REMEMBERED = 1024
 
 class BindError(Exception):
     """The registration port cannot be opened."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What arrived: messages in all, and those dropped by kind."""
-
-    messages: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
 
 
 class Listener:

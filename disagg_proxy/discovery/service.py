@@ -14,10 +14,11 @@ from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.lifeline import Lifelines
-from disagg_proxy.discovery.listener import Listener, Traffic
+from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
 from disagg_proxy.discovery.prober import Prober
 from disagg_proxy.protocol.headers import encode_headers
+from disagg_proxy.stats import Traffic
 from disagg_proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)

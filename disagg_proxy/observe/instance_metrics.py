@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from disagg_proxy.cluster.breaker import BreakerState
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.names import PREFIX
-from disagg_proxy.workers.overview import Overview
 
 PING_SECONDS = 3.0
 """Between two pings of vLLM's connector and of this project's (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``, ``ping``)."""

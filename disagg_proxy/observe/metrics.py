@@ -18,10 +18,10 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from disagg_proxy import __version__
+from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.instance_metrics import instance_metrics
 from disagg_proxy.observe.names import PREFIX
 from disagg_proxy.stats import Histogram
-from disagg_proxy.workers.overview import Overview
 
 if TYPE_CHECKING:
     from disagg_proxy.services import Services

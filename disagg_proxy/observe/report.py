@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.workers.overview import Overview
+from disagg_proxy.observe.aggregate import Overview
 
 if TYPE_CHECKING:
     from disagg_proxy.services import Services

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.meter import SECONDS
 from disagg_proxy.observe.news import News, fields_of, step_of, together
 from disagg_proxy.observe.report import instance_report
 from disagg_proxy.stats import Latency
-from disagg_proxy.workers.overview import Overview
 
 if TYPE_CHECKING:
     from disagg_proxy.services import Services

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from disagg_proxy.cluster.instance import NOT_PROBED, Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement, decode
-from disagg_proxy.discovery.listener import Traffic
+from disagg_proxy.observe.aggregate import Overview, Part, merge, unpack, unpack_ground
 from disagg_proxy.observe.news import News
+from disagg_proxy.stats import Traffic
 from disagg_proxy.within import within
 from disagg_proxy.workers.area import HALF
 from disagg_proxy.workers.book import name_of
@@ -22,7 +23,6 @@ from disagg_proxy.workers.contacts import Contacts
 from disagg_proxy.workers.ledger import Ledger
 from disagg_proxy.workers.marks import Marks
 from disagg_proxy.workers.memory import Memory
-from disagg_proxy.workers.overview import Overview, Part, merge, unpack, unpack_ground
 from disagg_proxy.workers.poke import Pokes
 from disagg_proxy.workers.seat import Seat
 from disagg_proxy.workers.table import Head, now
@@ -289,7 +289,7 @@ class Member:
             self._count_clients()
             if wish > self._own.head[Head.PUBLISHED]:
                 self._publish_news()
-            self._memory.areas[self.seat.worker].write(self._told.numbers().pack())
+            self._memory.areas[self.seat.worker].write(self._told.numbers().pack(HALF))
         self._own.head[Head.PUBLISHED] = max(wish, self._own.head[Head.PUBLISHED])
 
     def _publish_news(self) -> None:

@@ -21,13 +21,13 @@ from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
+from disagg_proxy.observe.aggregate import Ground, bury, unpack
 from disagg_proxy.server import listen
 from disagg_proxy.stopping import first_of
 from disagg_proxy.workers.book import Book, name_of
 from disagg_proxy.workers.channel import Message
 from disagg_proxy.workers.ledger import Slots
 from disagg_proxy.workers.memory import Memory
-from disagg_proxy.workers.overview import Ground, bury, unpack
 from disagg_proxy.workers.poke import Pokes, new_pokes
 from disagg_proxy.workers.process import Place
 from disagg_proxy.workers.table import Head, now

@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from disagg_proxy.cluster.breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.lease import Lease
+from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.metrics import metrics_registry
 from disagg_proxy.observe.recorder import _MOST_MODELS
 from disagg_proxy.stats import Histogram
-from disagg_proxy.workers.overview import Overview
 from tests.machine import REQUESTS
 from tests.observe.metrics import DASHBOARD, PAGE, RULES, described, expressions, listed, named_in
 from tests.test_docs import PAGES

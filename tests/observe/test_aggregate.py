@@ -1,4 +1,4 @@
-"""Published numbers: whole texts only, right sums, and counters that never go back."""
+"""The numbers of several processes as one: right sums, and counters that never go back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_proxy.observe.aggregate import Ground, Part, bury, merge, pack_stats, unpack, unpack_ground
 from disagg_proxy.stats import Latency, Stats
-from disagg_proxy.workers.area import HALF, SIZE, Area
-from disagg_proxy.workers.overview import Ground, Part, bury, merge, pack_stats, unpack, unpack_ground
+
+_MOST = 256 * 1024
 
 
 def part_of(stats: Stats, incarnation: int = 1, **more: dict) -> Part:
@@ -33,37 +34,8 @@ def counted(finished: int, latencies: list[float] = []) -> Stats:  # noqa: B006 
     return stats
 
 
-def test_nothing_published_is_an_empty_text() -> None:
-    area = Area(memoryview(bytearray(SIZE)))
-    assert area.read() == b"" and unpack(area.read()) is None and unpack_ground(b"") is None
-
-
-@given(st.lists(st.binary(max_size=200), min_size=1))
-def test_the_newest_text_is_read(texts: list[bytes]) -> None:
-    area = Area(memoryview(bytearray(SIZE)))
-    for text in texts:
-        area.write(text)
-        assert area.read() == text
-
-
-@given(st.binary(min_size=1, max_size=300), st.binary(max_size=300), st.integers(0, 300), st.booleans())
-def test_a_writer_that_stops_in_the_middle_leaves_the_text_before(
-    before: bytes, after: bytes, written: int, length_too: bool
-) -> None:
-    area = Area(memoryview(bytearray(SIZE)))
-    area.write(before)
-    other_half = area._halves[(area._head[0] + 1) & 1]
-    other_half[: len(after[:written])] = after[:written]
-    if length_too:
-        area._head[2 + 2 * ((area._head[0] + 1) & 1)] = len(after)
-    assert area.read() == before
-
-
-def test_a_text_that_changes_while_it_is_read_is_not_believed() -> None:
-    area = Area(memoryview(bytearray(SIZE)))
-    area.write(b"right")
-    area._halves[area._head[0] & 1][0] = ord("w")
-    assert area.read() == b""
+def test_an_empty_text_is_nothing_published() -> None:
+    assert unpack(b"") is None and unpack_ground(b"") is None
 
 
 def test_sums_and_percentiles_are_those_of_one_process() -> None:
@@ -127,8 +99,8 @@ def test_counters_never_go_back(steps: list[tuple[int, int, bool]]) -> None:
 
 def test_numbers_that_do_not_fit_are_published_without_their_longest_parts() -> None:
     many = {f"host-{n}:1": {"requests_total": n} for n in range(20_000)}
-    text = part_of(counted(5, [1.0] * 100), instances=many).pack()
+    text = part_of(counted(5, [1.0] * 100), instances=many).pack(_MOST)
     part = unpack(text)
-    assert len(text) <= HALF and part is not None
+    assert len(text) <= _MOST and part is not None
     assert part.stats["outcomes"] == {"ok": 5} and part.stats["ttft"][2:] == [100, b""]
     assert sum(part.stats["ttft"][1]) == 100

@@ -16,9 +16,7 @@ import msgpack
 
 from disagg_proxy.cluster.breaker import BreakerState
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.discovery.listener import Traffic
-from disagg_proxy.stats import Drains, Histogram, Stats
-from disagg_proxy.workers.area import HALF
+from disagg_proxy.stats import Drains, Histogram, Stats, Traffic
 
 COUNTED = (
     "requests_total", "failures_total", "freezes", "replays", "drains", "drains_failed", "kv_missing",
@@ -118,12 +116,13 @@ class Part:
     refused: dict[str, int]
     seen: dict[str, int] = field(default_factory=dict)
 
-    def pack(self) -> bytes:
-        """The text, without its longest parts where it would not fit."""
+    def pack(self, most: int) -> bytes:
+        """As at most ``most`` bytes of msgpack: the numbers of single instances and the recent latencies are dropped
+        where they do not fit."""
         text = bytes(
             msgpack.packb([self.incarnation, self.stats, self.instances, self.gauges, self.refused, self.seen])
         )
-        if len(text) > HALF:
+        if len(text) > most:
             gauges = {name: self.gauges[name] for name in OWN_GAUGES if name in self.gauges}
             text = bytes(msgpack.packb([self.incarnation, without_recent(self.stats), {}, gauges, {}, {}]))
         return text
