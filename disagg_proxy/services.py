@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,31 +16,30 @@ from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
+from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.service import Discovery
 from disagg_proxy.flight.drains import Drainer
 from disagg_proxy.introduce import Introductions
 from disagg_proxy.launch import Launcher
 from disagg_proxy.observe import view
 from disagg_proxy.observe.access_log import AccessLog
-from disagg_proxy.observe.aggregate import Overview, Part, counts_of, gauges_of, pack_stats, seen_of
+from disagg_proxy.observe.aggregate import Overview, counts_of, gauges_of, seen_of
 from disagg_proxy.observe.happenings import Happenings
 from disagg_proxy.observe.journal import Journal
 from disagg_proxy.observe.meter import Meter
 from disagg_proxy.observe.news import News, inherit, news_of
 from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.outbox import Outbox
+from disagg_proxy.peer_group import PeerGroup, SingleProcess
 from disagg_proxy.protocol.prefix import ENDS
 from disagg_proxy.stats import Stats
 from disagg_proxy.stopping import Stopping
 from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_proxy.watch.watchdog import Watchdog
-from disagg_proxy.workers.member import Member, Told
 
 if TYPE_CHECKING:
     from disagg_proxy.observe.traces import Traces
-
-log = logging.getLogger(__name__)
 
 _LOOK = 1.0
 """Seconds between two looks of the meter."""
@@ -52,23 +50,24 @@ class Services:
 
     Args:
         clock: monotonic seconds.
-        member: the other workers; without it this process is the whole proxy.
+        peers: the other processes of this proxy; this one is the only one when left out.
 
     Raises:
         BindError: the registration port cannot be opened. It is held from now on.
     """
 
     def __init__(
-        self, config: Config, clock: Callable[[], float] = time.monotonic, member: Member | None = None
+        self, config: Config, clock: Callable[[], float] = time.monotonic, peers: PeerGroup | None = None
     ) -> None:
         self.config = config
-        self.member = member
+        self.peers = peers or SingleProcess()
+        self.worker = self.peers.worker
         self.stats = Stats(clock)
-        self.journal = Journal(0 if member is None else member.seat.worker)
+        self.journal = Journal(self.worker or 0)
         self.recorder = Recorder(self.stats, self.journal, Meter())
         self.registry = Registry(clock, config.instance_expiry)
         self.recorder.served = self.registry.has_model
-        self.traces = _traces(config, member)
+        self.traces = _traces(config, self.worker)
         if self.traces is not None:
             self.recorder.sinks.append(self.traces.take)
         self.happenings = Happenings(self.registry, self.journal)
@@ -76,18 +75,15 @@ class Services:
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
             table=PrefixTable(ENDS), bound=config.load_bound,
         )  # fmt: skip
-        if member is not None:
-            member.join(self.registry)
-        crowd = None if member is None else member.ledger
-        self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats, crowd)
+        self.peers.join(self.registry, self)
+        self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats, self.peers.crowd)
         self.background = Background()
         self.outbox = Outbox()
         self.stopping = Stopping(config.shutdown_grace, clock)
         self.drainer = Drainer(self.stats.drains, self.happenings.drain_ended)
-        first = member is None or member.seat.worker == 0
-        self.discovery = Discovery(config, self.registry, None if member is None else member.pings, quiet=not first)
+        self.discovery = Discovery(config, self.registry, self.peers.pings, quiet=bool(self.worker))
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
-        if first:
+        if not self.worker:
             self.introductions = Introductions(self.registry, self.background, self.kv_control)
         self.launcher = Launcher(
             config, self.registry, self.pairing, self.gate, self.background, self.drainer, self.stats,
@@ -97,12 +93,6 @@ class Services:
         self._watchdog: Watchdog | None = None
         self._access_log: AccessLog | None = None
         self._look_timer: asyncio.TimerHandle | None = None
-        self._told_to_stop: Callable[[bool], None] = lambda at_once: self.stopping.begin()
-        self._clients: Callable[[], int] = lambda: 0
-
-    def tell_server(self, told_to_stop: Callable[[bool], None], clients: Callable[[], int]) -> None:
-        """Who ends the server of one worker, at once if need be, and counts its clients."""
-        self._told_to_stop, self._clients = told_to_stop, clients
 
     @property
     def upstream(self) -> Upstream:
@@ -116,26 +106,20 @@ class Services:
         self._upstream = Upstream(self.config.connect_timeout, self.outbox)
         await self.discovery.start(self._upstream)
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
-        witness = None if self.member is None else self.member.marks
         self._watchdog = Watchdog(
-            self.registry, self._upstream, shortest, longest, self.discovery.headers, witness, self.happenings.replayed
-        )
+            self.registry, self._upstream, shortest, longest, self.discovery.headers, self.peers.witness,
+            self.happenings.replayed,
+        )  # fmt: skip
         self._watchdog.start()
         self._look()
         if self.config.access_log != "off":
-            self._access_log = AccessLog(
-                self.config.access_log, None if self.member is None else self.member.seat.worker
-            )
+            self._access_log = AccessLog(self.config.access_log, self.worker)
             self.recorder.sinks.append(self._access_log.take)
-        if self.member is None:
-            log.info("Instances may register on %s:%d", self.config.zmq_host, self.discovery.listener.port)
-            return
-        if self.member.seat.incarnation > 1:
-            inherit(self.recorder, self.member.left_behind())
-            self.journal.tell("worker_replaced", None, f"worker {self.member.seat.worker} has ended and was replaced")
+        if (left := self.peers.left_behind()) is not None:
+            inherit(self.recorder, left)
+            self.journal.tell("worker_replaced", None, f"worker {self.worker} has ended and was replaced")
             self.happenings.quiet = True
-        told = Told(self.discovery.take, self._told_to_stop, self._watchdog.look, self._part, self._news, self._clients)
-        await self.member.start(told)
+        await self.peers.start()
         self.happenings.quiet = False
 
     async def stop(self) -> None:
@@ -154,15 +138,40 @@ class Services:
             await self.traces.stop()
         if self._upstream is not None:
             await self._upstream.close()
-        if self.member is not None:
-            self.member.stop()
+        self.peers.stop()
 
     # -- what /stats, /metrics and operators see: the whole proxy, also from one of several processes
 
     async def overview(self) -> Overview:
-        """The numbers."""
-        if self.member is not None:
-            return await self.member.overview()
+        """The numbers of the whole proxy."""
+        return await self.peers.overview()
+
+    async def view(self) -> dict[str, Any]:
+        """All that a page shows: docs/observe.md."""
+        overview = await self.overview()
+        return view.view(self, overview, self.peers.news())
+
+    async def drain(self, instance: Instance, draining: bool) -> None:
+        """Give an instance nothing new, or again."""
+        await self.peers.drain(instance, draining)
+
+    def idle(self, instance: Instance) -> bool:
+        """Whether nothing of the clients' would be lost if the instance's process ended now."""
+        return self.peers.idle(instance)
+
+    # -- what the peer group uses (peer_group.LocalProcess)
+
+    def announced(self, announcements: list[Announcement]) -> None:
+        """Register instances whose announcements were received by another process."""
+        self.discovery.take(announcements)
+
+    def check_engines(self) -> None:
+        """Look for stalled engines now: another process has changed what it reports of them."""
+        if self._watchdog is not None:
+            self._watchdog.look()
+
+    def own_overview(self) -> Overview:
+        """The numbers of this process alone."""
         return Overview(
             self.stats,
             self.discovery.listener.traffic,
@@ -174,21 +183,9 @@ class Services:
             gauges_of(self.registry.instances(), self.registry.now()),
         )
 
-    async def view(self) -> dict[str, Any]:
-        """All that a page shows: docs/observe.md."""
-        overview = await self.overview()
-        return view.view(self, overview, [self._news()] if self.member is None else self.member.news())
-
-    async def drain(self, instance: Instance, draining: bool) -> None:
-        """Give an instance nothing new, or again."""
-        if self.member is None:
-            self.registry.drain(instance, draining)
-        else:
-            await self.member.drain(instance, draining)
-
-    def idle(self, instance: Instance) -> bool:
-        """Whether nothing of the clients' would be lost if the instance's process ended now."""
-        return instance.idle if self.member is None else self.member.idle(instance)
+    def own_news(self) -> News:
+        """The newest records, events and steps of this process, for the page."""
+        return news_of(self.recorder)
 
     def _look(self) -> None:
         """What there is now, for the page's charts."""
@@ -196,33 +193,13 @@ class Services:
         self.recorder.meter.look(self.stats.in_flight, self.gate.waiting, kv)
         self._look_timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
 
-    def _news(self) -> News:
-        """What this worker publishes for the page."""
-        return news_of(self.recorder)
 
-    def _part(self) -> Part:
-        """What this worker publishes."""
-        instances = self.registry.instances()
-        return Part(
-            0 if self.member is None else self.member.seat.incarnation,
-            pack_stats(self.stats),
-            counts_of(instances),
-            {
-                "in_background": len(self.background),
-                "queued": self.gate.waiting,
-                **gauges_of(instances, self.registry.now()),
-            },
-            dict(self.discovery.refused),
-            seen_of(instances),
-        )
-
-
-def _traces(config: Config, member: Member | None) -> Traces | None:
+def _traces(config: Config, worker: int | None) -> Traces | None:
     if not config.traces:
         return None
     from disagg_proxy.observe.traces import Traces
 
-    return Traces(None if member is None else member.seat.worker)
+    return Traces(worker)
 
 
 def _limits(config: Config) -> Limits:

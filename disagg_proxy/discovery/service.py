@@ -59,6 +59,7 @@ class Discovery:
         self._config = config
         self._registry = registry
         self._quiet = quiet
+        self._own_port = pings is None
         self.mailbox = Mailbox(self.take)
         self.listener = pings or Listener(
             config.zmq_host, config.zmq_port, AllowList(config.allow_register), self.mailbox.put
@@ -86,6 +87,8 @@ class Discovery:
                 self._registry.add_static(role, static)
         self._expiry = asyncio.get_running_loop().create_task(self._expire(), name="instance expiry")
         self.listener.start()
+        if self._own_port:
+            log.info("Instances may register on %s:%d", self._config.zmq_host, self.listener.port)
 
     async def stop(self) -> None:
         """Close the port and end all tasks."""

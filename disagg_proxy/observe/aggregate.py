@@ -116,6 +116,18 @@ class Part:
     refused: dict[str, int]
     seen: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, own: Overview, incarnation: int) -> Part:
+        """The numbers of one process, for publication."""
+        return cls(
+            incarnation,
+            pack_stats(own.stats),
+            {key: dict(counts) for key, counts in own.instances.items()},
+            {"in_background": own.in_background, "queued": own.queued, **own.gauges},
+            dict(own.refused),
+            dict(own.seen),
+        )
+
     def pack(self, most: int) -> bytes:
         """As at most ``most`` bytes of msgpack: the numbers of single instances and the recent latencies are dropped
         where they do not fit."""

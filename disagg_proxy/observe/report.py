@@ -48,8 +48,8 @@ def stats_report(services: Services, overview: Overview) -> dict[str, Any]:
             "refused": dict(overview.refused),
         },
     }
-    if services.member is not None:
-        report["answered_by"] = services.member.seat.worker
+    if services.worker is not None:
+        report["answered_by"] = services.worker
         report["workers"] = overview.workers
     return report
 

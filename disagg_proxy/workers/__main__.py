@@ -27,8 +27,9 @@ def main() -> int:
     configure_logging(config, seat.worker)
     # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    services = Services(config, member=Member(seat))
-    server = WorkerServer(server_config(config, services), services, socket.socket(fileno=seat.listening))
+    member = Member(seat)
+    services = Services(config, peers=member)
+    server = WorkerServer(server_config(config, services), services, socket.socket(fileno=seat.listening), member)
     try:
         server.run()
     except KeyboardInterrupt:

@@ -7,13 +7,13 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from disagg_proxy.cluster.instance import NOT_PROBED, Instance
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.discovery.announcement import Announcement, decode
+from disagg_proxy.discovery.announcement import decode
 from disagg_proxy.observe.aggregate import Overview, Part, merge, unpack, unpack_ground
 from disagg_proxy.observe.news import News
+from disagg_proxy.peer_group import LocalProcess
 from disagg_proxy.stats import Traffic
 from disagg_proxy.within import within
 from disagg_proxy.workers.area import HALF
@@ -56,31 +56,12 @@ class Relayed:
         return
 
 
-@dataclass(slots=True)
-class Told:
-    """What happens in the rest of the worker.
-
-    Attributes:
-        announced: an instance has pinged.
-        stopping: the proxy shall end; True: at once.
-        look: somebody has found an engine frozen.
-        numbers, news: what to publish.
-        clients: how many are connected.
-    """
-
-    announced: Callable[[list[Announcement]], None]
-    stopping: Callable[[bool], None]
-    look: Callable[[], None]
-    numbers: Callable[[], Part]
-    news: Callable[[], News]
-    clients: Callable[[], int]
-
-
 class Member:
-    """Created before the event loop, joined to a registry, started on the loop."""
+    """This worker's part of the peer group (:class:`disagg_proxy.peer_group.PeerGroup`)."""
 
     def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+        self.worker = seat.worker
+        self._seat = seat
         self.pings = Relayed()
         self._memory = Memory(seat.memory, seat.workers)
         self._table = self._memory.table
@@ -94,22 +75,32 @@ class Member:
         self._hearing = self._freeing = False
         self._beats = 0
         self._beat_timer: asyncio.TimerHandle | None = None
-        self._told: Told | None = None
+        self._stop_server: Callable[[bool], None] = lambda at_once: None
+        self._clients: Callable[[], int] = lambda: 0
         self._own.head[Head.PID] = os.getpid()
         self._own.head[Head.INCARNATION] = seat.incarnation
         self._own.head[Head.BEAT] = now()
 
-    def join(self, registry: Registry) -> None:
-        """Share the load and the findings of ``registry``."""
+    def join(self, registry: Registry, process: LocalProcess) -> None:
+        """Share the load and the health of the instances in ``registry``."""
         self._registry = registry
-        self.ledger = Ledger(self._table, self.seat.worker, registry, self._free_soon)
-        self.marks = Marks(self._table, self.seat.worker, registry, self._tell_news)
+        self._process = process
+        self.crowd = Ledger(self._table, self.worker, registry, self._free_soon)
+        self.witness = Marks(self._table, self.worker, registry, self._tell_news)
         self._contacts = Contacts(registry, self._say, lambda s, then: asyncio.get_running_loop().call_later(s, then))
         registry.watch(changed=self._on_change, freed=self._free_soon)
 
-    async def start(self, told: Told) -> None:
-        """Begin to hear; returns when this worker knows what the others know, or after a while."""
-        self._told = told
+    def attach(self, stop: Callable[[bool], None], clients: Callable[[], int]) -> None:
+        """Connect the HTTP server of this worker.
+
+        Args:
+            stop: begins the shutdown; True: without grace time.
+            clients: counts the open connections.
+        """
+        self._stop_server, self._clients = stop, clients
+
+    async def start(self) -> None:
+        """Begin to exchange messages. Returns when this worker has what the others know, or after a time limit."""
         self._channel.open()
         self._pokes.open(self._on_poke)
         self._beat()
@@ -127,10 +118,9 @@ class Member:
         self._channel.send(["ready"])
 
     def stop(self) -> None:
-        """Hear nothing more."""
+        """Publish once more, then exchange no more messages; harmless before :meth:`start`."""
         if self._beat_timer is not None:
             self._beat_timer.cancel()
-        if self._told is not None:
             self._publish_news()
             self._publish(self._own.head[Head.PUBLISHED])
         self._pokes.close()
@@ -142,12 +132,10 @@ class Member:
         self._channel.send(message, name_of(message))
 
     def _take(self, message: Message) -> None:
-        told = self._told
-        assert told is not None
         if message[0] == "ping":
             announcement = decode([message[2]])
             self._place(announcement.http.netloc, message[1])
-            told.announced([announcement])
+            self._process.announced([announcement])
         elif message[0] == "slot":
             self._place(message[2], message[1])
         elif message[0] in ("sent", "ended"):
@@ -155,12 +143,11 @@ class Member:
         elif message[0] == "whole":
             self._whole.set()
         elif message[0] in ("stop", "hurry"):
-            told.stopping(message[0] == "hurry")
+            self._stop_server(message[0] == "hurry")
 
     def _orphaned(self) -> None:
         log.error("The supervisor is gone")
-        if self._told is not None:
-            self._told.stopping(False)
+        self._stop_server(False)
 
     def _place(self, key: str, slot: int) -> None:
         if self._slots.get(key) == slot:
@@ -170,7 +157,7 @@ class Member:
             del self._slots[before]
             for instance in self._registry.instances():
                 if instance.key == before:
-                    self.ledger.remove(instance)
+                    self.crowd.remove(instance)
             self._own.forget(slot)
         self._slots[key] = slot
         for instance in self._registry.instances():
@@ -180,8 +167,8 @@ class Member:
     def _on_change(self, instance: Instance) -> None:
         slot = self._slots.get(instance.key)
         if slot is not None and instance.slot != slot and self._registry.knows(instance):
-            self.ledger.place(instance, slot)
-            self.marks.follow_drain(instance)
+            self.crowd.place(instance, slot)
+            self.witness.follow_drain(instance)
 
     async def _probed(self) -> None:
         while any(i.reason == NOT_PROBED for i in self._registry.instances()):
@@ -218,10 +205,9 @@ class Member:
         """Do what others have found or asked for."""
         for instance in self._registry.instances():
             if instance.slot >= 0:
-                self.marks.follow_drain(instance)
-                self.marks.follow_thaw(instance)
-        if self._told is not None:
-            self._told.look()
+                self.witness.follow_drain(instance)
+                self.witness.follow_thaw(instance)
+        self._process.check_engines()
 
     def _tell_news(self) -> None:
         self._own.head[Head.NEWS] += 1
@@ -249,8 +235,7 @@ class Member:
     # -- clients
 
     def _count_clients(self) -> int:
-        clients = 0 if self._told is None else self._told.clients()
-        self._own.head[Head.CONNECTIONS] = clients
+        clients = self._own.head[Head.CONNECTIONS] = self._clients()
         return clients
 
     def ahead(self) -> bool:
@@ -266,10 +251,10 @@ class Member:
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         """As the registry's, on all workers; returns when they have heard, or after a moment."""
-        self.marks.drain(instance, draining)
+        self.witness.drain(instance, draining)
 
         async def heard() -> None:
-            while not self.marks.all_follow(instance):
+            while not self.witness.all_follow(instance):
                 self._poked.clear()
                 await self._poked.wait()
 
@@ -281,24 +266,25 @@ class Member:
 
     def idle(self, instance: Instance) -> bool:
         """Whether it is idle on all workers, and will be as long as it is drained."""
-        self.ledger.refresh()
-        return instance.idle and (not instance.draining or self.marks.all_follow(instance))
+        self.crowd.refresh()
+        return instance.idle and (not instance.draining or self.witness.all_follow(instance))
 
     def _publish(self, wish: int) -> None:
-        if self._told is not None:
-            self._count_clients()
-            if wish > self._own.head[Head.PUBLISHED]:
-                self._publish_news()
-            self._memory.areas[self.seat.worker].write(self._told.numbers().pack(HALF))
+        self._count_clients()
+        if wish > self._own.head[Head.PUBLISHED]:
+            self._publish_news()
+        part = Part.of(self._process.own_overview(), self._seat.incarnation)
+        self._memory.areas[self.worker].write(part.pack(HALF))
         self._own.head[Head.PUBLISHED] = max(wish, self._own.head[Head.PUBLISHED])
 
     def _publish_news(self) -> None:
-        if self._told is not None:
-            self._memory.news[self.seat.worker].write(self._told.news().pack(HALF))
+        self._memory.news[self.worker].write(self._process.own_news().pack(HALF))
 
-    def left_behind(self) -> News:
-        """What the worker before this one in its place has published last."""
-        return News.unpack(self._memory.news[self.seat.worker].read())
+    def left_behind(self) -> News | None:
+        """What the worker that this one replaces has published last; None where it replaces none."""
+        if self._seat.incarnation == 1:
+            return None
+        return News.unpack(self._memory.news[self.worker].read())
 
     def news(self) -> list[News]:
         """What all have published last, which is new behind :meth:`overview`."""
@@ -319,7 +305,7 @@ class Member:
         ground = unpack_ground(self._memory.areas[-1].read())
         if ground is None:
             raise RuntimeError("the supervisor has not published anything")
-        self.ledger.refresh()
+        self.crowd.refresh()
         whole = merge(parts, ground)
         time = now()
         for worker, row, part in zip(whole.workers, self._table.workers, parts, strict=True):

@@ -11,16 +11,17 @@ import uvicorn
 from disagg_proxy.server import Server
 from disagg_proxy.services import Services
 from disagg_proxy.workers.accept import Acceptor
+from disagg_proxy.workers.member import Member
 
 
 class WorkerServer(Server):
     """Takes connections by turns with the other workers."""
 
-    def __init__(self, config: uvicorn.Config, services: Services, listening: socket.socket) -> None:
+    def __init__(self, config: uvicorn.Config, services: Services, listening: socket.socket, member: Member) -> None:
         super().__init__(config, services)
         self._listening = listening
-        self._member = services.member
-        services.tell_server(self.told_to_stop, lambda: len(self.server_state.connections))
+        self._member = member
+        member.attach(self.told_to_stop, lambda: len(self.server_state.connections))
 
     def told_to_stop(self, at_once: bool) -> None:
         """By the supervisor, who says so once where a terminal or a service manager may say it to all."""
@@ -33,7 +34,6 @@ class WorkerServer(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the services, then take connections."""
         await super().startup(sockets=[])
-        assert self._member is not None
         acceptor = Acceptor(self._listening, self._protocol, self._member.ahead)
         self.servers.append(cast(asyncio.Server, acceptor))
         self._member.serving()

@@ -1,0 +1,113 @@
+"""The processes of one proxy, as each of them sees the others: the interface, and the implementation for a single one.
+
+With ``--workers N`` it is implemented by :class:`disagg_proxy.workers.member.Member`. Admission, discovery and the
+watchdog define what they need of other processes themselves (``Crowd``, ``Pings``, ``Witness``); a peer group provides
+them, or None where there are no other processes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from disagg_proxy.admission.gate import Crowd
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.discovery.announcement import Announcement
+from disagg_proxy.discovery.service import Pings
+from disagg_proxy.observe.aggregate import Overview
+from disagg_proxy.observe.news import News
+from disagg_proxy.watch.witness import Witness
+
+
+class LocalProcess(Protocol):
+    """What a peer group uses of the process that it runs in."""
+
+    def announced(self, announcements: list[Announcement]) -> None:
+        """Register instances whose announcements were received by another process."""
+
+    def check_engines(self) -> None:
+        """Look for stalled engines now: another process has changed what it reports of them."""
+
+    def own_overview(self) -> Overview:
+        """The numbers of this process alone."""
+
+    def own_news(self) -> News:
+        """The newest records, events and steps of this process, for the page."""
+
+
+class PeerGroup(Protocol):
+    """Created before the event loop, joined to a registry, started on the loop."""
+
+    @property
+    def worker(self) -> int | None:
+        """The number of this process among the workers, None where it is the only one."""
+
+    @property
+    def crowd(self) -> Crowd | None:
+        """The load and the queues of the others; from :meth:`join` on."""
+
+    @property
+    def pings(self) -> Pings | None:
+        """Where announcements arrive instead of at a socket of this process."""
+
+    @property
+    def witness(self) -> Witness | None:
+        """What the others report of stalled engines; from :meth:`join` on."""
+
+    def join(self, registry: Registry, process: LocalProcess) -> None:
+        """Share the load and the health of the instances in ``registry``."""
+
+    async def start(self) -> None:
+        """Begin to exchange messages. Returns when this process has what the others know, or after a time limit."""
+
+    def stop(self) -> None:
+        """Publish once more, then exchange no more messages; harmless before :meth:`start`."""
+
+    def left_behind(self) -> News | None:
+        """What the process that this one replaces has published last; None where it replaces none."""
+
+    async def overview(self) -> Overview:
+        """The numbers of the whole proxy."""
+
+    def news(self) -> list[News]:
+        """What each process has published last; current after :meth:`overview`."""
+
+    async def drain(self, instance: Instance, draining: bool) -> None:
+        """Take ``instance`` out of rotation in all processes, or put it back; returns when they follow."""
+
+    def idle(self, instance: Instance) -> bool:
+        """Whether no process has a request on ``instance``, or KV waiting there."""
+
+
+class SingleProcess:
+    """The proxy is this process alone."""
+
+    worker = None
+    crowd = None
+    pings = None
+    witness = None
+
+    def join(self, registry: Registry, process: LocalProcess) -> None:
+        self._registry = registry
+        self._process = process
+
+    async def start(self) -> None:
+        return
+
+    def stop(self) -> None:
+        return
+
+    def left_behind(self) -> News | None:
+        return None
+
+    async def overview(self) -> Overview:
+        return self._process.own_overview()
+
+    def news(self) -> list[News]:
+        return [self._process.own_news()]
+
+    async def drain(self, instance: Instance, draining: bool) -> None:
+        self._registry.drain(instance, draining)
+
+    def idle(self, instance: Instance) -> bool:
+        return instance.idle
