@@ -4,7 +4,9 @@
 ``journal``, ``happenings``   the newest records and events; which changes of instances are events
 ``meter``   the last minutes in steps of 5 s
 ``news``   the above from all workers of a proxy
-``report``, ``view``   /stats, and everything that a page shows
+``aggregate``   the totals from all workers of a proxy
+``report``, ``metrics``, ``view``   /stats, /metrics and everything that a page shows; they read the proxy through the
+interface in ``proxy_state``
 
 Nothing here is asked by a request's way: it is told. Records hold no prompt, no key and no address of a client.
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -21,16 +20,14 @@ from disagg_proxy import __version__
 from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.instance_metrics import instance_metrics
 from disagg_proxy.observe.names import PREFIX
+from disagg_proxy.observe.proxy_state import ProxyState
 from disagg_proxy.stats import Histogram
 
-if TYPE_CHECKING:
-    from disagg_proxy.services import Services
 
-
-def metrics_registry(services: Services, overview: Overview) -> CollectorRegistry:
+def metrics_registry(proxy: ProxyState, overview: Overview) -> CollectorRegistry:
     """What one scrape shows, whole from any worker."""
     registry = CollectorRegistry()
-    registry.register(ProxyCollector(services, overview))
+    registry.register(ProxyCollector(proxy, overview))
     if overview.workers:
         registry.register(WorkersCollector([worker["pid"] for worker in overview.workers]))
     else:
@@ -58,8 +55,8 @@ def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
 class ProxyCollector(Collector):
     """Requests, instances, drains and registrations."""
 
-    def __init__(self, services: Services, overview: Overview) -> None:
-        self._services = services
+    def __init__(self, proxy: ProxyState, overview: Overview) -> None:
+        self._proxy = proxy
         self._overview = overview
 
     def collect(self) -> Iterable[Metric]:
@@ -70,13 +67,13 @@ class ProxyCollector(Collector):
         yield from self._requests()
         yield from self._times()
         yield from self._kv()
-        yield from instance_metrics(self._services.registry, self._overview)
+        yield from instance_metrics(self._proxy.registry, self._overview)
         yield from self._registrations()
 
     def _requests(self) -> Iterable[Metric]:
-        overview, stats, pairing = self._overview, self._overview.stats, self._services.pairing
+        overview, stats, pairing = self._overview, self._overview.stats, self._proxy.pairing
         yield _gauge("pairs_ready", "Pairs of prefill and decode that can serve", pairing.ready_pairs())
-        alone = len(pairing.loners(None)) if self._services.config.decode_alone else 0
+        alone = len(pairing.loners(None)) if self._proxy.config.decode_alone else 0
         yield _gauge("decodes_alone_ready", "Decodes that can serve without a prefill", alone)
         yield _gauge("requests_in_flight", "Generation requests that have places on instances", stats.in_flight)
         yield _gauge("requests_queued", "Generation requests that wait for room", overview.queued)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.observe.aggregate import Overview
-
-if TYPE_CHECKING:
-    from disagg_proxy.services import Services
+from disagg_proxy.observe.proxy_state import ProxyState
 
 
-def stats_report(services: Services, overview: Overview) -> dict[str, Any]:
+def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
     """Everything in numbers. Latencies in seconds over the last 2048 requests, of each worker."""
     stats = overview.stats
     report = {
         "version": __version__,
         "uptime_s": round(stats.clock() - stats.started_at, 3),
-        "instances": instance_reports(services, overview),
+        "instances": instance_reports(proxy, overview),
         "requests": {
             "in_flight": stats.in_flight,
             "finished": sum(stats.outcomes.values()),
@@ -48,20 +46,20 @@ def stats_report(services: Services, overview: Overview) -> dict[str, Any]:
             "refused": dict(overview.refused),
         },
     }
-    if services.worker is not None:
-        report["answered_by"] = services.worker
+    if proxy.worker is not None:
+        report["answered_by"] = proxy.worker
         report["workers"] = overview.workers
     return report
 
 
-def instance_reports(services: Services, overview: Overview) -> list[dict[str, Any]]:
+def instance_reports(proxy: ProxyState, overview: Overview) -> list[dict[str, Any]]:
     """All instances as /stats shows them."""
-    return [instance_report(i, services, overview) for i in services.registry.instances()]
+    return [instance_report(i, proxy, overview) for i in proxy.registry.instances()]
 
 
-def instance_report(instance: Instance, services: Services, overview: Overview) -> dict[str, Any]:
+def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -> dict[str, Any]:
     """One instance as /stats shows it: its state as this process sees it, and what all have counted."""
-    registry = services.registry
+    registry = proxy.registry
     counted = overview.counted(instance)
     now = registry.now()
     decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
@@ -74,7 +72,7 @@ def instance_report(instance: Instance, services: Services, overview: Overview) 
         "state": instance.state.value,
         "reason": instance.explanation,
         "draining": instance.draining,
-        "idle": services.idle(instance),
+        "idle": proxy.idle(instance),
         "source": instance.source.value,
         "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
         "in_flight": instance.in_flight,

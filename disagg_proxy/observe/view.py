@@ -9,23 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.meter import SECONDS
 from disagg_proxy.observe.news import News, fields_of, step_of, together
+from disagg_proxy.observe.proxy_state import ProxyState
 from disagg_proxy.observe.report import instance_report
 from disagg_proxy.stats import Latency
-
-if TYPE_CHECKING:
-    from disagg_proxy.services import Services
 
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def view(services: Services, overview: Overview, news: Sequence[News]) -> dict[str, Any]:
+def view(proxy: ProxyState, overview: Overview, news: Sequence[News]) -> dict[str, Any]:
     """The whole proxy, from any of its workers.
 
     Args:
@@ -38,9 +36,9 @@ def view(services: Services, overview: Overview, news: Sequence[News]) -> dict[s
         "now": round(now, 3),
         "version": __version__,
         "uptime_s": round(stats.clock() - stats.started_at, 3),
-        "stopping": services.stopping.begun.is_set(),
+        "stopping": proxy.stopping.begun.is_set(),
         "workers": max(1, len(overview.workers)),
-        "instances": [_instance(i, services, overview) for i in services.registry.instances()],
+        "instances": [_instance(i, proxy, overview) for i in proxy.registry.instances()],
         "flows": [
             {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in whole.flows
         ],
@@ -70,8 +68,8 @@ def view(services: Services, overview: Overview, news: Sequence[News]) -> dict[s
     }  # fmt: skip
 
 
-def _instance(instance: Instance, services: Services, overview: Overview) -> dict[str, Any]:
-    return {"key": instance.key, **instance_report(instance, services, overview)}
+def _instance(instance: Instance, proxy: ProxyState, overview: Overview) -> dict[str, Any]:
+    return {"key": instance.key, **instance_report(instance, proxy, overview)}
 
 
 def _summary(latency: Latency) -> dict[str, float | int | None]:
