@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.handshake import Identity
@@ -14,6 +14,9 @@ from disagg_kv.settings import Settings
 from disagg_kv.trace import Trace
 from disagg_kv.transport.base import BlockCache, Transport
 from disagg_kv.transport.channel import Channel
+
+if TYPE_CHECKING:
+    from disagg_kv.engine.layout import TorchCache
 
 logger = logging.getLogger("vllm.disagg_kv")
 _UPDATED = " (updated in place, "
@@ -82,9 +85,7 @@ def open_transport(node: Node, channel: Channel, ready: Mapping[str, Any]) -> Tr
         raise WireError(f"transport {str(name)[:20]} was not offered")
     if node.opener is not None:
         return node.opener(node, channel, ready)
-    from disagg_kv.engine.layout import TorchCache
-
-    cache = cast(TorchCache, node.cache)
+    cache = cast("TorchCache", node.cache)
     if name == "tcp":
         from disagg_kv.transport.tcp import TcpTransport
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.device_communicators.pynccl_wrapper import (
@@ -26,11 +26,13 @@ from vllm.distributed.device_communicators.pynccl_wrapper import (
     ncclDataTypeEnum,
 )
 
-from disagg_kv.engine.layout import TorchCache
 from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.transport.channel import Channel
 from disagg_kv.transport.patience import wait_until
 from disagg_kv.transport.pieces import Piece, cut
+
+if TYPE_CHECKING:
+    from disagg_kv.engine.layout import TorchCache
 
 PREFILL, DECODE = 0, 1
 _SLOWEST = 100e6

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from disagg_kv.engine.layout import TorchCache
 from disagg_kv.transport.channel import Channel
 from disagg_kv.transport.pieces import cut
+
+if TYPE_CHECKING:
+    from disagg_kv.engine.layout import TorchCache
 
 
 class TcpTransport:
