@@ -78,8 +78,9 @@ class Proxy:
                 raise NoRest("the proxy ended at its start")
             url = url or next(iter(re.findall(r"Serving on (http://\S+)", line)), "")
             zmq = zmq or next(iter(re.findall(r"register on (\S+)", line)), "")
-        asyncio.create_task(_swallow(process.stderr))
-        return cls(process, url, zmq, session)
+        proxy = cls(process, url, zmq, session)
+        proxy._reading = asyncio.create_task(_swallow(process.stderr))
+        return proxy
 
     async def stop(self) -> int:
         """Its exit code."""

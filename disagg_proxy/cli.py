@@ -6,6 +6,7 @@ Exit codes: 0 stopped by signals, 1 a port is taken or no worker starts, 2 a bad
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -49,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         _serve(config, services, listening)
-    except KeyboardInterrupt:
-        pass
     return 0
 
 

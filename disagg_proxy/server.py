@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import resource
@@ -63,11 +64,9 @@ def listen(config: Config) -> socket.socket:
 def _raise_file_limit() -> None:
     """Allow this process as many connections as the system lets it have without asking."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
+    # Some systems refuse what they report as their own limit; the one in force remains.
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError):
-        # Some systems refuse what they have named as their own limit; the one in force remains.
-        pass
 
 
 def settle_memory() -> None:

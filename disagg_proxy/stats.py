@@ -93,10 +93,7 @@ class Latency(Histogram):
         values = sorted(self._recent)
         if not values:
             return {"count": 0, "p50_s": None, "p90_s": None, "p99_s": None, "max_s": None}
-        if len(values) == 1:
-            cuts = values * 99
-        else:
-            cuts = statistics.quantiles(values, n=100, method="inclusive")
+        cuts = values * 99 if len(values) == 1 else statistics.quantiles(values, n=100, method="inclusive")
         p50, p90, p99, top = (round(v, 6) for v in (cuts[49], cuts[89], cuts[98], values[-1]))
         return {"count": self.count, "p50_s": p50, "p90_s": p90, "p99_s": p99, "max_s": top}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import os
 import time
@@ -142,7 +143,7 @@ class OwnClient:
         return Shot(
             sent=round(sent - begin, 6),
             ttft_ms=round((times[0] - sent) * 1e3, 3),
-            itl_ms=tuple(round((b - a) * 1e3, 3) for a, b in zip(times, times[1:], strict=False)),
+            itl_ms=tuple(round((b - a) * 1e3, 3) for a, b in itertools.pairwise(times)),
             latency_ms=round((times[-1] - sent) * 1e3, 3),
             prompt_tokens=int(prompt),
             output_tokens=int(output) or len(times),

@@ -64,8 +64,7 @@ def _setup(one: Outcome) -> str:
              "inter-token ms p50 / p99", "TPOT ms p50 / p99", "output tokens/s"]  # fmt: skip
     heads += [f"{role} GPUs W / J per output token" for role in roles]
     lines = [f"## {one.setup.title}", "", "| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
-    for rate in one.rates:
-        lines.append("| " + " | ".join(_row(rate, roles)) + " |")
+    lines += ["| " + " | ".join(_row(rate, roles)) + " |" for rate in one.rates]
     lines += ["", *(f"- {note}" for note in _notes(one))]
     return "\n".join(lines)
 

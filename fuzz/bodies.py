@@ -153,7 +153,7 @@ def requests(draw: st.DrawFn) -> Odd:
         body[name] = draw(extra[name])
     oddity = draw(st.sampled_from([None] * 6 + ["any", "drop", "messages", "prompt"]))
     if oddity == "any":
-        body[draw(st.sampled_from(sorted(extra) + ["model", "max_tokens", "prompt", "messages", "x"]))] = draw(_JSON)
+        body[draw(st.sampled_from([*sorted(extra), "model", "max_tokens", "prompt", "messages", "x"]))] = draw(_JSON)
     elif oddity == "drop":
         del body[draw(st.sampled_from(sorted(body)))]
     elif oddity == "messages":

@@ -68,7 +68,7 @@ def run_seeded(name: str, seed: int, *, seconds: float = 0.0, executions: int = 
         inputs, check = target.inputs(seed), load("prepare").check
     begun = time.monotonic()
     for data in inputs:
-        if executions and report.executions >= executions or seconds and time.monotonic() - begun >= seconds:
+        if (executions and report.executions >= executions) or (seconds and time.monotonic() - begun >= seconds):
             break
         report.executions += 1
         started = time.monotonic()

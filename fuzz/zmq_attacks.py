@@ -105,7 +105,6 @@ class Attacks:
         for engine in self.engines:
             role = engine.role
             other = "D" if role == "P" else "P"
-            host, _, port = engine.http.rpartition(":")
             for message in (
                 ping(type=other, http_address=engine.http, zmq_address=engine.kv),
                 ping(type=role, http_address=engine.http, zmq_address=f"127.0.0.9:{self.rng.randrange(1, 65536)}"),

@@ -11,7 +11,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from bench.gpu_latency.arms import Shot
@@ -38,7 +38,7 @@ def ttft(shot: Shot) -> float:
 def gaps(shot: Shot, end: float = float("inf")) -> tuple[float, ...]:
     """Milliseconds between events that arrived by ``end``."""
     times = [one for one in shot.arrivals if one <= end]
-    return tuple((later - earlier) * 1e3 for earlier, later in zip(times, times[1:], strict=False))
+    return tuple((later - earlier) * 1e3 for earlier, later in pairwise(times))
 
 
 def quantile(values: Sequence[float], share: float) -> float:

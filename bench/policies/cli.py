@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trials.append(trial)
             print(f"\r{len(trials)} of {len(todo)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    order = {task[:2] + (_name(task[3]),): at for at, task in enumerate(todo)}
+    order = {(*task[:2], _name(task[3])): at for at, task in enumerate(todo)}
     trials.sort(key=lambda t: (order[t["workload"], t["load"], t["policy"]], t["seed"]))
     rows = report.joined(trials)
     print(report.markdown(rows))

@@ -69,9 +69,10 @@ def run(cores: Cores, cache: Path, record: bool) -> int:
         machine.check(cores)
         with contextlib.ExitStack() as stack:
             there = stack.enter_context(bench(cores, cache))
-            both = []
-            for name in (OURS, REFERENCE):
-                both.append(stack.enter_context(started(there, known[name], known[name].install(cache))))
+            both = [
+                stack.enter_context(started(there, known[name], known[name].install(cache)))
+                for name in (OURS, REFERENCE)
+            ]
             for name, load in _LOADS.items():
                 bad |= not _judge(there, both, name, load, expected, record)
     except Unable as unable:

@@ -115,7 +115,7 @@ class TorchCache:
         self._planes = [_as_wide(plane, widest) for plane in planes]
 
     def index(self, blocks: Sequence[int]) -> torch.Tensor:
-        if blocks and not (0 <= min(blocks) and max(blocks) < self.num_blocks):
+        if blocks and not 0 <= min(blocks) <= max(blocks) < self.num_blocks:
             raise IndexError(f"a block outside the cache of {self.num_blocks} blocks")
         return torch.tensor(blocks, dtype=torch.int64).to(self.device)
 

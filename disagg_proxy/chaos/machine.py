@@ -218,9 +218,7 @@ class Machine:
             busy.append(f"{count} background tasks of the proxy")
         if services.stats.in_flight:
             busy.append(f"{services.stats.in_flight} requests in flight in the proxy")
-        for instance in services.registry.instances():
-            if instance.in_flight:
-                busy.append(f"{instance.in_flight} legs counted on {instance}")
+        busy += [f"{i.in_flight} legs counted on {i}" for i in services.registry.instances() if i.in_flight]
         for engine in self.engines:
             state = engine.state()
             if not state["dead"] and (state["running"] or state["waiting"] or state["aborting"] or state["sender"]):

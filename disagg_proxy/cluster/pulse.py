@@ -102,10 +102,10 @@ class Vigil:
 
     __slots__ = (
         "_clock",
-        "pulse",
         "begun",
         "give_up",
         "move",
+        "pulse",
         "receiver",
         "replay",
         "since",
@@ -210,11 +210,11 @@ class Pulse:
         """A vigil is over."""
         if self.open.pop(vigil, vigil) is vigil:
             return
-        if not vigil.begun and vigil.replay is not None and received:
-            if len(self.left) < _LEFT and sum(v.size for v in self.left) + vigil.size <= _LEFT_BYTES:
-                self.left.append(vigil)
-                return
-        vigil.let_go()
+        lost = received and not vigil.begun and vigil.replay is not None
+        if lost and len(self.left) < _LEFT and sum(v.size for v in self.left) + vigil.size <= _LEFT_BYTES:
+            self.left.append(vigil)
+        else:
+            vigil.let_go()
 
     def look(self, now: float) -> bool:
         """Whether the engine has moved since the last look."""

@@ -154,6 +154,7 @@ def _urls(part: dict[str, Any]) -> Iterator[str]:
     for name, value in part.items():
         if name.endswith("_url") and isinstance(value, str):
             yield value
-        elif isinstance(value, dict) and (name.endswith("_url") or name == "source"):
-            if isinstance(value.get("url"), str):
-                yield value["url"]
+        elif name.endswith("_url") or name == "source":
+            url = value.get("url") if isinstance(value, dict) else None
+            if isinstance(url, str):
+                yield url

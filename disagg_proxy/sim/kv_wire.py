@@ -7,6 +7,7 @@ In vLLM the control messages go over ZMQ and the tensors over NCCL. Here both sh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from typing import Any
@@ -37,9 +38,7 @@ def reset(transport: asyncio.BaseTransport) -> None:
     """Close a connection at once with a TCP reset and drop what was not sent."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.fileno() != -1:
-        try:
+        with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
-        except OSError:
-            pass
     if isinstance(transport, asyncio.WriteTransport):
         transport.abort()

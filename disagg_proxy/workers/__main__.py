@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -30,10 +31,8 @@ def main() -> int:
     member = Member(seat)
     services = Services(config, peers=member)
     server = WorkerServer(server_config(config, services), services, socket.socket(fileno=seat.listening), member)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.run()
-    except KeyboardInterrupt:
-        pass
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -42,8 +43,6 @@ class Pokes:
         """Make these processes look, all others when left out."""
         for index in range(len(self._files)) if which is None else which:
             if index != self._own:
-                try:
+                # BlockingIOError: the counter is saturated, so a wake-up is already pending.
+                with contextlib.suppress(BlockingIOError):
                     os.eventfd_write(self._files[index], 1)
-                except BlockingIOError:
-                    # It has not looked for 2**64 pokes, and is poked still.
-                    pass

@@ -16,6 +16,7 @@ from disagg_proxy.workers.channel import Channel, Message
 from disagg_proxy.workers.memory import Memory
 from disagg_proxy.workers.seat import Seat
 
+_ROOT = str(Path(disagg_proxy.__file__).resolve().parents[1])
 _LIVED = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 """Seconds after which a worker has lived, and pauses before one that has not is replaced again."""
@@ -53,8 +54,7 @@ class Place:
         self.incarnation += 1
         files = (memory.file, tuple(pokes), listening.fileno(), theirs.fileno())
         seat = Seat(self.worker, len(pokes) - 1, self.incarnation, *files)
-        root = str(Path(disagg_proxy.__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
         self._begun = time.monotonic()
         try:
             self._process = await asyncio.create_subprocess_exec(

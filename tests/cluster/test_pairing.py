@@ -46,7 +46,7 @@ def test_round_robin_uses_every_combination_member(world) -> None:
 def test_unknown_model_names_those_that_exist(world, pairing) -> None:
     world.ready(P, 1, "a", "lora")
     world.ready(D, 2, "a")
-    with pytest.raises(UnknownModel, match="'zzz' does not exist here. Models that exist: a, lora"):
+    with pytest.raises(UnknownModel, match=r"'zzz' does not exist here. Models that exist: a, lora"):
         pairing.choose("zzz")
 
 
@@ -58,7 +58,7 @@ def test_a_model_on_one_side_only_is_no_pair(world, pairing) -> None:
 
 
 def test_nobody_there_says_what_is_missing_and_when_to_come_back(pairing) -> None:
-    with pytest.raises(NoPair, match="no prefill instance is ready.*no decode instance is ready") as caught:
+    with pytest.raises(NoPair, match=r"no prefill instance is ready.*no decode instance is ready") as caught:
         pairing.choose("m")
     assert caught.value.headers() == {"Retry-After": "3"}
 

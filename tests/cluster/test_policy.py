@@ -103,7 +103,7 @@ def test_joint_prefers_a_warm_pair_but_not_for_ever() -> None:
 
 
 def test_joint_counts_context_requests_and_waiting_kv() -> None:
-    assert joint(View([Busy(1, 3000), Busy(8, 100)])) == (0 if 3000 < 100 + 7 * REQUEST_TOKENS else 1)
+    assert joint(View([Busy(1, 3000), Busy(8, 100)])) == (0 if 100 + 7 * REQUEST_TOKENS > 3000 else 1)
     asked = Traits(tokens=1000, kv_bytes=1000 * 100)
     assert joint(View([Busy(1, 500, kv_waiting_bytes=50_000), Busy(1, 900)], traits=asked)) == 1
     assert joint(View([Busy(1, 500, kv_waiting_bytes=50_000), Busy(1, 900)])) == 0

@@ -79,7 +79,7 @@ async def test_error_classes(client, pair, stream) -> None:
     async def ask(**more: Any) -> Any:
         return await client.messages.create(**{**ASK, "stream": stream, **more})
 
-    with pytest.raises(anthropic.NotFoundError, match="other.*sim-model"):
+    with pytest.raises(anthropic.NotFoundError, match=r"other.*sim-model"):
         await ask(model="other")
     with pytest.raises(anthropic.BadRequestError, match="chat template"):
         await ask(extra_body={"chat_template_kwargs": {"chat_template": "x"}})

@@ -81,7 +81,7 @@ async def test_every_route(machine: Machine, pair, path: str, stream: bool) -> N
     if stream:
         assert text_of_events(await machine.stream(path, REQUESTS[path])) == RIGHT[path]
     else:
-        status, _, answer = await machine.post(path, REQUESTS[path])
+        _status, _, answer = await machine.post(path, REQUESTS[path])
         assert text_of(answer) == RIGHT[path] and not answer.get("kv_transfer_params")
     assert external(decode) >= TOKENS - 1 and computed(decode) == 1
     (to_prefill,), (to_decode,) = transfers(prefill, path), transfers(decode, path)
@@ -197,7 +197,7 @@ async def test_a_prefill_that_is_killed(machine: Machine, pair, when: str) -> No
 
 
 async def test_without_prefill_decode_serves_alone_and_prefill_comes_back(machine: Machine, pair) -> None:
-    prefill, decode = pair
+    prefill, _decode = pair
     await prefill.kill()
     await right(machine.post(COMPLETIONS, ASK))
     await soon(machine.proxy.until_state(prefill.http_address, State.PROBING))

@@ -4,7 +4,7 @@ from disagg_proxy.sim import expected_text
 
 
 async def test_a_completion(machine, pair) -> None:
-    status, headers, body = await machine.post(
+    status, _headers, body = await machine.post(
         "/v1/completions", {"model": "sim-model", "prompt": "San Francisco is a", "max_tokens": 8}
     )
     assert status == 200, body

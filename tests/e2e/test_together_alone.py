@@ -112,7 +112,7 @@ async def test_prompt_logprobs_are_right(machine: Machine, pair) -> None:
     body = {**ASK, "max_tokens": 1, "prompt_logprobs": 1}
     _, _, answer = await machine.post(COMPLETIONS, body)
     found = answer["choices"][0]["prompt_logprobs"]
-    assert len(found) == TOKENS and all(-5 <= list(e.values())[0]["logprob"] <= 0 for e in found[1:])
+    assert len(found) == TOKENS and all(-5 <= next(iter(e.values()))["logprob"] <= 0 for e in found[1:])
     await clean(machine, *pair)
 
 
@@ -144,7 +144,7 @@ async def test_both_kinds_behind_one_proxy(machine: Machine) -> None:
 @in_turn
 async def test_a_retry_stays_with_its_protocol(machine: Machine) -> None:
     await machine.pair()
-    prefill, first = await machine.pair(**OWN)
+    _prefill, first = await machine.pair(**OWN)
     second = await machine.engine("decode", **OWN)
     await machine.proxy.until_state(second.http_address, State.READY)
     for decode in (first, second):

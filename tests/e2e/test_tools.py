@@ -136,10 +136,7 @@ async def test_an_error_event_of_prefill_is_a_plain_refusal(machine, pair) -> No
 )
 async def test_json_answers(machine, pair, form, stream) -> None:
     body = {"messages": CHAT, "response_format": form}
-    if stream:
-        text = text_of_events(await machine.stream(PATH, body))
-    else:
-        text = text_of((await machine.post(PATH, body))[2])
+    text = text_of_events(await machine.stream(PATH, body)) if stream else text_of((await machine.post(PATH, body))[2])
     schema = form.get("json_schema", {}).get("schema")
     assert text == expected_text(render_chat(CHAT), 500, guide=json_guide(schema))
     assert json.loads(text).keys() == ({"city", "days"} if schema else {"answer"})

@@ -222,7 +222,7 @@ async def test_a_body_that_does_not_come(machine, pair, dial, framing: str) -> N
     wire = await dial(machine.proxy.url)
     wire.start(PATH, framing)
     wire.send(b"1\r\n{")
-    status, headers, raw = await wire.answer()
+    status, _headers, raw = await wire.answer()
     assert status == 408 and b"BODY_TIMEOUT" in raw
     await soon(machine.proxy.until_idle())
 

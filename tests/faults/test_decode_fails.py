@@ -52,7 +52,7 @@ async def test_decode_that_cannot_be_reached_is_502_and_out_at_once(unnoticed, m
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("body", [REFUSAL, b"", b"<html>Bad Gateway</html>"])
 async def test_a_5xx_of_decode_is_502(machine, pair, stream: bool, body: bytes) -> None:
-    prefill, decode = pair
+    _prefill, decode = pair
     decode.faults.fail_next(500, body, path=PATH)
     answer = await machine.send(PATH, {**ASK, "stream": stream})
     message = check_error(*answer, 502, "engine_failed")

@@ -14,7 +14,7 @@ ASK = REQUESTS[PATH]
 
 @in_turn
 async def test_a_clients_own_mistake_is_neither_retried_nor_held_against_anyone(machine, four) -> None:
-    prefills, decodes = four
+    prefills, _decodes = four
     for _ in range(2 * FAILURES_TO_OPEN + 2):
         status, _, _ = await machine.post(PATH, {**ASK, "temperature": -1})
         assert status == 400

@@ -2,6 +2,7 @@
 requests read as one nor one as two, and never a connection that is kept for nothing."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
@@ -139,7 +140,8 @@ async def answers(wire: Wire) -> list[tuple[int, CIMultiDict[str], bytes]]:
         try:
             found.append(await wire.answer())
         except asyncio.IncompleteReadError as end:
-            assert end.partial == b""
+            if end.partial:
+                raise
             return found
 
 
@@ -310,10 +312,8 @@ async def test_a_pipelining_client_that_leaves_ends_the_request_that_runs(machin
 
 async def check_closed(wire: Wire, piece: bytes) -> None:
     """The connection ends without a word; what crosses the closing on the wire may make that a reset."""
-    try:
+    with contextlib.suppress(ConnectionResetError):
         assert await trickle(wire, piece) == b""
-    except ConnectionResetError:
-        pass
 
 
 @pytest.mark.settings(header_timeout=0.1)
@@ -423,10 +423,8 @@ async def test_a_client_that_reads_nothing_is_cut_off(machine, pair) -> None:
     await soon(pair[1].wait_until(lambda _: bool(pair[1].received(PATH))))
     await soon(machine.proxy.until_idle())
     await machine.unharmed(*pair)
-    try:
+    with contextlib.suppress(ConnectionError):
         assert not (await soon(wire.reader.read())).endswith(b"0\r\n\r\n")
-    except ConnectionError:
-        pass
     wire.leave()
 
 

@@ -215,7 +215,7 @@ VALUE = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=8,
 )
-NEAR = st.fixed_dictionaries({}, optional={name: VALUE for name in GOOD}).map(msgpack.packb)
+NEAR = st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD, VALUE)).map(msgpack.packb)
 MESSAGE = st.lists(st.binary(max_size=200) | VALUE.map(msgpack.packb) | NEAR, min_size=1, max_size=3)
 
 

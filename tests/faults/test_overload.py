@@ -92,7 +92,7 @@ async def test_a_client_that_leaves_the_queue_costs_nothing(machine, pair) -> No
 
 @pytest.mark.settings(kv_buffer_bytes=1_000_000, kv_bytes_per_token=1000)
 async def test_a_burst_of_long_prompts_never_fills_the_decode_buffer(machine) -> None:
-    prefill, decode = await machine.pair(kv_bytes_per_token=1000, kv_buffer_bytes=1_000_000, kv_pool_bytes=1)
+    _prefill, decode = await machine.pair(kv_bytes_per_token=1000, kv_buffer_bytes=1_000_000, kv_pool_bytes=1)
     prompts = [[5 + i] * 400 for i in range(12)]
     decode.faults.hold("schedule")
     requests = [ask(machine, prompt=prompt) for prompt in prompts]

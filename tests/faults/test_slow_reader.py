@@ -45,7 +45,7 @@ def paused(monkeypatch) -> asyncio.Event:
 async def test_a_client_that_does_not_read_holds_back_only_its_own_stream(
     machine, pair, paused: asyncio.Event, read_from_decode: list[int]
 ) -> None:
-    prefill, decode = pair
+    _prefill, decode = pair
     client = await dial_slowly(machine.proxy)
     client.post(PATH, LARGE)
     try:

@@ -7,6 +7,7 @@ EXAMPLE_PROXY names vLLM's ``disagg_proxy_p2p_nccl_xpyd.py`` (vLLM's repository,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import subprocess
@@ -48,10 +49,8 @@ async def all_leave(url: str) -> None:
 
     async def leave(i: int) -> None:
         body = {"prompt": [i + 10] + [10 + (i + j) % 4000 for j in range(7999)], "max_tokens": 50}
-        try:
+        with contextlib.suppress(asyncio.TimeoutError, aiohttp.ClientError):
             await post(url, COMPLETIONS, body, timeout=dice.uniform(0.1, 0.5))
-        except (asyncio.TimeoutError, aiohttp.ClientError):
-            pass
 
     clients = []
     for i in range(CLIENTS):

@@ -50,8 +50,8 @@ async def test_a_cut_is_logged_and_leaves_the_response_unfinished(cause: BaseExc
 
 async def test_a_bug_goes_on_to_the_server_after_the_flights_have_ended() -> None:
     flight = Left()
-    with pytest.raises(ValueError):
-        await run([flight], ValueError())
+    with pytest.raises(ValueError, match="a bug"):
+        await run([flight], ValueError("a bug"))
     assert flight.times == 1
 
 

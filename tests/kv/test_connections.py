@@ -322,13 +322,13 @@ def hostile() -> Any:
 ]), max_size=4))  # fmt: skip
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_bytes_end_the_listener(hostile: Prefill, parts: list[bytes]) -> None:
-    with socket.create_connection(("127.0.0.1", hostile.server.port), timeout=5) as sock:
-        with contextlib.suppress(OSError):
-            for part in parts:
-                sock.sendall(part)
-            sock.shutdown(socket.SHUT_WR)
-            while sock.recv(4096):
-                pass
+    connected = socket.create_connection(("127.0.0.1", hostile.server.port), timeout=5)
+    with connected as sock, contextlib.suppress(OSError):
+        for part in parts:
+            sock.sendall(part)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(4096):
+            pass
     _wait(lambda: hostile.server.connections() == 0)
     assert hostile.outbox.held() == {"jobs": 0, "requests": 0, "wants": 0, "lanes": 0}
     d = Decode()
@@ -364,7 +364,7 @@ def test_a_prefill_that_sends_half_of_it_fails_the_load(decode: Make) -> None:
         d.load(key("t"), f"127.0.0.1:{server.getsockname()[1]}", [1, 2], seconds=600)
         sock, _ = server.accept()
         channel = Channel(sock, 5)
-        kind, hello = channel.frame()
+        _kind, _hello = channel.frame()
         welcome = {"name": "disagg_kv", "version": 1, "role": "prefill", "boot": "x", "rank": 0,
                    "shape": SHAPE.__dict__, "nonce": "n", "transport": "tcp", "proof": ""}  # fmt: skip
         channel.write(encode(Kind.WELCOME, welcome))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from dataclasses import replace
@@ -115,20 +116,16 @@ def test_any_bytes_are_a_frame_a_wire_error_or_too_few(data: bytes) -> None:
 @given(st.sampled_from(sorted(_DECODERS)), st.dictionaries(
     st.sampled_from(["t", "p", "first", "count", "last", "reason"]), _JSON))  # fmt: skip
 def test_any_body_is_a_message_or_a_wire_error(kind: Kind, body: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(WireError):
         _DECODERS[kind].decode(body)
-    except WireError:
-        pass
 
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["name", "version", "role", "boot", "rank", "shape"]),
                        st.sampled_from(["disagg_kv", 1, "decode", "b", 0, None]) | _JSON))  # fmt: skip
 def test_any_hello_is_an_identity_refused_or_a_wire_error(body: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(WireError, Refused):
         Identity.from_wire(body)
-    except (WireError, Refused):
-        pass
 
 
 def test_the_length_is_checked_before_the_body_is_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -112,10 +113,8 @@ class Engine:
             try:
                 self.process.wait(30)
             finally:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
 
     def tail(self) -> str:
         return self.log.read_text()[-4000:]
@@ -126,11 +125,11 @@ class Engine:
         if params:
             message["kv_transfer_params"] = {name.rstrip("_"): value for name, value in params.items()}
         timeout = aiohttp.ClientTimeout(120)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
-            async with http.post(f"http://127.0.0.1:{self.port}{path}", json=message) as answer:
-                assert answer.status == 200, await answer.text()
-                result: dict[str, Any] = await answer.json()
-                return result
+        url = f"http://127.0.0.1:{self.port}{path}"
+        async with aiohttp.ClientSession(timeout=timeout) as http, http.post(url, json=message) as answer:
+            assert answer.status == 200, await answer.text()
+            result: dict[str, Any] = await answer.json()
+            return result
 
     async def tokens_by_source(self) -> dict[str, float]:
         """vllm:prompt_tokens_by_source_total."""

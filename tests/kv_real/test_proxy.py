@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
@@ -59,7 +60,7 @@ async def test_responses_are_decodes_alone(trio, proxy, stream: bool) -> None:
     status, _, answer = await ask(proxy, "/v1/responses", body)
     assert status == 200, answer
     if stream:
-        assert b"response.output_text.delta" in answer and b"response.completed" in answer or b"incomplete" in answer
+        assert (b"response.output_text.delta" in answer and b"response.completed" in answer) or b"incomplete" in answer
     else:
         assert answer["usage"]["output_tokens"] == 8 or answer["status"] == "completed"
     assert await external(trio) == before
@@ -118,10 +119,8 @@ async def test_a_refusal_is_the_engines_own(trio, proxy) -> None:
 async def test_clients_that_leave_leave_nothing(trio, proxy) -> None:
     async def leave(i: int) -> None:
         body = {"prompt": trio.prompt(400), "max_tokens": 200}
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(ask(proxy, COMPLETIONS, body), 0.02 * (i % 40))
-        except asyncio.TimeoutError:
-            pass
 
     await asyncio.gather(*(leave(i) for i in range(200)))
     body = {"prompt": trio.prompt(100), "max_tokens": 6, "ignore_eos": True}

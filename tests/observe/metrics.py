@@ -49,6 +49,4 @@ def expressions() -> dict[str, str]:
         for target in panel.get("targets", ()):
             found[f"{panel['title']} {target['refId']}"] = target["expr"]
     rules = (RULES / "alerts.yml").read_text(encoding="utf-8")
-    for alert, rest in re.findall(r"- alert: (\w+)\n((?:(?!- alert).*\n?)+)", rules):
-        found[alert] = rest
-    return found
+    return found | dict(re.findall(r"- alert: (\w+)\n((?:(?!- alert).*\n?)+)", rules))

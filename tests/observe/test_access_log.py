@@ -35,19 +35,18 @@ def ended(desk, client_id: str | None = None):
 
 async def test_a_line_for_every_request_and_no_secrets(tmp_path, http) -> None:
     file = tmp_path / "access.log"
-    async with running_proxy(access_log=str(file), api_key="sk-secret") as proxy:
-        async with AsyncExitStack() as stack:
-            machine = Machine(proxy, stack, http)
-            pair = await machine.pair()
-            key = {"Authorization": "Bearer sk-secret"}
-            for path, body in REQUESTS.items():
-                field = "prompt" if "prompt" in body else "messages"
-                secret = SECRET if field == "prompt" else [{"role": "user", "content": SECRET}]
-                await machine.stream(path, {**body, field: secret}, **key, **{"X-Request-Id": "mine"})
-            await machine.post(PATH, {"prompt": [SECRET, 1], "secret": SECRET}, **key)
-            await machine.unharmed(*pair)
-            await proxy.until_idle()
-            assert not file.exists() or lines(file), "written behind the requests"
+    async with running_proxy(access_log=str(file), api_key="sk-secret") as proxy, AsyncExitStack() as stack:
+        machine = Machine(proxy, stack, http)
+        pair = await machine.pair()
+        key = {"Authorization": "Bearer sk-secret"}
+        for path, body in REQUESTS.items():
+            field = "prompt" if "prompt" in body else "messages"
+            secret = SECRET if field == "prompt" else [{"role": "user", "content": SECRET}]
+            await machine.stream(path, {**body, field: secret}, **key, **{"X-Request-Id": "mine"})
+        await machine.post(PATH, {"prompt": [SECRET, 1], "secret": SECRET}, **key)
+        await machine.unharmed(*pair)
+        await proxy.until_idle()
+        assert not file.exists() or lines(file), "written behind the requests"
     found = lines(file)
     assert [(one["route"], one["status"], one["outcome"]) for one in found] == [
         *((path, 200, "ok") for path in REQUESTS), (PATH, 400, "client_error"),

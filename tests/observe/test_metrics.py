@@ -147,7 +147,7 @@ def test_dashboard_and_rules_ask_only_for_what_there_is(where: str) -> None:
     labels = frozenset().union(*(there[name][1] for name in named)) | {"le", "job"}
     for group in re.findall(r"by \(([^)]*)\)", expression):
         assert {label.strip() for label in group.split(",")} <= labels
-    assert {label for label in re.findall(r"(\w+)=~?\\?\"", expression)} <= labels
+    assert set(re.findall(r"(\w+)=~?\\?\"", expression)) <= labels
     assert set(re.findall(r"\$labels\.(\w+)", expression)) <= labels
 
 

@@ -204,7 +204,7 @@ async def test_off_the_context_passes_as_it_came_and_nothing_is_loaded(machine, 
 
 def test_without_the_packages_the_start_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigError, match="TRACES: must be 0 .*pip install opentelemetry-sdk"):
+    with pytest.raises(ConfigError, match=r"TRACES: must be 0 .*pip install opentelemetry-sdk"):
         load([], {"TRACES": "1"})
     assert not load([], {}).traces
 

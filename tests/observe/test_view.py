@@ -134,7 +134,7 @@ async def test_the_queue(machine, pair, dial, chunked: bool) -> None:
     ends = [(r["outcome"], r["cause"], r["tries"]) for r in found]
     assert sorted(ends[:2]) == [("client_left", "in_queue", 0), ("turned_away", "overloaded", 0)]
     assert ends[2:] == [("ok", None, 1)] * 2
-    assert list(found[-1]["bars"])[0] == "queue" and found[-1]["queue_ms"] > 0
+    assert next(iter(found[-1]["bars"])) == "queue" and found[-1]["queue_ms"] > 0
     steps = (await view(machine))["rates"]["steps"]
     assert max(step["queued"] for step in steps) == max(step["in_flight"] for step in steps) == 1
 
@@ -151,7 +151,7 @@ async def test_a_request_that_failed_over(machine) -> None:
 
 @SOON
 async def test_a_decode_that_froze_can_be_told_from_the_events(machine, pair) -> None:
-    prefill, decode = pair
+    _prefill, decode = pair
     decode.faults.lose_kv()
     await soon(asyncio.gather(*(machine.stream(PATH, ASK) for _ in range(3))), 30)
     await soon(machine.proxy.until_state(decode.http_address, State.READY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ LONG = "an-organisation-with-a-very-long-name/a-model-with-a-name-that-is-longer
 
 def faults(found: dict[str, Any]) -> dict[str, Any]:
     levels = found["headings"]
-    jumps = [pair for pair in zip(levels, levels[1:], strict=False) if pair[1] > pair[0] + 1]
+    jumps = [pair for pair in itertools.pairwise(levels) if pair[1] > pair[0] + 1]
     wrong = {name: found[name] for name in ("unnamed", "faint", "ids", "small", "landmarks") if found[name]}
     return {**wrong, **({"headings": jumps} if jumps or levels[:1] != [1] else {})}
 
 
 async def with_everything(machine, page) -> None:
     """Show what there can be: answers, refusals, a frozen decode with its story, a drained instance, an answer."""
-    prefill, decode = await machine.pair(models=(LONG,))
+    _prefill, decode = await machine.pair(models=(LONG,))
     spare = await machine.engine("prefill", models=(LONG,))
     await says(page, ".side.prefill .card:nth-child(2) .state-word", "Ready")
     machine.proxy.services.registry.drain(machine.proxy.instance(spare.http_address), True)

@@ -224,7 +224,7 @@ def test_the_model(model, asked) -> None:
 
 @pytest.mark.parametrize("model", [5, True, [], {}, 1.5])
 def test_a_model_that_is_no_text(model) -> None:
-    with pytest.raises(BadRequest, match="must be a string, not an? "):
+    with pytest.raises(BadRequest, match=r"must be a string, not an? "):
         prepare(CHAT, json.dumps({"model": model}).encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -16,7 +17,7 @@ def test_arrivals_are_poisson_at_the_rate_and_the_same_each_time() -> None:
     moments = WORKLOAD.moments(20)
     assert moments == WORKLOAD.moments(20) and moments[0] == 0 and moments == sorted(moments)
     assert len(moments) == 1000 and 48 < moments[-1] <= 50
-    gaps = [b - a for a, b in zip(moments, moments[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(moments)]
     # Of exponential gaps the share that is longer than the mean is 1/e.
     assert sum(gap > 1 / 20 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.05)
     assert Workload("m", 1, 1, 50, seed=2).moments(20) != moments

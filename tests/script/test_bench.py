@@ -32,7 +32,7 @@ def bench(machine: Machine, tmp_path: Path) -> Iterator[Machine]:
         "BENCH_INPUT_LEN": "32",
         "BENCH_OUTPUT_LEN": "4",
     }
-    yield machine
+    return machine
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -294,10 +295,8 @@ async def test_anything_else_ends_that_connection_only(pair: Pair, data: bytes) 
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(data)
         writer.write_eof()
-        try:
+        with contextlib.suppress(ConnectionResetError):
             await asyncio.wait_for(reader.read(), 10)
-        except ConnectionResetError:
-            pass
         writer.close()
     transfer = Transfer(pair)
     _, answer = await asyncio.gather(transfer.prefill(), transfer.decode())

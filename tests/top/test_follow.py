@@ -41,7 +41,7 @@ async def test_the_key(machine) -> None:
 
 
 async def test_nobody_answers() -> None:
-    with pytest.raises(FeedError, match="http://127.0.0.1:9 does not answer"):
+    with pytest.raises(FeedError, match=r"http://127\.0\.0\.1:9 does not answer"):
         await soon(anext(views("http://127.0.0.1:9", "")))
 
 

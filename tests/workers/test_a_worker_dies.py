@@ -18,7 +18,7 @@ ADMIN = {"Authorization": "Bearer sk-admin"}
 
 async def test_one_that_is_killed_in_mid_stream_is_replaced_and_its_load_is_released(fleet, engines) -> None:
     proxy = await fleet(2)
-    prefill, decode = pair = await engines(proxy.zmq, time_per_output_token=0.002)
+    _prefill, decode = pair = await engines(proxy.zmq, time_per_output_token=0.002)
     for engine in pair:
         await proxy.until_known(engine)
     doors = await proxy.doors()
@@ -99,7 +99,7 @@ async def test_connections_that_a_dying_worker_has_not_taken_are_served(fleet, e
 
 async def test_one_that_is_stopped_holds_up_nobody(fleet, engines) -> None:
     proxy = await fleet(2, ADMIN_KEY="sk-admin")
-    prefill, decode = pair = await engines(proxy.zmq)
+    _prefill, decode = pair = await engines(proxy.zmq)
     for engine in pair:
         await proxy.until_known(engine)
     doors = await proxy.doors()

@@ -22,7 +22,7 @@ async def view(door: Door) -> dict:
 
 async def test_requests_and_events_of_all_workers_are_in_the_view_of_each(fleet, engines) -> None:
     proxy = await fleet(2)
-    prefill, decode = pair = await engines(proxy.zmq)
+    _prefill, _decode = pair = await engines(proxy.zmq)
     for engine in pair:
         await proxy.until_known(engine)
     doors = await proxy.doors()

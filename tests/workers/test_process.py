@@ -55,7 +55,7 @@ async def test_a_signal_ends_all_with_0(fleet, number: int) -> None:
 
 async def test_sigterm_lets_running_streams_finish_and_whoever_comes_is_told(fleet, engines) -> None:
     proxy = await fleet(2, SHUTDOWN_GRACE="20")
-    prefill, decode = pair = await engines(proxy.zmq)
+    _prefill, decode = pair = await engines(proxy.zmq)
     for engine in pair:
         await proxy.until_known(engine)
     doors = await proxy.doors()
@@ -65,9 +65,8 @@ async def test_sigterm_lets_running_streams_finish_and_whoever_comes_is_told(fle
     proxy.process.send_signal(signal.SIGTERM)
     for worker in range(2):
         await proxy.until_written(rf"worker {worker} [^\n]*Stopping")
-    async with aiohttp.ClientSession() as session:
-        async with session.post(proxy.url + "/v1/completions", json={}) as answer:
-            assert answer.status == 503 and "shutting down" in await answer.text()
+    async with aiohttp.ClientSession() as session, session.post(proxy.url + "/v1/completions", json={}) as answer:
+        assert answer.status == 503 and "shutting down" in await answer.text()
     decode.faults.release()
     assert (await soon(stream.read())).endswith(b"data: [DONE]\n\n")
     assert await proxy.end(0) == 0
