@@ -22,14 +22,15 @@ MAY_IMPORT = {
     # The KV connector, which vLLM loads: it must work where the proxy is not installed.
     "disagg_kv.within": "",
     "disagg_kv.trace": "",
+    "disagg_kv.tally": "",
     "disagg_kv.protocol": "",
     "disagg_kv.settings": "disagg_kv.protocol",
     "disagg_kv.control": "disagg_kv.protocol disagg_kv.within",
     "disagg_kv.transport": "disagg_kv.protocol disagg_kv.settings disagg_kv.trace",
     "disagg_kv.prefill": "disagg_kv.protocol disagg_kv.transport",
     "disagg_kv.decode": "disagg_kv.protocol disagg_kv.transport",
-    "disagg_kv.engine": "disagg_kv.protocol disagg_kv.settings disagg_kv.trace disagg_kv.transport disagg_kv.prefill "
-    "disagg_kv.decode",
+    "disagg_kv.engine": "disagg_kv.protocol disagg_kv.settings disagg_kv.tally disagg_kv.trace disagg_kv.transport "
+    "disagg_kv.prefill disagg_kv.decode",
     "disagg_kv.connector": "disagg_kv.settings disagg_kv.engine",
     # The proxy. Helpers that know nothing of it:
     "errors": "",

@@ -173,7 +173,7 @@ async def test_a_prefill_that_refuses_what_decode_accepts_is_counted_and_logged_
 
 async def test_a_refusal_in_the_stream_of_a_prefill_frees_decode(machine: Machine, pair) -> None:
     """A forced tool call has prefill stream: its 200 comes before the engine's front end has checked the request."""
-    prefill, decode = pair
+    prefill, _decode = pair
     body = {**REQUESTS[CHATS], **FORCED}
     event = b'data: {"error": {"message": "no", "type": "BadRequestError", "code": 400}}\n\ndata: [DONE]\n\n'
     prefill.faults.fail_next(200, event, {"Content-Type": "text/event-stream"}, path=CHATS)

@@ -179,7 +179,7 @@ async def test_streams_of_a_stopped_decode_are_cut_when_its_restart_is_wanted(ma
 
         reading = asyncio.ensure_future(read_on())
         await until_restart_is_wanted(machine, stopped)
-        with pytest.raises(Exception, match="(?i)payload|reset|disconnected"):
+        with pytest.raises(Exception, match=r"(?i)payload|reset|disconnected"):
             await soon(reading)
     await stopped.kill()
     await soon(machine.proxy.until_idle())

@@ -98,7 +98,7 @@ def test_models_are_compared_by_digest_or_else_by_name(mine: Any, theirs: Any, f
     if fit:
         check(here, there)
     else:
-        with pytest.raises(Refused, match="^model is"):
+        with pytest.raises(Refused, match=r"^model is"):
             check(here, there)
 
 
