@@ -22,7 +22,8 @@ _HOT = (
     "admission/*.py",
     "cluster/*.py",
     "cluster/policies/*.py",
-    "flight/*.py",
+    "connectors/*.py",
+    "coordinator/*.py",
     "http/asked.py",
     "http/direct.py",
     "http/generation.py",
@@ -31,13 +32,11 @@ _HOT = (
     "observe/record.py",
     "observe/recorder.py",
     "protocol/*.py",
+    "response/*.py",
+    "runtime/*.py",
     "upstream/*.py",
-    "background.py",
-    "deadlines.py",
-    "launch.py",
     "outbox.py",
     "stats.py",
-    "steps.py",
 )
 _AS_THEY_ARE = {"headers.py", "kv_control.py"}
 """A list with methods cannot be a native class; and what tells KV ports awaits while it handles exceptions."""

@@ -7,5 +7,5 @@ __version__ = "0.1.0"
 
 def compiled() -> bool:
     """Whether the hot path is native code (setup.py)."""
-    spec = find_spec("disagg_proxy.steps")
+    spec = find_spec("disagg_proxy.runtime.inline_coroutine")
     return spec is not None and not str(spec.origin).endswith(".py")

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
-from disagg_proxy.background import Background
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pairing
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
+from disagg_proxy.connectors.base import Engines
+from disagg_proxy.connectors.kv_release import KvReleaser
+from disagg_proxy.connectors.warmup import Introductions
+from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.service import Discovery
-from disagg_proxy.flight.drains import Drainer
-from disagg_proxy.introduce import Introductions
-from disagg_proxy.launch import Launcher
 from disagg_proxy.observe import view
 from disagg_proxy.observe.access_log import AccessLog
 from disagg_proxy.observe.aggregate import Overview, counts_of, gauges_of, seen_of
@@ -32,6 +32,7 @@ from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.outbox import Outbox
 from disagg_proxy.peer_group import PeerGroup, SingleProcess
 from disagg_proxy.protocol.prefix import ENDS
+from disagg_proxy.runtime.background import Background
 from disagg_proxy.stats import Stats
 from disagg_proxy.stopping import Stopping
 from disagg_proxy.upstream import Upstream
@@ -80,14 +81,14 @@ class Services:
         self.background = Background()
         self.outbox = Outbox()
         self.stopping = Stopping(config.shutdown_grace, clock)
-        self.drainer = Drainer(self.stats.drains, self.happenings.drain_ended)
         self.discovery = Discovery(config, self.registry, self.peers.pings, quiet=bool(self.worker))
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
             self.introductions = Introductions(self.registry, self.background, self.kv_control)
-        self.launcher = Launcher(
-            config, self.registry, self.pairing, self.gate, self.background, self.drainer, self.stats,
-            lambda: self.upstream, self.kv_control.release,
+        self.coordinator = Coordinator(
+            Engines(lambda: self.upstream, self.registry, config, self.background), self.pairing, self.gate,
+            self.recorder, KvReleaser(self.stats.drains, self.happenings.drain_ended), self.kv_control.release,
+            self.traces,
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._watchdog: Watchdog | None = None

@@ -21,9 +21,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
+from disagg_proxy.coordinator.head import Head
 from disagg_proxy.http import wire as wire_rules
 from disagg_proxy.http.direct import Client, Direct
-from disagg_proxy.http.generation import Asked
 from disagg_proxy.http.wire import protocol
 from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.prefix import Wanted
@@ -130,7 +130,7 @@ class Server:
         self.reading = Reading()
         services = SimpleNamespace(
             config=_LIMITS,
-            launcher=SimpleNamespace(wanted=Wanted(prefix=False, session=False)),
+            coordinator=SimpleNamespace(wanted=Wanted(prefix=False, session=False)),
             outbox=Outbox(),
             stopping=Stopping(1.0, self.loop.time),
         )
@@ -203,18 +203,18 @@ def _recording(server: Server) -> type[Direct]:
     """Records and answers what is taken directly, as the application does the rest."""
 
     class Recording(Direct):
-        def __init__(self, client: Client, services: Services, asked: Asked, keep_alive: bool) -> None:
-            super().__init__(client, services, asked, keep_alive)
-            self.asked = asked
+        def __init__(self, client: Client, services: Services, head: Head, keep_alive: bool) -> None:
+            super().__init__(client, services, head, keep_alive)
+            self.received = head
 
         def start(self) -> None:
-            requests, asked, body = server.reading.requests, self.asked, b"".join(self._pieces)
+            requests, head, body = server.reading.requests, self.received, b"".join(self._pieces)
             # A head that came before is told as it was then, but for these.
             now = {b"content-length": b"%d" % len(body)}
-            if asked.client_id:
-                now[b"x-request-id"] = asked.client_id.encode()
-            headers = [(name, now.get(name, value)) for name, value in asked.headers]
-            requests.append(("POST", asked.route.path.encode() + b"?", headers, body))
+            if head.client_id:
+                now[b"x-request-id"] = head.client_id.encode()
+            headers = [(name, now.get(name, value)) for name, value in head.headers]
+            requests.append(("POST", head.route.path.encode() + b"?", headers, body))
             self._say(200, b"x-number: %d\r\n" % len(requests), b"")
 
     return Recording

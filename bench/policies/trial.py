@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
 from dataclasses import dataclass
-from functools import partial
 from statistics import mean, median
 
 from bench.policies.clock import VirtualLoop
 from bench.policies.engines import CACHE, KV_BYTES, Decode, Job, Prefill
 from bench.policies.workloads import Ask, Session
 from disagg_proxy.address import parse_address
-from disagg_proxy.admission.gate import Gate
+from disagg_proxy.admission.gate import Demand, Gate
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.lease import KvClaim, Lease
-from disagg_proxy.cluster.pairing import Alone, Pair, Pairing, Wish
+from disagg_proxy.cluster.pairing import Pairing, Wish
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES, Traits
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
@@ -46,23 +43,6 @@ class Setup:
     workers: int = 1
     cache: int = CACHE
     guess: float = 1.2
-
-
-class _Held:
-    """The places of one request, as flight/legs.py takes and gives them back."""
-
-    def __init__(self, registry: Registry, found: Pair | Alone, size: int) -> None:
-        assert isinstance(found, Pair)
-        self.pair = found
-        self.prefill = Lease(registry, found.prefill, found.prefill_tokens)
-        self.decode = Lease(registry, found.decode, found.decode_tokens)
-        self.kv = KvClaim(registry, found.prefill, found.decode, size)
-        registry.exchange.sends_towards(found.prefill, found.decode)
-
-    def give_back(self) -> None:
-        self.prefill.end()
-        self.decode.end()
-        self.kv.release()
 
 
 class Trial:
@@ -126,22 +106,23 @@ class Trial:
         traits = _traits(ask, round(ask.tokens * factor))
         size = traits.kv_bytes
         gate = self.gates[self._rng.randrange(len(self.gates))]
-        admitted = gate.admit(MODEL, Wish.PAIR, size, partial(_Held, self.registry, size=size), (), traits)
-        held = await admitted if isinstance(admitted, Coroutine) else admitted
-        assert isinstance(held, _Held)
-        prefill, decode = self.prefills[held.pair.prefill], self.decodes[held.pair.decode]
+        placement = await gate.acquire(Demand(MODEL, Wish.PAIR, size, traits))
+        lease = placement.prefill_lease
+        assert lease is not None
+        self.registry.exchange.sends_towards(lease.instance, placement.decode)
+        prefill, decode = self.prefills[lease.instance], self.decodes[placement.decode]
         job = Job(ask.blocks, ask.block, ask.tokens, ask.output)
 
         def prefilled() -> None:
-            held.prefill.end(failed=False)
+            lease.end(failed=False)
             prefill.send(job, decode)
 
         def first_token() -> None:
-            held.kv.release()
+            placement.loaded()
             self.rows.append((begun, self.loop.time() - begun, job.tokens, job.hits))
 
         def done() -> None:
-            held.decode.end(failed=False)
+            placement.decode_lease.end(failed=False)
             if turn + 1 < len(session):
                 self.loop.call_later(session[turn + 1].at, self._ask, session, turn + 1)
                 return

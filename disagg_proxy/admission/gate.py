@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.pairing import Alone, NoRoom, Pair, Pairing, Wish
+from disagg_proxy.cluster.pairing import Alone, NoRoom, Pairing, Wish
+from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.policies import NO_TRAITS, Traits
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import NoPair, Overloaded, ProxyError
@@ -28,12 +29,6 @@ from disagg_proxy.stats import Stats
 
 _WAY = 0.01
 """Seconds for which somebody who has waited longer in another process is let in first."""
-
-
-class Held(Protocol):
-    """What holds the places of a request."""
-
-    def give_back(self) -> None: ...
 
 
 class Crowd(Protocol):
@@ -62,25 +57,32 @@ class Crowd(Protocol):
         """Seconds after which to try again when a claim was taken back; no two processes have the same."""
 
 
-Admitted = Held | Coroutine[Any, Any, Held]
-"""Places, or what to await for them."""
+@dataclass(slots=True, eq=False)
+class Demand:
+    """What a request asks of the instances.
 
-Make = Callable[[Pair | Alone], Held]
-"""Takes the places on what was chosen."""
+    Attributes:
+        model: served name, None for the instances' default.
+        wish: whether a pair, or a decode alone, may serve it.
+        kv_bytes: what the prompt's KV takes on decode, in bytes; 0 when unknown.
+        traits: what the policies may know of it.
+        without: instances on which an earlier attempt failed. Such a request was admitted before, so it waits in front.
+    """
+
+    model: str | None
+    wish: Wish
+    kv_bytes: int = 0
+    traits: Traits = NO_TRAITS
+    without: Collection[Instance] = ()
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """One request in the queue; ``admitted`` gets its legs, which hold their places already."""
+    """One request in the queue; ``admitted`` gets its placement, which holds its places already."""
 
-    model: str | None
-    wish: Wish
-    kv_bytes: int
-    make: Make
-    without: Collection[Instance]
-    traits: Traits
+    demand: Demand
     since: float
-    admitted: asyncio.Future[Held]
+    admitted: asyncio.Future[Placement]
 
 
 class Gate:
@@ -105,36 +107,25 @@ class Gate:
         """Requests in the queue."""
         return sum(map(len, self._queues.values()))
 
-    def admit(
-        self,
-        model: str | None,
-        wish: Wish,
-        kv_bytes: int,
-        make: Make,
-        without: Collection[Instance] = (),
-        traits: Traits = NO_TRAITS,
-    ) -> Admitted:
-        """What ``make`` makes of instances that have room: at once, or what to await in the queue.
-
-        Args:
-            wish: who shall serve it.
-            kv_bytes: what the prompt's KV will take on decode, 0 when unknown.
-            make: creates the legs, which takes their places.
-            without: instances that the request has met in vain. It was admitted before, so it is next where it waits.
-            traits: what the policies may know of it.
+    def try_acquire(self, demand: Demand) -> Placement | None:
+        """Places on instances that have room now; None when the request has to :meth:`wait`.
 
         Raises:
-            ProxyError: no pair, an unknown model; when it is awaited Overloaded too, for a full queue or a wait that
-                is too long.
+            ProxyError: no pair, or an unknown model.
         """
-        if model not in self._queues and not self._waiting_elsewhere():
-            legs = self._try(model, wish, kv_bytes, make, without, traits)
-            if legs is not None:
-                return legs
-        else:
-            self._pairing.check(model, wish, without)
-        waiter = _Waiter(model, wish, kv_bytes, make, without, traits, self._stats.clock(), asyncio.Future())
-        return self._wait(waiter)
+        if demand.model not in self._queues and not self._waiting_elsewhere():
+            return self._try(demand)
+        self._pairing.check(demand.model, demand.wish, demand.without)
+        return None
+
+    async def acquire(self, demand: Demand) -> Placement:
+        """Places on instances: at once where there is room, else after a wait in the queue.
+
+        Raises:
+            ProxyError: no pair, an unknown model, a full queue, or a wait that took too long.
+        """
+        placement = self.try_acquire(demand)
+        return placement if placement is not None else await self.wait(demand)
 
     def _no_place(self) -> Overloaded:
         self._stats.turned_away += 1
@@ -143,12 +134,18 @@ class Gate:
     def _waiting_elsewhere(self) -> int:
         return 0 if self._crowd is None else self._crowd.waiting()
 
-    async def _wait(self, waiter: _Waiter) -> Held:
+    async def wait(self, demand: Demand) -> Placement:
+        """Places on instances, after a wait in the queue.
+
+        Raises:
+            ProxyError: see :meth:`acquire`.
+        """
+        waiter = _Waiter(demand, self._stats.clock(), asyncio.Future())
         if self.waiting + self._waiting_elsewhere() >= self._limits.queue:
             raise self._no_place()
         begun = waiter.since
-        queue = self._queues.setdefault(waiter.model, deque())
-        (queue.appendleft if waiter.without else queue.append)(waiter)
+        queue = self._queues.setdefault(demand.model, deque())
+        (queue.appendleft if demand.without else queue.append)(waiter)
         if self._crowd is not None:
             self._tell()
             if self.waiting + self._crowd.waiting() > self._limits.queue:
@@ -162,7 +159,7 @@ class Gate:
         except asyncio.CancelledError:
             # The client left in the very moment in which its turn came.
             if waiter.admitted.done() and not waiter.admitted.cancelled() and not waiter.admitted.exception():
-                waiter.admitted.result().give_back()
+                waiter.admitted.result().release()
             raise
         finally:
             timer.cancel()
@@ -177,11 +174,11 @@ class Gate:
             waiter.admitted.set_exception(Overloaded(f"The request waited for {waited} in vain (QUEUE_TIMEOUT)."))
 
     def _remove(self, waiter: _Waiter) -> None:
-        queue = self._queues.get(waiter.model)
+        queue = self._queues.get(waiter.demand.model)
         if queue is not None and waiter in queue:
             queue.remove(waiter)
         if queue is not None and not queue:
-            self._queues.pop(waiter.model, None)
+            self._queues.pop(waiter.demand.model, None)
         self._tell()
 
     # -- the other processes
@@ -214,39 +211,31 @@ class Gate:
 
     # -- deciding
 
-    def _try(
-        self,
-        model: str | None,
-        wish: Wish,
-        kv_bytes: int,
-        make: Make,
-        without: Collection[Instance],
-        traits: Traits,
-    ) -> Held | None:
-        """Legs if there is room now."""
+    def _try(self, demand: Demand) -> Placement | None:
+        """Places if there is room now."""
         limits, crowd = self._limits, self._crowd
         if crowd is not None:
             crowd.refresh()
         if limits.in_flight and self._full():
-            # Still say at once what no wait can cure.
-            self._pairing.check(model, wish, without)
+            # An error that no wait can cure is raised at once all the same.
+            self._pairing.check(demand.model, demand.wish, demand.without)
             return None
 
         def room(instance: Instance) -> bool:
-            return limits.has_room(instance, kv_bytes)
+            return limits.has_room(instance, demand.kv_bytes)
 
         try:
-            found = self._pairing.place(model, wish, without, room, traits)
+            found = self._pairing.place(demand.model, demand.wish, demand.without, room, demand.traits)
         except NoRoom:
             return None
         if crowd is None:
-            return make(found)
+            return Placement(self._registry, found, demand.kv_bytes)
         taken = [found.decode] if isinstance(found, Alone) else [found.prefill, found.decode]
-        if not crowd.claim(taken, kv_bytes, lambda: not self._full() and all(map(room, taken))):
+        if not crowd.claim(taken, demand.kv_bytes, lambda: not self._full() and all(map(room, taken))):
             self._later(crowd.pause)
             return None
         try:
-            return make(found)
+            return Placement(self._registry, found, demand.kv_bytes)
         finally:
             crowd.settle()
 
@@ -279,15 +268,15 @@ class Gate:
                     continue
                 waiter = queue[0]
                 try:
-                    legs = self._try(model, waiter.wish, waiter.kv_bytes, waiter.make, waiter.without, waiter.traits)
+                    placement = self._try(waiter.demand)
                 except ProxyError as error:
                     if isinstance(error, NoPair) and error.drained:
                         continue
                     waiter.admitted.set_exception(error)
                     moved = True
                     continue
-                if legs is not None:
-                    waiter.admitted.set_result(legs)
+                if placement is not None:
+                    waiter.admitted.set_result(placement)
                     self._queues.move_to_end(model)
                     moved = True
         self._tell()

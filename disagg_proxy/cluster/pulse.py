@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from disagg_proxy.errors import ProxyError
+from disagg_proxy.errors import EngineDeadline, EngineError
 
 if TYPE_CHECKING:
     from disagg_proxy.cluster.lease import Lease
@@ -75,8 +75,11 @@ def _quantile(values: deque[float], share: float) -> float:
     return sorted(values)[int(len(values) * share)]
 
 
-def _nothing(error: ProxyError) -> None:
-    """The leg is over."""
+class Failable(Protocol):
+    """What ends when its instance is found stalled or lost."""
+
+    def fail(self, error: EngineError | EngineDeadline) -> None:
+        """End it with ``error``."""
 
 
 def _stay() -> None:
@@ -93,7 +96,8 @@ class Vigil:
         begun: whether the first byte of the answer's body has come.
         waiting: whether the engine is waited for now, and not the client.
         telling: whether the engine is due to say something before the answer's end. Without streaming decode is not.
-        give_up: ends the leg with an error, as far as that may be done.
+        answer: what :meth:`fail` ends: the leg's answer, once its request is sent.
+        error: what :meth:`fail` was called with, None before.
         move: for a prefill, lets the request leave for another pair if there is one; the leg itself continues.
         replay: sends the prefill of a decode leg once more, with the same id; True when prefill did it.
         receiver: for a prefill, the lease on the decode that its KV goes to.
@@ -102,8 +106,9 @@ class Vigil:
 
     __slots__ = (
         "_clock",
+        "answer",
         "begun",
-        "give_up",
+        "error",
         "move",
         "pulse",
         "receiver",
@@ -121,7 +126,6 @@ class Vigil:
         clock: Callable[[], float],
         tokens: int,
         telling: bool,
-        give_up: Callable[[ProxyError], None],
         replay: Callable[[], Awaitable[bool]] | None,
         receiver: Lease | None,
         size: int,
@@ -134,7 +138,8 @@ class Vigil:
         self.begun = False
         self.waiting = True
         self.telling = telling
-        self.give_up = give_up
+        self.answer: Failable | None = None
+        self.error: EngineError | EngineDeadline | None = None
         self.replay = replay
         self.receiver = receiver
         self.move = move
@@ -153,10 +158,15 @@ class Vigil:
         """The engine is waited for again."""
         self.waiting = True
 
+    def fail(self, error: EngineError | EngineDeadline) -> None:
+        """The instance is stalled or lost: end the leg's answer with ``error``, or its request before it is sent."""
+        self.error = error
+        if self.answer is not None:
+            self.answer.fail(error)
+
     def let_go(self) -> None:
-        """Nobody will ask anything of the leg: it shall not be kept alive, nor by a cycle that only the garbage
-        collector finds."""
-        self.give_up, self.replay, self.move = _nothing, None, _stay
+        """Drop the references that would keep the leg alive in a cycle until the garbage collector finds it."""
+        self.answer, self.replay, self.move = None, None, _stay
 
     def end(self, *, received: bool = True) -> None:
         """The leg is over; harmless when it was before.
@@ -195,14 +205,13 @@ class Pulse:
         *,
         tokens: int = 0,
         telling: bool = True,
-        give_up: Callable[[ProxyError], None],
         replay: Callable[[], Awaitable[bool]] | None = None,
         receiver: Lease | None = None,
         size: int = 0,
-        move: Callable[[], None] = _stay,
+        move: Callable[[], None] | None = None,
     ) -> Vigil:
         """A leg is being sent; the arguments are the attributes of :class:`Vigil`."""
-        vigil = Vigil(self, clock, tokens, telling, give_up, replay, receiver, size, move)
+        vigil = Vigil(self, clock, tokens, telling, replay, receiver, size, move or _stay)
         self.open[vigil] = None
         return vigil
 
@@ -226,10 +235,12 @@ class Pulse:
             self.left.clear()
         return moved
 
-    def give_up(self, error: ProxyError) -> None:
-        """End every open leg with ``error``, as far as each leg allows it."""
-        for vigil in list(self.open):
-            vigil.give_up(error)
+    def fail(self, error: EngineError | EngineDeadline) -> list[Vigil]:
+        """End every open leg with ``error``, as far as each leg allows it; returns their vigils."""
+        vigils = list(self.open)
+        for vigil in vigils:
+            vigil.fail(error)
+        return vigils
 
     def waiting(self) -> list[Vigil]:
         """Those who wait for the engine now, oldest first."""

@@ -401,7 +401,7 @@ def _end_prefills(instance: Instance, pulse: Pulse, reason: str) -> None:
     Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never ended: its decode would hang.
     """
     if instance.role is Role.PREFILL and instance.kind.computes:
-        pulse.give_up(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
+        pulse.fail(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
 
 
 def _forgettable(instance: Instance) -> bool:

@@ -1,28 +1,29 @@
-"""Generation requests past the ASGI machinery: from uvicorn's connection to a flight, and decode's bytes from transport
+"""Generation requests that bypass ASGI: from uvicorn's connection to the coordinator, and decode's bytes from transport
 to transport.
 
 The common case only: a body of known length with nothing in front of it on the connection. Everything else, and what is
-refused before its body is read, goes through Quart. The rules are the same ones: ``generation``, ``guard``, ``respond``
-and the flights; this module holds the order of one exchange and the framing of its answer (docs/performance.md).
+refused before its body is read, goes through Quart. The rules are the same ones, in the coordinator and ``respond``;
+this module has the order of one exchange and the framing of its answer (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
+from disagg_proxy.coordinator.head import Head
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
-from disagg_proxy.flight.outcome import Outcome
-from disagg_proxy.flight.relay import Relay
-from disagg_proxy.http.generation import Asked, answer_id, begin
-from disagg_proxy.http.respond import error_parts, from_bug
-from disagg_proxy.launch import CARRIERS, Carrier
+from disagg_proxy.http.generation import answer_id
+from disagg_proxy.http.respond import error_parts
 from disagg_proxy.protocol.fields import GENERATION
 from disagg_proxy.protocol.headers import Headers, lines_of
+from disagg_proxy.response.outcome import Outcome
+from disagg_proxy.response.reply import Reply
+from disagg_proxy.response.stream import ResponseStream
 from disagg_proxy.services import Services
 
 log = logging.getLogger(__name__)
@@ -64,14 +65,13 @@ class Direct:
     waiting_for_100_continue: ClassVar[bool] = False
 
     __slots__ = (
-        "_asked",
         "_client",
-        "_flight",
         "_front",
+        "_head_of",
         "_pieces",
-        "_relay",
+        "_reply",
         "_services",
-        "_waiting",
+        "_stream",
         "default_headers",
         "disconnected",
         "keep_alive",
@@ -80,16 +80,15 @@ class Direct:
         "response_started",
     )
 
-    def __init__(self, client: Client, services: Services, asked: Asked, keep_alive: bool) -> None:
+    def __init__(self, client: Client, services: Services, head: Head, keep_alive: bool) -> None:
         self._client = client
         self._services = services
-        self._asked = asked
+        self._head_of = head
         self._pieces: list[bytes] = []
-        self._flight: Carrier | None = None
+        self._reply = Reply(self)
         self._front = b""  # a head that leaves with the first of its body
-        self._relay: Relay | None = None
+        self._stream: ResponseStream | None = None
         self.pass_on: Callable[[bytes], None] = client.transport.write
-        self._waiting: asyncio.Task[None] | None = None
         self.keep_alive = keep_alive
         self.default_headers: Headers = []
         self.disconnected = self.response_started = self.response_complete = False
@@ -102,61 +101,30 @@ class Direct:
         self._pieces.append(piece)
 
     def start(self) -> None:
-        """The body is whole. Never raises."""
+        """The body is complete. Never raises."""
         pieces, self._pieces = self._pieces, []
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        try:
-            begun = begin(self._services, self._asked, body)
-        except ProxyError as error:
-            self._refuse(error)
-        except Exception as bug:
-            self._refuse(from_bug(bug))
-        else:
-            if isinstance(begun, CARRIERS):
-                self._fly(begun)
-            else:
-                self._waiting = asyncio.get_running_loop().create_task(self._queue(begun))
-
-    async def _queue(self, begun: Coroutine[Any, Any, Carrier]) -> None:
-        try:
-            flight = await begun
-        except ProxyError as error:
-            self._waiting = None
-            self._refuse(error)
-        except Exception as bug:
-            self._waiting = None
-            self._refuse(from_bug(bug))
-        else:
-            self._waiting = None
-            self._fly(flight)
-
-    def _fly(self, flight: Carrier) -> None:
-        self._flight = flight
-        if self.disconnected:
-            self._over()
-            return
-        flight.start(self._told)
+        self._services.coordinator.start(self._head_of, body, self._reply)
 
     # -- the answer
 
-    def _told(self, what: Outcome | ProxyError) -> None:
-        if isinstance(what, ProxyError):
-            self._refuse(what)
-            return
-        assert self._flight is not None
-        name = answer_id(self._asked.client_id, self._flight).encode()
-        lines = b"%bx-request-id: %b\r\n" % (what.headers.lines, name)
-        if isinstance(what.body, bytes):
-            self._say(what.status, lines, what.body)
+    def respond(self, outcome: Outcome) -> None:
+        """Send an answer, or the head of one and its body as it comes."""
+        name = answer_id(self._head_of.client_id, self._reply).encode()
+        lines = b"%bx-request-id: %b\r\n" % (outcome.headers.lines, name)
+        body = outcome.body
+        if isinstance(body, bytes):
+            self._say(outcome.status, lines, body)
             return
         self.response_started = True
-        self._front = self._head(what.status, lines) + b"transfer-encoding: chunked\r\n\r\n"
-        self._relay = what.body
-        what.body.pour(self)
+        self._front = self._head(outcome.status, lines) + b"transfer-encoding: chunked\r\n\r\n"
+        self._stream = body
+        body.pour(self)
         self._send_front()
 
-    def _refuse(self, error: ProxyError) -> None:
-        status, headers, body = error_parts(error, self._asked.client_id)
+    def refuse(self, error: ProxyError) -> None:
+        """Send an error."""
+        status, headers, body = error_parts(error, self._head_of.client_id)
         self._say(status, lines_of(headers), body)
 
     def _say(self, status: int, lines: bytes, body: bytes) -> None:
@@ -177,7 +145,7 @@ class Direct:
         close = b"" if self.keep_alive else b"connection: close\r\n"
         return b"%b%b%b%b" % (_status_line(status), self._client.date, lines, close)
 
-    # -- what the relay calls
+    # -- what the stream calls
 
     def write(self, piece: bytes) -> None:
         """The next bytes of the body, as one chunk."""
@@ -207,13 +175,13 @@ class Direct:
 
     def pause(self) -> None:
         """The client takes nothing."""
-        if self._relay is not None:
-            self._relay.pause()
+        if self._stream is not None:
+            self._stream.pause()
 
     def resume(self) -> None:
         """It takes what there is again."""
-        if self._relay is not None:
-            self._relay.resume()
+        if self._stream is not None:
+            self._stream.resume()
 
     def left(self) -> None:
         """The client's connection is gone, or nothing more is read of it."""
@@ -228,7 +196,7 @@ class Direct:
             self._client.transport.abort()
             self.left()
         else:
-            self._refuse(shutting_down())
+            self.refuse(shutting_down())
 
     def _finish(self) -> None:
         self.response_complete = True
@@ -240,12 +208,7 @@ class Direct:
     def _over(self) -> None:
         """Give everything back; harmless the second time."""
         self._services.stopping.exchanges.end(self)
-        if self._flight is not None:
-            self._flight.leave()
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            # Not before its first step, in which it begins to wait.
-            asyncio.get_running_loop().call_soon(waiting.cancel)
+        self._reply.leave()
 
 
 @lru_cache(maxsize=128)

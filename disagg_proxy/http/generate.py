@@ -1,4 +1,5 @@
-"""The generation routes of the Quart application: from its request to a flight, and from the outcome to its response.
+"""The generation routes of the Quart application: from its request to the coordinator, and from the outcome to its
+response.
 
 Served through uvicorn, it gets what ``direct`` leaves: chunked and compressed bodies, pipelined requests, browsers, and
 whatever is refused before its body is read.
@@ -11,13 +12,14 @@ from collections.abc import Awaitable, Callable
 
 from quart import Blueprint, Response, request
 
+from disagg_proxy.coordinator.head import read_head
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.flight.outcome import Outcome
 from disagg_proxy.http.asked import read_body, sent_headers
 from disagg_proxy.http.exchange import handles, own
-from disagg_proxy.http.generation import answer_head, asked, begin
-from disagg_proxy.launch import CARRIERS, Carrier
+from disagg_proxy.http.generation import answer_head
 from disagg_proxy.protocol.fields import GENERATION, Route
+from disagg_proxy.response.outcome import Outcome
+from disagg_proxy.response.reply import Reply
 from disagg_proxy.services import Services
 
 
@@ -32,36 +34,34 @@ def generation_routes(services: Services) -> Blueprint:
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
         handles(request.scope)
-        head = asked(services, route, sent_headers())
-        begun = begin(services, head, await read_body())
-        flight = begun if isinstance(begun, CARRIERS) else await begun
-        own(request.scope, flight)
-        outcome = await _outcome(flight)
-        body = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
-        response = Response(body, status=outcome.status, content_type="application/json")
+        head = read_head(services.config, services.coordinator.wanted, route, sent_headers())
+        body = await read_body()
+        pending = _PendingOutcome()
+        reply = Reply(pending)
+        own(request.scope, reply)
+        services.coordinator.start(head, body, reply)
+        outcome = await pending.outcome
+        content = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
+        response = Response(content, status=outcome.status, content_type="application/json")
         # An engine may be silent for minutes; DECODE_TIMEOUT decides, not the framework.
         response.timeout = None
-        for name, value in answer_head(outcome, head.client_id, flight):
+        for name, value in answer_head(outcome, head.client_id, reply):
             response.headers[name.decode("latin-1")] = value.decode("latin-1")
         return response
 
     return handle
 
 
-async def _outcome(flight: Carrier) -> Outcome:
-    """
-    Raises:
-        ProxyError: the request ended without an answer of an instance.
-    """
-    future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+class _PendingOutcome:
+    """The client of a Quart handler, which awaits ``outcome``: an answer, or the ProxyError it raises."""
 
-    def told(what: Outcome | ProxyError) -> None:
-        if future.done():
-            return
-        if isinstance(what, ProxyError):
-            future.set_exception(what)
-        else:
-            future.set_result(what)
+    def __init__(self) -> None:
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
-    flight.start(told)
-    return await future
+    def respond(self, outcome: Outcome) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def refuse(self, error: ProxyError) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)

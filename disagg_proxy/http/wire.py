@@ -44,6 +44,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from disagg_proxy.config import Config
+from disagg_proxy.coordinator.head import Head, read_head
 from disagg_proxy.errors import (
     BadRequest,
     BodyTimeout,
@@ -57,7 +58,7 @@ from disagg_proxy.errors import (
 )
 from disagg_proxy.http.direct import ROUTE_OF, Direct
 from disagg_proxy.http.exchange import WATCHES
-from disagg_proxy.http.generation import Asked, asked, check_encoding
+from disagg_proxy.http.generation import check_encoding
 from disagg_proxy.http.guard import Guard
 from disagg_proxy.outbox import Gathering
 from disagg_proxy.protocol.fields import Route
@@ -109,7 +110,7 @@ class Protocol(HttpToolsProtocol):
     services: Services
     stopping: Stopping
     guard: Guard
-    heads: Heads[tuple[Asked, bool]]
+    heads: Heads[tuple[Head, bool]]
     max_connections = 0
     _date: tuple[Headers, bytes] = ([], b"")
     cycle: RequestResponseCycle | Direct  # type: ignore[assignment]
@@ -190,15 +191,15 @@ class Protocol(HttpToolsProtocol):
             whole, self._whole = self._whole, None
             whole.start()
 
-    def _known(self, data: bytes, judged: tuple[Asked, bool], body: int, length: int, client_id: bytes) -> bool:
+    def _known(self, data: bytes, judged: tuple[Head, bool], body: int, length: int, client_id: bytes) -> bool:
         """Take a request with a known head, if it is one for here."""
         more = body + length - len(data)
         if more < 0 or not 0 < length <= self.limits.max_body_bytes or self.stopping.begun.is_set():
             return False
-        asked, keep_alive = judged
+        head, keep_alive = judged
         if client_id:
-            asked = asked._replace(client_id=client_id.decode())
-        cycle = Direct(self, self.services, asked, keep_alive)
+            head = head._replace(client_id=client_id.decode())
+        cycle = Direct(self, self.services, head, keep_alive)
         self.cycle = self._current = cycle
         cycle.feed(data[body:])
         if more:
@@ -309,7 +310,8 @@ class Protocol(HttpToolsProtocol):
             return
         route = ROUTE_OF.get(self.url)
         if route is not None and self._is_plain(route):
-            head, keep_alive = asked(self.services, route, self.headers), self.parser.should_keep_alive()
+            wanted, keep_alive = self.services.coordinator.wanted, self.parser.should_keep_alive()
+            head = read_head(self.limits, wanted, route, self.headers)
             self.cycle = self._current = Direct(self, self.services, head, keep_alive)
             if self._first is not None and self._first.startswith(b"POST "):
                 self.heads.learn(self._first, (head, keep_alive))

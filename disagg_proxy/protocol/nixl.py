@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from disagg_proxy.protocol.handover import with_params
+from disagg_proxy.protocol.kv_transfer_params import with_params
 from disagg_proxy.protocol.prepare import Prepared, encode, parse_object
 
 _FOR_PREFILL = {
@@ -34,30 +34,26 @@ _NEEDED = {"remote_engine_id": str, "remote_request_id": str, "remote_host": str
 and before, where blocks were freed by another name."""
 
 
-class NixlHandover:
-    """Prefill first; one prompt, one choice, one reading."""
+def fits(prepared: Prepared) -> bool:
+    """Whether the request becomes one request in the engine: its params are those of one prompt, read once."""
+    return prepared.choices == 1 and prepared.prompts == 1
 
-    in_order = True
-    again = False
-    transfer_id = ""
 
-    def fits(self, prepared: Prepared) -> bool:
-        """Whether it becomes one request in the engine."""
-        return prepared.choices == 1 and prepared.prompts == 1
+def for_prefill(body: bytes) -> bytes:
+    """Prefill's body: it keeps its KV for decode. Its answer must come in one piece, since events carry no params."""
+    if b'"stream":true' in body:
+        fields = parse_object(body)
+        fields["stream"] = False
+        fields.pop("stream_options", None)
+        body = encode(fields)
+    return with_params(body, _FOR_PREFILL)
 
-    def for_prefill(self, body: bytes) -> bytes:
-        """Prefill keeps its KV for decode. Its answer must come in one piece: events carry no params."""
-        if b'"stream":true' in body:
-            fields = parse_object(body)
-            fields["stream"] = False
-            fields.pop("stream_options", None)
-            body = encode(fields)
-        return with_params(body, _FOR_PREFILL)
 
-    def for_decode(self, body: bytes, prefilled: bytes | None) -> bytes:
-        """Decode reads the KV where prefill says it is, or computes."""
-        params = None if prefilled is None else transfer_params(prefilled)
-        return body if params is None else with_params(body, params)
+def for_decode(body: bytes, prefilled: bytes) -> bytes:
+    """Decode's body: it reads the KV where ``prefilled``, the body of prefill's 200, says it is; unchanged where that
+    does not say."""
+    params = transfer_params(prefilled)
+    return body if params is None else with_params(body, params)
 
 
 _Answer: Any = msgspec.defstruct("_Answer", [("kv_transfer_params", dict[str, Any] | None, None)])

@@ -5,6 +5,6 @@ Of its own, since a client library's share of a small request's cost is larger t
 """
 
 from disagg_proxy.upstream.answer import Answer, Enough, Sink, WholeAnswer
-from disagg_proxy.upstream.client import Upstream
+from disagg_proxy.upstream.client import Resend, Upstream
 
-__all__ = ["Answer", "Enough", "Sink", "Upstream", "WholeAnswer"]
+__all__ = ["Answer", "Enough", "Resend", "Sink", "Upstream", "WholeAnswer"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
 from disagg_proxy.protocol.headers import AnswerHeaders
-from disagg_proxy.steps import Moment, Steps
+from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +70,15 @@ class Carrier(Protocol):
     def abort(self) -> None: ...
 
 
-class _Turn:
-    """A moment for a reader that is a task."""
+class _TaskEvent:
+    """An :class:`Event` for a reader that is a task."""
 
     __slots__ = ("_future",)
 
     def __init__(self) -> None:
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def come(self) -> None:
+    def set(self) -> None:
         if not self._future.done():
             self._future.set_result(None)
 
@@ -127,7 +127,7 @@ class Answer:
         self._paused = False
         self.sink: Sink | None = None
         self._error: EngineError | EngineDeadline | None = None
-        self._waiter: Moment | _Turn | None = None
+        self._waiter: Event | _TaskEvent | None = None
 
     # -- the connection's side
 
@@ -184,7 +184,7 @@ class Answer:
 
     def _wake(self) -> None:
         if self._waiter is not None:
-            self._waiter.come()
+            self._waiter.set()
 
     # -- the reader's side
 
@@ -198,10 +198,10 @@ class Answer:
         if self._have < enough and self._error is None:
             self._enough = enough
             self._go_on()
-            moment: Moment | _Turn = Moment() if Steps.running is not None else _Turn()
-            self._waiter = moment
+            event: Event | _TaskEvent = Event() if InlineCoroutine.current is not None else _TaskEvent()
+            self._waiter = event
             try:
-                await moment
+                await event
             except asyncio.CancelledError:
                 self.close()
                 raise
@@ -247,10 +247,14 @@ class Answer:
 
     def close(self) -> None:
         """Give up the rest; the instance sees the connection close and aborts its work. Harmless when read."""
-        carrier = self._carrier
-        if carrier is not None:
-            carrier.abort()
-            self.broke(closed_early(self.leg, self.reused))
+        if self._carrier is not None:
+            self.fail(closed_early(self.leg, self.reused))
+
+    def fail(self, error: EngineError | EngineDeadline) -> None:
+        """End the answer with ``error``, raised by :meth:`until` or reported to the sink, and close its connection."""
+        if self._carrier is not None:
+            self._carrier.abort()
+        self.broke(error)
 
     def _go_on(self) -> None:
         if self._paused:

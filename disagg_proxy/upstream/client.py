@@ -1,7 +1,8 @@
 """One HTTP exchange with one instance, over a pool of kept connections, with a typed outcome.
 
 Everything the sockets raise is translated here and in ``connection`` into the project's error tree. Messages name the
-leg, never the address: clients read them. Retry rule: docs/retry.md.
+leg, never the address: clients read them. :class:`Resend` is the one rule for sending a request a second time over a
+fresh connection; docs/retry.md has its reasons.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from enum import Enum
 from functools import lru_cache
 from typing import Any, cast
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.errors import EngineUnreachable
+from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.errors import EngineDisconnected, EngineUnreachable
 from disagg_proxy.outbox import Outbox
 from disagg_proxy.protocol.headers import AnswerHeaders
 from disagg_proxy.protocol.heads import Heads
@@ -26,6 +29,22 @@ log = logging.getLogger(__name__)
 KEEP_IDLE = 3.0
 """Seconds an idle connection is kept. vLLM's server closes them after 5 s (0.9.2 - 0.23, ``vllm/envs.py``,
 VLLM_HTTP_TIMEOUT_KEEP_ALIVE); staying below means that a request is not sent into a closing connection."""
+
+
+class Resend(Enum):
+    """When a request whose connection closed before the answer is sent once more, over a fresh connection."""
+
+    NEVER = 0
+    UNSENT = 1
+    """Only when the instance cannot have received it: it had not left completely."""
+    REUSED = 2
+    """Also after a kept connection closed: the instance may have received it, and may process it twice."""
+
+    def allows(self, error: EngineDisconnected) -> bool:
+        """Whether a request that failed with ``error`` may be sent again."""
+        if error.unsent:
+            return self is not Resend.NEVER
+        return error.reused and self is Resend.REUSED
 
 
 class Upstream:
@@ -69,6 +88,9 @@ class Upstream:
         leg: str,
         fresh: bool = False,
         enough: Enough = Enough.HEAD,
+        resend: Resend = Resend.NEVER,
+        resend_body: bytes | None = None,
+        pending: Vigil | None = None,
     ) -> Answer:
         """Send one request and wait for as much of the answer as is ``enough``. Cancelled, it closes the connection.
 
@@ -77,20 +99,52 @@ class Upstream:
             silence: seconds that may pass without a byte from the instance, before and within the body.
             leg: word for messages, such as "prefill".
             fresh: use a connection of its own instead of a kept one.
+            resend: when a closed connection is made up for by a second, fresh one.
+            resend_body: the body of the second request where the first one may have been received.
+            pending: fails the answer with its error when the instance is found stalled or lost.
 
         Raises:
             EngineUnreachable: no connection.
             EngineDisconnected: the connection ended before so much of the answer.
-            EngineDeadline: silence.
+            EngineDeadline: silence, or the error of ``pending``.
         """
+        answer = await self._send(method, instance, path, headers, body, silence, leg, fresh, pending)
+        try:
+            await answer.until(enough)
+            return answer
+        except EngineDisconnected as error:
+            if not resend.allows(error):
+                raise
+            if resend_body is not None and not error.unsent:
+                body = resend_body
+        answer = await self._send(method, instance, path, headers, body, silence, leg, True, pending)
+        await answer.until(enough)
+        return answer
+
+    async def _send(
+        self,
+        method: str,
+        instance: Instance,
+        path: str,
+        headers: bytes,
+        body: bytes,
+        silence: float,
+        leg: str,
+        fresh: bool,
+        pending: Vigil | None,
+    ) -> Answer:
         netloc = instance.http.netloc
         connection = None if fresh else self._take(netloc)
         if connection is None:
             connection = await self._dial(instance.http, str(instance), leg, keep=not fresh)
+        if pending is not None and pending.error is not None:
+            connection.abort()
+            raise pending.error
         length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
         head = b"%b%b%b\r\n" % (_begin(method, path, netloc), length, headers)
         answer = connection.send(head, body, silence, leg)
-        await answer.until(enough)
+        if pending is not None:
+            pending.answer = answer
         return answer
 
     def _take(self, netloc: str) -> Connection | None:

@@ -240,10 +240,7 @@ class Watchdog:
     def _answer_waiting(self, instance: Instance, what: str) -> list[Vigil]:
         """Notify all legs on it that nothing will come, which ends them or moves their requests."""
         error = EngineFrozen(f"The {instance.role.value} instance {what}.")
-        vigils = list(instance.pulse.open)
-        for vigil in vigils:
-            vigil.give_up(error)
-        return vigils
+        return instance.pulse.fail(error)
 
     def _blame_receiver(self, prefill: Instance, receiver: Lease) -> None:
         # The successor of a process that has ended is not what its prefills wait for.

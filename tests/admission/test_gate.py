@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 
 import pytest
 
-from disagg_proxy.admission.gate import Gate
+from disagg_proxy.admission.gate import Demand, Gate
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.pairing import Pair, Pairing, Wish
+from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.policies import round_robin
 from disagg_proxy.errors import NoPair, Overloaded, UnknownModel
 from disagg_proxy.stats import Stats
 from tests.cluster.conftest import World
 from tests.conftest import soon
-
-
-class Place:
-    """Stands for the legs of one request: a place on each instance until it is given back."""
-
-    def __init__(self, pair: Pair, world: World) -> None:
-        self.pair = pair
-        self._world = world
-        for instance in (pair.prefill, pair.decode):
-            instance.in_flight += 1
-
-    def give_back(self) -> None:
-        for instance in (self.pair.prefill, self.pair.decode):
-            instance.in_flight -= 1
-        self._world.registry.freed()
 
 
 class Door:
@@ -42,28 +27,28 @@ class Door:
         pairing = Pairing(registry, round_robin, round_robin)
         self.gate = Gate(pairing, registry, Limits(**{"queue": 100, **limits}), Stats(lambda: self.world.time))
 
-    def admit(self, model: str = "m") -> Place | Coroutine[None, None, Place]:
-        return self.gate.admit(model, Wish.PAIR, 0, lambda pair: Place(pair, self.world))
+    def admit(self, model: str = "m") -> Placement | None:
+        return self.gate.try_acquire(Demand(model, Wish.PAIR))
 
-    def ask(self) -> asyncio.Task[Place]:
-        return asyncio.create_task(self._ask())
+    def ask(self) -> asyncio.Task[Placement]:
+        return asyncio.create_task(self.gate.acquire(Demand("m", Wish.PAIR)))
 
-    async def _ask(self) -> Place:
-        found = self.admit()
-        return await found if isinstance(found, Coroutine) else found
+
+def pair_of(placement: Placement) -> Pair:
+    assert placement.prefill is not None
+    return Pair(placement.prefill, placement.decode)
 
 
 async def test_where_there_is_room_nothing_is_awaited() -> None:
     door = Door(decode=1)
     pair = Pair(door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2))
     first = door.admit()
-    assert isinstance(first, Place) and first.pair == pair
-    later = door.admit()
-    assert isinstance(later, Coroutine) and door.gate.waiting == 0, "it waits once it is awaited"
-    queued = asyncio.create_task(later)
+    assert first is not None and pair_of(first) == pair
+    assert door.admit() is None and door.gate.waiting == 0, "it waits once it asks to"
+    queued = door.ask()
     await soon(waiting(door, 1))
-    first.give_back()
-    assert (await soon(queued)).pair == pair and door.gate.waiting == 0
+    first.release()
+    assert pair_of(await soon(queued)) == pair and door.gate.waiting == 0
 
 
 async def test_nobody_overtakes_one_that_waits() -> None:
@@ -72,12 +57,12 @@ async def test_nobody_overtakes_one_that_waits() -> None:
     first = door.admit()
     queued = door.ask()
     await soon(waiting(door, 1))
-    first.give_back()
-    late = door.admit()
-    assert isinstance(late, Coroutine), "there is room, but somebody waits for it"
-    last = asyncio.create_task(late)
-    (await soon(queued)).give_back()
-    (await soon(last)).give_back()
+    assert first is not None
+    first.release()
+    assert door.admit() is None, "there is room, but an earlier request waits for it"
+    last = door.ask()
+    (await soon(queued)).release()
+    (await soon(last)).release()
 
 
 async def test_what_no_wait_can_cure_is_raised_at_once() -> None:
@@ -93,21 +78,21 @@ async def test_a_full_queue_is_told_when_it_is_awaited() -> None:
     door = Door(decode=1, queue=0)
     door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
     door.admit()
-    later = door.admit()
-    assert isinstance(later, Coroutine)
+    assert door.admit() is None
     with pytest.raises(Overloaded, match="MAX_QUEUE"):
-        await later
+        await soon(door.ask())
 
 
 async def test_who_leaves_the_queue_costs_nothing_even_when_its_turn_has_come() -> None:
     door = Door(decode=1)
     prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
     first = door.admit()
+    assert first is not None
     queued = [door.ask(), door.ask()]
     await soon(waiting(door, 2))
     queued[1].cancel()
     await soon(waiting(door, 1))
-    first.give_back()
+    first.release()
     # The turn is given in the loop's next step, and nobody has been woken in this one.
     asyncio.get_running_loop().call_soon(queued[0].cancel)
     for one in queued:
@@ -125,8 +110,8 @@ async def test_those_that_waited_take_the_instances_in_turn(limits: dict[str, in
     served = []
     for one in asked:
         place = await soon(one)
-        served.append(place.pair.prefill)
-        place.give_back()
+        served.append(place.prefill)
+        place.release()
     assert served == prefills * 3
 
 
@@ -143,13 +128,13 @@ async def test_those_that_wait_when_the_last_instance_is_drained_go_on_after_the
     queued = [door.ask(), door.ask()]
     await soon(waiting(door, 2))
     door.world.registry.drain(instances[role])
-    first.give_back()
+    first.release()
     with pytest.raises(NoPair, match="drained for maintenance"):
         await soon(door.ask())
     assert door.gate.waiting == 2 and not any(one.done() for one in queued)
     door.world.registry.drain(instances[role], draining=False)
     for one in queued:
-        (await soon(one)).give_back()
+        (await soon(one)).release()
 
 
 async def test_a_drained_instance_may_restart_meanwhile() -> None:
@@ -162,7 +147,7 @@ async def test_a_drained_instance_may_restart_meanwhile() -> None:
     await soon(waiting(door, 1))
     for instance in (prefill, decode):
         registry.drain(instance)
-    first.give_back()
+    first.release()
     for instance in (decode, prefill):
         registry.suspend(instance, "refused", gone=True)
         await asyncio.sleep(0)
@@ -171,7 +156,7 @@ async def test_a_drained_instance_may_restart_meanwhile() -> None:
         registry.admit(instance, {"m": {}})
     for instance in (decode, prefill):
         registry.drain(instance, draining=False)
-    assert (await soon(queued)).pair == Pair(prefill, decode)
+    assert pair_of(await soon(queued)) == Pair(prefill, decode)
 
 
 async def test_those_that_wait_are_told_when_an_undrained_side_goes() -> None:
@@ -234,7 +219,7 @@ def crowded(**limits: int) -> tuple[Door, Others]:
 async def test_a_claim_that_is_lost_is_tried_again() -> None:
     door, others = crowded()
     others.lost = 3
-    (await soon(door.ask())).give_back()
+    (await soon(door.ask())).release()
     assert others.claims == 4 and others.settled == 1
     assert others.queued[-1] == (0, None)
 
@@ -245,7 +230,7 @@ async def test_a_newcomer_queues_behind_those_that_wait_elsewhere_but_not_for_ev
     asked = door.ask()
     await soon(waiting(door, 1))
     assert others.claims == 0 and others.queued[-1][0] == 1
-    (await soon(asked)).give_back()
+    (await soon(asked)).release()
     assert others.claims == 1
 
 
@@ -256,14 +241,14 @@ async def test_a_place_goes_to_whoever_waits_longer_elsewhere_first() -> None:
     await soon(waiting(door, 1))
     claims = others.claims
     others.older = True
-    first.give_back()
+    first.release()
     door.world.registry.freed()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert others.claims == claims, "however often something is given back"
     others.older = False
     door.world.registry.freed()
-    (await soon(queued)).give_back()
+    (await soon(queued)).release()
 
 
 async def test_the_queue_counts_those_that_wait_elsewhere() -> None:

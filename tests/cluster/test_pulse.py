@@ -15,7 +15,7 @@ class Clock:
 
 
 def begin(pulse: Pulse, clock: Clock, **options):
-    return pulse.begin(clock, give_up=lambda error: None, **options)
+    return pulse.begin(clock, **options)
 
 
 async def replay() -> bool:

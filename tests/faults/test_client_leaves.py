@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from disagg_proxy.flight import flight
+from disagg_proxy.connectors import p2p_nccl
 from tests.conftest import Wire, soon
 from tests.machine import REQUESTS
 
@@ -68,7 +68,7 @@ async def test_during_the_prefill(machine, pair, client: Wire, point: str, strea
 @pytest.mark.interpreted
 @KINDS
 async def test_between_the_legs(machine, pair, client: Wire, monkeypatch, stream: bool) -> None:
-    monkeypatch.setattr(flight, "ABORT_GRACE", 0.1)
+    monkeypatch.setattr(p2p_nccl, "ABORT_GRACE", 0.1)
     decode = pair[1]
     decode.faults.hold("schedule", after=3)
     upstream = machine.proxy.services.upstream
@@ -101,7 +101,7 @@ async def test_before_the_first_byte(machine, pair, client: Wire, point: str) ->
 
 
 async def test_before_the_first_byte_of_a_decode_that_says_nothing(machine, pair, client: Wire, monkeypatch) -> None:
-    monkeypatch.setattr(flight, "ABORT_GRACE", 0.1)
+    monkeypatch.setattr(p2p_nccl, "ABORT_GRACE", 0.1)
     decode = pair[1]
     with decode.faults.held():
         client.post(PATH, {**LONG, "stream": True})
@@ -112,7 +112,7 @@ async def test_before_the_first_byte_of_a_decode_that_says_nothing(machine, pair
 
 
 async def test_while_decode_makes_a_whole_answer(machine, pair, client: Wire, monkeypatch) -> None:
-    monkeypatch.setattr(flight, "ABORT_GRACE", 0.1)
+    monkeypatch.setattr(p2p_nccl, "ABORT_GRACE", 0.1)
     decode = pair[1]
     decode.faults.hold("schedule", after=3)
     client.post(PATH, LONG)

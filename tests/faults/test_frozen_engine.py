@@ -60,7 +60,7 @@ async def test_a_decode_that_waits_for_lost_kv_is_freed_by_replays(machine, pair
 
 @SOON
 async def test_the_kv_of_a_request_whose_client_has_left_is_replayed_too(machine, pair, dial, monkeypatch) -> None:
-    monkeypatch.setattr("disagg_proxy.flight.flight.ABORT_GRACE", 0.05)
+    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl.ABORT_GRACE", 0.05)
     _, decode = pair
     decode.faults.lose_kv()
     client = await dial(machine.proxy.url)

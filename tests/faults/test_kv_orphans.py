@@ -71,7 +71,7 @@ async def test_a_drain_that_fails_is_counted_and_not_repeated(machine, pair, dia
     assert (drains.started, drains.done, drains.failed) == (1, 0, 1)
     assert len(decode.received(PATH)) == 1
     assert machine.proxy.instance(decode.http_address).in_flight == 0
-    assert "is not drained from decode" in caplog.text
+    assert "is not released from decode" in caplog.text
 
 
 async def test_nothing_is_drained_after_a_failed_prefill(machine, pair, dial) -> None:

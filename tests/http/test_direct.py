@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from disagg_proxy.cluster.pulse import Pulse
+from disagg_proxy.coordinator.head import Head
 from disagg_proxy.errors import EngineDisconnected
-from disagg_proxy.flight.outcome import Outcome
-from disagg_proxy.flight.relay import Relay
 from disagg_proxy.http import direct
-from disagg_proxy.http.generation import Asked
 from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.protocol.fields import COMPLETIONS
 from disagg_proxy.protocol.headers import AnswerHeaders, PassedHeaders
 from disagg_proxy.protocol.redact import NoHiding
 from disagg_proxy.protocol.usage import UsageRepair
+from disagg_proxy.response.outcome import Outcome
+from disagg_proxy.response.reply import Reply
+from disagg_proxy.response.stream import ResponseStream
 from disagg_proxy.stopping import Stopping
 from disagg_proxy.upstream import Answer
-from tests.conftest import soon
 
 pytestmark = pytest.mark.interpreted
 
@@ -31,28 +28,25 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 
 
 class Exchange:
-    """A client's connection, and the flight that it gets."""
+    """A client's connection, and the coordinator that serves it."""
 
-    public_id = "public"
     date = b"date: now\r\n"
+    wanted = None
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.writes: list[bytes] = []
-        self.closed = self.complete = self.left = False
+        self.closed = self.complete = False
         self.transport = SimpleNamespace(write=self.writes.append, close=self.close)
-        self.told: asyncio.Future[Callable[[Any], None]] = asyncio.get_running_loop().create_future()
         self.answer = Answer(SimpleNamespace(abort=lambda: None), "decode", reused=False)
         self.answer.begun(200, AnswerHeaders())
-        monkeypatch.setattr(direct, "begin", self.begin)
+        self.reply: Reply | None = None
 
-    async def begin(self, services: object, asked: object, body: bytes) -> Exchange:
-        return self
+    @property
+    def left(self) -> bool:
+        return self.reply is not None and self.reply.gone
 
-    def start(self, told: Callable[[Any], None]) -> None:
-        self.told.set_result(told)
-
-    def leave(self) -> None:
-        self.left = True
+    def start(self, head: Head, body: bytes, reply: Reply) -> None:
+        self.reply = reply
 
     def close(self) -> None:
         self.closed = True
@@ -61,21 +55,21 @@ class Exchange:
         self.complete = True
 
     async def stream(self) -> None:
-        """The request is whole, and decode's answer begins."""
-        asked = Asked(COMPLETIONS, [], b"", "mine", b"")
-        one = direct.Direct(self, SimpleNamespace(stopping=Stopping(0.0, lambda: 0.0)), asked, True)  # type: ignore[arg-type]
+        """The request is complete, and decode's answer begins."""
+        head = Head(COMPLETIONS, [], b"", "mine", b"")
+        services = SimpleNamespace(stopping=Stopping(0.0, lambda: 0.0), coordinator=self)
+        one = direct.Direct(self, services, head, True)  # type: ignore[arg-type]
         one.feed(b"{}")
         one.start()
-        told = await soon(self.told)
-        pulse, record = Pulse(0.0), Recorder.alone().open("/v1/completions", None)
-        vigil = pulse.begin(lambda: 0.0, give_up=lambda error: None)
-        relay = Relay(self.answer, NoHiding(), UsageRepair(COMPLETIONS, None), vigil, lambda complete: None, record)
-        told(Outcome(200, PassedHeaders([(b"content-type", b"text/event-stream")]), relay))
+        assert self.reply is not None
+        vigil, record = Pulse(0.0).begin(lambda: 0.0), Recorder.alone().open("/v1/completions", None)
+        stream = ResponseStream(self.answer, NoHiding(), UsageRepair(COMPLETIONS, None), vigil, record)
+        self.reply.send(Outcome(200, PassedHeaders([(b"content-type", b"text/event-stream")]), stream))
 
 
 @pytest.fixture
-async def exchange(monkeypatch: pytest.MonkeyPatch) -> Exchange:
-    return Exchange(monkeypatch)
+async def exchange() -> Exchange:
+    return Exchange()
 
 
 async def test_the_head_leaves_with_the_first_token(exchange: Exchange) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_proxy.protocol.fields import CHAT, COMPLETIONS
-from disagg_proxy.protocol.nixl import NixlHandover, transfer_params
+from disagg_proxy.protocol.nixl import fits as fits_nixl
+from disagg_proxy.protocol.nixl import for_decode, for_prefill, transfer_params
 from disagg_proxy.protocol.prepare import prepare
 
 WHOLE: dict[str, Any] = {
@@ -34,7 +35,7 @@ def answer(params: Any) -> bytes:
 @pytest.mark.parametrize("blocks", [[[1, 2, 3]], [[], [0]], [4, 5], [0]])
 def test_whole_params_go_to_decode_as_they_are(blocks: list[Any]) -> None:
     params = {**WHOLE, "remote_block_ids": blocks}
-    made = NixlHandover().for_decode(b'{"prompt": "x"}', answer(params))
+    made = for_decode(b'{"prompt": "x"}', answer(params))
     assert json.loads(made) == {"kv_transfer_params": params, "prompt": "x"}
 
 
@@ -46,19 +47,19 @@ def test_whole_params_go_to_decode_as_they_are(blocks: list[Any]) -> None:
 ])  # fmt: skip
 def test_params_that_are_not_whole_never_reach_decode(changes: dict[str, Any]) -> None:
     body = b'{"prompt": "x"}'
-    assert NixlHandover().for_decode(body, answer({**WHOLE, **changes})) is body
+    assert for_decode(body, answer({**WHOLE, **changes})) is body
     for name in changes:
         missing = {key: value for key, value in WHOLE.items() if key != name}
-        assert NixlHandover().for_decode(body, answer(missing)) is body
+        assert for_decode(body, answer(missing)) is body
 
 
 @pytest.mark.parametrize("raw", [
-    None, b"", b"[]", b"null", b"{}", b'{"kv_transfer_params": []}', b'{"kv_transfer_params": "x"}', b"\xff",
+    b"", b"[]", b"null", b"{}", b'{"kv_transfer_params": []}', b'{"kv_transfer_params": "x"}', b"\xff",
     b"[" * 9999, b'data: {"choices": []}\n\n', answer(None), answer({}),
 ])  # fmt: skip
-def test_answers_without_params(raw: bytes | None) -> None:
+def test_answers_without_params(raw: bytes) -> None:
     body = b"{}"
-    assert NixlHandover().for_decode(body, raw) is body
+    assert for_decode(body, raw) is body
 
 
 @given(st.dictionaries(st.sampled_from(list(WHOLE)), st.none() | st.booleans() | st.text() | st.lists(st.integers())))
@@ -70,7 +71,7 @@ def test_what_passes_has_what_vllm_reads(changes: dict[str, Any]) -> None:
 
 
 def test_prefill_is_told_to_keep_its_kv() -> None:
-    made = json.loads(NixlHandover().for_prefill(b'{"prompt":"x","max_tokens":1,"stream":false}'))
+    made = json.loads(for_prefill(b'{"prompt":"x","max_tokens":1,"stream":false}'))
     params = made.pop("kv_transfer_params")
     assert made == {"prompt": "x", "max_tokens": 1, "stream": False}
     assert params["do_remote_decode"] is True and params["do_remote_prefill"] is False
@@ -81,7 +82,7 @@ def test_prefill_never_streams() -> None:
     body = {"messages": [], "tools": [{}], "tool_choice": "required", "stream": True}
     prepared = prepare(CHAT, json.dumps(body).encode())
     assert json.loads(prepared.prefill_body)["stream"] is True
-    made = json.loads(NixlHandover().for_prefill(prepared.prefill_body))
+    made = json.loads(for_prefill(prepared.prefill_body))
     assert made["stream"] is False and "stream_options" not in made and made["tool_choice"] == "required"
 
 
@@ -91,4 +92,4 @@ def test_prefill_never_streams() -> None:
     ({"prompt": "x", "n": "2"}, False), ({"prompt": []}, True), ({}, True), ({"prompt": "x", "n": None}, True),
 ])  # fmt: skip
 def test_only_one_engine_request_can_be_handed_over(fields: dict[str, Any], fits: bool) -> None:
-    assert NixlHandover().fits(prepare(COMPLETIONS, json.dumps(fields).encode())) is fits
+    assert fits_nixl(prepare(COMPLETIONS, json.dumps(fields).encode())) is fits

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.pulse import Vigil
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.watch.watchdog import Watchdog
-from tests.flight.conftest import Bench
+from tests.connectors.conftest import Bench
 
 pytestmark = pytest.mark.interpreted
 
@@ -22,10 +26,14 @@ class Watched(Bench):
         self.moved = 0
         self.given_up: list[ProxyError] = []
         self.watchdog = Watchdog(self.world.registry, self.upstream, SHORTEST, LONGEST, b"")  # type: ignore[arg-type]
-        self.vigil = self.prefill.pulse.begin(
-            self.world.registry.now, tokens=512, give_up=self.given_up.append, receiver=self.legs.decode_lease,
-            move=self._move,
-        )  # fmt: skip
+        self.receiver = self.placement().decode_lease
+        self.vigil = self.wait_for(self.prefill, tokens=512, receiver=self.receiver, move=self._move)
+
+    def wait_for(self, instance: Instance, **options: Any) -> Vigil:
+        """One more leg on an instance; what it fails with goes to ``given_up``."""
+        vigil = instance.pulse.begin(self.world.registry.now, **options)
+        vigil.answer = SimpleNamespace(fail=self.given_up.append)
+        return vigil
 
     def _move(self) -> None:
         self.moved += 1
@@ -119,7 +127,7 @@ async def test_a_process_without_a_sign_of_life_is_named_for_a_restart(watched: 
     watched.later(10.0, pinging=watched.prefill, answering=watched.prefill)
     watched.later(19.0, pinging=watched.prefill, answering=watched.prefill)
     assert (decode.state, decode.restart_wanted) == (State.LOST, False)
-    wait = decode.pulse.begin(watched.world.registry.now, give_up=watched.given_up.append)
+    wait = watched.wait_for(decode)
     watched.later(1.0, pinging=watched.prefill, answering=watched.prefill)
     assert (decode.state, decode.restart_wanted) == (State.LOST, True)
     assert decode.reason == "its process hangs: no ping and no answer from /health for 30 s; restart it"
@@ -176,7 +184,7 @@ async def test_prefills_that_block_on_a_process_that_has_ended_do_not_condemn_it
     watched = Watched()
     registry, decode = watched.world.registry, watched.decode
     other = watched.world.ready(Role.PREFILL, 3)
-    other.pulse.begin(registry.now, give_up=watched.given_up.append, receiver=watched.legs.decode_lease)
+    watched.wait_for(other, receiver=watched.receiver)
     if replaced:
         registry.process_ended(decode)
         registry.admit(decode, decode.models)

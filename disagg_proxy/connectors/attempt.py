@@ -1,0 +1,161 @@
+"""One attempt of a request on its instances: sends the legs, and keeps the leases, the breaker and the record right.
+
+The order of the legs, and what follows from each outcome, is the connector's.
+"""
+
+from __future__ import annotations
+
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.lease import Lease
+from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.connectors.base import Engines, Request
+from disagg_proxy.connectors.outlier import blame, end_lease
+from disagg_proxy.errors import ProxyError
+from disagg_proxy.protocol.headers import answer_headers
+from disagg_proxy.protocol.p2p_nccl import RequestId
+from disagg_proxy.protocol.redact import IdHider
+from disagg_proxy.protocol.usage import UsageRepair
+from disagg_proxy.response.outcome import Outcome, refusal
+from disagg_proxy.response.reply import Reply
+from disagg_proxy.response.stream import ResponseStream
+from disagg_proxy.upstream import Answer, Enough, Resend, WholeAnswer
+
+
+class Attempt:
+    """The legs of one attempt.
+
+    Args:
+        request_id: under which both engines get it, and what the client sees in its place.
+
+    Attributes:
+        detached: other work holds the placement and gives it back.
+    """
+
+    def __init__(self, engines: Engines, request: Request, placement: Placement, request_id: RequestId) -> None:
+        self.request = request
+        self.placement = placement
+        self.id = request_id
+        self.detached = False
+        self._engines = engines
+        self._decoding: Vigil | None = None
+        lines = b"%sx-request-id: %s\r\n" % (request.headers, request_id.internal.encode())
+        trace = request.record.trace
+        self._prefill_headers = lines if trace is None else lines + trace.prefill_lines
+        self._decode_headers = lines if trace is None else lines + trace.decode_lines
+        request.record.put_on(placement.prefill, placement.decode, request_id.public)
+
+    @property
+    def decode(self) -> Instance:
+        """The decode instance."""
+        return self.placement.decode
+
+    @property
+    def decoding(self) -> Vigil:
+        """The wait for decode, once its leg is sent."""
+        if self._decoding is None:
+            raise RuntimeError("decode has not been sent a request")
+        return self._decoding
+
+    # -- the legs
+
+    async def send_prefill(
+        self, lease: Lease, body: bytes, silence: float, pending: Vigil | None, fresh: bool = False
+    ) -> WholeAnswer:
+        """Send prefill's leg and read its whole answer. It is idempotent: a kept connection that closes is made up for.
+
+        Raises:
+            EngineError, EngineDeadline: there is no answer.
+        """
+        answer = await self._engines.upstream().request(
+            "POST", lease.instance, self.request.route.path, headers=self._prefill_headers, body=body,
+            silence=silence, leg="prefill", fresh=fresh, enough=Enough.WHOLE,
+            resend=Resend.NEVER if fresh else Resend.REUSED, pending=pending,
+        )  # fmt: skip
+        return answer.read()
+
+    async def send_decode(
+        self,
+        body: bytes,
+        *,
+        enough: Enough,
+        resend: Resend,
+        resend_body: bytes | None = None,
+        fresh: bool = False,
+    ) -> Answer:
+        """Send decode's leg; :attr:`decoding` must have begun.
+
+        Raises:
+            EngineError, EngineDeadline: there is no answer.
+        """
+        return await self._engines.upstream().request(
+            "POST", self.decode, self.request.route.path, headers=self._decode_headers, body=body,
+            silence=self._engines.config.decode_timeout, leg="decode", fresh=fresh, enough=enough, resend=resend,
+            resend_body=resend_body, pending=self._decoding,
+        )  # fmt: skip
+
+    def watch_decode(self, vigil: Vigil) -> Vigil:
+        """``vigil`` is the wait for decode from now on."""
+        self._decoding = vigil
+        return vigil
+
+    def blame_decode(self, error: ProxyError) -> None:
+        """Decode's leg ended with ``error``."""
+        blame(self._engines.registry, self.decode, error)
+
+    # -- the answer
+
+    async def deliver(
+        self, reply: Reply, answer: Answer, hider: IdHider, repair: UsageRepair, public: RequestId | None
+    ) -> None:
+        """Stream decode's 200 to the client, until its end or until the client leaves.
+
+        Raises:
+            EngineError, EngineDeadline: decode broke before the first byte of the body.
+        """
+        try:
+            # Until the first byte a failure can still have a status of its own.
+            await answer.until(Enough.BEGUN)
+        except BaseException:
+            answer.close()
+            raise
+        vigil, record = self.decoding, self.request.record
+        vigil.heard()
+        stream = ResponseStream(answer, hider, repair, vigil, record)
+        record.begin_answer(True)
+        reply.send(Outcome(200, answer_headers(answer.headers, public), stream))
+        await stream.finished
+        if stream.complete:
+            record.complete()
+        elif not reply.gone:
+            record.cut()
+        self.end_decode(failed=False if stream.complete else None if reply.gone else True)
+
+    def refuse(self, reply: Reply, answer: WholeAnswer, leg: str) -> None:
+        """Deliver the instance's own refusal.
+
+        Raises:
+            EngineFailed: it is not the client's mistake.
+        """
+        outcome = refusal(answer, leg, self.id, bool(self._engines.config.engine_api_key))
+        self.request.record.refused(answer.status)
+        reply.send(outcome)
+
+    # -- ends
+
+    def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
+        """The decode leg is over; only the first call counts. Arguments: :meth:`Lease.end`, :meth:`Vigil.end`."""
+        if self._decoding is not None:
+            self._decoding.end(received=received)
+        self.placement.decode_lease.end(failed=failed)
+        self.placement.loaded()
+
+    def end_refused(self, status: int) -> None:
+        """Decode answered, but not 200."""
+        end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, status)
+        self.end_decode()
+
+    def release(self) -> None:
+        """Give back every place; harmless for those that were given back before."""
+        self.end_decode()
+        self.placement.release()

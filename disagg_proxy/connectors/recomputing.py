@@ -1,0 +1,191 @@
+"""Decodes that compute the prompt where they get no KV for it (``disagg_kv``, ``nixl``): what their connectors share.
+
+    prefill refused or failed      decode computes; the client notices nothing
+    decode refused (4xx)           the client gets that answer
+    decode failed (5xx, broken, unreachable, stalled) before the first byte    another decode, bounded attempts
+    decode breaks in mid-answer    the client's connection is cut
+    client leaves                  both legs are aborted at once; vLLM and the connector free everything
+
+Nothing can stall here, a leg may be cancelled at any time, and no KV needs a release by decode: what is not fetched
+expires on prefill.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.connectors.attempt import Attempt
+from disagg_proxy.connectors.base import Engines, Failure, Request
+from disagg_proxy.connectors.outlier import blame, end_lease, is_failure
+from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
+from disagg_proxy.protocol.headers import answer_headers, is_stream
+from disagg_proxy.protocol.p2p_nccl import RequestId
+from disagg_proxy.protocol.prefill_answer import error_message, prompt_tokens
+from disagg_proxy.protocol.redact import NoHiding
+from disagg_proxy.protocol.usage import UsageRepair, cache_use, output_tokens, repair_usage
+from disagg_proxy.response.outcome import Outcome, prefill_refusal
+from disagg_proxy.response.reply import Reply
+from disagg_proxy.upstream import Answer, Enough, Resend, WholeAnswer
+
+log = logging.getLogger(__name__)
+
+
+class RecomputingAttempt(Attempt):
+    """The legs of one attempt. Creating it drops the placement's prefill where this request cannot use its KV.
+
+    Args:
+        fits: whether the KV of all its prompts can be handed over.
+
+    Attributes:
+        repair: corrects the cached tokens in the usage of decode's answer, once prefill's answer says how many.
+    """
+
+    def __init__(self, engines: Engines, request: Request, placement: Placement, fits: bool) -> None:
+        if request.prepared.prefill_answers or not fits:
+            placement.drop_prefill()
+        name = request.record.client_id or secrets.token_hex(16)
+        super().__init__(engines, request, placement, RequestId(name, name))
+        self.repair = UsageRepair(request.route, None)
+        self._refusal: WholeAnswer | None = None
+        self._accepted = False
+
+    async def prefill(self, body: bytes) -> WholeAnswer | None:
+        """Send prefill's leg. Returns its answer when it did its work, else None. Raises no ProxyError."""
+        lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
+        if lease is None:
+            return None
+        record.ask_prefill()
+        vigil = lease.pulse.begin(registry.now, tokens=self.request.tokens)
+        answer: WholeAnswer | None = None
+        try:
+            received = await self.send_prefill(lease, body, self._engines.config.prefill_timeout, vigil)
+            if received.status == 200:
+                vigil.heard()
+                if is_stream(received.headers):
+                    # A refusal from within the engine is an event of a stream that began with 200.
+                    choices = self.request.prepared.choices
+                    received = prefill_refusal(self.request.route, received, choices) or received
+            answer = received
+        except ProxyError as error:
+            blame(registry, lease.instance, error)
+            lease.end(failed=True)
+        finally:
+            vigil.end()
+            if answer is None:
+                lease.end()
+        if answer is None:
+            return None
+        end_lease(registry, lease, self.request.route, answer.status)
+        if answer.status != 200:
+            if answer.status != 429 and not is_failure(self.request.route, answer.status):
+                self._refusal = answer
+                self._compare()
+            return None
+        record.answer_prefill()
+        tokens = prompt_tokens(answer.body)
+        self.request.learn(self.request, tokens)
+        record.prompt_tokens = tokens or None
+        self.repair.use = use = cache_use(self.request.route, answer.body)
+        record.cached_tokens = use.cached
+        return answer
+
+    def watch(self, waiting: bool = True) -> Vigil:
+        """Begin the wait for decode.
+
+        Args:
+            waiting: whether decode has all it needs to answer; else :meth:`Vigil.listen` says when.
+        """
+        vigil = self.placement.decode_lease.pulse.begin(
+            self._engines.registry.now, tokens=self.request.tokens, telling=self.request.prepared.streams
+        )
+        vigil.waiting = waiting
+        return self.watch_decode(vigil)
+
+    async def ask_decode(self, body: bytes, again: bytes) -> Answer:
+        """Send decode's leg; :meth:`watch` must have begun. Returns when the answer begins, or is whole if unstreamed.
+
+        Args:
+            again: the body where the request may have been received once, on a kept connection that closed.
+
+        Raises:
+            EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
+        """
+        self.request.record.ask_decode()
+        enough = Enough.BEGUN if self.request.prepared.streams else Enough.WHOLE
+        try:
+            answer = await self.send_decode(body, enough=enough, resend=Resend.REUSED, resend_body=again)
+        except ProxyError as error:
+            self.blame_decode(error)
+            raise
+        if answer.status == 200:
+            self._accepted = True
+            self._compare()
+        return answer
+
+    async def answer(self, reply: Reply, answer: Answer) -> None:
+        """Deliver decode's 200.
+
+        Raises:
+            EngineError, EngineDeadline: decode broke before the first byte of the body.
+        """
+        request, record = self.request, self.request.record
+        if is_stream(answer.headers):
+            await answer.until(Enough.BEGUN)
+            self.placement.loaded()
+            request.prepared.forget_bodies()
+            await self.deliver(reply, answer, NoHiding(), self.repair, None)
+            return
+        whole = await answer.whole()
+        self.decoding.heard()
+        self.placement.loaded()
+        await self.prompt_counted(whole)
+        record.begin_answer(False)
+        record.output_tokens = output_tokens(whole.body)
+        if record.prompt_tokens is None:
+            record.prompt_tokens = prompt_tokens(whole.body) or None
+        record.complete()
+        self.end_decode(failed=False)
+        reply.send(
+            Outcome(200, answer_headers(answer.headers, None), repair_usage(request.route, whole.body, self.repair.use))
+        )
+
+    async def prompt_counted(self, whole: WholeAnswer) -> None:
+        """Wait until :attr:`repair` knows the cached tokens, if they are to be corrected in ``whole``."""
+
+    def _compare(self) -> None:
+        """Count a request that prefill refused and decode accepted, once both are known, and log the first one.
+
+        Either the engines differ, or prefill's body breaks a rule of vLLM's that decode's does not: one token, no
+        stream (:func:`disagg_proxy.protocol.fields.for_prefill`).
+        """
+        prefill, refusal = self.placement.prefill, self._refusal
+        if prefill is None or refusal is None or not self._accepted:
+            return
+        self._refusal = None
+        if not prefill.prefills_refused:
+            # What follows may quote the prompt (pydantic's "input").
+            reason = error_message(refusal.body).partition("input")[0][:200]
+            log.warning(
+                "%s refuses requests to %s that %s accepts, which then computes their prompts: status %d, %s",
+                prefill, self.request.route.path, self.decode, refusal.status, reason,
+            )  # fmt: skip
+        prefill.prefills_refused += 1
+
+    async def refused(self, reply: Reply, answer: Answer) -> None:
+        """Deliver decode's refusal.
+
+        Raises:
+            EngineFailed: it is not the client's mistake.
+        """
+        refused = await answer.whole()
+        # The KV stays claimed: prefill still holds it, and is sent a RELEASE in the end.
+        end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
+        self.refuse(reply, refused, "decode")
+
+    def failed(self, error: EngineError | EngineDeadline) -> Failure:
+        """Decode failed before the first byte."""
+        self.placement.decode_lease.end(failed=True)
+        return Failure(error, self.decode)

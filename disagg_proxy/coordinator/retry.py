@@ -1,0 +1,100 @@
+"""When another attempt is made, and on which instances. The rule and its reasons: docs/retry.md.
+
+Another attempt always means a new request id: KV that an earlier prefill may have sent belongs to the earlier id.
+Attempts are bounded, and only made while the client waits. They pass the same limits as new requests, or what a dead
+decode leaves behind would fill the buffer of the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+
+from disagg_proxy.admission.gate import Demand, Gate
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.pairing import Pairing
+from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.connectors.base import Failure
+from disagg_proxy.errors import ProxyError
+from disagg_proxy.response.reply import Reply
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE = 0.05
+"""Seconds before the second attempt, doubled before each further one."""
+
+
+class Retry:
+    """The retry budget of one request.
+
+    Args:
+        computes: whether the first decode computes without KV; further attempts go to instances of the same kind.
+        attempts: how many are made at most, the first one included.
+    """
+
+    __slots__ = ("_computes", "_demand", "_failed", "_gate", "_left", "_pairing", "_pause", "_registry")
+
+    def __init__(
+        self, gate: Gate, pairing: Pairing, registry: Registry, demand: Demand, computes: bool, attempts: int
+    ) -> None:
+        self._gate = gate
+        self._pairing = pairing
+        self._registry = registry
+        self._demand = demand
+        self._computes = computes
+        self._left = attempts - 1
+        self._pause = _FIRST_PAUSE
+        self._failed: frozenset[Instance] = frozenset()
+
+    def possible(self, failed: Instance) -> bool:
+        """Whether an attempt is left, and others than ``failed`` could serve the request."""
+        return self._left > 0 and self._can_serve(self._all_failed() | {failed})
+
+    async def next(self, failure: Failure, reply: Reply) -> Placement | None:
+        """Places for another attempt after ``failure``, after a back-off; None when there is no other attempt."""
+        self._failed |= {failure.instance}
+        if not _waits(reply) or self._left <= 0 or self._excluded(failure.suspect) is None:
+            return None
+        self._left -= 1
+        await asyncio.sleep(self._pause)
+        self._pause *= 2
+        # Instances may have come and gone during the pause.
+        excluded = self._excluded(failure.suspect)
+        if excluded is None or not _waits(reply):
+            return None
+        log.info("%s failed a request; another attempt", failure.instance)
+        self._demand.without = excluded
+        try:
+            placement = await self._gate.acquire(self._demand)
+        except ProxyError:
+            return None
+        if not _waits(reply):
+            placement.release()
+            return None
+        return placement
+
+    def _excluded(self, suspect: Instance | None) -> Collection[Instance] | None:
+        """The instances to leave out; None when the others cannot serve the request."""
+        failed = self._all_failed()
+        for excluded in (failed | {suspect}, failed) if suspect else (failed,):
+            if self._can_serve(excluded):
+                return excluded
+        return None
+
+    def _all_failed(self) -> set[Instance]:
+        """Those that failed, and those of the other kind."""
+        return {*self._failed, *(i for i in self._registry.instances() if i.kind.computes is not self._computes)}
+
+    def _can_serve(self, excluded: Collection[Instance]) -> bool:
+        try:
+            self._pairing.check(self._demand.model, self._demand.wish, excluded)
+        except ProxyError:
+            return False
+        return True
+
+
+def _waits(reply: Reply) -> bool:
+    """Whether the client still waits for an answer, which each await may change."""
+    return reply.open

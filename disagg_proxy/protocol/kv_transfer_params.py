@@ -1,0 +1,21 @@
+"""Puts ``kv_transfer_params`` into a leg's body, for connectors that name their KV there (``disagg_kv``, ``nixl``).
+
+Clients cannot set the field (``fields.strip``), so it is inserted as text at the front of the object, and the client's
+bytes stay as they are where they are UTF-8. P2pNcclConnector names its KV by the request id instead: ``p2p_nccl``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def with_params(body: bytes, params: Mapping[str, Any]) -> bytes:
+    """``body``, the bytes of a JSON object that has no such field, with the field in it."""
+    if not json.detect_encoding(body).startswith("utf-8"):
+        body = json.dumps(json.loads(body)).encode()
+    brace = body.index(b"{") + 1
+    rest = body[brace:]
+    comma = b"" if rest.lstrip()[:1] == b"}" else b","
+    return body[:brace] + b'"kv_transfer_params":' + json.dumps(params).encode() + comma + rest

@@ -1,0 +1,143 @@
+"""Many waits of one length."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from disagg_proxy.runtime import fixed_timeouts
+from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
+
+
+class Handle:
+    def __init__(self, when: float, call: Callable[[], None]) -> None:
+        self.when, self.call = when, call
+
+
+class Loop:
+    """A clock that the test moves, with its timers."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.timers: list[Handle] = []
+        self.failures: list[dict[str, object]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, call: Callable[[], None]) -> Handle:
+        assert when > self.now
+        self.timers.append(Handle(when, call))
+        return self.timers[-1]
+
+    def call_exception_handler(self, context: dict[str, object]) -> None:
+        self.failures.append(context)
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        while due := [timer for timer in self.timers if timer.when <= end]:
+            timer = min(due, key=lambda one: one.when)
+            self.timers.remove(timer)
+            self.now = timer.when
+            timer.call()
+        self.now = end
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    loop = Loop()
+    monkeypatch.setattr(fixed_timeouts.asyncio, "get_running_loop", lambda: loop)
+    return loop
+
+
+def test_each_is_called_in_its_time_with_one_timer_for_all(loop: Loop) -> None:
+    waits, called = FixedTimeouts(5.0), []
+    for number in range(4):
+        waits.add(lambda number=number: called.append((number, loop.now)))
+        assert len(loop.timers) == 1
+        loop.pass_time(1.0)
+    assert len(waits) == 4
+    loop.pass_time(10.0)
+    assert called == [(number, 105.0 + number) for number in range(4)]
+    assert len(waits) == 0 and not loop.timers
+
+
+def test_those_of_one_moment_are_called_together(loop: Loop) -> None:
+    waits, called = FixedTimeouts(5.0), []
+    for number in range(3):
+        waits.add(lambda number=number: called.append(number))
+    loop.pass_time(5.0)
+    assert called == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dropped", range(3))
+def test_what_is_dropped_is_not_called_and_delays_nobody(loop: Loop, dropped: int) -> None:
+    waits, called = FixedTimeouts(5.0), []
+    keys = []
+    for number in range(3):
+        keys.append(waits.add(lambda number=number: called.append((number, loop.now))))
+        loop.pass_time(1.0)
+    waits.drop(keys[dropped])
+    waits.drop(keys[dropped])
+    assert len(waits) == 2
+    loop.pass_time(10.0)
+    assert called == [(number, 105.0 + number) for number in range(3) if number != dropped]
+
+
+def test_nothing_is_left_when_all_are_dropped_and_the_next_ones_are_in_time(loop: Loop) -> None:
+    waits, called = FixedTimeouts(5.0), []
+    waits.drop(waits.add(lambda: called.append("dropped")))
+    loop.pass_time(3.0)
+    waits.add(lambda: called.append(loop.now))
+    loop.pass_time(4.0)
+    assert not called
+    loop.pass_time(2.0)
+    assert called == [108.0] and not loop.timers
+
+
+def test_dropping_is_harmless_when_it_was_called_or_never_was(loop: Loop) -> None:
+    waits, called = FixedTimeouts(5.0), []
+    key = waits.add(lambda: called.append(1))
+    loop.pass_time(5.0)
+    waits.drop(key)
+    waits.drop(None)
+    assert called == [1] and len(waits) == 0
+
+
+def test_one_that_is_called_may_add_and_drop_others(loop: Loop) -> None:
+    waits, called = FixedTimeouts(5.0), []
+    second: object | None = None
+
+    def first() -> None:
+        called.append(("first", loop.now))
+        waits.drop(second)
+        waits.add(lambda: called.append(("third", loop.now)))
+
+    waits.add(first)
+    second = waits.add(lambda: called.append(("second", loop.now)))
+    loop.pass_time(20.0)
+    assert called == [("first", 105.0), ("third", 110.0)]
+
+
+def test_one_that_fails_takes_no_other_with_it(loop: Loop) -> None:
+    waits, called = FixedTimeouts(5.0), []
+
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    waits.add(fail)
+    waits.add(lambda: called.append(1))
+    loop.pass_time(1.0)
+    waits.add(lambda: called.append(2))
+    loop.pass_time(5.0)
+    assert called == [1, 2]
+    assert [str(context["exception"]) for context in loop.failures] == ["no"]
+
+
+async def test_on_a_real_loop() -> None:
+    waits, called = FixedTimeouts(0.02), asyncio.Event()
+    waits.add(called.set)
+    await asyncio.wait_for(called.wait(), 5)
+    assert len(waits) == 0
