@@ -19,7 +19,7 @@ from disagg_proxy.protocol.fields import RESPONSES, strip
 from disagg_proxy.protocol.headers import request_lines
 from disagg_proxy.protocol.prepare import encode, model_of, parse_object
 from disagg_proxy.services import Services
-from disagg_proxy.upstream import WholeAnswer
+from disagg_proxy.upstream import Enough, Resend, WholeAnswer
 
 ONE_ENGINE = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 PROFILING = ("/start_profile", "/stop_profile")
@@ -59,11 +59,13 @@ def single_routes(services: Services) -> Blueprint:
                 body=body,
                 silence=services.config.decode_timeout,
                 leg=instance.role.value,
+                enough=Enough.WHOLE,
+                resend=Resend.REUSED,
             )
-            return await answer.whole()
+            return answer.read()
 
     async def ask_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
-        """The first engine that can be reached; these routes change nothing, so asking again is safe."""
+        """The first engine that can be reached. These routes change nothing, so they may be sent twice."""
         while True:
             instance = services.pairing.choose_one(model, computes=computes)
             try:

@@ -60,3 +60,18 @@ async def test_vllms_400s_that_end_the_connection_harm_no_later_request(machine,
     assert len(prefill.received(PATH)) == 6, "and nothing had to be asked twice"
     assert len(decode.received(PATH)) == (3 if refuses == "prefill" else 9), "right ones, refused ones, and drains"
     await machine.unharmed(prefill, decode)
+
+
+@pytest.mark.parametrize("how", ["reset_next", "close_next"])
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+async def test_so_are_engines_that_answer_alone(machine, pair, how: str, path: str) -> None:
+    body = (
+        {"prompt": "x"}
+        if path == "/tokenize"
+        else {"model": "sim-model", "messages": [{"role": "user", "content": "x"}]}
+    )
+    assert (await machine.post(path, body))[0] == 200
+    for engine in pair:
+        getattr(engine.faults, how)(path=path)
+    for _ in pair:
+        assert (await machine.post(path, body))[0] == 200
