@@ -5,6 +5,8 @@ The order of the legs, and what follows from each outcome, is the connector's.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.placement import Placement
@@ -59,22 +61,22 @@ class Attempt:
 
     # -- the legs
 
-    async def send_prefill(
+    def send_prefill(
         self, lease: Lease, body: bytes, silence: float, pending: Vigil | None, fresh: bool = False
-    ) -> WholeAnswer:
-        """Send prefill's leg and read its whole answer. It is idempotent: a kept connection that closes is made up for.
+    ) -> Awaitable[Answer]:
+        """Send prefill's leg and wait for its whole answer. It is idempotent: a kept connection that closes is made up
+        for by a fresh one.
 
         Raises:
             EngineError, EngineDeadline: there is no answer.
         """
-        answer = await self._engines.upstream().request(
+        return self._engines.upstream().request(
             "POST", lease.instance, self.request.route.path, headers=self._prefill_headers, body=body,
             silence=silence, leg="prefill", fresh=fresh, enough=Enough.WHOLE,
             resend=Resend.NEVER if fresh else Resend.REUSED, pending=pending,
         )  # fmt: skip
-        return answer.read()
 
-    async def send_decode(
+    def send_decode(
         self,
         body: bytes,
         *,
@@ -82,13 +84,13 @@ class Attempt:
         resend: Resend,
         resend_body: bytes | None = None,
         fresh: bool = False,
-    ) -> Answer:
+    ) -> Awaitable[Answer]:
         """Send decode's leg; :attr:`decoding` must have begun.
 
         Raises:
             EngineError, EngineDeadline: there is no answer.
         """
-        return await self._engines.upstream().request(
+        return self._engines.upstream().request(
             "POST", self.decode, self.request.route.path, headers=self._decode_headers, body=body,
             silence=self._engines.config.decode_timeout, leg="decode", fresh=fresh, enough=enough, resend=resend,
             resend_body=resend_body, pending=self._decoding,

@@ -56,8 +56,7 @@ class DisaggKv:
 
         # 2. Decode: asks prefill for the KV, and computes what does not arrive.
         attempt.watch(waiting=attempt.prefilled)
-        body = attempt.decode_body()
-        answer = await attempt.ask_decode(body, again=body)
+        answer = await attempt.ask_decode(attempt.decode_body())
 
         # 3. Answer.
         if answer.status == 200:

@@ -6,6 +6,7 @@ The ``kv_transfer_params`` of both legs: :mod:`disagg_proxy.protocol.nixl`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
 
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.connectors.base import Engines, Failure, Request
@@ -13,6 +14,7 @@ from disagg_proxy.connectors.recomputing import RecomputingAttempt
 from disagg_proxy.errors import EngineDeadline, EngineError
 from disagg_proxy.protocol.nixl import fits, for_decode, for_prefill
 from disagg_proxy.response.reply import Reply
+from disagg_proxy.upstream import Answer, WholeAnswer
 
 log = logging.getLogger(__name__)
 
@@ -43,19 +45,22 @@ class Nixl:
             prefilled = await attempt.prefill(for_prefill(prepared.prefill_body))
 
         # 2. Decode: reads the KV there, once, or computes.
-        plain = body = prepared.decode_body
-        if prefilled is not None:
-            body = for_decode(plain, prefilled.body)
-            if body is plain:
-                _kv_missing(attempt)
         attempt.watch()
-        answer = await attempt.ask_decode(body, again=plain)
+        answer = await self._ask_decode(attempt, prefilled)
 
         # 3. Answer.
         if answer.status == 200:
             await attempt.answer(reply, answer)
         else:
             await attempt.refused(reply, answer)
+
+    def _ask_decode(self, attempt: RecomputingAttempt, prefilled: WholeAnswer | None) -> Awaitable[Answer]:
+        plain = body = attempt.request.prepared.decode_body
+        if prefilled is not None:
+            body = for_decode(plain, prefilled.body)
+            if body is plain:
+                _kv_missing(attempt)
+        return attempt.ask_decode(body, again=plain)
 
 
 def _kv_missing(attempt: RecomputingAttempt) -> None:

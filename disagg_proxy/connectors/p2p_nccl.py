@@ -21,7 +21,7 @@ indefinitely (docs/retry.md). So each moment at which a request can end has its 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import Lease
@@ -89,91 +89,86 @@ class P2pNccl:
     async def run(self, request: Request, placement: Placement, reply: Reply) -> Failure | None:
         """One attempt: see :class:`disagg_proxy.connectors.base.Connector`."""
         attempt = P2pAttempt(self._engines, request, placement)
+        record, prefill, decode = request.record, attempt.prefill_lease.instance, attempt.decode
         try:
-            return await self._run(attempt, reply)
+            # 1. Prefill: one token. The leg runs to its end, whatever becomes of the request.
+            reply.abort_grace = 0.0
+            leg = _PrefillLeg(attempt, self._release, self._prefill_timeouts.seconds)
+            timeout = self._prefill_timeouts.add(leg.expire)
+            self._engines.background.leg(leg.run()).start()
+            try:
+                await leg.settled
+            except asyncio.CancelledError:
+                leg.abandon()
+                raise
+            finally:
+                self._prefill_timeouts.drop(timeout)
+            if leg.overdue is not None:
+                leg.abandon()
+                if leg.expired:
+                    raise leg.overdue
+                # A stalled prefill may be blocked by a decode that takes in no KV; a lost decode blocks its prefill.
+                failed, suspect = (decode, prefill) if leg.decode_lost else (prefill, decode)
+                return Failure(leg.overdue, failed, suspect)
+            if leg.error is not None:
+                if isinstance(leg.error, EngineError):
+                    return Failure(leg.error, prefill)
+                raise leg.error
+
+            # 2. Verify: the client's mistakes are its own, and prefill's answer may settle the request.
+            prefilled = leg.answer
+            assert prefilled is not None
+            try:
+                if prefilled.status >= 500 and is_failure(request.route, prefilled.status):
+                    refusal(prefilled, "prefill", attempt.id, self._own_key)
+                refused = prefill_refusal(request.route, prefilled, request.prepared.choices)
+            except EngineFailed as error:
+                return Failure(error, prefill)
+            if refused is not None:
+                attempt.end_decode()
+                attempt.refuse(reply, refused, "prefill")
+                return None
+            use = attempt.count_prompt(prefilled)
+            settled = self._settled_by_prefill(attempt, prefilled)
+            if settled is not None or not reply.open:
+                self._release(attempt)
+                if settled is not None:
+                    reply.send(settled)
+                return None
+
+            # 3. Decode: sent once, never again after it may have been received.
+            record.ask_decode()
+            reply.abort_grace = ABORT_GRACE
+            load = None
+            if not request.prepared.streams:
+                load = self._load_timeouts.add(attempt.placement.loaded)
+            try:
+                answer = await attempt.ask_decode()
+            except NotSent as failure:
+                return self._not_sent(attempt, failure.error)
+            except EngineFrozen:
+                attempt.end_decode()
+                raise
+            except ProxyError:
+                attempt.end_decode(failed=True)
+                raise
+            finally:
+                self._load_timeouts.drop(load)
+
+            # 4. Answer.
+            if answer.status != 200:
+                await self._refused_by_decode(attempt, reply, answer)
+                return None
+            attempt.placement.loaded()
+            try:
+                await self._answer(attempt, reply, answer, use)
+            except ProxyError:
+                attempt.end_decode(failed=True)
+                raise
+            return None
         finally:
             if not attempt.detached:
                 attempt.release()
-
-    async def _run(self, attempt: P2pAttempt, reply: Reply) -> Failure | None:
-        request, record = attempt.request, attempt.request.record
-        prefill, decode = attempt.prefill_lease.instance, attempt.decode
-
-        # 1. Prefill: one token. The leg runs to its end, whatever becomes of the request.
-        reply.abort_grace = 0.0
-        leg = _PrefillLeg(attempt, self._release, self._prefill_timeouts.seconds)
-        timeout = self._prefill_timeouts.add(leg.expire)
-        self._engines.background.leg(leg.run()).start()
-        try:
-            await leg.settled
-        except asyncio.CancelledError:
-            leg.abandon()
-            raise
-        finally:
-            self._prefill_timeouts.drop(timeout)
-        if leg.overdue is not None:
-            leg.abandon()
-            if leg.expired:
-                raise leg.overdue
-            # A stalled prefill may be blocked by a decode that takes in no KV, and a lost decode blocks its prefill.
-            failed, suspect = (decode, prefill) if leg.decode_lost else (prefill, decode)
-            return Failure(leg.overdue, failed, suspect)
-        if leg.error is not None:
-            if isinstance(leg.error, EngineError):
-                return Failure(leg.error, prefill)
-            raise leg.error
-
-        # 2. Verify: the client's mistakes are its own, and prefill's answer may settle the request.
-        prefilled = leg.answer
-        assert prefilled is not None
-        try:
-            if prefilled.status >= 500 and is_failure(request.route, prefilled.status):
-                refusal(prefilled, "prefill", attempt.id, self._own_key)
-            refused = prefill_refusal(request.route, prefilled, request.prepared.choices)
-        except EngineFailed as error:
-            return Failure(error, prefill)
-        if refused is not None:
-            attempt.end_decode()
-            attempt.refuse(reply, refused, "prefill")
-            return None
-        use = attempt.count_prompt(prefilled)
-        settled = self._settled_by_prefill(attempt, prefilled)
-        if settled is not None or not reply.open:
-            self._release(attempt)
-            if settled is not None:
-                reply.send(settled)
-            return None
-
-        # 3. Decode: sent once, never again after it may have been received.
-        record.ask_decode()
-        reply.abort_grace = ABORT_GRACE
-        load = None
-        if not request.prepared.streams:
-            load = self._load_timeouts.add(attempt.placement.loaded)
-        try:
-            answer = await attempt.ask_decode()
-        except NotSent as failure:
-            return self._not_sent(attempt, failure.error)
-        except EngineFrozen:
-            attempt.end_decode()
-            raise
-        except ProxyError:
-            attempt.end_decode(failed=True)
-            raise
-        finally:
-            self._load_timeouts.drop(load)
-
-        # 4. Answer.
-        if answer.status != 200:
-            await self._refused_by_decode(attempt, reply, answer)
-            return None
-        attempt.placement.loaded()
-        try:
-            await self._answer(attempt, reply, answer, use)
-        except ProxyError:
-            attempt.end_decode(failed=True)
-            raise
-        return None
 
     # -- prefill
 
@@ -261,7 +256,7 @@ class P2pAttempt(Attempt):
         )  # fmt: skip
         vigil.answer = leg
         try:
-            answer = await self._send_prefill(lease, fresh=False)
+            answer = (await self._send_prefill(lease, fresh=False)).read()
             if answer.status == 200:
                 vigil.heard()
         except ProxyError as error:
@@ -276,9 +271,9 @@ class P2pAttempt(Attempt):
         end_lease(registry, lease, self.request.route, answer.status)
         return answer
 
-    async def _send_prefill(self, lease: Lease, fresh: bool) -> WholeAnswer:
+    def _send_prefill(self, lease: Lease, fresh: bool) -> Awaitable[Answer]:
         silence = self._engines.config.prefill_timeout * _ABANDON_FACTOR
-        return await self.send_prefill(lease, self.prepared.prefill_body, silence, None, fresh)
+        return self.send_prefill(lease, self.prepared.prefill_body, silence, None, fresh)
 
     def keep_for_release(self) -> None:
         """This attempt's KV is, or may come to be, on decode: keep what its release needs, although the request drops

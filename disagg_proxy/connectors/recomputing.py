@@ -61,7 +61,7 @@ class RecomputingAttempt(Attempt):
         vigil = lease.pulse.begin(registry.now, tokens=self.request.tokens)
         answer: WholeAnswer | None = None
         try:
-            received = await self.send_prefill(lease, body, self._engines.config.prefill_timeout, vigil)
+            received = (await self.send_prefill(lease, body, self._engines.config.prefill_timeout, vigil)).read()
             if received.status == 200:
                 vigil.heard()
                 if is_stream(received.headers):
@@ -104,11 +104,12 @@ class RecomputingAttempt(Attempt):
         vigil.waiting = waiting
         return self.watch_decode(vigil)
 
-    async def ask_decode(self, body: bytes, again: bytes) -> Answer:
+    async def ask_decode(self, body: bytes, again: bytes | None = None) -> Answer:
         """Send decode's leg; :meth:`watch` must have begun. Returns when the answer begins, or is whole if unstreamed.
 
         Args:
-            again: the body where the request may have been received once, on a kept connection that closed.
+            again: the body where the request may have been received once, on a kept connection that closed; None: the
+                same.
 
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.

@@ -93,46 +93,45 @@ class Coordinator:
         work.start()
 
     async def _run(self, head: Head, body: bytes, record: Record, reply: Reply) -> None:
-        failure: ProxyError = Unavailable(CLIENT_GIVEN_UP, retry_after=1)
+        outcome: ProxyError = Unavailable(CLIENT_GIVEN_UP, retry_after=1)
         try:
-            await self._serve(head, body, record, reply)
+            # Prepare
+            lines = head.lines
+            if self._traces is not None:
+                lines = request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
+            prepared = prepare(head.route, body, self.wanted)
+            # This frame lives until the answer ends; a long prompt must not.
+            body = b""
+            request = self._request(head, lines, prepared, record)
+
+            # Admit
+            placement = self._gate.try_acquire(request.demand)
+            if placement is None:
+                record.waited = True
+                placement = await self._gate.wait(request.demand)
+            record.admit()
+
+            # Attempt and retry
+            computes = placement.decode.kind.computes
+            retry = Retry(self._gate, self._pairing, self._registry, request.demand, computes, self._config.max_tries)
+            request.others = retry
+            while True:
+                connector = self._connectors[placement.decode.kind.protocol]
+                failed = await connector.run(request, placement, reply)
+                if failed is None:
+                    return
+                placement = await retry.next(failed, reply)
+                if placement is None:
+                    raise failed.error
+                self._stats.failovers += 1
         except ProxyError as error:
-            failure = error
+            outcome = error
         except Exception:
-            failure = ProxyError("The proxy failed; its log has the cause.")
+            outcome = ProxyError("The proxy failed; its log has the cause.")
             raise
         finally:
             # Without effect where an answer was delivered.
-            reply.fail(failure)
-
-    async def _serve(self, head: Head, body: bytes, record: Record, reply: Reply) -> None:
-        # Prepare
-        lines = head.lines
-        if self._traces is not None:
-            lines = request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
-        prepared = prepare(head.route, body, self.wanted)
-        request = self._request(head, lines, prepared, record)
-
-        # Admit
-        placement = self._gate.try_acquire(request.demand)
-        if placement is None:
-            record.waited = True
-            placement = await self._gate.wait(request.demand)
-        record.admit()
-
-        # Attempt and retry
-        computes = placement.decode.kind.computes
-        retry = Retry(self._gate, self._pairing, self._registry, request.demand, computes, self._config.max_tries)
-        request.others = retry
-        while True:
-            connector = self._connectors[placement.decode.kind.protocol]
-            failure = await connector.run(request, placement, reply)
-            if failure is None:
-                return
-            placement = await retry.next(failure, reply)
-            if placement is None:
-                raise failure.error
-            self._stats.failovers += 1
+            reply.fail(outcome)
 
     def _request(self, head: Head, lines: bytes, prepared: Prepared, record: Record) -> Request:
         """What the connectors and the admission need of a request that was read and checked.

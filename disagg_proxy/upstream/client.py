@@ -108,7 +108,13 @@ class Upstream:
             EngineDisconnected: the connection ended before so much of the answer.
             EngineDeadline: silence, or the error of ``pending``.
         """
-        answer = await self._send(method, instance, path, headers, body, silence, leg, fresh, pending)
+        netloc = instance.http.netloc
+        connection = None if fresh else self._take(netloc)
+        if connection is None:
+            connection = await self._dial(instance.http, str(instance), leg, keep=not fresh)
+        length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
+        head = b"%b%b%b\r\n" % (_begin(method, path, netloc), length, headers)
+        answer = _exchange(connection, head, body, silence, leg, pending)
         try:
             await answer.until(enough)
             return answer
@@ -117,34 +123,10 @@ class Upstream:
                 raise
             if resend_body is not None and not error.unsent:
                 body = resend_body
-        answer = await self._send(method, instance, path, headers, body, silence, leg, True, pending)
+        connection = await self._dial(instance.http, str(instance), leg, keep=False)
+        head = b"%bcontent-length: %d\r\n%b\r\n" % (_begin(method, path, netloc), len(body), headers)
+        answer = _exchange(connection, head, body, silence, leg, pending)
         await answer.until(enough)
-        return answer
-
-    async def _send(
-        self,
-        method: str,
-        instance: Instance,
-        path: str,
-        headers: bytes,
-        body: bytes,
-        silence: float,
-        leg: str,
-        fresh: bool,
-        pending: Vigil | None,
-    ) -> Answer:
-        netloc = instance.http.netloc
-        connection = None if fresh else self._take(netloc)
-        if connection is None:
-            connection = await self._dial(instance.http, str(instance), leg, keep=not fresh)
-        if pending is not None and pending.error is not None:
-            connection.abort()
-            raise pending.error
-        length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
-        head = b"%b%b%b\r\n" % (_begin(method, path, netloc), length, headers)
-        answer = connection.send(head, body, silence, leg)
-        if pending is not None:
-            pending.answer = answer
         return answer
 
     def _take(self, netloc: str) -> Connection | None:
@@ -207,6 +189,20 @@ class Upstream:
                 raise
             log.info("%s: %s on the %s leg: %s", name, type(error).__name__, leg, error)
             raise EngineUnreachable(f"The {leg} instance could not be reached.", refused=_is_refusal(error)) from error
+
+
+def _exchange(
+    connection: Connection, head: bytes, body: bytes, silence: float, leg: str, pending: Vigil | None
+) -> Answer:
+    """Send a request, unless its instance was given up while the connection was made."""
+    if pending is None:
+        return connection.send(head, body, silence, leg)
+    if pending.error is not None:
+        connection.abort()
+        raise pending.error
+    answer = connection.send(head, body, silence, leg)
+    pending.answer = answer
+    return answer
 
 
 @lru_cache(maxsize=1024)

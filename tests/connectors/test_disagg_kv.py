@@ -41,8 +41,7 @@ class OwnBench(Bench):
         """Both legs, as the connector sends them."""
         attempt.start_prefill()
         attempt.watch(waiting=attempt.prefilled)
-        body = attempt.decode_body()
-        return await attempt.ask_decode(body, again=body)
+        return await attempt.ask_decode(attempt.decode_body())
 
     async def end(self, attempt: DisaggKvAttempt) -> None:
         attempt.stop_prefill()
