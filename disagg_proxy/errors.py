@@ -8,7 +8,6 @@ an error body. Messages say what the reader can change.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 
 
 class ProxyError(Exception):
@@ -256,6 +255,13 @@ class StreamCut(Exception):
     """
 
 
-def headers_of(error: ProxyError) -> Mapping[str, str]:
-    """All response headers of ``error``, with the content type."""
-    return {"Content-Type": "application/json", **error.headers()}
+def answer_of(error: ProxyError, request_id: str | None = None) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers in lower case and body of the answer that an error becomes; all of the package uses this.
+
+    Args:
+        request_id: the client's own X-Request-Id, returned to it.
+    """
+    headers = {"content-type": "application/json", **error.headers()}
+    if request_id is not None:
+        headers["x-request-id"] = request_id
+    return error.status, [(name.lower().encode(), value.encode()) for name, value in headers.items()], error.body()

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from disagg_proxy.errors import ProxyError, headers_of
+from disagg_proxy.errors import ProxyError, answer_of
 from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill
 from disagg_proxy.protocol.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
 from disagg_proxy.protocol.prepare import Prepared, prepare
@@ -105,7 +105,7 @@ def check_body(route: Route, raw: bytes) -> str:
     except ProxyError as error:
         assert 400 <= error.status < 500 or error.status == 501, error
         json.loads(error.body())
-        assert all(type(value) is str for value in headers_of(error).values())
+        assert all(type(value) is bytes for _, value in answer_of(error)[1])
         return f"{error.status} {error.code}"
     if prepared.refusal is not None:
         assert prepared.refusal.status == 400

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from functools import lru_cache
-from http import HTTPStatus
 from typing import ClassVar, Protocol
 
 from disagg_proxy.coordinator.head import Head
@@ -20,7 +18,7 @@ from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.http.generation import answer_id
 from disagg_proxy.http.respond import error_parts
 from disagg_proxy.protocol.fields import GENERATION
-from disagg_proxy.protocol.headers import Headers, lines_of
+from disagg_proxy.protocol.headers import Headers, lines_of, status_line
 from disagg_proxy.response.outcome import Outcome
 from disagg_proxy.response.reply import Reply
 from disagg_proxy.response.stream import ResponseStream
@@ -143,7 +141,7 @@ class Direct:
     def _head(self, status: int, lines: bytes) -> bytes:
         """All but the framing."""
         close = b"" if self.keep_alive else b"connection: close\r\n"
-        return b"%b%b%b%b" % (_status_line(status), self._client.date, lines, close)
+        return b"%b%b%b%b" % (status_line(status), self._client.date, lines, close)
 
     # -- what the stream calls
 
@@ -209,12 +207,3 @@ class Direct:
         """Give everything back; harmless the second time."""
         self._services.stopping.exchanges.end(self)
         self._reply.leave()
-
-
-@lru_cache(maxsize=128)
-def _status_line(status: int) -> bytes:
-    try:
-        phrase = HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from disagg_proxy.errors import StreamCut, headers_of, shutting_down
+from disagg_proxy.errors import StreamCut, answer_of, shutting_down
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,10 @@ class ExchangeOwner:
 
 async def _say_unavailable(send: Any) -> None:
     """A 503 for a client that has no answer yet; one that has a part of it sees the connection close."""
-    error = shutting_down()
-    headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
+    status, headers, body = answer_of(shutting_down())
     try:
-        await send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await send({"type": "http.response.body", "body": error.body()})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
     except RuntimeError:
         # uvicorn's word for a response that has begun.
         return

@@ -16,7 +16,7 @@ from disagg_proxy.errors import (
     MethodNotAllowed,
     NotFound,
     ProxyError,
-    headers_of,
+    answer_of,
 )
 from disagg_proxy.http.asked import sent_headers
 from disagg_proxy.protocol.headers import Headers, answer_headers, client_request_id
@@ -26,13 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def error_parts(error: ProxyError, client_id: str | None) -> tuple[int, Headers, bytes]:
-    """Status, headers and body of the answer that an error becomes, for both ways out."""
+    """The error's answer for both ways out; one that is the server's fault is logged."""
     if error.status >= 500:
         log.warning("%d %s: %s", error.status, error.code, error.message)
-    headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
-    if client_id is not None:
-        headers.append((b"x-request-id", client_id.encode()))
-    return error.status, headers, error.body()
+    return answer_of(error, client_id)
 
 
 def from_bug(error: Exception) -> ProxyError:

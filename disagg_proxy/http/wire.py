@@ -37,7 +37,6 @@ import logging
 import re
 import resource
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import Any, NoReturn, cast
 
 import httptools
@@ -53,7 +52,7 @@ from disagg_proxy.errors import (
     ProxyError,
     Unavailable,
     UnsupportedVersion,
-    headers_of,
+    answer_of,
     shutting_down,
 )
 from disagg_proxy.http.direct import ROUTE_OF, Direct
@@ -62,7 +61,7 @@ from disagg_proxy.http.generation import check_encoding
 from disagg_proxy.http.guard import Guard
 from disagg_proxy.outbox import Gathering
 from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.headers import Headers, lines_of, value_of
+from disagg_proxy.protocol.headers import Headers, lines_of, status_line, value_of
 from disagg_proxy.protocol.heads import Heads
 from disagg_proxy.services import Services
 from disagg_proxy.stopping import Stopping
@@ -442,12 +441,9 @@ class Protocol(HttpToolsProtocol):
         """Send the refusal and end the connection in a way that lets the client read it."""
         assert self._refusal is not None
         self._deaf = self._said = True
-        error = self._refusal
-        body = error.body()
-        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in headers_of(error).items()]
-        lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
-        self.transport.write("\r\n".join(lines).encode() + body)
+        status, headers, body = answer_of(self._refusal)
+        framing = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+        self.transport.write(status_line(status) + lines_of(headers + framing) + b"\r\n" + body)
         self.transport.write_eof()
         self.flow.resume_reading()
         self._arm(_LINGER)

@@ -8,6 +8,8 @@ newer) would pick an engine behind the instance.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from http import HTTPStatus
 
 from disagg_proxy.protocol.p2p_nccl import MARKERS, RequestId
 
@@ -73,6 +75,16 @@ def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
 def lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """As lines of the wire."""
     return b"".join([b"%s: %s\r\n" % header for header in headers])
+
+
+@lru_cache(maxsize=128)
+def status_line(status: int) -> bytes:
+    """The first line of an HTTP/1.1 answer."""
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
 
 
 def encode_headers(headers: Mapping[str, str]) -> bytes:

@@ -6,7 +6,7 @@ import logging
 from typing import NamedTuple
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, headers_of
+from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, answer_of
 from disagg_proxy.protocol.fields import MESSAGES, Route
 from disagg_proxy.protocol.headers import AnswerHeaders, PassedHeaders, answer_headers, is_stream, value_of
 from disagg_proxy.protocol.p2p_nccl import RequestId
@@ -34,8 +34,8 @@ def whole(answer: WholeAnswer, request_id: RequestId) -> Outcome:
 
 def _worded(error: ProxyError) -> Outcome:
     """An error in the proxy's own words as the client's answer."""
-    headers = [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
-    return Outcome(error.status, PassedHeaders(headers), error.body())
+    status, headers, body = answer_of(error)
+    return Outcome(status, PassedHeaders(headers), body)
 
 
 def over_context(route: Route, prepared: Prepared, decode: Instance, prefilled: WholeAnswer) -> Outcome | None:
