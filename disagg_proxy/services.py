@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
+from disagg_proxy.admission.prompt_size import PromptSizes
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.pairing import Pairing
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
@@ -85,8 +86,11 @@ class Services:
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
             self.introductions = Introductions(self.registry, self.background, self.kv_control)
+        self.sizes = PromptSizes(
+            config.kv_bytes_per_token, learns=bool(config.kv_bytes_per_token or config.decode_alone_below)
+        )
         self.coordinator = Coordinator(
-            Engines(lambda: self.upstream, self.registry, config, self.background), self.pairing, self.gate,
+            Engines(lambda: self.upstream, self.registry, config, self.background, self.sizes), self.pairing, self.gate,
             self.recorder, KvReleaser(self.stats.drains, self.happenings.drain_ended), self.kv_control.release,
             self.traces,
         )  # fmt: skip

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     # Instances and requests:
     "protocol": "address errors",
     "cluster": "address config errors",
-    "admission": "cluster errors stats",
+    "admission": "cluster errors protocol stats",
     "upstream": "address cluster disagg_kv.control disagg_kv.protocol errors outbox protocol runtime within",
     "watch": "cluster errors upstream",
     "discovery": "address cluster config errors protocol stats upstream within",

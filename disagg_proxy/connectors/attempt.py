@@ -105,6 +105,14 @@ class Attempt:
         """Decode's leg ended with ``error``."""
         blame(self._engines.registry, self.decode, error)
 
+    def take_count(self, tokens: int) -> int:
+        """Prefill counted so many prompt tokens, 0 where it does not say; from now on they are the request's size."""
+        request = self.request
+        request.record.prompt_tokens = tokens or None
+        if tokens:
+            request.demand.kv_bytes = self._engines.sizes.counted(request.route, request.prepared, tokens)
+        return tokens
+
     # -- the answer
 
     async def deliver(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from disagg_proxy.admission.gate import Demand
+from disagg_proxy.admission.prompt_size import PromptSizes
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.registry import Registry
@@ -30,8 +31,6 @@ class Request:
         headers: the client's, as lines for the instances, without X-Request-Id.
         tokens: estimated length of all its prompts together.
         demand: what it asks of the instances.
-        learn: called with the request and the prompt tokens that prefill counted, 0 where it does not say; returns the
-            bytes of KV that they take on decode.
         others: whether another attempt can be made; set before the first one.
     """
 
@@ -41,7 +40,6 @@ class Request:
     record: Record
     tokens: int
     demand: Demand
-    learn: Callable[[Request, int], int]
     others: OtherInstances | None = None
 
 
@@ -85,9 +83,11 @@ class Engines(NamedTuple):
 
     Attributes:
         upstream: returns the client pool, which exists while the proxy runs.
+        sizes: gets prefill's counts of prompt tokens.
     """
 
     upstream: Callable[[], Upstream]
     registry: Registry
     config: Config
     background: Background
+    sizes: PromptSizes

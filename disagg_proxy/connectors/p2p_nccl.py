@@ -283,13 +283,11 @@ class P2pAttempt(Attempt):
     def count_prompt(self, prefilled: WholeAnswer) -> CacheUse:
         """Note the prompt's length and size by prefill's 200; returns what it found in its cache."""
         request, record = self.request, self.request.record
-        tokens = prompt_tokens(prefilled.body)
-        kv_bytes = request.learn(request, tokens)
-        if self.placement.kv is not None:
-            self.placement.kv.resize(kv_bytes)
+        tokens = self.take_count(prompt_tokens(prefilled.body))
+        if tokens and self.placement.kv is not None:
+            self.placement.kv.resize(request.demand.kv_bytes)
         use = cache_use(request.route, prefilled.body)
         record.cached_tokens = use.cached
-        record.prompt_tokens = tokens or None
         return use
 
     async def replay(self) -> bool:

@@ -85,9 +85,7 @@ class RecomputingAttempt(Attempt):
                 self._compare()
             return None
         record.answer_prefill()
-        tokens = prompt_tokens(answer.body)
-        self.request.learn(self.request, tokens)
-        record.prompt_tokens = tokens or None
+        self.take_count(prompt_tokens(answer.body))
         self.repair.use = use = cache_use(self.request.route, answer.body)
         record.cached_tokens = use.cached
         return answer

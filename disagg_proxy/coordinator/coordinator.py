@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagg_proxy.admission.gate import Demand, Gate
-from disagg_proxy.admission.size import TokenGuess, in_blocks
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, NIXL, P2P_NCCL
 from disagg_proxy.cluster.pairing import Pairing, Wish
@@ -31,7 +30,6 @@ from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.errors import ProxyError, Unavailable
 from disagg_proxy.observe.record import Record
 from disagg_proxy.observe.recorder import Recorder
-from disagg_proxy.protocol.fields import COMPLETIONS
 from disagg_proxy.protocol.headers import request_lines
 from disagg_proxy.protocol.prefix import Wanted, session_name
 from disagg_proxy.protocol.prepare import Prepared, prepare
@@ -74,9 +72,7 @@ class Coordinator:
             DISAGG_KV: DisaggKv(engines, release),
             NIXL: Nixl(engines),
         }
-        self._learn = self.learn
-        self.token_guess = TokenGuess()
-        self._learns = bool(self._config.kv_bytes_per_token or self._config.decode_alone_below)
+        self._sizes = engines.sizes
         self._wanted = Wanted(pairing.wants_prefix, pairing.wants_session)
         self._wanted_of_one = Wanted(False, pairing.wants_session)
 
@@ -140,34 +136,14 @@ class Coordinator:
             ProxyError: no instance here can serve it.
         """
         record.asks(prepared.model)
-        tokens = self.token_guess.tokens(prepared.model, *prepared.prompt)
-        per_token, kv_bytes = self._config.kv_bytes_per_token, 0
-        if per_token:
-            sequences, templated = prepared.choices * prepared.prompts, head.route is not COMPLETIONS
-            kv_bytes = per_token * self.token_guess.at_most(prepared.model, *prepared.prompt, sequences, templated)
+        tokens, kv_bytes = self._sizes.tokens(prepared), self._sizes.kv_bytes(head.route, prepared)
         shared = prepared.affinity
         name = shared.user
         if head.session and self.wanted.session:
             name = session_name(head.session.decode("latin-1"))
-        traits = Traits(tokens, tokens * per_token, shared.prefix, shared.size, shared.home, name)
+        traits = Traits(tokens, self._sizes.kv_of(tokens), shared.prefix, shared.size, shared.home, name)
         demand = Demand(prepared.model, self._wish(prepared, tokens), kv_bytes, traits)
-        return Request(head.route, lines, prepared, record, tokens, demand, self._learn)
-
-    def learn(self, request: Request, tokens: int) -> int:
-        """Take in the prompts' length as prefill counted it, 0 when it did not.
-
-        Returns:
-            the bytes of KV that they take on decode, from now on the request's own figure.
-        """
-        prepared, demand = request.prepared, request.demand
-        sequences = prepared.choices * prepared.prompts
-        token_ids, text_bytes = prepared.prompt
-        if not tokens:
-            return demand.kv_bytes
-        if self._learns and not token_ids and sequences == 1:
-            self.token_guess.learn(prepared.model, text_bytes, tokens, request.route is not COMPLETIONS)
-        demand.kv_bytes = self._config.kv_bytes_per_token * in_blocks(tokens * prepared.choices, sequences)
-        return demand.kv_bytes
+        return Request(head.route, lines, prepared, record, tokens, demand)
 
     def _wish(self, prepared: Prepared, tokens: int) -> Wish:
         if prepared.refusal is not None:

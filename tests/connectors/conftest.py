@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.admission.gate import Demand
+from disagg_proxy.admission.prompt_size import PromptSizes
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import P2P, KvKind
 from disagg_proxy.cluster.pairing import Alone, Pair, Wish
@@ -54,14 +55,15 @@ class Bench:
             self.world.ready(role, port, kind=kind) for role, port in ((Role.PREFILL, 1), (Role.DECODE, 2))
         )
         self.world.probes.clear()
-        self.engines = Engines(lambda: self.upstream, self.world.registry, Config(), self.background)  # type: ignore[arg-type,return-value]
+        sizes = PromptSizes(0, learns=False)
+        self.engines = Engines(lambda: self.upstream, self.world.registry, Config(), self.background, sizes)  # type: ignore[arg-type,return-value]
 
     def request(self, **fields: Any) -> Request:
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()
         record = Recorder.alone().open(COMPLETIONS.path, None)
         demand = Demand("m", Wish.PAIR)
         prepared = prepare(COMPLETIONS, body)
-        return Request(COMPLETIONS, b"x-custom: 1\r\n", prepared, record, 3, demand, lambda request, tokens: 0)
+        return Request(COMPLETIONS, b"x-custom: 1\r\n", prepared, record, 3, demand)
 
     def placement(self, alone: bool = False) -> Placement:
         found = Alone(self.decode) if alone else Pair(self.prefill, self.decode)
