@@ -20,14 +20,18 @@ from disagg_kv.settings import Settings
 logger = logging.getLogger("vllm.disagg_kv")
 
 
+UNCERTAIN = "?"
+"""The digest of an adapter whose content is not certain. It equals neither another digest nor that of no adapter."""
+
+
 @dataclass(frozen=True)
 class Transfer:
     key: Key
     address: str = ""
     """Where decode finds the KV; "" on prefill."""
     adapter: str = ""
-    """Digest of the request's LoRA adapter, "" without one. No part of the key: prefill can only refuse at once what it
-    can tell from a prompt that is still to come."""
+    """Digest of the request's LoRA adapter, "" without one, UNCERTAIN where there is none. No part of the key: prefill
+    can only refuse at once what it can tell from a prompt that is still to come."""
 
 
 def read(request: Any, decode: bool, settings: Settings, adapters: Adapters) -> Transfer | None:
@@ -45,9 +49,7 @@ def read(request: Any, decode: bool, settings: Settings, adapters: Adapters) -> 
             if not settings.may_fetch_from(address):
                 raise WireError(f"{address} is not among the peers that KV may come from (setting peers)")
         lora = getattr(request, "lora_request", None)
-        adapter = "" if lora is None else adapters.digest(lora)
-        if adapter is None:
-            return None
+        adapter = "" if lora is None else adapters.digest(lora) or UNCERTAIN
         return Transfer(Key(name, fingerprint(tokens, versions.prompt_extras(request))), address, adapter)
     except Exception as error:
         logger.warning("kv_transfer_params of %s cannot be used: %s", request.request_id, str(error)[:200])

@@ -72,6 +72,7 @@ class SchedulerHalf:
             self._tried.add(request.request_id)
             return 0, False
         unfit = computed % self._block or request.num_tokens != request.num_prompt_tokens
+        unfit = unfit or transfer.adapter == params.UNCERTAIN
         if missing < self._min_load or unfit or versions.needs_whole_prompt(request):
             self._tried.add(request.request_id)
             self._plan.releases.append((transfer.address, transfer.key))

@@ -95,16 +95,16 @@ class Outbox:
     # The engine's thread.
 
     def open(self, key: Key, request: str, total: int, adapter: str = "") -> None:
-        """A prompt of this request will be ready some time. Opening a request again starts it anew."""
+        """A prompt of this request will be ready some time. Opening a request again starts it anew, unless decode has
+        said that it does not need the KV."""
         with self._changed:
             replaced = self._jobs.get(key)
             if replaced is not None:
                 replaced.ended = "replaced"
             job = Job(key, request, total, adapter)
-            if key.transfer in self._released:
+            if self._ended.pop(key, "") == "released" or key.transfer in self._released:
                 job.ended = "released"
             self._jobs[key] = self._by_request[request] = job
-            self._ended.pop(key, None)
             if job.ended:
                 self._end(job, job.ended)
 
@@ -214,8 +214,8 @@ class Outbox:
                 reason = "wanted twice"
             if not reason and job is None and len(self._wanted_by) >= self._max_waiting:
                 reason = "too many requests wait"
-            if not reason and job is not None:
-                reason = _unfit(job, want)
+            if not reason and job is not None and (reason := _unfit(job, want)):
+                self._end(job, reason)
             if reason:
                 lane.messages.append(Gone(key, reason).encode())
             else:
@@ -308,7 +308,8 @@ class Outbox:
             if job is None or job.reading:
                 continue
             if reason := _unfit(job, want):
-                self._tell_gone(key, reason)
+                # No other decode has this transfer: nobody will fetch what this one cannot use.
+                self._end(job, reason)
                 return self._ready_segment(lane)
             start = lane.next_block[key]
             if job.ready > start:

@@ -277,6 +277,16 @@ def test_decode_releases_what_it_does_not_need() -> None:
     assert outbox.collect() == {"r"}
 
 
+def test_what_decode_has_released_before_is_not_held() -> None:
+    """Decode often schedules a request before prefill does, and may find the prompt in its own prefix cache."""
+    outbox, lane, _ = _outbox()
+    outbox.release(lane, Release("t", key("t")))
+    outbox.open(key("t"), "r", 1)
+    outbox.progress("r", [1], 1, None)
+    outbox.finish({"r"})
+    assert outbox.collect() == {"r"}
+
+
 def test_a_lane_cannot_release_what_another_one_waits_for() -> None:
     outbox, lane, _ = _outbox()
     other = outbox.attach(lambda: None)
@@ -317,6 +327,7 @@ def test_blocks_that_are_not_those_of_the_prompt_are_refused() -> None:
     outbox.want(lane, Want(key("b"), 0, 3))
     outbox.open(key("b"), "b", 2)
     assert "2 blocks, not 3" in _gone(outbox, lane)
+    _assert_freed(outbox, "a", "b")
 
 
 def test_another_adapter_under_the_same_name_is_refused() -> None:
@@ -327,6 +338,15 @@ def test_another_adapter_under_the_same_name_is_refused() -> None:
     outbox.want(lane, Want(key("b"), 0, 2))
     outbox.open(key("b"), "b", 2, "x")
     assert "adapter" in _gone(outbox, lane)
+    _assert_freed(outbox, "a", "b")
+
+
+def _assert_freed(outbox: Outbox, *requests: str) -> None:
+    """Nobody will ask for them again, so they are not held until they expire."""
+    for request in requests:
+        outbox.progress(request, [1, 2], 2, None)
+    outbox.finish(requests)
+    assert outbox.collect() == set(requests)
 
 
 def test_waiting_requests_are_bounded() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagg_kv.engine.plan import Plan
+from disagg_kv.engine.params import UNCERTAIN
 from disagg_kv.engine.scheduling import SchedulerHalf
 from disagg_kv.settings import Settings
 from tests.kv.checkpoints import lora
@@ -170,8 +170,11 @@ def test_an_adapter_that_cannot_be_read_is_computed(tmp_path: Path, decode: bool
     request = _decode_request(lora_request=adapter)
     assert half.matched(request, 0) == (0, False)
     half.allocated(request, _blocks(1, 2, 3), 0)
-    assert half.plan(_output()) == Plan(idle=True)
-    assert half.finished(request) is False
+    plan = half.plan(_output())
+    assert not plan.loads
+    # Neither waits for the other: decode releases the KV, and prefill offers what no WANT fits.
+    assert [one.adapter for one in plan.opens] == ([] if decode else [UNCERTAIN])
+    assert len(plan.releases) == decode
 
 
 def test_decode_loads_nothing_once_its_weights_are_written(caplog: pytest.LogCaptureFixture) -> None:
