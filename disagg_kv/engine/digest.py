@@ -181,7 +181,8 @@ def _samples(start: int, size: int, count: int) -> list[tuple[int, int]]:
     """Where to read and how many bytes: ``count`` samples from the first byte to the last (one: from the middle), or
     everything where that is less."""
     if size <= count * SAMPLE_BYTES:
-        return [(start, size)]
+        # A length of 0 means "to the end of the file" to posix_fadvise.
+        return [(start, size)] if size else []
     rest = size - SAMPLE_BYTES
     if count == 1:
         return [(start + rest // 2, SAMPLE_BYTES)]

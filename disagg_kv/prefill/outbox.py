@@ -214,6 +214,7 @@ class Outbox:
                 reason = "wanted twice"
             if not reason and job is None and len(self._wanted_by) >= self._max_waiting:
                 reason = "too many requests wait"
+                self._remember(key, "released")
             if not reason and job is not None and (reason := _unfit(job, want)):
                 self._end(job, reason)
             if reason:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from weakref import WeakValueDictionary
 
 from disagg_kv.control import Control
 from disagg_kv.protocol.frames import WireError
@@ -35,7 +36,7 @@ class KvControl:
     def __init__(self, secret: str, timeout: float) -> None:
         self._secret = secret
         self._timeout = timeout
-        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def release(self, instance: Instance, transfer_id: str) -> None:
         """The transfer is over on that instance. Never raises."""
@@ -57,8 +58,9 @@ class KvControl:
             await self._say_to(f"{host}:{port}", what)
 
     async def _say_to(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
+        slots = self._slots.setdefault(address, asyncio.Semaphore(_AT_ONCE))
         try:
-            async with self._slots.setdefault(address, asyncio.Semaphore(_AT_ONCE)), within(2 * self._timeout):
+            async with slots, within(2 * self._timeout):
                 await self._once(address, what)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
             log.info("The KV port %s could not be told something: %s", address, error)

@@ -207,6 +207,15 @@ def test_how_much_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.rmtree(folder)
 
 
+def test_an_empty_tensor_makes_the_kernel_read_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``posix_fadvise`` takes a length of 0 for the whole rest of the file."""
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _file, start, size, advice: advised.append((size, advice)))
+    found = digest_of(model(tmp_path / "a", {"empty": b"", **tensors()}))
+    assert found != digest_of(model(tmp_path / "b"))
+    assert not [size for size, advice in advised if advice == os.POSIX_FADV_WILLNEED and not size]
+
+
 def test_a_version_of_the_operators_choice() -> None:
     assert digest.version_digest("1") == digest.version_digest("1") != digest.version_digest("2")
 

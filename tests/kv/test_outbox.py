@@ -355,6 +355,10 @@ def test_waiting_requests_are_bounded() -> None:
         outbox.want(lane, Want(key(name), 0, 1))
     assert _gone(outbox, lane) == "too many requests wait"
     assert outbox.held()["wants"] == 2
+    outbox.open(key("c"), "c", 1)
+    outbox.progress("c", [1], 1, None)
+    outbox.finish({"c"})
+    assert outbox.collect() == {"c"}, "nobody asks for it again"
 
 
 class Machine(RuleBasedStateMachine):

@@ -93,3 +93,4 @@ async def test_connections_to_one_port_are_bounded_and_all_is_said(said: Said, m
     control, prefill = KvControl("", 1.0), instances(1)[0]
     await asyncio.gather(*(control.release(prefill, str(number)) for number in range(300)))
     assert len({transfer for _, _, transfer in said}) == 300 and most == 8
+    assert not control._slots, "addresses of engines that are gone are not kept"
