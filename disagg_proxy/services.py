@@ -72,7 +72,7 @@ class Services:
         self.traces = _traces(config, self.worker)
         if self.traces is not None:
             self.recorder.sinks.append(self.traces.take)
-        self.happenings = Happenings(self.registry, self.journal)
+        self.happenings = Happenings(self.registry, self.journal, logs=not self.worker)
         self.pairing = Pairing(
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
             table=PrefixTable(ENDS), bound=config.load_bound,

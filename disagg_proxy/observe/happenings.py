@@ -31,12 +31,16 @@ class _Seen:
 class Happenings:
     """Follows a registry from its creation on, and is told by who recovers and drains.
 
+    Args:
+        logs: whether this process writes the log lines; one of several does.
+
     Attributes:
         quiet: whether an admission is no news: a worker that takes the place of another meets instances that are known.
     """
 
-    def __init__(self, registry: Registry, journal: Journal) -> None:
+    def __init__(self, registry: Registry, journal: Journal, logs: bool = True) -> None:
         self._registry = registry
+        self._logs = logs
         self._journal = journal
         self._seen: dict[str, _Seen] = {}
         self._refused: dict[tuple[str, str], str] = {}
@@ -106,14 +110,23 @@ class Happenings:
 
     def _warn_unpaired(self, prefill: Instance) -> None:
         """Log a prefill that no ready decode of its model can exchange KV with, once for each reason."""
-        decodes = [d for d in self._registry.ready(Role.DECODE) if not set(d.models).isdisjoint(prefill.models)]
-        reasons = [self._registry.exchange.why_not(prefill, decode) for decode in decodes]
-        why = "" if None in reasons else "; ".join(sorted({reason for reason in reasons if reason}))
+        count, reasons = 0, set()
+        for decode in self._registry.ready(Role.DECODE):
+            if prefill.models.keys().isdisjoint(decode.models):
+                continue
+            reason = self._registry.exchange.why_not(prefill, decode)
+            if reason is None:
+                self._unpaired.pop(prefill.key, None)
+                return
+            count += 1
+            reasons.add(reason)
+        why = "; ".join(sorted(reasons))
         if why and self._unpaired.get(prefill.key) != why:
-            log.warning(
-                "%s cannot exchange KV with any of the %d ready decode instances: %s", prefill, len(decodes), why
-            )
-        self._unpaired[prefill.key] = why
+            self._unpaired[prefill.key] = why
+            log.log(
+                logging.WARNING if self._logs else logging.DEBUG,
+                "%s cannot exchange KV with any of the %d ready decode instances: %s", prefill, count, why,
+            )  # fmt: skip
 
     # -- told by others
 

@@ -113,6 +113,7 @@ def test_a_prefill_that_fits_no_decode_is_logged_once(caplog) -> None:
 
     world = World()
     Happenings(world.registry, Journal())
+    Happenings(world.registry, Journal(1), logs=False)  # another worker
     world.ready(Role.DECODE, 2)
     prefill = world.ready(Role.PREFILL, 11, kind=own("a"), boot="p")
     (line,) = lines()
