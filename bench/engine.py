@@ -1,6 +1,6 @@
 """A stand-in for an engine that costs next to nothing: right answers in form, no tokenizer, no batch, no KV.
 
-For measurements of the proxy only; what an engine does when it is asked wrongly is :mod:`disagg_proxy.sim`'s affair.
+For measurements of the proxy only; what an engine does when it is asked wrongly is :mod:`disagg_sim`'s affair.
 What a request asks for beyond its route stands in its ``user`` field, as ``key=value`` separated by spaces:
 ``prefill=S`` (seconds), ``pause=S`` (between tokens), ``refuse`` (400 from prefill).
 """

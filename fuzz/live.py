@@ -16,8 +16,8 @@ from typing import Any
 
 import aiohttp
 
-from disagg_proxy.chaos.machine import Machine, running_machine
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
+from disagg_sim.chaos.machine import Machine, running_machine
 from fuzz.pure import Report, Witness
 
 GROWTH_MIB = 96

@@ -68,7 +68,7 @@ compose_sim() {
   for model in "${SERVED_NAMES[@]}"; do more+=(--model "$model"); done
   if [[ -n $ENGINE_API_KEY ]]; then more+=(--api-key "$ENGINE_API_KEY"); fi
   split_words "$EXTRA_SIM_ARGS"
-  LAUNCH=("$PROXY_PYTHON" -m disagg_proxy.sim --role "${PART_ROLE[$name]}" --host "$ENGINE_HOST"
+  LAUNCH=("$PROXY_PYTHON" -m disagg_sim --role "${PART_ROLE[$name]}" --host "$ENGINE_HOST"
     --port "${PART_HTTP[$name]}" --kv-port "${PART_KV[$name]}" --proxy "$(authority "$PROXY_HOST" "$PROXY_PORT")"
     --max-model-len "$MAX_MODEL_LEN" --max-num-seqs "$MAX_NUM_SEQS" --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS"
     --kv-buffer-bytes "$(whole "$KV_BUFFER_SIZE")" --kv-pool-bytes "$((MEM_POOL_SIZE_GB << 30))"
@@ -81,7 +81,7 @@ compose_plain() {
   served_names
   split_words "$EXTRA_PLAIN_ARGS"
   if [[ $ENGINE_KIND == sim ]]; then
-    LAUNCH=("$PROXY_PYTHON" -m disagg_proxy.sim --role decode --connector disagg_kv --host "$ENGINE_HOST"
+    LAUNCH=("$PROXY_PYTHON" -m disagg_sim --role decode --connector disagg_kv --host "$ENGINE_HOST"
       --port "${PART_HTTP[$name]}" --kv-port 0 --max-model-len "$MAX_MODEL_LEN" --max-num-seqs "$MAX_NUM_SEQS"
       --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS")
     for model in "${SERVED_NAMES[@]}"; do LAUNCH+=(--model "$model"); done

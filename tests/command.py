@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 from tests.conftest import soon
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +129,7 @@ async def engine_process(role: str, proxy: str | None, *flags: str) -> AsyncIter
     """An engine that pings ``proxy``, if that is given, and serves; killed at the end."""
     pings = ["--proxy", proxy, "--ping-seconds", "0.1"] if proxy else []
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "disagg_proxy.sim", "--role", role, "--port", "0", "--kv-port", "0"),
+        *(sys.executable, "-m", "disagg_sim", "--role", role, "--port", "0", "--kv-port", "0"),
         *("--time-per-output-token", "0", *pings, *flags),
         stdout=asyncio.subprocess.PIPE,
     )

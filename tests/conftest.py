@@ -19,7 +19,7 @@ from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
 from disagg_proxy.server import Server, listen, server_config
 from disagg_proxy.services import Services
-from disagg_proxy.sim import engine
+from disagg_sim import engine
 from tests.ports import hold_port
 
 pytest.register_assert_rewrite("tests.machine", "tests.command")

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import SimConfig, SimEngine, expected_chat_text, expected_text
+from disagg_sim import SimConfig, SimEngine, expected_chat_text, expected_text
 from tests.conftest import Proxy, Wire, running_proxy, soon
 
 PROMPT = "San Francisco is a"

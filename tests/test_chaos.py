@@ -9,14 +9,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from disagg_proxy.chaos import ALL, KINDS, Leave, Options, PlannedRequest, Report, make_plan, run
-from disagg_proxy.chaos.cli import main
-from disagg_proxy.chaos.clients import CUT, DROPPED, LATE, LEFT, REFUSED, RIGHT, WRONG, Clients, Result
-from disagg_proxy.chaos.engines import Ledger, LedgerEngine, key_of
-from disagg_proxy.chaos.machine import running_machine
-from disagg_proxy.chaos.work import CHAT, COMPLETIONS, MESSAGES, REFUSED_BY_DECODE, Work
 from disagg_proxy.protocol.p2p_nccl import new_request_id
-from disagg_proxy.sim import SimConfig
+from disagg_sim import SimConfig
+from disagg_sim.chaos import ALL, KINDS, Leave, Options, PlannedRequest, Report, make_plan, run
+from disagg_sim.chaos.cli import main
+from disagg_sim.chaos.clients import CUT, DROPPED, LATE, LEFT, REFUSED, RIGHT, WRONG, Clients, Result
+from disagg_sim.chaos.engines import Ledger, LedgerEngine, key_of
+from disagg_sim.chaos.machine import running_machine
+from disagg_sim.chaos.work import CHAT, COMPLETIONS, MESSAGES, REFUSED_BY_DECODE, Work
 
 SETTINGS = {"seconds": 60.0, "rate": 10.0, "kinds": tuple(KINDS), "prefills": 3, "decodes": 2, "every": 1.0}
 

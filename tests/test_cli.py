@@ -13,7 +13,7 @@ import pytest
 
 from disagg_proxy import __version__, cli, compiled
 from disagg_proxy.config.table import SETTINGS
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.command import SCRIPT, Engines, Run, commands, engine_pairs
 from tests.conftest import soon
 

@@ -21,7 +21,7 @@ def test_settings_tables_are_those_of_the_code(language: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_and_files_named_in_the_pages_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:disagg_proxy|tests|script|tools)/[\w./-]*)`", text):
+    for name in re.findall(r"`((?:disagg_\w+|tests|script|tools)/[\w./-]*)`", text):
         assert (ROOT / name).exists(), name
 
 

@@ -20,7 +20,7 @@ from bench.gpu_latency.load import ARMS, Block, in_turn
 from bench.gpu_latency.plan import Phase, seconds_for
 from bench.gpu_latency.processes import Machine, Stack
 from bench.gpu_latency.prompts import Prompts
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 
 # -- figures
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_report")
+PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report")
 
 MAY_IMPORT = {
     # The KV connector, which vLLM loads: it must work where the proxy is not installed.
@@ -66,14 +66,18 @@ MAY_IMPORT = {
     "top": "page",
     "cli": "config discovery logs server services top workers",
     "__main__": "cli",
-    # Simulated engines know the connector but not the proxy; chaos runs both.
-    "sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
-    "chaos": "cluster config server services sim within",
+    # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
+    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
+    "disagg_sim.chaos": "cluster config disagg_sim server services within",
+    # Their former names as commands.
+    "sim": "disagg_sim",
+    "chaos": "disagg_sim.chaos",
     # Reports of the benchmarks are made without the proxy.
     "disagg_report": "",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
-disagg_proxy have no prefix; disagg_report is one unit. A package's own ``__init__`` may be imported by all of it."""
+disagg_proxy have no prefix; disagg_report is one unit, disagg_sim another one without its ``chaos``. A package's own
+``__init__`` may be imported by all of it."""
 
 FOR_TYPES = {
     # The transports move the tensors of vLLM's cache, whose layout stands with the rest that is read from vLLM.
@@ -93,11 +97,12 @@ LIBRARIES = {
     "uvicorn": "http.wire server workers.serve",
     "httptools": "http.wire upstream.connection",
     # The registration port; the simulator and the connector are its clients.
-    "zmq": "discovery.forward discovery.listener sim.ping disagg_kv.engine.announce",
+    "zmq": "discovery.forward discovery.listener disagg_sim.ping disagg_kv.engine.announce",
     # Registrations, whose format is vLLM's, and three formats between the workers of one proxy.
-    "msgpack": "discovery.announcement observe.aggregate observe.news workers.channel sim.kv_wire sim.ping",
+    "msgpack": "discovery.announcement observe.aggregate observe.news workers.channel disagg_sim.kv_wire "
+    "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
-    "aiohttp": "chaos.clients chaos.run sim top.follow disagg_report.own_client",
+    "aiohttp": "disagg_sim top.follow disagg_report.own_client",
     "prometheus_client": "http.status observe.instance_metrics observe.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values observe.traces",
@@ -107,7 +112,7 @@ LIBRARIES = {
     "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
     # Sockets for clients (cli, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's.
-    "socket": "cli server workers discovery.allow discovery.listener sim disagg_kv.prefill.server "
+    "socket": "cli server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
     "disagg_kv.transport.channel",
     "threading": "discovery.listener discovery.mailbox observe.access_log observe.traces workers.ledger "
     "disagg_kv disagg_report.power",
@@ -121,8 +126,8 @@ IO = {"aiohttp", "asyncio", "os", "select", "socket", "subprocess", "threading",
 REQUEST_ID = ("___prefill_addr_", "___decode_addr_")
 KNOW_REQUEST_ID = {
     "protocol.p2p_nccl": "writes it",
-    "sim.request": "reads it, as vLLM's connector does",
-    "chaos.engines": "checks what the engines got",
+    "disagg_sim.request": "reads it, as vLLM's connector does",
+    "disagg_sim.chaos.engines": "checks what the engines got",
 }
 """The addresses in the request id of P2pNcclConnector, and the modules that spell them."""
 
@@ -186,6 +191,8 @@ def unit(module: str) -> str:
     if not rest or package == "disagg_report":
         return package
     top = rest.partition(".")[0]
+    if package == "disagg_sim":
+        return "disagg_sim.chaos" if top == "chaos" else package
     return top if package == "disagg_proxy" else f"{package}.{top}"
 
 
@@ -316,9 +323,9 @@ def test_imports_are_read_as_python_means_them() -> None:
     )
     assert run_time == {"a.b", "c", "d.e.f", "j", "l.m"} and types == {"h.i", "k"}
     assert module_of("disagg_proxy.server.listen") == "disagg_proxy.server" == module_of("disagg_proxy.server")
-    assert [unit(m) for m in ("disagg_proxy.cli", "disagg_proxy.http.app", "disagg_kv.engine.plan")] == [
-        "cli", "http", "disagg_kv.engine"
-    ]  # fmt: skip
+    assert unit("disagg_proxy.cli") == "cli" and unit("disagg_proxy.http.app") == "http"
+    assert unit("disagg_kv.engine.plan") == "disagg_kv.engine" and unit("disagg_report.cli") == "disagg_report"
+    assert unit("disagg_sim.engine") == "disagg_sim" and unit("disagg_sim.chaos.run") == "disagg_sim.chaos"
 
 
 def test_a_circle_is_found() -> None:

@@ -239,7 +239,7 @@ class Stack:
     def _sim(self, role: str, port: int) -> list[str]:
         connector = "p2p_nccl" if self.machine.connector == "p2p_nccl" else "disagg_kv"
         return [
-            self.machine.python, "-m", "disagg_proxy.sim", "--role", role, "--host", HOST, "--port", str(port),
+            self.machine.python, "-m", "disagg_sim", "--role", role, "--host", HOST, "--port", str(port),
             "--kv-port", str(self._kv[role]), "--proxy", f"{HOST}:{self._zmq}", "--model", SERVED,
             "--connector", connector, "--max-model-len", str(self.machine.max_model_len),
             "--kv-buffer-bytes", str(self.machine.kv_buffer or 8_000_000_000),

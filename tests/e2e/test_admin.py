@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import SimEngine, expected_text
+from disagg_sim import SimEngine, expected_text
 from tests.conftest import soon
 from tests.e2e.test_status import scrape
 from tests.machine import REQUESTS, events, text_of_events

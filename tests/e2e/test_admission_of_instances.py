@@ -7,7 +7,7 @@ import json
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 from tests.conftest import soon
 from tests.machine import REQUESTS
 

@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 
-from disagg_proxy.sim import encode, expected_chat_text, render_chat
+from disagg_sim import encode, expected_chat_text, render_chat
 from tests.machine import CHAT
 
 MODEL: Any = "sim-model"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.sim import encode, expected_text, render_chat
+from disagg_sim import encode, expected_text, render_chat
 
 COUNT = 50
 LENGTH = 24

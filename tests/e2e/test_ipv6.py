@@ -10,7 +10,7 @@ import zmq.asyncio
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import StaticInstance
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 from tests.conftest import Proxy, running_proxy, soon
 from tests.machine import REQUESTS, RIGHT, Machine, events, text_of, text_of_events
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.machine import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 
 every_route = pytest.mark.parametrize("path", REQUESTS)

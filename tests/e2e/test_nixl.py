@@ -13,7 +13,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import StaticInstance
-from disagg_proxy.sim import SimConfig, SimEngine, expected_text
+from disagg_sim import SimConfig, SimEngine, expected_text
 from tests.conftest import Wire, running_proxy, soon
 from tests.e2e.together import (
     ASK,

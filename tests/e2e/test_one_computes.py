@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.sim import SimEngine, expected_chat_text
-from disagg_proxy.sim.pooling_api import embedding
+from disagg_sim import SimEngine, expected_chat_text
+from disagg_sim.pooling_api import embedding
 from tests.conftest import soon
 from tests.e2e.together import OWN, clean, settings
 from tests.machine import Machine, events

@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from disagg_proxy.sim import expected_chat_text, expected_text
+from disagg_sim import expected_chat_text, expected_text
 from tests.machine import CHAT, PROMPT
 
 MODEL: Any = "sim-model"

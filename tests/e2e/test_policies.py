@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import SimEngine
+from disagg_sim import SimEngine
 from tests.machine import Machine
 
 settings = pytest.mark.settings

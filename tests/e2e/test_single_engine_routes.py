@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.sim import encode, expected_text, render_chat
+from disagg_sim import encode, expected_text, render_chat
 from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 GENERATION = list(REQUESTS)

@@ -1,6 +1,6 @@
 """The main promise: a request is prefilled by one engine and decoded by another."""
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 
 
 async def test_a_completion(machine, pair) -> None:

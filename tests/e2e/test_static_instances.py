@@ -8,7 +8,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import Source, State
 from disagg_proxy.config import StaticInstance
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 from tests.conftest import Proxy, running_proxy, soon
 from tests.machine import REQUESTS, RIGHT, Machine, text_of
 

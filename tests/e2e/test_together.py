@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.discovery.lifeline import Lifelines
-from disagg_proxy.sim import SimEngine, encode, expected_text
+from disagg_sim import SimEngine, encode, expected_text
 from tests.conftest import soon
 from tests.e2e.together import (
     ASK,

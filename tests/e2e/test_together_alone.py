@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import SimEngine
-from disagg_proxy.sim.own_kv import digest_of
+from disagg_sim import SimEngine
+from disagg_sim.own_kv import digest_of
 from tests.conftest import soon
 from tests.e2e.together import (
     ASK,

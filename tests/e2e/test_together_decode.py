@@ -10,7 +10,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.discovery.lifeline import Lifelines
-from disagg_proxy.sim import SimEngine
+from disagg_sim import SimEngine
 from tests.conftest import Wire, soon
 from tests.e2e.together import (
     ASK,

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from disagg_proxy.sim import expected_text, render_chat
-from disagg_proxy.sim.guided import json_guide, named_tool_guide, required_tool_guide
+from disagg_sim import expected_text, render_chat
+from disagg_sim.guided import json_guide, named_tool_guide, required_tool_guide
 from tests.machine import CHAT, text_of, text_of_events
 
 PATH = "/v1/chat/completions"

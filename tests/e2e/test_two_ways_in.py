@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.http.direct import Direct
-from disagg_proxy.sim import SimEngine
+from disagg_sim import SimEngine
 from tests.conftest import Wire, soon
 from tests.machine import REQUESTS, RIGHT, Machine, check_error, events, text_of, text_of_events
 

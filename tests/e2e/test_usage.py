@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disagg_proxy.sim import encode, render_chat
+from disagg_sim import encode, render_chat
 
 # 90 tokens: a second request finds all but the last, unfinished block of 16 in prefill's cache.
 PROMPT = [300 + i for i in range(90)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.sim import SimEngine, encode, expected_chat_text, expected_text
+from disagg_sim import SimEngine, encode, expected_chat_text, expected_text
 from tests.conftest import soon
 from tests.machine import Machine, text_of
 

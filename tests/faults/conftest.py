@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from disagg_proxy.discovery.lifeline import Lifelines
-from disagg_proxy.sim import SimEngine
+from disagg_sim import SimEngine
 from tests.conftest import Proxy, Wire
 from tests.machine import REQUESTS, Machine, machine, pair
 

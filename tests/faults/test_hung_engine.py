@@ -13,7 +13,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.config.model import StaticInstance
-from disagg_proxy.sim import SimEngine
+from disagg_sim import SimEngine
 from tests.command import EngineProcess, engine_process
 from tests.conftest import soon
 from tests.faults.conftest import ids

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import SimEngine, encode, expected_text
+from disagg_sim import SimEngine, encode, expected_text
 from tests.conftest import soon
 from tests.faults.conftest import in_turn
 from tests.machine import Machine, text_of_events

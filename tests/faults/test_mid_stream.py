@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 
 from disagg_proxy.logs import HideUnfinished
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.machine import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
 

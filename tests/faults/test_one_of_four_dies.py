@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import SimEngine, expected_text
+from disagg_sim import SimEngine, expected_text
 from tests.conftest import soon
 from tests.faults.conftest import ids
 from tests.machine import Machine, events, text_of_events

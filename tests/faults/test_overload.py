@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.faults.conftest import ids
 from tests.machine import Machine, text_of, text_of_events

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import Role, State
-from disagg_proxy.sim import SimEngine, expected_text
+from disagg_sim import SimEngine, expected_text
 from tests.conftest import soon
 from tests.e2e.together import (
     ASK,

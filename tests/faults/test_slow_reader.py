@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from disagg_proxy.sim import expected_text
 from disagg_proxy.upstream import Answer
+from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.faults.conftest import LARGE, dial_slowly
 from tests.machine import PROMPT, REQUESTS, RIGHT, events, text_of, text_of_events

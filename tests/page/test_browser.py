@@ -8,7 +8,7 @@ import re
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.sim import expected_chat_text, expected_text
+from disagg_sim import expected_chat_text, expected_text
 from tests.conftest import running_proxy, soon
 from tests.machine import REQUESTS
 from tests.page.browser import needs_browser

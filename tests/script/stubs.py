@@ -39,12 +39,12 @@ names = words[words.index("--served-model-name") + 1 : words.index("--dtype")]
 models = [word for name in names for word in ("--model", name)]
 if "--kv-transfer-config" not in words:
     os.environ.pop("PYTHONPATH", None)
-    os.execv({python!r}, [{python!r}, "-m", "disagg_proxy.sim", "--role", "decode", "--connector", "disagg_kv",
+    os.execv({python!r}, [{python!r}, "-m", "disagg_sim", "--role", "decode", "--connector", "disagg_kv",
         "--host", value("--host"), "--port", value("--port"), "--kv-port", "0", *models])
 transfer = json.loads(value("--kv-transfer-config"))
 extra = transfer["kv_connector_extra_config"]
 os.environ.pop("PYTHONPATH", None)
-os.execv({python!r}, [{python!r}, "-m", "disagg_proxy.sim",
+os.execv({python!r}, [{python!r}, "-m", "disagg_sim",
     "--role", {{"kv_producer": "prefill", "kv_consumer": "decode"}}[transfer["kv_role"]],
     "--host", value("--host"), "--port", value("--port"), "--kv-port", str(transfer["kv_port"]),
     "--proxy", extra["proxy_ip"] + ":" + str(extra["proxy_port"]), "--ping-seconds", "0.2",

@@ -79,7 +79,7 @@ def test_every_entry_of_the_menu(machine: Machine, terminal: Terminal) -> None:
     choose("7", "Nothing is running")
     choose("8", "no logs")
     choose("11", "ports of decode are free")
-    choose("13", "disagg_proxy.sim --role decode")
+    choose("13", "disagg_sim --role decode")
     choose("14", "no proxy answers", "exit code 3")
     choose("16", "Settings, by environment")
     choose("99", "no entry")

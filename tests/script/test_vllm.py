@@ -221,7 +221,7 @@ def test_only_the_gpus_this_user_may_use(machine: Machine, stubs: Stubs) -> None
     stubs.nvidia_smi(4)
     chosen = machine.ok("env", ENGINE="auto", CUDA_VISIBLE_DEVICES="1,GPU-0003").stdout
     assert "CUDA_VISIBLE_DEVICES=1 " in chosen and "CUDA_VISIBLE_DEVICES=GPU-0003 " in chosen
-    assert "disagg_proxy.sim" in machine.ok("env", ENGINE="auto", CUDA_VISIBLE_DEVICES="2").stdout
+    assert "disagg_sim" in machine.ok("env", ENGINE="auto", CUDA_VISIBLE_DEVICES="2").stdout
     done = machine.run("all", CUDA_VISIBLE_DEVICES="1,2", DECODE_GPU="3")
     assert done.returncode == 1 and "GPU 3" in done.stderr
 

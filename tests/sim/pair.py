@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

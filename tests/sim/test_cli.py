@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import runpy
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -12,8 +13,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import expected_text
-from disagg_proxy.sim.cli import _parser, main
+from disagg_sim import expected_text
+from disagg_sim.cli import _parser, main
 
 from .test_discovery import router
 
@@ -22,7 +23,7 @@ READY = re.compile(r"(prefill|decode) http=(\S+) kv=(\S+) models=(\S+)")
 
 @asynccontextmanager
 async def process(*flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    command = (sys.executable, "-W", "error", "-m", "disagg_proxy.sim", *flags)
+    command = (sys.executable, "-W", "error", "-m", "disagg_sim", *flags)
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
     try:
@@ -141,3 +142,16 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(
 
 def test_every_flag_is_explained() -> None:
     assert all(action.help for action in _parser()._actions)
+
+
+@pytest.mark.parametrize("name", ["disagg_sim", "disagg_sim.chaos", "disagg_proxy.sim", "disagg_proxy.chaos"])
+def test_modules_that_are_commands(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last two are former names of the first two; scripts of users have them."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module(name, run_name="__main__")
+    assert exit_info.value.code == 0
+    now = name.replace("disagg_proxy.sim", "disagg_sim").replace("disagg_proxy.chaos", "disagg_sim.chaos")
+    assert capsys.readouterr().out.startswith(f"usage: python -m {now} [-h] ")

@@ -9,7 +9,7 @@ import anthropic
 import openai
 import pytest
 
-from disagg_proxy.sim import expected_chat_text, expected_text
+from disagg_sim import expected_chat_text, expected_text
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Pair
 

@@ -13,7 +13,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from disagg_proxy.sim import SimConfig, SimEngine
+from disagg_sim import SimConfig, SimEngine
 
 from .pair import COMPLETIONS
 

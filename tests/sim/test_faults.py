@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 
 from .pair import COMPLETIONS, Pair
 

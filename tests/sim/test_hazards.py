@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 
 from .pair import COMPLETIONS, Pair, cancelled, running
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.sim.kv_memory import BuddyPool, InsufficientMemory, KvTensor, ReceiveStore
-from disagg_proxy.sim.prefix_cache import PrefixCache
+from disagg_sim.kv_memory import BuddyPool, InsufficientMemory, KvTensor, ReceiveStore
+from disagg_sim.prefix_cache import PrefixCache
 
 
 def store(buffer: int, pool: int) -> ReceiveStore:

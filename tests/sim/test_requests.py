@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.sim import encode, expected_chat_text, expected_ids, expected_text
+from disagg_sim import encode, expected_chat_text, expected_ids, expected_text
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Answer, Pair, cancelled, running
 

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import SimConfig, SimConfigError, SimEngine
+from disagg_sim import SimConfig, SimConfigError, SimEngine
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Pair, running
 

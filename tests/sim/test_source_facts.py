@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from disagg_proxy.sim import encode, expected_text, render_chat
-from disagg_proxy.sim.api_error import InvalidBody
-from disagg_proxy.sim.messages_api import to_chat
+from disagg_sim import encode, expected_text, render_chat
+from disagg_sim.api_error import InvalidBody
+from disagg_sim.messages_api import to_chat
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Pair, cancelled, running
 

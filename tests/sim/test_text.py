@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.sim.frontend import Choice
-from disagg_proxy.sim.guided import auto_tool_guide, choice_guide, json_guide, parse_tool_call, required_tool_guide
-from disagg_proxy.sim.request import EngineRequest, Sampling, Token, WorkerError, engine_ids, peer_address
-from disagg_proxy.sim.text import Answer, Dice, expected_ids, expected_text, seed_of
-from disagg_proxy.sim.tool_choice import ToolChoice, ToolStream, message_of
-from disagg_proxy.sim.vocabulary import EOS_ID, VOCAB_SIZE, WORDS, StreamDecoder, decode, encode
+from disagg_sim.frontend import Choice
+from disagg_sim.guided import auto_tool_guide, choice_guide, json_guide, parse_tool_call, required_tool_guide
+from disagg_sim.request import EngineRequest, Sampling, Token, WorkerError, engine_ids, peer_address
+from disagg_sim.text import Answer, Dice, expected_ids, expected_text, seed_of
+from disagg_sim.tool_choice import ToolChoice, ToolStream, message_of
+from disagg_sim.vocabulary import EOS_ID, VOCAB_SIZE, WORDS, StreamDecoder, decode, encode
 
 
 @given(st.text())

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from disagg_proxy.sim import SimEngine
+from disagg_sim import SimEngine
 from tests.command import Command, Engines, commands, engine_pairs
 from tests.conftest import soon
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.command import engine_process
 from tests.conftest import soon
 from tests.workers.conftest import ASK, PATH, until

@@ -8,7 +8,7 @@ from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.discovery.announcement import decode, passed_on
 from disagg_proxy.discovery.forward import Forwarder
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.cluster.conftest import World
 from tests.conftest import running_proxy, soon
 from tests.workers.conftest import ASK, Door

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.sim import expected_text
+from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.workers.conftest import ASK, samples
 

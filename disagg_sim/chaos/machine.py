@@ -1,0 +1,273 @@
+"""The machine under test: a real proxy and its engines in this process, talking over real sockets.
+
+Also the supervisor's part of ``test_single_machine.sh``: a decode comes back together with every prefill that had
+sent to it, both down before both come up, since such a prefill would freeze (docs/engine-behaviour.md), and so does
+every engine that the proxy wants restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from typing import Any, Literal
+
+from disagg_proxy.config import Config
+from disagg_proxy.server import Server, listen, server_config
+from disagg_proxy.services import Services
+from disagg_proxy.within import within
+from disagg_sim import SimConfig
+from disagg_sim.chaos.engines import Ledger, LedgerEngine, key_of
+from disagg_sim.chaos.work import MAX_MODEL_LEN, MODEL
+
+PING, EXPIRY = 0.5, 2.0
+"""Seconds; four pings to an expiry, a bit more than vLLM's three to ten."""
+
+LEG_TIMEOUT = 10.0
+"""Seconds for a prefill, and for a decode's silence."""
+
+FREEZE_AFTER = 3.0
+"""Seconds of standing still after which the proxy takes an engine to be frozen."""
+
+_SUPERVISOR_LOOKS = 0.25
+"""Seconds between the supervisor's looks at what the proxy wants restarted."""
+
+_BIND_TRIES = 50
+
+_DOWN = 0.3
+"""Seconds that a frozen engine is down."""
+
+_MOMENT = 1.0
+"""Seconds that the right moment for a prefill's end is waited for."""
+
+
+class _Server(Server):
+    """Leaves signals to whoever runs the event loop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Slot:
+    """A place for one engine after the other on the same ports; ``lives`` counts them."""
+
+    def __init__(self, engine: LedgerEngine) -> None:
+        self.engine = engine
+        self.lives = 1
+        self.up = False
+
+    async def start(self) -> None:
+        """Start the engine that is in the slot."""
+        await self.engine.start()
+        self.up = True
+
+    async def end(self, how: Literal["killed", "stopped"], *, while_sending: bool = False) -> None:
+        """Take the engine down.
+
+        Args:
+            while_sending: a prefill in the middle of a KV transfer instead of between two. The decode that receives
+                waits for the rest for ever, and so do all prefills that send to it.
+        """
+        engine = self.engine
+        if engine.config.is_producer:
+            await (engine.while_sending(_MOMENT) if while_sending else engine.between_sends(_MOMENT))
+        self.up = False
+        self.engine.note_end(how)
+        await (self.engine.kill() if how == "killed" else self.engine.stop())
+
+    async def come_back(self) -> None:
+        """A new engine on the addresses of the old one."""
+        old = self.engine
+        port, kv_port = (int(address.rpartition(":")[2]) for address in (old.http_address, old.kv_address))
+        config = replace(old.config, port=port, kv_port=kv_port)
+        for left in reversed(range(_BIND_TRIES)):
+            self.engine = LedgerEngine(config, old.ledger)
+            try:
+                await self.start()
+                break
+            except OSError:
+                # The ports are the kernel's choice, so an outgoing connection may have one of them for a moment.
+                if not left:
+                    raise
+                await asyncio.sleep(0.2)
+        self.lives += 1
+        old.ledger.wedged.discard(old.kv_address)
+
+
+class Machine:
+    """Proxy and engines."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        local: dict[str, Any] = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
+        timing: dict[str, Any] = {
+            "instance_expiry": EXPIRY,
+            "probe_interval": 1.0,
+            "connect_timeout": 2.0,
+            "prefill_timeout": LEG_TIMEOUT,
+            "decode_timeout": LEG_TIMEOUT,
+            "freeze_after_min": FREEZE_AFTER,
+            "freeze_after_max": FREEZE_AFTER,
+            "shutdown_grace": 5.0,
+        }
+        config = Config(**{**local, **timing, **settings})
+        self.ledger = Ledger()
+        self.socket = listen(config)
+        self.services = Services(config)
+        self.server = _Server(server_config(config, self.services), self.services)
+        self.url = "http://{}:{}".format(*self.socket.getsockname()[:2])
+        self.prefills: list[Slot] = []
+        self.decodes: list[Slot] = []
+        self._restarting = asyncio.Lock()
+        self.frozen_restarted: Counter[str] = Counter()
+        self._changed = asyncio.Event()
+        self.services.registry.watch(changed=lambda instance: self._changed.set())
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """All, prefills first."""
+        return [*self.prefills, *self.decodes]
+
+    @property
+    def engines(self) -> Sequence[LedgerEngine]:
+        """Those that run now."""
+        return [slot.engine for slot in self.slots if slot.up]
+
+    async def until_ready(self, seconds: float) -> bool:
+        """Whether every prefill and every decode becomes ready in time."""
+        return await self._until(
+            lambda: self.services.pairing.ready_pairs() == len(self.prefills) * len(self.decodes), seconds
+        )
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        async def wait() -> None:
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+        with suppress(asyncio.TimeoutError):
+            async with within(seconds):
+                await wait()
+        return condition()
+
+    async def restart_prefill(
+        self, slot: Slot, how: Literal["killed", "stopped"], down: float, *, while_sending: bool = False
+    ) -> None:
+        """End a prefill and bring it back after ``down`` seconds."""
+        async with self._restarting:
+            await slot.end(how, while_sending=while_sending)
+            await asyncio.sleep(down)
+            await slot.come_back()
+
+    async def kill_decode(self, slot: Slot, down: float, *, supervised: bool) -> int:
+        """Kill a decode and bring it back; how many prefills were restarted with it."""
+        async with self._restarting:
+            return await self._restart_decode(slot, down, supervised=supervised)
+
+    async def _restart_decode(self, slot: Slot, down: float, *, supervised: bool) -> int:
+        address = slot.engine.kv_address
+        with_it = [p for p in self.prefills if supervised and address in p.engine.sent_to]
+        await asyncio.gather(*(one.end("killed") for one in (slot, *with_it)))
+        await asyncio.sleep(down)
+        await asyncio.gather(*(one.come_back() for one in (slot, *with_it)))
+        return len(with_it)
+
+    async def supervise(self) -> None:
+        """Restart what the proxy wants restarted, for ever."""
+        while True:
+            await asyncio.sleep(_SUPERVISOR_LOOKS)
+            for instance in self.services.registry.instances():
+                slot = next((s for s in self.slots if s.engine.http_address == instance.http.text), None)
+                if slot is None or not instance.restart_wanted:
+                    continue
+                async with self._restarting:
+                    if not instance.restart_wanted or not slot.up:
+                        continue
+                    self.frozen_restarted[slot.engine.config.role] += 1
+                    if slot in self.decodes:
+                        await self._restart_decode(slot, _DOWN, supervised=True)
+                    else:
+                        await slot.end("killed")
+                        await asyncio.sleep(_DOWN)
+                        await slot.come_back()
+                # The proxy notices the end of the old process by itself, in its own time.
+                await self._until(lambda gone=instance: not gone.restart_wanted, 5)  # type: ignore[misc]
+
+    def excuse_waiting(self, slot: Slot) -> None:
+        """A decode that refuses connections counts as gone, and what waits there or is on its way as gone with it."""
+        if slot not in self.decodes:
+            return
+        under_way = [name for prefill in self.prefills if prefill.up for name in prefill.engine.under_way()]
+        for name in (*slot.engine.state()["kv_waiting"], *under_way):
+            self.ledger.excused[key_of(name)] = "its decode refused connections, as one that is gone"
+
+    async def until_idle(self, seconds: float) -> list[str]:
+        """Wait until nothing is under way any more; what still is, in words, when it takes too long."""
+        end = asyncio.get_running_loop().time() + seconds
+        while busy := self._busy():
+            if asyncio.get_running_loop().time() >= end:
+                return busy
+            await asyncio.sleep(0.05)
+        return []
+
+    def _busy(self) -> list[str]:
+        services, busy = self.services, []
+        if count := len(services.background):
+            busy.append(f"{count} background tasks of the proxy")
+        if services.stats.in_flight:
+            busy.append(f"{services.stats.in_flight} requests in flight in the proxy")
+        busy += [f"{i.in_flight} legs counted on {i}" for i in services.registry.instances() if i.in_flight]
+        for engine in self.engines:
+            state = engine.state()
+            if not state["dead"] and (state["running"] or state["waiting"] or state["aborting"] or state["sender"]):
+                busy.append(
+                    f"{engine.name}: {state['running']} running, {state['waiting']} waiting, "
+                    f"stalled on {state['stalled_on']}, sender {state['sender']}"
+                )
+        return busy
+
+
+@asynccontextmanager
+async def running_machine(
+    prefills: int, decodes: int, settings: dict[str, Any], knobs: dict[str, Any]
+) -> AsyncIterator[Machine]:
+    """A machine that is ready; everything ends with the block.
+
+    Args:
+        settings: of the proxy, beyond the runner's own.
+        knobs: of the engines.
+
+    Raises:
+        RuntimeError: it does not become ready.
+    """
+    machine = Machine(settings)
+    serving = asyncio.ensure_future(machine.server.serve(sockets=[machine.socket]))
+    try:
+        while not machine.server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        proxy = f"127.0.0.1:{machine.services.discovery.listener.port}"
+        common: dict[str, Any] = {
+            "proxy": proxy,
+            "models": (MODEL,),
+            "ping_seconds": PING,
+            "startup_seconds": 0.2,
+            "prefill_tokens_per_second": 20_000.0,
+            "time_per_output_token": 0.005,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": MAX_MODEL_LEN,
+            **knobs,
+        }
+        for role, count, slots in (("prefill", prefills, machine.prefills), ("decode", decodes, machine.decodes)):
+            for _ in range(count):
+                slots.append(Slot(LedgerEngine(SimConfig(role=role, **common), machine.ledger)))  # type: ignore[arg-type]
+        await asyncio.gather(*(slot.start() for slot in machine.slots))
+        if not await machine.until_ready(10):
+            raise RuntimeError(f"not ready: {machine.services.registry.missing()}")
+        yield machine
+    finally:
+        machine.server.signalled()
+        await asyncio.gather(serving, return_exceptions=True)
+        await asyncio.gather(*(slot.engine.stop() for slot in machine.slots))
+        machine.socket.close()

@@ -1,0 +1,178 @@
+"""The knobs of one simulated engine, and nothing else: names, units, defaults, limits.
+
+Defaults are those of a test: no simulated computing time, ports from the kernel, requests recorded. The command
+line (:mod:`disagg_sim.cli`) has its own defaults, those of an engine that one watches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["prefill", "decode"]
+Connector = Literal["p2p_nccl", "disagg_kv", "nixl"]
+CloseAfter400 = Literal["close", "reset", "keep"]
+
+
+class SimConfigError(ValueError):
+    """A knob has a value that no engine could run with; the text names the knob."""
+
+
+@dataclass(frozen=True)
+class SimConfig:
+    """Everything that makes one simulated engine differ from another.
+
+    Addresses: ``host`` is bound and announced; ``port`` (HTTP) and ``kv_port`` (KV transfer) may be 0, the kernel
+    then chooses. ``proxy`` is the ``host:port`` that pings go to, None for no pings.
+
+    Raises:
+        SimConfigError: on construction, when a value is out of range.
+    """
+
+    role: Role = "prefill"
+    connector: Connector = "p2p_nccl"
+    """Whose KV transfer: vLLM's P2pNcclConnector, this project's own (docs/connector.md), or vLLM's NixlConnector.
+    Engines with the last one do not ping."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    kv_port: int = 0
+    proxy: str | None = None
+    models: tuple[str, ...] = ("sim-model",)
+    api_key: str | None = None
+
+    # Speed. Zero means "takes no time".
+    startup_seconds: float = 0.0
+    """From the start of the worker (pings begin) to the first HTTP answer; about 2 s on real engines."""
+    prefill_tokens_per_second: float = 0.0
+    time_per_output_token: float = 0.0
+    """Seconds of one decode step, whatever the batch holds."""
+    communicator_seconds: float = 0.0
+    """Extra time of the first request between one prefill and one decode engine; 1.1 s with NCCL."""
+
+    # Scheduler.
+    max_model_len: int = 32768
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    """Prompt tokens of one prefill step; a longer prompt is prefilled in chunks."""
+    randomize_request_ids: bool = False
+    """As vLLM >= 0.14 without VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1: P and D no longer agree on the KV's key."""
+    prefix_cache_blocks: int = 4096
+    """Blocks of 16 tokens that a prefill engine's prefix cache holds; 0 turns the cache off."""
+
+    # KV transfer. The defaults are Qwen3-4B in bf16 and the settings of docs/engine-behaviour.md.
+    kv_layers: int = 4
+    """Tensors per request (Qwen3-4B: 36). At least 2: vLLM answers while the last one is still being sent."""
+    kv_bytes_per_token: int = 147_456
+    """Bytes that one token's KV counts for in buffer and pool, all layers together."""
+    kv_wire_bytes_per_token: int = 0
+    """Bytes of padding per token that really travel beside the few bytes that decode needs."""
+    kv_buffer_bytes: int = 8_000_000_000
+    kv_pool_bytes: int = 4 * 2**30
+    """The pinned pool that takes what the buffer does not; handed out in powers of two."""
+
+    # This project's own connector. What both sides of a pair must have in common, and its deadlines in seconds.
+    kv_model: str = "sim"
+    kv_digest: str | None = ""
+    """Stands for the weights; empty: derived from ``kv_model``, None: as a release without it."""
+    kv_dtype: str = "bfloat16"
+    kv_layout: str = "sim"
+    kv_block_size: int = 16
+    """Tokens of one block; prompts that do not exceed it are not worth a transfer."""
+    kv_transports: tuple[str, ...] = ("tcp",)
+    """As announced and offered; only TCP is really spoken."""
+    tp: int = 1
+    kv_secret: str = ""
+    load_timeout: float = 30.0
+    """Decode: how long a request waits for its KV before it is computed."""
+    hold_timeout: float = 60.0
+    """Prefill: how long computed KV waits to be fetched; with NixlConnector too."""
+    hold_blocks: int = 0
+    """Prefill: blocks of finished prompts that may wait to be fetched; 0: any number."""
+    stall_timeout: float = 5.0
+    """Decode: the connector's ``stall_timeout_s``, of which its limit on a prefill that answers nothing is made."""
+
+    # HTTP behaviour.
+    pooling: bool = False
+    """Whether the model embeds texts too."""
+    version: str = "0.21.0"
+    keepalive_seconds: float = 5.0
+    close_after_400: CloseAfter400 = "close"
+    """What follows a 400 that vLLM 0.21 raises inside its handler: "close" closes the connection unannounced as
+    uvicorn does, "reset" keeps it open and resets it on the next request (the race always lost), "keep" does
+    neither."""
+    enable_prompt_tokens_details: bool = False
+    enable_request_id_headers: bool = False
+    enable_auto_tool_choice: bool = True
+    """As --enable-auto-tool-choice with --tool-call-parser hermes; without it tool_choice other than none is a 400."""
+    enable_profiler: bool = True
+    exit_after_death_seconds: float | None = None
+    """vLLM's watchdog ends the server within 5 s of the engine's death; None keeps answering 500, as
+    VLLM_KEEP_ALIVE_ON_ENGINE_DEATH=1 does."""
+
+    ping_seconds: float = 3.0
+    record_requests: bool = True
+    """Keep every HTTP request in ``SimEngine.requests``; for tests, memory grows."""
+
+    def __post_init__(self) -> None:
+        if self.role not in ("prefill", "decode"):
+            raise SimConfigError(f"role must be prefill or decode, not {self.role!r}")
+        if self.connector not in ("p2p_nccl", "disagg_kv", "nixl"):
+            raise SimConfigError(f"connector must be p2p_nccl, disagg_kv or nixl, not {self.connector!r}")
+        if not self.models or not all(self.models):
+            raise SimConfigError("models must name at least one model")
+        if self.close_after_400 not in ("close", "reset", "keep"):
+            raise SimConfigError(f"close_after_400 must be close, reset or keep, not {self.close_after_400!r}")
+        for name in ("port", "kv_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise SimConfigError(f"{name} must be between 0 and 65535")
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise SimConfigError(f"{name} must be at least {least}")
+        if self.exit_after_death_seconds is not None and self.exit_after_death_seconds < 0:
+            raise SimConfigError("exit_after_death_seconds must be at least 0")
+        if not self.ping_seconds > 0:
+            raise SimConfigError("ping_seconds must be above 0")
+
+    @property
+    def is_producer(self) -> bool:
+        """True on a prefill engine (vLLM's kv_role kv_producer)."""
+        return self.role == "prefill"
+
+
+_AT_LEAST: dict[str, float] = {
+    "startup_seconds": 0,
+    "prefill_tokens_per_second": 0,
+    "time_per_output_token": 0,
+    "communicator_seconds": 0,
+    "max_model_len": 2,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "prefix_cache_blocks": 0,
+    "kv_layers": 2,
+    "kv_bytes_per_token": 1,
+    "kv_wire_bytes_per_token": 0,
+    "kv_buffer_bytes": 0,
+    "kv_pool_bytes": 1,
+    "keepalive_seconds": 0,
+    "kv_block_size": 1,
+    "tp": 1,
+    "load_timeout": 0,
+    "hold_timeout": 0,
+    "hold_blocks": 0,
+    "stall_timeout": 0.01,
+}
+
+
+def join_address(host: str, port: int) -> str:
+    """``host:port``, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """The inverse of :func:`join_address`.
+
+    Raises:
+        ValueError: when there is no port.
+    """
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)

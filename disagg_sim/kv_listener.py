@@ -1,0 +1,115 @@
+"""The receiving side of KV transfer: one listener that serves all peers, one message after the other.
+
+Mirrors ``P2pNcclEngine.listen_for_requests`` of vLLM 0.21, where one thread does everything and only CUDA's
+out-of-memory error is caught: a full pool, or a tensor from a peer whose communicator it does not know, ends the
+thread. The process lives on, nobody is told, and every sender waits for an answer that never comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from disagg_sim.config import SimConfig
+from disagg_sim.faults import Faults
+from disagg_sim.kv_memory import InsufficientMemory, KvTensor, ReceiveStore
+from disagg_sim.kv_wire import pack, read_frame, reset
+
+logger = logging.getLogger(__name__)
+
+
+class _Peer:
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.data: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    def send(self, frame: dict[str, Any]) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(pack(frame))
+
+
+class KvListener:
+    """Accepts KV and puts it into ``store``.
+
+    Attributes:
+        death: why the listener ended, None while it works.
+        received: tensors taken in so far.
+    """
+
+    def __init__(self, config: SimConfig, faults: Faults, store: ReceiveStore, changed: Callable[[], None]) -> None:
+        self._config = config
+        self._faults = faults
+        self._store = store
+        self._changed = changed
+        self._frames: asyncio.Queue[tuple[_Peer, dict[str, Any]]] = asyncio.Queue()
+        self._communicators: dict[str, str] = {}
+        self._peers: set[_Peer] = set()
+        self._readers: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.death: str | None = None
+        self.received = 0
+
+    async def start(self, sock: socket.socket) -> None:
+        """Listen on a bound socket."""
+        self._server = await asyncio.start_server(self._accept, sock=sock)
+        self._task = asyncio.create_task(self._listen(), name="kv-listener")
+
+    async def stop(self) -> None:
+        """Reset every connection and end. Safe to call twice."""
+        if self._server is not None:
+            self._server.close()
+        for peer in list(self._peers):
+            reset(peer.writer.transport)
+        tasks = [*self._readers, *([self._task] if self._task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        peer = _Peer(writer)
+        self._peers.add(peer)
+        self._readers.add(task)
+        try:
+            while (frame := await read_frame(reader)) is not None:
+                if frame["cmd"] == "DATA":
+                    peer.data.put_nowait(frame)
+                else:
+                    self._frames.put_nowait((peer, frame))
+        except asyncio.CancelledError:
+            pass  # stop() did it; asyncio.streams would report a cancelled connection as an error
+        finally:
+            self._peers.discard(peer)
+            self._readers.discard(task)
+            reset(writer.transport)
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                peer, frame = await self._frames.get()
+                if frame["cmd"] == "NEW":
+                    await asyncio.sleep(self._config.communicator_seconds)
+                    self._communicators[frame["from"]] = frame["communicator"]
+                    peer.send({"cmd": "READY"})
+                elif frame["cmd"] == "PUT":
+                    await self._receive(peer, frame)
+        except (InsufficientMemory, KeyError) as error:
+            self.death = f"{type(error).__name__}: {error}"
+            logger.error("The KV listener died (%s); whoever sends here waits for ever", self.death)
+            self._changed()
+
+    async def _receive(self, peer: _Peer, frame: dict[str, Any]) -> None:
+        # The order is vLLM's: the sender hears "0" before the communicator is looked up and before there is room.
+        peer.send({"cmd": "ACK", "ret": "0"})
+        self._communicators[frame["from"]]
+        data = await peer.data.get()
+        tensor = KvTensor(data["seed_part"], frame["tokens"], frame["size"])
+        if not self._faults.loses(frame["request_id"], first=frame["layer"] == 0):
+            self._store.put(frame["request_id"], frame["layer"], tensor)
+        self.received += 1
+        self._changed()

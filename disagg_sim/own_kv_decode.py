@@ -1,0 +1,297 @@
+"""Decode's side of this project's own connector: requests that wait for KV, and connections to prefill engines.
+
+What a load is and how it ends is the connector's own state machine (``disagg_kv/decode/inbox.py``); this is its
+engine and its connections, on one event loop. No request waits for another one's KV, unless it is the same KV.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from disagg_kv.decode.inbox import Inbox, Load
+from disagg_kv.decode.liveness import PROBES, Liveness
+from disagg_kv.protocol.frames import Kind, WireError
+from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, nonce, proof
+from disagg_kv.protocol.keys import Key, parse_address
+from disagg_kv.protocol.messages import PING, PINGS, Go, Gone, Release
+from disagg_kv.within import within
+from disagg_sim.config import SimConfig
+from disagg_sim.kv_wire import reset
+from disagg_sim.own_kv import HANDSHAKE_SECONDS, blocks_of, expect, read_frame, read_transfer, row_bytes, send
+from disagg_sim.request import EngineRequest
+
+logger = logging.getLogger(__name__)
+_CONNECT_SECONDS = 3.0
+_REMEMBERED = 8192
+_TICK = 0.01
+"""Seconds by which timers are late, so that a deadline is surely over."""
+
+Loaded = Callable[[EngineRequest, list[bytes] | None, bool], None]
+"""Told a request whose load is over, its blocks (None: compute), and whether it was this request that loaded them."""
+
+
+class _Link:
+    """One connection to a prefill engine, from the wish for it to its end."""
+
+    def __init__(self, loads: Loads, address: str, peer: str) -> None:
+        self._loads = loads
+        self._address = address
+        self.peer = peer
+        self.ready = False
+        self.dead = False
+        self._early: list[bytes] = []
+        self._liveness = Liveness(loads.config.stall_timeout)
+        self._answers_pings = False
+        self._silent = False
+        self._writer: asyncio.StreamWriter | None = None
+        self.task = asyncio.create_task(self._run(), name=f"own-kv-link-{address}")
+
+    def post(self, message: bytes) -> None:
+        if self.ready and self._writer is not None:
+            self._writer.write(message)
+        else:
+            self._early.append(message)
+
+    async def _run(self) -> None:
+        reason = "closed"
+        try:
+            host, port = parse_address(self._address)
+            async with within(_CONNECT_SECONDS):
+                reader, writer = await asyncio.open_connection(host, port)
+            self._writer = writer
+            async with within(HANDSHAKE_SECONDS):
+                await self._handshake(reader, writer)
+            self.ready = True
+            for message in self._early:
+                writer.write(message)
+            self._loads.changed()
+            probing = asyncio.create_task(self._probe(writer)) if self._answers_pings else None
+            try:
+                while True:
+                    await self._receive(reader)
+            finally:
+                if probing is not None:
+                    probing.cancel()
+        except Refused as refusal:
+            reason = f"refused: {refusal}"
+        except (OSError, asyncio.TimeoutError, WireError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if self._silent:
+                reason = f"the prefill engine has not answered {PROBES} liveness probes"
+        finally:
+            self.dead = True
+            if self._writer is not None:
+                reset(self._writer.transport)
+            self._loads.lost(self, reason)
+
+    async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        config, mine = self._loads.config, self._loads.identity
+        hello = {**mine.to_wire(), "nonce": nonce(), "transports": list(config.kv_transports),
+                 "staging": max(1 << 20, row_bytes(config))}  # fmt: skip
+        send(writer, Kind.HELLO, hello)
+        welcome = await expect(reader, Kind.WELCOME)
+        theirs = Identity.from_wire(welcome)
+        check(mine, theirs)
+        check_proof(proof(config.kv_secret, theirs.role, hello, welcome), welcome.get("proof"))
+        send(writer, Kind.PROOF, {"proof": proof(config.kv_secret, mine.role, hello, welcome)})
+        await expect(reader, Kind.READY)
+        self._answers_pings = welcome.get(PINGS) is True
+
+    async def _probe(self, writer: asyncio.StreamWriter) -> None:
+        """As the connector's writer thread (``disagg_kv/decode/link.py``)."""
+        while True:
+            self._liveness.begin()
+            while self._loads.wait_for(self.peer):
+                await asyncio.sleep(self._liveness.interval)
+                if not self._liveness.probe():
+                    self._silent = True
+                    reset(writer.transport)
+                    return
+                writer.write(PING)
+            await asyncio.sleep(self._liveness.interval)
+
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
+        kind, body = await read_frame(reader)
+        self._liveness.heard()
+        if kind is Kind.PONG:
+            return
+        if kind is Kind.GONE:
+            self._loads.gone(self, Gone.decode(body))
+            return
+        if kind is not Kind.GO:
+            raise WireError(f"{kind.name} is not for a decode engine")
+        go, size = Go.decode(body), row_bytes(self._loads.config)
+        try:
+            data = await reader.readexactly(go.count * size)
+        except asyncio.IncompleteReadError:
+            raise ConnectionError("the other side closed the connection") from None
+        self._loads.arrived(self, go, [data[at : at + size] for at in range(0, len(data), size)])
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A load, what has come of it, and the requests that wait for it; the first one is the loader."""
+
+    load: Load
+    timer: asyncio.TimerHandle
+    requests: list[EngineRequest]
+    rows: list[bytes] = field(default_factory=list)
+
+
+class Loads:
+    """Requests whose KV is on its way.
+
+    Args:
+        loaded: told about each of them once, unless it was aborted.
+    """
+
+    def __init__(self, config: SimConfig, identity: Identity, loaded: Loaded, changed: Callable[[], None]) -> None:
+        self.config = config
+        self.identity = identity
+        self.changed = changed
+        self._loaded = loaded
+        self._inbox = Inbox()
+        self._links: dict[str, _Link] = {}
+        self._numbers = itertools.count()
+        self._waiting: dict[Key, _Waiting] = {}
+        self._over: OrderedDict[Key, None] = OrderedDict()
+        self._closing = False
+
+    async def stop(self) -> None:
+        """End every connection. Safe to call twice."""
+        self._closing = True
+        for waiting in self._waiting.values():
+            waiting.timer.cancel()
+        tasks = [link.task for link in self._links.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def state(self) -> dict[str, Any]:
+        """``kv_waiting``: blocks by request id that are still to come; ``kv_links``: addresses that are connected."""
+        return {
+            "kv_waiting": {
+                request.id: len(waiting.load.blocks) - waiting.load.filled
+                for waiting in self._waiting.values()
+                for request in waiting.requests
+            },
+            "kv_links": [address for address, link in self._links.items() if link.ready and not link.dead],
+        }
+
+    # The engine.
+
+    def begin(self, request: EngineRequest) -> bool:
+        """Whether the request waits for KV from now on; else it is to be computed."""
+        transfer = read_transfer(request, decode=True)
+        if transfer is None:
+            return False
+        key, address = transfer
+        if key in self._waiting:
+            self._waiting[key].requests.append(request)
+            return True
+        if key in self._over:
+            return False
+        tokens, config = len(request.prompt_ids), self.config
+        if tokens <= config.kv_block_size or request.sampling.prompt_logprobs is not None:
+            self._end(key)
+            link = self._links.get(address)
+            if link is not None and not link.dead:
+                link.post(Release(key.transfer, key).encode())
+            return False
+        link = self._link(address)
+        deadline = time.monotonic() + config.load_timeout
+        load = Load(key, str(next(self._numbers)), range(blocks_of(config, tokens)), 0, deadline, link.peer)
+        timer = asyncio.get_running_loop().call_later(config.load_timeout + _TICK, self._collect)
+        self._waiting[key] = _Waiting(load, timer, [request])
+        self._inbox.start(load)
+        if not load.failed:
+            link.post(load.want().encode())
+        self._collect()
+        return True
+
+    def ended(self, request: EngineRequest) -> None:
+        """The request is over, perhaps before its load."""
+        for waiting in list(self._waiting.values()):
+            if request in waiting.requests:
+                waiting.requests.remove(request)
+                if not waiting.requests:
+                    self._inbox.cancel(waiting.load.request)
+                self._collect()
+
+    def release(self, transfer: str) -> None:
+        """The proxy says that this KV will not come."""
+        self._inbox.release(transfer)
+        self._collect()
+
+    def meet(self, address: str) -> None:
+        """The proxy wants a connection to this prefill engine.
+
+        Raises:
+            WireError: that is no address.
+        """
+        parse_address(address)
+        self._link(address)
+
+    def wait_for(self, peer: str) -> bool:
+        """Whether a load waits for this connection."""
+        return self._inbox.waits_for(peer)
+
+    def _link(self, address: str) -> _Link:
+        link = self._links.get(address)
+        if link is None or link.dead:
+            link = self._links[address] = _Link(self, address, f"{address}#{next(self._numbers)}")
+        return link
+
+    # A link.
+
+    def arrived(self, link: _Link, go: Go, rows: list[bytes]) -> None:
+        """Blocks have come.
+
+        Raises:
+            WireError: they are not those asked for.
+        """
+        load = self._inbox.go(link.peer, go)
+        if load is not None:
+            self._waiting[load.key].rows.extend(rows)
+            self._inbox.arrived(load, go.count, True)
+        self._collect()
+
+    def gone(self, link: _Link, gone: Gone) -> None:
+        """Blocks will not come."""
+        self._inbox.gone(link.peer, gone.key, gone.reason)
+        self._collect()
+
+    def lost(self, link: _Link, reason: str) -> None:
+        """The connection is over."""
+        logger.info("the connection to %s has ended: %s", link.peer, reason)
+        if not self._closing:
+            self._inbox.lost(link.peer, reason)
+            self._collect()
+
+    def _end(self, key: Key) -> None:
+        self._over[key] = None
+        if len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
+
+    def _collect(self) -> None:
+        """Tell the engine, and prefill, what is over."""
+        found = self._inbox.collect()
+        for peer, key in found.unwanted:
+            for link in self._links.values():
+                if link.peer == peer and not link.dead:
+                    link.post(Release(key.transfer, key).encode())
+        for waiting in [waiting for waiting in self._waiting.values() if waiting.load.request in found.requests]:
+            load = waiting.load
+            del self._waiting[load.key]
+            waiting.timer.cancel()
+            self._end(load.key)
+            for number, request in enumerate(waiting.requests):
+                self._loaded(request, None if load.failed else waiting.rows, number == 0)
+        self.changed()

@@ -1,0 +1,123 @@
+"""The KV port of an engine with this project's own connector: decode engines and the proxy connect to it.
+
+As ``disagg_kv/prefill/server.py``: whatever a connection does wrong ends that connection only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from typing import Any
+
+from disagg_kv.protocol.frames import Kind, WireError
+from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, choose_transport, nonce, proof
+from disagg_kv.protocol.messages import PINGS, Release, Want
+from disagg_kv.within import within
+from disagg_sim.config import SimConfig
+from disagg_sim.faults import Faults
+from disagg_sim.kv_wire import reset
+from disagg_sim.own_kv import HANDSHAKE_SECONDS, expect, read_frame, row_bytes, send
+from disagg_sim.own_kv_decode import Loads
+from disagg_sim.own_kv_prefill import Offers
+
+logger = logging.getLogger(__name__)
+
+
+class OwnKvServer:
+    """Listens until stopped.
+
+    Args:
+        loads: on a decode engine, what the proxy may release.
+    """
+
+    def __init__(
+        self, config: SimConfig, identity: Identity, faults: Faults, offers: Offers, loads: Loads | None
+    ) -> None:
+        self._config = config
+        self._faults = faults
+        self._identity = identity
+        self._offers = offers
+        self._loads = loads
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, sock: socket.socket) -> None:
+        """Listen on a bound socket."""
+        self._server = await asyncio.start_server(self._accept, sock=sock)
+
+    async def stop(self) -> None:
+        """Reset every connection and end. Safe to call twice."""
+        if self._server is not None:
+            self._server.close()
+        for writer in list(self._writers):
+            reset(writer.transport)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        lane = self._offers.attach(writer)
+        try:
+            async with within(HANDSHAKE_SECONDS):
+                role, hello = await self._handshake(reader, writer)
+            if role == "control":
+                send(writer, Kind.READY, {})
+            else:
+                staging = max(min(int(hello["staging"]), 16 << 20), row_bytes(self._config))
+                send(writer, Kind.READY, {"transport": "tcp", "staging": staging})
+            while True:
+                kind, body = await read_frame(reader)
+                if kind is Kind.RELEASE:
+                    release = Release.decode(body)
+                    self._offers.release(None if role == "control" else lane, release)
+                    if role == "control" and self._loads is not None:
+                        self._loads.release(release.transfer)
+                elif kind is Kind.MEET and role == "control" and self._loads is not None:
+                    self._loads.meet(str(body.get("from")))
+                elif kind is Kind.WANT and role == "decode":
+                    self._offers.want(lane, Want.decode(body))
+                elif kind is Kind.PING and role == "decode":
+                    if self._faults.kv_answers:
+                        send(writer, Kind.PONG, {})
+                else:
+                    raise WireError(f"{kind.name} is not for this connection")
+        except Refused as refusal:
+            with contextlib.suppress(OSError):
+                send(writer, Kind.REFUSE, {"reason": str(refusal)[:1000]})
+                await writer.drain()
+                writer.close()
+        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
+            logger.debug("a KV connection is ended: %s: %s", type(error).__name__, error)
+        except asyncio.CancelledError:
+            pass  # stop() did it; asyncio.streams would report a cancelled connection as an error
+        finally:
+            self._tasks.discard(task)
+            self._writers.discard(writer)
+            self._offers.detach(lane)
+            if not writer.is_closing():
+                reset(writer.transport)
+
+    async def _handshake(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> tuple[str, dict[str, Any]]:
+        hello = await expect(reader, Kind.HELLO)
+        if not self._faults.kv_answers:
+            await asyncio.get_running_loop().create_future()
+        theirs, secret = Identity.from_wire(hello), self._config.kv_secret
+        if theirs.role == "prefill":
+            raise Refused("a prefill engine has nothing to ask for")
+        check(self._identity, theirs)
+        welcome = {**self._identity.to_wire(), "nonce": nonce(), PINGS: True}
+        if theirs.role == "decode":
+            welcome["transport"] = choose_transport(self._config.kv_transports, hello.get("transports"))
+        send(writer, Kind.WELCOME, {**welcome, "proof": proof(secret, self._identity.role, hello, welcome)})
+        answer = await expect(reader, Kind.PROOF)
+        check_proof(proof(secret, theirs.role, hello, welcome), answer.get("proof"))
+        return theirs.role, hello

@@ -1,0 +1,82 @@
+"""Announcing an engine to the proxy, as ``P2pNcclEngine.ping`` does: the same message every three seconds.
+
+A ZMQ DEALER whose identity is the KV address. What cannot be delivered is queued by ZMQ and comes in one go later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgpack
+import zmq
+
+from disagg_sim.config import SimConfig
+
+
+class Pinger:
+    """Pings until stopped.
+
+    Args:
+        more: fields that the connector adds.
+
+    Attributes:
+        sent: messages handed to ZMQ.
+    """
+
+    def __init__(
+        self,
+        config: SimConfig,
+        http_address: str,
+        kv_address: str,
+        more: Mapping[str, Any],
+        enabled: Callable[[], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._enabled = enabled
+        self._changed = changed
+        self._identity = kv_address.encode()
+        self._message: bytes = msgpack.packb(
+            {
+                "type": "P" if config.is_producer else "D",
+                "http_address": http_address,
+                "zmq_address": kv_address,
+                **more,
+            }
+        )
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.sent = 0
+
+    def start(self) -> None:
+        """Send the first ping now. Does nothing without a proxy."""
+        if self._config.proxy is not None:
+            self._context = zmq.Context()
+            sock = self._context.socket(zmq.DEALER)
+            sock.setsockopt(zmq.IDENTITY, self._identity)
+            sock.setsockopt(zmq.LINGER, 0)
+            sock.setsockopt(zmq.IPV6, "[" in self._config.proxy)
+            sock.connect(f"tcp://{self._config.proxy}")
+            self._task = asyncio.create_task(self._run(sock), name="ping")
+
+    async def stop(self) -> None:
+        """End at once; nothing that is queued goes out. Safe to call twice."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._context is not None:
+            context, self._context = self._context, None
+            context.destroy(linger=0)
+
+    async def _run(self, sock: zmq.Socket[bytes]) -> None:
+        while True:
+            if self._enabled():
+                try:
+                    sock.send(self._message, zmq.NOBLOCK)
+                    self.sent += 1
+                    self._changed()
+                except zmq.Again:
+                    pass  # the queue is full; vLLM's thread would wait here
+            await asyncio.sleep(self._config.ping_seconds)

@@ -1,0 +1,145 @@
+"""/v1/responses, as far as its life in a prefill/decode pair goes (vLLM 0.21 ``openai/responses``).
+
+The engine's id is the body's ``request_id`` with ``_0`` behind it; X-Request-Id plays no part. So unless that field
+carries addresses, the request kills the engine that gets it.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import aclosing
+from typing import Any
+
+from aiohttp import web
+
+from disagg_sim.api_error import ApiError, InvalidBody
+from disagg_sim.exchange import Exchange
+from disagg_sim.frontend import collect, generate, make_requests
+from disagg_sim.openai_json import stream_error
+from disagg_sim.request import EngineDeadError
+from disagg_sim.sampling_rules import check_fields, check_prompt, fit_prompt, sampling_of
+from disagg_sim.template import render_chat
+from disagg_sim.vocabulary import encode
+
+
+async def responses(exchange: Exchange) -> web.StreamResponse:
+    """The route."""
+    body = exchange.json()
+    check_fields(body)
+    prompt = render_chat(_messages(body))
+    exchange.check_model(body)
+    if exchange.loop.death is not None:
+        raise EngineDeadError
+    config = exchange.config
+    limit = body.get("max_output_tokens")
+    ids = fit_prompt(encode(prompt), body, limit, config.max_model_len)
+    room = config.max_model_len - len(ids)
+    rules = {key: body.get(key) for key in ("temperature", "top_p")}
+    sampling = sampling_of(
+        rules | {"min_tokens": 0},
+        max_tokens=room if limit is None else min(limit, room),
+        logprobs=None,
+        prompt_logprobs=None,
+        guide=None,
+    )
+    response_id = body.get("request_id") or f"resp_{uuid.uuid4().hex}"
+    requests = make_requests(f"{response_id}_0", ids, sampling, randomize=config.randomize_request_ids)
+    head = _head(body, response_id, config.models[0], sampling.max_tokens)
+    if not body.get("stream"):
+        check_prompt(ids, config.max_model_len)
+        (choice,) = await collect(exchange.loop, requests)
+        return await exchange.reply_json(_finished(head, choice.text, choice.finish_reason, len(ids), len(choice.ids)))
+
+    stream = await exchange.open_stream()
+    item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress"}
+    place: dict[str, Any] = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    number = 0
+
+    async def send(kind: str, tokens: int = 0, **fields: Any) -> None:
+        nonlocal number
+        await stream.data({"type": kind, "sequence_number": number, **fields}, event=kind, tokens=tokens)
+        number += 1
+
+    started = {**head, "status": "in_progress", "output": [], "usage": None}
+    try:
+        check_prompt(ids, config.max_model_len)
+        await send("response.created", response=started)
+        await send("response.in_progress", response=started)
+        await send("response.output_item.added", output_index=0, item={**item, "content": []})
+        await send("response.content_part.added", **place, part=_part(""))
+        text, count, reason = "", 0, None
+        async with aclosing(generate(exchange.loop, requests)) as deltas:
+            async for delta in deltas:
+                text, count, reason = text + delta.text, count + 1, delta.choice.finish_reason
+                await send("response.output_text.delta", 1, **place, delta=delta.text, logprobs=[])
+        await send("response.output_text.done", **place, text=text, logprobs=[])
+        await send("response.content_part.done", **place, part=_part(text))
+        done = {**item, "status": "completed", "content": [_part(text)]}
+        await send("response.output_item.done", output_index=0, item=done)
+        await send("response.completed", response=_finished(head, text, reason, len(ids), count))
+    except (ApiError, EngineDeadError) as error:
+        await stream.data(stream_error(error))
+    return await stream.end()
+
+
+def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    given = body.get("input")
+    messages: list[dict[str, Any]] = []
+    if body.get("instructions"):
+        messages.append({"role": "system", "content": body["instructions"]})
+    if isinstance(given, str):
+        return [*messages, {"role": "user", "content": given}]
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        raise InvalidBody("[{'loc': ('body', 'input'), 'msg': 'Field required'}]", param="input")
+    return messages + [{"role": item.get("role", "user"), "content": item.get("content")} for item in given]
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+
+
+def _head(body: Mapping[str, Any], response_id: str, model: str, max_tokens: int) -> dict[str, Any]:
+    return {
+        "id": response_id,
+        "created_at": int(time.time()),
+        "incomplete_details": None,
+        "instructions": body.get("instructions"),
+        "metadata": body.get("metadata"),
+        "model": model,
+        "object": "response",
+        "parallel_tool_calls": True,
+        "temperature": 1.0 if body.get("temperature") is None else body["temperature"],
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": 1.0 if body.get("top_p") is None else body["top_p"],
+        "background": False,
+        "max_output_tokens": max_tokens,
+        "service_tier": "auto",
+        "truncation": "disabled",
+    }
+
+
+def _finished(head: dict[str, Any], text: str, reason: str | None, prompt: int, generated: int) -> dict[str, Any]:
+    message = {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [_part(text)],
+    }
+    cut = reason == "length"
+    return {
+        **head,
+        "status": "incomplete" if cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "output": [message],
+        "usage": {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": generated,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + generated,
+        },
+    }
