@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from disagg_sim.config import SimConfig, join_address, split_address
+from disagg_sim.connectors.worker import make_worker
 from disagg_sim.exchange import RecordedRequest
 from disagg_sim.faults import Faults
 from disagg_sim.http import HttpSide
 from disagg_sim.metrics import Counters, exposition
 from disagg_sim.ping import Pinger
-from disagg_sim.worker import make_worker
 
 State = dict[str, Any]
 

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.p2p_nccl_memory import ReceiveStore
+from disagg_sim.connectors.p2p_nccl_sender import KvSender, SendItem
 from disagg_sim.faults import Faults
-from disagg_sim.kv_memory import ReceiveStore
-from disagg_sim.kv_sender import KvSender, SendItem
 from disagg_sim.logprobs import prompt_logprobs, token_logprobs
 from disagg_sim.metrics import Counters
 from disagg_sim.prefix_cache import PrefixCache

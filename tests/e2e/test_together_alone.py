@@ -10,7 +10,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_sim import SimEngine
-from disagg_sim.own_kv import digest_of
+from disagg_sim.connectors.disagg_kv_wire import digest_of
 from tests.conftest import soon
 from tests.e2e.together import (
     ASK,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_sim.kv_memory import BuddyPool, InsufficientMemory, KvTensor, ReceiveStore
+from disagg_sim.connectors.p2p_nccl_memory import BuddyPool, InsufficientMemory, KvTensor, ReceiveStore
 from disagg_sim.prefix_cache import PrefixCache
 
 

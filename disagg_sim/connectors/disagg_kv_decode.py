@@ -23,8 +23,16 @@ from disagg_kv.protocol.keys import Key, parse_address
 from disagg_kv.protocol.messages import PING, PINGS, Go, Gone, Release
 from disagg_kv.within import within
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.disagg_kv_wire import (
+    HANDSHAKE_SECONDS,
+    blocks_of,
+    expect,
+    read_frame,
+    read_transfer,
+    row_bytes,
+    send,
+)
 from disagg_sim.kv_wire import reset
-from disagg_sim.own_kv import HANDSHAKE_SECONDS, blocks_of, expect, read_frame, read_transfer, row_bytes, send
 from disagg_sim.request import EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -51,7 +59,7 @@ class _Link:
         self._answers_pings = False
         self._silent = False
         self._writer: asyncio.StreamWriter | None = None
-        self.task = asyncio.create_task(self._run(), name=f"own-kv-link-{address}")
+        self.task = asyncio.create_task(self._run(), name=f"disagg-kv-link-{address}")
 
     def post(self, message: bytes) -> None:
         if self.ready and self._writer is not None:

@@ -12,17 +12,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.disagg_kv_decode import Loads
+from disagg_sim.connectors.disagg_kv_loop import OwnStepLoop
+from disagg_sim.connectors.disagg_kv_prefill import Offers
+from disagg_sim.connectors.disagg_kv_server import OwnKvServer
+from disagg_sim.connectors.disagg_kv_wire import announcement, identity
+from disagg_sim.connectors.nixl import Kept, Reads
+from disagg_sim.connectors.p2p_nccl_listener import KvListener
+from disagg_sim.connectors.p2p_nccl_memory import ReceiveStore
+from disagg_sim.connectors.p2p_nccl_sender import KvSender
 from disagg_sim.faults import Faults
-from disagg_sim.kv_listener import KvListener
-from disagg_sim.kv_memory import ReceiveStore
-from disagg_sim.kv_sender import KvSender
 from disagg_sim.metrics import Counters
-from disagg_sim.nixl_kv import Kept, Reads
-from disagg_sim.own_kv import announcement, identity
-from disagg_sim.own_kv_decode import Loads
-from disagg_sim.own_kv_prefill import Offers
-from disagg_sim.own_kv_server import OwnKvServer
-from disagg_sim.own_loop import OwnStepLoop
 from disagg_sim.step_loop import StepLoop
 
 

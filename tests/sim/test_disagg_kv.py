@@ -23,7 +23,7 @@ from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
 from disagg_proxy.discovery.announcement import decode as decode_ping
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_sim import SimConfig, SimEngine, encode, expected_chat_text, expected_text
-from disagg_sim.own_kv import announcement, identity
+from disagg_sim.connectors.disagg_kv_wire import announcement, identity
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Answer, Pair, running
 

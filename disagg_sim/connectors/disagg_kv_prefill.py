@@ -15,8 +15,8 @@ from disagg_kv.prefill.outbox import Lane, Outbox, Segment
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Go, Release, Want
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.disagg_kv_wire import read_transfer, row_bytes, rows_of
 from disagg_sim.faults import Faults
-from disagg_sim.own_kv import read_transfer, row_bytes, rows_of
 from disagg_sim.request import EngineRequest
 
 _TICK = 0.01

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.disagg_kv_wire import row_bytes, rows_of
 from disagg_sim.kv_wire import pack, read_frame, reset
-from disagg_sim.own_kv import row_bytes, rows_of
 from disagg_sim.request import EngineRequest, WorkerError
 
 _FIELDS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
@@ -107,7 +107,7 @@ class Kept:
 
 
 class Reads:
-    """Decode's side. Arguments: ``loaded`` as for :data:`own_kv_decode.Loaded`."""
+    """Decode's side. Arguments: ``loaded`` as for :data:`disagg_kv_decode.Loaded`."""
 
     def __init__(self, config: SimConfig, loaded: Callable[[EngineRequest, list[bytes] | None, bool], None]) -> None:
         self._config = config

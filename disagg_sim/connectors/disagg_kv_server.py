@@ -16,11 +16,11 @@ from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, 
 from disagg_kv.protocol.messages import PINGS, Release, Want
 from disagg_kv.within import within
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.disagg_kv_decode import Loads
+from disagg_sim.connectors.disagg_kv_prefill import Offers
+from disagg_sim.connectors.disagg_kv_wire import HANDSHAKE_SECONDS, expect, read_frame, row_bytes, send
 from disagg_sim.faults import Faults
 from disagg_sim.kv_wire import reset
-from disagg_sim.own_kv import HANDSHAKE_SECONDS, expect, read_frame, row_bytes, send
-from disagg_sim.own_kv_decode import Loads
-from disagg_sim.own_kv_prefill import Offers
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.p2p_nccl_memory import InsufficientMemory, KvTensor, ReceiveStore
 from disagg_sim.faults import Faults
-from disagg_sim.kv_memory import InsufficientMemory, KvTensor, ReceiveStore
 from disagg_sim.kv_wire import pack, read_frame, reset
 
 logger = logging.getLogger(__name__)

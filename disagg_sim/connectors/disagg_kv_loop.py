@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from disagg_sim.connectors.disagg_kv_decode import Loads
+from disagg_sim.connectors.disagg_kv_prefill import Offers
+from disagg_sim.connectors.disagg_kv_wire import rows_of
+from disagg_sim.connectors.nixl import Kept, Reads
 from disagg_sim.logprobs import prompt_logprobs
-from disagg_sim.nixl_kv import Kept, Reads
-from disagg_sim.own_kv import rows_of
-from disagg_sim.own_kv_decode import Loads
-from disagg_sim.own_kv_prefill import Offers
 from disagg_sim.prefix_cache import PrefixCache
 from disagg_sim.request import EngineRequest
 from disagg_sim.step_loop import StepLoop
@@ -41,7 +41,7 @@ class OwnStepLoop(StepLoop):
         return super().pending + len(self._loading)
 
     def loaded(self, request: EngineRequest, rows: list[bytes] | None, loader: bool) -> None:
-        """The load of a request is over, with its blocks or without. See :data:`own_kv_decode.Loaded`."""
+        """The load of a request is over, with its blocks or without. See :data:`disagg_kv_decode.Loaded`."""
         if request not in self._loading:
             return
         self._loading.remove(request)
