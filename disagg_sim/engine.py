@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from disagg_sim.config import SimConfig, join_address, split_address
-from disagg_sim.connectors.worker import make_worker
+from disagg_sim.connectors import make_connector
 from disagg_sim.exchange import RecordedRequest
 from disagg_sim.faults import Faults
 from disagg_sim.http import HttpSide
 from disagg_sim.metrics import Counters, exposition
 from disagg_sim.ping import Pinger
+from disagg_sim.step_loop import StepLoop
 
 State = dict[str, Any]
 
@@ -56,23 +57,20 @@ class SimEngine:
             self.http_address = join_address(config.host, http_sock.getsockname()[1])
             self.kv_address = join_address(config.host, kv_sock.getsockname()[1])
             undo.pop_all()
-        self._worker = make_worker(config, self.faults, self._counters, self.kv_address, self._changed, self._on_death)
-        self._loop = self._worker.loop
+        self._connector = make_connector(config, self.faults, self.kv_address, self._changed)
+        self._loop = StepLoop(config, self.faults, self._connector, self._counters, self._changed, self._on_death)
         self._http = HttpSide(
             config, self._loop, self.faults, state=self.state, metrics=self.metrics, changed=self._changed
         )
+        announcement = self._connector.announcement()
         self._pinger = Pinger(
-            config,
-            self.http_address,
-            self.kv_address,
-            self._worker.announces(),
-            lambda: self.faults.pings,
-            self._changed,
+            config, self.http_address, self.kv_address, announcement or {}, lambda: self.faults.pings, self._changed
         )
         self.faults.on_refuse = self._refuse
         self._started = True
-        await self._worker.start(kv_sock)
-        if config.connector != "nixl":
+        await self._connector.start(kv_sock)
+        self._loop.start()
+        if announcement is not None:
             self._pinger.start()
         try:
             if config.startup_seconds:
@@ -121,7 +119,7 @@ class SimEngine:
 
     async def _end_worker(self) -> None:
         await self._pinger.stop()
-        await self._worker.stop()
+        await self._connector.stop()
         await asyncio.sleep(0)
 
     def _finish(self) -> None:
@@ -196,14 +194,14 @@ class SimEngine:
             "accepting": self._http.listening,
             "dead": loop.death,
             "worker_gone": self._worker_gone,
-            "stalled_on": loop.stalled_on,
+            "stalled_on": self._connector.stalled_on,
             "held_at": self.faults.held_at,
             "running": len(loop.running),
             "running_ids": [request.id for request in loop.running],
             "waiting": loop.pending,
             "aborting": loop.aborting,
             "steps": loop.steps,
-            **self._worker.state(),
+            **self._connector.state(),
             "tokens_by_source": {
                 "local_compute": counters.local_compute,
                 "local_cache_hit": counters.local_cache_hit,

@@ -76,6 +76,19 @@ class Token:
     stop_reason: int | None = None
 
 
+@dataclass(frozen=True)
+class ReceivedKv:
+    """What decode makes of a prompt's KV that came from prefill.
+
+    Attributes:
+        seed: bytes that determine the answer, right or not.
+        garbage: the KV is of another prompt in part, so the answer is wrong.
+    """
+
+    seed: bytes
+    garbage: bool
+
+
 @dataclass(eq=False)
 class EngineRequest:
     """One sequence inside the engine. ``outputs`` gets a ``(request, Token or exception)`` per step."""
@@ -88,7 +101,7 @@ class EngineRequest:
     index: int = 0
     arrived: float = field(default_factory=time.monotonic)
 
-    # Owned by the step loop.
+    # Owned by the step loop and the connector.
     answer: Answer | None = None
     prefilled: int = 0
     generated: int = 0
@@ -96,10 +109,17 @@ class EngineRequest:
     external_tokens: int = 0
     finished: bool = False
     prompt_logprobs: list[LogprobEntry | None] | None = None
-    kv_rows: list[bytes] | None = None
-    """Blocks that came from prefill, with a connector that reads kv_transfer_params."""
+    load_ended: bool = False
+    """A load outside of steps has ended, with KV or without."""
+    received: ReceivedKv | None = None
+    """KV that came from prefill."""
     kv_transfer: dict[str, Any] | None = None
     """The answer's kv_transfer_params, with NixlConnector on prefill."""
+
+    @property
+    def prompt_complete(self) -> bool:
+        """Whether the KV of the whole prompt is there, computed or loaded."""
+        return self.prefilled == len(self.prompt_ids)
 
     @property
     def cached_tokens(self) -> int:

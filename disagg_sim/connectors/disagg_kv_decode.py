@@ -1,7 +1,8 @@
-"""Decode's side of this project's own connector: requests that wait for KV, and connections to prefill engines.
+"""Decode's side of ``disagg_kv``: requests that wait for KV, and connections to prefill engines.
 
-What a load is and how it ends is the connector's own state machine (``disagg_kv/decode/inbox.py``); this is its
-engine and its connections, on one event loop. No request waits for another one's KV, unless it is the same KV.
+How a load proceeds and ends is decided by the real connector's state machine (``disagg_kv/decode/inbox.py``). This
+module is its engine and its connections, on one event loop. Requests share a load when they need the same KV;
+otherwise none waits for the KV of another.
 """
 
 from __future__ import annotations
@@ -23,30 +24,32 @@ from disagg_kv.protocol.keys import Key, parse_address
 from disagg_kv.protocol.messages import PING, PINGS, Go, Gone, Release
 from disagg_kv.within import within
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.blocks import blocks_of, row_bytes
 from disagg_sim.connectors.disagg_kv_wire import (
     HANDSHAKE_SECONDS,
-    blocks_of,
+    TICK,
     expect,
     read_frame,
     read_transfer,
-    row_bytes,
     send,
 )
+from disagg_sim.connectors.transfer_params import RowsLoaded
 from disagg_sim.kv_wire import reset
 from disagg_sim.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 _CONNECT_SECONDS = 3.0
 _REMEMBERED = 8192
-_TICK = 0.01
-"""Seconds by which timers are late, so that a deadline is surely over."""
-
-Loaded = Callable[[EngineRequest, list[bytes] | None, bool], None]
-"""Told a request whose load is over, its blocks (None: compute), and whether it was this request that loaded them."""
 
 
 class _Link:
-    """One connection to a prefill engine, from the wish for it to its end."""
+    """One connection to a prefill engine, from the attempt to connect to its end.
+
+    Attributes:
+        peer: name of this connection, unlike that of any other to the same engine.
+        ready: the handshake is done.
+        dead: the connection has ended.
+    """
 
     def __init__(self, loads: Loads, address: str, peer: str) -> None:
         self._loads = loads
@@ -113,7 +116,8 @@ class _Link:
         self._answers_pings = welcome.get(PINGS) is True
 
     async def _probe(self, writer: asyncio.StreamWriter) -> None:
-        """As the connector's writer thread (``disagg_kv/decode/link.py``)."""
+        """Send PING while loads wait, as the writer thread of ``disagg_kv/decode/link.py`` does. Reset the connection
+        when none of the last probes was answered."""
         while True:
             self._liveness.begin()
             while self._loads.wait_for(self.peer):
@@ -145,7 +149,7 @@ class _Link:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A load, what has come of it, and the requests that wait for it; the first one is the loader."""
+    """A load, the blocks that have arrived, and the requests that wait for it; the first one is the loader."""
 
     load: Load
     timer: asyncio.TimerHandle
@@ -154,13 +158,15 @@ class _Waiting:
 
 
 class Loads:
-    """Requests whose KV is on its way.
+    """Requests whose KV is being loaded.
 
     Args:
-        loaded: told about each of them once, unless it was aborted.
+        identity: this engine in handshakes.
+        loaded: called once for each request whose load has ended, unless the request was aborted before.
+        changed: called after every change of :meth:`state`.
     """
 
-    def __init__(self, config: SimConfig, identity: Identity, loaded: Loaded, changed: Callable[[], None]) -> None:
+    def __init__(self, config: SimConfig, identity: Identity, loaded: RowsLoaded, changed: Callable[[], None]) -> None:
         self.config = config
         self.identity = identity
         self.changed = changed
@@ -183,7 +189,10 @@ class Loads:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def state(self) -> dict[str, Any]:
-        """``kv_waiting``: blocks by request id that are still to come; ``kv_links``: addresses that are connected."""
+        """The connector's part of the engine's state.
+
+        ``kv_waiting``: number of blocks still to arrive, by request id. ``kv_links``: addresses of connected engines.
+        """
         return {
             "kv_waiting": {
                 request.id: len(waiting.load.blocks) - waiting.load.filled
@@ -196,7 +205,7 @@ class Loads:
     # The engine.
 
     def begin(self, request: EngineRequest) -> bool:
-        """Whether the request waits for KV from now on; else it is to be computed."""
+        """Start to load the request's KV; False when its prompt is to be computed instead."""
         transfer = read_transfer(request, decode=True)
         if transfer is None:
             return False
@@ -216,7 +225,7 @@ class Loads:
         link = self._link(address)
         deadline = time.monotonic() + config.load_timeout
         load = Load(key, str(next(self._numbers)), range(blocks_of(config, tokens)), 0, deadline, link.peer)
-        timer = asyncio.get_running_loop().call_later(config.load_timeout + _TICK, self._collect)
+        timer = asyncio.get_running_loop().call_later(config.load_timeout + TICK, self._collect)
         self._waiting[key] = _Waiting(load, timer, [request])
         self._inbox.start(load)
         if not load.failed:
@@ -224,8 +233,8 @@ class Loads:
         self._collect()
         return True
 
-    def ended(self, request: EngineRequest) -> None:
-        """The request is over, perhaps before its load."""
+    def finished(self, request: EngineRequest) -> None:
+        """Forget a request that has ended; a load that no other request waits for is cancelled."""
         for waiting in list(self._waiting.values()):
             if request in waiting.requests:
                 waiting.requests.remove(request)
@@ -234,21 +243,21 @@ class Loads:
                 self._collect()
 
     def release(self, transfer: str) -> None:
-        """The proxy says that this KV will not come."""
+        """Take the proxy's RELEASE: the KV of this transfer will not arrive."""
         self._inbox.release(transfer)
         self._collect()
 
     def meet(self, address: str) -> None:
-        """The proxy wants a connection to this prefill engine.
+        """Take the proxy's MEET: connect to the prefill engine at ``address`` (``host:port``).
 
         Raises:
-            WireError: that is no address.
+            WireError: ``address`` is malformed.
         """
         parse_address(address)
         self._link(address)
 
     def wait_for(self, peer: str) -> bool:
-        """Whether a load waits for this connection."""
+        """Whether a load waits for KV from this connection."""
         return self._inbox.waits_for(peer)
 
     def _link(self, address: str) -> _Link:
@@ -260,10 +269,10 @@ class Loads:
     # A link.
 
     def arrived(self, link: _Link, go: Go, rows: list[bytes]) -> None:
-        """Blocks have come.
+        """Take blocks that arrived on ``link``.
 
         Raises:
-            WireError: they are not those asked for.
+            WireError: they are not the blocks that were asked for.
         """
         load = self._inbox.go(link.peer, go)
         if load is not None:
@@ -272,13 +281,13 @@ class Loads:
         self._collect()
 
     def gone(self, link: _Link, gone: Gone) -> None:
-        """Blocks will not come."""
+        """Take a GONE: the prefill engine will not send these blocks."""
         self._inbox.gone(link.peer, gone.key, gone.reason)
         self._collect()
 
     def lost(self, link: _Link, reason: str) -> None:
-        """The connection is over."""
-        logger.info("the connection to %s has ended: %s", link.peer, reason)
+        """Fail the loads that waited for a connection that has ended."""
+        logger.info("KV connection to %s closed: %s", link.peer, reason)
         if not self._closing:
             self._inbox.lost(link.peer, reason)
             self._collect()
@@ -289,7 +298,7 @@ class Loads:
             self._over.popitem(last=False)
 
     def _collect(self) -> None:
-        """Tell the engine, and prefill, what is over."""
+        """Report loads that have ended to the step loop, and send RELEASE for KV that is not needed any more."""
         found = self._inbox.collect()
         for peer, key in found.unwanted:
             for link in self._links.values():

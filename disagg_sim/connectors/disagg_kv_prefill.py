@@ -1,7 +1,7 @@
-"""Prefill's side of this project's own connector: prompts that are offered, and what decode engines get of them.
+"""Prefill's side of ``disagg_kv``: prompts that are offered, and the blocks that decode engines get.
 
-The rules of who gets what and when are the connector's own state machine (``disagg_kv/prefill/outbox.py``); this is
-its engine (offers, blocks that become final, requests that end) and its senders, on one event loop.
+Which blocks are sent, held or freed, and when, is decided by the real connector's state machine
+(``disagg_kv/prefill/outbox.py``). This module is its engine and its connections, on one event loop.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from disagg_kv.prefill.outbox import Lane, Outbox, Segment
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Go, Release, Want
 from disagg_sim.config import SimConfig
-from disagg_sim.connectors.disagg_kv_wire import read_transfer, row_bytes, rows_of
+from disagg_sim.connectors.blocks import row_bytes, rows_of
+from disagg_sim.connectors.disagg_kv_wire import TICK, read_transfer
 from disagg_sim.faults import Faults
 from disagg_sim.request import EngineRequest
 
-_TICK = 0.01
-"""Seconds by which timers are late, so that a deadline is surely over."""
-
 
 class Offers:
-    """KV that this engine has promised, computes, or holds.
+    """KV that this engine has promised, is computing, or holds.
 
     Attributes:
-        sent: blocks that went out.
+        sent: number of blocks sent.
     """
 
     def __init__(self, config: SimConfig, faults: Faults, changed: Callable[[], None]) -> None:
@@ -44,13 +42,17 @@ class Offers:
         self.sent = 0
 
     def stop(self) -> None:
-        """Forget every deadline."""
+        """Cancel every timer. Safe to call twice."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
     def state(self) -> dict[str, Any]:
-        """``kv_waiting``: bytes by request id of what is promised or held; ``kv_wants``: WANTs without KV yet."""
+        """The connector's part of the engine's state.
+
+        ``kv_waiting``: bytes of KV promised or held, by request id. ``kv_wants``: number of WANTs without KV yet.
+        ``kv_sent``: number of blocks sent.
+        """
         return {
             "kv_waiting": {request.id: len(self._rows[request]) * row_bytes(self._config) for request in self._names},
             "kv_wants": self._outbox.held()["wants"],
@@ -60,7 +62,7 @@ class Offers:
     # The engine.
 
     def begin(self, request: EngineRequest) -> None:
-        """A request is scheduled: its KV is promised, unless another request has promised the same."""
+        """Promise the KV of a request that is scheduled, unless another request has promised the same."""
         transfer = read_transfer(request, decode=False)
         if transfer is None or transfer[0] in self._offered:
             return
@@ -72,17 +74,17 @@ class Offers:
         self._pump()
 
     def progress(self, request: EngineRequest) -> None:
-        """More of the prompt is computed."""
+        """Offer the blocks of the request's prompt that are final by now."""
         name = self._names.get(request)
         if name is None:
             return
-        rows, done = self._rows[request], request.prefilled
-        ready = len(rows) if done == len(request.prompt_ids) else done // self._config.kv_block_size
+        rows = self._rows[request]
+        ready = len(rows) if request.prompt_complete else request.prefilled // self._config.kv_block_size
         self._outbox.progress(name, range(ready), ready, rows)
         self._pump()
 
     def finished(self, request: EngineRequest, *, aborted: bool) -> None:
-        """A request has ended; its KV is held for decode, unless it was aborted."""
+        """Hold the KV of a request that has ended, or drop it when the request was aborted."""
         name = self._names.get(request)
         if name is None:
             return
@@ -92,34 +94,34 @@ class Offers:
         self._pump()
         if request in self._names:
             loop = asyncio.get_running_loop()
-            self._timers[request] = loop.call_later(self._config.hold_timeout + _TICK, self._pump)
+            self._timers[request] = loop.call_later(self._config.hold_timeout + TICK, self._pump)
 
     # The KV port.
 
     def attach(self, writer: asyncio.StreamWriter) -> Lane:
-        """A connection is there."""
+        """Register a connection; returns the lane that stands for it in the state machine."""
         lane = self._outbox.attach(writer.transport.abort)
         self._lanes[lane] = writer
         return lane
 
     def detach(self, lane: Lane) -> None:
-        """It is gone."""
+        """Forget a connection that has ended."""
         del self._lanes[lane]
         self._outbox.detach(lane)
         self._pump()
 
     def want(self, lane: Lane, want: Want) -> None:
-        """A decode engine asks for KV."""
+        """Take a decode engine's WANT."""
         self._outbox.want(lane, want)
         self._pump()
 
     def release(self, lane: Lane | None, release: Release) -> None:
-        """A decode engine, or (None) the proxy, needs it no more."""
+        """Take a RELEASE of a decode engine, or of the proxy (``lane`` None)."""
         self._outbox.release(lane, release)
         self._pump()
 
     def _pump(self) -> None:
-        """Send what can be sent, and free what nobody needs."""
+        """Send the blocks that are wanted and final, and free those that are not needed any more."""
         free = self._outbox.collect()
         for lane, writer in list(self._lanes.items()):
             while (item := self._outbox.next(lane, 0)) is not None:

@@ -1,6 +1,6 @@
-"""The KV port of an engine with this project's own connector: decode engines and the proxy connect to it.
+"""The KV port of an engine with ``disagg_kv``: decode engines and the proxy connect to it.
 
-As ``disagg_kv/prefill/server.py``: whatever a connection does wrong ends that connection only.
+As in ``disagg_kv/prefill/server.py``, a protocol error ends the connection that made it and nothing else.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from typing import Any
 
 from disagg_kv.protocol.frames import Kind, WireError
@@ -16,20 +15,20 @@ from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, 
 from disagg_kv.protocol.messages import PINGS, Release, Want
 from disagg_kv.within import within
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.blocks import row_bytes
 from disagg_sim.connectors.disagg_kv_decode import Loads
 from disagg_sim.connectors.disagg_kv_prefill import Offers
-from disagg_sim.connectors.disagg_kv_wire import HANDSHAKE_SECONDS, expect, read_frame, row_bytes, send
+from disagg_sim.connectors.disagg_kv_wire import HANDSHAKE_SECONDS, expect, read_frame, send
 from disagg_sim.faults import Faults
-from disagg_sim.kv_wire import reset
 
 logger = logging.getLogger(__name__)
 
 
-class OwnKvServer:
-    """Listens until stopped.
+class KvServer:
+    """Serves one connection: WANT, RELEASE and PING of a decode engine, RELEASE and MEET of the proxy.
 
     Args:
-        loads: on a decode engine, what the proxy may release.
+        loads: decode's side, which the proxy's RELEASE and MEET go to; None on a prefill engine.
     """
 
     def __init__(
@@ -40,29 +39,9 @@ class OwnKvServer:
         self._identity = identity
         self._offers = offers
         self._loads = loads
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
 
-    async def start(self, sock: socket.socket) -> None:
-        """Listen on a bound socket."""
-        self._server = await asyncio.start_server(self._accept, sock=sock)
-
-    async def stop(self) -> None:
-        """Reset every connection and end. Safe to call twice."""
-        if self._server is not None:
-            self._server.close()
-        for writer in list(self._writers):
-            reset(writer.transport)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._writers.add(writer)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Handle one connection until it ends."""
         lane = self._offers.attach(writer)
         try:
             async with within(HANDSHAKE_SECONDS):
@@ -94,15 +73,9 @@ class OwnKvServer:
                 await writer.drain()
                 writer.close()
         except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
-            logger.debug("a KV connection is ended: %s: %s", type(error).__name__, error)
-        except asyncio.CancelledError:
-            pass  # stop() did it; asyncio.streams would report a cancelled connection as an error
+            logger.debug("Closing a KV connection: %s: %s", type(error).__name__, error)
         finally:
-            self._tasks.discard(task)
-            self._writers.discard(writer)
             self._offers.detach(lane)
-            if not writer.is_closing():
-                reset(writer.transport)
 
     async def _handshake(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -1,16 +1,13 @@
-"""What both sides of this project's own connector share in the simulation: the cache's shape, its bytes, frames.
+"""What both sides of ``disagg_kv`` share in the simulation: the engine's identity, its announcement, and frames.
 
-A block's bytes are the digest of the prompt up to its end, as real KV depends on all tokens before: the last block's
-are the seed of the answer (:mod:`disagg_sim.text`), and a wrong block anywhere shows. On the wire they are one
-plane of rows, which is what ``disagg_kv``'s own TCP transport would send for such a cache.
+On the wire a block is one row of one plane, which is what the TCP transport of ``disagg_kv`` sends for such a cache.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from disagg_kv import PROTOCOL_NAME, PROTOCOL_VERSION, __version__
@@ -18,48 +15,30 @@ from disagg_kv.protocol.frames import Kind, WireError, decode_body, encode, fram
 from disagg_kv.protocol.handshake import Identity, Refused, Shape
 from disagg_kv.protocol.keys import Key, fingerprint, parse_address, transfer_id
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.blocks import row_bytes
 from disagg_sim.request import EngineRequest
-from disagg_sim.text import SEED_BYTES
 
 HANDSHAKE_SECONDS = 5.0
-
-
-def row_bytes(config: SimConfig) -> int:
-    """Bytes of one block on the wire."""
-    return SEED_BYTES + config.kv_block_size * config.kv_wire_bytes_per_token
-
-
-def blocks_of(config: SimConfig, tokens: int) -> int:
-    """Blocks that so many tokens take."""
-    return -(-tokens // config.kv_block_size)
-
-
-def rows_of(config: SimConfig, prompt_ids: Sequence[int]) -> list[bytes]:
-    """The right bytes of each block of a prompt."""
-    digest, rows = hashlib.blake2b(digest_size=SEED_BYTES), []
-    padding = bytes(row_bytes(config) - SEED_BYTES)
-    for start in range(0, len(prompt_ids), config.kv_block_size):
-        digest.update(array("I", prompt_ids[start : start + config.kv_block_size]).tobytes())
-        rows.append(digest.copy().digest() + padding)
-    return rows
+TICK = 0.01
+"""Seconds that timers are late by, so that their deadline has surely passed."""
 
 
 def identity(config: SimConfig, boot: str) -> Identity:
-    """Rank 0 of this engine."""
+    """Identity of the engine's rank 0 in handshakes; ``boot`` is the ``boot_id`` of its process."""
     shape = Shape(config.kv_model, config.kv_dtype, config.kv_block_size, config.kv_layout, 1, row_bytes(config),
                   config.tp, digest_of(config))  # fmt: skip
     return Identity(config.role, boot, 0, shape)
 
 
 def digest_of(config: SimConfig) -> str | None:
-    """What stands for the weights of this engine."""
+    """The announced digest of the engine's weights; None for a release that has none."""
     if config.kv_digest == "":
         return hashlib.sha256(config.kv_model.encode()).hexdigest()[:32]
     return config.kv_digest
 
 
 def announcement(config: SimConfig, boot: str) -> dict[str, Any]:
-    """What a ping says besides the fields of P2pNcclConnector (docs/connector.md, "Announcement")."""
+    """Fields of a ping besides those of P2pNcclConnector (docs/connector.md, "Announcement")."""
     return {
         "protocol": PROTOCOL_NAME,
         "protocol_version": PROTOCOL_VERSION,
@@ -77,7 +56,10 @@ def announcement(config: SimConfig, boot: str) -> dict[str, Any]:
 
 
 def read_transfer(request: EngineRequest, *, decode: bool) -> tuple[Key, str] | None:
-    """The transfer of a request and, on decode, where its KV is; None if it is to be computed like any other."""
+    """The transfer of a request and, on decode, the ``host:port`` that has its KV.
+
+    None when the request has no usable ``kv_transfer_params``: its prompt is computed.
+    """
     params = request.sampling.kv_transfer
     if not isinstance(params, Mapping) or "transfer_id" not in params:
         return None
@@ -91,10 +73,11 @@ def read_transfer(request: EngineRequest, *, decode: bool) -> tuple[Key, str] | 
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[Kind, dict[str, Any]]:
-    """The next frame.
+    """Read the next frame.
 
     Raises:
-        WireError: it is none. ConnectionError: the connection has ended.
+        WireError: the bytes are not a frame.
+        ConnectionError: the connection has ended.
     """
     try:
         return decode_body(await reader.readexactly(frame_length(await reader.readexactly(4))))
@@ -103,10 +86,12 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[Kind, dict[str, Any]
 
 
 async def expect(reader: asyncio.StreamReader, wanted: Kind) -> dict[str, Any]:
-    """The body of the frame that must come now.
+    """Read the next frame, which must be of kind ``wanted``, and return its body.
 
     Raises:
-        Refused: the other side does not want this connection. Else as :func:`read_frame`.
+        Refused: the peer refuses the connection.
+        WireError: another frame arrived, or none.
+        ConnectionError: the connection has ended.
     """
     kind, body = await read_frame(reader)
     if kind is Kind.REFUSE:

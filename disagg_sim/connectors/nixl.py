@@ -1,69 +1,82 @@
-"""vLLM's NixlConnector in small: prefill keeps KV under its own request id and says where, decode reads it once.
+"""vLLM's NixlConnector, simplified: prefill holds KV under its own request id, and decode reads it once.
 
-As in vLLM 0.32 (``kv_connector/v1/nixl/pull_scheduler.py``): the answer to a request with ``do_remote_decode`` carries
-``kv_transfer_params``; what is read is freed at once, what is not read after ``hold_timeout``; a read of blocks that
-were freed brings whatever is in them; params without block ids end decode's engine; an incomplete object leaves the
-request waiting; a request that is aborted before its read frees prefill's blocks.
+As in vLLM 0.32 (``kv_connector/v1/nixl/pull_scheduler.py``):
+
+- Prefill's answer to a request with ``do_remote_decode`` carries the ``kv_transfer_params`` that decode needs.
+- Blocks that were read are freed at once, others after ``hold_timeout``.
+- Reading blocks that have been freed yields whatever they hold by then.
+- Params without block ids end decode's engine; a request whose params lack another field waits indefinitely.
+- A request that is aborted before its read frees prefill's blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from disagg_sim.config import SimConfig
-from disagg_sim.connectors.disagg_kv_wire import row_bytes, rows_of
-from disagg_sim.kv_wire import pack, read_frame, reset
+from disagg_sim.config import SimConfig, split_address
+from disagg_sim.connectors.blocks import row_bytes, rows_of
+from disagg_sim.connectors.kv_port import KvPort
+from disagg_sim.connectors.transfer_params import RowsLoaded, TransferParamsConnector
+from disagg_sim.faults import Faults
+from disagg_sim.kv_wire import pack, read_frame
 from disagg_sim.request import EngineRequest, WorkerError
 
 _FIELDS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
 
 
-class Kept:
-    """Prefill's side: KV that waits to be read, and the port where it is read."""
+class Nixl(TransferParamsConnector):
+    """Decode reads from the engine that the request's params name. Such engines do not ping."""
+
+    def __init__(self, config: SimConfig, faults: Faults, kv_address: str, changed: Callable[[], None]) -> None:
+        held = HeldKv(config, uuid.uuid4().hex, kv_address, changed)
+        reads = None if config.is_producer else Reads(self._rows_loaded)
+        super().__init__(config, KvPort(held.serve), held, reads)
+
+    def announcement(self) -> None:
+        return None
+
+
+class HeldKv:
+    """Prefill's side: KV that decode has not read yet.
+
+    Args:
+        address: ``host:port`` of this engine's KV port.
+
+    Attributes:
+        reads: number of reads so far.
+    """
 
     def __init__(self, config: SimConfig, engine_id: str, address: str, changed: Callable[[], None]) -> None:
         self._config = config
         self._engine_id = engine_id
-        self._host, _, port = address.rpartition(":")
-        self._port = int(port)
+        self._host, self._port = split_address(address)
         self._changed = changed
         self._rows: dict[str, list[bytes]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
         self.reads = 0
 
-    async def start(self, sock: socket.socket) -> None:
-        """Listen on a bound socket."""
-        self._server = await asyncio.start_server(self._serve, sock=sock)
-
-    async def stop(self) -> None:
-        """Reset every connection and end. Safe to call twice."""
-        if self._server is not None:
-            self._server.close()
-        for writer in list(self._writers):
-            reset(writer.transport)
+    def stop(self) -> None:
+        """Free all KV. Safe to call twice."""
         for name in list(self._rows):
             self._free(name)
-        await asyncio.sleep(0)
 
     def state(self) -> dict[str, Any]:
-        """``kv_waiting``: bytes by request id that nobody has read; ``kv_reads``: readings so far."""
+        """``kv_waiting``: bytes of unread KV by request id; ``kv_reads``: number of reads so far."""
         size = row_bytes(self._config)
         return {"kv_waiting": {name: len(rows) * size for name, rows in self._rows.items()}, "kv_reads": self.reads}
 
     def begin(self, request: EngineRequest) -> None:
-        """A request is scheduled."""
+        """Nothing is promised before the request has ended."""
 
     def progress(self, request: EngineRequest) -> None:
-        """More of its prompt is computed."""
+        """Nothing is sent before the request has ended."""
 
     def finished(self, request: EngineRequest, *, aborted: bool) -> None:
-        """A request has ended; its KV is kept if it is for a decode."""
+        """Hold the KV of a request with ``do_remote_decode`` and put the params for decode into its answer."""
         params = request.sampling.kv_transfer
         if aborted or not isinstance(params, Mapping) or not params.get("do_remote_decode"):
             return
@@ -91,26 +104,21 @@ class Kept:
         self._changed()
         return rows
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        try:
-            while (frame := await read_frame(reader)) is not None:
-                rows = self._free(str(frame["request"]))
-                if frame["count"]:
-                    self.reads += 1
-                    # Nobody looks at whose blocks they are by now.
-                    count, size = int(frame["count"]), row_bytes(self._config)
-                    writer.write(pack({"rows": rows or [bytes(size)] * count}))
-        finally:
-            self._writers.discard(writer)
-            reset(writer.transport)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the reads of one decode engine; a read of 0 blocks only frees them."""
+        while (frame := await read_frame(reader)) is not None:
+            rows = self._free(str(frame["request"]))
+            if frame["count"]:
+                self.reads += 1
+                # Nothing checks whose blocks these are by now.
+                count, size = int(frame["count"]), row_bytes(self._config)
+                writer.write(pack({"rows": rows or [bytes(size)] * count}))
 
 
 class Reads:
-    """Decode's side. Arguments: ``loaded`` as for :data:`disagg_kv_decode.Loaded`."""
+    """Decode's side: requests whose KV is being read."""
 
-    def __init__(self, config: SimConfig, loaded: Callable[[EngineRequest, list[bytes] | None, bool], None]) -> None:
-        self._config = config
+    def __init__(self, loaded: RowsLoaded) -> None:
         self._loaded = loaded
         self._tasks: dict[EngineRequest, asyncio.Task[None] | None] = {}
         self._frees: set[asyncio.Task[None]] = set()
@@ -123,11 +131,11 @@ class Reads:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def state(self) -> dict[str, Any]:
-        """``kv_waiting``: blocks by request id that are still to come."""
+        """``kv_waiting``: number of blocks still to be read, by request id."""
         return {"kv_waiting": {request.id: len(_block_ids(request)) for request in self._tasks}}
 
     def begin(self, request: EngineRequest) -> bool:
-        """Whether the request waits for KV from now on; else it is to be computed.
+        """Start to read the KV that the request's params name; False without such params: the prompt is computed.
 
         Raises:
             WorkerError: the params name no blocks.
@@ -143,30 +151,27 @@ class Reads:
         self._tasks[request] = asyncio.create_task(self._read(request, params), name=f"nixl-read-{request.id}")
         return True
 
-    def ended(self, request: EngineRequest) -> None:
-        """The request is over, perhaps before its read."""
+    def finished(self, request: EngineRequest) -> None:
+        """End the request's read, or free prefill's blocks if there was none."""
         params = request.sampling.kv_transfer
         if request in self._tasks:
             task = self._tasks.pop(request)
             if task is not None:
                 task.cancel()
-        elif request.kv_rows is None and isinstance(params, Mapping) and params.get("do_remote_prefill"):
-            self._free(params)
+        elif request.received is None and isinstance(params, Mapping) and params.get("do_remote_prefill"):
+            task = asyncio.get_running_loop().create_task(self._free(params))
+            self._frees.add(task)
+            task.add_done_callback(self._frees.discard)
 
     async def _read(self, request: EngineRequest, params: Mapping[str, Any]) -> None:
         rows: list[bytes] | None = None
         with contextlib.suppress(OSError, KeyError, TypeError):
             rows = (await _ask(params, len(_block_ids(request))))["rows"]
-        # As vLLM with kv_load_failure_policy recompute.
+        # Without rows the prompt is computed, as with vLLM's kv_load_failure_policy "recompute".
         if self._tasks.pop(request, None) is not None:
             self._loaded(request, rows, True)
 
-    def _free(self, params: Mapping[str, Any]) -> None:
-        task = asyncio.get_running_loop().create_task(self._say(params))
-        self._frees.add(task)
-        task.add_done_callback(self._frees.discard)
-
-    async def _say(self, params: Mapping[str, Any]) -> None:
+    async def _free(self, params: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError, KeyError, TypeError):
             await _ask(params, 0)
 
@@ -177,6 +182,7 @@ def _block_ids(request: EngineRequest) -> list[int]:
 
 
 async def _ask(params: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Read ``count`` blocks from the engine that ``params`` name; {} if it closes the connection instead."""
     reader, writer = await asyncio.open_connection(params["remote_host"], params["remote_port"])
     try:
         writer.write(pack({"request": params["remote_request_id"], "count": count}))

@@ -2,7 +2,7 @@
 
 Mirrors ``P2pNcclEngine.listen_for_requests`` of vLLM 0.21, where one thread does everything and only CUDA's
 out-of-memory error is caught: a full pool, or a tensor from a peer whose communicator it does not know, ends the
-thread. The process lives on, nobody is told, and every sender waits for an answer that never comes.
+thread. The process stays up, no peer is notified, and every sender waits indefinitely for an answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from disagg_sim.config import SimConfig
+from disagg_sim.connectors.kv_port import KvPort
 from disagg_sim.connectors.p2p_nccl_memory import InsufficientMemory, KvTensor, ReceiveStore
 from disagg_sim.faults import Faults
-from disagg_sim.kv_wire import pack, read_frame, reset
+from disagg_sim.kv_wire import pack, read_frame
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class KvListener:
     """Accepts KV and puts it into ``store``.
 
     Attributes:
-        death: why the listener ended, None while it works.
-        received: tensors taken in so far.
+        death: the exception that ended the listener, as text; None while it works.
+        received: number of tensors received so far.
     """
 
     def __init__(self, config: SimConfig, faults: Faults, store: ReceiveStore, changed: Callable[[], None]) -> None:
@@ -46,47 +47,30 @@ class KvListener:
         self._changed = changed
         self._frames: asyncio.Queue[tuple[_Peer, dict[str, Any]]] = asyncio.Queue()
         self._communicators: dict[str, str] = {}
-        self._peers: set[_Peer] = set()
-        self._readers: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._port = KvPort(self._serve)
         self._task: asyncio.Task[None] | None = None
         self.death: str | None = None
         self.received = 0
 
     async def start(self, sock: socket.socket) -> None:
         """Listen on a bound socket."""
-        self._server = await asyncio.start_server(self._accept, sock=sock)
+        await self._port.start(sock)
         self._task = asyncio.create_task(self._listen(), name="kv-listener")
 
     async def stop(self) -> None:
         """Reset every connection and end. Safe to call twice."""
-        if self._server is not None:
-            self._server.close()
-        for peer in list(self._peers):
-            reset(peer.writer.transport)
-        tasks = [*self._readers, *([self._task] if self._task else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._port.stop()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = _Peer(writer)
-        self._peers.add(peer)
-        self._readers.add(task)
-        try:
-            while (frame := await read_frame(reader)) is not None:
-                if frame["cmd"] == "DATA":
-                    peer.data.put_nowait(frame)
-                else:
-                    self._frames.put_nowait((peer, frame))
-        except asyncio.CancelledError:
-            pass  # stop() did it; asyncio.streams would report a cancelled connection as an error
-        finally:
-            self._peers.discard(peer)
-            self._readers.discard(task)
-            reset(writer.transport)
+        while (frame := await read_frame(reader)) is not None:
+            if frame["cmd"] == "DATA":
+                peer.data.put_nowait(frame)
+            else:
+                self._frames.put_nowait((peer, frame))
 
     async def _listen(self) -> None:
         try:
@@ -100,7 +84,7 @@ class KvListener:
                     await self._receive(peer, frame)
         except (InsufficientMemory, KeyError) as error:
             self.death = f"{type(error).__name__}: {error}"
-            logger.error("The KV listener died (%s); whoever sends here waits for ever", self.death)
+            logger.error("The KV listener died (%s); prefill engines that send here hang", self.death)
             self._changed()
 
     async def _receive(self, peer: _Peer, frame: dict[str, Any]) -> None:

@@ -1,0 +1,33 @@
+"""This project's KV connector (docs/connector.md): either leg may come first, and decode never depends on prefill."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from disagg_sim.config import SimConfig
+from disagg_sim.connectors.disagg_kv_decode import Loads
+from disagg_sim.connectors.disagg_kv_prefill import Offers
+from disagg_sim.connectors.disagg_kv_server import KvServer
+from disagg_sim.connectors.disagg_kv_wire import announcement, identity
+from disagg_sim.connectors.kv_port import KvPort
+from disagg_sim.connectors.transfer_params import TransferParamsConnector
+from disagg_sim.faults import Faults
+
+
+class DisaggKv(TransferParamsConnector):
+    """Prefill pushes the blocks that decode asks for. Each instance has its own ``boot_id``."""
+
+    def __init__(self, config: SimConfig, faults: Faults, kv_address: str, changed: Callable[[], None]) -> None:
+        self._boot = uuid.uuid4().hex
+        me = identity(config, self._boot)
+        offers = Offers(config, faults, changed)
+        loads = None if config.is_producer else Loads(config, me, self._rows_loaded, changed)
+        super().__init__(config, KvPort(KvServer(config, me, faults, offers, loads).serve), offers, loads)
+
+    def announcement(self) -> dict[str, Any]:
+        return announcement(self._config, self._boot)
+
+    def state(self) -> dict[str, Any]:
+        return {"boot_id": self._boot, **super().state()}
