@@ -1,7 +1,7 @@
-"""Simulated vLLM prefill and decode engines: real sockets, real KV hand-over, the real engines' failures.
+"""Simulated vLLM prefill and decode engines: they need no GPU, transfer KV over real sockets, and fail as vLLM does.
 
-In tests: :class:`SimEngine` with a :class:`SimConfig`, its ``faults``, and :func:`expected_text` for what is right.
-As processes: ``python -m disagg_sim --help``.
+In tests: :class:`SimEngine` with a :class:`SimConfig` and its ``faults``; :func:`expected_text` is the right answer.
+As processes: ``python -m disagg_sim --help``. With a proxy, under load and faults: :mod:`disagg_sim.chaos`.
 """
 
 from disagg_sim.config import SimConfig, SimConfigError

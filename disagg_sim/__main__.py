@@ -1,4 +1,4 @@
-"""``python -m disagg_sim``."""
+"""``python -m disagg_sim``: simulated engines as a process."""
 
 import sys
 

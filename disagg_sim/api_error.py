@@ -19,7 +19,7 @@ def dump(value: Any) -> bytes:
 
 
 class ApiError(Exception):
-    """A refusal. ``closes`` is True when the connection ends after the answer without a word."""
+    """A refusal. ``closes``: the connection is closed after the answer, without ``Connection: close`` in it."""
 
     status = 400
     type = "BadRequestError"

@@ -84,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
         "--connector",
         choices=("p2p_nccl", "disagg_kv", "nixl"),
         default="p2p_nccl",
-        help="how KV is exchanged: as vLLM's P2pNcclConnector, this project's own connector, or vLLM's NixlConnector",
+        help="KV transfer: vLLM's P2pNcclConnector, disagg_kv (this project's connector), or vLLM's NixlConnector",
     )
     kv.add_argument("--kv-secret", default="", help="disagg_kv: secret shared by engines and proxy")
-    kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv: tokens of one block")
+    kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv, nixl: tokens of one block")
     kv.add_argument(
         "--load-timeout", type=float, default=30.0, help="disagg_kv: seconds that decode waits for KV, then computes"
     )
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     failure.add_argument(
         "--randomize-request-ids",
         action="store_true",
-        help="behave as vLLM >= 0.14 without VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1: decode waits for ever",
+        help="behave as vLLM >= 0.14 without VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1: decode waits indefinitely",
     )
     failure.add_argument(
         "--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"), help="log level"

@@ -1,7 +1,7 @@
-"""The knobs of one simulated engine, and nothing else: names, units, defaults, limits.
+"""The settings of one simulated engine: names, units, defaults, limits.
 
 Defaults are those of a test: no simulated computing time, ports from the kernel, requests recorded. The command
-line (:mod:`disagg_sim.cli`) has its own defaults, those of an engine that one watches.
+line (:mod:`disagg_sim.cli`) has its own defaults, whose speeds are like those of a real engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CloseAfter400 = Literal["close", "reset", "keep"]
 
 
 class SimConfigError(ValueError):
-    """A knob has a value that no engine could run with; the text names the knob."""
+    """A setting has a value that no engine could run with; the text names the setting."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class SimConfig:
 
     role: Role = "prefill"
     connector: Connector = "p2p_nccl"
-    """Whose KV transfer: vLLM's P2pNcclConnector, this project's own (docs/connector.md), or vLLM's NixlConnector.
-    Engines with the last one do not ping."""
+    """KV transfer of vLLM's P2pNcclConnector, of ``disagg_kv`` (docs/connector.md), or of vLLM's NixlConnector. Engines
+    with the last one do not ping."""
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0
@@ -70,10 +70,11 @@ class SimConfig:
     kv_pool_bytes: int = 4 * 2**30
     """The pinned pool that takes what the buffer does not; handed out in powers of two."""
 
-    # This project's own connector. What both sides of a pair must have in common, and its deadlines in seconds.
+    # disagg_kv: what both sides of a pair must have in common, and deadlines in seconds. Block size and hold_timeout
+    # are NixlConnector's too.
     kv_model: str = "sim"
     kv_digest: str | None = ""
-    """Stands for the weights; empty: derived from ``kv_model``, None: as a release without it."""
+    """Announced digest of the weights; empty: derived from ``kv_model``, None: as a release that has no digest."""
     kv_dtype: str = "bfloat16"
     kv_layout: str = "sim"
     kv_block_size: int = 16
@@ -85,11 +86,11 @@ class SimConfig:
     load_timeout: float = 30.0
     """Decode: how long a request waits for its KV before it is computed."""
     hold_timeout: float = 60.0
-    """Prefill: how long computed KV waits to be fetched; with NixlConnector too."""
+    """Prefill: how long computed KV waits to be fetched."""
     hold_blocks: int = 0
     """Prefill: blocks of finished prompts that may wait to be fetched; 0: any number."""
     stall_timeout: float = 5.0
-    """Decode: the connector's ``stall_timeout_s``, of which its limit on a prefill that answers nothing is made."""
+    """Decode: the connector's ``stall_timeout_s``. A prefill that answers no PING for twice as long counts as dead."""
 
     # HTTP behaviour.
     pooling: bool = False

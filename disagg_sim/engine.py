@@ -1,4 +1,4 @@
-"""One simulated vLLM engine: its parts, its life and death, and what a test can see of it."""
+"""One simulated vLLM engine: start, stop, death, and the state that tests read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ State = dict[str, Any]
 
 
 class SimEngine:
-    """A prefill or decode engine on sockets of its own, in this event loop.
+    """A prefill or decode engine with its own sockets, in the running event loop.
 
     Attributes:
         faults: the controls for tests.
@@ -172,15 +172,18 @@ class SimEngine:
         return exposition(self._counters, model=self.config.models[0], running=running, waiting=waiting)
 
     def state(self) -> State:
-        """Everything worth knowing, as JSON types.
+        """The engine's state as JSON types; /sim/state serves the same.
 
-        ``dead``: the reason or None; ``worker_gone``: its pings and KV port have ended too. ``stalled_on``: the
-        request that the current step waits for. ``running`` and ``waiting``: requests in and before the batch;
-        ``aborting``: clients that left and are not dealt with yet. ``steps``: the engine's clock; it stands still
-        while the engine hangs. ``held_at``: the hold that the step loop waits at. ``tokens_by_source``: of prompts,
-        as in /metrics. ``kv_waiting``: bytes by id of KV that nobody has loaded; with this project's own connector on
-        prefill the same, on decode blocks that are to come. ``listener``: "alive" or why it died. ``sender``: see
-        :meth:`KvSender.state`.
+        - ``dead``: why the engine died, or None; ``worker_gone``: its pings and KV port have ended too.
+        - ``stalled_on``: id of the request whose KV the current step waits for, or sends.
+        - ``running``, ``waiting``: number of requests in the batch and before it; ``aborting``: aborts that have not
+          taken effect yet.
+        - ``steps``: number of steps completed; constant while the engine hangs.
+        - ``held_at``: the hold that the step loop waits at.
+        - ``tokens_by_source``: prompt tokens, as in /metrics.
+        - ``kv_waiting``: by request id. P2pNcclConnector: bytes received and not loaded. Otherwise on prefill the bytes
+          promised or held for decode, on decode the number of blocks still to arrive.
+        - ``listener``: "alive" or why the KV listener died; ``sender``: see :meth:`KvSender.state`, None when idle.
         """
         if not self._started:
             return {"role": self.config.role, "ready": False, "dead": None}

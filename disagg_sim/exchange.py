@@ -60,7 +60,7 @@ class Exchange:
         """The X-Request-Id header."""
 
     def headers(self, content_type: str) -> CIMultiDict[str]:
-        """Response headers; with X-Request-Id where the engine was told to return it."""
+        """Response headers; with X-Request-Id where ``enable_request_id_headers`` is on."""
         headers = CIMultiDict({"server": "uvicorn", "content-type": content_type})
         if self.config.enable_request_id_headers and self.request_id is not None:
             headers["X-Request-Id"] = self.request_id

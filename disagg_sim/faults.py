@@ -1,7 +1,7 @@
-"""Everything that a test can make an engine do wrong, or make it wait for: the one place of such controls.
+"""Fault injection for one engine: failures of its HTTP and KV side, and holds that stop its step loop.
 
 Nothing here sleeps or polls: a hold is a gate that the step loop stops at, and
-:meth:`disagg_sim.engine.SimEngine.wait_until` says when it has got there.
+:meth:`disagg_sim.engine.SimEngine.wait_until` tells when it has arrived there.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class Faults:
     """Controls of one engine; all may be used before and after ``start``.
 
     Attributes:
-        health_status: what GET /health answers; None for the truth.
-        pings: False keeps the engine silent towards the proxy.
-        kv_answers: False keeps the KV port of this project's own connector silent, as in a stopped process: its kernel
+        health_status: status that GET /health answers; None: the engine's real one.
+        pings: False: the engine sends no pings.
+        kv_answers: False: a ``disagg_kv`` engine's KV port answers nothing, as that of a stopped process, whose kernel
             still accepts connections and data.
-        corrupt_kv: a prefill with this project's own connector sends wrong bytes.
-        split: sizes of the pieces that every body is written in, used in turn; () writes normally.
+        corrupt_kv: a ``disagg_kv`` prefill engine sends wrong bytes.
+        split: sizes in bytes of the chunks that every body is written in, used in turn; () writes normally.
+        held_at: the hold that the step loop waits at, None while it runs.
     """
 
     def __init__(self, changed: Callable[[], None]) -> None:
@@ -167,13 +168,13 @@ class Faults:
         return self._cuts.pop(0) if self._cuts else None
 
     def split_writes(self, sizes: Sequence[int]) -> None:
-        """Write every body of a generation in pieces of these sizes, in turn; an empty sequence ends it."""
+        """Write every body of a generation in chunks of these sizes in bytes, in turn; an empty sequence ends it."""
         if any(size < 1 for size in sizes):
             raise ValueError("sizes must be at least 1")
         self.split = tuple(sizes)
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """``data`` as it is to be written. For the HTTP side."""
+        """``data`` in the chunks that it is to be written in. For the HTTP side."""
         if not self.split:
             yield data
             return

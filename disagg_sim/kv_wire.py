@@ -1,7 +1,7 @@
-"""Frames of the KV transport: a length, then msgpack; and how a socket dies as under kill -9.
+"""Frames that the simulated vLLM connectors exchange (a length in 4 bytes, then msgpack), and TCP resets.
 
-In vLLM the control messages go over ZMQ and the tensors over NCCL. Here both share one TCP connection per pair;
-``DATA`` frames are the NCCL side of it.
+vLLM's P2pNcclConnector sends control messages over ZMQ and tensors over NCCL. Here both share one TCP connection per
+pair, in which ``DATA`` frames take the place of NCCL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Log probabilities of the simulated model: of what it generates, and of prompts, where decode has only noise."""
+"""Log probabilities of the simulated model: of generated tokens, and of prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def token_logprobs(answer: Answer, position: int, number: int, top: int | None) 
 
 
 def prompt_logprobs(request: EngineRequest, *, wrong: bool) -> list[LogprobEntry | None] | None:
-    """Per prompt token; on decode the memory that nobody wrote to, whatever happens to lie there."""
+    """Log probability of each prompt token, None for the first; None when none were asked for.
+
+    Args:
+        wrong: give random values, like the uninitialised memory that vLLM returns for tokens it has not computed.
+    """
     if request.sampling.prompt_logprobs is None:
         return None
     dice = Dice(seed_of(request.prompt_ids))

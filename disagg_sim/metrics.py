@@ -25,7 +25,7 @@ class Counters:
         self.local_compute += total - local - external
 
     def finished(self, reason: str) -> None:
-        """Count one sequence that ended by itself."""
+        """Count one sequence that ended with its last token, by ``finish_reason``."""
         self.success[reason] += 1
 
 

@@ -1,4 +1,4 @@
-"""Pieces of JSON that the OpenAI routes share: usage, log probabilities, errors inside a stream."""
+"""JSON that the OpenAI routes share: usage, log probabilities, errors inside a stream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Announcing an engine to the proxy, as ``P2pNcclEngine.ping`` does: the same message every three seconds.
+"""Pings that announce an engine to the proxy, as ``P2pNcclEngine.ping`` sends them: one message every three seconds.
 
-A ZMQ DEALER whose identity is the KV address. What cannot be delivered is queued by ZMQ and comes in one go later.
+The socket is a ZMQ DEALER whose identity is the KV address. ZMQ queues pings while the proxy is down and delivers them
+together later.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Pinger:
     """Pings until stopped.
 
     Args:
-        more: fields that the connector adds.
+        more: fields that the connector adds to the message.
 
     Attributes:
         sent: messages handed to ZMQ.

@@ -1,4 +1,4 @@
-"""A prefill engine's prefix cache, reduced to counting hits: chains of 16-token blocks, least recently used out.
+"""An engine's prefix cache, reduced to counting hits: chains of 16-token blocks, least recently used out.
 
 As vLLM's ``kv_cache_manager.get_computed_blocks``: whole blocks only, and never the last token of a prompt.
 """

@@ -78,11 +78,11 @@ class Token:
 
 @dataclass(frozen=True)
 class ReceivedKv:
-    """What decode makes of a prompt's KV that came from prefill.
+    """KV of a prompt that decode received from prefill.
 
     Attributes:
-        seed: bytes that determine the answer, right or not.
-        garbage: the KV is of another prompt in part, so the answer is wrong.
+        seed: bytes that determine the answer (:mod:`disagg_sim.text`).
+        garbage: part of the KV belongs to another prompt, so every token of the answer is wrong.
     """
 
     seed: bytes

@@ -1,4 +1,4 @@
-"""A chaos run: the real proxy, simulated engines, a mixed load, and trouble on purpose. ``docs/chaos.md``.
+"""A chaos run: the real proxy and simulated engines under a mixed load and injected faults (``docs/chaos.md``).
 
 As a command: ``python -m disagg_sim.chaos --help``. In tests: :func:`run` with :class:`Options`.
 """

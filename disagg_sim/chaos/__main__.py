@@ -1,4 +1,4 @@
-"""``python -m disagg_sim.chaos``."""
+"""``python -m disagg_sim.chaos``: one chaos run and its report."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The clients: each sends its request when its time has come, checks what it gets, and leaves when it is told to."""
+"""The clients: each sends one request at its planned time, checks the answer, and leaves if the plan says so."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class LedgerEngine(SimEngine):
         if died:
             self.ledger.deaths.append((self.kv_address, f"{self.name}: {died}"))
         if self.config.is_producer:
-            # Some of their KV may be on its way, none of it may be asked for: nobody knows how much has arrived.
+            # Some of their KV may be on its way, none of it may be asked for: how much has arrived is unknown.
             if state["sender"]:
                 self.ledger.wedged.add(state["sender"]["to"])
             for key in self.under_way():

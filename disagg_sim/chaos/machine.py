@@ -44,7 +44,7 @@ _MOMENT = 1.0
 
 
 class _Server(Server):
-    """Leaves signals to whoever runs the event loop."""
+    """A server that installs no signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -69,7 +69,7 @@ class Slot:
 
         Args:
             while_sending: a prefill in the middle of a KV transfer instead of between two. The decode that receives
-                waits for the rest for ever, and so do all prefills that send to it.
+                waits indefinitely for the rest, and so do all prefills that send to it.
         """
         engine = self.engine
         if engine.config.is_producer:
@@ -175,7 +175,7 @@ class Machine:
         return len(with_it)
 
     async def supervise(self) -> None:
-        """Restart what the proxy wants restarted, for ever."""
+        """Restart engines that the proxy reports as ``restart_wanted``, until cancelled."""
         while True:
             await asyncio.sleep(_SUPERVISOR_LOOKS)
             for instance in self.services.registry.instances():
@@ -192,7 +192,7 @@ class Machine:
                         await slot.end("killed")
                         await asyncio.sleep(_DOWN)
                         await slot.come_back()
-                # The proxy notices the end of the old process by itself, in its own time.
+                # The proxy notices the end of the old process without this, some time later.
                 await self._until(lambda gone=instance: not gone.restart_wanted, 5)  # type: ignore[misc]
 
     def excuse_waiting(self, slot: Slot) -> None:

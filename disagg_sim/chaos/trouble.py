@@ -18,7 +18,7 @@ _WEDGED = 30.0
 """Seconds after which a decode whose KV listener hangs has been found and restarted, when there is traffic."""
 
 _STOP, _GO = 0.05, 0.02
-"""A slowed engine stands still for so long, then steps for so long; seconds."""
+"""Seconds that a slowed engine does not step, and seconds that it then does, in turn."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TroubleMaker:
         if not self._supervised:
             await asyncio.sleep(trouble.seconds)
             engine.faults.release("forward")
-        # Without work for it nobody can notice.
+        # The proxy notices only when the engine has work.
         await self._until_healed(engine, slot, lambda: engine.faults.held_at is None, give_up=60.0)
         engine.faults.release("forward")
 

@@ -1,4 +1,4 @@
-"""One piece of work and its right answer: bodies for each route, and what must come back."""
+"""The requests of a chaos run and their right answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Work:
 
 
 def make_work(dice: random.Random, number: int) -> Work:
-    """The next piece of work: routes, streams, n, prompt lists, lengths, and a few mistakes of clients."""
+    """A random request: route, stream, n, prompt lists, lengths, and now and then a client's mistake."""
     path = dice.choices((COMPLETIONS, CHAT, MESSAGES), (5, 3, 2))[0]
     limit = dice.choices((1, dice.randrange(2, 12), dice.randrange(12, 60), dice.randrange(60, 150)), (1, 5, 5, 1))[0]
     body: dict[str, Any] = {"model": MODEL, "max_tokens": limit}

@@ -1,7 +1,7 @@
-"""Where received KV lies on a decode engine: a counted buffer, then a pinned pool, then disaster.
+"""Memory for received KV on a decode engine: a buffer of limited size, then a pinned pool; without either it fails.
 
 Mirrors vLLM 0.21 ``p2p_nccl_engine.py`` (recv_store, buffer_size) and ``tensor_memory_pool.py`` (buddy blocks),
-including what they forget: KV that is dropped before it was loaded is never taken off the buffer's count, and
+including their leaks: KV that is dropped before it was loaded is never taken off the buffer's count, and
 a tensor that arrives a second time replaces the first without giving its memory back.
 """
 
@@ -22,7 +22,7 @@ def _power_of_two(size: int) -> int:
 
 
 class BuddyPool:
-    """Blocks in powers of two out of one piece of memory; addresses only, no bytes."""
+    """Buddy allocator: blocks in powers of two out of one memory region; addresses only, no bytes."""
 
     def __init__(self, size: int) -> None:
         self.size = _power_of_two(max(size, _SMALLEST_BLOCK))
@@ -69,7 +69,7 @@ class BuddyPool:
 
 @dataclass(frozen=True)
 class KvTensor:
-    """One layer's KV of one request: a piece of the seed and the tokens it was made from."""
+    """One layer's KV of one request: a part of the seed, and the number of tokens it was computed from."""
 
     seed_part: bytes
     tokens: int
@@ -129,7 +129,7 @@ class ReceiveStore:
         self._changed()
 
     def waiting(self) -> dict[str, int]:
-        """Bytes by request id of the KV that nobody has loaded: normally on its way, otherwise an orphan."""
+        """Bytes of KV that no request has loaded, by request id: their decode is still to come, or they are orphans."""
         return {
             request_id: sum(tensor.size for tensor in tensors.values())
             for request_id, tensors in self._tensors.items()

@@ -1,9 +1,9 @@
 """The sending side of KV transfer: one queue, one sender, no time-out anywhere.
 
 Mirrors ``P2pNcclEngine`` of vLLM 0.21 with send_type PUT_ASYNC. ``send_sync`` announces a tensor, waits for the
-answer and then sends the data; ``wait_for_sent`` returns when the queue is empty, which is one tensor earlier than
-all of it having arrived. A peer that is gone is waited for, as ZMQ reconnects in silence; a peer that came back
-is a stranger to the communicator (NCCL), so the data is never taken.
+answer and then sends the data; ``wait_for_sent`` returns when the queue is empty, which is one tensor before all
+of them have arrived. The sender waits for a peer that is gone, because ZMQ reconnects without an error; a peer that has
+restarted is not in the NCCL communicator, so it never receives the data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RECONNECT_SECONDS = 0.1  # ZMQ_RECONNECT_IVL's default
 
 @dataclass(frozen=True)
 class SendItem:
-    """One tensor on its way; ``size`` is what it counts for, ``padding`` what travels beside the seed."""
+    """One tensor to send. ``size``: bytes that the receiver counts; ``padding``: bytes sent beside the seed."""
 
     request_id: str
     layer: int
@@ -35,7 +35,7 @@ class SendItem:
 
 
 class _Channel:
-    """A connection that is made again whenever it ends; what was written to a dead one is lost."""
+    """A connection that is made again whenever it ends; frames written to a broken one are lost."""
 
     def __init__(self, address: str, changed: Callable[[], None]) -> None:
         self.address = address
@@ -87,8 +87,7 @@ class KvSender:
     """Sends tensors in order.
 
     Attributes:
-        sent: tensors whose data went out.
-        doing: what the sender is waiting for, None when idle; see :meth:`state`.
+        sent: number of tensors whose data was sent.
     """
 
     def __init__(self, own_address: str, changed: Callable[[], None]) -> None:
@@ -128,10 +127,10 @@ class KvSender:
         await self._emptied.wait()
 
     def state(self) -> dict[str, Any] | None:
-        """The tensor under way: to whom, for which request, in which phase, and whether the peer is connected.
+        """The tensor being sent: its receiver, request, phase, and whether the receiver is connected; None when idle.
 
-        Phases: "communicator" (a new peer is being waited for), "ack", "data" (the communicator is of a peer that
-        is gone: for ever).
+        Phases: "communicator" (waits for a new receiver), "ack", "data" (waits indefinitely if the communicator's peer
+        is gone).
         """
         item = self._current
         if item is None:
