@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from bench.proxy.profile import well_formed
 from tools.readme_tables import READMES, ROOT, filled
 
 PAGES = [*READMES.values(), *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
@@ -23,6 +25,17 @@ def test_modules_and_files_named_in_the_pages_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"`((?:disagg_\w+|tests|script|tools)/[\w./-]*)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("**/*.svg")), ids=lambda one: one.stem)
+def test_every_svg_is_xml(picture: Path) -> None:
+    assert ElementTree.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_flame_graph_with_broken_frame_names_becomes_xml() -> None:
+    broken = "<svg xmlns='http://www.w3.org/2000/svg'><title>\0\0 (\x01:7)\tand ω\n</title></svg>"
+    [title] = ElementTree.fromstring(well_formed(broken))
+    assert title.text == "[unknown] ([unknown]:7)\tand ω\n"
 
 
 def failure_moments() -> list[tuple[str, str, list[str]]]:

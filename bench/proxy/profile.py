@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -60,10 +61,19 @@ def record(there: Bench, one: Started, load: Workload, seconds: int, out: Path) 
         raise Unable(f"py-spy: {(done.stderr or done.stdout).strip()}")
     if failures:
         raise failures[0]
-    drawn = out.read_text(encoding="utf-8")
+    drawn = well_formed(out.read_text(encoding="utf-8"))
     for directory in (f"{Path(spy).parent}{os.sep}", f"{Path(sys.executable).parent}{os.sep}", f"{ROOT}{os.sep}"):
         drawn = drawn.replace(directory, "")
     out.write_text(drawn, encoding="utf-8")
+
+
+def well_formed(svg: str) -> str:
+    """Replace the characters that XML does not allow.
+
+    py-spy copies the names of frames from the memory of a running process. A read that races with the process can
+    bring NUL bytes instead of a name, and no browser shows such a file.
+    """
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]+", "[unknown]", svg)
 
 
 def main() -> int:
