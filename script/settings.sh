@@ -106,17 +106,30 @@ write_running_settings() {
   done >"$RUN_DIR/settings"
 }
 
+# Copies of the default model, taken instead of a download where one exists.
+LOCAL_MODELS=(/share-data/wzk-1/model/Qwen3-4B)
+
+default_model() {
+  local folder
+  for folder in "${LOCAL_MODELS[@]}"; do
+    if [[ -e $folder ]]; then
+      printf '%s' "$folder"
+      return
+    fi
+  done
+  printf '%s' "${SETTING_DEFAULT[MODEL]}"
+}
+
 apply_defaults() {
   local name visible=() both=${GPU_MEMORY_UTILIZATION}
-  for name in "${SETTING_NAMES[@]}"; do
-    if [[ -z ${!name} && ${SETTING_DEFAULT[$name]} != @ ]]; then printf -v "$name" '%s' "${SETTING_DEFAULT[$name]}"; fi
-  done
   if [[ -z $MODEL ]]; then
-    MODEL=/share-data/wzk-1/model/Qwen3-4B
-    [[ -e $MODEL ]] || MODEL=Qwen/Qwen3-4B
+    MODEL=$(default_model)
   elif [[ -d $(absolute_path "$MODEL") ]]; then
     MODEL=$(absolute_path "$MODEL")
   fi
+  for name in "${SETTING_NAMES[@]}"; do
+    if [[ -z ${!name} && ${SETTING_DEFAULT[$name]} != @ ]]; then printf -v "$name" '%s' "${SETTING_DEFAULT[$name]}"; fi
+  done
   IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-}"
   if [[ -z $PREFILL_GPU ]]; then PREFILL_GPU=${visible[0]:-0}; fi
   if [[ -z $DECODE_GPU && $TENSOR_PARALLEL =~ ^[0-9]{1,3}$ ]]; then

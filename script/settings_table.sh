@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # The one table of settings: name, kind of value, default, what it means in English and in Chinese.
-# `config`, `help` and the tables of both READMEs (`config --markdown en|zh`) are printed from it.
+# `config`, `help` and the tables of docs/settings.md (`config --markdown en|zh`) are printed from it.
 # A default of "@" is worked out when the settings are read; the help text says how.
 
 # NAME|kind|default|English|Chinese
 SETTINGS_TABLE=$(
   cat <<'TABLE'
-MODEL|text|@|model path or Hugging Face name; default: /share-data/wzk-1/model/Qwen3-4B when it exists, else Qwen/Qwen3-4B|模型路径或 Hugging Face 名称；默认：存在 /share-data/wzk-1/model/Qwen3-4B 时用它，否则 Qwen/Qwen3-4B
+MODEL|text|Qwen/Qwen3-4B|model: a folder, or a Hugging Face name|模型：目录或 Hugging Face 名称
 SERVED_MODEL_NAME|names||names the model is served under, comma-separated; default: the last part of MODEL, and MODEL itself|对外提供的模型名，逗号分隔；默认：MODEL 的最后一段以及 MODEL 本身
 ENGINE|choice:auto,vllm,sim|auto|vllm, sim (simulated engines, no GPU needed), or auto: vllm when it is installed and two GPUs are there|vllm、sim（模拟引擎，无需 GPU）或 auto：已安装 vLLM 且有两块 GPU 时用 vllm
 KV_CONNECTOR|choice:auto,p2p_nccl,own|auto|how vllm moves KV: p2p_nccl (vLLM's P2pNcclConnector, 0.9.2 to 0.23), own (this project's disagg_kv, 0.21 and newer), or auto: own from vLLM 0.24 on|vllm 传输 KV 的方式：p2p_nccl（vLLM 的 P2pNcclConnector，0.9.2 至 0.23）、own（本项目的 disagg_kv，0.21 及更新版本）或 auto：vLLM 0.24 起用 own
