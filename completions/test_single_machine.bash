@@ -1,4 +1,6 @@
-# Bash completion for test_single_machine.sh:  source completions/test_single_machine.bash
+# Completion for test_single_machine.sh:  source completions/test_single_machine.bash
+# In zsh before it:  autoload -Uz compinit bashcompinit && compinit && bashcompinit
+# So only what both shells have; zsh has no mapfile.
 
 _test_single_machine() {
   local commands='menu proxy prefill decode all test status logs stop restart config doctor bench env page top help'
@@ -22,7 +24,8 @@ _test_single_machine() {
         ;;
     esac
   fi
-  mapfile -t COMPREPLY < <(compgen -W "$choices" -- "$word")
+  COMPREPLY=()
+  while IFS= read -r file; do COMPREPLY+=("$file"); done < <(compgen -W "$choices" -- "$word")
 }
 
 complete -F _test_single_machine test_single_machine.sh ./test_single_machine.sh

@@ -35,7 +35,7 @@ cmd_help() {
       printf '  %s=%s\n      %s\n' "$name" "${SETTING_DEFAULT[$name]}" "${SETTING_HELP[$name]}"
     fi
   done
-  printf '\n%s\n' "$(text help_exit_codes)"
+  printf '\n%s\n%s\n' "$(text help_exit_codes)" "$(text help_completion "$ROOT/completions/test_single_machine.bash")"
 }
 
 # proxy, prefill [N], decode [N]: in the foreground; Ctrl+C stops them with their children.

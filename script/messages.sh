@@ -7,6 +7,7 @@ usage|Usage: %s [COMMAND]; without a command, on a terminal: the menu. `help` li
 help_commands|Commands:|命令：
 help_settings|Settings, by environment variable or in the file named by CONFIG:|设置，用环境变量或 CONFIG 指定的文件：
 help_exit_codes|Exit codes: 0 all went well; 1 something failed; 2 wrong usage or a bad setting; 3 nothing is running; 130 interrupted; 143 terminated.|退出码：0 成功；1 失败；2 用法或设置有误；3 没有在运行；130 被中断；143 被终止。
+help_completion|Completion in bash: source %s (its first lines say how in zsh).|bash 补全：source %s（zsh 的用法见该文件开头）。
 help_menu|the menu|菜单
 help_proxy|the proxy in the foreground; Ctrl+C stops it|在前台运行代理，Ctrl+C 停止
 help_prefill|the N-th prefill engine in the foreground|在前台运行第 N 个 prefill 引擎
