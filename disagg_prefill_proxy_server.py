@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Start the proxy: ``python disagg_prefill_proxy_server.py [--help]``."""
+"""The command ``disagg-proxy`` in a checkout: ``python disagg_prefill_proxy_server.py [--help]``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m disagg_proxy``: the proxy; ``python -m disagg_proxy top``: what shows it in a terminal."""
+"""``python -m disagg_proxy``: the command ``disagg-proxy`` where it is not installed."""
 
 import sys
 

@@ -1,12 +1,13 @@
-"""The command: settings in, a running proxy out.
+"""The command ``disagg-proxy``: runs the proxy, or passes the rest of the line to a subcommand.
 
-Exit codes: 0 stopped by signals, 1 a port is taken or no worker starts, 2 a bad setting.
+Exit codes of the proxy: 0 stopped by signals, 1 a port is taken or no worker starts, 2 a bad setting or command.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from disagg_proxy.config import Config, ConfigError, load
+from disagg_proxy.config.commands import COMMANDS, SERVE
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.logs import configure_logging
 from disagg_proxy.server import Server, listen, server_config
@@ -25,13 +27,30 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the proxy until SIGINT or SIGTERM, or with ``top`` as the first word what shows one in a terminal; returns
-    the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["top"]:
-        from disagg_proxy.top.cli import main as top
+    """Run the proxy until SIGINT or SIGTERM, or the subcommand that the first word names.
 
-        return top(argv[1:])
+    Args:
+        argv: the words after the program's name; None for those of this process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--version``; from a subcommand also for wrong usage.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        command, argv = argv[0], argv[1:]
+        if command in COMMANDS:
+            return int(importlib.import_module(COMMANDS[command].module).main(argv))
+        if command != SERVE:
+            there = ", ".join((SERVE, *COMMANDS))
+            print(f"disagg-proxy: no such command: {command!r}; there are: {there} (see --help)", file=sys.stderr)
+            return 2
+    return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         config = load(argv, os.environ)
     except ConfigError as error:

@@ -34,6 +34,9 @@ from disagg_report.sweep import Plan, Sweep
 from disagg_report.verdict import verdict
 from disagg_report.vllm_client import VllmClient
 
+_DESCRIPTION = """Measures what serves at some address into the folder of a report, and writes its page and plots.
+`./test_single_machine.sh bench` calls it with the machine's settings."""
+
 INSTALL = f"{sys.executable} -m pip install -r requirements-report.txt"
 
 
@@ -54,7 +57,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m disagg_report", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="disagg-proxy bench", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("sweep", help="measure one setup at rising request rates")
     one.add_argument("folder", type=Path, help="of the report; made when it is not there")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -12,6 +14,7 @@ import aiohttp
 import pytest
 
 from disagg_proxy import __version__, cli, compiled
+from disagg_proxy.config.commands import COMMANDS
 from disagg_proxy.config.table import SETTINGS
 from disagg_sim import expected_text
 from tests.command import SCRIPT, Engines, Run, commands, engine_pairs
@@ -38,12 +41,57 @@ async def test_help_names_every_setting(run: Run, tmp_path: Path) -> None:
     assert command.process.returncode == 0 and not err
     for setting in SETTINGS:
         assert setting.flag in out.decode() and setting.env in out.decode()
+    assert out.decode().startswith("usage: disagg-proxy [serve] ")
 
 
-def test_version_is_the_packages(capsys) -> None:
+def test_help_shows_the_kind_of_value_that_each_setting_takes(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = dict(re.findall(r"^  (--[\w-]+) (\S+)", capsys.readouterr().out, re.M))
+    kinds: dict[str, set[str]] = {}
+    for flag, metavar in shown.items():
+        kinds.setdefault(metavar, set()).add(flag)
+    assert set(shown) == {setting.flag for setting in SETTINGS}
+    assert kinds.keys() == {
+        "0|1", "ADDRESS,...", "BYTES", "FACTOR", "FILE", "FORMAT", "HEADER", "HOST", "HOST:PORT,...", "KEY", "LEVEL",
+        "N", "ORIGIN,...", "POLICY", "PORT", "SECONDS", "URL[,KV_ADDRESS]",
+    }  # fmt: skip
+    assert kinds["N"] >= {"--workers", "--max-tries", "--max-in-flight", "--max-queue", "--decode-alone-below"}
+    assert kinds["BYTES"] == {"--max-body-bytes", "--max-header-bytes", "--kv-buffer-bytes", "--kv-bytes-per-token"}
+    assert kinds["0|1"] == {"--decode-alone", "--enable-profiling", "--traces"}
+    assert {"--freeze-after-min", "--freeze-after-max", "--instance-expiry"} <= kinds["SECONDS"]
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["serve", "--version"]])
+def test_version_is_the_packages(capsys, argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["--version"])
-    assert stopped.value.code == 0 and capsys.readouterr().out.strip() == __version__ + ", compiled" * compiled()
+        cli.main(argv)
+    how = "compiled" if compiled() else "interpreted"
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"disagg-proxy {__version__} ({how}, Python {platform.python_version()})\n"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_help_mentions_the_subcommands_and_each_has_a_help_of_its_own(capsys, command: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert re.search(rf"^  {command} +{COMMANDS[command].help}$", capsys.readouterr().out, re.M)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0 and "--http-port" not in capsys.readouterr().out
+
+
+def test_a_subcommand_gets_the_rest_of_the_line_and_gives_the_exit_code(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("disagg_report.cli.main", lambda argv: calls.append(argv) or 7)
+    assert cli.main(["bench", "plots", "a folder"]) == 7
+    assert calls == [["plots", "a folder"]]
+
+
+async def test_serve_is_the_command_that_can_be_left_out(run: Run) -> None:
+    command = await (await run("serve", "--workers", "2")).until_ready()
+    assert await command.end(signal.SIGTERM) == 0
+    assert "Traceback" not in command.written
 
 
 @pytest.mark.parametrize(
@@ -52,7 +100,8 @@ def test_version_is_the_packages(capsys) -> None:
         (["--http-port", "80000"], {}, "--http-port"),
         (["--nonsense"], {}, "--nonsense"),
         (["--http-port"], {}, "--http-port"),
-        (["left over"], {}, "left over"),
+        (["left over"], {}, "no such command: 'left over'; there are: serve, sim, top, bench, chaos"),
+        (["serve", "left over"], {}, "left over"),
         ([], {"PROXY_PORT": "many"}, "PROXY_PORT"),
         ([], {"INSTANCE_EXPIRY": "-1"}, "INSTANCE_EXPIRY"),
         (["--prefill", "ftp://x"], {}, "--prefill"),

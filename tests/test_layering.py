@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "server": "config discovery http services",
     "workers": "address cluster config discovery logs observe peer_group server services stats stopping watch within",
     "top": "page",
-    "cli": "config discovery logs server services top workers",
+    "cli": "config discovery logs server services workers",
     "__main__": "cli",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
     "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from disagg_proxy import __version__, compiled
+from disagg_proxy.config import values
+from disagg_proxy.config.commands import COMMANDS, SERVE
 from disagg_proxy.config.model import Config
 from disagg_proxy.config.table import SETTINGS, Setting
+
+_METAVARS: dict[values.Reader, str] = {
+    values.access_log: "FILE",
+    values.addresses: "HOST:PORT,...",
+    values.count: "N",
+    values.factor: "FACTOR",
+    values.flag: "0|1",
+    values.header_name: "HEADER",
+    values.host: "HOST",
+    values.instances: "URL[,KV_ADDRESS]",
+    values.key: "KEY",
+    values.limit: "N",
+    values.origins: "ORIGIN,...",
+    values.port: "PORT",
+    values.registrants: "ADDRESS,...",
+    values.seconds: "SECONDS",
+    values.size: "BYTES",
+    values.size_or_none: "BYTES",
+    values.traces: "0|1",
+    values.workers: "N",
+}
+"""How ``--help`` shows a value. Those that are one of several words are missing: the name says which (LEVEL)."""
 
 
 class ConfigError(Exception):
@@ -35,14 +60,20 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
+    commands = {SERVE: "the proxy; also when no command is given", **{name: one.help for name, one in COMMANDS.items()}}
     parser = _Parser(
-        prog="disagg_prefill_proxy_server.py",
-        description="One OpenAI endpoint in front of vLLM prefill and decode instances.",
-        epilog="Each flag can be set by the environment variable in brackets; a flag wins.",
+        prog="disagg-proxy",
+        usage=f"%(prog)s [{SERVE}] [OPTION...]\n       %(prog)s {{{','.join(COMMANDS)}}} [OPTION...]",
+        description="One OpenAI-compatible endpoint in front of vLLM prefill and decode engines.\n\ncommands:\n"
+        + "\n".join(f"  {name:<8}{text}" for name, text in commands.items())
+        + "\n\n%(prog)s COMMAND --help lists the options of a command; those below are of the proxy.",
+        epilog="Each option can be set by the environment variable in brackets; the option wins.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    how = "compiled" if compiled() else "interpreted"
     parser.add_argument(
-        "--version", action="version", version=f"{__version__}, compiled" if compiled() else __version__
+        "--version", action="version", version=f"%(prog)s {__version__} ({how}, Python {platform.python_version()})"
     )
     for setting in SETTINGS:
         default = f", default {setting.default}" if setting.default else ""
@@ -50,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
             setting.flag,
             dest=setting.name,
             action="append" if setting.repeated else "store",
-            metavar=setting.env.rpartition("_")[2],
+            metavar=_METAVARS.get(setting.read, setting.env.rpartition("_")[2]),
             help=f"{setting.help} [{setting.env}{default}]".replace("%", "%%"),
         )
     return parser

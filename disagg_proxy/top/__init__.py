@@ -1,1 +1,1 @@
-"""``python -m disagg_proxy top``: the live page in a terminal, from the same feed."""
+"""``disagg-proxy top``: the live page in a terminal, from the same feed."""

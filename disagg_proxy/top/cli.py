@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-NO_RICH = "disagg-proxy top: the package rich is missing: pip install rich, or pip install 'disagg-prefill-proxy[top]'"
+NO_RICH = "disagg-proxy top: the package rich is missing: pip install rich"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m disagg_proxy top",
+        prog="disagg-proxy top",
         description="What the live page shows, in a terminal. q or Ctrl+C leaves.",
         allow_abbrev=False,
     )

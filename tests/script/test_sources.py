@@ -92,7 +92,8 @@ def test_messages_and_their_uses_agree() -> None:
 def test_completion_offers_commands_and_parts() -> None:
     # Completion in zsh runs the same function, without mapfile.
     script = (
-        f"enable -n mapfile readarray; source '{COMPLETION}'; COMP_WORDS=({SCRIPT} \"$@\"); COMP_CWORD=$#; _test_single_machine; "
+        f"enable -n mapfile readarray; source '{COMPLETION}'; "
+        f'COMP_WORDS=({SCRIPT} "$@"); COMP_CWORD=$#; _test_single_machine; '
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
 

@@ -59,6 +59,8 @@ def test_without_rich_it_says_what_to_install(monkeypatch, capsys: pytest.Captur
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["top", "--once"]) == 2
     assert capsys.readouterr().err.strip() == NO_RICH
+    # Not this project's own extra: its name on the package index is not this project's.
+    assert NO_RICH.endswith("pip install rich")
 
 
 class Terminal:

@@ -1,0 +1,29 @@
+"""The subcommands of ``disagg-proxy``, as names only: no module is imported before its command is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SERVE = "serve"
+"""The proxy itself, and what runs when no command is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        module: has ``main(argv)``, which takes the words after the command and returns the exit code.
+        help: one line.
+    """
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "sim": Command("disagg_proxy.sim.cli", "simulated vLLM engines that need no GPU"),
+    "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
+    "bench": Command("disagg_report.cli", "latency and goodput at rising request rates, as a report"),
+    "chaos": Command("disagg_proxy.chaos.cli", "a proxy and simulated engines under load and injected faults"),
+}
