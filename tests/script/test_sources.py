@@ -13,7 +13,8 @@ import pytest
 from tests.script.machine import REPOSITORY, SCRIPT
 
 PARTS = sorted((REPOSITORY / "script").glob("*.sh"))
-CHECKS = [REPOSITORY / name for name in ("tests/run", "tests/real_vllm", "tests/environment.sh", ".ci/run")]
+STAGES = ("tests/run", "tests/compiled", "tests/real_vllm", "tests/speed")
+CHECKS = [REPOSITORY / name for name in (*STAGES, "tests/lint", "tests/environment.sh", ".ci/run")]
 COMPLETION = REPOSITORY / "completions/test_single_machine.bash"
 
 
@@ -37,6 +38,15 @@ def test_shellcheck() -> None:
 
 def test_shfmt() -> None:
     run(tool("shfmt"), "-i", "2", "-ci", "-d", SCRIPT, COMPLETION, *PARTS, *CHECKS)
+
+
+def test_ci_runs_every_stage_and_make_names_each() -> None:
+    calls = r"^tests/\w+$"
+    assert tuple(re.findall(calls, (REPOSITORY / ".ci/run").read_text(), re.M)) == STAGES
+    assert "tests/lint" in re.findall(calls, (REPOSITORY / "tests/run").read_text(), re.M)
+    targets = dict(re.findall(r"^([a-z-]+):.*\n\t(\S+)$", (REPOSITORY / "Makefile").read_text(), re.M))
+    assert set(targets.values()) == {*STAGES, "tests/lint", ".ci/run"}
+    assert targets["ci"] == ".ci/run" and targets["test"] == "tests/run"
 
 
 def test_every_part_is_sourced_and_short() -> None:

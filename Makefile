@@ -1,0 +1,27 @@
+# The stages of CI by name. Each makes the environment that it needs; `make ci` is all of them, as CI runs them.
+
+.PHONY: help test lint compiled real-vllm speed ci tables
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+test:  ## lint and all tests that need neither vLLM nor a GPU, about 10 minutes
+	tests/run
+
+lint:  ## style, spelling, types
+	tests/lint
+
+compiled:  ## the tests of the hot path again, compiled to C
+	tests/compiled
+
+real-vllm:  ## real vLLM engines on the CPU; installs 2.5 GB a version
+	tests/real_vllm
+
+speed:  ## CPU time of the proxy against a reference, about a minute
+	tests/speed
+
+ci:  ## everything above
+	.ci/run
+
+tables:  ## write the tables of settings into docs/settings.md
+	.venv/bin/python -m tools.settings_tables
