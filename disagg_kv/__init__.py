@@ -6,7 +6,7 @@ Importing this package imports neither vLLM nor torch: the proxy reads the wire 
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PROTOCOL_NAME = "disagg_kv"
 PROTOCOL_VERSION = 1

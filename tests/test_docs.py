@@ -10,14 +10,93 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.proxy.profile import well_formed
-from tools.readme_tables import READMES, ROOT, filled
+from disagg_proxy import errors
+from tests.script.test_sources import messages
+from tools.settings_tables import ROOT, SETTINGS_PAGES, filled
 
-PAGES = [*READMES.values(), *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("language", READMES)
+@pytest.mark.parametrize("language", SETTINGS_PAGES)
 def test_settings_tables_are_those_of_the_code(language: str) -> None:
-    assert READMES[language].read_text(encoding="utf-8") == filled(language), "run: python -m tools.readme_tables"
+    page = SETTINGS_PAGES[language].read_text(encoding="utf-8")
+    assert page == filled(language), "run: python -m tools.settings_tables"
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_a_readme_is_short_and_begins_with_the_two_commands(readme: str) -> None:
+    lines = (ROOT / readme).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 125
+    commands = [line.partition("#")[0].strip() for line in lines if re.match(r"(\./|tests/)", line)]
+    assert commands[:2] == ["./test_single_machine.sh all", "tests/run"]
+
+
+@pytest.mark.parametrize("page", ["api.md", "api.zh-CN.md"])
+def test_every_status_and_code_of_an_error_is_in_the_table(page: str) -> None:
+    section = re.split(r"^## (?:Errors|错误)$", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.M)[1]
+    rows = re.findall(r"^\| (\d[\d、, ]*) \| ([^|]+) \|", section, re.M)
+    listed: dict[str, list[str]] = {}
+    for statuses, codes in rows:
+        for code in re.findall(r"`(\w+)`", codes):
+            listed[code] = re.findall(r"\d{3}", statuses)
+    kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.ProxyError)]
+    for kind in kinds:
+        assert str(kind.status) in listed.get(str(kind.code), ()), kind
+    assert set(listed) == {kind.code for kind in kinds}
+
+
+def texts_of_the_code() -> list[str]:
+    """Every string constant and message; what is filled in is a NUL."""
+    found = [re.sub(r"%(?:\d\$)?s", "\0", text) for pair in messages().values() for text in pair]
+    sources = [*ROOT.glob("disagg_*/**/*.py"), ROOT / "disagg_prefill_proxy_server.py"]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[sd]|\{[^}]*\}", "\0", node.value))
+    return found
+
+
+NO_TEXTS = {"No available memory for the cache blocks", "CUDA out of memory", '"state": "frozen"'}
+"""Quoted, but vLLM's or JSON."""
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "troubleshooting.zh-CN.md"])
+def test_every_message_that_is_explained_is_one_of_the_code(page: str) -> None:
+    code = texts_of_the_code()
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    tables = re.findall(r"^\| (?:message|消息) \|.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.M)
+    assert len(tables) == 5
+    missing = set()
+    for row in "".join(tables).splitlines():
+        for quoted in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            parts = [part.strip() for part in quoted.split("…") if part.strip(" :.()")]
+            if quoted not in NO_TEXTS and not any(in_order(parts, one) for one in code):
+                missing.add(quoted)
+    assert missing == set()
+
+
+def in_order(parts: list[str], text: str) -> bool:
+    at = 0
+    for part in parts:
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+def test_decisions_have_a_date_and_a_status() -> None:
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    rows = [row for row in index.splitlines() if "decisions about" in row]
+    pages = [name for row in rows for name in re.findall(r"\]\(([\w-]+\.md)\)", row)]
+    assert len(pages) >= 8
+    for name in pages:
+        lines = (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()
+        day = r"\d{4}-\d\d-\d\d"
+        assert re.fullmatch(rf"Date: {day}\. Status: (accepted(, revised {day})?|superseded by \S+)\.", lines[2]), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

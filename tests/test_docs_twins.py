@@ -1,4 +1,4 @@
-"""Links lead to a place that is there, and the Chinese README says what the English one says."""
+"""Links lead to a place that is there, and a Chinese page says what its English twin says."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from pathlib import Path
 import pytest
 
 from tests.test_docs_names import PAGES, names
-from tools.readme_tables import READMES
+from tools.settings_tables import ROOT
 
-ENGLISH, CHINESE = (READMES[language].read_text(encoding="utf-8") for language in ("en", "zh"))
+CHINESE = [page for page in PAGES if page.name.endswith(".zh-CN.md")]
+TWINS = pytest.mark.parametrize("twins", [(page.with_name(page.name.replace(".zh-CN", "")), page) for page in CHINESE],
+                                ids=[page.name for page in CHINESE])  # fmt: skip
+Twins = tuple[Path, Path]
+
+
+def test_what_a_new_user_reads_is_in_both_languages() -> None:
+    assert {page.name.partition(".")[0] for page in CHINESE} == {"README", "api", "settings", "tour", "troubleshooting"}
+
+
+def both(twins: Twins) -> tuple[str, str]:
+    english, chinese = (page.read_text(encoding="utf-8") for page in twins)
+    return english, chinese
 
 
 def without_code(text: str) -> str:
@@ -43,7 +55,7 @@ def test_links_lead_to_a_file_and_to_a_heading(page: Path) -> None:
 
 def test_every_page_is_reached_from_the_readme() -> None:
     seen: set[Path] = set()
-    waiting = [READMES["en"]]
+    waiting = [ROOT / "README.md"]
     while waiting:
         page = waiting.pop()
         if page in seen or page.suffix != ".md":
@@ -52,15 +64,17 @@ def test_every_page_is_reached_from_the_readme() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", without_code(page.read_text(encoding="utf-8"))):
             if "://" not in target:
                 waiting.append((page.parent / target).resolve())
-    assert {page for page in PAGES if page.name != "CHANGELOG.md"} - seen == set()
+    assert set(PAGES) - seen == set()
 
 
 def headings(text: str) -> list[str]:
     return re.findall(r"^(#+) ", without_code(text), re.M)
 
 
-def test_both_readmes_have_the_same_sections() -> None:
-    assert headings(CHINESE) == headings(ENGLISH)
+@TWINS
+def test_twins_have_the_same_sections(twins: Twins) -> None:
+    english, chinese = map(headings, both(twins))
+    assert chinese == english != []
 
 
 def tables(text: str) -> list[tuple[int, int]]:
@@ -69,8 +83,10 @@ def tables(text: str) -> list[tuple[int, int]]:
     return [(table.count("\n"), table.split("\n", 1)[0].count("|")) for table in found]
 
 
-def test_both_readmes_have_the_same_tables() -> None:
-    assert tables(CHINESE) == tables(ENGLISH)
+@TWINS
+def test_twins_have_the_same_tables(twins: Twins) -> None:
+    english, chinese = map(tables, both(twins))
+    assert chinese == english
 
 
 def commands(text: str) -> list[list[str]]:
@@ -83,19 +99,34 @@ def commands(text: str) -> list[list[str]]:
     ]
 
 
-def test_both_readmes_show_the_same_commands() -> None:
-    assert commands(CHINESE) == commands(ENGLISH)
+@TWINS
+def test_twins_show_the_same_commands(twins: Twins) -> None:
+    english, chinese = map(commands, both(twins))
+    assert chinese == english
 
 
-def test_both_readmes_link_to_the_same_pages() -> None:
-    def links(text: str) -> list[str]:
-        return sorted(set(re.findall(r"\]\((?!README)([^)]+)\)", text)))
+def links(text: str) -> list[str]:
+    """Files that are linked to; which of two twins does not count, nor the language of a heading's anchor."""
+    found = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    return sorted({target.replace(".zh-CN", "") for target in found})
 
-    assert links(CHINESE) == links(ENGLISH)
+
+@TWINS
+def test_twins_link_to_the_same_pages(twins: Twins) -> None:
+    english, chinese = map(links, both(twins))
+    assert chinese == english
+
+
+@TWINS
+def test_twins_lead_to_pages_of_their_language(twins: Twins) -> None:
+    there = {page.name for page in CHINESE} - {twins[1].name}
+    found = re.findall(r"\]\((?:[\w./]*/)?([\w.-]+\.md)", twins[1].read_text(encoding="utf-8"))
+    assert {name for name in found if name.replace(".md", ".zh-CN.md") in there} == set()
 
 
 def test_both_readmes_draw_the_same() -> None:
     def arrows(text: str) -> list[str]:
         return re.findall(r"^\s+\w+\s*-{1,2}>>\s*\w+", text, re.M)
 
-    assert arrows(CHINESE) == arrows(ENGLISH) != []
+    english, chinese = (arrows((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "README.zh-CN.md"))
+    assert chinese == english != []

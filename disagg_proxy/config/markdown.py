@@ -1,4 +1,4 @@
-"""The settings as a Markdown table, for the READMEs: ``python -m disagg_proxy.config.markdown en|zh``."""
+"""The settings as a Markdown table, for docs/settings.md: ``python -m disagg_proxy.config.markdown en|zh``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one table of settings. Flags, ``--help`` and the tables in both READMEs are made from it."""
+"""The one table of settings. Flags, ``--help`` and the tables in docs/settings.md are made from it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ SETTINGS: tuple[Setting, ...] = (
             "instances announce here is passed on to them",
             "使用同一批实例的其他代理的注册端口，HOST:PORT，逗号分隔：本代理收到的注册会转发给它们"),
     Setting("probe_interval", "PROBE_INTERVAL", "--probe-interval", "5", values.seconds,
-            "seconds between two looks at an instance's /health and /v1/models",
+            "seconds between two probes of an instance's /health and /v1/models",
             "检查实例 /health 与 /v1/models 的间隔秒数"),
     Setting("connect_timeout", "CONNECT_TIMEOUT", "--connect-timeout", "5", values.seconds,
             "seconds for a connection to an instance",
@@ -79,27 +79,26 @@ SETTINGS: tuple[Setting, ...] = (
             "seconds for the whole prefill of a request, then 504",
             "单个请求 prefill 的超时秒数，超时返回 504"),
     Setting("decode_timeout", "DECODE_TIMEOUT", "--decode-timeout", "600", values.seconds,
-            "longest silence of decode in seconds: 504 before the answer begins, a cut connection afterwards",
+            "longest idle time of decode in seconds: 504 before the answer begins, a cut connection afterwards",
             "decode 最长静默秒数：回答开始前返回 504，开始后切断连接"),
     Setting("freeze_after_min", "FREEZE_AFTER_MIN", "--freeze-after-min", "20", values.seconds,
-            "an instance is taken to be frozen after a silence learnt from its own recent times, but not before so "
-            "many seconds",
+            "shortest stall deadline in seconds; the deadline of an instance is learnt from its recent response times",
             "实例静默超过按其近期耗时学得的时限即视为冻结，但不早于此秒数"),
     Setting("freeze_after_max", "FREEZE_AFTER_MAX", "--freeze-after-max", "300", values.seconds,
-            "and after so many at the latest; also while too little is known of the instance",
+            "longest stall deadline in seconds; also used while too few response times are known",
             "且最迟不超过此秒数；对实例了解不足时也用此值"),
     Setting("body_timeout", "BODY_TIMEOUT", "--body-timeout", "60", values.seconds,
             "seconds that a client may take to send its body, then 408",
             "客户端发送请求体的超时秒数，超时返回 408"),
     Setting("header_timeout", "HEADER_TIMEOUT", "--header-timeout", "20", values.seconds,
-            "seconds that a client may take to send its request's headers, then 408; also for a connection's silence",
+            "seconds that a client may take to send its request's headers, then 408; also for a connection without one",
             "客户端发送请求头的超时秒数，超时返回 408；新连接也最多静默这么久"),
     Setting("send_timeout", "SEND_TIMEOUT", "--send-timeout", "300", values.seconds,
             "seconds in which a client must take some of its waiting answer, or it is cut off (within twice as long)",
             "有待读取的回答时，客户端在多少秒内须读取一部分，否则断开（最迟两倍时间）"),
     Setting("shutdown_grace", "SHUTDOWN_GRACE", "--shutdown-grace", "30", values.seconds,
-            "seconds from SIGTERM to the end, in all; requests get them but for the last fifth (5 s at most), which is "
-            "for drains",
+            "seconds from SIGTERM to the end, in all; the last fifth (5 s at most) is for KV release, the rest for "
+            "accepted requests",
             "从收到 SIGTERM 到退出的总秒数；最后五分之一（最多 5 秒）留给排空，其余留给已接受的请求"),
     Setting("max_body_bytes", "MAX_BODY_BYTES", "--max-body-bytes", "64M", values.size,
             "largest request body, then 413; the default holds a prompt of 1M tokens",
@@ -130,16 +129,16 @@ SETTINGS: tuple[Setting, ...] = (
             "每个提示词 token 的 KV 字节数：2 x 层数 x KV 头数 x 头维度 x 数据类型字节数；"
             "KV_BUFFER_BYTES 需要它；0 表示未知"),
     Setting("decode_alone", "DECODE_ALONE", "--decode-alone", "1", values.flag,
-            "1 lets a decode of the project's own connector serve requests by itself while no prefill is there",
+            "1 lets a decode with the disagg_kv connector serve requests alone while there is no prefill",
             "设为 1 时，若没有 prefill，使用本项目连接器的 decode 可独自处理请求"),
     Setting("decode_alone_below", "DECODE_ALONE_BELOW", "--decode-alone-below", "0", values.limit,
-            "prompts of fewer tokens (estimated) go to a decode of the project's own connector alone; 0: none",
+            "prompts of fewer tokens (estimated) go to a decode with the disagg_kv connector alone; 0: none",
             "估计 token 数低于此值的提示词只交给使用本项目连接器的 decode；0 表示不启用"),
     Setting("max_queue", "MAX_QUEUE", "--max-queue", "4096", values.limit,
-            "requests that may wait for room, then 429",
+            "requests that may wait for capacity, then 429",
             "可排队等待的请求数，超出返回 429"),
     Setting("queue_timeout", "QUEUE_TIMEOUT", "--queue-timeout", "120", values.seconds,
-            "seconds that a request may wait for room, then 429",
+            "seconds that a request may wait for capacity, then 429",
             "请求排队等待的最长秒数，超时返回 429"),
     Setting("prefill_policy", "PREFILL_POLICY", "--prefill-policy", "prefix_aware",
             values.policy(("prefix_aware", *_ANY_POLICY),
@@ -167,7 +166,7 @@ SETTINGS: tuple[Setting, ...] = (
             "key that opens /admin/drain, /admin/undrain and /admin/instances, which are off without one",
             "/admin/drain、/admin/undrain 与 /admin/instances 的密钥；不设置则关闭这些接口", secret=True),
     Setting("kv_secret", "DISAGG_KV_SECRET", "--kv-secret", "", values.key,
-            "secret shared with engines of the project's own connector, when they have one",
+            "secret shared with engines of the disagg_kv connector, if they have one",
             "与使用本项目连接器的实例共享的密钥（若已设置）", secret=True),
     Setting("cors_origins", "CORS_ORIGINS", "--cors-origins", "", values.origins,
             "browser origins that may call, comma-separated, or *; none by default",
@@ -186,7 +185,7 @@ SETTINGS: tuple[Setting, ...] = (
             "a line of JSON for each generation request when it ends: off, a file, or a dash (-) for standard output",
             "每个生成请求结束时写一行 JSON：off 表示关闭，- 表示标准输出，或文件路径"),
     Setting("traces", "TRACES", "--traces", "0", values.traces,
-            "1 exports OpenTelemetry traces by OTLP over HTTP; where to is said by the OTEL_* variables",
+            "1 exports OpenTelemetry traces by OTLP over HTTP to where the OTEL_* variables say",
             "设为 1 时通过 OTLP/HTTP 导出 OpenTelemetry 链路；目的地由 OTEL_* 环境变量决定"),
 )
 # fmt: on

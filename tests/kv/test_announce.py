@@ -10,6 +10,7 @@ import zmq
 
 msgspec = pytest.importorskip("msgspec")
 
+from disagg_kv import __version__  # noqa: E402
 from disagg_kv.engine.announce import Announcer, announcement  # noqa: E402
 from disagg_kv.protocol.handshake import Identity  # noqa: E402
 from disagg_kv.settings import Settings  # noqa: E402
@@ -30,7 +31,7 @@ def test_what_is_announced(role: str, kind: str) -> None:
         assert identity == b"127.0.0.1:21001"
         assert msgspec.msgpack.decode(message) == {
             "type": kind, "http_address": "127.0.0.1:8000", "zmq_address": "127.0.0.1:21001", "protocol": "disagg_kv",
-            "protocol_version": 1, "connector_version": "0.1.0", "boot_id": "boot", "tp": 1, "layout": "(B*1,4)",
+            "protocol_version": 1, "connector_version": __version__, "boot_id": "boot", "tp": 1, "layout": "(B*1,4)",
             "dtype": "float32", "block_size": 4, "block_bytes": 24, "kv_model": "m", "transports": ["nccl", "tcp"],
         }  # fmt: skip
     finally:

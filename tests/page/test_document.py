@@ -8,7 +8,7 @@ import re
 
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.page.document import SCRIPTS, WEB, document, strings
-from tools.readme_tables import ROOT
+from tools.settings_tables import ROOT
 
 
 def policy() -> dict[str, list[str]]:

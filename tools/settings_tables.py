@@ -1,4 +1,7 @@
-"""Write the settings tables into both READMEs: ``python -m tools.readme_tables``. A test runs it in check mode."""
+"""Write the settings tables into docs/settings.md and its Chinese twin: ``python -m tools.settings_tables``.
+
+A test compares the pages with :func:`filled`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from disagg_proxy.config.markdown import table
 
 ROOT = Path(__file__).parents[1]
-READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+SETTINGS_PAGES = {"en": ROOT / "docs/settings.md", "zh": ROOT / "docs/settings.zh-CN.md"}
 
 
 def script_table(language: str) -> str:
@@ -19,16 +22,20 @@ def script_table(language: str) -> str:
 
 
 def filled(language: str) -> str:
-    """The README of ``language`` with both tables as they should be."""
-    text = READMES[language].read_text(encoding="utf-8")
+    """The page of ``language`` with both tables as they should be.
+
+    Raises:
+        ValueError: the page does not have exactly one place for each table.
+    """
+    text = SETTINGS_PAGES[language].read_text(encoding="utf-8")
     for name, content in (("proxy", table(language)), ("script", script_table(language))):
         block = f"<!-- {name} settings -->\n{content}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} settings -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
         if found != 1:
-            raise ValueError(f"{READMES[language].name} must have one '{name} settings' block, it has {found}")
+            raise ValueError(f"{SETTINGS_PAGES[language].name} must have one '{name} settings' block, it has {found}")
     return text
 
 
 if __name__ == "__main__":
-    for language, path in READMES.items():
+    for language, path in SETTINGS_PAGES.items():
         path.write_text(filled(language), encoding="utf-8")
