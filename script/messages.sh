@@ -115,7 +115,7 @@ why_gpus|%s GPU(s) found, two are needed|找到 %s 块 GPU，需要两块
 why_no_vllm|no vLLM found|未找到 vLLM
 loud_sim|SIMULATED ENGINES: no model runs, the answers are made up.|模拟引擎：没有运行真实模型，回答是编造的。
 loud_why|Why: %s|原因：%s
-loud_sim_how|For real ones: two GPUs and `pip install -r requirements.txt`; `doctor` says what lacks.|要用真实引擎：两块 GPU 并执行 `pip install -r requirements.txt`；`doctor` 说明缺少什么。
+loud_sim_how|For real ones: two GPUs and `pip install -r requirements.txt`; `doctor` says what is missing.|要用真实引擎：两块 GPU 并执行 `pip install -r requirements.txt`；`doctor` 说明缺少什么。
 using_vllm|vLLM %s with %s: %s|vLLM %s，使用 %s：%s
 chunked_warning|Prefill runs in chunks (MAX_NUM_BATCHED_TOKENS=%s, MAX_MODEL_LEN=%s): a chunk that ends inside the last block ends the prefill engine (an assertion of the connector). Where memory allows, set MAX_NUM_BATCHED_TOKENS to MAX_MODEL_LEN; before vLLM 0.14 that makes it rarer only.|prefill 分块执行（MAX_NUM_BATCHED_TOKENS=%s，MAX_MODEL_LEN=%s）：在最后一个块内结束的分块会使 prefill 引擎退出（连接器断言）。显存允许时请将 MAX_NUM_BATCHED_TOKENS 设为 MAX_MODEL_LEN；vLLM 0.14 之前这只能降低概率。
 part_proxy|  proxy: HTTP port %s, registration port %s|  proxy：HTTP 端口 %s，注册端口 %s
