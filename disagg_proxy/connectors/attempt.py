@@ -135,10 +135,6 @@ class Attempt:
         record.begin_answer(True)
         reply.send(Outcome(200, answer_headers(answer.headers, public), stream))
         await stream.finished
-        if stream.complete:
-            record.complete()
-        elif not reply.gone:
-            record.cut()
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 
     def refuse(self, reply: Reply, answer: WholeAnswer, leg: str) -> None:

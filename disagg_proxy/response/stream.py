@@ -128,6 +128,8 @@ class ResponseStream:
         rest = self._repair.feed(self._hider.end()) + self._repair.end()
         if rest:
             outlet.write(rest)
+        # Before the outlet's end, which closes the record.
+        self._record.complete()
         self._finish(complete=True)
         outlet.end()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 
@@ -66,12 +67,14 @@ class Outlet:
         self.ends: list[str] = []
         self.chunks: list[bytes] = []
         self.pass_on = self.chunks.append
+        self.at_end: Callable[[], None] = lambda: None
 
     def write(self, piece: bytes) -> None:
         assert piece and not self.ends
         self.pieces.append(piece)
 
     def end(self) -> None:
+        self.at_end()
         self.ends.append("end")
 
     def cut(self, cause: StreamCut) -> None:
@@ -125,7 +128,10 @@ async def test_what_had_come_before_it_is_poured_goes_first() -> None:
     relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
     relayed.carrier.say()
     assert not relayed.outlet.pieces
+    outcomes: list[str] = []
+    relayed.outlet.at_end = lambda: outcomes.append(relayed.record.outcome)
     outlet = relayed.pour()
+    assert outcomes == ["ok"], "the end of the exchange closes the record"
     assert (outlet.body, outlet.ends, relayed.ended) == (b"data: 1\n\ndata: 2\n\n", ["end"], [True])
 
 
