@@ -37,7 +37,7 @@ KV_BUFFER_SIZE|number|8e9|p2p_nccl: bytes of GPU memory on each decode GPU for K
 MEM_POOL_SIZE_GB|count|4|p2p_nccl: GiB of pinned host memory for each decode GPU, used when the KV buffer is full; vLLM rounds up to a power of two|p2p_nccl：每块 decode GPU 的锁页内存（GiB），KV 缓冲满时使用；vLLM 向上取 2 的幂
 EXTRA_PREFILL_ARGS|args||more arguments for prefill engines; they come last and win|prefill 引擎的附加参数，放在最后，优先生效
 EXTRA_DECODE_ARGS|args||more arguments for decode engines|decode 引擎的附加参数
-EXTRA_SIM_ARGS|args||more arguments for simulated engines (see python -m disagg_proxy.sim --help); EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS are for vllm only|模拟引擎的附加参数（见 python -m disagg_proxy.sim --help）；EXTRA_PREFILL_ARGS 与 EXTRA_DECODE_ARGS 仅用于 vllm
+EXTRA_SIM_ARGS|args||more arguments for simulated engines (see disagg-proxy sim --help); EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS are for vllm only|模拟引擎的附加参数（见 disagg-proxy sim --help）；EXTRA_PREFILL_ARGS 与 EXTRA_DECODE_ARGS 仅用于 vllm
 EXTRA_PROXY_ARGS|args||more arguments for the proxy (see python disagg_prefill_proxy_server.py --help)|代理的附加参数（见 python disagg_prefill_proxy_server.py --help）
 API_KEY|secret||key that clients of the proxy must send|代理的客户端须携带的密钥
 ENGINE_API_KEY|secret||key that the engines ask the proxy for|引擎要求代理携带的密钥

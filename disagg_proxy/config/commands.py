@@ -22,8 +22,8 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "sim": Command("disagg_proxy.sim.cli", "simulated vLLM engines that need no GPU"),
+    "sim": Command("disagg_sim.cli", "simulated vLLM engines that need no GPU"),
     "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
     "bench": Command("disagg_report.cli", "latency and goodput at rising request rates, as a report"),
-    "chaos": Command("disagg_proxy.chaos.cli", "a proxy and simulated engines under load and injected faults"),
+    "chaos": Command("disagg_sim.chaos.cli", "a proxy and simulated engines under load and injected faults"),
 }

@@ -58,7 +58,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     kinds = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
     parser = _Parser(
-        prog="python -m disagg_sim.chaos",
+        prog="disagg-proxy chaos",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
