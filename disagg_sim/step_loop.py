@@ -183,7 +183,8 @@ class StepLoop:
 
         Returns:
             The requests that are new in it, those whose prompt is complete after this step, and the number of prompt
-            tokens that the step computes.
+            tokens that the step computes. The last token of a prompt whose KV came from prefill is not counted: it is
+            computed as in a decode step.
         """
         config = self._config
         self._connector.check_batch(self.running)
@@ -199,13 +200,16 @@ class StepLoop:
             fresh.append(request)
         budget = config.max_num_batched_tokens
         ready: list[EngineRequest] = []
+        computed = 0
         for request in self.running:
             missing = min(len(request.prompt_ids) - request.prefilled, budget)
             request.prefilled += missing
             budget -= missing
+            if not request.external_tokens:
+                computed += missing
             if request.prompt_complete:
                 ready.append(request)
-        return fresh, ready, config.max_num_batched_tokens - budget
+        return fresh, ready, computed
 
     def _begin_load(self, request: EngineRequest) -> bool:
         # In the list before the load begins: a load may end at once.
