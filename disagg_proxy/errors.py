@@ -1,8 +1,8 @@
 """Every way a request can end without an answer: one typed tree, one JSON shape.
 
 Each error carries the HTTP status, OpenAI's ``type`` and ``code``, and the seconds for ``Retry-After`` where
-waiting helps. The HTTP layer turns any of them into a response in one place; nothing else in the package builds
-an error body. Messages say what the reader can change.
+waiting helps. :func:`answer_of` makes the answer of any of them; nothing else in the package builds an error
+answer. Messages say what the reader can change.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Overloaded(Unavailable):
 
 
 class EngineError(ProxyError):
-    """An instance did not do its part; ``leg`` is "prefill" or "decode"."""
+    """An instance did not do its part of a request."""
 
     status = 502
     type = "upstream_error"
