@@ -16,7 +16,7 @@ from disagg_proxy.cluster.pairing import Alone, Pair, Wish
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines, Request
-from disagg_proxy.connectors.p2p_nccl import P2pAttempt
+from disagg_proxy.connectors.p2p_nccl_legs import P2pAttempt
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.protocol.fields import COMPLETIONS

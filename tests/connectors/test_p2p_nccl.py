@@ -8,7 +8,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import Config
-from disagg_proxy.connectors.p2p_nccl import NotSent
+from disagg_proxy.connectors.p2p_nccl_legs import NotSent
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable, ProxyError
 from disagg_proxy.upstream import Enough, Resend
 from tests.connectors.conftest import Bench

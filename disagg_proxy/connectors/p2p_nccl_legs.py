@@ -1,0 +1,275 @@
+"""The legs of one attempt over vLLM's P2pNcclConnector: what is sent to prefill and decode, and what is not sent twice.
+
+The order of the legs, and the outcome of each moment, is :mod:`disagg_proxy.connectors.p2p_nccl`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.lease import Lease
+from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.connectors.attempt import Attempt
+from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
+from disagg_proxy.connectors.outlier import blame, end_lease
+from disagg_proxy.errors import (
+    EngineDeadline,
+    EngineError,
+    EngineFailed,
+    EngineUnreachable,
+    ProxyError,
+    Unavailable,
+)
+from disagg_proxy.protocol.p2p_nccl import new_request_id
+from disagg_proxy.protocol.prefill_answer import prompt_tokens
+from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.protocol.usage import CacheUse, cache_use
+from disagg_proxy.response.outcome import prefill_refusal
+from disagg_proxy.runtime.inline_coroutine import Event
+from disagg_proxy.upstream import Answer, Enough, Resend, WholeAnswer
+from disagg_proxy.within import within
+
+_ABANDON_FACTOR = 2
+"""Prefill timeouts after which the leg of a prefill that no client waits for ends: its instance does not answer."""
+
+
+def decode_went_away() -> EngineError:
+    return EngineFailed("The decode instance went away during the prefill.")
+
+
+class NotSent(Exception):
+    """Decode cannot have received the request, so another pair may serve it; ``error`` is for when none can."""
+
+    def __init__(self, error: EngineError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class P2pAttempt(Attempt):
+    """The legs of one attempt on a pair: prefill, decode, the KV release, and prefill's replay for a stalled decode."""
+
+    def __init__(self, engines: Engines, request: Request, placement: Placement) -> None:
+        prefill, lease = placement.prefill, placement.prefill_lease
+        if prefill is None or lease is None or prefill.kv is None or placement.decode.kv is None:
+            raise ValueError("P2pNcclConnector serves only pairs of instances with KV addresses")
+        super().__init__(engines, request, placement, new_request_id(prefill.kv, placement.decode.kv))
+        self.prefill_lease: Lease = lease
+        self.prepared: Prepared = request.prepared
+
+    async def prefill(self, leg: PrefillLeg | None = None) -> WholeAnswer:
+        """Send the one-token body to prefill and read its whole answer.
+
+        Args:
+            leg: fails with the error of a stalled prefill, while the request itself waits on.
+
+        Raises:
+            EngineError, EngineDeadline: there is no answer.
+        """
+        lease, registry = self.prefill_lease, self._engines.registry
+        registry.exchange.sends_towards(lease.instance, self.decode)
+        vigil = lease.pulse.begin(
+            registry.now, tokens=self.request.tokens, receiver=self.placement.decode_lease,
+            move=None if leg is None else leg.move,
+        )  # fmt: skip
+        vigil.answer = leg
+        try:
+            answer = (await self._send_prefill(lease, fresh=False)).read()
+            if answer.status == 200:
+                vigil.heard()
+        except ProxyError as error:
+            blame(registry, lease.instance, error)
+            lease.end(failed=True)
+            raise
+        except BaseException:
+            lease.end()
+            raise
+        finally:
+            vigil.end()
+        end_lease(registry, lease, self.request.route, answer.status)
+        return answer
+
+    def _send_prefill(self, lease: Lease, fresh: bool) -> Awaitable[Answer]:
+        silence = self._engines.config.prefill_timeout * _ABANDON_FACTOR
+        return self.send_prefill(lease, self.prepared.prefill_body, silence, None, fresh)
+
+    def keep_for_release(self) -> None:
+        """This attempt's KV is, or may come to be, on decode: keep what its release needs, although the request drops
+        the bodies that all its attempts share when its answer streams."""
+        self.prepared = self.prepared.for_release()
+
+    def count_prompt(self, prefilled: WholeAnswer) -> CacheUse:
+        """Note the prompt's length and size by prefill's 200; returns what it found in its cache."""
+        request, record = self.request, self.request.record
+        tokens = self.take_count(prompt_tokens(prefilled.body))
+        if tokens and self.placement.kv is not None:
+            self.placement.kv.resize(request.demand.kv_bytes)
+        use = cache_use(request.route, prefilled.body)
+        record.cached_tokens = use.cached
+        return use
+
+    async def replay(self) -> bool:
+        """Send prefill once more with the same id, for a decode that waits for KV which never came; True on its 200.
+
+        Any prefill that can send to decode will do: the KV's key is the id, and the id says where it goes.
+        """
+        decode, registry, config = self.decode, self._engines.registry, self._engines.config
+        model = self.request.prepared.model or decode.default_model
+        able = [p for p in registry.serving(Role.PREFILL, model) if registry.exchange.possible(p, decode)]
+        if not able:
+            return False
+        first = self.prefill_lease.instance
+        prefill: Instance = first if first in able else min(able, key=lambda one: one.draining)
+        registry.exchange.sends_towards(prefill, decode)
+        lease = Lease(registry, prefill)
+        # This prefill may stall too.
+        deadline = prefill.pulse.deadline(config.freeze_after_min, config.freeze_after_max)
+        try:
+            async with within(deadline):
+                answer = await self._send_prefill(lease, fresh=True)
+        except (ProxyError, asyncio.TimeoutError):
+            return False
+        finally:
+            lease.end()
+        return answer.status == 200
+
+    async def ask_decode(self) -> Answer:
+        """Send the client's own body to decode. Returns when the answer begins, or is whole if it is not streamed.
+
+        Raises:
+            NotSent: the instance is gone, or another process than the KV was sent to, or not reached in time.
+            EngineError, EngineDeadline: there is no answer.
+        """
+        if not self.placement.decode_lease.same_process:
+            raise NotSent(decode_went_away())
+        streams = self.request.prepared.streams
+        self._watch(telling=streams)
+        enough = Enough.BEGUN if streams else Enough.WHOLE
+        try:
+            return await self.send_decode(self.request.prepared.decode_body, enough=enough, resend=Resend.UNSENT)
+        except ProxyError as error:
+            self.blame_decode(error)
+            if isinstance(error, EngineUnreachable):
+                self.decoding.end(received=False)
+                raise NotSent(error) from error
+            raise
+
+    async def send_release(self) -> WholeAnswer:
+        """Have decode generate one token under the same id, which frees the KV.
+
+        Raises:
+            EngineUnreachable: it cannot have been received.
+            ProxyError: it may have been.
+        """
+        self._watch(telling=True)
+        try:
+            body = self.prepared.drain_body
+            answer = (await self.send_decode(body, enough=Enough.WHOLE, resend=Resend.NEVER, fresh=True)).read()
+            if answer.status == 200:
+                self.decoding.heard()
+            return answer
+        except ProxyError as error:
+            self.decoding.end(received=not isinstance(error, EngineUnreachable))
+            self.blame_decode(error)
+            raise
+        finally:
+            self.decoding.end()
+
+    def _watch(self, telling: bool) -> None:
+        prepared, lease = self.prepared, self.placement.decode_lease
+        size = len(prepared.prefill_body) + len(prepared.decode_body)
+        self.watch_decode(lease.pulse.begin(self._engines.registry.now, telling=telling, replay=self.replay, size=size))
+
+
+class PrefillLeg:
+    """Prefill's leg, in a coroutine of its own: vLLM never sends the KV of a prefill that was cancelled before it ran.
+
+    Attributes:
+        settled: set when the leg has ended, or :attr:`overdue` is known.
+        answer, error: how it ended; one of them is set.
+        overdue: why the request does not wait for it any more. expired: that is the prefill timeout. decode_lost: it
+            is decode's failure.
+    """
+
+    __slots__ = (
+        "_abandoned", "_attempt", "_release", "_seconds", "answer", "decode_lost", "error", "expired", "overdue",
+        "settled",
+    )  # fmt: skip
+
+    def __init__(self, attempt: P2pAttempt, release: Callable[[P2pAttempt], None], seconds: float) -> None:
+        self._attempt = attempt
+        self._release = release
+        self._seconds = seconds
+        self._abandoned = False
+        self.decode_lost = False
+        self.expired = False
+        self.settled = Event()
+        self.answer: WholeAnswer | None = None
+        self.error: ProxyError | None = None
+        self.overdue: EngineError | EngineDeadline | None = None
+
+    def fail(self, error: EngineError | EngineDeadline) -> None:
+        """Prefill is stalled, lost or late: the request moves on."""
+        if not self.settled.is_set:
+            self.overdue = error
+            self.settled.set()
+
+    def move(self) -> None:
+        """Prefill or decode is lost, maybe for a moment: the request moves on if another pair can serve it."""
+        others, lost = self._attempt.request.others, self._attempt.placement.decode_lease.lost
+        failed = self._attempt.decode if lost else self._attempt.prefill_lease.instance
+        if not self.settled.is_set and others is not None and others.possible(failed):
+            self.decode_lost = lost
+            self.fail(decode_went_away())
+
+    def expire(self) -> None:
+        """The prefill timeout is over."""
+        self.expired = not self.settled.is_set
+        self.fail(EngineDeadline(f"The prefill did not finish within {self._seconds:g} s."))
+
+    def abandon(self) -> None:
+        """The request does not wait any more; when the leg ends its KV is released, and the places of the attempt."""
+        self._abandoned = self._attempt.detached = True
+        self._attempt.keep_for_release()
+
+    async def run(self) -> None:
+        """Send it, and see to what it leaves where the request has gone on without it."""
+        attempt, record = self._attempt, self._attempt.request.record
+        record.ask_prefill()
+        try:
+            self.answer = await attempt.prefill(self)
+        except ProxyError as error:
+            self.error = error
+        finally:
+            if self.answer is None:
+                if self.error is None:
+                    self.error = Unavailable(CLIENT_GIVEN_UP, retry_after=1)
+                self._settle()
+        if self.answer is not None:
+            if self.overdue is None:
+                record.answer_prefill()
+            self._settle()
+
+    def _settle(self) -> None:
+        if not self._abandoned:
+            self.settled.set()
+            return
+        attempt, answer = self._attempt, self.answer
+        if answer is not None and _did_its_work(attempt, answer):
+            if self.overdue is None:
+                attempt.count_prompt(answer)
+            if self.overdue is not None and attempt.placement.decode_lease.process_ended:
+                attempt.release()
+            else:
+                self._release(attempt)
+        else:
+            attempt.release()
+
+
+def _did_its_work(attempt: P2pAttempt, answer: WholeAnswer) -> bool:
+    """Whether prefill computed the prompt, so that decode has its KV."""
+    try:
+        return prefill_refusal(attempt.request.route, answer, attempt.request.prepared.choices) is None
+    except EngineFailed:
+        return False
