@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 _TOLERATED_TIMEOUTS = 3
 """A busy API server may answer late; one that says no, or refuses, is believed at once."""
 
-_LONGEST_PROBE = 5.0
-"""Seconds for one answer to a probe, whatever the interval: a process that resumes is probed again soon."""
-
 _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0
 """Seconds between probes of an instance that is not ready: doubled from the first to the last."""
 
@@ -114,12 +111,7 @@ class Prober:
     async def _get(self, instance: Instance, path: str) -> WholeAnswer:
         try:
             answer = await self._upstream.request(
-                "GET",
-                instance,
-                path,
-                headers=self._headers,
-                silence=min(self._interval, _LONGEST_PROBE),
-                leg=instance.role.value,
+                "GET", instance, path, headers=self._headers, silence=self._interval, leg=instance.role.value
             )
             whole = await answer.whole()
         except EngineUnreachable as error:

@@ -56,11 +56,7 @@ def go_on(engine: SimEngine) -> None:
 
 @settings(instance_expiry=0.6, probe_interval=60.0)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_when_it_is_lost_decode_is_released_and_its_leg_is_ended(
-    machine: Machine, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of a process that resumes, the simulated one never answers what it had been sent before.
-    monkeypatch.setattr("disagg_proxy.discovery.prober._LONGEST_PROBE", 0.5)
+async def test_when_it_is_lost_decode_is_released_and_its_leg_is_ended(machine: Machine, stream: bool) -> None:
     prefill, decode = await connected(machine)
     stop(prefill)
     if stream:
