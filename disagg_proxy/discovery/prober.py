@@ -52,6 +52,8 @@ class Prober:
         self._headers = headers
         self._tasks: dict[Instance, asyncio.Task[None]] = {}
         self._wake: dict[Instance, asyncio.Event] = {}
+        self._began: dict[Instance, float] = {}
+        """When each probe in flight was sent."""
 
     def start(self) -> None:
         """Begin with what the registry knows, and follow it."""
@@ -67,21 +69,36 @@ class Prober:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def look_now(self, instance: Instance) -> None:
-        """Probe it at once instead of at its next turn."""
-        if instance in self._tasks:
-            self._wake[instance].set()
-            return
+        """Probe it at once instead of at its next turn.
+
+        A probe in flight is enough, unless the state of the instance has changed since it was sent: it may then wait
+        for a process that is gone, or on a connection that is lost.
+        """
+        running = self._tasks.get(instance)
+        if running is not None:
+            if instance not in self._began or instance.changed_at < self._began[instance]:
+                self._wake[instance].set()
+                return
+            running.cancel()
+            del self._began[instance]
         self._wake[instance] = asyncio.Event()
         task = asyncio.get_running_loop().create_task(self._follow(instance), name=f"probe {instance}")
         self._tasks[instance] = task
-        task.add_done_callback(lambda _: (self._tasks.pop(instance), self._wake.pop(instance)))
+        task.add_done_callback(lambda ended: self._forget(instance, ended))
+
+    def _forget(self, instance: Instance, ended: asyncio.Task[None]) -> None:
+        if self._tasks.get(instance) is ended:
+            del self._tasks[instance], self._wake[instance]
+            self._began.pop(instance, None)
 
     async def _follow(self, instance: Instance) -> None:
         retry = _FIRST_RETRY
         wake = self._wake[instance]
         while self._registry.knows(instance) and (instance.state is not State.LOST or instance.last_answer is not None):
             wake.clear()
+            self._began[instance] = self._registry.now()
             await self.look(instance)
+            self._began.pop(instance, None)
             if instance.state is State.READY:
                 retry = _FIRST_RETRY
                 pause = self._interval
