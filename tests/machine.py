@@ -143,7 +143,7 @@ class Machine:
         await self.proxy.until_quiet()
         for engine in engines:
             try:
-                await asyncio.wait_for(engine.wait_until(_idle), 3)
+                await soon(engine.wait_until(_idle))
             except asyncio.TimeoutError:
                 raise AssertionError(f"not idle: {engine.state()}") from None
             assert engine.state()["dead"] is None and engine.state()["listener"] == "alive"
