@@ -257,7 +257,8 @@ def test_a_short_run_on_simulated_engines(connector: str, tmp_path: Path, monkey
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result["phases"]) == ["low 300", "saturating 300"] and "error" not in result
     for phase in result["phases"].values():
-        assert phase["requests"]["direct"] > 1 < phase["requests"]["proxy"]
+        # How many fit into a phase is the machine's speed.
+        assert all(phase["requests"][arm] for arm in ARMS)
         assert phase["errors"] == dict.fromkeys(ARMS, 0)
         assert phase["prompt_tokens_from_prefill"] >= 0.9 * phase["prompt_tokens"]
     assert [one["arm"] for one in result["phases"]["saturating 300"]["blocks"]] == [ARMS[0], ARMS[1], ARMS[1], ARMS[0]]
