@@ -69,3 +69,12 @@ def test_all_of_the_hot_path_is_there() -> None:
         "upstream/connection.py",
         "cluster/pairing.py",
     } <= names
+
+
+def test_the_compiled_stage_names_folders_that_exist_and_all_that_are_compiled_have() -> None:
+    script = (ROOT / "tests" / "compiled").read_text()
+    (line,) = [line for line in script.splitlines() if line.startswith("folders=(")]
+    named = set(line.removeprefix("folders=(").removesuffix(")").split())
+    assert all((ROOT / "tests" / folder).is_dir() for folder in named)
+    compiled = {path.relative_to(ROOT / "disagg_proxy").parts[0] for path in HOT if path.parent.name != "disagg_proxy"}
+    assert {folder for folder in compiled if (ROOT / "tests" / folder).is_dir()} <= named
