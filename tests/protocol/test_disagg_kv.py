@@ -22,12 +22,13 @@ def test_the_field_is_in_front(body: bytes) -> None:
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=20), inner, max_size=4),
+    max_leaves=12,
 )
 
 
-@given(st.dictionaries(st.text(), _json), st.sampled_from([None, 1]))
+@given(st.dictionaries(st.text(max_size=20), _json, max_size=6), st.sampled_from([None, 1]))
 def test_any_object(fields: dict[str, object], indent: int | None) -> None:
     fields.pop("kv_transfer_params", None)
     made = json.loads(for_prefill(json.dumps(fields, indent=indent).encode(), "t"))
