@@ -194,13 +194,17 @@ class Outbox:
             return lane
 
     def detach(self, lane: Lane) -> None:
-        """The connection is gone. A job it had begun cannot be continued elsewhere from the middle: it is kept whole
-        for another decode engine until it expires."""
+        """The connection is gone, and with it every load that waited for it: decode computes those prompts, and a retry
+        elsewhere has another transfer id. Their KV is given up."""
         with self._changed:
             lane.closed = True
             self._lanes.discard(lane)
             for key in list(lane.wants):
                 self._forget(lane, key)
+                if key in self._jobs:
+                    self._end(self._jobs[key], "decode is gone")
+                else:
+                    self._remember(key, "released")
             lane.messages.clear()
             self._changed.notify_all()
 
