@@ -55,7 +55,7 @@ def go_on(engine: SimEngine) -> None:
 
 
 def lose(machine: Machine, engine: SimEngine) -> None:
-    """As after INSTANCE_EXPIRY without a ping, of this engine alone: a short expiry loses others too on a busy machine."""
+    """As after INSTANCE_EXPIRY without a ping. A short expiry would lose other engines too on a busy machine."""
     instance, registry = machine.proxy.instance(engine.http_address), machine.proxy.services.registry
     assert instance.last_ping is not None
     instance.last_ping -= UNNOTICED["instance_expiry"]
