@@ -59,10 +59,7 @@ class DisaggKv:
         answer = await attempt.ask_decode(attempt.decode_body())
 
         # 3. Answer.
-        if answer.status == 200:
-            await attempt.answer(reply, answer)
-        else:
-            await attempt.refused(reply, answer)
+        await attempt.answer(reply, answer)
 
 
 class DisaggKvAttempt(RecomputingAttempt):

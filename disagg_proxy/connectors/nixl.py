@@ -49,10 +49,7 @@ class Nixl:
         answer = await self._ask_decode(attempt, prefilled)
 
         # 3. Answer.
-        if answer.status == 200:
-            await attempt.answer(reply, answer)
-        else:
-            await attempt.refused(reply, answer)
+        await attempt.answer(reply, answer)
 
     def _ask_decode(self, attempt: RecomputingAttempt, prefilled: WholeAnswer | None) -> Awaitable[Answer]:
         plain = body = attempt.request.prepared.decode_body

@@ -125,11 +125,14 @@ class RecomputingAttempt(Attempt):
         return answer
 
     async def answer(self, reply: Reply, answer: Answer) -> None:
-        """Deliver decode's 200.
+        """Deliver decode's answer: its 200, or its refusal.
 
         Raises:
-            EngineError, EngineDeadline: decode broke before the first byte of the body.
+            EngineError, EngineDeadline: decode failed, or broke before the first byte of the body.
         """
+        if answer.status != 200:
+            await self._refused(reply, answer)
+            return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
             await answer.until(Enough.BEGUN)
@@ -173,12 +176,7 @@ class RecomputingAttempt(Attempt):
             )  # fmt: skip
         prefill.prefills_refused += 1
 
-    async def refused(self, reply: Reply, answer: Answer) -> None:
-        """Deliver decode's refusal.
-
-        Raises:
-            EngineFailed: it is not the client's mistake.
-        """
+    async def _refused(self, reply: Reply, answer: Answer) -> None:
         refused = await answer.whole()
         # The KV stays claimed: prefill still holds it, and is sent a RELEASE in the end.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)

@@ -178,11 +178,6 @@ class Record:
         """The client is told of ``error``."""
         self.outcome, self.cause, self.status = outcome_of(error), error.code, error.status
 
-    def refuse(self, error: ProxyError) -> None:
-        """It ends with ``error``, without a flight."""
-        self.fail(error)
-        self.end()
-
     def end(self) -> None:
         """The client's exchange is over; only the first call counts."""
         if self.ended is None:

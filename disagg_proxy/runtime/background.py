@@ -66,7 +66,7 @@ class Background:
         return len(self._tasks) + len(self._detached)
 
     async def ended(self) -> None:
-        """Wait for everything that runs, and for what it starts."""
+        """Wait until all running work has ended, and the work that it starts."""
         while self._tasks or self._requests or self._detached:
             if self._requests or self._detached:
                 self._all_ended = asyncio.Event()

@@ -84,7 +84,8 @@ async def test_a_refusal_without_a_flight(tmp_path, desk) -> None:
     file = tmp_path / "log"
     out = AccessLog(str(file))
     record = desk.recorder.open(PATH, None)
-    record.refuse(BadRequest("x"))
+    record.fail(BadRequest("x"))
+    record.end()
     out.take(record)
     await out.stop()
     (line,) = lines(file)

@@ -89,7 +89,8 @@ def test_flows_that_rest_make_room(desk, world, monkeypatch) -> None:
 )
 def test_errors_have_an_outcome_and_a_cause(desk, error, outcome) -> None:
     record = desk.recorder.open("/v1/completions", None)
-    record.refuse(error)
+    record.fail(error)
+    record.end()
     assert (record.outcome, record.cause, record.status) == outcome
     assert desk.recorder.stats.outcomes == {outcome[0]: 1} and desk.recorder.stats.in_flight == 0
 
