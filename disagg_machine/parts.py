@@ -132,8 +132,8 @@ def spawn(
 ) -> int:
     """Start a program in a session of its own, and return its PID.
 
-    Ctrl+C here does not reach it, and its children can be signalled with it. The child writes its own PID file before it
-    becomes the program, so that it is known from its first moment on, even if this process is killed.
+    Ctrl+C here does not reach it, and its children can be signalled with it. The child writes its own PID file before
+    it becomes the program, so that it is known from its first moment on, even if this process is killed.
 
     Args:
         log: where its output is added; None keeps the output of this process.
@@ -213,7 +213,7 @@ def signal_group(number: int, group: int) -> None:
 def stop_parts(
     run_dir: Path, seconds: float, names: Iterable[str], sleep: Callable[[float], None] = time.sleep
 ) -> None:
-    """TERM to all of these parts at once, at most ``seconds`` of waiting, KILL for what is left; removes the PID files."""
+    """TERM to all of these parts at once, KILL for what is left after ``seconds``; removes the PID files."""
     names = list(names)
     groups: dict[str, int] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Reading the settings: environment, then the CONFIG file, then what runs now, then the default (disagg_machine.table)."""
+"""Reading the settings: environment, then the CONFIG file, then what runs now, then the default."""
 
 from __future__ import annotations
 

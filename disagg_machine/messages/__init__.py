@@ -17,7 +17,7 @@ class _Chosen:
     """The language of this process; None until the first text, then that of the locale."""
 
     language: str | None = None
-    texts: Mapping[str, str] = {}  # noqa: RUF012
+    texts: Mapping[str, str] = {}
 
 
 class MachineError(Exception):
