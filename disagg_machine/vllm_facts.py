@@ -12,13 +12,12 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from disagg_machine import net
-from disagg_machine.context import Context
+from disagg_machine.context import PACKAGE, Context
 from disagg_machine.settings import DEFAULT
 
-PROBE = Path(__file__).with_name("vllm_probe.py")
+PROBE = PACKAGE / "probes" / "vllm_probe.py"
 
 OWN_OLDEST, OWN_NEWEST = 21, 33
 """Minor versions of vLLM 0.x that disagg_kv/engine/versions.py accepts, and was tried with."""

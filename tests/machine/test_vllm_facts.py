@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg_machine import vllm_probe
 from disagg_machine.messages import text
+from disagg_machine.probes import vllm_probe
 from disagg_machine.vllm_facts import (
     PROBE,
     VllmFacts,
