@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from disagg_machine import commands, engines, files, launch, lock, parts, signals, ui
+from disagg_machine import commands, engines, files, launch, lock, parts, signals, supervise, ui
 from disagg_machine import settings as reading
 from disagg_machine.context import Context
 from disagg_machine.launch import Plan
