@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_machine import net
@@ -30,7 +30,6 @@ class Context:
     root: Path
     environ: MutableMapping[str, str]
     script: str
-    children: set[int] = field(default_factory=set)
 
     @property
     def run_dir(self) -> Path:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from disagg_machine import files, proc, ui
+from disagg_machine import files, proc, signals, ui
 
 ALIVE, DEAD, REUSED = "alive", "dead", "reused"
 """States of a part: its process runs; it is gone, or a zombie; its PID belongs to another process now."""
@@ -139,18 +138,18 @@ def spawn(
         log: where its output is added; None keeps the output of this process.
     """
     ready, started = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _become(words, environment, pid_file, fields, folder, log)
-        except BaseException as error:
-            os.write(2, f"{words[0]}: {error}\n".encode())
-        finally:
-            os._exit(127)
-    os.close(started)
-    # Closed when the child has become the program: only then does its group exist for certain.
-    os.read(ready, 1)
+    with signals.held_back():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become(words, environment, pid_file, fields, folder, log)
+            except BaseException as error:
+                os.write(2, f"{words[0]}: {error}\n".encode())
+            finally:
+                os._exit(127)
+        os.close(started)
+        # Closed when the child has become the program: its group and its PID file are there.
+        os.read(ready, 1)
     os.close(ready)
     return pid
 
@@ -166,6 +165,7 @@ def _become(
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.chdir(folder)
     stat = proc.read_stat(os.getpid())
     known: dict[str, object] = {

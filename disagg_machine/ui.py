@@ -16,8 +16,6 @@ from disagg_machine import files
 from disagg_machine.messages import text
 
 RED, GREEN, YELLOW, BOLD, OFF = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[1m", "\x1b[0m"
-PROGRAM = "test_single_machine.sh"
-"""The name before an error message."""
 
 
 class _Progress:
@@ -26,6 +24,12 @@ class _Progress:
     shown = False
     last = ""
     at = 0
+
+
+class Program:
+    """What the user calls this program; it stands before error messages."""
+
+    name = "test_single_machine.sh"
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -81,7 +85,7 @@ def warn(key: str, *arguments: object) -> None:
 
 def complain(key: str, *arguments: object) -> None:
     """An error."""
-    emit(coloured(f"{PROGRAM}: {text(key, *arguments)}", RED))
+    emit(coloured(f"{Program.name}: {text(key, *arguments)}", RED))
 
 
 def loud(*lines: str) -> None:
