@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SIMULATED = 147_456
-"""What simulated engines take, as Qwen3-4B does."""
-
 
 def find_config(model: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The config.json of a model; None when it is not on this machine.

@@ -35,7 +35,7 @@ CHECKS: tuple[Check, ...] = (
 _COLOURS = {Level.OK: ui.GREEN, Level.WARNING: ui.YELLOW, Level.ERROR: ui.RED}
 
 
-def doctor(context: Context, words: Sequence[str]) -> int:
+def cmd_doctor(context: Context, words: Sequence[str]) -> int:
     """The command; exit code 1 when there is an error."""
     if words:
         raise die(2, "unknown_argument", "doctor", words[0])

@@ -413,5 +413,5 @@ def test_all_checks_on_a_good_machine(make: Make, tmp_path: Path, capsys: pytest
 
 def test_it_takes_no_arguments(make: Make) -> None:
     with pytest.raises(MachineError) as caught:
-        doctor.doctor(make().context, ["--fast"])
+        doctor.cmd_doctor(make().context, ["--fast"])
     assert caught.value.code == 2
