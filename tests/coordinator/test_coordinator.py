@@ -16,7 +16,7 @@ from disagg_proxy.response.outcome import Outcome
 from disagg_proxy.response.reply import Reply
 from disagg_proxy.response.stream import ResponseStream
 from tests.conftest import soon
-from tests.machine import Machine
+from tests.simulated import Machine
 
 CONNECTORS = pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.conftest import soon
-from tests.machine import REQUESTS, RIGHT, check_error, text_of
+from tests.simulated import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -16,7 +16,7 @@ from disagg_proxy.observe import access_log
 from disagg_proxy.observe.access_log import AccessLog
 from tests.command import commands, engine_pairs
 from tests.conftest import running_proxy, soon
-from tests.machine import REQUESTS, Machine
+from tests.simulated import REQUESTS, Machine
 from tests.observe.metrics import PAGE
 
 PATH = "/v1/completions"

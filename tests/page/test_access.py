@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 from tests.page.browser import needs_browser
 from tests.page.test_browser import says
 

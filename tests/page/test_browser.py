@@ -10,7 +10,7 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from disagg_sim import expected_chat_text, expected_text
 from tests.conftest import running_proxy, soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 from tests.page.browser import needs_browser
 
 pytestmark = needs_browser
