@@ -16,8 +16,8 @@ from disagg_proxy.observe import access_log
 from disagg_proxy.observe.access_log import AccessLog
 from tests.command import commands, engine_pairs
 from tests.conftest import running_proxy, soon
-from tests.simulated import REQUESTS, Machine
 from tests.observe.metrics import PAGE
+from tests.simulated import REQUESTS, Machine
 
 PATH = "/v1/completions"
 SECRET = "a secret prompt"

@@ -18,8 +18,8 @@ from disagg_proxy.observe.aggregate import Overview
 from disagg_proxy.observe.metrics import metrics_registry
 from disagg_proxy.observe.recorder import _MOST_MODELS
 from disagg_proxy.stats import Histogram
-from tests.simulated import REQUESTS
 from tests.observe.metrics import DASHBOARD, PAGE, RULES, described, expressions, listed, named_in
+from tests.simulated import REQUESTS
 from tests.test_docs import PAGES
 
 PATH = "/v1/completions"

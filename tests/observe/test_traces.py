@@ -19,8 +19,8 @@ from disagg_proxy.observe.recorder import Recorder
 from disagg_proxy.observe.traces import Traces
 from tests.conftest import running_proxy, soon
 from tests.e2e.together import OWN
-from tests.simulated import REQUESTS, Machine
 from tests.observe.metrics import ROOT
+from tests.simulated import REQUESTS, Machine
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
