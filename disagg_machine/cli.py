@@ -7,6 +7,7 @@ setting; 3 nothing is running (status, stop NAME, test, bench, logs); 130 interr
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -80,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = words.pop(0).partition("=")[2]
     ui.Program.name = os.path.basename(script)
     for stream in (sys.stdout, sys.stderr):
-        # The texts are UTF-8 whatever the locale is; the arguments may hold any bytes.
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            # The texts are UTF-8 whatever the locale is; the arguments may hold any bytes.
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         return _run(script, words)
     except MachineError as error:
