@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_machine import parts, python_environment, signals, ui, vllm_facts
-from disagg_machine.bench import plan
+from disagg_machine.bench import child, plan
 from disagg_machine.bench.plan import Setup
 from disagg_machine.context import Context
 from disagg_machine.engines import SIM, VLLM
@@ -52,28 +51,20 @@ class Report:
         settings = self.context.settings
         found = parts.all_parts(settings.run_dir)
         words = plan.sweep_words(settings, setup, self.folder, self.kind, self.vllm, self.client, found)
-        process = self._start(words, {"BENCH_KEY": key})
-        try:
-            status = process.wait()
-        except signals.Interrupted:
-            # It may be this process alone that got the signal. The measurement writes down what it has.
-            with signals.ignored():
-                process.terminate()
-                process.wait()
-            raise
+        status = self._run(words, {"BENCH_KEY": key})
         if status:
-            raise SystemExit(exit_code(status))
+            raise SystemExit(status)
 
     def write(self) -> bool:
         """The summary of what was measured; False when there is nothing, or it cannot be written."""
         if not any(self.folder.glob("setups/*/rate-*.json")):
             ui.complain("bench_nothing", self.folder)
             return False
-        return self._start(["write", str(self.folder)], {}).wait() == 0
+        return self._run(["write", str(self.folder)], {}) == 0
 
-    def _start(self, words: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _run(self, words: Sequence[str], environment: dict[str, str]) -> int:
         program = [self.python, "-m", "disagg_report", *words]
-        return subprocess.Popen(program, cwd=self.context.root, env={**self.context.environ, **environment})
+        return child.run(program, {**self.context.environ, **environment}, self.context.root)
 
 
 def begin(context: Context, kind: str, now: float | None = None) -> Report:
@@ -131,8 +122,3 @@ def finish(work: Callable[[], None], end: Callable[[], bool]) -> int:
         ui.progress_clear()
         good = end()
     return status if good else status or 1
-
-
-def exit_code(status: int) -> int:
-    """A process's status as a shell shows it: 128 plus the signal that ended it."""
-    return 128 - status if status < 0 else status

@@ -5,14 +5,13 @@ Each `all` and `stop` is a run of this program, with the settings of this one.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from disagg_machine import engines, files, gpus, lock, net, parts, signals, ui
-from disagg_machine.bench import plan
+from disagg_machine import engines, files, gpus, lock, net, parts, ui
+from disagg_machine.bench import child, plan
 from disagg_machine.bench.plan import Setup
-from disagg_machine.bench.report import Report, begin, exit_code, finish
+from disagg_machine.bench.report import Report, begin, finish
 from disagg_machine.context import Context
 from disagg_machine.engines import Engines
 from disagg_machine.launch import Plan
@@ -165,26 +164,14 @@ class Comparison:
             raise SystemExit(status)
 
     def _run(self, *words: str, **changes: str) -> int:
-        """This program once more, with this one's settings and ``changes`` on top; its exit code.
-
-        In a session of its own, so that a signal reaches it once: from here.
-        """
+        """This program once more, with this one's settings and ``changes`` on top; its exit code."""
         settings = self.context.settings
         chosen = {name: value for name, value in settings.texts.items() if value and settings.sources[name] != DEFAULT}
-        process = subprocess.Popen(
+        return child.run(
             [*self.context.program(), f"--script={self.context.script}", *words],
-            env={**self.context.environ, **chosen, "BENCH_CHILD": "1", **changes},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
+            {**self.context.environ, **chosen, "BENCH_CHILD": "1", **changes},
+            apart=True,
         )
-        try:
-            return exit_code(process.wait())
-        except (signals.Interrupted, KeyboardInterrupt):
-            with signals.ignored():
-                process.terminate()
-                process.wait()
-            raise
 
 
 def plain_places(first_port: int, pool: Sequence[str]) -> list[Place]:

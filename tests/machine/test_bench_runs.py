@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from disagg_machine import net
-from disagg_machine.bench import report, running, setups
+from disagg_machine.bench import child, report, running, setups
 from disagg_machine.bench.plan import Setup
 from disagg_machine.bench.report import Report
 from disagg_machine.bench.setups import Before, Comparison
@@ -289,6 +290,31 @@ def test_a_signal_ends_the_program_that_runs_again(
     one = Comparison(context, empty, Engines(SIM), ["0", "1"], Before(False, False), True, False)
     assert report.finish(lambda: one._again("all"), lambda: True) == (130 if number is signal.SIGINT else 143)
     assert ended.exists(), "in order, not killed"
+
+
+def test_a_signal_in_the_moment_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program is known and has ended when the command does."""
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def start_late(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*words, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(child.subprocess, "Popen", start_late)
+    sleeps = [sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"]
+
+    def work() -> None:
+        child.run(sleeps, os.environ)
+
+    assert report.finish(work, lambda: True) == 143
+    assert started[0].returncode == -signal.SIGTERM
+
+
+def test_a_program_that_a_signal_ended(tmp_path: Path) -> None:
+    assert child.run([sys.executable, "-I", "-S", "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
+    assert child.run(["cat"], os.environ, tmp_path) == 0, "stdin is empty"
 
 
 def test_what_must_not_be_stopped(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> None:
