@@ -17,10 +17,10 @@ from pathlib import Path
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
-from disagg_proxy.observe.access_log import AccessLog
-from disagg_proxy.observe.news import news_of
-from disagg_proxy.observe.record import EVERY, Record
-from disagg_proxy.observe.recorder import Recorder
+from disagg_proxy.telemetry.access_log import AccessLog
+from disagg_proxy.telemetry.page_state import news_of
+from disagg_proxy.telemetry.request_record import EVERY, RequestRecord
+from disagg_proxy.telemetry.request_recorder import RequestRecorder
 
 _ROUNDS = 7
 
@@ -40,13 +40,13 @@ class _Request:
     """A small request that is not streamed, from its arrival to its end."""
 
     def __init__(self) -> None:
-        self.recorder = Recorder.alone()
+        self.recorder = RequestRecorder.alone()
         self._prefill, self._decode = (
             Instance(role, parse_address(f"127.0.0.1:{port}"), None, Source.STATIC)
             for role, port in ((Role.PREFILL, 20003), (Role.DECODE, 20005))
         )
 
-    def __call__(self) -> Record:
+    def __call__(self) -> RequestRecord:
         record = self.recorder.open("/v1/completions", None)
         record.asks("model")
         record.admit()
@@ -64,7 +64,7 @@ class _Request:
 
 def pieces() -> float:
     """CPU time of the looks at one piece of a stream, on average; the countdown in the relay comes on top."""
-    record = Recorder.alone().open("/v1/completions", None)
+    record = RequestRecorder.alone().open("/v1/completions", None)
 
     def gap() -> None:
         record.look()

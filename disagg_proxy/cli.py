@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from disagg_proxy.config import Config, ConfigError, load
 from disagg_proxy.config.commands import COMMANDS, SERVE
 from disagg_proxy.discovery.listener import BindError
-from disagg_proxy.logs import configure_logging
-from disagg_proxy.server import Server, listen, server_config
+from disagg_proxy.server.http_server import Server, listen, server_config
 from disagg_proxy.services import Services
+from disagg_proxy.telemetry.logs import configure_logging
 from disagg_proxy.workers.supervisor import Supervisor
 
 log = logging.getLogger(__name__)

@@ -243,7 +243,7 @@ class EngineDeadline(ProxyError):
 
 
 class EngineFrozen(EngineDeadline):
-    """An instance stands still, although it answers /health."""
+    """An instance is stalled, although it answers /health."""
 
     code = "engine_frozen"
 

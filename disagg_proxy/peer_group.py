@@ -1,22 +1,22 @@
 """The processes of one proxy, as each of them sees the others: the interface, and the implementation for a single one.
 
-With ``--workers N`` it is implemented by :class:`disagg_proxy.workers.member.Member`. Admission, discovery and the
-watchdog define what they need of other processes themselves (``Crowd``, ``Pings``, ``Witness``); a peer group provides
-them, or None where there are no other processes.
+With ``--workers N`` it is implemented by :class:`disagg_proxy.workers.worker_peers.WorkerPeers`. Admission, discovery
+and the stall detector define what they need of other processes themselves (``Peers``, ``PingSource``, ``PeerView``); a
+peer group provides them, or None where there are no other processes.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from disagg_proxy.admission.gate import Crowd
+from disagg_proxy.admission.queue import Peers
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement
-from disagg_proxy.discovery.service import Pings
-from disagg_proxy.observe.aggregate import Overview
-from disagg_proxy.observe.news import News
-from disagg_proxy.watch.witness import Witness
+from disagg_proxy.discovery.service import PingSource
+from disagg_proxy.health.peer_view import PeerView
+from disagg_proxy.telemetry.aggregate import Overview
+from disagg_proxy.telemetry.page_state import PageState
 
 
 class LocalProcess(Protocol):
@@ -31,7 +31,7 @@ class LocalProcess(Protocol):
     def own_overview(self) -> Overview:
         """The numbers of this process alone."""
 
-    def own_news(self) -> News:
+    def own_news(self) -> PageState:
         """The newest records, events and steps of this process, for the page."""
 
 
@@ -43,15 +43,15 @@ class PeerGroup(Protocol):
         """The number of this process among the workers, None where it is the only one."""
 
     @property
-    def crowd(self) -> Crowd | None:
+    def admission_peers(self) -> Peers | None:
         """The load and the queues of the others; from :meth:`join` on."""
 
     @property
-    def pings(self) -> Pings | None:
+    def pings(self) -> PingSource | None:
         """Where announcements arrive instead of at a socket of this process."""
 
     @property
-    def witness(self) -> Witness | None:
+    def peer_view(self) -> PeerView | None:
         """What the others report of stalled engines; from :meth:`join` on."""
 
     def join(self, registry: Registry, process: LocalProcess) -> None:
@@ -63,13 +63,13 @@ class PeerGroup(Protocol):
     def stop(self) -> None:
         """Publish once more, then exchange no more messages; harmless before :meth:`start`."""
 
-    def left_behind(self) -> News | None:
+    def left_behind(self) -> PageState | None:
         """What the process that this one replaces has published last; None where it replaces none."""
 
     async def overview(self) -> Overview:
         """The numbers of the whole proxy."""
 
-    def news(self) -> list[News]:
+    def news(self) -> list[PageState]:
         """What each process has published last; current after :meth:`overview`."""
 
     async def drain(self, instance: Instance, draining: bool) -> None:
@@ -83,9 +83,9 @@ class SingleProcess:
     """The proxy is this process alone."""
 
     worker = None
-    crowd = None
+    admission_peers = None
     pings = None
-    witness = None
+    peer_view = None
 
     def join(self, registry: Registry, process: LocalProcess) -> None:
         self._registry = registry
@@ -97,13 +97,13 @@ class SingleProcess:
     def stop(self) -> None:
         return
 
-    def left_behind(self) -> News | None:
+    def left_behind(self) -> PageState | None:
         return None
 
     async def overview(self) -> Overview:
         return self._process.own_overview()
 
-    def news(self) -> list[News]:
+    def news(self) -> list[PageState]:
         return [self._process.own_news()]
 
     async def drain(self, instance: Instance, draining: bool) -> None:

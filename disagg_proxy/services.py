@@ -7,41 +7,41 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from disagg_proxy.admission.gate import Gate
 from disagg_proxy.admission.limits import Limits
-from disagg_proxy.admission.prompt_size import PromptSizes
+from disagg_proxy.admission.prompt_sizes import PromptSizes
+from disagg_proxy.admission.queue import AdmissionQueue
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.pairing import Pairing
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines
 from disagg_proxy.connectors.kv_release import KvReleaser
-from disagg_proxy.connectors.warmup import Introductions
+from disagg_proxy.connectors.warmup import ConnectionWarmer
 from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.service import Discovery
-from disagg_proxy.observe import view
-from disagg_proxy.observe.access_log import AccessLog
-from disagg_proxy.observe.aggregate import Overview, counts_of, gauges_of, seen_of
-from disagg_proxy.observe.happenings import Happenings
-from disagg_proxy.observe.journal import Journal
-from disagg_proxy.observe.meter import Meter
-from disagg_proxy.observe.news import News, inherit, news_of
-from disagg_proxy.observe.recorder import Recorder
-from disagg_proxy.outbox import Outbox
+from disagg_proxy.health.stall_detector import StallDetector
+from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.peer_group import PeerGroup, SingleProcess
-from disagg_proxy.protocol.prefix import ENDS
 from disagg_proxy.runtime.background import Background
-from disagg_proxy.stats import Stats
-from disagg_proxy.stopping import Stopping
+from disagg_proxy.runtime.shutdown import Shutdown
+from disagg_proxy.runtime.write_coalescing import WriteBatch
+from disagg_proxy.telemetry import page_view
+from disagg_proxy.telemetry.access_log import AccessLog
+from disagg_proxy.telemetry.aggregate import Overview, counts_of, gauges_of, seen_of
+from disagg_proxy.telemetry.event_log import EventLog
+from disagg_proxy.telemetry.instance_events import InstanceEvents
+from disagg_proxy.telemetry.page_state import PageState, inherit, news_of
+from disagg_proxy.telemetry.request_recorder import RequestRecorder
+from disagg_proxy.telemetry.stats import Stats
+from disagg_proxy.telemetry.timeseries import TimeSeries
 from disagg_proxy.upstream import Upstream
 from disagg_proxy.upstream.kv_control import KvControl
-from disagg_proxy.watch.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from disagg_proxy.observe.traces import Traces
+    from disagg_proxy.telemetry.tracing import SpanExporter
 
 _LOOK = 1.0
 """Seconds between two looks of the meter."""
@@ -65,37 +65,40 @@ class Services:
         self.peers = peers or SingleProcess()
         self.worker = self.peers.worker
         self.stats = Stats(clock)
-        self.journal = Journal(self.worker or 0)
-        self.recorder = Recorder(self.stats, self.journal, Meter())
+        self.event_log = EventLog(self.worker or 0)
+        self.recorder = RequestRecorder(self.stats, self.event_log, TimeSeries())
         self.registry = Registry(clock, config.instance_expiry)
         self.recorder.served = self.registry.has_model
         self.traces = _traces(config, self.worker)
         if self.traces is not None:
             self.recorder.sinks.append(self.traces.take)
-        self.happenings = Happenings(self.registry, self.journal, logs=not self.worker)
-        self.pairing = Pairing(
+        self.instance_events = InstanceEvents(self.registry, self.event_log, logs=not self.worker)
+        self.selection = Selection(
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
             table=PrefixTable(ENDS), bound=config.load_bound,
         )  # fmt: skip
         self.peers.join(self.registry, self)
-        self.gate = Gate(self.pairing, self.registry, _limits(config), self.stats, self.peers.crowd)
+        self.admission_queue = AdmissionQueue(
+            self.selection, self.registry, _limits(config), self.stats, self.peers.admission_peers
+        )
         self.background = Background()
-        self.outbox = Outbox()
-        self.stopping = Stopping(config.shutdown_grace, clock)
+        self.write_batch = WriteBatch()
+        self.shutdown = Shutdown(config.shutdown_grace, clock)
         self.discovery = Discovery(config, self.registry, self.peers.pings, quiet=bool(self.worker))
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
-            self.introductions = Introductions(self.registry, self.background, self.kv_control)
+            self.introductions = ConnectionWarmer(self.registry, self.background, self.kv_control)
         self.sizes = PromptSizes(
             config.kv_bytes_per_token, learns=bool(config.kv_bytes_per_token or config.decode_alone_below)
         )
         self.coordinator = Coordinator(
-            Engines(lambda: self.upstream, self.registry, config, self.background, self.sizes), self.pairing, self.gate,
-            self.recorder, KvReleaser(self.stats.drains, self.happenings.drain_ended), self.kv_control.release,
+            Engines(lambda: self.upstream, self.registry, config, self.background, self.sizes), self.selection,
+            self.admission_queue, self.recorder,
+            KvReleaser(self.stats.drains, self.instance_events.drain_ended), self.kv_control.release,
             self.traces,
         )  # fmt: skip
         self._upstream: Upstream | None = None
-        self._watchdog: Watchdog | None = None
+        self._stall_detector: StallDetector | None = None
         self._access_log: AccessLog | None = None
         self._look_timer: asyncio.TimerHandle | None = None
 
@@ -108,34 +111,34 @@ class Services:
 
     async def start(self) -> None:
         """Begin on the running event loop."""
-        self._upstream = Upstream(self.config.connect_timeout, self.outbox)
+        self._upstream = Upstream(self.config.connect_timeout, self.write_batch)
         await self.discovery.start(self._upstream)
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
-        self._watchdog = Watchdog(
-            self.registry, self._upstream, shortest, longest, self.discovery.headers, self.peers.witness,
-            self.happenings.replayed,
+        self._stall_detector = StallDetector(
+            self.registry, self._upstream, shortest, longest, self.discovery.headers, self.peers.peer_view,
+            self.instance_events.replayed,
         )  # fmt: skip
-        self._watchdog.start()
+        self._stall_detector.start()
         self._look()
         if self.config.access_log != "off":
             self._access_log = AccessLog(self.config.access_log, self.worker)
             self.recorder.sinks.append(self._access_log.take)
         if (left := self.peers.left_behind()) is not None:
             inherit(self.recorder, left)
-            self.journal.tell("worker_replaced", None, f"worker {self.worker} has ended and was replaced")
-            self.happenings.quiet = True
+            self.event_log.tell("worker_replaced", None, f"worker {self.worker} has ended and was replaced")
+            self.instance_events.quiet = True
         await self.peers.start()
-        self.happenings.quiet = False
+        self.instance_events.quiet = False
 
     async def stop(self) -> None:
         """Let what was sent to the instances end in the time that is left, then close everything."""
-        self.stopping.begin()
-        await self.stopping.wait(self.background.ended(), self.stopping.left)
+        self.shutdown.begin()
+        await self.shutdown.wait(self.background.ended(), self.shutdown.left)
         await self.background.give_up()
         if self._look_timer is not None:
             self._look_timer.cancel()
-        if self._watchdog is not None:
-            await self._watchdog.stop()
+        if self._stall_detector is not None:
+            await self._stall_detector.stop()
         await self.discovery.stop()
         if self._access_log is not None:
             await self._access_log.stop()
@@ -151,10 +154,10 @@ class Services:
         """The numbers of the whole proxy."""
         return await self.peers.overview()
 
-    async def view(self) -> dict[str, Any]:
+    async def page_view(self) -> dict[str, Any]:
         """All that a page shows: docs/observe.md."""
         overview = await self.overview()
-        return view.view(self, overview, self.peers.news())
+        return page_view.view(self, overview, self.peers.news())
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Give an instance nothing new, or again."""
@@ -172,8 +175,8 @@ class Services:
 
     def check_engines(self) -> None:
         """Look for stalled engines now: another process has changed what it reports of them."""
-        if self._watchdog is not None:
-            self._watchdog.look()
+        if self._stall_detector is not None:
+            self._stall_detector.look()
 
     def own_overview(self) -> Overview:
         """The numbers of this process alone."""
@@ -182,29 +185,29 @@ class Services:
             self.discovery.listener.traffic,
             self.discovery.refused,
             len(self.background),
-            self.gate.waiting,
+            self.admission_queue.waiting,
             counts_of(self.registry.instances()),
             seen_of(self.registry.instances()),
             gauges_of(self.registry.instances(), self.registry.now()),
         )
 
-    def own_news(self) -> News:
+    def own_news(self) -> PageState:
         """The newest records, events and steps of this process, for the page."""
         return news_of(self.recorder)
 
     def _look(self) -> None:
         """What there is now, for the page's charts."""
         kv = sum(i.kv_waiting_bytes for i in self.registry.instances())
-        self.recorder.meter.look(self.stats.in_flight, self.gate.waiting, kv)
+        self.recorder.timeseries.look(self.stats.in_flight, self.admission_queue.waiting, kv)
         self._look_timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
 
 
-def _traces(config: Config, worker: int | None) -> Traces | None:
+def _traces(config: Config, worker: int | None) -> SpanExporter | None:
     if not config.traces:
         return None
-    from disagg_proxy.observe.traces import Traces
+    from disagg_proxy.telemetry.tracing import SpanExporter
 
-    return Traces(worker)
+    return SpanExporter(worker)
 
 
 def _limits(config: Config) -> Limits:

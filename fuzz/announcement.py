@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import msgpack
 
 from disagg_proxy.cluster.kv_kind import DISAGG_KV
+from disagg_proxy.connectors.disagg_kv_params import FIELDS
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import MAX_BYTES, BadAnnouncement, decode
-from disagg_proxy.protocol.disagg_kv import FIELDS
-from disagg_proxy.protocol.p2p_nccl import new_request_id
+from disagg_proxy.request_id import new_request_id
 from fuzz.source import Source
 
 _KINDS = ("oversized", "malformed", "mistyped")

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 
 from disagg_proxy.address import parse_address
-from disagg_proxy.protocol.fields import CHAT, MESSAGES, ROUTES, Route
-from disagg_proxy.protocol.p2p_nccl import RequestId, new_request_id
-from disagg_proxy.protocol.prefill_answer import (
+from disagg_proxy.openai.fields import CHAT, MESSAGES, ROUTES, Route
+from disagg_proxy.openai.prefill_answer import (
     Verdict,
     error_message,
     is_over_context,
     prompt_tokens,
     read_prefill,
 )
-from disagg_proxy.protocol.redact import IdHider, hide
-from disagg_proxy.protocol.usage import CacheUse, UsageRepair, cache_use, repair_usage
+from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
+from disagg_proxy.openai.usage import CachedTokens, UsageRepair, cache_use, repair_usage
+from disagg_proxy.request_id import RequestId, new_request_id
 from fuzz.source import Source
 
 ID = RequestId("___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_" + "5a" * 16, "b7" * 47)
@@ -69,22 +69,22 @@ def check(data: bytes) -> str:
     decisions = Source(data[:24])
     body = data[24:]
     cached = decisions.number(300)
-    pieces, use = decisions.pieces(body), CacheUse(cached, cached // 2 or None)
+    pieces, use = decisions.pieces(body), CachedTokens(cached, cached // 2 or None)
     for route in (CHAT, MESSAGES):
         check_pieces(route, pieces, body, use)
     assert repair_usage(CHAT, body, use) == _at_once(CHAT, body, use)
     return check_reading(decisions, body)
 
 
-def _at_once(route: Route, body: bytes, use: CacheUse) -> bytes:
+def _at_once(route: Route, body: bytes, use: CachedTokens) -> bytes:
     repair = UsageRepair(route, use)
     return repair.feed(body) + repair.end()
 
 
-def check_pieces(route: Route, pieces: list[bytes], body: bytes, use: CacheUse) -> None:
+def check_pieces(route: Route, pieces: list[bytes], body: bytes, use: CachedTokens) -> None:
     """Relay's two filters, as it joins them."""
     assert b"".join(pieces) == body
-    hider, repair = IdHider(ID), UsageRepair(route, use)
+    hider, repair = RequestIdRewriter(ID), UsageRepair(route, use)
     passed, fed = [], 0
     for piece in pieces:
         fed += len(piece)

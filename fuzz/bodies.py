@@ -2,7 +2,7 @@
 
 Most fields get values that vLLM takes, so that most requests reach both engines; some get any JSON at all, in other
 encodings, with keys given twice. Also a target of its own: :func:`check` gives such a request to
-``protocol/prepare.py`` and holds what :mod:`fuzz.prepare` says.
+``openai/prepare.py`` and holds what :mod:`fuzz.prepare` says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from disagg_proxy.protocol.fields import CHAT, COMPLETIONS, MESSAGES, ROUTES, Route
+from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES, ROUTES, Route
 from fuzz import prepare
 
 T = TypeVar("T")

@@ -41,8 +41,8 @@ class Live:
         self.machine = machine
         self.session = session
         self.failures: list[str] = []
-        self.witness = Witness(self.failures)
-        logging.getLogger().addHandler(self.witness)
+        self.peer_view = Witness(self.failures)
+        logging.getLogger().addHandler(self.peer_view)
         asyncio.get_running_loop().set_exception_handler(self._failed)
 
     def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Live:
 
     def close(self) -> None:
         """Stop watching."""
-        logging.getLogger().removeHandler(self.witness)
+        logging.getLogger().removeHandler(self.peer_view)
         asyncio.get_running_loop().set_exception_handler(None)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 from hypothesis import strategies as st
 
-from disagg_proxy.protocol.fields import MESSAGES, lax_int
-from disagg_proxy.protocol.p2p_nccl import MARKERS
+from disagg_proxy.openai.fields import MESSAGES, lax_int
+from disagg_proxy.request_id import MARKERS
 from fuzz.bodies import Odd, drawn, requests
 from fuzz.live import Live, Pace, judge, running
 from fuzz.pure import Report

@@ -1,4 +1,4 @@
-"""``protocol/prepare.py`` on arbitrary bytes, for every generation route.
+"""``openai/prepare.py`` on arbitrary bytes, for every generation route.
 
 Holds: nothing but a :class:`ProxyError` of 4xx or 501 is raised. Where bodies come out, prefill's is strict JSON, asks
 for exactly one token for each choice as vLLM's request models would read it (by pydantic, in either of the two ways in
@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill
 from disagg_proxy.errors import ProxyError, answer_of
-from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill
-from disagg_proxy.protocol.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
-from disagg_proxy.protocol.prepare import Prepared, prepare
+from disagg_proxy.openai.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
+from disagg_proxy.openai.prepare import Prepared, prepare
 
 OWN = {"max_tokens", "max_completion_tokens", "min_tokens", "stream", "stream_options"}
 """Fields that prefill may get changed."""

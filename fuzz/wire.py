@@ -1,4 +1,4 @@
-"""``http/wire.py`` without sockets: arbitrary bytes in arbitrary pieces, read again by an unrelated parser (h11).
+"""``server/client_connection.py`` without sockets: arbitrary bytes in arbitrary chunks, read again by h11.
 
 Holds: no two readings. Each request that is taken is the one that h11 takes at the same place, with the same method,
 target, headers and body; nothing is taken after a refusal; the pieces in which the bytes come do not matter; every
@@ -21,14 +21,14 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
-from disagg_proxy.coordinator.head import Head
-from disagg_proxy.http import wire as wire_rules
-from disagg_proxy.http.direct import Client, Direct
-from disagg_proxy.http.wire import protocol
-from disagg_proxy.outbox import Outbox
-from disagg_proxy.protocol.prefix import Wanted
+from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.openai.prefix_hash import AffinityNeeds
+from disagg_proxy.runtime.shutdown import Shutdown
+from disagg_proxy.runtime.write_coalescing import WriteBatch
+from disagg_proxy.server import client_connection as wire_rules
+from disagg_proxy.server.client_connection import protocol
+from disagg_proxy.server.fast_path import ClientProtocol, FastPathRequest
 from disagg_proxy.services import Services
-from disagg_proxy.stopping import Stopping
 from fuzz.pure import Witness
 from fuzz.requests import SEEDS as REQUESTS
 from fuzz.requests import WORDS as WORDS
@@ -130,9 +130,9 @@ class Server:
         self.reading = Reading()
         services = SimpleNamespace(
             config=_LIMITS,
-            coordinator=SimpleNamespace(wanted=Wanted(prefix=False, session=False)),
-            outbox=Outbox(),
-            stopping=Stopping(1.0, self.loop.time),
+            coordinator=SimpleNamespace(wanted=AffinityNeeds(prefix=False, session=False)),
+            write_batch=WriteBatch(),
+            shutdown=Shutdown(1.0, self.loop.time),
         )
         self.direct = _recording(self)
         self.config = uvicorn.Config(
@@ -173,7 +173,7 @@ class Server:
 
     def read(self, pieces: list[bytes]) -> Reading:
         """One connection from its opening to its end."""
-        with patch.object(wire_rules, "Direct", self.direct):
+        with patch.object(wire_rules, "FastPathRequest", self.direct):
             return self._read(pieces)
 
     def _read(self, pieces: list[bytes]) -> Reading:
@@ -199,11 +199,11 @@ class Server:
         return self.reading
 
 
-def _recording(server: Server) -> type[Direct]:
+def _recording(server: Server) -> type[FastPathRequest]:
     """Records and answers what is taken directly, as the application does the rest."""
 
-    class Recording(Direct):
-        def __init__(self, client: Client, services: Services, head: Head, keep_alive: bool) -> None:
+    class Recording(FastPathRequest):
+        def __init__(self, client: ClientProtocol, services: Services, head: RequestHead, keep_alive: bool) -> None:
             super().__init__(client, services, head, keep_alive)
             self.received = head
 

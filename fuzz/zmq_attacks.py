@@ -81,12 +81,12 @@ class Attacks:
 
     def identities(self) -> int:
         """A crowd, each with an identity of its own, random or empty or as long as can be."""
-        crowd = []
+        admission_peers = []
         for _ in range(_PER_ROUND // 4):
             length = self.rng.choice((1, 5, 255))
-            crowd.append(self.dial(b"i" + self.rng.randbytes(length - 1)))
-        sent = sum(self.send(made, [next(self.mutants)]) for made in crowd)
-        for made in crowd:
+            admission_peers.append(self.dial(b"i" + self.rng.randbytes(length - 1)))
+        sent = sum(self.send(made, [next(self.mutants)]) for made in admission_peers)
+        for made in admission_peers:
             made.close()
         return sent
 

@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from disagg_proxy import compiled
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config import Config
-from disagg_proxy.server import Server, listen, server_config
+from disagg_proxy.server.http_server import Server, listen, server_config
 from disagg_proxy.services import Services
 from disagg_sim import engine
 from tests.ports import hold_port
@@ -44,7 +44,7 @@ class _Server(Server):
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
-        await self._services.stopping.begun.wait()
+        await self._services.shutdown.begun.wait()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -74,7 +74,7 @@ class Proxy:
             await asyncio.sleep(0.002)
 
     async def stop(self) -> None:
-        if not self.services.stopping.begun.is_set():
+        if not self.services.shutdown.begun.is_set():
             self.server.signalled()
         if self._serving is not None:
             await self._serving
@@ -87,7 +87,7 @@ class Proxy:
             await self._changed.wait()
 
     async def until_pairs(self, count: int = 1) -> None:
-        await self.until(lambda: self.services.pairing.ready_pairs() >= count)
+        await self.until(lambda: self.services.selection.ready_pairs() >= count)
 
     def knows(self, address: str) -> bool:
         return any(i.http.text == address for i in self.services.registry.instances())
@@ -110,7 +110,7 @@ class Proxy:
 
     async def until_idle(self) -> None:
         """Wait until no exchange with a client is left either."""
-        exchanges, background = self.services.stopping.exchanges, self.services.background
+        exchanges, background = self.services.shutdown.exchanges, self.services.background
         while (tasks := set(self.server.server_state.tasks)) or exchanges.open or len(background):
             if tasks:
                 await asyncio.wait(tasks)
@@ -120,7 +120,7 @@ class Proxy:
     @property
     def exchanges(self) -> int:
         """Requests whose head is here and whose answer is not over, whichever way they came in."""
-        return len(self.server.server_state.tasks) + len(self.services.stopping.exchanges.open)
+        return len(self.server.server_state.tasks) + len(self.services.shutdown.exchanges.open)
 
 
 @asynccontextmanager

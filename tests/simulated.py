@@ -135,7 +135,7 @@ class Machine:
         client.leave()
         while tasks := set(self.proxy.server.server_state.tasks):
             await soon(asyncio.wait(tasks))
-        await soon(self.proxy.services.stopping.exchanges.ended())
+        await soon(self.proxy.services.shutdown.exchanges.ended())
         assert self.proxy.services.stats.in_flight == 0
 
     async def unharmed(self, *engines: SimEngine) -> None:

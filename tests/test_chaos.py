@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from disagg_proxy.protocol.p2p_nccl import new_request_id
+from disagg_proxy.request_id import new_request_id
 from disagg_sim import SimConfig
 from disagg_sim.chaos import ALL, KINDS, Leave, Options, PlannedRequest, Report, make_plan, run
 from disagg_sim.chaos.cli import main

@@ -64,10 +64,10 @@ def test_all_of_the_hot_path_is_there() -> None:
     names = {str(path.relative_to(ROOT / "disagg_proxy")) for path in HOT}
     assert {
         "coordinator/coordinator.py",
-        "response/stream.py",
-        "http/direct.py",
+        "downstream/response_stream.py",
+        "server/fast_path.py",
         "upstream/connection.py",
-        "cluster/pairing.py",
+        "cluster/selection.py",
     } <= names
 
 

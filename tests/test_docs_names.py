@@ -14,11 +14,11 @@ import pytest
 
 from disagg_proxy.config import Config
 from disagg_proxy.config.table import SETTINGS
-from disagg_proxy.http import create_app
-from disagg_proxy.http.single import NOT_SERVED
+from disagg_proxy.server.asgi import create_app
+from disagg_proxy.server.asgi.engine_routes import NOT_SERVED
 from disagg_proxy.services import Services
 from tests.conftest import LOCAL
-from tests.observe.metrics import listed
+from tests.telemetry.metrics import listed
 from tools.settings_tables import ROOT, SETTINGS_PAGES
 
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -152,7 +152,7 @@ async def test_every_route_is_in_both_languages(page: str) -> None:
 
 @pytest.mark.parametrize("page", names())
 def test_metrics(page: Path) -> None:
-    """docs/monitoring.md lists them all, and is held against /metrics in tests/observe."""
+    """docs/monitoring.md lists them all, and is held against /metrics in tests/telemetry."""
     text = page.read_text(encoding="utf-8")
     named = {
         re.sub(r"_(?:bucket|sum|count)$", "", name)

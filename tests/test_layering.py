@@ -35,40 +35,36 @@ MAY_IMPORT = {
     # The proxy. Helpers that know nothing of it:
     "errors": "",
     "address": "",
-    "within": "",
     "runtime": "",
-    "outbox": "",
-    "stopping": "",
-    "stats": "",
     "config": "address",
-    "logs": "config",
-    # Instances and requests:
-    "protocol": "address errors",
+    # Instances, and the text of requests:
+    "request_id": "address",
+    "http1": "request_id",
+    "openai": "errors request_id",
     "cluster": "address config errors",
-    "admission": "cluster errors protocol stats",
-    "upstream": "address cluster disagg_kv.control disagg_kv.protocol errors outbox protocol runtime within",
-    "watch": "cluster errors upstream",
-    "discovery": "address cluster config errors protocol stats upstream within",
-    "observe": "cluster config errors protocol stats stopping within",
+    "telemetry": "cluster config errors http1 runtime",
+    "admission": "cluster errors openai telemetry",
+    "upstream": "address cluster disagg_kv.control disagg_kv.protocol errors http1 runtime",
+    "health": "cluster errors runtime upstream",
     # One request:
-    "response": "cluster errors observe protocol runtime upstream",
-    "connectors": "admission cluster config errors observe protocol response runtime stats upstream within",
-    "coordinator": "admission cluster config connectors errors observe protocol response stats",
+    "downstream": "cluster errors http1 openai request_id runtime telemetry upstream",
+    "connectors": "admission cluster config downstream errors http1 openai request_id runtime telemetry upstream",
+    "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
-    "peer_group": "admission cluster discovery observe watch",
-    "services": "admission cluster config connectors coordinator discovery observe outbox peer_group protocol "
-    "runtime stats stopping upstream watch",
-    "page": "errors within",
-    "http": "address cluster config coordinator errors observe outbox page protocol response services stopping "
-    "upstream",
-    "server": "config discovery http services",
-    "workers": "address cluster config discovery logs observe peer_group server services stats stopping watch within",
+    "discovery": "address cluster config connectors health http1 telemetry upstream",
+    "peer_group": "admission cluster discovery health telemetry",
+    "services": "admission cluster config connectors coordinator discovery health openai peer_group runtime "
+    "telemetry upstream",
+    "page": "errors runtime",
+    "server": "address cluster config coordinator discovery downstream errors http1 openai page runtime services "
+    "telemetry upstream",
+    "workers": "address cluster config discovery health peer_group runtime server services telemetry",
     "top": "page",
-    "cli": "config discovery logs server services workers",
+    "cli": "config discovery server services telemetry workers",
     "__main__": "cli",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
     "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
-    "disagg_sim.chaos": "cluster config disagg_sim server services within",
+    "disagg_sim.chaos": "cluster config disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
@@ -90,22 +86,22 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 LIBRARIES = {
     # The application's framework; everything else handles plain values.
-    "quart": "http",
-    "quart_cors": "http.guard",
-    "werkzeug": "http.respond",
+    "quart": "server.asgi",
+    "quart_cors": "server.asgi.auth",
+    "werkzeug": "server.asgi.error_responses",
     # The server on the client's side, and the parser of both sides.
-    "uvicorn": "http.wire server workers.serve",
-    "httptools": "http.wire upstream.connection",
+    "uvicorn": "server.client_connection server.http_server workers.worker_server",
+    "httptools": "server.client_connection upstream.connection",
     # The registration port; the simulator and the connector are its clients.
     "zmq": "discovery.forward discovery.listener disagg_sim.ping disagg_kv.engine.announce",
     # Registrations, whose format is vLLM's, and three formats between the workers of one proxy.
-    "msgpack": "discovery.announcement observe.aggregate observe.news workers.channel disagg_sim.kv_wire "
+    "msgpack": "discovery.announcement telemetry.aggregate telemetry.page_state workers.channel disagg_sim.kv_wire "
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
     "aiohttp": "disagg_sim top.follow disagg_report.own_client",
-    "prometheus_client": "http.status observe.instance_metrics observe.metrics",
+    "prometheus_client": "server.asgi.status_routes telemetry.instance_metrics telemetry.metrics",
     # config.values: whether it is installed.
-    "opentelemetry": "config.values observe.traces",
+    "opentelemetry": "config.values telemetry.tracing",
     "rich": "top",
     "matplotlib": "disagg_report.plots",
     "vllm": "disagg_kv.connector disagg_kv.engine.versions disagg_kv.transport.nccl",
@@ -114,24 +110,28 @@ LIBRARIES = {
     # instances are asyncio's.
     "socket": "cli server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
     "disagg_kv.transport.channel",
-    "threading": "discovery.listener discovery.mailbox observe.access_log observe.traces workers.ledger "
+    "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
+    ""
     "disagg_kv disagg_report.power",
 }
 """Library -> modules or folders that may import it."""
 
-WITHOUT_IO = ("cluster", "protocol", "stats", "errors", "address")
+WITHOUT_IO = ("cluster", "http1", "openai", "telemetry.stats", "errors", "address", "request_id")
 IO = {"aiohttp", "asyncio", "os", "select", "socket", "subprocess", "threading", "time", "urllib", "zmq"}
 """Units that decide without I/O and without a clock of their own, and the modules that would give them either."""
 
 REQUEST_ID = ("___prefill_addr_", "___decode_addr_")
 KNOW_REQUEST_ID = {
-    "protocol.p2p_nccl": "writes it",
+    "request_id": "writes it",
     "disagg_sim.request": "reads it, as vLLM's connector does",
     "disagg_sim.chaos.engines": "checks what the engines got",
 }
 """The addresses in the request id of P2pNcclConnector, and the modules that spell them."""
 
-QUART_REQUEST = "http.admin http.asked http.generate http.guard http.page http.single"
+QUART_REQUEST = (
+    "server.asgi.admin_routes server.asgi.auth server.asgi.engine_routes server.asgi.generation_routes "
+    "server.asgi.page_routes server.asgi.request"
+)
 """Modules that read Quart's current request."""
 
 
@@ -322,8 +322,12 @@ def test_imports_are_read_as_python_means_them() -> None:
         "def late():\n    if typing.TYPE_CHECKING:\n        import k\n    from l import m\n"
     )
     assert run_time == {"a.b", "c", "d.e.f", "j", "l.m"} and types == {"h.i", "k"}
-    assert module_of("disagg_proxy.server.listen") == "disagg_proxy.server" == module_of("disagg_proxy.server")
-    assert unit("disagg_proxy.cli") == "cli" and unit("disagg_proxy.http.app") == "http"
+    assert (
+        module_of("disagg_proxy.server.http_server.listen")
+        == "disagg_proxy.server.http_server"
+        == module_of("disagg_proxy.server.http_server")
+    )
+    assert unit("disagg_proxy.cli") == "cli" and unit("disagg_proxy.server.asgi.app") == "server"
     assert unit("disagg_kv.engine.plan") == "disagg_kv.engine" and unit("disagg_report.cli") == "disagg_report"
     assert unit("disagg_sim.engine") == "disagg_sim" and unit("disagg_sim.chaos.run") == "disagg_sim.chaos"
 

@@ -7,11 +7,11 @@ import pytest
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.config import Config, StaticInstance
 from disagg_proxy.discovery.listener import Listener
-from disagg_proxy.observe.news import News, news_of
-from disagg_proxy.observe.report import stats_report
 from disagg_proxy.peer_group import SingleProcess
 from disagg_proxy.services import Services
-from disagg_proxy.stats import Traffic
+from disagg_proxy.telemetry.page_state import PageState, news_of
+from disagg_proxy.telemetry.stats import RegistrationCounts
+from disagg_proxy.telemetry.stats_report import stats_report
 from tests.conftest import LOCAL
 
 
@@ -19,7 +19,7 @@ class NoPort:
     """Announcements come from elsewhere."""
 
     port = 0
-    traffic = Traffic(messages=7)
+    traffic = RegistrationCounts(messages=7)
 
     def start(self) -> None:
         return
@@ -33,7 +33,7 @@ class Group(SingleProcess):
 
     worker = 3
 
-    def __init__(self, left: News | None) -> None:
+    def __init__(self, left: PageState | None) -> None:
         self.pings = NoPort()
         self.calls: list[str] = []
         self._left = left
@@ -44,7 +44,7 @@ class Group(SingleProcess):
     def stop(self) -> None:
         self.calls.append("stop")
 
-    def left_behind(self) -> News | None:
+    def left_behind(self) -> PageState | None:
         return self._left
 
     async def drain(self, instance: Instance, draining: bool) -> None:
@@ -81,13 +81,13 @@ async def test_a_single_process_is_the_whole_proxy(caplog: pytest.LogCaptureFixt
 async def test_one_of_several_shares_by_its_group(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     earlier = Services(CONFIG, peers=Group(None))
-    earlier.journal.tell("ready", "a:1", "was ready")
+    earlier.event_log.tell("ready", "a:1", "was ready")
     group = Group(news_of(earlier.recorder))
     services = Services(CONFIG, peers=group)
     await services.start()
     try:
         assert "may register" not in caplog.text, "the port is another process's"
-        assert [e.text for e in services.journal.events][:2] == ["was ready", "worker 3 has ended and was replaced"]
+        assert [e.text for e in services.event_log.events][:2] == ["was ready", "worker 3 has ended and was replaced"]
         (instance,) = services.registry.instances()
         await services.drain(instance, True)
         assert not instance.draining and not services.idle(instance), "as the group says"

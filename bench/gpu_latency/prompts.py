@@ -33,7 +33,7 @@ class Body:
         return b'{%b%b,"max_tokens":%d,%b' % (_field(params), how, self.answer, self._rest)
 
     def prefill(self, params: str = "") -> bytes:
-        """The same prompt for prefill, as the proxy makes it (disagg_proxy/protocol/fields.py)."""
+        """The same prompt for prefill, as the proxy makes it (disagg_proxy/openai/fields.py)."""
         return b'{%b"stream":false,"max_tokens":1,%b' % (_field(params), self._rest)
 
 

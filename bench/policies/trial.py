@@ -11,15 +11,15 @@ from bench.policies.clock import VirtualLoop
 from bench.policies.engines import CACHE, KV_BYTES, Decode, Job, Prefill
 from bench.policies.workloads import Ask, Session
 from disagg_proxy.address import parse_address
-from disagg_proxy.admission.gate import Demand, Gate
 from disagg_proxy.admission.limits import Limits
+from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.pairing import Pairing, Wish
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES, Traits
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.protocol.prefix import ENDS
-from disagg_proxy.stats import Stats
+from disagg_proxy.cluster.selection import PlacementPreference, Selection
+from disagg_proxy.openai.prefix_hash import ENDS
+from disagg_proxy.telemetry.stats import Stats
 
 MODEL = "m"
 _BYTES = 4
@@ -67,20 +67,20 @@ class Trial:
             else:
                 self.decodes[instance] = Decode(self.loop)
         # The balance of the work needs only the loads, which workers share; their limits and queues are one.
-        self.gates = [self._gate(seed + worker) for worker in range(setup.workers)]
+        self.gates = [self._admission_queue(seed + worker) for worker in range(setup.workers)]
         self.rows: list[tuple[float, float, int, int]] = []
         """When asked, TTFT, prompt tokens, tokens found in the cache."""
         self._open = 0
         self._end: asyncio.Future[None] = self.loop.create_future()
 
-    def _gate(self, seed: int) -> Gate:
+    def _admission_queue(self, seed: int) -> AdmissionQueue:
         setup = self.setup
-        pairing = Pairing(
+        selection = Selection(
             self.registry, PREFILL_POLICIES[setup.prefill], DECODE_POLICIES[setup.decode], table=PrefixTable(ENDS),
             bound=setup.bound, random=random.Random(seed).random,
         )  # fmt: skip
         limits = Limits(decode=256, queue=10**6, queue_timeout=1e6)
-        return Gate(pairing, self.registry, limits, Stats(self.loop.time))
+        return AdmissionQueue(selection, self.registry, limits, Stats(self.loop.time))
 
     def run(self, sessions: list[Session]) -> None:
         asyncio.set_event_loop(self.loop)
@@ -105,11 +105,11 @@ class Trial:
         factor = self._rng.uniform(1 / self.setup.guess, self.setup.guess)
         traits = _traits(ask, round(ask.tokens * factor))
         size = traits.kv_bytes
-        gate = self.gates[self._rng.randrange(len(self.gates))]
-        placement = await gate.acquire(Demand(MODEL, Wish.PAIR, size, traits))
+        admission_queue = self.gates[self._rng.randrange(len(self.gates))]
+        placement = await admission_queue.acquire(Demand(MODEL, PlacementPreference.PAIR, size, traits))
         lease = placement.prefill_lease
         assert lease is not None
-        self.registry.exchange.sends_towards(lease.instance, placement.decode)
+        self.registry.kv_compatibility.sends_towards(lease.instance, placement.decode)
         prefill, decode = self.prefills[lease.instance], self.decodes[placement.decode]
         job = Job(ask.blocks, ask.block, ask.tokens, ask.output)
 

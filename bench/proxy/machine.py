@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -115,10 +116,25 @@ def _end(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
             break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_group(process.pid)
     if process.stdout:
         process.stdout.close()
+
+
+def _kill_group(group: int) -> None:
+    """Kill what is left of a process group, and return when it has ended: SIGKILL itself does not wait."""
+    with contextlib.ExitStack() as ends:
+        living = []
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # Fields after the name, which may contain anything: state, parent, process group.
+                if int(status.read_text().rpartition(")")[2].split()[2]) == group:
+                    living.append(os.pidfd_open(int(status.parent.name)))
+                    ends.callback(os.close, living[-1])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        for process in living:
+            select.select([process], [], [], 10)
 
 
 def tree(pid: int) -> list[int]:

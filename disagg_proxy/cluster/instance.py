@@ -9,9 +9,9 @@ from enum import Enum
 from typing import Any
 
 from disagg_proxy.address import Address
-from disagg_proxy.cluster.breaker import Breaker
+from disagg_proxy.cluster.circuit_breaker import Breaker
 from disagg_proxy.cluster.kv_kind import P2P, KvKind
-from disagg_proxy.cluster.pulse import Pulse
+from disagg_proxy.cluster.progress import ProgressTracker
 
 
 class Role(Enum):
@@ -25,7 +25,7 @@ class State(Enum):
     """Where an instance stands.
 
     PROBING: known, but its HTTP side has not (or no longer) answered rightly, or its KV address is not known.
-    READY: may get requests. FROZEN: pings and answers /health, but its forward pass stands still. LOST: its pings
+    READY: may get requests. FROZEN: pings and answers /health, but its forward pass is stalled. LOST: its pings
     stopped; kept a while so that /stats can say so, longer when it may be hung (:attr:`Instance.silent`).
     """
 
@@ -75,10 +75,10 @@ class Instance:
         prefills_refused: prefills that it refused of requests that decode accepted, so that decode computed.
         breaker: leaves it alone while it keeps failing.
         pulse: who waits for its engine, and whether that moves.
-        freezes, replays: how often it stood still, and prefills that were repeated to free it.
+        freezes, replays: how often it stalled, and prefills that were repeated to free it.
         drains, drains_failed: on decode, KV of abandoned requests that was freed, and that was not.
         restart_wanted: frozen or hung, and nothing but a restart is left to try.
-        senders_frozen: on decode, prefills that stood still while they sent to this process of it.
+        senders_frozen: on decode, prefills that stalled while they sent to this process of it.
         salt: a number of its endpoint's own, the same in every process; policies hash with it.
         slot: its place in what several processes of this proxy share; -1 where nothing is shared.
         elsewhere: what of ``in_flight``, ``visits``, ``kv_waiting`` and ``kv_waiting_bytes`` belongs to the other
@@ -113,7 +113,7 @@ class Instance:
     kv_missing: int = 0
     prefills_refused: int = 0
     breaker: Breaker = field(default_factory=Breaker)
-    pulse: Pulse = field(default_factory=lambda: Pulse(0.0))
+    progress: ProgressTracker = field(default_factory=lambda: ProgressTracker(0.0))
     freezes: int = 0
     replays: int = 0
     drains: int = 0

@@ -1,19 +1,19 @@
 """What one request takes of an instance: a place in its load for each leg, and room in decode's KV buffer.
 
-The only place where the counts of an instance change (cluster/shared.py).
+The only place where the counts of an instance change (cluster/shared_load.py).
 """
 
 from __future__ import annotations
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.cluster.shared import IN_FLIGHT, KV_WAITING, KV_WAITING_BYTES, VISITS
+from disagg_proxy.cluster.shared_load import IN_FLIGHT, KV_WAITING, KV_WAITING_BYTES, VISITS
 
 
 class Lease:
     """Counts one leg on ``instance``, and its ``tokens``, until :meth:`end`."""
 
-    __slots__ = ("_breaker", "_ended", "_epoch", "_registry", "_tokens", "instance", "pulse")
+    __slots__ = ("_breaker", "_ended", "_epoch", "_registry", "_tokens", "instance", "progress")
 
     def __init__(self, registry: Registry, instance: Instance, tokens: int = 0) -> None:
         self.instance = instance
@@ -30,7 +30,7 @@ class Lease:
         self._breaker = breaker = instance.breaker
         if not breaker.quiet:
             breaker.begin(registry.now())
-        self.pulse = instance.pulse
+        self.progress = instance.progress
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
         """Give the place back; only the first call counts.
@@ -132,7 +132,7 @@ class KvClaim:
             shared.add(self._decode, KV_WAITING_BYTES, one * self._size)
 
 
-class Visit:
+class EngineUse:
     """A request on ``instance`` that concerns no pair, while the block runs."""
 
     def __init__(self, registry: Registry, instance: Instance) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import KvClaim, Lease
-from disagg_proxy.cluster.pairing import Alone, Pair
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.cluster.selection import Pair, SingleEngine
 
 
 class Placement:
@@ -22,7 +22,7 @@ class Placement:
 
     __slots__ = ("decode", "decode_lease", "kv", "prefill", "prefill_lease")
 
-    def __init__(self, registry: Registry, found: Pair | Alone, kv_bytes: int = 0) -> None:
+    def __init__(self, registry: Registry, found: Pair | SingleEngine, kv_bytes: int = 0) -> None:
         decode = found.decode
         self.prefill: Instance | None = None
         self.prefill_lease: Lease | None = None

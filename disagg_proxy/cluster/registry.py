@@ -1,7 +1,7 @@
 """The one place that knows all instances. Lives on the event loop's thread; time comes from the injected clock.
 
 Life of an instance: announced by a ping or named at start (PROBING), admitted when its HTTP side answered rightly
-(READY), back to PROBING when a probe or a connection fails, FROZEN while its engine stands still, which no probe can
+(READY), back to PROBING when a probe or a connection fails, FROZEN while its engine is stalled, which no probe can
 see, LOST when its pings stop, forgotten some time later.
 A ping that contradicts a live instance does not displace it: the instance is probed at once instead, and the
 newcomer gets in when that finds it gone.
@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.address import Address, parse_address
-from disagg_proxy.cluster.breaker import Breaker
-from disagg_proxy.cluster.exchange import Exchange
+from disagg_proxy.cluster.circuit_breaker import Breaker
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
+from disagg_proxy.cluster.kv_compatibility import KvCompatibility
 from disagg_proxy.cluster.kv_kind import BY_NIXL, P2P, KvKind, alike_but_for_model
-from disagg_proxy.cluster.pulse import Pulse
+from disagg_proxy.cluster.progress import ProgressTracker
 from disagg_proxy.config.model import StaticInstance
 from disagg_proxy.errors import EngineUnreachable
 
 if TYPE_CHECKING:
-    from disagg_proxy.cluster.shared import Shared
+    from disagg_proxy.cluster.shared_load import SharedLoad
 
 MAX_INSTANCES = 1024
 """Bound on memory: more endpoints than this on one machine are no engines."""
@@ -63,10 +63,10 @@ class Registry:
         self._by_role: dict[Role, tuple[Instance, ...]] = {}
         self.version = 0
         """Changes whenever another set of instances may serve."""
-        self.exchange = Exchange(MAX_INSTANCES)
+        self.kv_compatibility = KvCompatibility(MAX_INSTANCES)
         self._drained: set[str] = set()
         self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
-        self.shared: Shared | None = None
+        self.shared: SharedLoad | None = None
         self.others_send = False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
@@ -179,7 +179,7 @@ class Registry:
 
     def _take_in(self, instance: Instance) -> None:
         instance.draining = instance.key in self._drained
-        instance.pulse = Pulse(self._clock())
+        instance.progress = ProgressTracker(self._clock())
         self._instances[instance.key] = instance
         self._by_role.clear()
         self._move(instance, State.PROBING, instance.reason)
@@ -226,7 +226,7 @@ class Registry:
             self._move(instance, State.PROBING, reason)
 
     def freeze(self, instance: Instance, reason: str, *, first: bool = True) -> None:
-        """Its engine stands still: no requests until it moves again, or its process has ended.
+        """Its engine is stalled: no requests until it moves again, or its process has ended.
 
         Args:
             first: False when another process of this proxy has found and counted it.
@@ -252,13 +252,15 @@ class Registry:
         instance.epoch += 1
         instance.restarts += 1
         instance.breaker = Breaker()
-        orphaned, instance.pulse = instance.pulse, Pulse(self._clock())
+        orphaned, instance.progress = instance.progress, ProgressTracker(self._clock())
         instance.senders_frozen = 0
         instance.last_answer = None
         instance.restart_wanted = False
         if self.others_send and instance.role is Role.DECODE:
-            self.exchange.suppose_sent((i for i in self._instances.values() if i.role is Role.PREFILL), instance)
-        self.exchange.process_ended(instance)
+            self.kv_compatibility.suppose_sent(
+                (i for i in self._instances.values() if i.role is Role.PREFILL), instance
+            )
+        self.kv_compatibility.process_ended(instance)
         for watcher in self._on_ended:
             watcher(instance)
         self.thaw(instance, "its process has ended")
@@ -291,7 +293,7 @@ class Registry:
                     self._drop(instance)
             elif silent >= self._expiry:
                 self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
-                _end_prefills(instance, instance.pulse, instance.reason)
+                _end_prefills(instance, instance.progress, instance.reason)
 
     # -- who is out for maintenance
 
@@ -395,13 +397,13 @@ class Registry:
         return lacks
 
 
-def _end_prefills(instance: Instance, pulse: Pulse, reason: str) -> None:
+def _end_prefills(instance: Instance, progress: ProgressTracker, reason: str) -> None:
     """End the legs in flight on a prefill that will not answer them, where decode computes what it gets no KV for.
 
     Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never ended: its decode would hang.
     """
     if instance.role is Role.PREFILL and instance.kind.computes:
-        pulse.fail(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
+        progress.fail(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
 
 
 def _forgettable(instance: Instance) -> bool:

@@ -10,18 +10,18 @@ from collections.abc import Awaitable
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.base import Engines, Request
 from disagg_proxy.connectors.outlier import blame, end_lease
+from disagg_proxy.downstream.refusal import Refusal, refusal
+from disagg_proxy.downstream.reply import Reply
+from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.protocol.headers import answer_headers
-from disagg_proxy.protocol.p2p_nccl import RequestId
-from disagg_proxy.protocol.redact import IdHider
-from disagg_proxy.protocol.usage import UsageRepair
-from disagg_proxy.response.outcome import Outcome, refusal
-from disagg_proxy.response.reply import Reply
-from disagg_proxy.response.stream import ResponseStream
-from disagg_proxy.upstream import Answer, Enough, Resend, WholeAnswer
+from disagg_proxy.http1.headers import answer_headers
+from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
+from disagg_proxy.openai.usage import UsageRepair
+from disagg_proxy.request_id import RequestId
+from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 
 class Attempt:
@@ -40,7 +40,7 @@ class Attempt:
         self.id = request_id
         self.detached = False
         self._engines = engines
-        self._decoding: Vigil | None = None
+        self._decoding: PendingResponse | None = None
         lines = b"%sx-request-id: %s\r\n" % (request.headers, request_id.internal.encode())
         trace = request.record.trace
         self._prefill_headers = lines if trace is None else lines + trace.prefill_lines
@@ -53,7 +53,7 @@ class Attempt:
         return self.placement.decode
 
     @property
-    def decoding(self) -> Vigil:
+    def decoding(self) -> PendingResponse:
         """The wait for decode, once its leg is sent."""
         if self._decoding is None:
             raise RuntimeError("decode has not been sent a request")
@@ -62,8 +62,8 @@ class Attempt:
     # -- the legs
 
     def send_prefill(
-        self, lease: Lease, body: bytes, silence: float, pending: Vigil | None, fresh: bool = False
-    ) -> Awaitable[Answer]:
+        self, lease: Lease, body: bytes, silence: float, pending: PendingResponse | None, fresh: bool = False
+    ) -> Awaitable[Response]:
         """Send prefill's leg and wait for its whole answer. It is idempotent: a kept connection that closes is made up
         for by a fresh one.
 
@@ -72,7 +72,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", lease.instance, self.request.route.path, headers=self._prefill_headers, body=body,
-            silence=silence, leg="prefill", fresh=fresh, enough=Enough.WHOLE,
+            silence=silence, leg="prefill", fresh=fresh, enough=ReadUntil.WHOLE,
             resend=Resend.NEVER if fresh else Resend.REUSED, pending=pending,
         )  # fmt: skip
 
@@ -80,11 +80,11 @@ class Attempt:
         self,
         body: bytes,
         *,
-        enough: Enough,
+        enough: ReadUntil,
         resend: Resend,
         resend_body: bytes | None = None,
         fresh: bool = False,
-    ) -> Awaitable[Answer]:
+    ) -> Awaitable[Response]:
         """Send decode's leg; :attr:`decoding` must have begun.
 
         Raises:
@@ -96,10 +96,10 @@ class Attempt:
             resend_body=resend_body, pending=self._decoding,
         )  # fmt: skip
 
-    def watch_decode(self, vigil: Vigil) -> Vigil:
+    def watch_decode(self, pending: PendingResponse) -> PendingResponse:
         """``vigil`` is the wait for decode from now on."""
-        self._decoding = vigil
-        return vigil
+        self._decoding = pending
+        return pending
 
     def blame_decode(self, error: ProxyError) -> None:
         """Decode's leg ended with ``error``."""
@@ -116,7 +116,7 @@ class Attempt:
     # -- the answer
 
     async def deliver(
-        self, reply: Reply, answer: Answer, hider: IdHider, repair: UsageRepair, public: RequestId | None
+        self, reply: Reply, answer: Response, hider: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
     ) -> None:
         """Stream decode's 200 to the client, until its end or until the client leaves.
 
@@ -125,19 +125,19 @@ class Attempt:
         """
         try:
             # Until the first byte a failure can still have a status of its own.
-            await answer.until(Enough.BEGUN)
+            await answer.until(ReadUntil.BEGUN)
         except BaseException:
             answer.close()
             raise
-        vigil, record = self.decoding, self.request.record
-        vigil.heard()
-        stream = ResponseStream(answer, hider, repair, vigil, record)
+        pending, record = self.decoding, self.request.record
+        pending.heard()
+        stream = ResponseStream(answer, hider, repair, pending, record)
         record.begin_answer(True)
-        reply.send(Outcome(200, answer_headers(answer.headers, public), stream))
+        reply.send(Refusal(200, answer_headers(answer.headers, public), stream))
         await stream.finished
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 
-    def refuse(self, reply: Reply, answer: WholeAnswer, leg: str) -> None:
+    def refuse(self, reply: Reply, answer: CompleteResponse, leg: str) -> None:
         """Deliver the instance's own refusal.
 
         Raises:
@@ -150,7 +150,10 @@ class Attempt:
     # -- ends
 
     def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
-        """The decode leg is over; only the first call counts. Arguments: :meth:`Lease.end`, :meth:`Vigil.end`."""
+        """The decode leg is over; only the first call counts.
+
+        The arguments are those of :meth:`Lease.end` and :meth:`PendingResponse.end`.
+        """
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.placement.decode_lease.end(failed=failed)

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from disagg_proxy.admission.gate import Demand
-from disagg_proxy.admission.prompt_size import PromptSizes
+from disagg_proxy.admission.prompt_sizes import PromptSizes
+from disagg_proxy.admission.queue import Demand
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
+from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError
-from disagg_proxy.observe.record import Record
-from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.prepare import Prepared
-from disagg_proxy.response.reply import Reply
+from disagg_proxy.openai.fields import Route
+from disagg_proxy.openai.prepare import Prepared
 from disagg_proxy.runtime.background import Background
+from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.upstream import Upstream
 
 CLIENT_GIVEN_UP = "The request was given up."
@@ -37,7 +37,7 @@ class Request:
     route: Route
     headers: bytes
     prepared: Prepared
-    record: Record
+    record: RequestRecord
     tokens: int
     demand: Demand
     others: OtherInstances | None = None

@@ -1,6 +1,6 @@
 """This project's connector (docs/connector.md): both legs at once, and decode fetches the KV from prefill.
 
-The ``kv_transfer_params`` of both legs: :mod:`disagg_proxy.protocol.disagg_kv`.
+The ``kv_transfer_params`` of both legs: :mod:`disagg_proxy.connectors.disagg_kv_params`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.connectors.base import Engines, Failure, Request
+from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill, new_transfer_id
 from disagg_proxy.connectors.recomputing import RecomputingAttempt
+from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError
-from disagg_proxy.protocol.disagg_kv import for_decode, for_prefill, new_transfer_id
-from disagg_proxy.protocol.usage import tells_cache_use
-from disagg_proxy.response.reply import Reply
+from disagg_proxy.openai.usage import tells_cache_use
 from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
-from disagg_proxy.upstream import WholeAnswer
+from disagg_proxy.upstream import CompleteResponse
 
 Release = Callable[[Instance, str], Coroutine[Any, Any, None]]
 """Sends RELEASE: the transfer with that id is over on the instance. Never raises."""
@@ -106,12 +106,12 @@ class DisaggKvAttempt(RecomputingAttempt):
     def _prefill_over(self) -> None:
         self.prefilled = True
         self._leg_ended.set()
-        vigil = self._decoding
-        if vigil is not None and not vigil.begun:
-            vigil.since = self._engines.registry.now()
-            vigil.listen()
+        pending = self._decoding
+        if pending is not None and not pending.begun:
+            pending.since = self._engines.registry.now()
+            pending.listen()
 
-    async def prompt_counted(self, whole: WholeAnswer) -> None:
+    async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Prefill's own answer may arrive a moment after decode's."""
         if self._leg is not None and tells_cache_use(self.request.route, whole.body):
             timer = asyncio.get_running_loop().call_later(_USAGE_WAIT, self._leg_ended.set)

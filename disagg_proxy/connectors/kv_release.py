@@ -17,10 +17,10 @@ from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, ProxyError
-from disagg_proxy.protocol.p2p_nccl import RequestId
-from disagg_proxy.protocol.prefill_answer import prompt_tokens
-from disagg_proxy.stats import Drains
-from disagg_proxy.upstream import WholeAnswer
+from disagg_proxy.openai.prefill_answer import prompt_tokens
+from disagg_proxy.request_id import RequestId
+from disagg_proxy.telemetry.stats import KvReleases
+from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ _BUSY = (429, 503)
 """Statuses with which an API server turns a request away before its engine knows of it."""
 
 
-class Held(Protocol):
+class HeldKv(Protocol):
     """An attempt whose KV waits on decode."""
 
     id: RequestId
     placement: Placement
 
-    async def send_release(self) -> WholeAnswer:
+    async def send_release(self) -> CompleteResponse:
         """Have decode generate one token under the attempt's id.
 
         Raises:
@@ -63,12 +63,14 @@ class KvReleaser:
         ended: called with the instance when a release has ended, and why it failed; empty when the KV is freed.
     """
 
-    def __init__(self, counts: Drains, ended: Callable[[Instance, str], None] = lambda instance, failure: None) -> None:
+    def __init__(
+        self, counts: KvReleases, ended: Callable[[Instance, str], None] = lambda instance, failure: None
+    ) -> None:
         self._counts = counts
         self._ended = ended
         self._turns: dict[str, asyncio.Semaphore] = {}
 
-    async def release(self, held: Held) -> None:
+    async def release(self, held: HeldKv) -> None:
         """Free the KV that waits on decode for ``held``, then its places. Raises no ProxyError."""
         self._counts.started += 1
         instance = held.placement.decode
@@ -88,7 +90,7 @@ class KvReleaser:
                 instance.drains_failed += 1
                 log.warning("KV of %s is not released from %s: %s", held.id.public, instance, failure)
 
-    async def _retry(self, held: Held) -> str:
+    async def _retry(self, held: HeldKv) -> str:
         """Why it failed; empty when the KV is freed."""
         lease: Lease = held.placement.decode_lease
         failure = ""
@@ -113,7 +115,7 @@ class KvReleaser:
             return "it went away, and the KV with it"
         return failure or "it was not ready for too long"
 
-    async def _once(self, held: Held) -> int:
+    async def _once(self, held: HeldKv) -> int:
         """The tokens of the prompt that was freed.
 
         Raises:

@@ -1,6 +1,6 @@
 """vLLM's NixlConnector: prefill first, its answer says where its KV is, and decode reads it there.
 
-The ``kv_transfer_params`` of both legs: :mod:`disagg_proxy.protocol.nixl`.
+The ``kv_transfer_params`` of both legs: :mod:`disagg_proxy.connectors.nixl_params`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Awaitable
 
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.connectors.base import Engines, Failure, Request
+from disagg_proxy.connectors.nixl_params import fits, for_decode, for_prefill
 from disagg_proxy.connectors.recomputing import RecomputingAttempt
+from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError
-from disagg_proxy.protocol.nixl import fits, for_decode, for_prefill
-from disagg_proxy.response.reply import Reply
-from disagg_proxy.upstream import Answer, WholeAnswer
+from disagg_proxy.upstream import CompleteResponse, Response
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Nixl:
         # 3. Answer.
         await attempt.answer(reply, answer)
 
-    def _ask_decode(self, attempt: RecomputingAttempt, prefilled: WholeAnswer | None) -> Awaitable[Answer]:
+    def _ask_decode(self, attempt: RecomputingAttempt, prefilled: CompleteResponse | None) -> Awaitable[Response]:
         plain = body = attempt.request.prepared.decode_body
         if prefilled is not None:
             body = for_decode(plain, prefilled.body)

@@ -6,7 +6,7 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
-from disagg_proxy.protocol.fields import MESSAGES, Route
+from disagg_proxy.openai.fields import MESSAGES, Route
 
 
 def is_failure(route: Route, status: int) -> bool:

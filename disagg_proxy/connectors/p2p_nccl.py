@@ -27,14 +27,14 @@ from disagg_proxy.connectors.base import Engines, Failure, Request
 from disagg_proxy.connectors.kv_release import KvReleaser
 from disagg_proxy.connectors.outlier import is_failure
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
+from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refusal, refusal, whole
+from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
-from disagg_proxy.protocol.headers import answer_headers, is_stream
-from disagg_proxy.protocol.redact import IdHider, hide
-from disagg_proxy.protocol.usage import CacheUse, UsageRepair, output_tokens, repair_usage
-from disagg_proxy.response.outcome import Outcome, over_context, prefill_refusal, refusal, whole
-from disagg_proxy.response.reply import Reply
+from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
+from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
-from disagg_proxy.upstream import Answer, WholeAnswer
+from disagg_proxy.upstream import CompleteResponse, Response
 
 ABORT_GRACE = 5.0
 """Seconds that decode gets to take in a request whose client left before the first byte. An abort while the API server
@@ -141,7 +141,7 @@ class P2pNccl:
 
     # -- prefill
 
-    def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: WholeAnswer) -> Outcome | None:
+    def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> Refusal | None:
         """The client's answer where prefill's already is it, so that decode has only to release the KV."""
         request, record = attempt.request, attempt.request.record
         if request.prepared.prefill_answers:
@@ -164,7 +164,7 @@ class P2pNccl:
             self._release(attempt)
         return Failure(error, attempt.decode)
 
-    async def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, answer: Answer) -> None:
+    async def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, answer: Response) -> None:
         refused = await answer.whole()
         if refused.status < 500:
             attempt.decoding.end(received=False)
@@ -174,11 +174,13 @@ class P2pNccl:
             attempt.end_refused(refused.status)
         attempt.refuse(reply, refused, "decode")
 
-    async def _answer(self, attempt: P2pAttempt, reply: Reply, answer: Answer, use: CacheUse) -> None:
+    async def _answer(self, attempt: P2pAttempt, reply: Reply, answer: Response, use: CachedTokens) -> None:
         request, record = attempt.request, attempt.request.record
         if is_stream(answer.headers):
             request.prepared.forget_bodies()
-            await attempt.deliver(reply, answer, IdHider(attempt.id), UsageRepair(request.route, use), attempt.id)
+            await attempt.deliver(
+                reply, answer, RequestIdRewriter(attempt.id), UsageRepair(request.route, use), attempt.id
+            )
             return
         # The repair may change the length, which goes out before the body.
         body = await answer.whole() if request.prepared.streams else answer.read()
@@ -188,7 +190,7 @@ class P2pNccl:
         record.complete()
         attempt.end_decode(failed=False)
         headers = answer_headers(answer.headers, attempt.id)
-        reply.send(Outcome(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
+        reply.send(Refusal(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
 
     def _release(self, attempt: P2pAttempt) -> None:
         """Release the attempt's KV on decode in the background, and its places afterwards."""

@@ -14,6 +14,7 @@ from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.connectors.attempt import Attempt
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.connectors.outlier import blame, end_lease
+from disagg_proxy.downstream.refusal import prefill_refusal
 from disagg_proxy.errors import (
     EngineDeadline,
     EngineError,
@@ -22,14 +23,13 @@ from disagg_proxy.errors import (
     ProxyError,
     Unavailable,
 )
-from disagg_proxy.protocol.p2p_nccl import new_request_id
-from disagg_proxy.protocol.prefill_answer import prompt_tokens
-from disagg_proxy.protocol.prepare import Prepared
-from disagg_proxy.protocol.usage import CacheUse, cache_use
-from disagg_proxy.response.outcome import prefill_refusal
+from disagg_proxy.openai.prefill_answer import prompt_tokens
+from disagg_proxy.openai.prepare import Prepared
+from disagg_proxy.openai.usage import CachedTokens, cache_use
+from disagg_proxy.request_id import new_request_id
 from disagg_proxy.runtime.inline_coroutine import Event
-from disagg_proxy.upstream import Answer, Enough, Resend, WholeAnswer
-from disagg_proxy.within import within
+from disagg_proxy.runtime.within import within
+from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 _ABANDON_FACTOR = 2
 """Prefill timeouts after which the leg of a prefill that no client waits for ends: its instance does not answer."""
@@ -58,7 +58,7 @@ class P2pAttempt(Attempt):
         self.prefill_lease: Lease = lease
         self.prepared: Prepared = request.prepared
 
-    async def prefill(self, leg: PrefillLeg | None = None) -> WholeAnswer:
+    async def prefill(self, leg: PrefillLeg | None = None) -> CompleteResponse:
         """Send the one-token body to prefill and read its whole answer.
 
         Args:
@@ -68,16 +68,16 @@ class P2pAttempt(Attempt):
             EngineError, EngineDeadline: there is no answer.
         """
         lease, registry = self.prefill_lease, self._engines.registry
-        registry.exchange.sends_towards(lease.instance, self.decode)
-        vigil = lease.pulse.begin(
+        registry.kv_compatibility.sends_towards(lease.instance, self.decode)
+        pending = lease.progress.begin(
             registry.now, tokens=self.request.tokens, receiver=self.placement.decode_lease,
             move=None if leg is None else leg.move,
         )  # fmt: skip
-        vigil.answer = leg
+        pending.answer = leg
         try:
             answer = (await self._send_prefill(lease, fresh=False)).read()
             if answer.status == 200:
-                vigil.heard()
+                pending.heard()
         except ProxyError as error:
             blame(registry, lease.instance, error)
             lease.end(failed=True)
@@ -86,11 +86,11 @@ class P2pAttempt(Attempt):
             lease.end()
             raise
         finally:
-            vigil.end()
+            pending.end()
         end_lease(registry, lease, self.request.route, answer.status)
         return answer
 
-    def _send_prefill(self, lease: Lease, fresh: bool) -> Awaitable[Answer]:
+    def _send_prefill(self, lease: Lease, fresh: bool) -> Awaitable[Response]:
         silence = self._engines.config.prefill_timeout * _ABANDON_FACTOR
         return self.send_prefill(lease, self.prepared.prefill_body, silence, None, fresh)
 
@@ -99,7 +99,7 @@ class P2pAttempt(Attempt):
         the bodies that all its attempts share when its answer streams."""
         self.prepared = self.prepared.for_release()
 
-    def count_prompt(self, prefilled: WholeAnswer) -> CacheUse:
+    def count_prompt(self, prefilled: CompleteResponse) -> CachedTokens:
         """Note the prompt's length and size by prefill's 200; returns what it found in its cache."""
         request, record = self.request, self.request.record
         tokens = self.take_count(prompt_tokens(prefilled.body))
@@ -116,15 +116,15 @@ class P2pAttempt(Attempt):
         """
         decode, registry, config = self.decode, self._engines.registry, self._engines.config
         model = self.request.prepared.model or decode.default_model
-        able = [p for p in registry.serving(Role.PREFILL, model) if registry.exchange.possible(p, decode)]
+        able = [p for p in registry.serving(Role.PREFILL, model) if registry.kv_compatibility.possible(p, decode)]
         if not able:
             return False
         first = self.prefill_lease.instance
         prefill: Instance = first if first in able else min(able, key=lambda one: one.draining)
-        registry.exchange.sends_towards(prefill, decode)
+        registry.kv_compatibility.sends_towards(prefill, decode)
         lease = Lease(registry, prefill)
         # This prefill may stall too.
-        deadline = prefill.pulse.deadline(config.freeze_after_min, config.freeze_after_max)
+        deadline = prefill.progress.deadline(config.freeze_after_min, config.freeze_after_max)
         try:
             async with within(deadline):
                 answer = await self._send_prefill(lease, fresh=True)
@@ -134,7 +134,7 @@ class P2pAttempt(Attempt):
             lease.end()
         return answer.status == 200
 
-    async def ask_decode(self) -> Answer:
+    async def ask_decode(self) -> Response:
         """Send the client's own body to decode. Returns when the answer begins, or is whole if it is not streamed.
 
         Raises:
@@ -145,7 +145,7 @@ class P2pAttempt(Attempt):
             raise NotSent(decode_went_away())
         streams = self.request.prepared.streams
         self._watch(telling=streams)
-        enough = Enough.BEGUN if streams else Enough.WHOLE
+        enough = ReadUntil.BEGUN if streams else ReadUntil.WHOLE
         try:
             return await self.send_decode(self.request.prepared.decode_body, enough=enough, resend=Resend.UNSENT)
         except ProxyError as error:
@@ -155,7 +155,7 @@ class P2pAttempt(Attempt):
                 raise NotSent(error) from error
             raise
 
-    async def send_release(self) -> WholeAnswer:
+    async def send_release(self) -> CompleteResponse:
         """Have decode generate one token under the same id, which frees the KV.
 
         Raises:
@@ -165,7 +165,7 @@ class P2pAttempt(Attempt):
         self._watch(telling=True)
         try:
             body = self.prepared.drain_body
-            answer = (await self.send_decode(body, enough=Enough.WHOLE, resend=Resend.NEVER, fresh=True)).read()
+            answer = (await self.send_decode(body, enough=ReadUntil.WHOLE, resend=Resend.NEVER, fresh=True)).read()
             if answer.status == 200:
                 self.decoding.heard()
             return answer
@@ -179,7 +179,9 @@ class P2pAttempt(Attempt):
     def _watch(self, telling: bool) -> None:
         prepared, lease = self.prepared, self.placement.decode_lease
         size = len(prepared.prefill_body) + len(prepared.decode_body)
-        self.watch_decode(lease.pulse.begin(self._engines.registry.now, telling=telling, replay=self.replay, size=size))
+        self.watch_decode(
+            lease.progress.begin(self._engines.registry.now, telling=telling, replay=self.replay, size=size)
+        )
 
 
 class PrefillLeg:
@@ -205,7 +207,7 @@ class PrefillLeg:
         self.decode_lost = False
         self.expired = False
         self.settled = Event()
-        self.answer: WholeAnswer | None = None
+        self.answer: CompleteResponse | None = None
         self.error: ProxyError | None = None
         self.overdue: EngineError | EngineDeadline | None = None
 
@@ -267,7 +269,7 @@ class PrefillLeg:
             attempt.release()
 
 
-def _did_its_work(attempt: P2pAttempt, answer: WholeAnswer) -> bool:
+def _did_its_work(attempt: P2pAttempt, answer: CompleteResponse) -> bool:
     """Whether prefill computed the prompt, so that decode has its KV."""
     try:
         return prefill_refusal(attempt.request.route, answer, attempt.request.prepared.choices) is None

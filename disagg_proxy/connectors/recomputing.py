@@ -16,19 +16,19 @@ import logging
 import secrets
 
 from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.attempt import Attempt
 from disagg_proxy.connectors.base import Engines, Failure, Request
 from disagg_proxy.connectors.outlier import blame, end_lease, is_failure
+from disagg_proxy.downstream.refusal import Refusal, prefill_refusal
+from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
-from disagg_proxy.protocol.headers import answer_headers, is_stream
-from disagg_proxy.protocol.p2p_nccl import RequestId
-from disagg_proxy.protocol.prefill_answer import error_message, prompt_tokens
-from disagg_proxy.protocol.redact import NoHiding
-from disagg_proxy.protocol.usage import UsageRepair, cache_use, output_tokens, repair_usage
-from disagg_proxy.response.outcome import Outcome, prefill_refusal
-from disagg_proxy.response.reply import Reply
-from disagg_proxy.upstream import Answer, Enough, Resend, WholeAnswer
+from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
+from disagg_proxy.openai.request_id_rewriter import NoRewriting
+from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
+from disagg_proxy.request_id import RequestId
+from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +49,21 @@ class RecomputingAttempt(Attempt):
         name = request.record.client_id or secrets.token_hex(16)
         super().__init__(engines, request, placement, RequestId(name, name))
         self.repair = UsageRepair(request.route, None)
-        self._refusal: WholeAnswer | None = None
+        self._refusal: CompleteResponse | None = None
         self._accepted = False
 
-    async def prefill(self, body: bytes) -> WholeAnswer | None:
+    async def prefill(self, body: bytes) -> CompleteResponse | None:
         """Send prefill's leg. Returns its answer when it did its work, else None. Raises no ProxyError."""
         lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
         if lease is None:
             return None
         record.ask_prefill()
-        vigil = lease.pulse.begin(registry.now, tokens=self.request.tokens)
-        answer: WholeAnswer | None = None
+        pending = lease.progress.begin(registry.now, tokens=self.request.tokens)
+        answer: CompleteResponse | None = None
         try:
-            received = (await self.send_prefill(lease, body, self._engines.config.prefill_timeout, vigil)).read()
+            received = (await self.send_prefill(lease, body, self._engines.config.prefill_timeout, pending)).read()
             if received.status == 200:
-                vigil.heard()
+                pending.heard()
                 if is_stream(received.headers):
                     # A refusal from within the engine is an event of a stream that began with 200.
                     choices = self.request.prepared.choices
@@ -73,7 +73,7 @@ class RecomputingAttempt(Attempt):
             blame(registry, lease.instance, error)
             lease.end(failed=True)
         finally:
-            vigil.end()
+            pending.end()
             if answer is None:
                 lease.end()
         if answer is None:
@@ -90,19 +90,19 @@ class RecomputingAttempt(Attempt):
         record.cached_tokens = use.cached
         return answer
 
-    def watch(self, waiting: bool = True) -> Vigil:
+    def watch(self, waiting: bool = True) -> PendingResponse:
         """Begin the wait for decode.
 
         Args:
-            waiting: whether decode has all it needs to answer; else :meth:`Vigil.listen` says when.
+            waiting: whether decode has all it needs to answer; else :meth:`PendingResponse.listen` says when.
         """
-        vigil = self.placement.decode_lease.pulse.begin(
+        pending = self.placement.decode_lease.progress.begin(
             self._engines.registry.now, tokens=self.request.tokens, telling=self.request.prepared.streams
         )
-        vigil.waiting = waiting
-        return self.watch_decode(vigil)
+        pending.waiting = waiting
+        return self.watch_decode(pending)
 
-    async def ask_decode(self, body: bytes, again: bytes | None = None) -> Answer:
+    async def ask_decode(self, body: bytes, again: bytes | None = None) -> Response:
         """Send decode's leg; :meth:`watch` must have begun. Returns when the answer begins, or is whole if unstreamed.
 
         Args:
@@ -113,7 +113,7 @@ class RecomputingAttempt(Attempt):
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
         """
         self.request.record.ask_decode()
-        enough = Enough.BEGUN if self.request.prepared.streams else Enough.WHOLE
+        enough = ReadUntil.BEGUN if self.request.prepared.streams else ReadUntil.WHOLE
         try:
             answer = await self.send_decode(body, enough=enough, resend=Resend.REUSED, resend_body=again)
         except ProxyError as error:
@@ -124,7 +124,7 @@ class RecomputingAttempt(Attempt):
             self._compare()
         return answer
 
-    async def answer(self, reply: Reply, answer: Answer) -> None:
+    async def answer(self, reply: Reply, answer: Response) -> None:
         """Deliver decode's answer: its 200, or its refusal.
 
         Raises:
@@ -135,10 +135,10 @@ class RecomputingAttempt(Attempt):
             return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
-            await answer.until(Enough.BEGUN)
+            await answer.until(ReadUntil.BEGUN)
             self.placement.loaded()
             request.prepared.forget_bodies()
-            await self.deliver(reply, answer, NoHiding(), self.repair, None)
+            await self.deliver(reply, answer, NoRewriting(), self.repair, None)
             return
         whole = await answer.whole()
         self.decoding.heard()
@@ -151,17 +151,17 @@ class RecomputingAttempt(Attempt):
         record.complete()
         self.end_decode(failed=False)
         reply.send(
-            Outcome(200, answer_headers(answer.headers, None), repair_usage(request.route, whole.body, self.repair.use))
+            Refusal(200, answer_headers(answer.headers, None), repair_usage(request.route, whole.body, self.repair.use))
         )
 
-    async def prompt_counted(self, whole: WholeAnswer) -> None:
+    async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Wait until :attr:`repair` knows the cached tokens, if they are to be corrected in ``whole``."""
 
     def _compare(self) -> None:
         """Count a request that prefill refused and decode accepted, once both are known, and log the first one.
 
         Either the engines differ, or prefill's body breaks a rule of vLLM's that decode's does not: one token, no
-        stream (:func:`disagg_proxy.protocol.fields.for_prefill`).
+        stream (:func:`disagg_proxy.openai.fields.for_prefill`).
         """
         prefill, refusal = self.placement.prefill, self._refusal
         if prefill is None or refusal is None or not self._accepted:
@@ -176,7 +176,7 @@ class RecomputingAttempt(Attempt):
             )  # fmt: skip
         prefill.prefills_refused += 1
 
-    async def _refused(self, reply: Reply, answer: Answer) -> None:
+    async def _refused(self, reply: Reply, answer: Response) -> None:
         refused = await answer.whole()
         # The KV stays claimed: prefill still holds it, and is sent a RELEASE in the end.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)

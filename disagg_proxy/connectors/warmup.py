@@ -10,7 +10,7 @@ from disagg_proxy.runtime.background import Background
 from disagg_proxy.upstream.kv_control import KvControl
 
 
-class Introductions:
+class ConnectionWarmer:
     """Follows a registry from its creation on."""
 
     def __init__(self, registry: Registry, background: Background, control: KvControl) -> None:
@@ -25,6 +25,6 @@ class Introductions:
         others = self._registry.ready(Role.DECODE if instance.role is Role.PREFILL else Role.PREFILL)
         for other in others:
             prefill, decode = (instance, other) if instance.role is Role.PREFILL else (other, instance)
-            if prefill.kv and decode.kv and self._registry.exchange.possible(prefill, decode):
+            if prefill.kv and decode.kv and self._registry.kv_compatibility.possible(prefill, decode):
                 meeting = self._control.meet(decode, prefill)
                 self._background.spawn(meeting, f"introduce {decode} to {prefill}")

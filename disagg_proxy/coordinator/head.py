@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from disagg_proxy.config import Config
-from disagg_proxy.protocol.fields import Route
-from disagg_proxy.protocol.headers import Headers, client_request_id, request_lines, value_of
-from disagg_proxy.protocol.prefix import Wanted
+from disagg_proxy.http1.headers import Headers, client_request_id, request_lines, value_of
+from disagg_proxy.openai.fields import Route
+from disagg_proxy.openai.prefix_hash import AffinityNeeds
 
 
-class Head(NamedTuple):
+class RequestHead(NamedTuple):
     """The head of one generation request.
 
     Attributes:
@@ -27,7 +27,9 @@ class Head(NamedTuple):
     session: bytes
 
 
-def read_head(config: Config, wanted: Wanted, route: Route, headers: Headers) -> Head:
+def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Headers) -> RequestHead:
     """Read a head; ``wanted`` says whether the choice of instances needs the session."""
     session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
-    return Head(route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session)
+    return RequestHead(
+        route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session
+    )

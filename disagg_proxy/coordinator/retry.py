@@ -11,14 +11,14 @@ import asyncio
 import logging
 from collections.abc import Collection
 
-from disagg_proxy.admission.gate import Demand, Gate
+from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.pairing import Pairing
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.connectors.base import Failure
+from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.response.reply import Reply
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,19 @@ class Retry:
         attempts: how many are made at most, the first one included.
     """
 
-    __slots__ = ("_computes", "_demand", "_failed", "_gate", "_left", "_pairing", "_pause", "_registry")
+    __slots__ = ("_admission_queue", "_computes", "_demand", "_failed", "_left", "_pause", "_registry", "_selection")
 
     def __init__(
-        self, gate: Gate, pairing: Pairing, registry: Registry, demand: Demand, computes: bool, attempts: int
+        self,
+        admission_queue: AdmissionQueue,
+        selection: Selection,
+        registry: Registry,
+        demand: Demand,
+        computes: bool,
+        attempts: int,
     ) -> None:
-        self._gate = gate
-        self._pairing = pairing
+        self._admission_queue = admission_queue
+        self._selection = selection
         self._registry = registry
         self._demand = demand
         self._computes = computes
@@ -67,7 +73,7 @@ class Retry:
         log.info("%s failed a request; another attempt", failure.instance)
         self._demand.without = excluded
         try:
-            placement = await self._gate.acquire(self._demand)
+            placement = await self._admission_queue.acquire(self._demand)
         except ProxyError:
             return None
         if not _waits(reply):
@@ -89,7 +95,7 @@ class Retry:
 
     def _can_serve(self, excluded: Collection[Instance]) -> bool:
         try:
-            self._pairing.check(self._demand.model, self._demand.wish, excluded)
+            self._selection.check(self._demand.model, self._demand.preference, excluded)
         except ProxyError:
             return False
         return True

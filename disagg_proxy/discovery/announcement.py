@@ -15,7 +15,7 @@ import msgpack
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, P2P_NCCL, KvKind
-from disagg_proxy.protocol.disagg_kv import FIELDS, OPTIONAL
+from disagg_proxy.connectors.disagg_kv_params import FIELDS, OPTIONAL
 
 MAX_BYTES = 4096
 """A real ping has about 100 bytes."""

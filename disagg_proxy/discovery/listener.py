@@ -20,7 +20,7 @@ import zmq
 
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement, BadAnnouncement, decode
-from disagg_proxy.stats import Traffic
+from disagg_proxy.telemetry.stats import RegistrationCounts
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Listener:
     """
 
     def __init__(self, host: str, port: int, allow: AllowList, deliver: Callable[[list[Announcement]], None]) -> None:
-        self.traffic = Traffic()
+        self.traffic = RegistrationCounts()
         self._allow = allow
         self._deliver = deliver
         self._blamed: set[tuple[str, str]] = set()

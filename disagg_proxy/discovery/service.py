@@ -13,12 +13,12 @@ from disagg_proxy.config import Config
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
-from disagg_proxy.discovery.lifeline import Lifelines
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
-from disagg_proxy.discovery.prober import Prober
-from disagg_proxy.protocol.headers import encode_headers
-from disagg_proxy.stats import Traffic
+from disagg_proxy.health.liveness import LivenessConnections
+from disagg_proxy.health.prober import Prober
+from disagg_proxy.http1.headers import encode_headers
+from disagg_proxy.telemetry.stats import RegistrationCounts
 from disagg_proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,11 @@ _MAX_REFUSED = 2048
 """Bound on refused endpoints that are counted."""
 
 
-class Pings(Protocol):
+class PingSource(Protocol):
     """Where announcements come from, and what is known of those that came."""
 
     @property
-    def traffic(self) -> Traffic: ...
+    def traffic(self) -> RegistrationCounts: ...
 
     @property
     def port(self) -> int: ...
@@ -55,7 +55,9 @@ class Discovery:
         BindError: the port cannot be opened.
     """
 
-    def __init__(self, config: Config, registry: Registry, pings: Pings | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, config: Config, registry: Registry, pings: PingSource | None = None, quiet: bool = False
+    ) -> None:
         self._config = config
         self._registry = registry
         self._quiet = quiet
@@ -69,7 +71,7 @@ class Discovery:
         self.headers = encode_headers({"authorization": f"Bearer {key}"} if key else {})
         self._forwarder = Forwarder(config.forward_registrations if pings is None else ())
         self._prober: Prober | None = None
-        self._lifelines: Lifelines | None = None
+        self._lifelines: LivenessConnections | None = None
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self, upstream: Upstream) -> None:
@@ -80,7 +82,7 @@ class Discovery:
         self._registry.watch(changed=self._log_change)
         self._prober = Prober(self._registry, upstream, self._config.probe_interval, self.headers)
         self._prober.start()
-        self._lifelines = Lifelines(self._registry, self._config.connect_timeout, self._prober.look)
+        self._lifelines = LivenessConnections(self._registry, self._config.connect_timeout, self._prober.look)
         self._lifelines.start()
         for role, named in ((Role.PREFILL, self._config.prefill), (Role.DECODE, self._config.decode)):
             for static in named:

@@ -4,7 +4,7 @@ One view a second is made for all viewers together, and none while nobody looks.
 (``event: view``), then what has changed (``event: update``): :func:`changes` says how, and whoever reads the feed puts
 it together again with :func:`joined` or its like in ``web/model.js``. Nothing is queued for a viewer: one that comes
 late gets the newest view whole, and one that reads nothing is left waiting in its own connection. At the end each gets
-``event: end``, and who is not reading then is dropped (``last_call`` in http/wire.py).
+``event: end``, and who is not reading then is dropped (``last_call`` in server/client_connection.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from disagg_proxy.errors import Unavailable
-from disagg_proxy.within import within
+from disagg_proxy.runtime.within import within
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Feed:
     def __init__(
         self, view: Callable[[], Awaitable[View]], ended: asyncio.Event, every: float = 1.0, most: int | None = None
     ) -> None:
-        self.moment: Moment | None = None
+        self.moment: FeedState | None = None
         self.over = False
         self.viewers: set[Viewer] = set()
         self._view = view
@@ -105,7 +105,7 @@ class Feed:
     async def _run(self) -> None:
         while not self._ended.is_set():
             try:
-                self.moment = Moment(await self._view(), self.moment)
+                self.moment = FeedState(await self._view(), self.moment)
                 self._tell()
             except Exception:
                 log.exception("The live page cannot be brought up to date")
@@ -122,7 +122,7 @@ class Feed:
         self._news = asyncio.Event()
 
 
-class Moment:
+class FeedState:
     """One view, and how it is sent.
 
     Attributes:
@@ -130,7 +130,7 @@ class Moment:
         update: for who has the one before.
     """
 
-    def __init__(self, view: View, before: Moment | None) -> None:
+    def __init__(self, view: View, before: FeedState | None) -> None:
         self.number: int = 0 if before is None else before.number + 1
         self.view = view
         self.update = b"" if before is None else _message("update", changes(before.view, view))

@@ -4,7 +4,7 @@ Of its own, since a client library's share of a small request's cost is larger t
 (docs/performance.md).
 """
 
-from disagg_proxy.upstream.answer import Answer, Enough, Sink, WholeAnswer
 from disagg_proxy.upstream.client import Resend, Upstream
+from disagg_proxy.upstream.response import CompleteResponse, ReadUntil, Response, Sink
 
-__all__ = ["Answer", "Enough", "Resend", "Sink", "Upstream", "WholeAnswer"]
+__all__ = ["CompleteResponse", "ReadUntil", "Resend", "Response", "Sink", "Upstream"]

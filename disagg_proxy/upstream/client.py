@@ -16,13 +16,13 @@ from typing import Any, cast
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.pulse import Vigil
+from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.errors import EngineDisconnected, EngineUnreachable
-from disagg_proxy.outbox import Outbox
-from disagg_proxy.protocol.headers import AnswerHeaders
-from disagg_proxy.protocol.heads import Heads
-from disagg_proxy.upstream.answer import Answer, Enough
+from disagg_proxy.http1.head_cache import HeadCache
+from disagg_proxy.http1.headers import ResponseHeaders
+from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.upstream.connection import Connection
+from disagg_proxy.upstream.response import ReadUntil, Response
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ class Upstream:
         outbox: through which requests leave.
     """
 
-    def __init__(self, connect_timeout: float, outbox: Outbox) -> None:
+    def __init__(self, connect_timeout: float, write_batch: WriteBatch) -> None:
         self._connect_timeout = connect_timeout
-        self.outbox = outbox
+        self.write_batch = write_batch
         self._loop = asyncio.get_running_loop()
-        self.heads: Heads[tuple[int, AnswerHeaders]] = Heads(ids=False)
+        self.heads: HeadCache[tuple[int, ResponseHeaders]] = HeadCache(ids=False)
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -87,11 +87,11 @@ class Upstream:
         silence: float,
         leg: str,
         fresh: bool = False,
-        enough: Enough = Enough.HEAD,
+        enough: ReadUntil = ReadUntil.HEAD,
         resend: Resend = Resend.NEVER,
         resend_body: bytes | None = None,
-        pending: Vigil | None = None,
-    ) -> Answer:
+        pending: PendingResponse | None = None,
+    ) -> Response:
         """Send one request and wait for as much of the answer as is ``enough``. Cancelled, it closes the connection.
 
         Args:
@@ -192,8 +192,8 @@ class Upstream:
 
 
 def _exchange(
-    connection: Connection, head: bytes, body: bytes, silence: float, leg: str, pending: Vigil | None
-) -> Answer:
+    connection: Connection, head: bytes, body: bytes, silence: float, leg: str, pending: PendingResponse | None
+) -> Response:
     """Send a request, unless its instance was given up while the connection was made."""
     if pending is None:
         return connection.send(head, body, silence, leg)

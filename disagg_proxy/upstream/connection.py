@@ -1,7 +1,7 @@
 """One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
 
 llhttp (httptools) reads the answer and takes off its framing, but for small answers whose head it has read before
-(``protocol/heads``) and for the chunks of a stream that come whole (``protocol/chunks``). A connection that says
+(``http1/head_cache``) and for the chunks of a stream that come whole (``http1/chunked``). A connection that says
 anything unasked, or anything that is not HTTP, is closed.
 """
 
@@ -14,11 +14,11 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
-from disagg_proxy.outbox import Gathering, Outbox
-from disagg_proxy.protocol.chunks import are_whole
-from disagg_proxy.protocol.headers import AnswerHeaders, Headers
-from disagg_proxy.protocol.heads import Heads
-from disagg_proxy.upstream.answer import Answer, closed_early
+from disagg_proxy.http1.chunked import are_whole
+from disagg_proxy.http1.head_cache import HeadCache
+from disagg_proxy.http1.headers import Headers, ResponseHeaders
+from disagg_proxy.runtime.write_coalescing import WriteBatch, WriteCoalescer
+from disagg_proxy.upstream.response import Response, closed_early
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Pool(Protocol):
         outbox: through which requests leave.
     """
 
-    heads: Heads[tuple[int, AnswerHeaders]]
-    outbox: Outbox
+    heads: HeadCache[tuple[int, ResponseHeaders]]
+    write_batch: WriteBatch
 
     def came(self, connection: Connection) -> None:
         """It is open."""
@@ -98,8 +98,8 @@ class Connection:
         self._heads = pool.heads
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
-        self._transport: Gathering | None = None
-        self._answer: Answer | None = None
+        self._transport: WriteCoalescer | None = None
+        self._answer: Response | None = None
         self._headers: Headers = []
         self._pieces: list[bytes] = []
         self._whole = 0  # of the pieces, those of a body that is over
@@ -122,14 +122,14 @@ class Connection:
         """Whether a request can be sent on it."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, head: bytes, body: bytes, silence: float, leg: str) -> Answer:
+    def send(self, head: bytes, body: bytes, silence: float, leg: str) -> Response:
         """Begin an exchange.
 
         Args:
             silence: seconds that may pass without a byte of the answer while it is read.
         """
         assert self._transport is not None and self._answer is None
-        answer = self._answer = Answer(self, leg, self._used)
+        answer = self._answer = Response(self, leg, self._used)
         self._used = True
         self._head = 0
         self._over = self._framed = self._between = False
@@ -148,7 +148,7 @@ class Connection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's are no subclasses of asyncio's.
-        self._transport = Gathering(cast(asyncio.Transport, transport), self._pool.outbox)
+        self._transport = WriteCoalescer(cast(asyncio.Transport, transport), self._pool.write_batch)
         self._pool.came(self)
 
     def pause_writing(self) -> None:
@@ -247,7 +247,7 @@ class Connection:
             self.keep = False
         if status in (204, 304):
             self._framed = True
-        self._answer.begun(status, AnswerHeaders(headers))
+        self._answer.begun(status, ResponseHeaders(headers))
 
     def on_chunk_complete(self) -> None:
         self._between = True
@@ -260,7 +260,7 @@ class Connection:
 
     # -- ends
 
-    def _end(self, answer: Answer, last: bytes) -> None:
+    def _end(self, answer: Response, last: bytes) -> None:
         """The answer is whole: the connection is free before its reader goes on, who may need one."""
         self._answer = None
         # vLLM closes the connection after some 400s without saying so.

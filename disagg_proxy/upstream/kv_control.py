@@ -16,7 +16,7 @@ from disagg_kv.control import Control
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.handshake import Refused
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.within import within
+from disagg_proxy.runtime.within import within
 
 log = logging.getLogger(__name__)
 

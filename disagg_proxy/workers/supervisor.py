@@ -21,16 +21,16 @@ from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
-from disagg_proxy.observe.aggregate import Ground, bury, unpack
-from disagg_proxy.server import listen
-from disagg_proxy.stopping import first_of
-from disagg_proxy.workers.book import Book, name_of
+from disagg_proxy.runtime.shutdown import first_of
+from disagg_proxy.server.http_server import listen
+from disagg_proxy.telemetry.aggregate import RetiredTotals, bury, unpack
 from disagg_proxy.workers.channel import Message
-from disagg_proxy.workers.ledger import Slots
-from disagg_proxy.workers.memory import Memory
-from disagg_proxy.workers.poke import Pokes, new_pokes
-from disagg_proxy.workers.process import Place
-from disagg_proxy.workers.table import Head, now
+from disagg_proxy.workers.replay_log import ReplayLog, name_of
+from disagg_proxy.workers.shared_load import RowIndex
+from disagg_proxy.workers.shared_memory import SharedMemory
+from disagg_proxy.workers.shared_table import SharedTableHeader, now
+from disagg_proxy.workers.wakeup import Wakeups, new_pokes
+from disagg_proxy.workers.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +60,14 @@ class Supervisor:
             self._listening.close()
             raise
         self._forwarder = Forwarder(config.forward_registrations)
-        self._memory = Memory.create(config.workers)
+        self._memory = SharedMemory.create(config.workers)
         self._row = self._memory.table.supervisor
         self._files = new_pokes(config.workers + 1)
-        self._pokes = Pokes(self._files, config.workers)
-        self._book = Book(config, Slots(self._memory.table))
-        self._places = [Place(number, argv) for number in range(config.workers)]
-        self._ground = Ground(time.monotonic(), 0, {}, [], [0] * config.workers, [])
-        self._stopping = asyncio.Event()
+        self._pokes = Wakeups(self._files, config.workers)
+        self._book = ReplayLog(config, RowIndex(self._memory.table))
+        self._places = [WorkerProcess(number, argv) for number in range(config.workers)]
+        self._ground = RetiredTotals(time.monotonic(), 0, {}, [], [0] * config.workers, [])
+        self._shutdown = asyncio.Event()
         self._hurry = asyncio.Event()
         self._told = self._failed = False
 
@@ -76,7 +76,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
-        self._row.head[Head.PID] = os.getpid()
+        self._row.head[SharedTableHeader.PID] = os.getpid()
         self._mailbox.open()
         self._forwarder.open()
         self._pokes.open(self._on_poke)
@@ -103,9 +103,9 @@ class Supervisor:
 
     # -- workers
 
-    async def _keep(self, place: Place) -> None:
+    async def _keep(self, place: WorkerProcess) -> None:
         """One place: a process in it as long as the proxy runs."""
-        while not self._stopping.is_set():
+        while not self._shutdown.is_set():
             try:
                 await place.start(self._memory, self._files, self._listening, partial(self._heard, place))
             except OSError as error:
@@ -116,7 +116,7 @@ class Supervisor:
                 self._publish()
                 code = await place.ended()
                 self._bury(place)
-                if self._stopping.is_set():
+                if self._shutdown.is_set():
                     return
                 log.error("Worker %d has ended (%s) and is replaced", place.worker, _how(code))
             if not any(p.served for p in self._places) and place.incarnation >= _VAIN_STARTS:
@@ -124,18 +124,18 @@ class Supervisor:
                 self._failed = True
                 self._stop()
                 return
-            await first_of(self._stopping.wait(), seconds=place.pause())
+            await first_of(self._shutdown.wait(), seconds=place.pause())
 
-    def _bury(self, place: Place) -> None:
+    def _bury(self, place: WorkerProcess) -> None:
         """Nothing of a dead worker's load is left, and nothing else is lost."""
         part = unpack(self._memory.areas[place.worker].read())
         bury(part, self._ground, place.worker, place.incarnation)
         self._publish()
         self._memory.table.bury(place.worker)
-        self._row.head[Head.NEWS] += 1
+        self._row.head[SharedTableHeader.NEWS] += 1
         self._pokes.poke()
 
-    def _heard(self, place: Place, message: Message) -> None:
+    def _heard(self, place: WorkerProcess, message: Message) -> None:
         if message[0] == "ready":
             place.ready = place.served = True
             if place.incarnation > 1:
@@ -171,17 +171,17 @@ class Supervisor:
 
     async def _beat(self) -> None:
         while True:
-            self._row.head[Head.BEAT] = now()
+            self._row.head[SharedTableHeader.BEAT] = now()
             self._publish()
             await asyncio.sleep(_BEAT)
 
     def _on_poke(self) -> None:
         rows = self._memory.table.workers
-        wanted = max(row.head[Head.WANTED] for row in rows)
-        if wanted > self._row.head[Head.PUBLISHED]:
+        wanted = max(row.head[SharedTableHeader.WANTED] for row in rows)
+        if wanted > self._row.head[SharedTableHeader.PUBLISHED]:
             self._publish()
-            self._row.head[Head.PUBLISHED] = wanted
-            self._pokes.poke([i for i, row in enumerate(rows) if row.head[Head.WANTED] == wanted])
+            self._row.head[SharedTableHeader.PUBLISHED] = wanted
+            self._pokes.poke([i for i, row in enumerate(rows) if row.head[SharedTableHeader.WANTED] == wanted])
 
     def _publish(self) -> None:
         ground, traffic = self._ground, self._listener.traffic
@@ -195,7 +195,7 @@ class Supervisor:
     # -- the end
 
     def _signalled(self) -> None:
-        if self._stopping.is_set():
+        if self._shutdown.is_set():
             log.warning("Stopping at once")
             self._hurry.set()
             for place in self._places:
@@ -205,7 +205,7 @@ class Supervisor:
         self._stop()
 
     def _stop(self) -> None:
-        self._stopping.set()
+        self._shutdown.set()
         # The workers have it; when the last of them lets go of it, clients find nobody.
         self._listening.close()
         for place in self._places:
@@ -213,7 +213,7 @@ class Supervisor:
 
     async def _end_in_time(self) -> None:
         """Kill what does not end."""
-        await self._stopping.wait()
+        await self._shutdown.wait()
         await first_of(self._hurry.wait(), seconds=self._config.shutdown_grace + _AFTER_GRACE)
         if self._hurry.is_set():
             await asyncio.sleep(_AFTER_HURRY)

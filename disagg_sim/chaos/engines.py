@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg_proxy.within import within
+from disagg_proxy.runtime.within import within
 from disagg_sim import Faults, SimConfig, SimEngine
 from disagg_sim.chaos.work import CHAT, COMPLETIONS, MESSAGES, REFUSED_BY_DECODE
 from disagg_sim.faults import Injected

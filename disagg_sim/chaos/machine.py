@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from disagg_proxy.config import Config
-from disagg_proxy.server import Server, listen, server_config
+from disagg_proxy.runtime.within import within
+from disagg_proxy.server.http_server import Server, listen, server_config
 from disagg_proxy.services import Services
-from disagg_proxy.within import within
 from disagg_sim import SimConfig
 from disagg_sim.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_sim.chaos.work import MAX_MODEL_LEN, MODEL
@@ -29,7 +29,7 @@ LEG_TIMEOUT = 10.0
 """Seconds for a prefill, and for a decode's silence."""
 
 FREEZE_AFTER = 3.0
-"""Seconds of standing still after which the proxy takes an engine to be frozen."""
+"""Seconds of a stall after which the proxy takes an engine to be frozen."""
 
 _SUPERVISOR_LOOKS = 0.25
 """Seconds between the supervisor's looks at what the proxy wants restarted."""
@@ -138,7 +138,7 @@ class Machine:
     async def until_ready(self, seconds: float) -> bool:
         """Whether every prefill and every decode becomes ready in time."""
         return await self._until(
-            lambda: self.services.pairing.ready_pairs() == len(self.prefills) * len(self.decodes), seconds
+            lambda: self.services.selection.ready_pairs() == len(self.prefills) * len(self.decodes), seconds
         )
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> bool:

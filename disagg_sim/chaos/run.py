@@ -194,7 +194,7 @@ def _inspect(report: Report, machine: Machine, maker: TroubleMaker) -> None:
 def _not_ready(machine: Machine, wanted: int) -> list[str]:
     known = machine.services.registry.instances()
     lacking = [f"{i} is {i.state.value}: {i.reason}" for i in known if i.state is not State.READY]
-    return [f"{machine.services.pairing.ready_pairs()} of {wanted} pairs are ready", *lacking]
+    return [f"{machine.services.selection.ready_pairs()} of {wanted} pairs are ready", *lacking]
 
 
 def _rss_mib() -> float:

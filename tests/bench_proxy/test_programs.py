@@ -171,7 +171,8 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_nothing_of_a_program_is_left_over() -> None:
-    with machine.running(["sh", "-c", "sleep 60 & echo $!; wait"], core(), log=subprocess.PIPE) as process:
+    stubborn = ["sh", "-c", "(trap '' TERM; exec sleep 60) & echo $!; wait"]
+    with machine.running(stubborn, core(), log=subprocess.PIPE) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         assert child in machine.tree(process.pid) and machine.rss_kb([child]) > 0

@@ -7,11 +7,11 @@ import pytest
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
 from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.pairing import NoRoom, Pairing, Wish
 from disagg_proxy.cluster.policies import Traits, joint, least_loaded, power_of_two, prefix_aware, session
 from disagg_proxy.cluster.policies.affinity import FRESH_WEIGHT
 from disagg_proxy.cluster.policies.joint import COLD_TOKENS
 from disagg_proxy.cluster.policies.table import DOUBT, PrefixTable
+from disagg_proxy.cluster.selection import NoCapacity, PlacementPreference, Selection
 from tests.cluster.conftest import World
 
 P, D = Role.PREFILL, Role.DECODE
@@ -24,8 +24,8 @@ def asked(*prefix: int, size: int = 400, tokens: int = 400) -> Traits:
 
 
 @pytest.fixture
-def pairing(world: World) -> Pairing:
-    return Pairing(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
+def selection(world: World) -> Selection:
+    return Selection(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
 
 
 def machine(world: World, prefills: int = 4, decodes: int = 2) -> None:
@@ -35,73 +35,73 @@ def machine(world: World, prefills: int = 4, decodes: int = 2) -> None:
         world.ready(D, port)
 
 
-def test_the_same_prefix_goes_to_the_same_prefill_and_others_spread(world: World, pairing: Pairing) -> None:
+def test_the_same_prefix_goes_to_the_same_prefill_and_others_spread(world: World, selection: Selection) -> None:
     machine(world)
-    first = pairing.choose("m", traits=asked(1, 2))
+    first = selection.choose("m", traits=asked(1, 2))
     assert (first.prefill_tokens, first.decode_tokens) == (400, 400)
     for _ in range(5):
-        again = pairing.choose("m", traits=asked(1, 2, 3))
+        again = selection.choose("m", traits=asked(1, 2, 3))
         assert again.prefill is first.prefill
     assert again.prefill_tokens == 400 // DOUBT
-    half = pairing.choose("m", traits=asked(1, 77))
+    half = selection.choose("m", traits=asked(1, 77))
     assert half.prefill is first.prefill and half.prefill_tokens == 300 + 100 // DOUBT
-    others = {pairing.choose("m", traits=asked(100 * n, 100 * n + 1)).prefill for n in range(2, 10)}
+    others = {selection.choose("m", traits=asked(100 * n, 100 * n + 1)).prefill for n in range(2, 10)}
     assert len(others) == 4
 
 
-def test_a_busy_one_loses_the_prefix_to_the_next_and_both_have_it_then(world: World, pairing: Pairing) -> None:
+def test_a_busy_one_loses_the_prefix_to_the_next_and_both_have_it_then(world: World, selection: Selection) -> None:
     machine(world)
-    first = pairing.choose("m", traits=asked(1, 2)).prefill
+    first = selection.choose("m", traits=asked(1, 2)).prefill
     lease = Lease(world.registry, first, int(400 * FRESH_WEIGHT) + 401)
-    second = pairing.choose("m", traits=asked(1, 2)).prefill
+    second = selection.choose("m", traits=asked(1, 2)).prefill
     assert second is not first
     lease.end()
-    assert {pairing.choose("m", traits=asked(1, 2)).prefill for _ in range(8)} == {first, second}
+    assert {selection.choose("m", traits=asked(1, 2)).prefill for _ in range(8)} == {first, second}
 
 
-def test_a_restarted_prefill_has_nothing(world: World, pairing: Pairing) -> None:
+def test_a_restarted_prefill_has_nothing(world: World, selection: Selection) -> None:
     machine(world)
-    first = pairing.choose("m", traits=asked(1, 2)).prefill
+    first = selection.choose("m", traits=asked(1, 2)).prefill
     world.registry.suspend(first, "refused", gone=True)
     world.registry.admit(first, {"m": {}})
-    assert {pairing.choose("m", traits=asked(1, 2)).prefill_tokens for _ in range(1)} == {400}
+    assert {selection.choose("m", traits=asked(1, 2)).prefill_tokens for _ in range(1)} == {400}
 
 
-def test_on_a_retry_the_next_one_takes_over(world: World, pairing: Pairing) -> None:
+def test_on_a_retry_the_next_one_takes_over(world: World, selection: Selection) -> None:
     machine(world)
-    first = pairing.choose("m", traits=asked(1, 2)).prefill
-    second = pairing.choose("m", without=[first], traits=asked(1, 2))
+    first = selection.choose("m", traits=asked(1, 2)).prefill
+    second = selection.choose("m", without=[first], traits=asked(1, 2))
     assert second.prefill is not first and second.prefill_tokens == 400
-    assert pairing.choose("m", without=[first], traits=asked(1, 2)).prefill is second.prefill
+    assert selection.choose("m", without=[first], traits=asked(1, 2)).prefill is second.prefill
 
 
-def test_a_drained_or_full_one_is_left_out_and_found_again(world: World, pairing: Pairing) -> None:
+def test_a_drained_or_full_one_is_left_out_and_found_again(world: World, selection: Selection) -> None:
     machine(world)
-    first = pairing.choose("m", traits=asked(1, 2)).prefill
-    assert pairing.choose("m", room=lambda i: i is not first, traits=asked(5, 6)).prefill is not first
+    first = selection.choose("m", traits=asked(1, 2)).prefill
+    assert selection.choose("m", room=lambda i: i is not first, traits=asked(5, 6)).prefill is not first
     world.registry.drain(first)
-    assert pairing.choose("m", traits=asked(1, 2, 3)).prefill is not first
+    assert selection.choose("m", traits=asked(1, 2, 3)).prefill is not first
     world.registry.drain(first, draining=False)
     assert (
-        pairing.choose("m", without=[], room=lambda i: i is first or i.role is D, traits=asked(1, 2)).prefill is first
+        selection.choose("m", without=[], room=lambda i: i is first or i.role is D, traits=asked(1, 2)).prefill is first
     )
 
 
-def test_what_found_no_room_teaches_nothing(world: World, pairing: Pairing) -> None:
+def test_what_found_no_room_teaches_nothing(world: World, selection: Selection) -> None:
     machine(world)
-    with pytest.raises(NoRoom):
-        pairing.choose("m", room=lambda i: False, traits=asked(1, 2))
-    assert pairing.choose("m", traits=asked(1, 2)).prefill_tokens == 400
+    with pytest.raises(NoCapacity):
+        selection.choose("m", room=lambda i: False, traits=asked(1, 2))
+    assert selection.choose("m", traits=asked(1, 2)).prefill_tokens == 400
 
 
 def test_a_prefix_does_not_lead_across_kinds(world: World) -> None:
-    pairing = Pairing(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
+    selection = Selection(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
     old, new = world.ready(P, 1), world.ready(P, 2, kind=OWN)
     decode = world.ready(D, 11)
-    assert pairing.choose("m", traits=asked(1, 2)).prefill is old
+    assert selection.choose("m", traits=asked(1, 2)).prefill is old
     own = world.ready(D, 12, kind=OWN)
     world.registry.drain(decode)
-    assert (pair := pairing.choose("m", traits=asked(1, 2))).prefill is new and pair.decode is own
+    assert (pair := selection.choose("m", traits=asked(1, 2))).prefill is new and pair.decode is own
     assert pair.prefill_tokens == 400
 
 
@@ -150,49 +150,49 @@ def test_many_processes_are_told_apart_and_then_forgotten() -> None:
 
 def test_a_session_stays_and_moves_only_when_its_instance_goes(world: World) -> None:
     machine(world, 4, 4)
-    pairing = Pairing(world.registry, session, session)
-    pair = {name: pairing.choose("m", traits=Traits(10, session=name)) for name in range(40)}
+    selection = Selection(world.registry, session, session)
+    pair = {name: selection.choose("m", traits=Traits(10, session=name)) for name in range(40)}
     assert len({p.prefill for p in pair.values()}) == len({p.decode for p in pair.values()}) == 4
     gone = pair[0].prefill
     world.registry.drain(gone)
     for name, before in pair.items():
-        after = pairing.choose("m", traits=Traits(10, session=name))
+        after = selection.choose("m", traits=Traits(10, session=name))
         assert after.decode is before.decode
         assert (after.prefill is before.prefill) == (before.prefill is not gone)
 
 
 def test_joint_keeps_to_decodes_that_prefill_has_met(world: World) -> None:
     machine(world, 1, 3)
-    pairing = Pairing(world.registry, least_loaded, joint)
-    first = pairing.choose("m", traits=asked())
-    world.registry.exchange.sends_towards(first.prefill, first.decode)
-    assert {pairing.choose("m", traits=asked()).decode for _ in range(6)} == {first.decode}
+    selection = Selection(world.registry, least_loaded, joint)
+    first = selection.choose("m", traits=asked())
+    world.registry.kv_compatibility.sends_towards(first.prefill, first.decode)
+    assert {selection.choose("m", traits=asked()).decode for _ in range(6)} == {first.decode}
     Lease(world.registry, first.decode, COLD_TOKENS + 1)
-    second = pairing.choose("m", traits=asked()).decode
+    second = selection.choose("m", traits=asked()).decode
     assert second is not first.decode
     world.registry.suspend(second, "refused", gone=True)
     world.registry.admit(second, {"m": {}})
-    assert not world.registry.exchange.warm(first.prefill, second)
+    assert not world.registry.kv_compatibility.warm(first.prefill, second)
 
 
 def test_own_connector_is_introduced_and_never_cold(world: World) -> None:
     prefill, decode = world.ready(P, 1, kind=OWN), world.ready(D, 2, kind=OWN)
-    assert world.registry.exchange.warm(prefill, decode)
+    assert world.registry.kv_compatibility.warm(prefill, decode)
 
 
 def test_a_distance_counts_where_somebody_tells_it(world: World) -> None:
     machine(world, 1, 2)
     near = world.instance(12)
-    pairing = Pairing(world.registry, least_loaded, joint)
-    pairing.distance = lambda prefill, decode: 0 if decode is near else 100
-    assert {pairing.choose("m").decode for _ in range(4)} == {near}
+    selection = Selection(world.registry, least_loaded, joint)
+    selection.distance = lambda prefill, decode: 0 if decode is near else 100
+    assert {selection.choose("m").decode for _ in range(4)} == {near}
 
 
 def test_power_of_two_draws_from_what_it_is_given(world: World) -> None:
     machine(world, 4, 4)
     numbers = iter([0.0, 0.5] * 20)
-    pairing = Pairing(world.registry, power_of_two, power_of_two, random=lambda: next(numbers))
-    assert len({pairing.choose("m").prefill for _ in range(10)}) == 1
+    selection = Selection(world.registry, power_of_two, power_of_two, random=lambda: next(numbers))
+    assert len({selection.choose("m").prefill for _ in range(10)}) == 1
 
 
 def test_a_lease_takes_and_gives_back_tokens(world: World) -> None:
@@ -208,16 +208,16 @@ def test_a_lease_takes_and_gives_back_tokens(world: World) -> None:
 
 def test_alone_counts_its_tokens(world: World) -> None:
     world.ready(D, 2, kind=OWN)
-    pairing = Pairing(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
-    found = pairing.place("m", Wish.EITHER, traits=asked(1))
+    selection = Selection(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
+    found = selection.place("m", PlacementPreference.EITHER, traits=asked(1))
     assert found.decode_tokens == 400
 
 
 @pytest.mark.parametrize("change", ["breaker", "drain", "epoch", "new", "lost"])
 def test_the_quick_way_sees_every_change(world: World, change: str) -> None:
     machine(world, 2, 2)
-    pairing = Pairing(world.registry, least_loaded, least_loaded)
-    pairs = {(p.prefill, p.decode) for p in (pairing.choose("m") for _ in range(4))}
+    selection = Selection(world.registry, least_loaded, least_loaded)
+    pairs = {(p.prefill, p.decode) for p in (selection.choose("m") for _ in range(4))}
     assert len({p for p, _ in pairs}) == 2
     one = world.instance(1)
     if change == "breaker":
@@ -226,12 +226,12 @@ def test_the_quick_way_sees_every_change(world: World, change: str) -> None:
         world.registry.drain(one)
     elif change == "epoch":
         for decode in (11, 12):
-            world.registry.exchange.sends_towards(one, world.instance(decode))
-            world.registry.exchange.process_ended(world.instance(decode))
+            world.registry.kv_compatibility.sends_towards(one, world.instance(decode))
+            world.registry.kv_compatibility.process_ended(world.instance(decode))
     elif change == "lost":
         world.registry.suspend(one, "silent")
     else:
         newcomer = world.ready(P, 3)
-        assert newcomer in {pairing.choose("m").prefill for _ in range(3)}
+        assert newcomer in {selection.choose("m").prefill for _ in range(3)}
         return
-    assert one not in {pairing.choose("m").prefill for _ in range(4)}
+    assert one not in {selection.choose("m").prefill for _ in range(4)}

@@ -4,8 +4,8 @@ import pytest
 
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, KvKind, why_apart
-from disagg_proxy.cluster.pairing import Alone, NoRoom, Pair, Pairing, Wish
 from disagg_proxy.cluster.policies import round_robin
+from disagg_proxy.cluster.selection import NoCapacity, Pair, PlacementPreference, Selection, SingleEngine
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE
@@ -18,8 +18,8 @@ def own(*transports: str, **traits: object) -> KvKind:
 
 
 @pytest.fixture
-def pairing(world):
-    return Pairing(world.registry, round_robin, round_robin)
+def selection(world):
+    return Selection(world.registry, round_robin, round_robin)
 
 
 @pytest.mark.parametrize(
@@ -48,58 +48,62 @@ def test_why_apart(prefill: KvKind, decode: KvKind, why: str | None) -> None:
     assert why_apart(prefill, decode) == why
 
 
-def test_kinds_never_mix(world, pairing) -> None:
+def test_kinds_never_mix(world, selection) -> None:
     old = world.ready(P, 1), world.ready(D, 2)
     new = world.ready(P, 3, kind=OWN), world.ready(D, 4, kind=own())
-    found = {(pair.prefill, pair.decode) for pair in (pairing.choose("m") for _ in range(12))}
-    assert found == {old, new} and pairing.ready_pairs() == 2
+    found = {(pair.prefill, pair.decode) for pair in (selection.choose("m") for _ in range(12))}
+    assert found == {old, new} and selection.ready_pairs() == 2
 
 
-def test_a_pair_apart_says_why_without_an_address(world, pairing) -> None:
+def test_a_pair_apart_says_why_without_an_address(world, selection) -> None:
     world.ready(P, 1, kind=OWN)
     world.ready(D, 2, kind=own(dtype="fp8"))
     with pytest.raises(NoPair) as caught:
-        pairing.choose("m")
+        selection.choose("m")
     assert "dtype is bfloat16, on decode fp8" in str(caught.value) and "127.0.0.1" not in str(caught.value)
-    assert pairing.why_no_pair() == "dtype is bfloat16, on decode fp8" and pairing.ready_pairs() == 0
+    assert selection.why_no_pair() == "dtype is bfloat16, on decode fp8" and selection.ready_pairs() == 0
 
 
-def test_either(world, pairing) -> None:
+def test_either(world, selection) -> None:
     decode = world.ready(D, 2, kind=OWN)
-    assert pairing.place("m", Wish.EITHER) == Alone(decode)
+    assert selection.place("m", PlacementPreference.EITHER) == SingleEngine(decode)
     with pytest.raises(NoPair):
-        pairing.place("m", Wish.PAIR)
+        selection.place("m", PlacementPreference.PAIR)
     prefill = world.ready(P, 1, kind=own())
-    assert pairing.place("m", Wish.EITHER) == Pair(prefill, decode)
+    assert selection.place("m", PlacementPreference.EITHER) == Pair(prefill, decode)
 
 
-def test_a_prefill_of_another_kind_is_as_good_as_none(world, pairing) -> None:
+def test_a_prefill_of_another_kind_is_as_good_as_none(world, selection) -> None:
     world.ready(P, 1)
     decode = world.ready(D, 2, kind=OWN)
-    assert pairing.place("m", Wish.EITHER) == Alone(decode)
+    assert selection.place("m", PlacementPreference.EITHER) == SingleEngine(decode)
 
 
-def test_only_decodes_that_compute_by_themselves_are_alone(world, pairing) -> None:
+def test_only_decodes_that_compute_by_themselves_are_alone(world, selection) -> None:
     old = world.ready(P, 1), world.ready(D, 2)
     with pytest.raises(NoPair, match="computes by itself"):
-        pairing.place("m", Wish.ALONE)
-    assert pairing.place("m", Wish.RATHER_ALONE) == Pair(*old)
+        selection.place("m", PlacementPreference.ALONE)
+    assert selection.place("m", PlacementPreference.RATHER_ALONE) == Pair(*old)
     new = world.ready(D, 4, kind=OWN)
-    assert pairing.place("m", Wish.ALONE) == pairing.place("m", Wish.RATHER_ALONE) == Alone(new)
+    assert (
+        selection.place("m", PlacementPreference.ALONE)
+        == selection.place("m", PlacementPreference.RATHER_ALONE)
+        == SingleEngine(new)
+    )
     with pytest.raises(UnknownModel):
-        pairing.place("other", Wish.ALONE)
+        selection.place("other", PlacementPreference.ALONE)
 
 
-def test_room_holds_for_alone_too(world, pairing) -> None:
+def test_room_holds_for_alone_too(world, selection) -> None:
     first, second = world.ready(D, 2, kind=OWN), world.ready(D, 4, kind=OWN)
-    for wish in (Wish.ALONE, Wish.RATHER_ALONE, Wish.EITHER):
-        assert pairing.place("m", wish, room=lambda i: i is second) == Alone(second)
-        with pytest.raises(NoRoom):
-            pairing.place("m", wish, room=lambda i: False)
-        assert pairing.place("m", wish, without=[second]) == Alone(first)
-    pairing.check("m", Wish.ALONE)
+    for preference in (PlacementPreference.ALONE, PlacementPreference.RATHER_ALONE, PlacementPreference.EITHER):
+        assert selection.place("m", preference, room=lambda i: i is second) == SingleEngine(second)
+        with pytest.raises(NoCapacity):
+            selection.place("m", preference, room=lambda i: False)
+        assert selection.place("m", preference, without=[second]) == SingleEngine(first)
+    selection.check("m", PlacementPreference.ALONE)
     with pytest.raises(NoPair):
-        pairing.check("m", Wish.PAIR)
+        selection.check("m", PlacementPreference.PAIR)
 
 
 def test_another_boot_id_is_another_process(world) -> None:

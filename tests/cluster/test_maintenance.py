@@ -2,24 +2,24 @@
 
 import pytest
 
-from disagg_proxy.cluster.exchange import STALE
 from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.kv_compatibility import STALE
 from disagg_proxy.cluster.lease import KvClaim, Lease
-from disagg_proxy.cluster.pairing import DRAINED, Pairing
 from disagg_proxy.cluster.policies import least_loaded
+from disagg_proxy.cluster.selection import DRAINED, Selection
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE
 
 
 @pytest.fixture
-def pairing(world) -> Pairing:
-    return Pairing(world.registry, least_loaded, least_loaded)
+def selection(world) -> Selection:
+    return Selection(world.registry, least_loaded, least_loaded)
 
 
-def refusal(pairing: Pairing, model: str | None = "m") -> str:
+def refusal(selection: Selection, model: str | None = "m") -> str:
     with pytest.raises(NoPair) as caught:
-        pairing.choose(model)
+        selection.choose(model)
     assert "127.0.0.1" not in caught.value.message, "clients read it"
     assert caught.value.headers() == {"Retry-After": "3"}
     return caught.value.message.partition(": ")[2]
@@ -31,101 +31,101 @@ def restart(world, instance: Instance) -> None:
 
 
 @pytest.mark.parametrize("model", ["m", None], ids=["named", "default"])
-def test_the_others_take_its_place_and_it_comes_back(world, pairing, model) -> None:
+def test_the_others_take_its_place_and_it_comes_back(world, selection, model) -> None:
     prefills, decodes = [world.ready(P, port) for port in (1, 2)], [world.ready(D, port) for port in (3, 4)]
     world.registry.drain(prefills[0])
     world.registry.drain(decodes[1])
-    assert {(x.prefill, x.decode) for x in (pairing.choose(model) for _ in range(8))} == {(prefills[1], decodes[0])}
-    assert pairing.ready_pairs() == 1
+    assert {(x.prefill, x.decode) for x in (selection.choose(model) for _ in range(8))} == {(prefills[1], decodes[0])}
+    assert selection.ready_pairs() == 1
     for instance in (prefills[0], decodes[1]):
         world.registry.drain(instance, draining=False)
-    assert {pairing.choose(model).prefill for _ in range(8)} == set(prefills)
-    assert pairing.ready_pairs() == 4
+    assert {selection.choose(model).prefill for _ in range(8)} == set(prefills)
+    assert selection.ready_pairs() == 4
 
 
-def test_one_engine_routes_avoid_it(world, pairing) -> None:
+def test_one_engine_routes_avoid_it(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.drain(prefill)
-    assert {pairing.choose_one("m") for _ in range(4)} == {decode}
+    assert {selection.choose_one("m") for _ in range(4)} == {decode}
     world.registry.drain(decode)
     with pytest.raises(NoPair, match="drained for maintenance"):
-        pairing.choose_one("m")
+        selection.choose_one("m")
 
 
 @pytest.mark.parametrize("role", list(Role))
-def test_without_another_the_reason_is_said(world, pairing, role) -> None:
+def test_without_another_the_reason_is_said(world, selection, role) -> None:
     instances = {P: world.ready(P, 1), D: world.ready(D, 2)}
     world.registry.drain(instances[role])
     expected = f"no {role.value} instance is ready (one is drained for maintenance)"
-    assert refusal(pairing) == expected + "."
-    assert world.registry.missing() == [expected] and pairing.ready_pairs() == 0
+    assert refusal(selection) == expected + "."
+    assert world.registry.missing() == [expected] and selection.ready_pairs() == 0
 
 
-def test_a_model_that_only_a_drained_instance_serves_still_exists(world, pairing) -> None:
+def test_a_model_that_only_a_drained_instance_serves_still_exists(world, selection) -> None:
     world.ready(P, 1, "a", "b")
     world.ready(D, 2, "a")
     drained = world.ready(D, 3, "b")
     world.registry.drain(drained)
-    assert refusal(pairing, "b") == f"no ready decode instance that serves 'b'; {DRAINED}."
+    assert refusal(selection, "b") == f"no ready decode instance that serves 'b'; {DRAINED}."
     world.registry.suspend(drained, "restarting", gone=True)
-    assert refusal(pairing, "b") == f"no ready decode instance that serves 'b'; {DRAINED}."
+    assert refusal(selection, "b") == f"no ready decode instance that serves 'b'; {DRAINED}."
     world.registry.drain(world.ready(P, 4, "z"))
     world.registry.drain(world.ready(D, 5, "z"))
     for port in (4, 5):
         world.registry.suspend(world.instance(port), "restarting", gone=True)
-    assert refusal(pairing, "z").endswith(DRAINED + ".")
+    assert refusal(selection, "z").endswith(DRAINED + ".")
     with pytest.raises(UnknownModel):
-        pairing.choose("c")
+        selection.choose("c")
 
 
-def test_instances_that_do_not_fit_say_that_others_are_drained(world, pairing) -> None:
+def test_instances_that_do_not_fit_say_that_others_are_drained(world, selection) -> None:
     prefill = world.ready(P, 1, "a")
     world.ready(D, 2, "b")
     other = world.ready(D, 3, "a")
     world.registry.drain(other)
-    assert pairing.why_no_pair() == f"no prefill and decode instance serve the same model; {DRAINED}"
-    assert refusal(pairing, None).endswith(f"; {DRAINED}.")
+    assert selection.why_no_pair() == f"no prefill and decode instance serve the same model; {DRAINED}"
+    assert refusal(selection, None).endswith(f"; {DRAINED}.")
     world.registry.drain(other, draining=False)
-    assert pairing.choose("a").prefill is prefill
+    assert selection.choose("a").prefill is prefill
 
 
-def test_stale_prefills_say_that_others_are_drained(world, pairing) -> None:
+def test_stale_prefills_say_that_others_are_drained(world, selection) -> None:
     prefill, fresh, decode = world.ready(P, 1), world.ready(P, 2), world.ready(D, 3)
-    world.registry.exchange.sends_towards(prefill, decode)
+    world.registry.kv_compatibility.sends_towards(prefill, decode)
     restart(world, decode)
     world.registry.drain(fresh)
-    assert refusal(pairing) == f"{STALE}; {DRAINED}."
-    assert pairing.why_no_pair() == f"{STALE}; {DRAINED}"
+    assert refusal(selection) == f"{STALE}; {DRAINED}."
+    assert selection.why_no_pair() == f"{STALE}; {DRAINED}"
 
 
-def test_a_breaker_says_so_too_and_alone_when_no_drain_is_to_blame(world, pairing) -> None:
+def test_a_breaker_says_so_too_and_alone_when_no_drain_is_to_blame(world, selection) -> None:
     prefill, decode, other = world.ready(P, 1), world.ready(D, 2), world.ready(D, 3)
     for _ in range(5):
         decode.breaker.failure(world.time)
     world.registry.drain(other)
     world.registry.drain(world.ready(D, 4, "another"))
     failing = "every decode instance has kept failing and is left alone for a while"
-    assert refusal(pairing) == f"{failing}; {DRAINED}."
+    assert refusal(selection) == f"{failing}; {DRAINED}."
     world.registry.drain(other, draining=False)
     for _ in range(5):
         other.breaker.failure(world.time)
-    assert refusal(pairing) == f"{failing}."
+    assert refusal(selection) == f"{failing}."
     world.registry.drain(other)
     world.registry.suspend(prefill, "refused")
     with pytest.raises(NoPair) as caught:
-        pairing.choose("m")
+        selection.choose("m")
     assert not caught.value.drained, "an undrain would not help"
 
 
-def test_pings_probes_and_a_restart_leave_it_drained(world, pairing) -> None:
+def test_pings_probes_and_a_restart_leave_it_drained(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.drain(decode)
     world.ping(D, 2)
     world.registry.admit(decode, {"m": {}, "n": {}})
     restart(world, decode)
-    assert decode.draining and decode.state is State.READY and pairing.ready_pairs() == 0
+    assert decode.draining and decode.state is State.READY and selection.ready_pairs() == 0
     world.registry.drain(decode, draining=False)
-    assert pairing.choose("m").prefill is prefill
+    assert selection.choose("m").prefill is prefill
 
 
 def test_it_is_not_forgotten_however_long_the_maintenance_takes(world) -> None:

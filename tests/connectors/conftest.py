@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.admission.gate import Demand
-from disagg_proxy.admission.prompt_size import PromptSizes
+from disagg_proxy.admission.prompt_sizes import PromptSizes
+from disagg_proxy.admission.queue import Demand
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import P2P, KvKind
-from disagg_proxy.cluster.pairing import Alone, Pair, Wish
 from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.selection import Pair, PlacementPreference, SingleEngine
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines, Request
 from disagg_proxy.connectors.p2p_nccl_legs import P2pAttempt
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.observe.recorder import Recorder
-from disagg_proxy.protocol.fields import COMPLETIONS
-from disagg_proxy.protocol.prepare import prepare
+from disagg_proxy.openai.fields import COMPLETIONS
+from disagg_proxy.openai.prepare import prepare
 from disagg_proxy.runtime.background import Background
-from disagg_proxy.upstream import WholeAnswer
+from disagg_proxy.telemetry.request_recorder import RequestRecorder
+from disagg_proxy.upstream import CompleteResponse
 from tests.cluster.conftest import World
 
 
@@ -38,9 +38,9 @@ class Upstream:
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, ProxyError):
             raise outcome
-        whole = WholeAnswer(outcome, [], b'{"usage": {"prompt_tokens": 7}}')
+        whole = CompleteResponse(outcome, [], b'{"usage": {"prompt_tokens": 7}}')
 
-        async def read() -> WholeAnswer:
+        async def read() -> CompleteResponse:
             return whole
 
         return SimpleNamespace(status=outcome, whole=read, read=lambda: whole)
@@ -60,13 +60,13 @@ class Bench:
 
     def request(self, **fields: Any) -> Request:
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()
-        record = Recorder.alone().open(COMPLETIONS.path, None)
-        demand = Demand("m", Wish.PAIR)
+        record = RequestRecorder.alone().open(COMPLETIONS.path, None)
+        demand = Demand("m", PlacementPreference.PAIR)
         prepared = prepare(COMPLETIONS, body)
         return Request(COMPLETIONS, b"x-custom: 1\r\n", prepared, record, 3, demand)
 
     def placement(self, alone: bool = False) -> Placement:
-        found = Alone(self.decode) if alone else Pair(self.prefill, self.decode)
+        found = SingleEngine(self.decode) if alone else Pair(self.prefill, self.decode)
         return Placement(self.world.registry, found)
 
     def attempt(self, **fields: Any) -> P2pAttempt:

@@ -13,7 +13,7 @@ from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
 from disagg_proxy.connectors.disagg_kv import DisaggKvAttempt
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.runtime.inline_coroutine import InlineCoroutine
-from disagg_proxy.upstream import Answer
+from disagg_proxy.upstream import Response
 from tests.conftest import soon
 from tests.connectors.conftest import Bench
 
@@ -54,11 +54,11 @@ class Hanging:
     """Answers that do not come until they are failed."""
 
     def __init__(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, Response] = {}
         monkeypatch.setattr(bench.upstream, "request", self._request)
 
-    async def _request(self, method: str, instance: Instance, path: str, **options: Any) -> Answer:
-        answer = self.answers[options["leg"]] = Answer(self, options["leg"], reused=False)
+    async def _request(self, method: str, instance: Instance, path: str, **options: Any) -> Response:
+        answer = self.answers[options["leg"]] = Response(self, options["leg"], reused=False)
         options["pending"].answer = answer
         await answer.until(options["enough"])
         return answer
@@ -101,8 +101,8 @@ async def test_a_stalled_prefill_releases_decode(own: OwnBench, monkeypatch: pyt
     Hanging(own, monkeypatch)
     attempt = own.own()
     attempt.start_prefill()
-    (vigil,) = own.prefill.pulse.open
-    vigil.fail(EngineFrozen("stalled"))
+    (pending,) = own.prefill.progress.open
+    pending.fail(EngineFrozen("stalled"))
     await soon(own.background.ended())
     assert [to for to, _ in own.released] == [TO_DECODE] and attempt.prefilled
     assert own.prefill.failures_total == 1
@@ -139,10 +139,10 @@ async def test_decode_is_waited_for_from_prefills_end_on(own: OwnBench, monkeypa
     asked = asyncio.create_task(own.ask(attempt))
     await asyncio.sleep(0)
     own.world.time += 30
-    assert own.decode.pulse.silent_for(own.world.time) == 0
+    assert own.decode.progress.stalled_for(own.world.time) == 0
     hanging.answers["prefill"].fail(EngineDisconnected("x", unsent=False, reused=False))
     own.world.time += 2
-    assert own.decode.pulse.silent_for(own.world.time) == 2
+    assert own.decode.progress.stalled_for(own.world.time) == 2
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
 
@@ -157,6 +157,6 @@ async def test_decode_alone(own: OwnBench, alone: bool) -> None:
     (sent,) = own.upstream.sent
     assert sent.leg == "decode" and "kv_transfer_params" not in json.loads(sent.body)
     own.world.time += 2
-    assert own.decode.pulse.silent_for(own.world.time) == 2
+    assert own.decode.progress.stalled_for(own.world.time) == 2
     await own.end(attempt)
     assert not own.released

@@ -11,7 +11,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.connectors import kv_release
 from disagg_proxy.connectors.kv_release import KvReleaser
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable
-from disagg_proxy.stats import Drains
+from disagg_proxy.telemetry.stats import KvReleases
 from tests.connectors.conftest import Bench
 
 pytestmark = pytest.mark.interpreted
@@ -22,49 +22,49 @@ LATE = EngineDeadline("late")
 
 
 @pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> Drains:
+def counts(monkeypatch: pytest.MonkeyPatch) -> KvReleases:
     monkeypatch.setattr(kv_release, "_PAUSES", (0.0,) * 4)
-    return Drains()
+    return KvReleases()
 
 
 @pytest.mark.parametrize(("outcome", "done"), [(200, 1), (400, 0), (500, 0), (RESET, 0), (LATE, 0)])
-async def test_it_goes_over_a_fresh_connection_once(bench: Bench, counts: Drains, outcome, done: int) -> None:
+async def test_it_goes_over_a_fresh_connection_once(bench: Bench, counts: KvReleases, outcome, done: int) -> None:
     bench.upstream.outcomes = [outcome]
     await KvReleaser(counts).release(bench.attempt())
     (sent,) = bench.upstream.sent
     assert sent.fresh and sent.instance is bench.decode and sent.path == "/v1/completions"
     assert json.loads(sent.body)["max_tokens"] == 1
-    assert counts == Drains(started=1, done=done, failed=1 - done, tokens=7 * done)
+    assert counts == KvReleases(started=1, done=done, failed=1 - done, tokens=7 * done)
 
 
 @pytest.mark.parametrize("outcome", [REFUSED, 503, 429])
-async def test_it_is_tried_again_when_it_cannot_have_been_taken_in(bench: Bench, counts: Drains, outcome) -> None:
+async def test_it_is_tried_again_when_it_cannot_have_been_taken_in(bench: Bench, counts: KvReleases, outcome) -> None:
     bench.upstream.outcomes = [outcome, outcome, 200]
     await KvReleaser(counts).release(bench.attempt())
     assert len(bench.upstream.sent) == 3
-    assert counts == Drains(started=1, done=1, tokens=7)
+    assert counts == KvReleases(started=1, done=1, tokens=7)
 
 
-async def test_it_is_given_up_after_some_tries(bench: Bench, counts: Drains) -> None:
+async def test_it_is_given_up_after_some_tries(bench: Bench, counts: KvReleases) -> None:
     bench.upstream.outcomes = [REFUSED] * 5
     await KvReleaser(counts).release(bench.attempt())
     assert len(bench.upstream.sent) == 4
-    assert counts == Drains(started=1, failed=1)
+    assert counts == KvReleases(started=1, failed=1)
 
 
-async def test_another_process_is_not_asked(bench: Bench, counts: Drains) -> None:
+async def test_another_process_is_not_asked(bench: Bench, counts: KvReleases) -> None:
     attempt = bench.attempt()
     bench.world.registry.suspend(bench.decode, "gone", gone=True)
     bench.world.registry.admit(bench.decode, bench.decode.models)
     await KvReleaser(counts).release(attempt)
     assert not bench.upstream.sent
-    assert counts == Drains(started=1, failed=1)
+    assert counts == KvReleases(started=1, failed=1)
 
 
-async def test_a_frozen_decode_is_waited_for(bench: Bench, counts: Drains, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_frozen_decode_is_waited_for(bench: Bench, counts: KvReleases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_release, "_FROZEN_PAUSE", 0.0)
     bench.upstream.outcomes = [200]
-    bench.world.registry.freeze(bench.decode, "stands still")
+    bench.world.registry.freeze(bench.decode, "is stalled")
     draining = asyncio.ensure_future(KvReleaser(counts).release(bench.attempt()))
     for _ in range(20):
         await asyncio.sleep(0)
@@ -72,10 +72,10 @@ async def test_a_frozen_decode_is_waited_for(bench: Bench, counts: Drains, monke
     bench.world.registry.thaw(bench.decode, "moves")
     bench.world.registry.admit(bench.decode, {"m": {}})
     await draining
-    assert counts == Drains(started=1, done=1, tokens=7)
+    assert counts == KvReleases(started=1, done=1, tokens=7)
 
 
-async def test_no_more_than_a_few_run_on_one_decode(bench: Bench, counts: Drains) -> None:
+async def test_no_more_than_a_few_run_on_one_decode(bench: Bench, counts: KvReleases) -> None:
     releaser, go, most, now = KvReleaser(counts), asyncio.Event(), 0, 0
     request = bench.upstream.request
 
@@ -96,5 +96,5 @@ async def test_no_more_than_a_few_run_on_one_decode(bench: Bench, counts: Drains
     go.set()
     await asyncio.gather(*tasks)
     assert most == kv_release._AT_ONCE
-    assert counts == Drains(started=30, done=30, tokens=210)
+    assert counts == KvReleases(started=30, done=30, tokens=210)
     assert bench.decode.state is State.READY

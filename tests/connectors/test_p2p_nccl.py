@@ -10,7 +10,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineUnreachable, ProxyError
-from disagg_proxy.upstream import Enough, Resend
+from disagg_proxy.upstream import ReadUntil, Resend
 from tests.connectors.conftest import Bench
 
 pytestmark = pytest.mark.interpreted
@@ -87,11 +87,11 @@ async def test_each_leg_gets_its_own_body_and_the_same_headers(bench: Bench) -> 
     assert [json.loads(sent.body)["max_tokens"] for sent in bench.upstream.sent] == [1, 9]
     assert bench.upstream.sent[0].headers == bench.upstream.sent[1].headers
     assert bench.upstream.sent[0].headers.startswith(b"x-custom: 1\r\n")
-    assert [sent.enough for sent in bench.upstream.sent] == [Enough.WHOLE, Enough.WHOLE]
+    assert [sent.enough for sent in bench.upstream.sent] == [ReadUntil.WHOLE, ReadUntil.WHOLE]
     assert bench.upstream.sent[0].silence == 2 * Config().prefill_timeout
 
 
 async def test_a_streamed_answer_is_there_when_it_begins(bench: Bench) -> None:
     bench.upstream.outcomes = [200]
     await bench.attempt(stream=True).ask_decode()
-    assert bench.upstream.sent[0].enough is Enough.BEGUN
+    assert bench.upstream.sent[0].enough is ReadUntil.BEGUN

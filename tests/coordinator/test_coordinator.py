@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.coordinator.head import Head
+from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.reply import Reply
+from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import BadRequest, ProxyError, StreamCut
-from disagg_proxy.protocol.fields import COMPLETIONS
-from disagg_proxy.response.outcome import Outcome
-from disagg_proxy.response.reply import Reply
-from disagg_proxy.response.stream import ResponseStream
+from disagg_proxy.openai.fields import COMPLETIONS
 from tests.conftest import soon
 from tests.simulated import Machine
 
@@ -27,11 +27,11 @@ class Client:
     pass_on = None
 
     def __init__(self) -> None:
-        self.outcome: asyncio.Future[Outcome | ProxyError] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[Refusal | ProxyError] = asyncio.get_running_loop().create_future()
         self.body = b""
         self.over = asyncio.Event()
 
-    def respond(self, outcome: Outcome) -> None:
+    def respond(self, outcome: Refusal) -> None:
         self.outcome.set_result(outcome)
         if isinstance(outcome.body, ResponseStream):
             outcome.body.pour(self)
@@ -53,7 +53,7 @@ def start(machine: Machine, body: bytes) -> tuple[Client, Reply]:
     client = Client()
     reply = Reply(client)
     machine.proxy.services.coordinator.start(
-        Head(COMPLETIONS, [], b"content-type: application/json\r\n", None, b""), body, reply
+        RequestHead(COMPLETIONS, [], b"content-type: application/json\r\n", None, b""), body, reply
     )
     return client, reply
 
@@ -70,7 +70,7 @@ async def test_a_long_prompt_is_not_kept_while_its_answer_streams(machine: Machi
     before = sys.getrefcount(body)
     decode.faults.hold("forward", after=2)
     client, reply = start(machine, body)
-    assert isinstance(await soon(client.outcome), Outcome)
+    assert isinstance(await soon(client.outcome), Refusal)
     assert not client.over.is_set() and sys.getrefcount(body) == before
     decode.faults.release()
     await soon(client.over.wait())
@@ -84,12 +84,14 @@ async def test_a_client_that_leaves_the_queue_takes_no_place(machine: Machine, c
     instances = [machine.proxy.instance(engine.http_address) for engine in pair]
     for instance in instances:
         instance.in_flight += 10**6
-    machine.proxy.services.gate._limits = type(machine.proxy.services.gate._limits)(decode=1, queue=10)
+    machine.proxy.services.admission_queue._limits = type(machine.proxy.services.admission_queue._limits)(
+        decode=1, queue=10
+    )
     client, reply = start(machine, completion())
-    assert machine.proxy.services.gate.waiting == 1 and not client.outcome.done()
+    assert machine.proxy.services.admission_queue.waiting == 1 and not client.outcome.done()
     reply.leave()
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.gate.waiting == 0
+    assert machine.proxy.services.admission_queue.waiting == 0
     assert [instance.in_flight for instance in instances] == [10**6, 10**6]
     for instance in instances:
         instance.in_flight -= 10**6

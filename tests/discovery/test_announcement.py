@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import why_apart
+from disagg_proxy.connectors.disagg_kv_params import FIELDS, OPTIONAL
 from disagg_proxy.discovery.announcement import MAX_BYTES, Announcement, BadAnnouncement, decode
-from disagg_proxy.protocol.disagg_kv import FIELDS, OPTIONAL
 
 PING = {"type": "P", "http_address": "127.0.0.1:20003", "zmq_address": "127.0.0.1:21001"}
 

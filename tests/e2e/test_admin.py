@@ -305,7 +305,7 @@ async def test_those_that_wait_in_the_queue_are_served_after_the_undrain(machine
     decode = pair[1]
     decode.faults.hold("schedule")
     first, queued = ask(machine), ask(machine)
-    await soon(until(lambda: machine.proxy.services.gate.waiting == 1))
+    await soon(until(lambda: machine.proxy.services.admission_queue.waiting == 1))
     await operator.drain(decode)
     decode.faults.release()
     assert (await soon(first))[0] == 200

@@ -178,7 +178,7 @@ async def test_a_bug_in_the_proxy_is_500_without_its_details(machine, pair, monk
     def broken(*args) -> None:
         raise RuntimeError("a secret detail")
 
-    monkeypatch.setattr(machine.proxy.services.pairing, "choose", broken)
+    monkeypatch.setattr(machine.proxy.services.selection, "choose", broken)
     message = check_error(*await machine.send(COMPLETIONS, ASK), 500, "internal_error")
     assert "secret" not in message and "a secret detail" in caplog.text
 

@@ -103,7 +103,7 @@ async def test_decode_is_asked_when_prefill_has_answered(machine: Machine, pair)
     await right(answer)
     await clean(machine, *pair)
     await soon(machine.proxy.until_idle())
-    (record,) = machine.proxy.services.journal.records
+    (record,) = machine.proxy.services.event_log.records
     assert record.prefill_asked < record.prefill_answered <= record.decode_asked, "its times say so too"
 
 

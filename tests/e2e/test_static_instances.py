@@ -126,4 +126,4 @@ async def test_without_the_engines_key_the_reason_names_the_setting(stack, http,
     proxy = await start_proxy(stack, prefill=named(prefill), decode=named(decode), engine_api_key=key)
     wanted = "its /v1/models answers 401: set ENGINE_API_KEY to the instances' key"
     await soon(proxy.until(lambda: all(i.reason == wanted for i in proxy.services.registry.instances())))
-    assert not proxy.services.pairing.ready_pairs()
+    assert not proxy.services.selection.ready_pairs()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.discovery.lifeline import Lifelines
+from disagg_proxy.health.liveness import LivenessConnections
 from disagg_sim import SimEngine, encode, expected_text
 from tests.conftest import soon
 from tests.e2e.together import (
@@ -40,7 +40,7 @@ async def pair(machine: Machine) -> tuple[SimEngine, SimEngine]:
 @pytest.fixture
 def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deaths that no lifeline tells of."""
-    monkeypatch.setattr(Lifelines, "_on_change", lambda self, instance: None)
+    monkeypatch.setattr(LivenessConnections, "_on_change", lambda self, instance: None)
 
 
 # -- answers

@@ -125,7 +125,7 @@ async def test_both_kinds_behind_one_proxy(machine: Machine) -> None:
     new = await machine.pair(**OWN)
     for _ in range(6):
         await right(machine.post(COMPLETIONS, ASK))
-    assert machine.proxy.services.pairing.ready_pairs() == 2
+    assert machine.proxy.services.selection.ready_pairs() == 2
     for engine in old:
         for request in engine.received(COMPLETIONS):
             assert old[0].kv_address in request.headers["X-Request-Id"]

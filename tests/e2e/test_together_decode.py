@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.discovery.lifeline import Lifelines
+from disagg_proxy.health.liveness import LivenessConnections
 from disagg_sim import SimEngine
 from tests.conftest import Wire, soon
 from tests.e2e.together import (
@@ -47,7 +47,7 @@ async def two(machine: Machine) -> tuple[SimEngine, list[SimEngine]]:
 @pytest.fixture
 def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deaths that no lifeline tells of."""
-    monkeypatch.setattr(Lifelines, "_on_change", lambda self, instance: None)
+    monkeypatch.setattr(LivenessConnections, "_on_change", lambda self, instance: None)
 
 
 # -- decode fails

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.http.direct import Direct
+from disagg_proxy.server.fast_path import FastPathRequest
 from disagg_sim import SimEngine
 from tests.conftest import Wire, soon
 from tests.simulated import REQUESTS, RIGHT, Machine, check_error, events, text_of, text_of_events
@@ -28,13 +28,13 @@ Dial = Callable[[str], Awaitable[Wire]]
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of the requests that were taken directly."""
     paths: list[str] = []
-    original = Direct.__init__
+    original = FastPathRequest.__init__
 
-    def init(self: Direct, client: Any, services: Any, asked: Any, *rest: Any) -> None:
+    def init(self: FastPathRequest, client: Any, services: Any, asked: Any, *rest: Any) -> None:
         paths.append(asked.route.path)
         original(self, client, services, asked, *rest)
 
-    monkeypatch.setattr(Direct, "__init__", init)
+    monkeypatch.setattr(FastPathRequest, "__init__", init)
     return paths
 
 
@@ -337,7 +337,7 @@ async def test_the_time_is_over_for_who_waits_and_for_who_reads(machine, pair, d
     reader.post(PATH, {**ASK, "stream": True})
     assert (await reader.head())[0] == 200
     queued.post(PATH, ASK)
-    await soon(until(lambda: machine.proxy.services.gate.waiting == 1))
+    await soon(until(lambda: machine.proxy.services.admission_queue.waiting == 1))
     ending = asyncio.create_task(machine.proxy.stop())
     status, headers, raw = await queued.answer()
     check_error(status, headers, raw, 503, "service_unavailable")

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from disagg_proxy.discovery.lifeline import Lifelines
+from disagg_proxy.health.liveness import LivenessConnections
 from disagg_sim import SimEngine
 from tests.conftest import Proxy, Wire
 from tests.simulated import REQUESTS, Machine, machine, pair
@@ -71,4 +71,4 @@ async def four(machine: Machine) -> tuple[list[SimEngine], list[SimEngine]]:
 @pytest.fixture
 def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deaths that no lifeline tells of: what requests meet that are a moment faster."""
-    monkeypatch.setattr(Lifelines, "_on_change", lambda self, instance: None)
+    monkeypatch.setattr(LivenessConnections, "_on_change", lambda self, instance: None)

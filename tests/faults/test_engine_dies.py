@@ -37,22 +37,22 @@ async def test_a_server_that_closes_idle_connections_stays_in_and_loses_its_life
     machine, pair, monkeypatch
 ) -> None:
     instance = machine.proxy.instance(pair[0].http_address)
-    lifelines = machine.proxy.services.discovery._lifelines
+    liveness = machine.proxy.services.discovery._lifelines
     closed = asyncio.Event()
 
     async def closes(_: Instance) -> None:
         await closed.wait()
 
-    monkeypatch.setattr(lifelines, "_until_closed", closes)
+    monkeypatch.setattr(liveness, "_until_closed", closes)
     # The connection that is held already is the last one of the old kind.
-    held = lifelines._held[instance]
+    held = liveness._held[instance]
     held.cancel()
     await asyncio.gather(held, return_exceptions=True)
-    lifelines._held.pop(instance, None)
-    lifelines._on_change(instance)
+    liveness._held.pop(instance, None)
+    liveness._on_change(instance)
     closed.set()
-    await soon(lifelines._held[instance])
-    assert instance not in lifelines._held
+    await soon(liveness._held[instance])
+    assert instance not in liveness._held
     assert (instance.state, instance.epoch) == (State.READY, 3), instance.reason
     await machine.check_right()
 
@@ -162,9 +162,9 @@ async def test_nobody_waits_for_ever_when_every_prefill_freezes_on_a_dead_decode
     for prefill in prefills:
         prefill.faults.release()
     answers = await soon(asyncio.gather(*requests), 20)
-    assert {check_error(*answer, 504, "engine_frozen") for answer in answers} == {"The prefill instance stands still."}
+    assert {check_error(*answer, 504, "engine_frozen") for answer in answers} == {"The prefill instance is stalled."}
     status, _, body = await machine.post(PATH, ASK)
-    assert status == 503 and "stands still" in body["error"]["message"]
+    assert status == 503 and "stalled" in body["error"]["message"]
     for prefill in prefills:
         await machine.kill(prefill)
         await machine.restart(prefill)

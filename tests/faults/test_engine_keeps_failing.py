@@ -3,8 +3,8 @@ bring about, are not counted."""
 
 import pytest
 
-from disagg_proxy.cluster import breaker
-from disagg_proxy.cluster.breaker import FAILURES_TO_OPEN
+from disagg_proxy.cluster import circuit_breaker
+from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from tests.faults.conftest import in_turn
 from tests.simulated import REQUESTS
 
@@ -65,14 +65,14 @@ async def test_after_the_pause_one_request_decides(machine, pair, monkeypatch, r
     for _ in range(FAILURES_TO_OPEN):
         assert (await machine.post(PATH, ASK))[0] == 502
     assert await shown(machine) == "open"
-    now[0] += breaker.FIRST_PAUSE
+    now[0] += circuit_breaker.FIRST_PAUSE
     assert await shown(machine) == "half-open"
     if recovers:
         await machine.check_right()
         assert await shown(machine) == "closed"
         return
     assert (await machine.post(PATH, ASK))[0] == 502
-    now[0] += breaker.FIRST_PAUSE
+    now[0] += circuit_breaker.FIRST_PAUSE
     assert await shown(machine) == "open", "the pause is doubled"
     assert (await machine.post(PATH, ASK))[0] == 503
     assert len(prefill.received(PATH)) == FAILURES_TO_OPEN + 1

@@ -7,7 +7,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from disagg_proxy.cluster.breaker import FAILURES_TO_OPEN
+from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
 from tests.simulated import REQUESTS

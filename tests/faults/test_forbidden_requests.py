@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disagg_proxy.http import create_app
-from disagg_proxy.http.single import NOT_SERVED, POOLING
+from disagg_proxy.server.asgi import create_app
+from disagg_proxy.server.asgi.engine_routes import NOT_SERVED, POOLING
 from disagg_sim import expected_text
 from tests.simulated import CHAT, PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 

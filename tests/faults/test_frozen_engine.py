@@ -1,4 +1,4 @@
-"""An engine that stands still although it pings and answers /health: noticed, recovered or taken out, and named."""
+"""An engine that is stalled although it pings and answers /health: noticed, recovered or taken out, and named."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ async def test_a_decode_that_no_replay_frees_is_taken_out_and_its_requests_get_5
         decode.faults.release()
         task = await soon(foreign)
         message = check_error(*await soon(waiting, 30), 504, "engine_frozen")
-        assert message == "The decode instance stands still."
+        assert message == "The decode instance is stalled."
         with pytest.raises(aiohttp.ClientError):
             await soon(stream.read())
     shown = await instance_of(machine, decode)
     assert (shown["state"], shown["restart_wanted"], shown["freezes"]) == ("frozen", True, 1)
-    assert "stands still" in shown["reason"] and "did not help" in shown["reason"]
+    assert "stalled" in shown["reason"] and "did not help" in shown["reason"]
     status, _, body = await machine.post(PATH, ASK)
-    assert status == 503 and "stands still" in body["error"]["message"]
+    assert status == 503 and "stalled" in body["error"]["message"]
     assert "127.0.0.1" not in body["error"]["message"]
     # As the supervisor restarts them: both, since the prefill knows the old decode.
     await decode.kill()
@@ -139,7 +139,7 @@ async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, 
     with prefill.faults.held("answer"):
         asked = asyncio.ensure_future(ask_for(machine, stream))
         await soon(prefill.wait_until(lambda state: state["held_at"] == "answer"))
-        registry.freeze(machine.proxy.instance(decode.http_address), "stands still")
+        registry.freeze(machine.proxy.instance(decode.http_address), "is stalled")
         spare = await machine.engine("decode")
         await soon(machine.proxy.until_state(spare.http_address, State.READY))
     assert await soon(asked) == RIGHT[PATH]
@@ -201,7 +201,7 @@ async def test_without_another_prefill_the_client_gets_504(machine, pair) -> Non
     prefill, decode = pair
     with prefill.faults.held("forward"):
         message = check_error(*await soon(machine.send(PATH, ASK), 30), 504, "engine_frozen")
-        assert message == "The prefill instance stands still."
+        assert message == "The prefill instance is stalled."
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.done == 1
     assert machine.proxy.services.stats.outcomes == {"deadline": 1}

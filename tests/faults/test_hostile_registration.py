@@ -258,7 +258,7 @@ async def test_a_ping_that_contradicts_a_live_instance_does_not_displace_it(mach
         await pinger.send(msgpack.packb(claim))
     await pinger.until_read()
     assert not machine.proxy.knows("127.0.0.1:999")
-    assert machine.proxy.services.pairing.ready_pairs() == 1
+    assert machine.proxy.services.selection.ready_pairs() == 1
     refused = (await machine.get("/stats"))[1]["discovery"]["refused"]
     assert refused == {prefill.http_address: 2, "127.0.0.1:999": 1}
     await machine.check_right()

@@ -97,7 +97,7 @@ async def test_requests_leave_a_prefill_that_sends_to_a_stopped_decode(machine, 
     blocked = [prefill for prefill in prefills if prefill.state()["sender"]]
     assert len(blocked) == 1, "each prefill has sent to one decode"
     found = await until_restart_is_wanted(machine, blocked[0])
-    assert found["state"] == "frozen" and "no step" in found["reason"]
+    assert found["state"] == "frozen" and "no scheduler step" in found["reason"]
     assert await soon(ask_for(machine, stream)) == RIGHT[PATH], "nothing new goes to the blocked prefill"
     hung = await until_restart_is_wanted(machine, stopped)
     assert hung["state"] == ("lost" if pings else "probing")
@@ -142,7 +142,7 @@ async def test_without_another_pair_the_request_waits_until_its_prefill_is_found
     await soon(machine.proxy.until_pairs())
     stopped.stop()
     message = check_error(*await soon(machine.send(PATH, ASK)), 504, "engine_frozen")
-    assert message == "The prefill instance stands still."
+    assert message == "The prefill instance is stalled."
     assert (await until_restart_is_wanted(machine, prefill))["state"] == "frozen"
     assert (await until_restart_is_wanted(machine, stopped))["state"] == "lost"
     status, report = await machine.get("/health")

@@ -44,7 +44,7 @@ async def full(machine: Machine, decodes: list[SimEngine], requests: int) -> Non
         counts = [instance.in_flight for instance in instances]
         arrived = [(state["kv_received"] - before) // 4 for state, before in zip(states, received, strict=True)]
         counted = [instance.kv_waiting_bytes // (LENGTH * PER_TOKEN) for instance in instances]
-        everybody = machine.proxy.services.gate.waiting + sum(counts) == requests
+        everybody = machine.proxy.services.admission_queue.waiting + sum(counts) == requests
         steady = steady + 1 if everybody and counts == arrived == counted else 0
 
 

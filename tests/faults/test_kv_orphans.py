@@ -6,7 +6,7 @@ import gc
 import pytest
 
 from disagg_proxy.cluster.instance import State
-from disagg_proxy.protocol.prepare import Prepared
+from disagg_proxy.openai.prepare import Prepared
 from tests.conftest import soon
 from tests.faults.conftest import ids, without_kept_connections
 from tests.simulated import REQUESTS
@@ -96,7 +96,7 @@ async def test_many_abandoned_prefills_of_one_batch_are_all_drained(machine, pai
         await soon(prefill.wait_until(lambda state: state["waiting"] == 20))
         for client in clients:
             client.leave()
-        await soon(machine.proxy.services.stopping.exchanges.ended())
+        await soon(machine.proxy.services.shutdown.exchanges.ended())
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.done == 20
     await machine.unharmed(prefill, decode)
@@ -136,7 +136,7 @@ async def test_a_drain_counts_as_load(machine, pair, dial) -> None:
     await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
     assert machine.proxy.instance(decode.http_address).in_flight == 1
     next_one = asyncio.ensure_future(machine.check_right())
-    while not machine.proxy.services.gate.waiting:
+    while not machine.proxy.services.admission_queue.waiting:
         await asyncio.sleep(0)
     assert len(prefill.received(PATH)) == 1, "the next request waits until the drain is done"
     decode.faults.release()

@@ -7,7 +7,7 @@ import logging
 import aiohttp
 import pytest
 
-from disagg_proxy.logs import HideUnfinished
+from disagg_proxy.telemetry.logs import HideUnfinished
 from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.simulated import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events

@@ -24,7 +24,7 @@ async def until(condition) -> None:
 
 
 def waiting(machine: Machine, count: int):
-    return soon(until(lambda: machine.proxy.services.gate.waiting == count))
+    return soon(until(lambda: machine.proxy.services.admission_queue.waiting == count))
 
 
 @pytest.mark.settings(decode_max_in_flight=2)
@@ -34,8 +34,10 @@ async def test_beyond_the_limit_requests_wait_and_then_are_served_in_order(machi
     requests = []
     for i in range(5):
         requests.append(ask(machine, prompt=f"{PROMPT} {i}"))
-        await soon(until(lambda i=i: machine.proxy.services.gate.waiting + decode_load(machine, decode) == i + 1))
-    assert machine.proxy.services.gate.waiting == 3
+        await soon(
+            until(lambda i=i: machine.proxy.services.admission_queue.waiting + decode_load(machine, decode) == i + 1)
+        )
+    assert machine.proxy.services.admission_queue.waiting == 3
     assert len(prefill.received(COMPLETIONS)) <= 2
     decode.faults.release()
     for i, (status, _, body) in enumerate(await soon(asyncio.gather(*requests))):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from disagg_proxy import server
+from disagg_proxy.server import http_server
 from tests.conftest import Wire, soon
 from tests.simulated import REQUESTS, events, text_of_events
 
@@ -141,7 +141,7 @@ async def test_what_waits_in_the_queue_was_accepted_and_is_served(machine, pair,
     client = await begin_stream(machine, pair, dial)
     queued = await dial(machine.proxy.url)
     queued.post(PATH, STREAM)
-    await soon(until(lambda: machine.proxy.services.gate.waiting == 1))
+    await soon(until(lambda: machine.proxy.services.admission_queue.waiting == 1))
     shutdown.begin()
     pair[1].faults.release()
     for wire in (client, queued):
@@ -297,6 +297,6 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_not_waited_for(
     client.writer.transport.pause_reading()
     client.post(PATH, {**STREAM, "max_tokens": 9000, "ignore_eos": True, "logprobs": 20})
     await soon(paused.wait(), 30)
-    monkeypatch.setattr(server, "_LAST_WORD", 600.0)
+    monkeypatch.setattr(http_server, "_LAST_WORD", 600.0)
     shutdown.begin()
     await shutdown.end()

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from disagg_proxy.upstream import Answer
+from disagg_proxy.upstream import Response
 from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.faults.conftest import LARGE, dial_slowly
@@ -18,13 +18,13 @@ PATH = "/v1/completions"
 def read_from_decode(monkeypatch) -> list[int]:
     """The sizes of all pieces that the proxy has read from decode."""
     sizes: list[int] = []
-    original = Answer.received
+    original = Response.received
 
-    def received(self: Answer, piece: bytes) -> None:
+    def received(self: Response, piece: bytes) -> None:
         sizes.append(len(piece))
         original(self, piece)
 
-    monkeypatch.setattr(Answer, "received", received)
+    monkeypatch.setattr(Response, "received", received)
     return sizes
 
 

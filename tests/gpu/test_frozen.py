@@ -1,4 +1,4 @@
-"""Engines that stand still on real GPUs: KV that never comes, with and without a prefill that can be replayed."""
+"""Stalled engines on real GPUs: KV that never comes, with and without a prefill that can be replayed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CASES = 4
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """The machine under the script's supervision, with a short deadline for engines that stand still."""
+    """The machine under the script's supervision, with a short deadline for stalled engines."""
     settings = {
         "PREFILL_KV_PORT": "21601",
         "DECODE_KV_PORT": "22601",

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.simulated import machine, pair
 from tests.page.browser import Browser, chromium
+from tests.simulated import machine, pair
 
 __all__ = ["machine", "pair"]
 

@@ -10,8 +10,8 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from disagg_sim import expected_chat_text, expected_text
 from tests.conftest import running_proxy, soon
-from tests.simulated import REQUESTS
 from tests.page.browser import needs_browser
+from tests.simulated import REQUESTS
 
 pytestmark = needs_browser
 
@@ -62,7 +62,7 @@ async def test_a_decode_that_is_frozen_for_good_is_named_with_what_was_done(mach
     asked = asyncio.gather(*(machine.send(PATH, ASK) for _ in range(2)))
     await says(page, "#now-text", f"Decode {decode.http_address} is frozen")
     await says(page, "#now-age", re.compile(r"for \d+ s"))
-    await says(page, "#now-details", "answers pings, but its engine stands still")
+    await says(page, "#now-details", "answers pings, but its engine is stalled")
     await says(
         page, "#now-details", re.compile(r"What was done: taken out of service, and (a prefill was|prefills were)")
     )

@@ -119,13 +119,13 @@ async def test_a_viewer_that_leaves_before_a_word_makes_room(one_viewer, machine
 async def test_the_feed_ends_with_the_proxy_at_once(machine) -> None:
     async with machine.http.get(machine.proxy.url + FEED) as answer:
         await read(answer)
-        stopping = machine.proxy.services.stopping
+        shutdown = machine.proxy.services.shutdown
         await soon(machine.proxy.stop())
         while (event := await read(answer))[0] != "end":
             pass
         assert event == ("end", {})
         assert await soon(answer.content.read()) == b""
-        assert stopping.left > 2, "nothing waited for the grace time"
+        assert shutdown.left > 2, "nothing waited for the grace time"
 
 
 async def test_a_viewer_that_reads_nothing_holds_up_nobody(machine, dial, monkeypatch) -> None:
@@ -147,7 +147,7 @@ async def test_a_viewer_that_reads_nothing_holds_up_nobody(machine, dial, monkey
     async with machine.http.get(machine.proxy.url + FEED) as answer:
         assert await soon(answer.content.readexactly(11)) == b"event: view", "others see the page"
     await soon(machine.proxy.stop())
-    assert services.stopping.left > 2, "nothing waited for the grace time"
+    assert services.shutdown.left > 2, "nothing waited for the grace time"
 
 
 @pytest.mark.settings(freeze_after_min=0.4, freeze_after_max=0.4, probe_interval=0.1)

@@ -22,7 +22,7 @@ async def test_updates_make_the_view_that_the_proxy_has(machine, pair) -> None:
         await machine.post(PATH, REQUESTS[PATH])
     while len(view["recent"]) < 3:
         view = await soon(anext(seen))
-    whole = await machine.proxy.services.view()
+    whole = await machine.proxy.services.page_view()
     assert view["recent"] == whole["recent"] and view["events"] == whole["events"]
     assert "gone" not in view
     await seen.aclose()
@@ -104,7 +104,7 @@ async def test_a_proxy_that_falls_silent_is_gone(machine, monkeypatch) -> None:
     async def never() -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(machine.proxy.services, "view", never)
+    monkeypatch.setattr(machine.proxy.services, "page_view", never)
     with pytest.raises(FeedError, match="does not answer"):
         while True:
             await soon(anext(seen))

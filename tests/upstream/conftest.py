@@ -9,8 +9,8 @@ import pytest
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
-from disagg_proxy.outbox import Outbox
-from disagg_proxy.upstream import Answer, Upstream
+from disagg_proxy.runtime.write_coalescing import WriteBatch
+from disagg_proxy.upstream import Response, Upstream
 from tests.conftest import soon
 
 CLOSE = None
@@ -68,19 +68,19 @@ async def server() -> AsyncIterator[Server]:
     listening.close()
 
 
-Ask = Callable[..., Awaitable[Answer]]
+Ask = Callable[..., Awaitable[Response]]
 
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    upstream = Upstream(0.2, Outbox())
+    upstream = Upstream(0.2, WriteBatch())
     yield upstream
     await upstream.close()
 
 
 @pytest.fixture
 def ask(server: Server, upstream: Upstream) -> Ask:
-    async def send(*, address: str = "", silence: float = 5.0, method: str = "GET", **options: object) -> Answer:
+    async def send(*, address: str = "", silence: float = 5.0, method: str = "GET", **options: object) -> Response:
         options = {"leg": "decode", "silence": silence, **options}
         return await soon(upstream.request(method, server.instance(address), "/x", **options))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.outbox import Outbox
+from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.upstream.connection import Connection
 from tests.upstream.pool import Pool
 
@@ -59,7 +59,7 @@ class Exchange:
     """One answer on a connection without a socket."""
 
     def __init__(self) -> None:
-        self.pool, self.transport, self.sink = Pool(Outbox()), Transport(), Sink()
+        self.pool, self.transport, self.sink = Pool(WriteBatch()), Transport(), Sink()
         self.connection = Connection("here:1", True, self.pool)
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
         self.answer = self.connection.send(b"", b"", 60.0, "decode")

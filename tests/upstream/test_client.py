@@ -10,9 +10,9 @@ from contextlib import ExitStack
 import pytest
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError, EngineUnreachable
-from disagg_proxy.outbox import Outbox
-from disagg_proxy.protocol.headers import value_of
-from disagg_proxy.upstream import Answer, Enough, Upstream, client
+from disagg_proxy.http1.headers import value_of
+from disagg_proxy.runtime.write_coalescing import WriteBatch
+from disagg_proxy.upstream import ReadUntil, Response, Upstream, client
 from tests.conftest import soon
 from tests.ports import hold_port
 from tests.upstream.conftest import CLOSE, Ask, Server
@@ -55,12 +55,12 @@ async def test_a_whole_answer(server: Server, ask: Ask) -> None:
     assert whole.headers == [(b"content-length", b"2"), (b"content-type", b"application/json")]
 
 
-@pytest.mark.parametrize("enough", list(Enough)[1:])
-async def test_so_much_of_an_answer_is_there_as_was_asked_for(server: Server, ask: Ask, enough: Enough) -> None:
+@pytest.mark.parametrize("enough", list(ReadUntil)[1:])
+async def test_so_much_of_an_answer_is_there_as_was_asked_for(server: Server, ask: Ask, enough: ReadUntil) -> None:
     head, body = OK.split(b"{")
     server.answers = [(head, b"{", body)]
     asking = asyncio.ensure_future(ask(enough=enough))
-    for _ in range(enough - Enough.HEAD):
+    for _ in range(enough - ReadUntil.HEAD):
         await until(lambda: len(server.asked) == 1)
         assert not asking.done()
         server.more.set()
@@ -68,7 +68,7 @@ async def test_so_much_of_an_answer_is_there_as_was_asked_for(server: Server, as
     answer = await soon(asking)
     assert answer.status == 200
     server.more.set()
-    if enough is not Enough.WHOLE:
+    if enough is not ReadUntil.WHOLE:
         await until(lambda: not server.more.is_set())
         server.more.set()
     assert (await soon(answer.whole())).body == b"{" + body
@@ -132,7 +132,7 @@ async def test_chunks_and_dropped_trailers(server: Server, ask: Ask) -> None:
 
 async def test_an_answer_without_framing_ends_with_the_connection(server: Server, ask: Ask) -> None:
     server.answers = [(b"HTTP/1.1 200 OK\r\n\r\n{", b"}", CLOSE), OK]
-    answer = await ask(enough=Enough.BEGUN)
+    answer = await ask(enough=ReadUntil.BEGUN)
     reading = asyncio.ensure_future(answer.whole())
     server.more.set()
     await until(lambda: not server.more.is_set())
@@ -323,7 +323,7 @@ async def test_an_answer_that_is_no_http_at_all(server: Server, ask: Ask, answer
 
 async def test_a_chunk_that_is_none_breaks_the_body(server: Server, ask: Ask) -> None:
     server.answers = [(CHUNKED + b"1\r\n{\r\n", b"no size\r\n")]
-    answer = await ask(enough=Enough.BEGUN)
+    answer = await ask(enough=ReadUntil.BEGUN)
     server.more.set()
     with pytest.raises(EngineDisconnected):
         await soon(answer.whole())
@@ -385,7 +385,7 @@ async def test_a_longer_patience_follows_a_shorter_one_on_the_same_connection(se
 
 async def test_silence_does_not_count_while_nobody_reads(server: Server, ask: Ask) -> None:
     server.answers = [CUT]
-    answer = await ask(silence=0.1, enough=Enough.BEGUN)
+    answer = await ask(silence=0.1, enough=ReadUntil.BEGUN)
     sink = Sink()
     answer.pour(sink)
     answer.pause()
@@ -403,7 +403,7 @@ async def test_silence_does_not_count_while_nobody_reads(server: Server, ask: As
 
 async def test_a_body_is_poured_as_it_comes(server: Server, ask: Ask) -> None:
     server.answers = [(CHUNKED + b"2\r\nab\r\n", b"1\r\nc\r\n", b"0\r\n\r\n"), OK]
-    answer, sink = await ask(enough=Enough.BEGUN), Sink()
+    answer, sink = await ask(enough=ReadUntil.BEGUN), Sink()
     answer.pour(sink)
     assert sink.body == b"ab"
     sink.came.clear()
@@ -431,7 +431,7 @@ async def test_pieces_that_arrive_together_stay_together(server: Server, ask: As
 @pytest.mark.parametrize("known", [False, True])
 async def test_a_body_that_breaks_off(server: Server, ask: Ask, known: bool) -> None:
     server.answers = [(CUT, CLOSE)]
-    answer, sink = await ask(enough=Enough.BEGUN), Sink()
+    answer, sink = await ask(enough=ReadUntil.BEGUN), Sink()
     if known:
         server.more.set()
         await soon(server_closed(answer))
@@ -443,9 +443,9 @@ async def test_a_body_that_breaks_off(server: Server, ask: Ask, known: bool) -> 
     assert sink.body == b"{"
 
 
-async def server_closed(answer: Answer) -> None:
+async def server_closed(answer: Response) -> None:
     with pytest.raises(EngineDisconnected):
-        await answer.until(Enough.WHOLE)
+        await answer.until(ReadUntil.WHOLE)
 
 
 @pytest.mark.parametrize("end", [b"0\r\n\r\n", CLOSE], ids=["end", "break"])
@@ -487,7 +487,7 @@ async def test_a_paused_body_waits_in_the_sockets(server: Server, ask: Ask) -> N
 @pytest.mark.parametrize("answer", [b"", CUT])
 async def test_a_request_that_is_cancelled_closes_the_connection(server: Server, ask: Ask, answer: bytes) -> None:
     server.answers = [answer]
-    waiting = asyncio.ensure_future(ask(enough=Enough.WHOLE))
+    waiting = asyncio.ensure_future(ask(enough=ReadUntil.WHOLE))
     await until(lambda: bool(server.asked))
     waiting.cancel()
     await soon(server.gone.wait())
@@ -533,7 +533,7 @@ async def test_closed_while_it_is_poured_it_breaks(server: Server, ask: Ask) -> 
 
 
 async def test_everything_is_closed_in_the_end(server: Server) -> None:
-    upstream = Upstream(1.0, Outbox())
+    upstream = Upstream(1.0, WriteBatch())
     server.answers = [OK, CUT, CUT]
     options = {"silence": 5.0, "leg": "decode"}
     await (await upstream.request("GET", server.instance(), "/", **options)).whole()

@@ -6,14 +6,14 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.cluster.pulse import Pulse
+from disagg_proxy.cluster.progress import ProgressTracker
 from disagg_proxy.errors import EngineDisconnected, EngineFrozen
-from disagg_proxy.upstream import Enough, Resend
+from disagg_proxy.upstream import ReadUntil, Resend
 from tests.conftest import soon
 from tests.upstream.conftest import CLOSE, Ask, Server
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
-WHOLE = {"method": "POST", "enough": Enough.WHOLE}
+WHOLE = {"method": "POST", "enough": ReadUntil.WHOLE}
 
 
 def failed(*, unsent: bool, reused: bool) -> EngineDisconnected:
@@ -58,11 +58,11 @@ async def test_a_fresh_connection_that_closes_is_not_and_neither_is_the_second(s
 
 async def test_an_instance_that_is_given_up_ends_its_answer(server: Server, ask: Ask) -> None:
     server.answers = [(b"HTTP/1.1 200 OK\r\n", b"")]
-    vigil = Pulse(0.0).begin(lambda: 0.0)
-    asked = asyncio.ensure_future(ask(**WHOLE, pending=vigil))
-    while vigil.answer is None:
+    pending = ProgressTracker(0.0).begin(lambda: 0.0)
+    asked = asyncio.ensure_future(ask(**WHOLE, pending=pending))
+    while pending.answer is None:
         await asyncio.sleep(0)
-    vigil.fail(EngineFrozen("stalled"))
+    pending.fail(EngineFrozen("stalled"))
     with pytest.raises(EngineFrozen):
         await soon(asked)
     server.more.set()
@@ -70,9 +70,9 @@ async def test_an_instance_that_is_given_up_ends_its_answer(server: Server, ask:
 
 
 async def test_one_that_is_given_up_while_it_is_connected_to_is_not_sent_the_request(server: Server, ask: Ask) -> None:
-    vigil = Pulse(0.0).begin(lambda: 0.0)
-    vigil.fail(EngineFrozen("stalled"))
+    pending = ProgressTracker(0.0).begin(lambda: 0.0)
+    pending.fail(EngineFrozen("stalled"))
     with pytest.raises(EngineFrozen):
-        await ask(**WHOLE, pending=vigil)
+        await ask(**WHOLE, pending=pending)
     await soon(server.gone.wait())
     assert not server.asked

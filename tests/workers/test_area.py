@@ -5,16 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.workers.area import SIZE, Area
+from disagg_proxy.workers.snapshot_slot import SIZE, SnapshotSlot
 
 
 def test_nothing_published_is_an_empty_text() -> None:
-    assert Area(memoryview(bytearray(SIZE))).read() == b""
+    assert SnapshotSlot(memoryview(bytearray(SIZE))).read() == b""
 
 
 @given(st.lists(st.binary(max_size=200), min_size=1))
 def test_the_newest_text_is_read(texts: list[bytes]) -> None:
-    area = Area(memoryview(bytearray(SIZE)))
+    area = SnapshotSlot(memoryview(bytearray(SIZE)))
     for text in texts:
         area.write(text)
         assert area.read() == text
@@ -24,7 +24,7 @@ def test_the_newest_text_is_read(texts: list[bytes]) -> None:
 def test_a_writer_that_stops_in_the_middle_leaves_the_text_before(
     before: bytes, after: bytes, written: int, length_too: bool
 ) -> None:
-    area = Area(memoryview(bytearray(SIZE)))
+    area = SnapshotSlot(memoryview(bytearray(SIZE)))
     area.write(before)
     other_half = area._halves[(area._head[0] + 1) & 1]
     other_half[: len(after[:written])] = after[:written]
@@ -34,7 +34,7 @@ def test_a_writer_that_stops_in_the_middle_leaves_the_text_before(
 
 
 def test_a_text_that_changes_while_it_is_read_is_not_believed() -> None:
-    area = Area(memoryview(bytearray(SIZE)))
+    area = SnapshotSlot(memoryview(bytearray(SIZE)))
     area.write(b"right")
     area._halves[area._head[0] & 1][0] = ord("w")
     assert area.read() == b""

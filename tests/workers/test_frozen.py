@@ -1,4 +1,4 @@
-"""An engine that stands still, seen by several workers of which each knows its own requests only."""
+"""An engine that is stalled, seen by several workers of which each knows its own requests only."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_one_that_nobody_can_free_is_given_up_by_all(fleet, engines, http)
         shown = await door.instance(decode)
         assert shown["freezes"] == 1 and shown["replays"] == 1
         status, body = await door.ask()
-        assert status == 503 and "stands still" in body["error"]["message"]
+        assert status == 503 and "stalled" in body["error"]["message"]
     seen = len(proxy.lines)
     await decode.kill()
     await prefill.kill()
@@ -104,7 +104,7 @@ async def test_what_a_stopped_decode_means_is_known_to_all(fleet, engines) -> No
     doors = await proxy.doors()
     stopped.stop()
     status, body = await soon(doors[0].ask())
-    assert (status, body["error"]["message"]) == (504, "The prefill instance stands still.")
+    assert (status, body["error"]["message"]) == (504, "The prefill instance is stalled.")
     await until(lambda: _state_everywhere(doors, prefill, "frozen", restart=True))
     await until(lambda: _state_everywhere(doors, stopped, "lost", restart=True))
     assert (await doors[1].instance(prefill))["freezes"] == 1

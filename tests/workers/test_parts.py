@@ -10,13 +10,13 @@ import msgpack
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.config import Config, StaticInstance
 from disagg_proxy.discovery.announcement import decode
-from disagg_proxy.workers.book import Book
 from disagg_proxy.workers.channel import Channel
-from disagg_proxy.workers.contacts import Contacts
-from disagg_proxy.workers.ledger import Ledger, Slots
-from disagg_proxy.workers.marks import Marks
-from disagg_proxy.workers.seat import Seat
-from disagg_proxy.workers.table import Head, Mark, Table, now
+from disagg_proxy.workers.kv_history import SharedKvHistory
+from disagg_proxy.workers.replay_log import ReplayLog
+from disagg_proxy.workers.shared_flags import SharedFlags
+from disagg_proxy.workers.shared_load import RowIndex, WorkerLoad
+from disagg_proxy.workers.shared_table import FlagColumn, SharedTable, SharedTableHeader, now
+from disagg_proxy.workers.worker_env import WorkerEnv
 from tests.cluster.conftest import World
 from tests.conftest import soon
 
@@ -64,16 +64,16 @@ async def test_the_end_of_the_other_side_is_noticed_after_what_it_said() -> None
 
 
 def test_a_seat_is_read_as_it_was_given() -> None:
-    seat = Seat(1, 2, 3, 4, (5, 6, 7), 8, 9)
-    assert Seat.read(seat.environ()) == seat and seat.files == (4, 5, 6, 7, 8, 9)
+    seat = WorkerEnv(1, 2, 3, 4, (5, 6, 7), 8, 9)
+    assert WorkerEnv.read(seat.environ()) == seat and seat.files == (4, 5, 6, 7, 8, 9)
 
 
 # -- what the supervisor remembers
 
 
-def book(**settings) -> tuple[Book, Table]:
-    table = Table(memoryview(bytearray(Table.size(2))), 2)
-    return Book(Config(**settings), Slots(table)), table
+def book(**settings) -> tuple[ReplayLog, SharedTable]:
+    table = SharedTable(memoryview(bytearray(SharedTable.size(2))), 2)
+    return ReplayLog(Config(**settings), RowIndex(table)), table
 
 
 def ping(port: int, kv: int = 0):
@@ -119,18 +119,18 @@ class Pair:
         self.world = World()
         self.said: list[list] = []
         self.due: list = []
-        self.contacts = Contacts(self.world.registry, self.said.append, lambda s, then: self.due.append(then))
+        self.contacts = SharedKvHistory(self.world.registry, self.said.append, lambda s, then: self.due.append(then))
         self.prefill, self.decode = self.world.ready(Role.PREFILL, 1), self.world.ready(Role.DECODE, 2)
 
     @property
     def possible(self) -> bool:
-        return self.world.registry.exchange.possible(self.prefill, self.decode)
+        return self.world.registry.kv_compatibility.possible(self.prefill, self.decode)
 
 
 def test_the_first_sending_to_a_process_is_told_once() -> None:
     here = Pair()
     for _ in range(3):
-        here.world.registry.exchange.sends_towards(here.prefill, here.decode)
+        here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
     assert [m[:3] for m in here.said] == [["sent", here.prefill.key, here.decode.kv.text]]
 
 
@@ -156,14 +156,14 @@ def test_what_was_sent_before_an_end_that_is_known_here_was_sent_to_the_one_that
 
 def test_an_end_is_taken_from_others_only_where_it_would_not_be_noticed() -> None:
     here = Pair()
-    here.world.registry.exchange.sends_towards(here.prefill, here.decode)
+    here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
     registry = here.world.registry
     registry.has_lifeline = lambda instance: True
     here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
     assert here.possible
     registry.process_ended(here.decode)
     registry.process_ended(here.prefill)
-    registry.exchange.sends_towards(here.prefill, here.decode)
+    registry.kv_compatibility.sends_towards(here.prefill, here.decode)
     for believe in here.due:
         believe()
     assert here.possible, "it was noticed here meanwhile"
@@ -173,7 +173,7 @@ def test_an_end_that_was_not_noticed_here_is_believed() -> None:
     """The successor answered the first probe after it."""
     here = Pair()
     registry = here.world.registry
-    registry.exchange.sends_towards(here.prefill, here.decode)
+    registry.kv_compatibility.sends_towards(here.prefill, here.decode)
     registry.has_lifeline = lambda instance: True
     here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
     here.due[0]()
@@ -182,7 +182,7 @@ def test_an_end_that_was_not_noticed_here_is_believed() -> None:
 
 def test_without_a_lifeline_an_end_is_believed_at_once() -> None:
     here = Pair()
-    here.world.registry.exchange.sends_towards(here.prefill, here.decode)
+    here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
     here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
     assert not here.possible and not here.due
 
@@ -194,18 +194,18 @@ class Two:
     """Two workers that both know one pair."""
 
     def __init__(self) -> None:
-        self.table = Table(memoryview(bytearray(Table.size(2))), 2)
+        self.table = SharedTable(memoryview(bytearray(SharedTable.size(2))), 2)
         self.worlds = [World(), World()]
         self.pokes = 0
         self.marks, self.prefills, self.decodes = [], [], []
         for number, world in enumerate(self.worlds):
-            ledger = Ledger(self.table, number, world.registry, lambda: None)
-            self.marks.append(Marks(self.table, number, world.registry, self._poked))
+            ledger = WorkerLoad(self.table, number, world.registry, lambda: None)
+            self.marks.append(SharedFlags(self.table, number, world.registry, self._poked))
             self.prefills.append(world.ready(Role.PREFILL, 1))
             self.decodes.append(world.ready(Role.DECODE, 2))
             ledger.place(self.prefills[-1], 0)
             ledger.place(self.decodes[-1], 1)
-            self.table.rows[number].head[Head.BEAT] = now()
+            self.table.rows[number].head[SharedTableHeader.BEAT] = now()
 
     def _poked(self) -> None:
         self.pokes += 1
@@ -239,7 +239,7 @@ def test_a_freeze_is_found_once_and_ends_for_all() -> None:
     here, there = two.marks
     assert here.found(two.decodes[0]) and not there.found(two.decodes[1])
     for world, one in zip(two.worlds, two.decodes, strict=True):
-        world.registry.freeze(one, "stands still")
+        world.registry.freeze(one, "is stalled")
     assert there.frozen(two.decodes[1]) and not there.given_up(two.decodes[1])
     here.give_up(two.decodes[0])
     assert there.given_up(two.decodes[1])
@@ -255,7 +255,7 @@ async def test_the_likeliest_prefill_of_all_workers_is_replayed_first() -> None:
     two = Two()
     two.marks[0].found(two.decodes[0])
     for world, one in zip(two.worlds, two.decodes, strict=True):
-        world.registry.freeze(one, "stands still")
+        world.registry.freeze(one, "is stalled")
     unlikely = asyncio.create_task(two.marks[0].turn(two.decodes[0], 0.5))
     assert await soon(two.marks[1].turn(two.decodes[1], 0.1))
     assert not unlikely.done()
@@ -268,9 +268,9 @@ async def test_the_likeliest_prefill_of_all_workers_is_replayed_first() -> None:
 
 async def test_nobody_waits_for_a_worker_that_does_not_go_round() -> None:
     two = Two()
-    two.table.rows[1].head[Head.BEAT] = 1
+    two.table.rows[1].head[SharedTableHeader.BEAT] = 1
     two.marks[0].found(two.decodes[0])
-    two.worlds[0].registry.freeze(two.decodes[0], "stands still")
+    two.worlds[0].registry.freeze(two.decodes[0], "is stalled")
     assert await soon(two.marks[0].turn(two.decodes[0], 0.5), 1.0)
     assert not await soon(two.marks[0].turn(two.decodes[0], None), 1.0)
 
@@ -284,11 +284,11 @@ def test_prefills_that_stand_still_are_counted_once_whoever_sees_them() -> None:
     assert two.marks[1].blame(other, two.decodes[1]) == 2
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.process_ended(one)
-    assert two.table.rows[1].mark(1, Mark.BLAMED) == 0
+    assert two.table.rows[1].mark(1, FlagColumn.BLAMED) == 0
 
 
 def test_moves_of_others_are_added_up() -> None:
     two = Two()
-    two.decodes[0].pulse.moves = 7
+    two.decodes[0].progress.moves = 7
     assert two.marks[0].moves(two.decodes[0]) == 0
     assert two.marks[1].moves(two.decodes[1]) == 7

@@ -9,9 +9,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.lease import KvClaim, Lease, Visit
-from disagg_proxy.workers.ledger import Ledger, Slots
-from disagg_proxy.workers.table import LOADS, Head, Mark, Table, now
+from disagg_proxy.cluster.lease import EngineUse, KvClaim, Lease
+from disagg_proxy.workers.shared_load import RowIndex, WorkerLoad
+from disagg_proxy.workers.shared_table import LOADS, FlagColumn, SharedTable, SharedTableHeader, now
 from tests.cluster.conftest import World
 
 MOST, BUFFER = 2, 700
@@ -20,16 +20,16 @@ MOST, BUFFER = 2, 700
 class Worker:
     """One worker's registry with a pair, joined to a table."""
 
-    def __init__(self, table: Table, number: int) -> None:
+    def __init__(self, table: SharedTable, number: int) -> None:
         self.world = World()
         self.pokes = 0
-        self.ledger = Ledger(table, number, self.world.registry, self._freed)
+        self.ledger = WorkerLoad(table, number, self.world.registry, self._freed)
         self.prefill = self.world.ready(Role.PREFILL, 1)
         self.decode = self.world.ready(Role.DECODE, 2)
         for slot, instance in enumerate((self.prefill, self.decode)):
             self.ledger.place(instance, slot)
         self.limits = Limits(prefill=MOST, decode=MOST, kv_buffer=BUFFER)
-        table.rows[number].head[Head.BEAT] = now()
+        table.rows[number].head[SharedTableHeader.BEAT] = now()
 
     def _freed(self) -> None:
         self.pokes += 1
@@ -64,11 +64,11 @@ class Legs:
         self.kv.release()
 
 
-def new_table(workers: int = 3) -> Table:
-    return Table(memoryview(bytearray(Table.size(workers))), workers)
+def new_table(workers: int = 3) -> SharedTable:
+    return SharedTable(memoryview(bytearray(SharedTable.size(workers))), workers)
 
 
-def total(table: Table, instance: Instance) -> list[int]:
+def total(table: SharedTable, instance: Instance) -> list[int]:
     at = instance.slot * LOADS
     return [sum(row.loads[at + count] for row in table.rows) for count in range(LOADS)]
 
@@ -194,7 +194,7 @@ def test_what_is_claimed_and_not_taken_is_given_back() -> None:
 def test_a_visit_counts_elsewhere_and_makes_the_instance_busy() -> None:
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
-    with Visit(worker.world.registry, worker.prefill):
+    with EngineUse(worker.world.registry, worker.prefill):
         other.ledger.refresh()
         assert not other.prefill.idle
     other.ledger.refresh()
@@ -207,7 +207,7 @@ def test_a_queue_is_seen_elsewhere_as_long_as_its_worker_goes_round() -> None:
     worker.ledger.queue(3, 5.0)
     assert other.ledger.waiting() == 3 and worker.ledger.waiting() == 0
     assert other.ledger.waits_longer(6.0) and not other.ledger.waits_longer(4.0)
-    table.rows[0].head[Head.BEAT] = 1
+    table.rows[0].head[SharedTableHeader.BEAT] = 1
     assert other.ledger.waiting() == 0 and not other.ledger.waits_longer(6.0)
 
 
@@ -230,24 +230,24 @@ def test_a_dead_workers_load_is_gone_and_its_findings_stay(said: list[tuple[int,
     row = table.rows[0]
     row.loads[5] = 7
     for slot, value in said:
-        row.set_mark(slot, Mark.FROZEN, abs(value))
-        row.set_mark(slot, Mark.MOVES, abs(value))
-    newest = {slot: table.newest(slot, Mark.FROZEN) for slot in range(6)}
+        row.set_mark(slot, FlagColumn.FROZEN, abs(value))
+        row.set_mark(slot, FlagColumn.MOVES, abs(value))
+    newest = {slot: table.newest(slot, FlagColumn.FROZEN) for slot in range(6)}
     table.bury(0)
-    assert {slot: table.newest(slot, Mark.FROZEN) for slot in range(6)} == newest
-    assert not any(row.loads) and not any(row.head) and not any(row.mark(s, Mark.MOVES) for s in range(6))
+    assert {slot: table.newest(slot, FlagColumn.FROZEN) for slot in range(6)} == newest
+    assert not any(row.loads) and not any(row.head) and not any(row.mark(s, FlagColumn.MOVES) for s in range(6))
 
 
 def test_slots_are_given_again_only_when_nothing_is_on_them() -> None:
     table = new_table(2)
-    slots = Slots(table)
+    slots = RowIndex(table)
     assert [slots.of("a"), slots.of("b"), slots.of("a")] == [0, 1, 0]
     table.rows[1].loads[2] = 1
     assert not slots.free("a")
     table.rows[1].loads[2] = 0
-    table.rows[1].set_mark(0, Mark.DRAINED, 5)
+    table.rows[1].set_mark(0, FlagColumn.DRAINED, 5)
     assert not slots.free("a"), "an operator keeps it drained"
-    table.rows[0].set_mark(0, Mark.UNDRAINED, 6)
+    table.rows[0].set_mark(0, FlagColumn.UNDRAINED, 6)
     assert slots.free("a") and not slots.free("a")
     assert [slots.of("c"), slots.of("d")] == [0, 2]
     for number in range(3, 1024):
@@ -260,7 +260,7 @@ def test_rows_do_not_overlap(workers: int) -> None:
     table = new_table(workers)
     for number, row in enumerate(table.rows):
         row.head[15] = row.loads[-1] = number + 1
-        row.set_mark(1023, Mark.SEEN, number + 1)
-    assert [(r.head[15], r.loads[-1], r.mark(1023, Mark.SEEN)) for r in table.rows] == [
+        row.set_mark(1023, FlagColumn.SEEN, number + 1)
+    assert [(r.head[15], r.loads[-1], r.mark(1023, FlagColumn.SEEN)) for r in table.rows] == [
         (n + 1,) * 3 for n in range(workers + 1)
     ]

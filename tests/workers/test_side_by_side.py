@@ -68,9 +68,9 @@ def test_after_a_decodes_end_other_proxies_prefills_are_kept_from_the_next_one()
     registry = world.registry
     prefill, decode = world.ready(Role.PREFILL, 1), world.ready(Role.DECODE, 2)
     registry.process_ended(decode)
-    assert registry.exchange.possible(prefill, decode), "nothing was sent, by nobody else"
+    assert registry.kv_compatibility.possible(prefill, decode), "nothing was sent, by nobody else"
     registry.others_send = True
     registry.process_ended(decode)
-    assert not registry.exchange.possible(prefill, decode)
+    assert not registry.kv_compatibility.possible(prefill, decode)
     registry.process_ended(prefill)
-    assert registry.exchange.possible(prefill, decode), "a new process knows nobody"
+    assert registry.kv_compatibility.possible(prefill, decode), "a new process knows nobody"

@@ -33,7 +33,7 @@ class Traits(NamedTuple):
     Attributes:
         tokens: estimated length of its prompts, in all; 0 when unknown.
         kv_bytes: what their KV takes on decode; 0 when unknown.
-        prefix: names of ever longer beginnings of its prompt (protocol/prefix.py), shortest first.
+        prefix: names of ever longer beginnings of its prompt (openai/prefix_hash.py), shortest first.
         size: length of that prompt in the unit in which the beginnings are measured.
         home: name of what stays the same through a conversation; None when nothing does.
         session: name of the client's session, None when it has none.

@@ -1,0 +1,106 @@
+"""The client's side of one request: gets one answer or one error, and may leave at any time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.response_stream import ResponseStream
+from disagg_proxy.errors import ProxyError
+from disagg_proxy.runtime.background import Background
+from disagg_proxy.runtime.inline_coroutine import InlineCoroutine
+from disagg_proxy.telemetry.request_record import RequestRecord
+
+
+class Downstream(Protocol):
+    """Writes the answer to the client's connection. One of the two methods is called, at most once."""
+
+    def respond(self, outcome: Refusal) -> None:
+        """Send an answer; a :class:`ResponseStream` as its body is to be piped or iterated."""
+
+    def refuse(self, error: ProxyError) -> None:
+        """Send the error's own answer."""
+
+
+class Reply:
+    """Delivers the outcome of one request, and ends the request when its client leaves.
+
+    The server creates it, has the coordinator fill it, and must call :meth:`leave` when the client's HTTP exchange is
+    over, however it ended.
+
+    Attributes:
+        open: nothing has been delivered, and the client waits.
+        gone: the client's exchange is over.
+        abort_grace: seconds for which the request runs on when the client leaves before the first byte of its answer.
+            An attempt sets it while an immediate abort would leave KV on an engine.
+        record: of the request; None before its body was complete.
+    """
+
+    __slots__ = ("_background", "_downstream", "_stream", "_work", "abort_grace", "gone", "open", "record")
+
+    def __init__(self, downstream: Downstream) -> None:
+        self._downstream: Downstream | None = downstream
+        self._background: Background | None = None
+        self._stream: ResponseStream | None = None
+        self._work: InlineCoroutine | None = None
+        self.abort_grace = 0.0
+        self.gone = False
+        self.open = True
+        self.record: RequestRecord | None = None
+
+    def begin(self, record: RequestRecord, work: InlineCoroutine, background: Background) -> None:
+        """The body is complete: ``work`` serves the request. The caller starts it."""
+        self.record, self._work, self._background = record, work, background
+
+    @property
+    def public_id(self) -> str:
+        """The id of the request in the answer's body, as the client sees it."""
+        return "" if self.record is None or self.record.public_id is None else self.record.public_id
+
+    def send(self, outcome: Refusal) -> bool:
+        """Deliver an answer. Returns False, having closed a streamed body, when no client waits for it."""
+        downstream = self._take()
+        body = outcome.body
+        if downstream is None:
+            if not isinstance(body, bytes):
+                body.close()
+            return False
+        if self.record is not None:
+            self.record.status = outcome.status
+        if not isinstance(body, bytes):
+            self._stream = body
+        downstream.respond(outcome)
+        return True
+
+    def fail(self, error: ProxyError) -> None:
+        """Deliver an error, if the client waits."""
+        downstream = self._take()
+        if downstream is not None:
+            if self.record is not None:
+                self.record.fail(error)
+            downstream.refuse(error)
+
+    def _take(self) -> Downstream | None:
+        downstream, self._downstream = self._downstream, None
+        self.open = False
+        return downstream
+
+    def leave(self) -> None:
+        """The client's HTTP exchange is over, completed or not. Only the first call counts."""
+        if self.gone:
+            return
+        self.gone = True
+        waited = self._take() is not None
+        work, background, record = self._work, self._background, self.record
+        self._work = None
+        if work is not None and background is not None:
+            background.detach(work)
+            if self._stream is not None:
+                self._stream.close()
+            elif waited and self.abort_grace:
+                asyncio.get_running_loop().call_later(self.abort_grace, work.cancel)
+            elif waited:
+                work.cancel()
+        if record is not None:
+            record.end()

@@ -1,0 +1,1 @@
+"""Stalled engines although they ping and answer /health: noticed, recovered if possible, or taken out."""

@@ -1,5 +1,0 @@
-"""The Quart application: the only package that knows Quart's request and response."""
-
-from disagg_proxy.http.app import create_app
-
-__all__ = ["create_app"]

@@ -1,0 +1,144 @@
+"""Whether prefill did its work, read from its whole answer. A 200 alone does not say so.
+
+vLLM 0.9.2 - 0.14 can put an error object into a 200 (docs/request-fields.md, 2g), and an answer that is streamed,
+as those to forced tool calls are, reports a refusal as an event. The first chunk of a stream is sent after the
+engine's first output, and prefill pushes the KV in that same step: a chunk proves the KV, an error before any chunk
+proves that there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from disagg_proxy.openai.fields import Route
+from disagg_proxy.openai.usage import COUNT, PROMPT, cached_beside
+
+
+class Verdict(Enum):
+    """DONE: the KV is on its way to decode. REFUSED: there is none. UNKNOWN: neither is certain."""
+
+    DONE = 1
+    REFUSED = 2
+    UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """What an answer with status 200 means; for a refusal also its own status and JSON body."""
+
+    verdict: Verdict
+    status: int = 200
+    body: bytes = b""
+
+
+_DONE = PrefillResult(Verdict.DONE)
+_UNKNOWN = PrefillResult(Verdict.UNKNOWN)
+
+
+def read_prefill(route: Route, body: bytes, streamed: bool, choices: int) -> PrefillResult:
+    """Judge the body of a 200.
+
+    Args:
+        streamed: whether it is an event stream.
+        choices: after an error in mid-stream only a single choice is known to be whole.
+    """
+    if not streamed:
+        return _DONE if _is_answer(route, body) else _judge_object(route, _object(body))
+    begun = False
+    for event in _events(body):
+        found = _judge_object(route, event)
+        if found.verdict is Verdict.DONE:
+            begun = True
+        elif found.verdict is Verdict.REFUSED:
+            if not begun:
+                return found
+            return _DONE if choices == 1 else _UNKNOWN
+    return _DONE if begun else _UNKNOWN
+
+
+_Answer: Any = msgspec.defstruct(
+    "_Answer",
+    [("object", Any, None), ("error", Any, None), ("type", Any, None), ("choices", msgspec.Raw, msgspec.Raw(b"null"))],
+)
+"""What is looked at of an answer; reading no more takes a third of the time. Not a class, which would not be one of
+msgspec's when compiled."""
+
+_answers = msgspec.json.Decoder(_Answer)
+
+
+def _is_answer(route: Route, body: bytes) -> bool:
+    """Whether it is plainly what :func:`_judge_object` takes for DONE; False where that has to look."""
+    try:
+        answer = _answers.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
+    if answer.error is not None or answer.object == "error" or route.dialect == "messages":
+        return False
+    return bytes(answer.choices).startswith(b"[")
+
+
+def _judge_object(route: Route, answer: dict[str, Any]) -> PrefillResult:
+    error = answer.get("error") if isinstance(answer.get("error"), dict) else None
+    if error is None and answer.get("object") == "error":
+        error = answer
+    if error is not None:
+        code = error.get("code")
+        status = code if type(code) is int and 400 <= code < 600 else 400
+        return PrefillResult(Verdict.REFUSED, status, json.dumps({"type": "error", "error": error}).encode())
+    if route.dialect == "messages":
+        return _DONE if answer.get("type") in ("message", "message_start") else _UNKNOWN
+    return _DONE if isinstance(answer.get("choices"), list) else _UNKNOWN
+
+
+def _events(stream: bytes) -> Iterator[dict[str, Any]]:
+    for line in stream.splitlines():
+        if line.startswith(b"data:"):
+            yield _object(line[5:])
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+_OVER_CONTEXT = "maximum context length"
+"""In vLLM's words for it, 0.9.2 - 0.23."""
+
+
+def prompt_tokens(body: bytes) -> int:
+    """The prompts' length in tokens by an answer's usage, cached tokens included; 0 without one."""
+    most = 0
+    for key in PROMPT:
+        at = body.find(key)
+        while at >= 0:
+            found = COUNT.match(body, at + len(key))
+            # A quote behind a backslash is text that the model wrote.
+            if found and body[at - 1 : at] != b"\\":
+                most = max(most, int(found[1]) + cached_beside(body, at))
+            at = body.find(key, at + len(key))
+    return most
+
+
+def is_over_context(body: bytes) -> bool:
+    """Whether an error body says that prompt and answer do not fit the model."""
+    return _OVER_CONTEXT in error_message(body)
+
+
+def error_message(body: bytes) -> str:
+    """The message in an engine's error body of any version; empty when it has none."""
+    answer = _object(body)
+    inner = answer.get("error")
+    message = inner.get("message") if isinstance(inner, dict) else answer.get("message")
+    return message if isinstance(message, str) else ""

@@ -1,0 +1,188 @@
+"""From the client's bytes to the bodies of the legs. Pure; the rules themselves are in ``fields`` and ``refusals``.
+
+The body means the same to the proxy and to both engines: it is read as the standard library's ``json`` reads it, which
+is what vLLM's server does. msgspec reads what it can faster, with the same outcome; whatever it refuses is read once
+more by ``json``, which takes other encodings and lone surrogates, and words the errors. Decode gets the client's own
+bytes unless a field in them must not pass.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import NoReturn
+
+import msgspec
+
+from disagg_proxy.errors import BadRequest, NotServed, ProxyError, UnsupportedField
+from disagg_proxy.openai import unsupported
+from disagg_proxy.openai.fields import RESPONSES, Body, Route, for_drain, for_prefill, lax_int, strip
+from disagg_proxy.openai.lazy_json import LONG, read
+from disagg_proxy.openai.prefix_hash import NO_AFFINITY, Affinity, AffinityNeeds, affinity
+from disagg_proxy.openai.prompt_size import choices_of, prompt_size, prompts_of
+
+
+@dataclass(slots=True)
+class Prepared:
+    """One request ready for its legs. Not frozen: that costs 2 µs of each request.
+
+    Attributes:
+        model: the model asked for, None for the instances' default.
+        prefill_body, decode_body: JSON for each leg.
+        choices: how many choices each prompt gets; 1 when the field holds no number.
+        prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
+        streams: whether decode's answer shows its first token when it is there.
+        prompt: token ids and bytes of text in the prompts, for
+            :class:`disagg_proxy.admission.token_estimate.TokenGuess`.
+        refusal: why a pair cannot serve it; one engine alone could.
+        affinity: what it has in common with others, as far as that was asked for.
+        limit: tokens that the client asks for at most; 0 when that is no number.
+        prompts: how many prompts there are.
+    """
+
+    model: str | None
+    prefill_body: bytes
+    decode_body: bytes
+    choices: int = 1
+    prefill_answers: bool = False
+    limit: int = 0
+    streams: bool = True
+    prompt: tuple[int, int] = (0, 0)
+    refusal: ProxyError | None = None
+    affinity: Affinity = NO_AFFINITY
+    prompts: int = 1
+
+    @property
+    def drain_body(self) -> bytes:
+        """JSON that decodes one token of the same prompt. Rarely needed, so it is made when it is."""
+        return encode(for_drain(json.loads(self.prefill_body)))
+
+    def forget_bodies(self) -> None:
+        """Drop the bodies once the answer streams, so that a long prompt does not stay in memory until its end.
+
+        Every try of a request shares one object; a try that still has KV to release keeps :meth:`for_release`.
+        """
+        self.prefill_body = self.decode_body = b""
+
+    def for_release(self) -> Prepared:
+        """A copy with what the release of a try's KV needs, unaffected by :meth:`forget_bodies`.
+
+        The prefill body is shared, not copied: it gives the drain's body, and a replayed prefill.
+        """
+        return replace(self, decode_body=b"")
+
+
+def prepare(route: Route, raw: bytes, wanted: AffinityNeeds | None = None) -> Prepared:
+    """Read, check and split one request.
+
+    Args:
+        wanted: what the choice of instances needs to know of it beside its size.
+
+    Raises:
+        BadRequest: not JSON, not an object, or a field that no version of vLLM can serve.
+    """
+    if len(raw) > LONG and (wanted is None or not wanted.prefix):
+        try:
+            return _prepare(route, raw, read(raw), wanted)
+        except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+            # Whatever is wrong with it is worded by those who read it whole.
+            pass
+    return _prepare(route, raw, parse_object(raw), wanted)
+
+
+def _prepare(route: Route, raw: bytes, body: Body, wanted: AffinityNeeds | None) -> Prepared:
+    model = model_of(body)
+    if route is RESPONSES:
+        return _for_decode_alone(model, body, encode(body) if strip(body) else raw)
+    prefill_answers = unsupported.wants_prompt_logprobs(route, body)
+    refusal: UnsupportedField | None = None
+    try:
+        unsupported.check(route, body)
+        if prefill_answers and not unsupported.prefill_can_answer(route, body):
+            raise unsupported.prompt_logprobs_refused(body)
+    except UnsupportedField as error:
+        refusal = error
+    if strip(body):
+        raw = encode(body)
+    limit = body.get("max_tokens")
+    return Prepared(
+        model,
+        encode(for_prefill(route, body)),
+        raw,
+        choices_of(body),
+        prefill_answers,
+        limit if type(limit) is int else lax_int(limit) or 0,
+        bool(body.get("stream")),
+        prompt_size(body),
+        refusal,
+        NO_AFFINITY if wanted is None else affinity(route, body, wanted),
+        prompts_of(body),
+    )
+
+
+def _for_decode_alone(model: str | None, body: Body, raw: bytes) -> Prepared:
+    refusal = NotServed(f"{RESPONSES.path} is not served: {unsupported.NO_RESPONSES}.")
+    return Prepared(model, b"", raw, streams=bool(body.get("stream")), prompt=prompt_size(body), refusal=refusal)
+
+
+def parse_object(raw: bytes) -> Body:
+    """A JSON object from bytes.
+
+    Raises:
+        BadRequest: with what is wrong and where.
+    """
+    try:
+        body = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        body = _read_slowly(raw)
+    if not isinstance(body, dict):
+        raise BadRequest(f"The body must be a JSON object, not {_json_name(body)}.")
+    return body
+
+
+def _read_slowly(raw: bytes) -> object:
+    if not raw.strip():
+        raise BadRequest("The body is empty; it must be a JSON object.")
+    try:
+        return json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise BadRequest("The JSON body is nested too deeply.") from None
+    except ValueError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    """NaN and infinities are no JSON, and pass range checks in vLLM that are meant to stop them."""
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    """1e999 reads as infinity, which would reach prefill as the word for it, and decode as it was sent."""
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text[:20]} is beyond the range of numbers")
+    return value
+
+
+def model_of(body: Body) -> str | None:
+    """The model asked for; vLLM takes its default for an absent, null or empty one."""
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise BadRequest(f"model must be a string, not {_json_name(model)}.", param="model")
+    return model or None
+
+
+def encode(body: Body) -> bytes:
+    """Compact JSON. Lone surrogates survive, in ASCII."""
+    try:
+        return msgspec.json.encode(body)
+    except (ValueError, OverflowError, RecursionError):
+        return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _json_name(value: object) -> str:
+    if isinstance(value, bool):
+        return "a boolean"
+    names: dict[type, str] = {list: "an array", str: "a string", int: "a number", float: "a number", dict: "an object"}
+    return names.get(type(value), "null")

@@ -1,0 +1,160 @@
+"""What the proxy refuses with 400 although vLLM would take it: it would stop or stall an instance, or come back wrong.
+
+Field by field, with the places in vLLM's source: docs/request-fields.md. What prefill or decode refuse by themselves
+is left to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from disagg_proxy.errors import BadRequest, UnsupportedField
+from disagg_proxy.openai.fields import Body, Route, forces_tool
+
+_LOOKED_AT = frozenset(
+    ("use_beam_search", "prompt_embeds", "truncate_prompt_tokens", "chat_template", "chat_template_kwargs")
+)
+"""Fields of :func:`_engine_requests` and :func:`_prompt_differs`."""
+
+NO_RESPONSES = (
+    "vLLM takes the engine's request id of this route from the body, which would stop an engine with P2pNcclConnector; "
+    "use /v1/chat/completions, or engines of this project's connector (docs/connector.md)"
+)
+
+_EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
+
+
+def check(route: Route, body: Body) -> None:
+    """Refuse what a pair cannot serve.
+
+    Raises:
+        BadRequest: vLLM itself would fail on it, but only after the prefill.
+        UnsupportedField: a single engine would serve it.
+    """
+    _limits(route, body)
+    if not _LOOKED_AT.isdisjoint(body):
+        _engine_requests(body)
+        _prompt_differs(body)
+    messages = body.get("messages")
+    if messages is None:
+        return
+    for part in _content_parts(messages):
+        _media(part)
+        if route.dialect == "messages" and part.get("type") == "tool_use" and not part.get("id"):
+            raise BadRequest("Every tool_use block needs its id.", param="messages")
+
+
+def _limits(route: Route, body: Body) -> None:
+    most = body.get("max_tokens")
+    if most is None and route.dialect == "completions" and "max_tokens" in body:
+        raise BadRequest("max_tokens must not be null here; leave it out or give a number.", param="max_tokens")
+    least = body.get("min_tokens")
+    if least is None:
+        return
+    if route.dialect == "chat":
+        most = body.get("max_completion_tokens") or most
+    if type(least) is int and type(most) is int and least > most:
+        raise BadRequest(f"min_tokens ({least}) is above the limit of {most} tokens.", param="min_tokens")
+
+
+def _engine_requests(body: Body) -> None:
+    """Engine requests whose ids would carry no KV addresses, or prompts without token ids."""
+    if body.get("use_beam_search") not in (None, False):
+        raise UnsupportedField(
+            "Beam search cannot run on separate prefill and decode instances: it makes engine requests of its own. "
+            "Use n with a temperature.",
+            param="use_beam_search",
+        )
+    if body.get("prompt_embeds") is not None:
+        raise UnsupportedField(
+            "prompt_embeds cannot be handed from prefill to decode; send text or token ids as prompt.",
+            param="prompt_embeds",
+        )
+
+
+def _prompt_differs(body: Body) -> None:
+    """Whatever may render another prompt on the second leg than on the first."""
+    keep = body.get("truncate_prompt_tokens")
+    if keep is not None and (type(keep) is not int or keep < 0):
+        raise UnsupportedField(
+            "truncate_prompt_tokens must be the number of tokens to keep: a negative one depends on max_tokens, "
+            "which is not the same for prefill and decode.",
+            param="truncate_prompt_tokens",
+        )
+    kwargs = body.get("chat_template_kwargs")
+    if body.get("chat_template") is not None or (isinstance(kwargs, dict) and "chat_template" in kwargs):
+        raise UnsupportedField(
+            "A chat template of the request's own is rendered once for prefill and once for decode and may differ; "
+            "give it to the instances with --chat-template.",
+            param="chat_template",
+        )
+
+
+def wants_prompt_logprobs(route: Route, body: Body) -> bool:
+    """Whether the answer holds logprobs of the prompt, which only prefill computes; decode returns garbage."""
+    if body.get("prompt_logprobs") is not None:
+        return True
+    if not body.get("echo"):
+        return False
+    if route.dialect == "completions":
+        return body.get("logprobs") is not None
+    return route.dialect == "chat" and body.get("top_logprobs", 0) is not None
+
+
+def prefill_can_answer(route: Route, body: Body) -> bool:
+    """Whether prefill's single token is all that was asked for, so that its answer is the client's."""
+    if body.get("stream") or forces_tool(route, body):
+        return False
+    limits = [body.get("max_tokens"), body.get("max_completion_tokens") if route.dialect == "chat" else None]
+    given = [limit for limit in limits if limit is not None]
+    return bool(given) and all(type(limit) is int and limit <= 1 for limit in given)
+
+
+def prompt_logprobs_refused(body: Body) -> UnsupportedField:
+    """The 400 for prompt logprobs that prefill alone cannot answer."""
+    param = "prompt_logprobs" if body.get("prompt_logprobs") is not None else "echo"
+    return UnsupportedField(
+        "Logprobs of the prompt (prompt_logprobs, or echo with logprobs) come from prefill alone and can be had with "
+        "max_tokens 1 (completions: also 0 with echo), without stream and without a forced tool.",
+        param=param,
+    )
+
+
+def _content_parts(messages: Any) -> Iterator[dict[str, Any]]:
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                yield part
+                # Anthropic's tool results hold parts of their own.
+                inner = part.get("content")
+                yield from (p for p in inner if isinstance(p, dict)) if isinstance(inner, list) else ()
+
+
+def _media(part: dict[str, Any]) -> None:
+    """Media must be the same bytes on both legs."""
+    kind = part.get("type")
+    if kind in _EMBEDDINGS or any(name in part for name in _EMBEDDINGS):
+        raise UnsupportedField(f"{kind} cannot be handed from prefill to decode.", param="messages")
+    if part.get("uuid") is not None:
+        raise UnsupportedField(
+            "A uuid lets each instance answer for media from its own cache; send the media without it.",
+            param="messages",
+        )
+    for url in _urls(part):
+        if not url.lstrip().lower().startswith("data:"):
+            raise UnsupportedField(
+                "Media are fetched once by prefill and once by decode and may differ; send them as data: URLs.",
+                param="messages",
+            )
+
+
+def _urls(part: dict[str, Any]) -> Iterator[str]:
+    for name, value in part.items():
+        if name.endswith("_url") and isinstance(value, str):
+            yield value
+        elif name.endswith("_url") or name == "source":
+            url = value.get("url") if isinstance(value, dict) else None
+            if isinstance(url, str):
+                yield url

@@ -1,0 +1,140 @@
+"""Routes that one engine answers alone, routes that go to every engine, and those that no pair can serve.
+
+Pooling (embeddings, scores, classes) runs the model's forward pass. An engine with P2pNcclConnector dies of a request
+whose id names no peer, so these go only to engines that compute without one (:attr:`KvKind.computes`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from quart import Blueprint, Response, request
+
+from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.lease import EngineUse
+from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
+from disagg_proxy.http1.headers import request_lines
+from disagg_proxy.openai.fields import RESPONSES, strip
+from disagg_proxy.openai.prepare import encode, model_of, parse_object
+from disagg_proxy.server.asgi.error_responses import json_response, passed_on
+from disagg_proxy.server.asgi.request import read_body, sent_headers
+from disagg_proxy.services import Services
+from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend
+
+ONE_ENGINE = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
+PROFILING = ("/start_profile", "/stop_profile")
+
+POOLING = (
+    "/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank",
+    "/v2/rerank",
+)  # fmt: skip
+_NO_POOLING = (
+    "it computes no tokens to decode, so a pair of P2pNcclConnector engines cannot serve it; use engines of this "
+    "project's connector (docs/connector.md), or ask an undivided vLLM"
+)
+NOT_SERVED = {
+    "/v1/audio/transcriptions": "audio is not handed from prefill to decode; ask an undivided vLLM",
+    "/v1/audio/translations": "audio is not handed from prefill to decode; ask an undivided vLLM",
+    "/v1/audio/speech": "audio is not handed from prefill to decode; ask an undivided vLLM",
+}
+
+
+NO_STORE = (
+    "a stored response lies on one engine and is not found again through a proxy; send the whole conversation, or use "
+    "/v1/chat/completions"
+)
+
+
+def single_routes(services: Services) -> Blueprint:
+    """Everything but generation and the proxy's own state."""
+    blueprint = Blueprint("single", __name__)
+
+    async def ask(instance: Instance, method: str, path: str, body: bytes) -> CompleteResponse:
+        with EngineUse(services.registry, instance):
+            answer = await services.upstream.request(
+                method,
+                instance,
+                path,
+                headers=request_lines(sent_headers(), services.config.engine_api_key),
+                body=body,
+                silence=services.config.decode_timeout,
+                leg=instance.role.value,
+                enough=ReadUntil.WHOLE,
+                resend=Resend.REUSED,
+            )
+            return answer.read()
+
+    async def ask_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
+        """The first engine that can be reached. These routes change nothing, so they may be sent twice."""
+        while True:
+            instance = services.selection.choose_one(model, computes=computes)
+            try:
+                answer = await ask(instance, method, request.path, body)
+            except EngineUnreachable as error:
+                if not error.refused:
+                    raise
+                services.registry.lost_contact(instance, "its HTTP port refuses connections")
+                continue
+            # 501 says that the model cannot do it.
+            if answer.status >= 500 and answer.status != 501:
+                raise EngineFailed(f"The engine failed with status {answer.status}.")
+            return passed_on(answer)
+
+    async def one_engine() -> Response:
+        body = await read_body()
+        return await ask_any(model_of(parse_object(body)), "POST", body)
+
+    async def pooling() -> Response:
+        body = await read_body()
+        fields = parse_object(body)
+        model = model_of(fields)
+        if not any(i.kind.computes for i in services.registry.instances()) and services.registry.instances():
+            raise NotServed(f"{request.path} is not served: {_NO_POOLING}.")
+        return await ask_any(model, "POST", encode(fields) if strip(fields) else body, computes=True)
+
+    async def stored_response(**_: str) -> Response:
+        raise NotServed(f"{RESPONSES.path}/ID is not served: {NO_STORE}.")
+
+    async def version() -> Response:
+        return await ask_any(None, "GET", b"")
+
+    async def every_engine() -> Response:
+        if not services.config.enable_profiling:
+            raise NotFound("Profiling is off; start the proxy with ENABLE_PROFILING=1.")
+        body = await read_body()
+        instances = [i for i in services.registry.instances() if i.state.value == "ready"]
+        answers = await asyncio.gather(*(ask(i, "POST", request.path, body) for i in instances), return_exceptions=True)
+        results = [
+            {"role": i.role.value, "status": a.status if isinstance(a, CompleteResponse) else 502}
+            for i, a in zip(instances, answers, strict=True)
+        ]
+        worst = max((result["status"] for result in results), default=503, key=int)
+        return json_response({"instances": results}, 200 if worst == 200 else 502)
+
+    async def models() -> Response:
+        return json_response({"object": "list", "data": list(services.registry.models().values())})
+
+    async def model(name: str) -> Response:
+        known = services.registry.models()
+        if name not in known:
+            raise UnknownModel(name, sorted(known))
+        return json_response(known[name])
+
+    async def not_served(**_: str) -> Response:
+        raise NotServed(f"{request.path} is not served: {NOT_SERVED[request.path]}.")
+
+    for path in ONE_ENGINE:
+        blueprint.add_url_rule(path, path.strip("/").replace("/", "_"), one_engine, methods=["POST"])
+    for path in POOLING:
+        blueprint.add_url_rule(path, path.strip("/").replace("/", "_"), pooling, methods=["POST"])
+    for path in PROFILING:
+        blueprint.add_url_rule(path, path.strip("/"), every_engine, methods=["POST"])
+    for path in NOT_SERVED:
+        name = "not_" + path.strip("/").replace("/", "_")
+        blueprint.add_url_rule(path, name, not_served, methods=["GET", "POST", "DELETE"])
+    stored = f"{RESPONSES.path}/<path:_rest>"
+    blueprint.add_url_rule(stored, "stored_response", stored_response, methods=["GET", "POST", "DELETE"])
+    blueprint.add_url_rule("/version", "version", version, methods=["GET"])
+    blueprint.add_url_rule("/v1/models", "models", models, methods=["GET"])
+    blueprint.add_url_rule("/v1/models/<path:name>", "model", model, methods=["GET"])
+    return blueprint

@@ -1,0 +1,52 @@
+"""The live page and its feed. The page itself is for everybody, what it shows asks for the key: docs/page.md."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from quart import Blueprint, Response, request
+
+from disagg_proxy.page.document import document
+from disagg_proxy.page.feed import Feed
+from disagg_proxy.page.verdict import incident, verdict
+from disagg_proxy.server.asgi.exchange_scope import WATCHES, handles, own
+from disagg_proxy.server.asgi.status_routes import health_report
+from disagg_proxy.services import Services
+
+_FEED_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    # nginx would hold events back.
+    "X-Accel-Buffering": "no",
+}
+
+
+def page_routes(services: Services) -> Blueprint:
+    """``/``, ``/dashboard`` and ``/dashboard/events``."""
+    blueprint = Blueprint("page", __name__)
+
+    async def view() -> dict[str, Any]:
+        shown = {**await services.page_view(), "health": health_report(services)}
+        return {**shown, "verdict": verdict(shown), "incident": incident(shown)}
+
+    feed = Feed(view, services.shutdown.begun)
+    page = document()
+
+    @blueprint.get("/")
+    @blueprint.get("/dashboard")
+    async def show() -> Response:
+        if page.headers["ETag"].strip('"') in request.if_none_match:
+            return Response(b"", status=304, headers=page.headers)
+        return Response(page.body, headers=page.headers)
+
+    @blueprint.get("/dashboard/events")
+    async def events() -> Response:
+        scope = cast(dict[str, Any], request.scope)
+        handles(scope)
+        viewer = feed.join()
+        own(scope, viewer)
+        scope[WATCHES] = True
+        return Response(viewer.messages(), headers=_FEED_HEADERS)
+
+    return blueprint

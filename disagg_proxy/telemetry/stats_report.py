@@ -1,0 +1,97 @@
+"""What /stats says, and each instance as operators and the page see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from disagg_proxy import __version__
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.telemetry.aggregate import Overview
+from disagg_proxy.telemetry.proxy_state import ProxyState
+
+
+def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
+    """Everything in numbers. Latencies in seconds over the last 2048 requests, of each worker."""
+    stats = overview.stats
+    report = {
+        "version": __version__,
+        "uptime_s": round(stats.clock() - stats.started_at, 3),
+        "instances": instance_reports(proxy, overview),
+        "requests": {
+            "in_flight": stats.in_flight,
+            "finished": sum(stats.outcomes.values()),
+            "outcomes": dict(stats.outcomes),
+            "in_background": overview.in_background,
+            "failovers": stats.failovers,
+            "queued": overview.queued,
+            "turned_away": stats.turned_away,
+        },
+        "latency": {
+            "queue": stats.queued.summary(),
+            "prefill": stats.prefill.summary(),
+            "ttft": stats.ttft.summary(),
+            "total": stats.total.summary(),
+            "gap": stats.gap.summary(),
+        },
+        "drains": {
+            "started": stats.drains.started,
+            "done": stats.drains.done,
+            "failed": stats.drains.failed,
+            "waiting": stats.drains.waiting,
+            "tokens": stats.drains.tokens,
+        },
+        "discovery": {
+            "messages": overview.traffic.messages,
+            "dropped": dict(overview.traffic.dropped),
+            "refused": dict(overview.refused),
+        },
+    }
+    if proxy.worker is not None:
+        report["answered_by"] = proxy.worker
+        report["workers"] = overview.workers
+    return report
+
+
+def instance_reports(proxy: ProxyState, overview: Overview) -> list[dict[str, Any]]:
+    """All instances as /stats shows them."""
+    return [instance_report(i, proxy, overview) for i in proxy.registry.instances()]
+
+
+def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -> dict[str, Any]:
+    """One instance as /stats shows it: its state as this process sees it, and what all have counted."""
+    registry = proxy.registry
+    counted = overview.counted(instance)
+    now = registry.now()
+    decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
+    apart = {d.http.text: why for d in decodes if (why := registry.kv_compatibility.why_not(instance, d))}
+    return {
+        "role": instance.role.value,
+        "http_address": instance.http.text,
+        "kv_address": instance.kv.text if instance.kv else None,
+        "models": list(instance.models),
+        "state": instance.state.value,
+        "reason": instance.explanation,
+        "draining": instance.draining,
+        "idle": proxy.idle(instance),
+        "source": instance.source.value,
+        "last_ping_age_s": None if instance.last_ping is None else round(now - instance.last_ping, 3),
+        "in_flight": instance.in_flight,
+        "tokens_in_flight": overview.tokens_in_flight(instance),
+        "kv_waiting": instance.kv_waiting,
+        "kv_waiting_bytes": instance.kv_waiting_bytes,
+        "kv_missing": counted["kv_missing"],
+        "prefills_refused": counted["prefills_refused"],
+        "requests_total": counted["requests_total"],
+        "failures_total": counted["failures_total"],
+        "times_lost": overview.has_seen(instance, "times_lost"),
+        "restarts": overview.has_seen(instance, "restarts"),
+        "kv_protocol": instance.kind.protocol,
+        "cannot_exchange_with": list(apart),
+        "cannot_exchange_because": apart,
+        "breaker": instance.breaker.state(now).value,
+        "freezes": counted["freezes"],
+        "replays": counted["replays"],
+        "drains": counted["drains"],
+        "drains_failed": counted["drains_failed"],
+        "restart_wanted": instance.restart_wanted,
+    }

@@ -1,1 +1,0 @@
-"""Engines that stand still although they ping and answer /health: noticed, recovered if possible, or taken out."""

@@ -1,0 +1,269 @@
+"""Who gets in, and on which pair."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from disagg_proxy.admission.limits import Limits
+from disagg_proxy.admission.queue import AdmissionQueue, Demand
+from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.policies import round_robin
+from disagg_proxy.cluster.selection import Pair, PlacementPreference, Selection
+from disagg_proxy.errors import NoPair, Overloaded, UnknownModel
+from disagg_proxy.telemetry.stats import Stats
+from tests.cluster.conftest import World
+from tests.conftest import soon
+
+
+class Door:
+    """A gate on instances of the test's making."""
+
+    def __init__(self, **limits: int) -> None:
+        self.world = World()
+        registry = self.world.registry
+        selection = Selection(registry, round_robin, round_robin)
+        self.admission_queue = AdmissionQueue(
+            selection, registry, Limits(**{"queue": 100, **limits}), Stats(lambda: self.world.time)
+        )
+
+    def admit(self, model: str = "m") -> Placement | None:
+        return self.admission_queue.try_acquire(Demand(model, PlacementPreference.PAIR))
+
+    def ask(self) -> asyncio.Task[Placement]:
+        return asyncio.create_task(self.admission_queue.acquire(Demand("m", PlacementPreference.PAIR)))
+
+
+def pair_of(placement: Placement) -> Pair:
+    assert placement.prefill is not None
+    return Pair(placement.prefill, placement.decode)
+
+
+async def test_where_there_is_room_nothing_is_awaited() -> None:
+    door = Door(decode=1)
+    pair = Pair(door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2))
+    first = door.admit()
+    assert first is not None and pair_of(first) == pair
+    assert door.admit() is None and door.admission_queue.waiting == 0, "it waits once it asks to"
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    first.release()
+    assert pair_of(await soon(queued)) == pair and door.admission_queue.waiting == 0
+
+
+async def test_nobody_overtakes_one_that_waits() -> None:
+    door = Door(decode=1)
+    door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    first = door.admit()
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    assert first is not None
+    first.release()
+    assert door.admit() is None, "there is room, but an earlier request waits for it"
+    last = door.ask()
+    (await soon(queued)).release()
+    (await soon(last)).release()
+
+
+async def test_what_no_wait_can_cure_is_raised_at_once() -> None:
+    door = Door()
+    with pytest.raises(NoPair):
+        door.admit()
+    door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    with pytest.raises(UnknownModel):
+        door.admit("other")
+
+
+async def test_a_full_queue_is_told_when_it_is_awaited() -> None:
+    door = Door(decode=1, queue=0)
+    door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    door.admit()
+    assert door.admit() is None
+    with pytest.raises(Overloaded, match="MAX_QUEUE"):
+        await soon(door.ask())
+
+
+async def test_who_leaves_the_queue_costs_nothing_even_when_its_turn_has_come() -> None:
+    door = Door(decode=1)
+    prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    first = door.admit()
+    assert first is not None
+    queued = [door.ask(), door.ask()]
+    await soon(waiting(door, 2))
+    queued[1].cancel()
+    await soon(waiting(door, 1))
+    first.release()
+    # The turn is given in the loop's next step, and nobody has been woken in this one.
+    asyncio.get_running_loop().call_soon(queued[0].cancel)
+    for one in queued:
+        with pytest.raises(asyncio.CancelledError):
+            await soon(one)
+    assert (door.admission_queue.waiting, prefill.in_flight, decode.in_flight) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("limits", [{"in_flight": 1}, {"decode": 1}], ids=["in all", "of each decode"])
+async def test_those_that_waited_take_the_instances_in_turn(limits: dict[str, int]) -> None:
+    door = Door(**limits)
+    prefills = [door.world.ready(Role.PREFILL, port) for port in (1, 2)]
+    door.world.ready(Role.DECODE, 3)
+    asked = [door.ask() for _ in range(6)]
+    served = []
+    for one in asked:
+        place = await soon(one)
+        served.append(place.prefill)
+        place.release()
+    assert served == prefills * 3
+
+
+async def waiting(door: Door, count: int) -> None:
+    while door.admission_queue.waiting != count:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_those_that_wait_when_the_last_instance_is_drained_go_on_after_the_undrain(role: Role) -> None:
+    door = Door(decode=1)
+    instances = {Role.PREFILL: door.world.ready(Role.PREFILL, 1), Role.DECODE: door.world.ready(Role.DECODE, 2)}
+    first = await soon(door.ask())
+    queued = [door.ask(), door.ask()]
+    await soon(waiting(door, 2))
+    door.world.registry.drain(instances[role])
+    first.release()
+    with pytest.raises(NoPair, match="drained for maintenance"):
+        await soon(door.ask())
+    assert door.admission_queue.waiting == 2 and not any(one.done() for one in queued)
+    door.world.registry.drain(instances[role], draining=False)
+    for one in queued:
+        (await soon(one)).release()
+
+
+async def test_a_drained_instance_may_restart_meanwhile() -> None:
+    door = Door(decode=1)
+    registry = door.world.registry
+    prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    registry.kv_compatibility.sends_towards(prefill, decode)
+    first = await soon(door.ask())
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    for instance in (prefill, decode):
+        registry.drain(instance)
+    first.release()
+    for instance in (decode, prefill):
+        registry.suspend(instance, "refused", gone=True)
+        await asyncio.sleep(0)
+        assert door.admission_queue.waiting == 1
+    for instance in (decode, prefill):
+        registry.admit(instance, {"m": {}})
+    for instance in (decode, prefill):
+        registry.drain(instance, draining=False)
+    assert pair_of(await soon(queued)) == Pair(prefill, decode)
+
+
+async def test_those_that_wait_are_told_when_an_undrained_side_goes() -> None:
+    door = Door(decode=1)
+    prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
+    await soon(door.ask())
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    door.world.registry.drain(decode)
+    door.world.registry.suspend(prefill, "refused", gone=True)
+    with pytest.raises(NoPair, match=r"no prefill instance is ready.*; no decode instance is ready \(one is drained"):
+        await soon(queued)
+
+
+class Others:
+    """Other processes of the proxy, as the test wants them."""
+
+    pause = 0.001
+
+    def __init__(self) -> None:
+        self.queued: list[tuple[int, float | None]] = []
+        self.elsewhere = 0
+        self.older = False
+        self.lost = 0
+        self.claims = self.settled = 0
+
+    def refresh(self) -> None:
+        return
+
+    def claim(self, instances, kv_bytes, fits) -> bool:
+        self.claims += 1
+        if self.lost:
+            self.lost -= 1
+            return False
+        return fits()
+
+    def settle(self) -> None:
+        self.settled += 1
+
+    def queue(self, waiting: int, oldest: float | None) -> None:
+        self.queued.append((waiting, oldest))
+
+    def waiting(self) -> int:
+        return self.elsewhere
+
+    def waits_longer(self, since: float) -> bool:
+        return self.older
+
+
+def crowded(**limits: int) -> tuple[Door, Others]:
+    door, others = Door(), Others()
+    stats = Stats(asyncio.get_running_loop().time)
+    selection = Selection(door.world.registry, round_robin, round_robin)
+    door.admission_queue = AdmissionQueue(
+        selection, door.world.registry, Limits(**{"queue": 100, **limits}), stats, others
+    )
+    door.world.ready(Role.PREFILL, 1)
+    door.world.ready(Role.DECODE, 2)
+    return door, others
+
+
+async def test_a_claim_that_is_lost_is_tried_again() -> None:
+    door, others = crowded()
+    others.lost = 3
+    (await soon(door.ask())).release()
+    assert others.claims == 4 and others.settled == 1
+    assert others.queued[-1] == (0, None)
+
+
+async def test_a_newcomer_queues_behind_those_that_wait_elsewhere_but_not_for_ever() -> None:
+    door, others = crowded()
+    others.elsewhere, others.older = 1, True
+    asked = door.ask()
+    await soon(waiting(door, 1))
+    assert others.claims == 0 and others.queued[-1][0] == 1
+    (await soon(asked)).release()
+    assert others.claims == 1
+
+
+async def test_a_place_goes_to_whoever_waits_longer_elsewhere_first() -> None:
+    door, others = crowded(decode=1)
+    first = await soon(door.ask())
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    claims = others.claims
+    others.older = True
+    first.release()
+    door.world.registry.freed()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert others.claims == claims, "however often something is given back"
+    others.older = False
+    door.world.registry.freed()
+    (await soon(queued)).release()
+
+
+async def test_the_queue_counts_those_that_wait_elsewhere() -> None:
+    door, others = crowded(decode=1, queue=3)
+    await soon(door.ask())
+    others.elsewhere = 3
+    with pytest.raises(Overloaded):
+        await soon(door.ask())
+    others.elsewhere = 2
+    queued = door.ask()
+    await soon(waiting(door, 1))
+    with pytest.raises(Overloaded):
+        await soon(door.ask())
+    queued.cancel()

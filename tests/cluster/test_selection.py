@@ -1,0 +1,143 @@
+"""Which instances meet: both ready, both serving the model asked for."""
+
+import pytest
+
+from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.kv_compatibility import STALE
+from disagg_proxy.cluster.policies import least_loaded, round_robin
+from disagg_proxy.cluster.selection import Selection
+from disagg_proxy.errors import NoPair, UnknownModel
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+@pytest.fixture
+def selection(world):
+    return Selection(world.registry, least_loaded, least_loaded)
+
+
+def test_only_instances_of_the_same_model_meet(world, selection) -> None:
+    a, b = world.ready(P, 1, "a"), world.ready(P, 2, "b")
+    c, d = world.ready(D, 3, "b"), world.ready(D, 4, "a")
+    assert (selection.choose("a").prefill, selection.choose("a").decode) == (a, d)
+    assert (selection.choose("b").prefill, selection.choose("b").decode) == (b, c)
+    assert selection.ready_pairs() == 2
+
+
+def test_prefill_and_decode_are_chosen_independently(world, selection) -> None:
+    p1, p2 = world.ready(P, 1), world.ready(P, 2)
+    d1, d2 = world.ready(D, 3), world.ready(D, 4)
+    p1.in_flight += 1
+    d2.in_flight += 1
+    pair = selection.choose("m")
+    assert (pair.prefill, pair.decode) == (p2, d1)
+
+
+def test_round_robin_uses_every_combination_member(world) -> None:
+    for port in (1, 2):
+        world.ready(P, port)
+    for port in (3, 4, 5):
+        world.ready(D, port)
+    selection = Selection(world.registry, round_robin, round_robin)
+    pairs = {(x.prefill.http.port, x.decode.http.port) for x in (selection.choose("m") for _ in range(6))}
+    assert pairs == {(p, d) for p in (1, 2) for d in (3, 4, 5)}
+
+
+def test_unknown_model_names_those_that_exist(world, selection) -> None:
+    world.ready(P, 1, "a", "lora")
+    world.ready(D, 2, "a")
+    with pytest.raises(UnknownModel, match=r"'zzz' does not exist here. Models that exist: a, lora"):
+        selection.choose("zzz")
+
+
+def test_a_model_on_one_side_only_is_no_pair(world, selection) -> None:
+    world.ready(P, 1, "a", "lora")
+    world.ready(D, 2, "a")
+    with pytest.raises(NoPair, match="no ready decode instance that serves 'lora'"):
+        selection.choose("lora")
+
+
+def test_nobody_there_says_what_is_missing_and_when_to_come_back(selection) -> None:
+    with pytest.raises(NoPair, match=r"no prefill instance is ready.*no decode instance is ready") as caught:
+        selection.choose("m")
+    assert caught.value.headers() == {"Retry-After": "3"}
+
+
+def test_no_model_means_the_same_default_on_both_sides(world, selection) -> None:
+    world.ready(P, 1, "a", "shared")
+    world.ready(D, 2, "b", "shared")
+    with pytest.raises(NoPair, match="same default model"):
+        selection.choose(None)
+    decode = world.ready(D, 3, "a")
+    assert selection.choose(None).decode is decode
+
+
+def test_one_engine_routes_take_either_role(world, selection) -> None:
+    with pytest.raises(NoPair):
+        selection.choose_one(None)
+    instance = world.ready(D, 2, "a")
+    assert selection.choose_one("a") is instance
+    with pytest.raises(UnknownModel):
+        selection.choose_one("b")
+
+
+def test_names_that_nobody_serves_are_not_remembered(world, selection) -> None:
+    world.ready(P, 1)
+    world.ready(D, 2)
+    for i in range(100):
+        with pytest.raises(UnknownModel):
+            selection.choose(f"made-up-{i}")
+    assert len(world.registry._serving) <= 4
+
+
+def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_successor(world, selection) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    assert selection.ready_pairs() == 1
+    world.registry.suspend(decode, "refused", gone=True)
+    world.registry.admit(decode, {"m": {}})
+    assert selection.ready_pairs() == 0 and selection.why_no_pair() == STALE
+    with pytest.raises(NoPair, match="restart the prefill instances"):
+        selection.choose("m")
+    world.registry.suspend(prefill, "refused", gone=True)
+    world.registry.admit(prefill, {"m": {}})
+    assert selection.choose("m").prefill is prefill
+
+
+def test_another_prefill_takes_its_place(world, selection) -> None:
+    stale, fresh, decode = world.ready(P, 1), world.ready(P, 3), world.ready(D, 2)
+    world.registry.kv_compatibility.sends_towards(stale, decode)
+    world.registry.suspend(decode, "refused", gone=True)
+    world.registry.admit(decode, {"m": {}})
+    assert {selection.choose("m").prefill for _ in range(4)} == {fresh}
+    other = world.ready(D, 4)
+    chosen = {(pair.prefill, pair.decode) for pair in (selection.choose("m") for _ in range(12))}
+    assert (stale, decode) not in chosen and (stale, other) in chosen
+
+
+def test_a_decode_that_was_only_late_is_the_same_process(world, selection) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.registry.suspend(decode, "its /health does not answer in time")
+    world.registry.admit(decode, {"m": {}})
+    assert selection.choose("m").decode is decode
+
+
+def test_silence_proves_no_death(world, selection) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.time += 5
+    world.ping(P, 1)
+    world.time += 6
+    world.registry.expire()
+    world.ready(D, 2)
+    assert selection.choose("m").decode is decode
+
+
+def test_a_refused_connection_proves_no_death_while_the_lifeline_holds(world, selection) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    world.registry.has_lifeline = lambda instance: True
+    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.registry.lost_contact(decode, "refused")
+    world.registry.admit(decode, {"m": {}})
+    assert selection.choose("m").decode is decode and decode.epoch == 0

@@ -1,0 +1,85 @@
+"""When an instance is probed, by probes that are answered when the test wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.health.prober import Prober
+from tests.cluster.conftest import World, world
+from tests.conftest import soon
+
+__all__ = ["world"]
+
+MODELS = json.dumps({"data": [{"id": "m"}]}).encode()
+
+
+class Engines:
+    """Answers nothing while ``hang`` is set, otherwise as an engine that serves."""
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
+        self.hang = False
+
+    async def request(self, method: str, instance: Instance, path: str, **more: Any) -> Any:
+        self.asked.put_nowait(path)
+        if self.hang:
+            await asyncio.get_running_loop().create_future()
+        whole = SimpleNamespace(status=200, body=MODELS)
+
+        async def read() -> Any:
+            return whole
+
+        return SimpleNamespace(whole=read)
+
+
+@pytest.fixture
+async def engines(world: World) -> AsyncIterator[Engines]:
+    engines = Engines()
+    prober = Prober(world.registry, engines, 60.0, b"")  # type: ignore[arg-type]
+    prober.start()
+    yield engines
+    await prober.stop()
+
+
+async def until_ready(instance: Instance) -> None:
+    while instance.state is not State.READY:
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def hung(world: World, engines: Engines) -> Instance:
+    """An instance that has been ready, and whose probe in flight is not answered."""
+    world.ping(Role.DECODE, 1)
+    instance = world.instance(1)
+    await soon(until_ready(instance))
+    assert [await engines.asked.get() for _ in range(2)] == ["/health", "/v1/models"]
+    world.time += 1
+    engines.hang = True
+    world.registry.look_again(instance)
+    assert await soon(engines.asked.get()) == "/health"
+    return instance
+
+
+async def test_pings_that_are_back_do_not_wait_for_a_probe_that_hangs(world: World, engines: Engines, hung) -> None:
+    world.time += 10
+    world.registry.expire()
+    assert hung.state is State.LOST
+    engines.hang = False
+    world.time += 1
+    world.ping(Role.DECODE, 1)
+    assert hung.state is State.PROBING
+    await soon(until_ready(hung))
+
+
+async def test_a_probe_in_flight_is_enough_while_nothing_has_changed(world: World, engines: Engines, hung) -> None:
+    for _ in range(3):
+        world.registry.look_again(hung)
+        await asyncio.sleep(0)
+    assert engines.asked.empty()

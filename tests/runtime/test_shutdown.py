@@ -1,0 +1,52 @@
+"""The time of the last phase is counted once, from its beginning."""
+
+import asyncio
+
+import pytest
+
+from disagg_proxy.runtime.shutdown import Shutdown
+from tests.conftest import soon
+
+
+@pytest.fixture
+def time() -> list[float]:
+    return [100.0]
+
+
+@pytest.mark.parametrize(("grace", "for_requests"), [(30.0, 25.0), (10.0, 8.0), (0.5, 0.4), (600.0, 595.0)])
+def test_a_fifth_and_at_most_five_seconds_are_kept_for_the_rest(time, grace: float, for_requests: float) -> None:
+    shutdown = Shutdown(grace, lambda: time[0])
+    assert shutdown.left == grace and not shutdown.begun.is_set()
+    time[0] += 50
+    shutdown.begin()
+    assert (shutdown.left, shutdown.left_for_requests) == (grace, pytest.approx(for_requests))
+    time[0] += grace / 2
+    shutdown.begin()
+    assert shutdown.left == pytest.approx(grace / 2), "a second beginning adds nothing"
+    assert shutdown.left_for_requests == pytest.approx(for_requests - grace / 2)
+    time[0] += grace
+    assert (shutdown.left, shutdown.left_for_requests) == (0.0, 0.0)
+
+
+async def test_a_hurry_ends_every_wait_and_leaves_no_time(time) -> None:
+    shutdown = Shutdown(600.0, lambda: time[0])
+    shutdown.begin()
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    waiting = asyncio.create_task(shutdown.wait(work(), shutdown.left))
+    await asyncio.sleep(0)
+    shutdown.hurry()
+    await soon(waiting)
+    assert ended.is_set() and shutdown.left == 0.0
+
+
+async def test_a_wait_ends_with_the_work_or_with_the_time(time) -> None:
+    shutdown = Shutdown(600.0, lambda: time[0])
+    await soon(shutdown.wait(asyncio.sleep(0), 600.0))
+    await soon(shutdown.wait(asyncio.sleep(600), 0.0))

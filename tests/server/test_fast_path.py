@@ -1,0 +1,100 @@
+"""How the answer of one exchange is written: what is there together leaves together."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from disagg_proxy.cluster.progress import ProgressTracker
+from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.reply import Reply
+from disagg_proxy.downstream.response_stream import ResponseStream
+from disagg_proxy.errors import EngineDisconnected
+from disagg_proxy.http1.headers import ForwardedHeaders, ResponseHeaders
+from disagg_proxy.openai.fields import COMPLETIONS
+from disagg_proxy.openai.request_id_rewriter import NoRewriting
+from disagg_proxy.openai.usage import UsageRepair
+from disagg_proxy.runtime.shutdown import Shutdown
+from disagg_proxy.server import fast_path
+from disagg_proxy.telemetry.request_recorder import RequestRecorder
+from disagg_proxy.upstream import Response
+
+pytestmark = pytest.mark.interpreted
+
+HEAD = b"HTTP/1.1 200 OK\r\ndate: now\r\ncontent-type: text/event-stream\r\nx-request-id: mine\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+
+
+class Exchange:
+    """A client's connection, and the coordinator that serves it."""
+
+    date = b"date: now\r\n"
+    wanted = None
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.closed = self.complete = False
+        self.transport = SimpleNamespace(write=self.writes.append, close=self.close)
+        self.answer = Response(SimpleNamespace(abort=lambda: None), "decode", reused=False)
+        self.answer.begun(200, ResponseHeaders())
+        self.reply: Reply | None = None
+
+    @property
+    def left(self) -> bool:
+        return self.reply is not None and self.reply.gone
+
+    def start(self, head: RequestHead, body: bytes, reply: Reply) -> None:
+        self.reply = reply
+
+    def close(self) -> None:
+        self.closed = True
+
+    def on_response_complete(self) -> None:
+        self.complete = True
+
+    async def stream(self) -> None:
+        """The request is complete, and decode's answer begins."""
+        head = RequestHead(COMPLETIONS, [], b"", "mine", b"")
+        services = SimpleNamespace(shutdown=Shutdown(0.0, lambda: 0.0), coordinator=self)
+        one = fast_path.FastPathRequest(self, services, head, True)  # type: ignore[arg-type]
+        one.feed(b"{}")
+        one.start()
+        assert self.reply is not None
+        pending, record = ProgressTracker(0.0).begin(lambda: 0.0), RequestRecorder.alone().open("/v1/completions", None)
+        stream = ResponseStream(self.answer, NoRewriting(), UsageRepair(COMPLETIONS, None), pending, record)
+        self.reply.send(Refusal(200, ForwardedHeaders([(b"content-type", b"text/event-stream")]), stream))
+
+
+@pytest.fixture
+async def exchange() -> Exchange:
+    return Exchange()
+
+
+async def test_the_head_leaves_with_the_first_token(exchange: Exchange) -> None:
+    exchange.answer.received(b"data: 1\n\n")
+    await exchange.stream()
+    exchange.answer.received(b"data: 2\n\n")
+    exchange.answer.ended()
+    assert exchange.writes == [HEAD + CHUNKED + b"9\r\ndata: 1\n\n\r\n", b"9\r\ndata: 2\n\n\r\n", b"0\r\n\r\n"]
+    assert exchange.complete and exchange.left and not exchange.closed
+
+
+async def test_a_head_without_a_token_does_not_wait_for_one(exchange: Exchange) -> None:
+    await exchange.stream()
+    assert exchange.writes == [HEAD + CHUNKED]
+    exchange.answer.received(b"data: 1\n\n")
+    assert exchange.writes[1:] == [b"9\r\ndata: 1\n\n\r\n"]
+
+
+async def test_it_leaves_with_the_end_of_an_empty_body(exchange: Exchange) -> None:
+    exchange.answer.ended()
+    await exchange.stream()
+    assert exchange.writes == [HEAD + CHUNKED + b"0\r\n\r\n"] and exchange.complete
+
+
+async def test_it_leaves_before_a_cut(exchange: Exchange) -> None:
+    exchange.answer.broke(EngineDisconnected("broken", unsent=False, reused=False))
+    await exchange.stream()
+    assert exchange.writes == [HEAD + CHUNKED] and exchange.closed and not exchange.complete
