@@ -54,7 +54,7 @@ def base_python(context: Context) -> str:
     found = shutil.which(wanted, path=context.environ.get("PATH"))
     if found is None:
         raise die(1, "no_python", wanted)
-    if not _works([found, "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]):
+    if not _works([found, "-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]):
         raise die(1, "python_too_old", found, version(found))
     return found
 
