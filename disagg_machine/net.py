@@ -96,12 +96,8 @@ def port_holder(port: int) -> str:
     if inode is None:
         return ""
     for pid in proc.pids():
-        try:
-            for descriptor in os.scandir(f"/proc/{pid}/fd"):
-                if os.readlink(descriptor.path) == f"socket:[{inode}]":
-                    return text("held_by", pid, plain_line(proc.command_line(pid)))
-        except OSError:
-            continue
+        if f"socket:[{inode}]" in proc.descriptors(pid):
+            return text("held_by", pid, plain_line(proc.command_line(pid)))
     return text("held_by_other")
 
 

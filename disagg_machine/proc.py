@@ -5,6 +5,7 @@ psutil would say the same, but `stop` and `status` must work without any package
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,3 +79,18 @@ def command_line(pid: int, limit: int = 120) -> str:
     except OSError:
         return ""
     return words.rstrip(b"\0").replace(b"\0", b" ").decode("utf-8", "replace")[:limit]
+
+
+def descriptors(pid: int) -> set[str]:
+    """What the descriptors of a process are, such as ``socket:[4711]``; empty for processes of other users."""
+    folder = f"/proc/{pid}/fd"
+    found: set[str] = set()
+    try:
+        numbers = os.listdir(folder)
+    except OSError:
+        return found
+    for number in numbers:
+        # One that was closed in the meantime says nothing of the others.
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"{folder}/{number}"))
+    return found
