@@ -115,8 +115,7 @@ LIBRARIES = {
     "socket": "serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
     "disagg_kv.transport.channel disagg_machine.net",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
-    ""
-    "disagg_kv disagg_report.power",
+    "disagg_kv disagg_report.power disagg_machine.bench.load",
 }
 """Library -> modules or folders that may import it."""
 

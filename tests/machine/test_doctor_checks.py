@@ -253,7 +253,9 @@ def test_memory_of_gpus_with_vllms_connector(make: Make) -> None:
 
 def test_memory_of_gpus_with_this_project_s_connector(make: Make) -> None:
     several = make({"vllm": NEW, "gpus": gpus(4)}, PREFILL_GPUS="0,1,2", DECODE_GPUS="3")
-    assert list(hardware.check_gpu_memory(several))[-2:] == [
+    said = list(hardware.check_gpu_memory(several))
+    assert said[1] == ok("doc_staging", "prefill1", 0, 8156, 192 + 1024)
+    assert said[-2:] == [
         ok("doc_gpu_free", 3, 81000, 73403, "decode"),
         ok("doc_staging", "decode", 3, 8156, 3 * 192 + 1024),
     ]
