@@ -166,7 +166,7 @@ SETTINGS: tuple[Setting, ...] = (
             "own: secret that engines and proxy share",
             "own：各引擎与代理共享的密钥"),
     Setting("SUPERVISE", values.flag, "1",
-            "restart what dies or freezes after all; the same as all --supervise and --no-supervise",
+            "restart processes that die or freeze after all; the same as all --supervise and --no-supervise",
             "all 之后重启退出或卡住的进程；等同于 all --supervise 与 --no-supervise"),
     Setting("RESTART_LIMIT", values.count, "5",
             "deaths and freezes of one process within RESTART_WINDOW after which it is given up",
@@ -185,7 +185,7 @@ SETTINGS: tuple[Setting, ...] = (
             "seconds from TERM to KILL",
             "从 TERM 到 KILL 的秒数"),
     Setting("TEST_TIMEOUT", values.count, "60",
-            "seconds of silence after which a request of test has failed",
+            "seconds without data after which a request of test has failed",
             "test 的请求静默多少秒后算失败"),
     Setting("BENCH_RATES", values.rates, "",
             "requests per second that bench tries, such as 1 2 4 8; default: doubled from 1 until the SLO breaks "
@@ -242,7 +242,7 @@ SETTINGS: tuple[Setting, ...] = (
             "Python to use or to make the virtual environment with; default python3",
             "使用的 Python，或用它创建虚拟环境；默认 python3"),
     Setting("VENV_DIR", values.path, WORKED_OUT,
-            "virtual environment, made when PYTHON lacks what requirements-proxy.txt asks for; default: .venv "
+            "virtual environment, made when PYTHON does not have what requirements-proxy.txt lists; default: .venv "
             "beside this script",
             "虚拟环境，当 PYTHON 缺少 requirements-proxy.txt 中的包时创建；默认为脚本旁的 .venv"),
     Setting("ALLOW_SHARED_GPU", values.flag, "0",

@@ -88,12 +88,12 @@ TEXTS: dict[str, str] = {
     "source_default": "(default)",
     "cannot_make_dir": "cannot make the folder {}",
     "dir_not_ours": "the folder {} is not yours or cannot be written; set RUN_DIR and LOG_DIR to others",
-    "busy": "another `{}` (PID {}) is at work in this RUN_DIR; try again when it has ended, or `stop`",
+    "busy": "another `{}` (PID {}) is running in this RUN_DIR; try again when it has finished, or `stop`",
     "no_python": 'no Python found as "{}"; set PYTHON to one of 3.10 or newer',
     "python_too_old": "{} is {}; 3.10 or newer is needed, set PYTHON",
     "python_chosen": "Python: {} (has everything that the proxy needs)",
     "python_venv": "Python: {} (the virtual environment)",
-    "python_lacks": "{} lacks or has too old: {}",
+    "python_lacks": "{}: packages missing or too old: {}",
     "venv_making": "Making a virtual environment in {}; this takes a minute, its log is {}",
     "venv_updating": "Bringing the virtual environment in {} up to date; its log is {}",
     "venv_made": "The virtual environment in {} is ready.",
@@ -118,7 +118,7 @@ TEXTS: dict[str, str] = {
         'pip install "vllm>=0.18,<0.24"'
     ),
     "vllm_random_ids": (
-        "vLLM {} makes request ids random and cannot be told not to, so decode would wait for ever. Install "
+        "vLLM {} makes request ids random and has no switch for it, so decode would never find the KV. Install "
         'another version: pip install "vllm>=0.21"'
     ),
     "own_too_old": (
@@ -206,7 +206,7 @@ TEXTS: dict[str, str] = {
     "stopped_decode": (
         "{0} is a decode engine: prefills that have sent to it must be restarted with it; `restart {0}` does that."
     ),
-    "interrupting_all": "Another `all` (PID {}) is still starting; it is told to give up.",
+    "interrupting_all": "Another `all` (PID {}) is still starting; stopping it.",
     "restart_prefills": "{} sent KV to {} and would stay frozen: restarted too.",
     "in_foreground": "{} runs in a terminal of its own; stop it there with Ctrl+C",
     "restarted": "Restarted: {}",
@@ -215,10 +215,10 @@ TEXTS: dict[str, str] = {
     "stopping": "Stopping {}",
     "no_proxy": "no proxy answers at {}. Start everything with `all`",
     "test_model": "model: {}",
-    "test_times": "{} s, first piece after {} s, {} tokens, {}",
+    "test_times": "{} s, first chunk after {} s, {} tokens, {}",
     "test_problem": "{}: {}",
     "test_skipped": "{} was skipped: {}",
-    "test_failed": "the test failed; `status` and `logs` say more",
+    "test_failed": "the test failed; see `status` and `logs`",
     "test_ok": "All requests were answered through a prefill and a decode engine.",
     "bench_simulated": (
         "No vLLM engines here: a small load of this script's own on what runs. Its figures say nothing about GPUs."
@@ -298,12 +298,12 @@ TEXTS: dict[str, str] = {
     "doc_random_none": "request ids: this vLLM does not randomise them",
     "doc_secret": "KV ports: engines and proxy prove that they know DISAGG_KV_SECRET",
     "doc_no_secret": (
-        "KV ports are open on {} and DISAGG_KV_SECRET is not set: whoever reaches them can ask for KV; set a secret"
+        "KV ports are open on {} and DISAGG_KV_SECRET is not set: anyone who reaches them can request KV; set one"
     ),
     "doc_few_gpus": "{} GPU(s) shown by nvidia-smi: engines will be simulated",
     "doc_gpu": "GPU {}: {}, {} of {} MiB free",
     "doc_gpu_over": (
-        "GPU {}: its engines ask for {} % of it together; lower PREFILL_GPU_MEMORY_UTILIZATION or "
+        "GPU {}: its engines take {} % of it together; lower PREFILL_GPU_MEMORY_UTILIZATION or "
         "DECODE_GPU_MEMORY_UTILIZATION"
     ),
     "doc_gpu_busy": (
@@ -346,8 +346,8 @@ TEXTS: dict[str, str] = {
     "doc_run_dir": "nothing stale in {}",
     "doc_stale_dead": "{}: its PID file names PID {}, which is gone, started {} min ago; `stop` clears it",
     "doc_stale_reused": (
-        "{}: its PID file names PID {}, which is another process by now, started {} min ago; `stop` clears it "
-        "and leaves that process alone"
+        "{}: its PID file names PID {}, which now belongs to another process, started {} min ago; `stop` clears it "
+        "and does not touch that process"
     ),
     "doc_clock": "{}: its PID file is from the future; the clock was set back",
     "doc_frozen": "{} is frozen, says the proxy: {}. `restart {}` brings it back",
