@@ -150,7 +150,8 @@ class PendingLoads:
                 return None
             left = len(load.blocks) - load.filled
             if go.first != load.first + load.filled or go.count > left or go.last is not (go.count == left):
-                raise WireError(f"received blocks {go.first}+{go.count}, expected {load.first + load.filled}+{left}")
+                got, expected = f"{go.first}+{go.count} (last: {go.last})", f"{load.first + load.filled}+{left}"
+                raise WireError(f"received blocks {got}, expected {expected}")
             load.writing = True
             return load
 

@@ -121,7 +121,7 @@ def test_decode_dies_and_prefill_forgets_its_wishes(prefill: Make, decode: Make)
     d.load(key("t"), p.address, [1])
     _wait(lambda: p.send_queue.counts()["wants"] == 1)
     d.connections.close()
-    _wait(lambda: p.send_queue.counts() == {"jobs": 0, "requests": 0, "wants": 0, "decode_peers": 0})
+    _wait(lambda: p.send_queue.counts() == {"jobs": 0, "requests": 0, "wants": 0, "peers": 0})
     _wait(lambda: p.server.connections() == 0)
 
 
@@ -267,7 +267,7 @@ async def test_the_proxy_introduces_two_engines(prefill: Make, decode: Make) -> 
     control = await Control.open(d.address)
     await control.meet(p.address)
     await control.meet(p.address)
-    await asyncio.to_thread(_wait, lambda: p.send_queue.counts()["decode_peers"] == 1 and p.server.connections() == 1)
+    await asyncio.to_thread(_wait, lambda: p.send_queue.counts()["peers"] == 1 and p.server.connections() == 1)
     p.compute(key("t"), [1])
     d.load(key("t"), p.address, [1])
     assert not (await asyncio.to_thread(d.result)).failed_blocks
@@ -330,7 +330,7 @@ def test_no_bytes_end_the_listener(hostile: Prefill, parts: list[bytes]) -> None
         while sock.recv(4096):
             pass
     _wait(lambda: hostile.server.connections() == 0)
-    assert hostile.send_queue.counts() == {"jobs": 0, "requests": 0, "wants": 0, "decode_peers": 0}
+    assert hostile.send_queue.counts() == {"jobs": 0, "requests": 0, "wants": 0, "peers": 0}
     d = Decode()
     hostile.compute(key("after"), [1], seed=4, request="after")
     d.load(key("after"), hostile.address, [6])

@@ -41,7 +41,7 @@ def test_filled_in_two_segments() -> None:
                                 Go(key("t"), 0, 2, True)])  # fmt: skip
 def test_blocks_that_were_not_asked_for_break_the_connection(go: Go) -> None:
     pending, load, _ = _pending()
-    with pytest.raises(WireError, match="are wanted"):
+    with pytest.raises(WireError, match="expected 0"):
         pending.on_go("p", go)
     assert not load.writing
 

@@ -68,5 +68,5 @@ def test_a_transfer_whose_peer_goes_is_given_up(joined: tuple[Channel, socket.so
 
 
 def test_a_transfer_that_does_not_end_is_given_up(joined: tuple[Channel, socket.socket]) -> None:
-    with pytest.raises(Stalled, match=r"no end after 0\.\d s \(here\)"):
+    with pytest.raises(Stalled, match=r"not complete after 0\.\d s \(here\)"):
         wait_until(lambda: False, joined[0].broken, 0.01, lambda: "here")
