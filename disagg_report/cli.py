@@ -22,7 +22,7 @@ from disagg_report import machine
 from disagg_report.arrivals import Workload
 from disagg_report.client import Client, ClientFailed
 from disagg_report.folder import Header, Setup, read_header, read_report, setup_folder, write_header
-from disagg_report.own_client import OwnClient, key_from_environment
+from disagg_report.open_loop import OpenLoopClient, key_from_environment
 from disagg_report.plots import NO_MATPLOTLIB, NoPlots, draw
 from disagg_report.power import NoPower, PowerMeter
 from disagg_report.progress import Progress
@@ -131,7 +131,7 @@ async def _sweep(args: argparse.Namespace) -> Ended:
         args.model, header.input_tokens, header.output_tokens, header.seconds, header.seed, _vocabulary(args.tokenizer)
     )
     key = key_from_environment()
-    own = OwnClient(args.url, workload, key, args.patience)
+    own = OpenLoopClient(args.url, workload, key, args.patience)
     client: Client = own
     notes = list(args.note)
     if args.client == "vllm":

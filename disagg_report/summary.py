@@ -7,7 +7,7 @@ from pathlib import Path
 
 from disagg_report.figures import LEAST_FOR_P99, Figures
 from disagg_report.folder import Report
-from disagg_report.own_client import OwnClient
+from disagg_report.open_loop import OpenLoopClient
 from disagg_report.verdict import Outcome, outcomes, verdict
 
 _LATE_MS = 50.0
@@ -28,7 +28,7 @@ def summary(report: Report, plots: Sequence[Path], no_plots: str = "") -> str:
             "> **SIMULATED ENGINES. No model ran and no GPU was used: every figure below is of made-up engines, and"
             " says nothing about real ones.**"
         )
-    if any(one.setup.client == OwnClient.name for one in every):
+    if any(one.setup.client == OpenLoopClient.name for one in every):
         parts.append(
             "> **Load generator: the project's own**, not `vllm bench serve` (BENCH_CLIENT chooses; it needs vLLM)."
         )

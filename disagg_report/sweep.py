@@ -12,7 +12,7 @@ from disagg_report.arrivals import Workload
 from disagg_report.client import Client, ClientFailed
 from disagg_report.figures import Figures, figures, percentile, saturated
 from disagg_report.folder import Setup, write_rate, write_setup
-from disagg_report.own_client import OwnClient
+from disagg_report.open_loop import OpenLoopClient
 from disagg_report.power import PowerMeter
 from disagg_report.progress import Progress
 from disagg_report.rates import Ended, Tried, next_rate
@@ -44,7 +44,7 @@ class Sweep:
         stop: set by the user's Ctrl+C.
     """
 
-    def __init__(self, setup: Setup, folder: Path, plan: Plan, client: Client, warmer: OwnClient,
+    def __init__(self, setup: Setup, folder: Path, plan: Plan, client: Client, warmer: OpenLoopClient,
                  meter: PowerMeter | None, progress: Progress, stop: asyncio.Event) -> None:  # fmt: skip
         self._setup = setup
         self._folder = folder
