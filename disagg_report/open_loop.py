@@ -53,15 +53,15 @@ class OpenLoopClient:
 
     async def measure(self, rate: float, stop: asyncio.Event, watch: Watch) -> Measurement:
         """Measure one rate, or the part of it until ``stop`` is set."""
-        moments = self._workload.moments(rate)
-        bodies = self._workload.bodies(self._workload.dice(rate), len(moments))
+        arrivals = self._workload.arrival_times(rate)
+        bodies = self._workload.bodies(self._workload.dice(rate), len(arrivals))
         tasks: list[asyncio.Task[Shot]] = []
         ended: Counter[bool] = Counter()
 
         def count(task: asyncio.Task[Shot]) -> None:
             if not task.cancelled():
                 ended[task.result().answered] += 1
-                watch(ended[True], ended[False], len(moments))
+                watch(ended[True], ended[False], len(arrivals))
 
         with self._connected() as clients:
             halt = asyncio.create_task(stop.wait())
@@ -69,16 +69,16 @@ class OpenLoopClient:
             gc.disable()
             cpu, begin = time.process_time(), time.perf_counter()
             try:
-                for at, (moment, body) in enumerate(zip(moments, bodies, strict=True)):
-                    if (wait := begin + moment - time.perf_counter()) > 0:
+                for at, (arrival, body) in enumerate(zip(arrivals, bodies, strict=True)):
+                    if (wait := begin + arrival - time.perf_counter()) > 0:
                         await asyncio.wait([halt], timeout=wait)
                     if stop.is_set():
                         break
-                    late = (time.perf_counter() - begin - moment) * 1e3
+                    late = (time.perf_counter() - begin - arrival) * 1e3
                     task = asyncio.create_task(self._one(clients[at % len(clients)], body, begin, late))
                     task.add_done_callback(count)
                     tasks.append(task)
-                await self._await_responses(tasks, halt, begin + moments[-1] + self._patience)
+                await self._await_responses(tasks, halt, begin + arrivals[-1] + self._patience)
                 seconds, used = time.perf_counter() - begin, time.process_time() - cpu
             finally:
                 gc.enable()

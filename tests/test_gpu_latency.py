@@ -14,11 +14,12 @@ import pytest
 from bench.gpu_latency import __main__ as command
 from bench.gpu_latency import load, plan, record
 from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvRoom, Shot, fire
-from bench.gpu_latency.figures import Resampled, Sample, compare, figures, quantile
+from bench.gpu_latency.figures import Resampled, Sample, compare, figures
 from bench.gpu_latency.load import ARMS, Block, in_turn
 from bench.gpu_latency.plan import Phase, seconds_for
 from bench.gpu_latency.processes import Machine, Stack
 from bench.gpu_latency.prompts import Prompts
+from disagg_report.figures import quantile
 from disagg_report.load_client import Broken, LoadClient, Response
 from disagg_sim import SimConfig, SimEngine
 

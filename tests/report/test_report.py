@@ -89,7 +89,7 @@ def test_real_engines_are_not_called_simulated(tmp_path: Path) -> None:
     assert "SIMULATED" not in summary(report, []) and "project's own" not in summary(report, [])
     own = replace(report.setups[0], setup=setup("s", "pd", client=OpenLoopClient.name, no_power="there is no driver"))
     page = summary(replace(report, setups=(own,)), [])
-    assert "**Load generator: the project's own**" in page and "No figures of power: there is no driver." in page
+    assert "**Load generator: the project's own**" in page and "Power was not measured: there is no driver." in page
 
 
 def test_plots_of_several_setups(tmp_path: Path) -> None:

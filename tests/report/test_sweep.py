@@ -109,7 +109,7 @@ async def test_a_list_of_rates(tmp_path: Path) -> None:
 async def test_no_rate_begins_when_the_time_is_over(tmp_path: Path) -> None:
     run = Run(tmp_path, MadeUp(1e9), time_limit=-1)
     assert await run() is Ended.TIME
-    assert run.rates() == [] and "time was over" in run.ended()
+    assert run.rates() == [] and "time limit expired" in run.ended()
 
 
 async def test_interrupted_it_keeps_the_rates_before(tmp_path: Path) -> None:
