@@ -17,8 +17,8 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines
+from disagg_proxy.connectors.disagg_kv import ConnectionWarmer
 from disagg_proxy.connectors.kv_release import KvReleaser
-from disagg_proxy.connectors.warmup import ConnectionWarmer
 from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.service import Discovery
@@ -92,10 +92,11 @@ class Services:
             config.kv_bytes_per_token, learns=bool(config.kv_bytes_per_token or config.decode_alone_below)
         )
         self.coordinator = Coordinator(
-            Engines(lambda: self.upstream, self.registry, config, self.background, self.sizes), self.selection,
-            self.admission_queue, self.recorder,
-            KvReleaser(self.stats.drains, self.instance_events.drain_ended), self.kv_control.release,
-            self.traces,
+            Engines(
+                lambda: self.upstream, self.registry, config, self.background, self.sizes,
+                KvReleaser(self.stats.drains, self.instance_events.drain_ended), self.kv_control,
+            ),
+            self.selection, self.admission_queue, self.recorder, self.traces,
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._stall_detector: StallDetector | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill
+from disagg_proxy.connectors.disagg_kv import for_decode, for_prefill
 from disagg_proxy.errors import ProxyError, answer_of
 from disagg_proxy.openai.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
 from disagg_proxy.openai.prepare import Prepared, prepare

@@ -48,7 +48,8 @@ MAY_IMPORT = {
     "health": "cluster errors runtime upstream",
     # One request:
     "downstream": "cluster errors http1 openai request_id runtime telemetry upstream",
-    "connectors": "admission cluster config downstream errors http1 openai request_id runtime telemetry upstream",
+    "connectors": "address admission cluster config downstream errors http1 openai request_id runtime telemetry "
+    "upstream",
     "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
     "discovery": "address cluster config connectors health http1 telemetry upstream",

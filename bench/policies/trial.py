@@ -18,6 +18,7 @@ from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES, Tra
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import PlacementPreference, Selection
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.telemetry.stats import Stats
 
@@ -57,9 +58,8 @@ class Trial:
         self.decodes: dict[Instance, Decode] = {}
         for role, count, first in ((Role.PREFILL, setup.prefills, 20000), (Role.DECODE, setup.decodes, 30000)):
             for port in range(first, first + count):
-                self.registry.announce(
-                    role, parse_address(f"127.0.0.1:{port}"), parse_address(f"127.0.0.1:{port + 1000}")
-                )
+                http, kv = (parse_address(f"127.0.0.1:{number}") for number in (port, port + 1000))
+                self.registry.announce(role, http, kv, P2P)
         for instance in self.registry.instances():
             self.registry.admit(instance, {MODEL: {}})
             if instance.role is Role.PREFILL:

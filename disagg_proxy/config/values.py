@@ -197,7 +197,7 @@ def _instance(raw: str) -> StaticInstance:
     if not comma:
         return StaticInstance(http_address)
     if kv.lower() == "nixl":
-        return StaticInstance(http_address, nixl=True)
+        return StaticInstance(http_address, protocol="nixl")
     try:
         return StaticInstance(http_address, parse_address(kv).text)
     except ValueError as error:

@@ -22,9 +22,18 @@ from __future__ import annotations
 
 import asyncio
 
+from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.connectors.kv_release import KvReleaser
+from disagg_proxy.connectors.base import (
+    Announced,
+    Engines,
+    Failure,
+    Fields,
+    KvProtocol,
+    Request,
+    address_field,
+    text_field,
+)
 from disagg_proxy.connectors.outlier import is_failure
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
 from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refusal, refusal, whole
@@ -36,6 +45,8 @@ from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, 
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
 from disagg_proxy.upstream import CompleteResponse, Response
 
+KIND = KvKind("p2p_nccl", computes=False)
+
 ABORT_GRACE = 5.0
 """Seconds that decode gets to take in a request whose client left before the first byte. An abort while the API server
 still tokenizes would leave the KV on the instance; a later one frees it."""
@@ -45,12 +56,19 @@ _LOADED_AFTER = 0.5
 its end. A decode with a free slot loads in its next step."""
 
 
+def read(fields: Fields) -> Announced | None:
+    """Read a ping (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``, ``ping``), which names no protocol."""
+    if fields.get("protocol", KIND.protocol) != KIND.protocol:
+        return None
+    return Announced(KIND, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""))
+
+
 class P2pNccl:
     """Serves requests on pairs of P2pNcclConnector engines."""
 
-    def __init__(self, engines: Engines, releaser: KvReleaser) -> None:
+    def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._releaser = releaser
+        self._releaser = engines.kv_releaser
         self._own_key = bool(engines.config.engine_api_key)
         self._prefill_timeouts = FixedTimeouts(engines.config.prefill_timeout)
         self._load_timeouts = FixedTimeouts(_LOADED_AFTER)
@@ -197,3 +215,6 @@ class P2pNccl:
         attempt.detached = True
         attempt.keep_for_release()
         self._engines.background.spawn(self._releaser.release(attempt), "KV release")
+
+
+PROTOCOL = KvProtocol(KIND, P2pNccl, read)

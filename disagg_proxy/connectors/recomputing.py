@@ -52,6 +52,27 @@ class RecomputingAttempt(Attempt):
         self._refusal: CompleteResponse | None = None
         self._accepted = False
 
+    async def run(self, reply: Reply) -> Failure | None:
+        """The attempt from its start to the release of all leases: see
+        :class:`disagg_proxy.connectors.base.Connector`."""
+        try:
+            await self.serve(reply)
+            return None
+        except (EngineError, EngineDeadline) as error:
+            # Decode failed before the first byte.
+            self.placement.decode_lease.end(failed=True)
+            return Failure(error, self.decode)
+        finally:
+            self.release()
+
+    async def serve(self, reply: Reply) -> None:
+        """The legs and the answer, in the order that the protocol needs.
+
+        Raises:
+            EngineError, EngineDeadline: decode failed before the client has seen anything.
+        """
+        raise NotImplementedError
+
     async def prefill(self, body: bytes) -> CompleteResponse | None:
         """Send prefill's leg. Returns its answer when it did its work, else None. Raises no ProxyError."""
         lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
@@ -181,8 +202,3 @@ class RecomputingAttempt(Attempt):
         # The KV stays claimed: prefill still holds it, and is sent a RELEASE in the end.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
         self.refuse(reply, refused, "decode")
-
-    def failed(self, error: EngineError | EngineDeadline) -> Failure:
-        """Decode failed before the first byte."""
-        self.placement.decode_lease.end(failed=True)
-        return Failure(error, self.decode)

@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, NIXL, P2P_NCCL
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.selection import PlacementPreference, Selection
 from disagg_proxy.config import Config
-from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Connector, Engines, Request
-from disagg_proxy.connectors.disagg_kv import DisaggKv, Release
-from disagg_proxy.connectors.kv_release import KvReleaser
-from disagg_proxy.connectors.nixl import Nixl
-from disagg_proxy.connectors.p2p_nccl import P2pNccl
+from disagg_proxy.connectors import table
+from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.coordinator.head import RequestHead
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
@@ -44,9 +40,8 @@ class Coordinator:
     """Serves generation requests.
 
     Args:
-        engines: what the connectors send their legs with.
-        releaser: releases KV that no decode fetches (P2pNcclConnector).
-        release: sends RELEASE to engines of this project's connector.
+        engines: what the connectors work with.
+        traces: exports spans; None when tracing is off.
     """
 
     def __init__(
@@ -55,8 +50,6 @@ class Coordinator:
         selection: Selection,
         admission_queue: AdmissionQueue,
         recorder: RequestRecorder,
-        releaser: KvReleaser,
-        release: Release,
         traces: SpanExporter | None = None,
     ) -> None:
         self._config: Config = engines.config
@@ -67,11 +60,7 @@ class Coordinator:
         self._recorder = recorder
         self._traces = traces
         self._stats: Stats = recorder.stats
-        self._connectors: dict[str, Connector] = {
-            P2P_NCCL: P2pNccl(engines, releaser),
-            DISAGG_KV: DisaggKv(engines, release),
-            NIXL: Nixl(engines),
-        }
+        self._connectors = table.connectors(engines)
         self._sizes = engines.sizes
         self._wanted = AffinityNeeds(selection.wants_prefix, selection.wants_session)
         self._wanted_of_one = AffinityNeeds(False, selection.wants_session)
