@@ -11,13 +11,14 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.progress import PendingResponse
+from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import Engines, Request
-from disagg_proxy.connectors.outlier import blame, end_lease
 from disagg_proxy.downstream.refusal import Refusal, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
-from disagg_proxy.errors import ProxyError
+from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import answer_headers
+from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
 from disagg_proxy.openai.usage import UsageRepair
 from disagg_proxy.request_id import RequestId
@@ -168,3 +169,32 @@ class Attempt:
         """Give back every place; harmless for those that were given back before."""
         self.end_decode()
         self.placement.release()
+
+
+# -- passive outlier detection: what the end of a leg says of its instance
+
+
+def is_failure(route: Route, status: int) -> bool:
+    """Whether an instance that answers ``status`` failed, so that another one may do better."""
+    # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
+    return status >= 500 and not (route is MESSAGES and status == 500)
+
+
+def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> None:
+    """Give back a lease after an answer with ``status``.
+
+    Every version of vLLM answers some malformed requests with 500, and a client could have a healthy instance ejected
+    that way. So a 500 triggers a probe, which finds a dead engine, but does not open the circuit breaker.
+    """
+    lease.end(failed=is_failure(route, status), certain=status != 500)
+    if status == 500:
+        registry.look_again(lease.instance)
+
+
+def blame(registry: Registry, instance: Instance, error: ProxyError) -> None:
+    """Report a failed leg. A refused connection takes the instance out of service at once; other errors trigger a
+    probe, since a busy server may time out too."""
+    if isinstance(error, EngineUnreachable) and error.refused:
+        registry.lost_contact(instance, "its HTTP port cannot be reached")
+    elif isinstance(error, EngineError):
+        registry.look_again(instance)

@@ -24,6 +24,7 @@ import asyncio
 
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.connectors.attempt import is_failure
 from disagg_proxy.connectors.base import (
     Announced,
     Engines,
@@ -34,7 +35,6 @@ from disagg_proxy.connectors.base import (
     address_field,
     text_field,
 )
-from disagg_proxy.connectors.outlier import is_failure
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
 from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.downstream.reply import Reply

@@ -11,9 +11,8 @@ from collections.abc import Awaitable, Callable
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.connectors.attempt import Attempt
+from disagg_proxy.connectors.attempt import Attempt, blame, end_lease
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
-from disagg_proxy.connectors.outlier import blame, end_lease
 from disagg_proxy.downstream.refusal import prefill_refusal
 from disagg_proxy.errors import (
     EngineDeadline,

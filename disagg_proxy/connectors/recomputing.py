@@ -17,9 +17,8 @@ import secrets
 
 from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.progress import PendingResponse
-from disagg_proxy.connectors.attempt import Attempt
+from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failure
 from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.connectors.outlier import blame, end_lease, is_failure
 from disagg_proxy.downstream.refusal import Refusal, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
