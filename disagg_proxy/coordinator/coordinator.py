@@ -12,7 +12,7 @@ which writes to the client's connection, and the stall detector fails the pendin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Role
@@ -21,11 +21,11 @@ from disagg_proxy.cluster.selection import PlacementPreference, Selection
 from disagg_proxy.config import Config
 from disagg_proxy.connectors import table
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
-from disagg_proxy.coordinator.head import RequestHead
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError, Unavailable
-from disagg_proxy.http1.headers import request_lines
+from disagg_proxy.http1.headers import Headers, client_request_id, request_lines, value_of
+from disagg_proxy.openai.fields import Route
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
 from disagg_proxy.openai.prepare import Prepared, prepare
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -34,6 +34,31 @@ from disagg_proxy.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from disagg_proxy.telemetry.tracing import SpanExporter
+
+
+class RequestHead(NamedTuple):
+    """The head of one generation request.
+
+    Attributes:
+        headers: the client's, as received.
+        lines: the same as lines for the instances, without X-Request-Id.
+        client_id: the client's own X-Request-Id.
+        session: the value of the SESSION_HEADER, where a policy needs it.
+    """
+
+    route: Route
+    headers: Headers
+    lines: bytes
+    client_id: str | None
+    session: bytes
+
+
+def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Headers) -> RequestHead:
+    """Read a head; ``wanted`` says whether the choice of instances needs the session."""
+    session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
+    return RequestHead(
+        route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session
+    )
 
 
 class Coordinator:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_proxy.cluster.progress import ProgressTracker
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.downstream.refusal import Refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
