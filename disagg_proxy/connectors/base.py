@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from disagg_proxy.address import Address, parse_address
-from disagg_proxy.admission.prompt_sizes import PromptSizes
 from disagg_proxy.admission.queue import Demand
+from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.placement import Placement

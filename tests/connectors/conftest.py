@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.admission.prompt_sizes import PromptSizes
 from disagg_proxy.admission.queue import Demand
+from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.placement import Placement
