@@ -20,7 +20,7 @@ from typing import Protocol
 
 from disagg_proxy.admission.limits import Limits
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.policies import NO_TRAITS, Traits
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import NoCapacity, PlacementPreference, Selection, SingleEngine

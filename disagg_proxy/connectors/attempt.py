@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import Engines, Request

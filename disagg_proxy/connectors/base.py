@@ -11,7 +11,7 @@ from disagg_proxy.admission.queue import Demand
 from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.kv_kind import KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.kv_release import KvReleaser

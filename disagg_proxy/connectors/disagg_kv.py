@@ -12,7 +12,7 @@ from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.kv_kind import KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import (
     Announced,

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from disagg_proxy.cluster.instance import Instance, State
-from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, ProxyError
 from disagg_proxy.openai.prefill_answer import prompt_tokens
 from disagg_proxy.request_id import RequestId

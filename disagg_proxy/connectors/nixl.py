@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from disagg_proxy.cluster.kv_kind import KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.connectors.base import Engines, Failure, KvProtocol, Request
 from disagg_proxy.connectors.kv_transfer_params import with_params
 from disagg_proxy.connectors.recomputing import RecomputingAttempt

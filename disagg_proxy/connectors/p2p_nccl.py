@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 
 from disagg_proxy.cluster.kv_kind import KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.connectors.attempt import is_failure
 from disagg_proxy.connectors.base import (
     Announced,

@@ -9,8 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.connectors.attempt import Attempt, blame, end_lease
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.downstream.refusal import prefill_refusal

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failure
 from disagg_proxy.connectors.base import Engines, Failure, Request

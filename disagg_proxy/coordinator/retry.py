@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.connectors.base import Failure

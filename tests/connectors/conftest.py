@@ -12,7 +12,7 @@ from disagg_proxy.admission.queue import Demand
 from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.selection import Pair, PlacementPreference, SingleEngine
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines, Request

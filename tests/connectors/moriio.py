@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.kv_kind import KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.connectors.attempt import Attempt
 from disagg_proxy.connectors.base import Announced, Engines, Failure, Fields, KvProtocol, Request, text_field
 from disagg_proxy.connectors.nixl import for_decode, for_prefill
