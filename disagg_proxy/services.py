@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from disagg_proxy.admission.limits import Limits
-from disagg_proxy.admission.queue import AdmissionQueue
+from disagg_proxy.admission.queue import AdmissionQueue, Limits
 from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES

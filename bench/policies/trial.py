@@ -11,8 +11,7 @@ from bench.policies.clock import VirtualLoop
 from bench.policies.engines import CACHE, KV_BYTES, Decode, Job, Prefill
 from bench.policies.workloads import Ask, Session
 from disagg_proxy.address import parse_address
-from disagg_proxy.admission.limits import Limits
-from disagg_proxy.admission.queue import AdmissionQueue, Demand
+from disagg_proxy.admission.queue import AdmissionQueue, Demand, Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES, Traits
 from disagg_proxy.cluster.policies.table import PrefixTable

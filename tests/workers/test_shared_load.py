@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from disagg_proxy.admission.limits import Limits
+from disagg_proxy.admission.queue import Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import EngineUse, KvClaim, Lease
 from disagg_proxy.workers.shared_load import RowIndex, WorkerLoad
