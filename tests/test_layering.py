@@ -40,7 +40,7 @@ MAY_IMPORT = {
     # Instances, and the text of requests:
     "request_id": "address",
     "http1": "request_id",
-    "openai": "errors request_id",
+    "openai": "errors",
     "cluster": "address config errors",
     "telemetry": "cluster config errors http1 runtime",
     "admission": "cluster errors openai telemetry",

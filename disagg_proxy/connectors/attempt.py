@@ -18,9 +18,8 @@ from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import answer_headers
 from disagg_proxy.openai.fields import MESSAGES, Route
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
 from disagg_proxy.openai.usage import UsageRepair
-from disagg_proxy.request_id import RequestId
+from disagg_proxy.request_id import RequestId, RequestIdRewriter
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 

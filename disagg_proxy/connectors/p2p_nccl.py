@@ -40,8 +40,8 @@ from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refus
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import answer_headers, is_stream
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
+from disagg_proxy.request_id import RequestIdRewriter, hide
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
 from disagg_proxy.upstream import CompleteResponse, Response
 

@@ -24,9 +24,8 @@ from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
 from disagg_proxy.http1.headers import answer_headers, is_stream
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
-from disagg_proxy.openai.request_id_rewriter import NoRewriting
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
-from disagg_proxy.request_id import RequestId
+from disagg_proxy.request_id import NoRewriting, RequestId
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 log = logging.getLogger(__name__)

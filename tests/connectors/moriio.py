@@ -10,9 +10,8 @@ from disagg_proxy.connectors.base import Announced, Engines, Failure, Fields, Kv
 from disagg_proxy.connectors.nixl import for_decode, for_prefill
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
 from disagg_proxy.openai.usage import UsageRepair, cache_use
-from disagg_proxy.request_id import new_request_id
+from disagg_proxy.request_id import RequestIdRewriter, new_request_id
 from disagg_proxy.upstream import ReadUntil, Resend
 
 KIND = KvKind("moriio", computes=False)

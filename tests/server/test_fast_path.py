@@ -14,8 +14,8 @@ from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineDisconnected
 from disagg_proxy.http1.headers import ForwardedHeaders, ResponseHeaders
 from disagg_proxy.openai.fields import COMPLETIONS
-from disagg_proxy.openai.request_id_rewriter import NoRewriting
 from disagg_proxy.openai.usage import UsageRepair
+from disagg_proxy.request_id import NoRewriting
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.server import fast_path
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
