@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(importlib.import_module(COMMANDS[command].module).main(argv))
         if command != SERVE:
             there = ", ".join((SERVE, *COMMANDS))
-            print(f"disagg-proxy: no such command: {command!r}; there are: {there} (see --help)", file=sys.stderr)
+            print(f"disagg-proxy: no such command: {command!r}; commands: {there} (see --help)", file=sys.stderr)
             return 2
     return _run(argv)
 
@@ -57,7 +57,7 @@ def _run(argv: Sequence[str]) -> int:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2
     configure_logging(config)
-    # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
+    # While the server does not handle signals, at start and at the end, SIGTERM acts like SIGINT.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if config.workers > 1:

@@ -27,14 +27,14 @@ class RequestId(NamedTuple):
 
 
 class _Randomness:
-    """The system's, read in larger pieces: a call of its own for each id is a fifth of what the rest of it costs."""
+    """The system's randomness, read in blocks of 4 KiB, which saves a system call for each id."""
 
     def __init__(self) -> None:
         self._pool = ""
         self._at = 0
 
     def hex(self, size: int) -> str:
-        """So many bytes in hexadecimal digits."""
+        """``size`` random bytes as hexadecimal digits."""
         at, end = self._at, self._at + 2 * size
         if end > len(self._pool):
             self._pool = secrets.token_hex(4096 + size)
@@ -47,23 +47,23 @@ _randomness = _Randomness()
 
 
 def new_request_id(prefill_kv: Address, decode_kv: Address) -> RequestId:
-    """A fresh id that joins the two KV addresses, each as its instance announced it."""
+    """A unique id with both KV addresses, each as its instance announced it."""
     head = f"{MARKERS[0]}{prefill_kv.text}{MARKERS[1]}{decode_kv.text}_"
     digits = _randomness.hex(16 + len(head) // 2 + 1)
     unique, padding = digits[:32], digits[32 : 32 + len(head)]
     return RequestId(head + unique, unique + padding)
 
 
-# -- replacing it in what clients get
+# -- replacing the internal id in responses
 
 
 class RequestIdRewriter:
-    """Replaces one id in one body. Feed the pieces in order, then :meth:`end`.
+    """Replaces the internal id in one streamed body, without parsing JSON or SSE. Feed its chunks in order, then call
+    :meth:`end`. An id may be split over two chunks, so a tail that may be the beginning of one is held back.
 
     Attributes:
-        internal, public: what is replaced, and by what. Empty where there is nothing to hide.
-        held: a tail that waits for its rest. While there is none, replacing is all that :meth:`feed` does to a piece
-            of whole lines.
+        internal, public: the id and its replacement; empty where there is nothing to replace.
+        held: the tail that is held back. While it is empty, :meth:`feed` only replaces in a chunk of complete lines.
     """
 
     __slots__ = ("held", "internal", "public")
@@ -73,12 +73,12 @@ class RequestIdRewriter:
         self.public = request_id.public.encode()
         self.held = b""
 
-    def feed(self, piece: bytes) -> bytes:
-        """What may be passed on now; may be empty."""
-        data = self.held + piece if self.held else piece
+    def feed(self, chunk: bytes) -> bytes:
+        """The bytes that can be sent now; may be empty."""
+        data = self.held + chunk if self.held else chunk
         data = data.replace(self.internal, self.public)
         if data.endswith(b"\n"):
-            # As whole events do; no beginning of an id does.
+            # Complete events end so; a beginning of an id does not.
             self.held = b""
             return data
         cut = self._undecided(data)
@@ -86,12 +86,12 @@ class RequestIdRewriter:
         return data[:cut]
 
     def end(self) -> bytes:
-        """What was held back and turned out to be no id."""
+        """The rest of the body that was held back."""
         held, self.held = self.held, b""
         return held
 
     def _undecided(self, data: bytes) -> int:
-        """Where a tail that is a beginning of the id starts; the length of ``data`` when there is none."""
+        """Offset of a tail that may be the beginning of the id; ``len(data)`` when there is none."""
         start = max(0, len(data) - len(self.internal) + 1)
         first = self.internal[:1]
         start = data.find(first, start)
@@ -103,22 +103,22 @@ class RequestIdRewriter:
 
 
 class NoRewriting(RequestIdRewriter):
-    """For a body in which no internal id can be."""
+    """For bodies without an internal id."""
 
     __slots__ = ()
 
     def __init__(self) -> None:
         self.internal = self.public = self.held = b""
 
-    def feed(self, piece: bytes) -> bytes:
-        """All of it."""
-        return piece
+    def feed(self, chunk: bytes) -> bytes:
+        """The chunk itself."""
+        return chunk
 
     def end(self) -> bytes:
-        """Nothing."""
+        """Nothing is held back."""
         return b""
 
 
 def hide(request_id: RequestId, text: bytes) -> bytes:
-    """Replace the id in a whole body or header value."""
+    """Replace the internal id in a complete body or a header value."""
     return text.replace(request_id.internal.encode(), request_id.public.encode())

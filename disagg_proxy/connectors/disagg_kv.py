@@ -113,7 +113,7 @@ class DisaggKvAttempt(RecomputingAttempt):
 
         # 2. Decode: fetches the KV from prefill, and computes what does not arrive.
         self.watch(waiting=self.prefilled)
-        answer = await self.ask_decode(self.decode_body())
+        answer = await self.request_decode(self.decode_body())
 
         # 3. Answer.
         await self.answer(reply, answer)

@@ -121,7 +121,7 @@ class NixlAttempt(RecomputingAttempt):
 
         # 2. Decode: reads the KV there, once, or computes.
         self.watch()
-        answer = await self.ask_decode(self._decode_body(prefilled), again=prepared.decode_body)
+        answer = await self.request_decode(self._decode_body(prefilled), resend_body=prepared.decode_body)
 
         # 3. Answer.
         await self.answer(reply, answer)

@@ -1,13 +1,13 @@
 """The life of one request: prepare, admit, attempt on its instances, retry, answer.
 
     prepare    read and check the body; make the bodies of both legs            openai/prepare.py
-    admit      wait for room within the limits, choose the instances            admission/queue.py, cluster/selection.py
-    attempt    the legs, in the order that the KV connector needs               connectors/
-    retry      another attempt elsewhere, while decode cannot have received it  coordinator/retry.py
+    admit      wait for capacity, choose the instances                          admission/queue.py, cluster/selection.py
+    attempt    the legs, in the order of the KV protocol                        connectors/
+    retry      another attempt, while decode cannot have received it coordinator/retry.py
     answer     one answer or one error, to a client that may leave              downstream/reply.py
 
-The whole of it is one coroutine, which runs without a task. It calls back twice: the connector calls the ``Reply``,
-which writes to the client's connection, and the stall detector fails the pending answers of an instance.
+All of it is one coroutine, which runs without a task. Two calls go against its direction: the connector calls the
+``Reply``, which writes to the client's connection, and the stall detector fails the pending answers of an instance.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RequestHead(NamedTuple):
     Attributes:
         headers: the client's, as received.
         lines: the same as lines for the instances, without X-Request-Id.
-        client_id: the client's own X-Request-Id.
-        session: the value of the SESSION_HEADER, where a policy needs it.
+        client_id: the client's own X-Request-Id, None without one.
+        session: value of the SESSION_HEADER; empty where no policy needs it.
     """
 
     route: Route
@@ -54,7 +54,7 @@ class RequestHead(NamedTuple):
 
 
 def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Headers) -> RequestHead:
-    """Read a head; ``wanted`` says whether the choice of instances needs the session."""
+    """Read the head of a request; ``wanted`` says whether a policy needs the session."""
     session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
     return RequestHead(
         route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session
@@ -92,25 +92,25 @@ class Coordinator:
 
     @property
     def wanted(self) -> AffinityNeeds:
-        """What :func:`disagg_proxy.openai.prepare.prepare` has to find for the choice of instances."""
+        """What the policies need to know of a request: the input of :func:`disagg_proxy.openai.prepare.prepare`."""
         return self._wanted if len(self._registry.ready(Role.PREFILL)) > 1 else self._wanted_of_one
 
     def start(self, head: RequestHead, body: bytes, reply: Reply) -> None:
-        """Serve one request, whose outcome goes to ``reply``, maybe within this call. Raises no ProxyError."""
+        """Serve one request and deliver the outcome to ``reply``, possibly within this call. Raises no ProxyError."""
         record = self._recorder.open(head.route.path, head.client_id)
         work = self._background.request(self._run(head, body, record, reply))
         reply.begin(record, work, self._background)
         work.start()
 
     async def _run(self, head: RequestHead, body: bytes, record: RequestRecord, reply: Reply) -> None:
-        outcome: ProxyError = Unavailable(CLIENT_GIVEN_UP, retry_after=1)
+        outcome: ProxyError | None = None
         try:
             # Prepare
             lines = head.lines
             if self._traces is not None:
                 lines = request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
             prepared = prepare(head.route, body, self.wanted)
-            # This frame lives until the answer ends; a long prompt must not.
+            # This frame lives until the answer ends; a long prompt must be freed before.
             body = b""
             request = self._request(head, lines, prepared, record)
 
@@ -142,14 +142,14 @@ class Coordinator:
             outcome = ProxyError("The proxy failed; its log has the cause.")
             raise
         finally:
-            # Without effect where an answer was delivered.
-            reply.fail(outcome)
+            if reply.open:
+                reply.fail(outcome or Unavailable(CLIENT_GIVEN_UP, retry_after=1))
 
     def _request(self, head: RequestHead, lines: bytes, prepared: Prepared, record: RequestRecord) -> Request:
-        """What the connectors and the admission need of a request that was read and checked.
+        """What connectors and admission need to know of the request.
 
         Raises:
-            ProxyError: no instance here can serve it.
+            ProxyError: no instance of this proxy can serve it.
         """
         record.asks(prepared.model)
         tokens, kv_bytes = self._sizes.tokens(prepared), self._sizes.kv_bytes(head.route, prepared)

@@ -17,7 +17,7 @@ import msgspec
 
 from disagg_proxy.errors import BadRequest, NotServed, ProxyError, UnsupportedField
 from disagg_proxy.openai import unsupported
-from disagg_proxy.openai.fields import RESPONSES, Body, Route, for_drain, for_prefill, lax_int, strip
+from disagg_proxy.openai.fields import RESPONSES, Body, Route, for_kv_release, for_prefill, lax_int, strip
 from disagg_proxy.openai.lazy_json import LONG, read, size_of
 from disagg_proxy.openai.prefix_hash import NO_AFFINITY, Affinity, AffinityNeeds, affinity
 
@@ -53,9 +53,9 @@ class Prepared:
     prompts: int = 1
 
     @property
-    def drain_body(self) -> bytes:
+    def kv_release_body(self) -> bytes:
         """JSON that decodes one token of the same prompt. Rarely needed, so it is made when it is."""
-        return encode(for_drain(json.loads(self.prefill_body)))
+        return encode(for_kv_release(json.loads(self.prefill_body)))
 
     def forget_bodies(self) -> None:
         """Drop the bodies once the answer streams, so that a long prompt does not stay in memory until its end.

@@ -36,7 +36,7 @@ class OwnBench(Bench):
         """Both legs, as the connector sends them."""
         attempt.start_prefill()
         attempt.watch(waiting=attempt.prefilled)
-        return await attempt.ask_decode(attempt.decode_body())
+        return await attempt.request_decode(attempt.decode_body())
 
     async def end(self, attempt: DisaggKvAttempt) -> None:
         attempt.release()

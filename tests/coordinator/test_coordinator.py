@@ -112,7 +112,7 @@ async def test_a_bug_is_a_500_and_gives_everything_back(machine: Machine, monkey
     async def bug(*args: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl_legs.P2pAttempt.ask_decode", bug)
+    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl_legs.P2pAttempt.request_decode", bug)
     client, reply = start(machine, completion())
     error = await soon(client.outcome)
     assert isinstance(error, ProxyError) and error.status == 500
