@@ -23,7 +23,7 @@ from disagg_proxy.services import Services
 from disagg_sim import engine
 from tests.ports import hold_port
 
-pytest.register_assert_rewrite("tests.machine", "tests.command")
+pytest.register_assert_rewrite("tests.simulated", "tests.command")
 
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report")
+PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report", "disagg_machine")
 
 MAY_IMPORT = {
     # The KV connector, which vLLM loads: it must work where the proxy is not installed.
@@ -61,7 +62,8 @@ MAY_IMPORT = {
     "telemetry upstream",
     "workers": "address cluster config discovery health peer_group runtime server services telemetry",
     "top": "page",
-    "cli": "config discovery server services telemetry workers",
+    "serve": "config discovery server services telemetry workers",
+    "cli": "config serve",
     "__main__": "cli",
     # Reports of the benchmarks are made without the proxy; the load client is in there.
     "disagg_report": "",
@@ -71,10 +73,12 @@ MAY_IMPORT = {
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
+    # The machine starts the others as processes, and only knows their command lines.
+    "disagg_machine": "",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
-disagg_proxy have no prefix; disagg_report is one unit, disagg_sim another one without its ``chaos``. A package's own
-``__init__`` may be imported by all of it."""
+disagg_proxy have no prefix; disagg_report and disagg_machine are one unit each, disagg_sim another one without its
+``chaos``. A package's own ``__init__`` may be imported by all of it."""
 
 FOR_TYPES = {
     # The transports move the tensors of vLLM's cache, whose layout stands with the rest that is read from vLLM.
@@ -107,13 +111,12 @@ LIBRARIES = {
     "matplotlib": "disagg_report.plots",
     "vllm": "disagg_kv.connector disagg_kv.engine.versions disagg_kv.transport.nccl",
     "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
-    # Sockets for clients (cli, server, workers), between workers (workers), for registrations (discovery); those to
-    # instances are asyncio's.
-    "socket": "cli server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
-    "disagg_kv.transport.channel",
+    # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
+    # instances are asyncio's. The machine asks with the standard library alone.
+    "socket": "serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
+    "disagg_kv.transport.channel disagg_machine.net",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
-    ""
-    "disagg_kv disagg_report.power",
+    "disagg_kv disagg_report.power disagg_machine.bench.load",
 }
 """Library -> modules or folders that may import it."""
 
@@ -189,7 +192,7 @@ def edges(for_types: bool) -> Iterator[tuple[str, str]]:
 
 def unit(module: str) -> str:
     package, _, rest = module.partition(".")
-    if not rest or package == "disagg_report":
+    if not rest or package in ("disagg_report", "disagg_machine"):
         return package
     top = rest.partition(".")[0]
     if package == "disagg_sim":
@@ -271,6 +274,14 @@ def test_no_folders_import_each_other() -> None:
 
 def test_no_modules_import_each_other() -> None:
     assert cycle(set(edges(False))) == []
+
+
+def test_the_machine_needs_only_the_standard_library() -> None:
+    """Its commands work in any Python, also where the virtual environment is missing or broken."""
+    for module, imported in IMPORTS.items():
+        if module.partition(".")[0] == "disagg_machine":
+            roots = {name.partition(".")[0] for name in set().union(*imported)}
+            assert roots - sys.stdlib_module_names - {"disagg_machine"} == set(), module
 
 
 def test_the_packages_need_none_of_the_tools() -> None:

@@ -1,6 +1,6 @@
 """The processes of one run: prefill, decode, the proxy, and how each is started, seen to be ready, and ended.
 
-The flags are those of test_single_machine.sh (script/launch.sh), which says why each is there.
+The flags are those of test_single_machine.sh (disagg_machine/commands.py), which says why each is there.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from disagg_sim.connectors.nixl import Nixl as SimulatedNixl
 from tests.conftest import running_proxy, soon
 from tests.connectors import moriio
 from tests.e2e.together import computed, external
-from tests.machine import REQUESTS, RIGHT, Machine, text_of_events
+from tests.simulated import REQUESTS, RIGHT, Machine, text_of_events
 
 PATH = "/v1/completions"
 PING = {"type": "P", "http_address": "127.0.0.1:20003", "dp_size": 1, "tp_size": 1, "transfer_mode": "read"}

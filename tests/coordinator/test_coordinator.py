@@ -16,7 +16,7 @@ from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import BadRequest, ProxyError, StreamCut
 from disagg_proxy.openai.fields import COMPLETIONS
 from tests.conftest import soon
-from tests.machine import Machine
+from tests.simulated import Machine
 
 CONNECTORS = pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
 

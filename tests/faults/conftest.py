@@ -1,4 +1,4 @@
-"""The proxy and its pair are those of tests/machine.py; what else several failure tests need."""
+"""The proxy and its pair are those of tests/simulated.py; what else several failure tests need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_sim import SimEngine
 from tests.conftest import Proxy, Wire
-from tests.machine import REQUESTS, Machine, machine, pair
+from tests.simulated import REQUESTS, Machine, machine, pair
 
 __all__ = ["machine", "pair"]
 

@@ -19,7 +19,7 @@ from tests.command import EngineProcess, engine_process
 from tests.conftest import soon
 from tests.faults.conftest import ids
 from tests.faults.test_frozen_engine import ask_for
-from tests.machine import REQUESTS, RIGHT, Machine, check_error
+from tests.simulated import REQUESTS, RIGHT, Machine, check_error
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

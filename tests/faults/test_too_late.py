@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import soon
 from tests.faults.conftest import lift_prefill_timeout
-from tests.machine import REQUESTS, RIGHT, check_error, text_of
+from tests.simulated import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
