@@ -164,7 +164,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 T = TypeVar("T")
 
 
-async def soon(awaitable: Awaitable[T], seconds: float = 10.0) -> T:
+async def soon(awaitable: Awaitable[T], seconds: float = 30.0) -> T:
     """The result, or a failure of the test where it does not come."""
     return await asyncio.wait_for(awaitable, seconds)
 
