@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(importlib.import_module(COMMANDS[command].module).main(argv))
         if command != SERVE:
             there = ", ".join((SERVE, *COMMANDS))
-            print(f"disagg-proxy: no such command: {command!r}; there are: {there} (see --help)", file=sys.stderr)
+            print(f"disagg-proxy: no such command: {command!r}; commands: {there} (see --help)", file=sys.stderr)
             return 2
     from disagg_proxy import serve
 

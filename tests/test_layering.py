@@ -41,7 +41,7 @@ MAY_IMPORT = {
     # Instances, and the text of requests:
     "request_id": "address",
     "http1": "request_id",
-    "openai": "errors request_id",
+    "openai": "errors",
     "cluster": "address config errors",
     "telemetry": "cluster config errors http1 runtime",
     "admission": "cluster errors openai telemetry",
@@ -49,7 +49,8 @@ MAY_IMPORT = {
     "health": "cluster errors runtime upstream",
     # One request:
     "downstream": "cluster errors http1 openai request_id runtime telemetry upstream",
-    "connectors": "admission cluster config downstream errors http1 openai request_id runtime telemetry upstream",
+    "connectors": "address admission cluster config downstream errors http1 openai request_id runtime telemetry "
+    "upstream",
     "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
     "discovery": "address cluster config connectors health http1 telemetry upstream",
@@ -64,15 +65,15 @@ MAY_IMPORT = {
     "serve": "config discovery server services telemetry workers",
     "cli": "config serve",
     "__main__": "cli",
+    # Reports of the benchmarks are made without the proxy; the load client is in there.
+    "disagg_report": "",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
     "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
-    "disagg_sim.chaos": "cluster config disagg_sim runtime server services",
+    "disagg_sim.chaos": "cluster config disagg_report disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
-    # Reports of the benchmarks are made without the proxy.
-    "disagg_report": "",
-    # So is the machine: it starts the others as processes, and only knows their command lines.
+    # The machine starts the others as processes, and only knows their command lines.
     "disagg_machine": "",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
@@ -93,16 +94,16 @@ LIBRARIES = {
     "quart": "server.asgi",
     "quart_cors": "server.asgi.auth",
     "werkzeug": "server.asgi.error_responses",
-    # The server on the client's side, and the parser of both sides.
+    # The server on the client's side, and the parser of both sides and of the load client.
     "uvicorn": "server.client_connection server.http_server workers.worker_server",
-    "httptools": "server.client_connection upstream.connection",
+    "httptools": "server.client_connection upstream.connection disagg_report.load_client",
     # The registration port; the simulator and the connector are its clients.
     "zmq": "discovery.forward discovery.listener disagg_sim.ping disagg_kv.engine.announce",
     # Registrations, whose format is vLLM's, and three formats between the workers of one proxy.
     "msgpack": "discovery.announcement telemetry.aggregate telemetry.page_state workers.channel disagg_sim.kv_wire "
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
-    "aiohttp": "disagg_sim top.follow disagg_report.own_client",
+    "aiohttp": "disagg_sim top.follow",
     "prometheus_client": "server.asgi.status_routes telemetry.instance_metrics telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",

@@ -43,7 +43,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from disagg_proxy.config import Config
-from disagg_proxy.coordinator.head import RequestHead, read_head
+from disagg_proxy.coordinator.coordinator import RequestHead, read_head
 from disagg_proxy.errors import (
     BadRequest,
     BodyTimeout,

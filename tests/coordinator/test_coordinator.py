@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.downstream.refusal import Refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
@@ -112,7 +112,7 @@ async def test_a_bug_is_a_500_and_gives_everything_back(machine: Machine, monkey
     async def bug(*args: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl_legs.P2pAttempt.ask_decode", bug)
+    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl_legs.P2pAttempt.request_decode", bug)
     client, reply = start(machine, completion())
     error = await soon(client.outcome)
     assert isinstance(error, ProxyError) and error.status == 500

@@ -179,7 +179,10 @@ def test_a_name_in_parentheses_does_not_confuse(tmp_path: Path) -> None:
     try:
         stat = proc.read_stat(process.pid)
         assert stat is not None and stat.start.isdigit() and stat.group == os.getpgid(process.pid)
-        assert proc.command_line(process.pid).endswith(" 60")
+        while not (line := proc.command_line(process.pid)):
+            # Popen returns when exec closes its descriptors, a moment before the new arguments can be read.
+            time.sleep(0.001)
+        assert line.endswith(" 60")
     finally:
         process.kill()
         process.wait()

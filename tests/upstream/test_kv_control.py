@@ -9,7 +9,7 @@ import pytest
 
 from disagg_kv.control import Control
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, MOST_RANKS, KvKind
+from disagg_proxy.cluster.kv_kind import MAX_RANKS, KvKind
 from disagg_proxy.upstream.kv_control import KvControl
 from tests.cluster.conftest import World
 
@@ -45,7 +45,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Said:
 
 
 def instances(tp: int | str) -> tuple[Instance, Instance]:
-    world, kind = World(), KvKind(DISAGG_KV, (("tp", tp),))
+    world, kind = World(), KvKind("disagg_kv", (("tp", tp),))
     return world.ready(Role.PREFILL, 1, kind=kind), world.ready(Role.DECODE, 2, kind=kind)
 
 
@@ -59,7 +59,7 @@ async def test_to_every_rank(said: Said) -> None:
     assert sorted(said) == [(f"127.0.0.1:{port}", "meet", "127.0.0.1:1001") for port in (1003, 1004, 1005)]
 
 
-@pytest.mark.parametrize("tp", [1, 0, -1, MOST_RANKS + 1, "many"])
+@pytest.mark.parametrize("tp", [1, 0, -1, MAX_RANKS + 1, "many"])
 async def test_odd_announcements_are_one_rank(said: Said, tp: int | str) -> None:
     await KvControl("", 1.0).release(instances(tp)[0], "t")
     assert said == [("127.0.0.1:1001", "release", "t")]

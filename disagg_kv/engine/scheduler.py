@@ -1,9 +1,10 @@
-"""The scheduler half: which requests load or offer KV, and when. One object per engine, without tensors and sockets.
+"""The connector's scheduler side: which requests load or offer KV, and when. One object per engine, no tensors or
+sockets.
 
-Rules on decode: a request is loaded at most once; whatever happens to the load, after it the request is an ordinary
-one. Of several requests with the same key (``n`` > 1) one loads and the others wait for it and then find its blocks
-in the prefix cache. Rules on prefill: of several requests with the same key one is offered; the blocks of a finished
-request stay until the worker half says that nobody reads them (``finished_sending``).
+Decode: a request is loaded at most once; however the load ends, the request is an ordinary one afterwards. Of several
+requests with the same key (``n`` > 1) one loads, and the others wait for it and then find its blocks in the prefix
+cache. Prefill: of several requests with the same key one is offered. The blocks of a finished request stay until the
+worker side reports that no sender reads them (``finished_sending``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from disagg_kv.protocol.keys import Key
 from disagg_kv.settings import Settings
 
 logger = logging.getLogger("vllm.disagg_kv")
-_REMEMBERED = 8192
+_MAX_REMEMBERED = 8192
 
 
 @dataclass
@@ -33,8 +34,11 @@ class _Offer:
     computed: bool = False
 
 
-class SchedulerHalf:
-    """See the module. ``decode``: whether this engine loads (kv_consumer) or offers (kv_producer)."""
+class ConnectorScheduler:
+    """Args:
+    decode: whether this engine loads (kv_consumer) or offers (kv_producer).
+    block_size: tokens of a block.
+    """
 
     def __init__(self, decode: bool, block_size: int, settings: Settings) -> None:
         self._decode, self._block, self._settings = decode, block_size, settings
@@ -50,16 +54,18 @@ class SchedulerHalf:
         self._updated = False
 
     def weights_written(self, method: str) -> None:
-        """An RPC is about to write this engine's weights. Nothing is offered or loaded from now on: neither side can
-        tell which weights the other one has by then."""
+        """Stop offering and loading: an RPC is about to update this engine's weights in place.
+
+        Neither side can tell afterwards which weights the other one computed with.
+        """
         if self._updated:
             return
-        logger.error("weights are written in place (%s): this engine exchanges no KV until it is restarted", method)
+        logger.error("weights are updated in place (%s): this engine exchanges no KV until it is restarted", method)
         self._updated = self._plan.updated = True
         self._plan.drops += [(name, "the weights were updated") for name in self._offers]
 
-    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded behind the ``computed`` ones that are here, and whether that is asynchronous."""
+    def num_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """Return how many tokens beyond the ``computed`` local ones can be loaded, and whether that is asynchronous."""
         if not self._decode or self._updated or request.request_id in self._tried:
             return 0, False
         transfer = self._transfer(request)
@@ -71,16 +77,17 @@ class SchedulerHalf:
         if transfer.key in self._loaded:
             self._tried.add(request.request_id)
             return 0, False
-        unfit = computed % self._block or request.num_tokens != request.num_prompt_tokens
-        unfit = unfit or transfer.adapter == params.UNCERTAIN
-        if missing < self._min_load or unfit or versions.needs_whole_prompt(request):
+        unusable = computed % self._block or request.num_tokens != request.num_prompt_tokens
+        unusable = unusable or transfer.adapter == params.UNCERTAIN
+        if missing < self._min_load or unusable or versions.must_compute_prompt(request):
             self._tried.add(request.request_id)
             self._plan.releases.append((transfer.address, transfer.key))
             return 0, False
         return missing, True
 
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
-        """The request has blocks; ``external`` tokens of them are to be loaded (as ``matched`` said)."""
+        """Record that the request has blocks, ``external`` tokens of which are to be loaded (see
+        ``num_matched_tokens``)."""
         name = request.request_id
         transfer = self._transfer(request)
         if transfer is None:
@@ -100,7 +107,7 @@ class SchedulerHalf:
             self._plan.opens.append(Open(name, transfer.key, total, transfer.adapter))
 
     def plan(self, output: Any) -> Plan:
-        """What the worker half has to do in the step of this scheduler output."""
+        """Return what the worker side has to do in the step of this scheduler output."""
         plan, self._plan = self._plan, Plan()
         plan.idle = output.total_num_scheduled_tokens == 0
         if self._offers:
@@ -113,14 +120,14 @@ class SchedulerHalf:
                 blocks = versions.first_group(new.block_ids)
                 self._advance(plan, output, new.req_id, blocks, True, new.num_computed_tokens)
             cached = output.scheduled_cached_reqs
-            for place, name in enumerate(cached.req_ids):
+            for index, name in enumerate(cached.req_ids):
                 if name in self._offers:
-                    blocks, anew = versions.first_group(cached.new_block_ids[place]), name in cached.resumed_req_ids
-                    self._advance(plan, output, name, blocks, anew, cached.num_computed_tokens[place])
+                    blocks, resumed = versions.first_group(cached.new_block_ids[index]), name in cached.resumed_req_ids
+                    self._advance(plan, output, name, blocks, resumed, cached.num_computed_tokens[index])
         return plan
 
     def finished(self, request: Any) -> bool:
-        """The request is over. True if its blocks have to stay until the worker half names it."""
+        """Record that the request has finished. True if its blocks must stay until the worker side reports it."""
         name = request.request_id
         transfer = self._transfer(request)
         del self._transfers[name]
@@ -128,7 +135,7 @@ class SchedulerHalf:
             if transfer is not None:
                 if self._loading.get(transfer.key) == name:
                     self._plan.cancels.append(name)
-                elif name not in self._tried and not self._known(transfer.key):
+                elif name not in self._tried and not self._is_loading_or_loaded(transfer.key):
                     self._plan.releases.append((transfer.address, transfer.key))
             self._tried.discard(name)
             return False
@@ -139,8 +146,8 @@ class SchedulerHalf:
             self._plan.drops.append((name, "aborted"))
         return True
 
-    def moved(self, sent: set[str], received: set[str]) -> None:
-        """The worker half is done with these requests."""
+    def transfers_finished(self, sent: set[str], received: set[str]) -> None:
+        """Record requests whose sending or receiving has ended on the worker side."""
         for name in sent:
             offer = self._offers.pop(name, None)
             if offer is not None:
@@ -149,24 +156,24 @@ class SchedulerHalf:
             for key in [key for key, name in self._loading.items() if name in received]:
                 del self._loading[key]
                 self._loaded[key] = None
-                while len(self._loaded) > _REMEMBERED:
+                while len(self._loaded) > _MAX_REMEMBERED:
                     self._loaded.popitem(last=False)
 
-    def _known(self, key: Key) -> bool:
+    def _is_loading_or_loaded(self, key: Key) -> bool:
         return key in self._loading or key in self._loaded
 
     def _transfer(self, request: Any) -> Transfer | None:
         name = request.request_id
         if name not in self._transfers:
-            read = None if self._updated else params.read(request, self._decode, self._settings, self.adapters)
-            self._transfers[name] = read
+            transfer = None if self._updated else params.read(request, self._decode, self._settings, self.adapters)
+            self._transfers[name] = transfer
         return self._transfers[name]
 
-    def _advance(self, plan: Plan, output: Any, name: str, blocks: list[int], anew: bool, computed: int) -> None:
+    def _advance(self, plan: Plan, output: Any, name: str, blocks: list[int], resumed: bool, computed: int) -> None:
         offer = self._offers.get(name)
         if offer is None or offer.computed or self._updated:
             return
-        offer.blocks = blocks if anew else offer.blocks + blocks
+        offer.blocks = blocks if resumed else offer.blocks + blocks
         done = computed + output.num_scheduled_tokens[name]
         offer.computed = done >= offer.tokens
         ready = offer.total if offer.computed else done // self._block

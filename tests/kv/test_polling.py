@@ -12,7 +12,7 @@ import pytest
 from disagg_kv.protocol.frames import Kind, encode
 from disagg_kv.transport.base import Stalled
 from disagg_kv.transport.channel import Channel
-from disagg_kv.transport.patience import wait_until
+from disagg_kv.transport.polling import wait_until
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_a_look_at_a_connection_does_not_wait(joined: tuple[Channel, socket.sock
     assert not channel.broken()
     other.sendall(encode(Kind.PART, {}))
     assert not channel.broken()
-    assert channel.frame()[0] is Kind.PART
+    assert channel.next_frame()[0] is Kind.PART
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(channel.frame)
+        reading = pool.submit(channel.next_frame)
         assert not any(channel.broken() for _ in range(1000))
         other.sendall(encode(Kind.GO, {}))
         assert reading.result()[0] is Kind.GO
@@ -46,7 +46,7 @@ def test_the_end_of_a_connection_is_seen_before_what_is_unread_is_read(joined: t
     other.sendall(encode(Kind.PART, {}))
     other.shutdown(socket.SHUT_WR)
     wait_until(channel.broken, lambda: False, 10, str)
-    assert channel.frame()[0] is Kind.PART
+    assert channel.next_frame()[0] is Kind.PART
 
 
 def test_a_connection_closed_here_is_broken(joined: tuple[Channel, socket.socket]) -> None:
@@ -68,5 +68,5 @@ def test_a_transfer_whose_peer_goes_is_given_up(joined: tuple[Channel, socket.so
 
 
 def test_a_transfer_that_does_not_end_is_given_up(joined: tuple[Channel, socket.socket]) -> None:
-    with pytest.raises(Stalled, match=r"no end after 0\.\d s \(here\)"):
+    with pytest.raises(Stalled, match=r"not complete after 0\.\d s \(here\)"):
         wait_until(lambda: False, joined[0].broken, 0.01, lambda: "here")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagg_kv.engine.params import UNCERTAIN
-from disagg_kv.engine.scheduling import SchedulerHalf
+from disagg_kv.engine.scheduler import ConnectorScheduler
 from disagg_kv.settings import Settings
 from tests.kv.checkpoints import lora
 
@@ -38,8 +38,8 @@ class Request:
         return self.num_prompt_tokens + self.outputs
 
 
-def _half(decode: bool, **settings: Any) -> SchedulerHalf:
-    return SchedulerHalf(decode, 4, Settings(**settings))
+def _half(decode: bool, **settings: Any) -> ConnectorScheduler:
+    return ConnectorScheduler(decode, 4, Settings(**settings))
 
 
 def _decode_request(name: str = "r", transfer: str = "t", tokens: int = 10, **more: Any) -> Request:
@@ -77,8 +77,8 @@ def _output(new: dict[str, tuple[list[int], int, int]] | None = None, cached: An
 
 def test_everything_that_is_missing_is_loaded() -> None:
     half, request = _half(True), _decode_request()
-    assert half.matched(request, 0) == (10, True)
-    assert half.matched(request, 4) == (6, True), "may be asked again before blocks are there"
+    assert half.num_matched_tokens(request, 0) == (10, True)
+    assert half.num_matched_tokens(request, 4) == (6, True), "may be asked again before blocks are there"
     half.allocated(request, _blocks(7, 8, 9), 6)
     (load,) = half.plan(_output()).loads
     assert (load.request, load.address, load.first, load.blocks) == ("r", PEER, 1, [8, 9])
@@ -87,27 +87,27 @@ def test_everything_that_is_missing_is_loaded() -> None:
 
 def test_a_failed_load_is_not_tried_again() -> None:
     half, request = _half(True), _decode_request()
-    half.matched(request, 0)
+    half.num_matched_tokens(request, 0)
     half.allocated(request, _blocks(7, 8, 9), 10)
-    half.moved(set(), {"r"})
-    assert half.matched(request, 0) == (0, False)
+    half.transfers_finished(set(), {"r"})
+    assert half.num_matched_tokens(request, 0) == (0, False)
 
 
 def test_a_preempted_request_is_computed() -> None:
     half, request = _half(True), _decode_request()
-    half.matched(request, 0)
+    half.num_matched_tokens(request, 0)
     half.allocated(request, _blocks(7, 8, 9), 10)
-    half.moved(set(), {"r"})
+    half.transfers_finished(set(), {"r"})
     request.outputs = 5
-    assert half.matched(request, 0) == (0, False)
+    assert half.num_matched_tokens(request, 0) == (0, False)
 
 
 def test_what_fits_one_block_is_computed_and_released() -> None:
     half, request = _half(True), _decode_request(tokens=12)
-    assert half.matched(request, 8) == (0, False)
+    assert half.num_matched_tokens(request, 8) == (0, False)
     plan = half.plan(_output())
     assert [(address, key.transfer) for address, key in plan.releases] == [(PEER, "t")]
-    assert _half(True, min_load_tokens=1).matched(_decode_request(tokens=12), 8) == (4, True)
+    assert _half(True, min_load_tokens=1).num_matched_tokens(_decode_request(tokens=12), 8) == (4, True)
 
 
 @pytest.mark.parametrize(
@@ -117,18 +117,18 @@ def test_prompt_logprobs_are_computed(more: dict[str, Any]) -> None:
     half, request = _half(True), _decode_request()
     for name, value in more.items():
         setattr(request, name, value)
-    assert half.matched(request, 0) == (0, False)
+    assert half.num_matched_tokens(request, 0) == (0, False)
     assert len(half.plan(_output()).releases) == 1
 
 
 def test_the_second_of_two_answers_waits_for_the_first() -> None:
     half = _half(True)
     first, second = _decode_request("0_r"), _decode_request("1_r")
-    assert half.matched(first, 0) == (10, True)
+    assert half.num_matched_tokens(first, 0) == (10, True)
     half.allocated(first, _blocks(7, 8, 9), 10)
-    assert half.matched(second, 0) == (None, False)
-    half.moved(set(), {"0_r"})
-    assert half.matched(second, 8) == (0, False), "what is missing now is computed"
+    assert half.num_matched_tokens(second, 0) == (None, False)
+    half.transfers_finished(set(), {"0_r"})
+    assert half.num_matched_tokens(second, 8) == (0, False), "what is missing now is computed"
     plan = half.plan(_output())
     assert len(plan.loads) == 1 and not plan.releases
 
@@ -136,18 +136,18 @@ def test_the_second_of_two_answers_waits_for_the_first() -> None:
 def test_prompts_of_one_transfer_are_told_apart() -> None:
     half = _half(True)
     first, second = _decode_request("a", tokens=10), _decode_request("b", tokens=11)
-    assert half.matched(first, 0) == (10, True)
+    assert half.num_matched_tokens(first, 0) == (10, True)
     half.allocated(first, _blocks(1, 2, 3), 10)
-    assert half.matched(second, 0) == (11, True)
+    assert half.num_matched_tokens(second, 0) == (11, True)
 
 
 @pytest.mark.parametrize("name", ["salt", "adapter"])
 def test_salt_and_lora_make_another_key(name: str, tmp_path: Path) -> None:
     more = {"cache_salt": "s"} if name == "salt" else {"lora_request": lora(tmp_path)}
     half = _half(True)
-    half.matched(_decode_request("a"), 0)
+    half.num_matched_tokens(_decode_request("a"), 0)
     half.allocated(_decode_request("a"), _blocks(1, 2, 3), 10)
-    assert half.matched(_decode_request("b", **more), 0) == (10, True)
+    assert half.num_matched_tokens(_decode_request("b", **more), 0) == (10, True)
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -155,7 +155,7 @@ def test_the_adapters_digest_goes_along(tmp_path: Path, decode: bool) -> None:
     half = _half(decode)
     for folder, seed in (("a", 0), ("b", 1), ("c", 0)):
         request = _decode_request(folder, folder, lora_request=lora(tmp_path / folder, seed, number=ord(folder)))
-        half.matched(request, 0)
+        half.num_matched_tokens(request, 0)
         half.allocated(request, _blocks(1, 2, 3), 10)
     plan = half.plan(_output())
     first, second, third = (one.adapter for one in (plan.loads if decode else plan.opens))
@@ -168,7 +168,7 @@ def test_an_adapter_that_cannot_be_read_is_computed(tmp_path: Path, decode: bool
     half.adapters.loaded(adapter)
     lora(tmp_path / "a", seed=1)
     request = _decode_request(lora_request=adapter)
-    assert half.matched(request, 0) == (0, False)
+    assert half.num_matched_tokens(request, 0) == (0, False)
     half.allocated(request, _blocks(1, 2, 3), 0)
     plan = half.plan(_output())
     assert not plan.loads
@@ -179,13 +179,13 @@ def test_an_adapter_that_cannot_be_read_is_computed(tmp_path: Path, decode: bool
 
 def test_decode_loads_nothing_once_its_weights_are_written(caplog: pytest.LogCaptureFixture) -> None:
     half, waiting = _half(True), _decode_request("a", "a")
-    assert half.matched(waiting, 0) == (10, True)
+    assert half.num_matched_tokens(waiting, 0) == (10, True)
     half.weights_written("reload_weights")
     half.weights_written("reload_weights")
-    assert caplog.text.count("weights are written in place (reload_weights)") == 1
+    assert caplog.text.count("weights are updated in place (reload_weights)") == 1
     assert half.plan(_output()).updated and not half.plan(_output()).updated
     for request in (waiting, _decode_request("b", "b")):
-        assert half.matched(request, 0) == (0, False)
+        assert half.num_matched_tokens(request, 0) == (0, False)
         half.allocated(request, _blocks(1, 2, 3), 0)
         assert half.finished(request) is False
     assert not half.plan(_output()).loads
@@ -205,7 +205,7 @@ def test_prefill_offers_nothing_once_its_weights_are_written() -> None:
 
 def test_an_aborted_load_is_cancelled() -> None:
     half, request = _half(True), _decode_request()
-    half.matched(request, 0)
+    half.num_matched_tokens(request, 0)
     half.allocated(request, _blocks(7, 8, 9), 10)
     assert half.finished(request) is False
     assert half.plan(_output()).cancels == ["r"]
@@ -220,9 +220,9 @@ def test_a_request_that_ends_before_it_was_scheduled_is_released() -> None:
 def test_an_aborted_follower_does_not_release_what_the_first_loads() -> None:
     half = _half(True)
     first, second = _decode_request("0_r"), _decode_request("1_r")
-    half.matched(first, 0)
+    half.num_matched_tokens(first, 0)
     half.allocated(first, _blocks(7, 8, 9), 10)
-    half.matched(second, 0)
+    half.num_matched_tokens(second, 0)
     half.finished(second)
     plan = half.plan(_output())
     assert not plan.releases and not plan.cancels
@@ -243,22 +243,22 @@ def test_an_aborted_follower_does_not_release_what_the_first_loads() -> None:
 )
 def test_params_that_make_no_sense_are_ignored(params: Any) -> None:
     half, request = _half(True), Request("r", list(range(10)), params)
-    assert half.matched(request, 0) == (0, False)
+    assert half.num_matched_tokens(request, 0) == (0, False)
     half.allocated(request, _blocks(1), 0)
     assert half.finished(request) is False
 
 
 def test_prompts_given_as_embeddings_are_computed() -> None:
     request = Request("r", None, {"transfer_id": "t", "from": PEER}, prompt_embeds=object())
-    assert _half(True).matched(request, 0) == (0, False)
+    assert _half(True).num_matched_tokens(request, 0) == (0, False)
 
 
 # Prefill.
 
 
-def _offer(half: SchedulerHalf, name: str = "r", transfer: str = "t", tokens: int = 10) -> Request:
+def _offer(half: ConnectorScheduler, name: str = "r", transfer: str = "t", tokens: int = 10) -> Request:
     request = Request(name, list(range(tokens)), {"transfer_id": transfer})
-    assert half.matched(request, 0) == (0, False)
+    assert half.num_matched_tokens(request, 0) == (0, False)
     half.allocated(request, _blocks(), 0)
     return request
 
@@ -271,7 +271,7 @@ def test_a_prompt_is_offered_and_its_blocks_stay() -> None:
     assert [(one.blocks, one.ready) for one in plan.progress] == [([1, 2, 3], 3)]
     assert half.finished(request) is True
     assert not half.plan(_output()).drops
-    half.moved({"r"}, set())
+    half.transfers_finished({"r"}, set())
 
 
 def test_chunks_of_a_prompt() -> None:
@@ -321,7 +321,7 @@ def test_the_same_key_is_offered_once() -> None:
 def test_a_key_can_be_offered_again() -> None:
     half = _half(False)
     half.finished(_offer(half))
-    half.moved({"r"}, set())
+    half.transfers_finished({"r"}, set())
     half.plan(_output())
     _offer(half, "again")
     assert [one.request for one in half.plan(_output()).opens] == ["again"]
@@ -330,7 +330,7 @@ def test_a_key_can_be_offered_again() -> None:
 def test_requests_without_params_leave_no_trace() -> None:
     half = _half(False)
     request = Request("r", [1, 2, 3], None)
-    half.matched(request, 0)
+    half.num_matched_tokens(request, 0)
     half.allocated(request, _blocks(1), 0)
     plan = half.plan(_output({"r": ([1], 0, 3)}))
     assert not plan.opens and not plan.progress

@@ -1,11 +1,12 @@
-"""What prefill holds for decode engines, as a state machine without sockets and tensors.
+"""Prefill's state machine of KV to send to decode engines, without sockets and tensors.
 
-A *job* is one prompt whose blocks are, or will be, in prefill's cache. A *lane* is one decode connection. Blocks are
-handed out as *segments* when both sides are there: the job has ready blocks and a lane wants them. Either may come
-first. A job ends once: sent, dropped, released or expired; whoever asks for it later is told so at once.
+A *job* is one prompt whose blocks are, or will be, in prefill's cache. Blocks are handed out as *segments* once the
+job has ready blocks and a decode peer has sent WANT for them, in either order. A job ends once: sent, dropped,
+released or expired. A later WANT for it is answered with GONE at once.
 
-Threads: the engine's thread opens, advances and drops jobs; each lane has a reader thread (want, release, detach) and a
-sender thread (next, sent). Everything happens under one lock, nothing here blocks except ``next`` and ``suspend``.
+Threads: the engine's thread opens, advances and drops jobs. Each decode connection has a reader thread (``on_want``,
+``on_release``, ``detach``) and a sender thread (``next``, ``on_sent``). One lock guards everything; only ``next``,
+``wait`` and ``suspend`` block.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ from typing import Any
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Gone, Release, Want
 
-_REMEMBERED = 8192
-"""Ended keys and released transfers that are remembered, so that a late WANT is answered at once."""
+_MAX_REMEMBERED = 8192
+"""Number of ended keys and of released transfers to remember, so that a late WANT is answered at once."""
 
 
 @dataclass(eq=False)
 class Job:
+    """One prompt. ``key`` and ``request`` name it; ``ended`` is the reason, "" while it has not ended."""
+
     key: Key
     request: str
     total: int
-    """Blocks of the whole prompt."""
+    """Blocks of the complete prompt."""
     adapter: str = ""
-    """Digest of the LoRA adapter that it is computed with."""
+    """Digest of the LoRA adapter that the prompt is computed with."""
     blocks: Sequence[int] = ()
     ready: int = 0
     """Leading blocks that hold their final KV."""
     fence: Any = None
-    """What a sender has to wait for before it reads the ready blocks (a CUDA event, or None)."""
+    """What a sender waits for before it reads the ready blocks (a ``StepFence``)."""
     since: float = 0.0
     """When the last block became ready."""
     reading: bool = False
@@ -45,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks that a sender thread has to send now; ``Outbox.sent`` must follow."""
+    """Blocks that a sender thread is to send now; ``SendQueue.on_sent`` must follow."""
 
     job: Job
     first: int
@@ -59,8 +62,13 @@ class Segment:
 
 
 @dataclass(eq=False)
-class Lane:
-    """One decode connection. ``kill`` breaks it, from any thread, so that a send in progress fails soon."""
+class DecodePeer:
+    """One decode connection: its WANTs, and messages to send.
+
+    Attributes:
+        kill: closes the connection, from any thread, so that a send in progress fails soon.
+        next_block: first block that is still to be sent, by key.
+    """
 
     kill: Callable[[], None] = lambda: None
     messages: deque[bytes] = field(default_factory=deque)
@@ -69,9 +77,14 @@ class Lane:
     closed: bool = False
 
 
-class Outbox:
-    """Jobs, lanes and what connects them. ``max_waiting``: WANTs that may wait for a job, over all lanes;
-    ``hold_blocks``: blocks of finished requests that may wait for a WANT, None for any number."""
+class SendQueue:
+    """Jobs, decode peers and their WANTs.
+
+    Args:
+        hold_seconds: how long computed KV is held for a WANT.
+        max_waiting: WANTs that may wait for a job, over all peers.
+        hold_blocks: blocks of finished requests that may wait for a WANT; None: unlimited.
+    """
 
     def __init__(
         self,
@@ -86,8 +99,8 @@ class Outbox:
         self._changed = threading.Condition()
         self._jobs: dict[Key, Job] = {}
         self._by_request: dict[str, Job] = {}
-        self._lanes: set[Lane] = set()
-        self._wanted_by: dict[Key, Lane] = {}
+        self._peers: set[DecodePeer] = set()
+        self._wanted_by: dict[Key, DecodePeer] = {}
         self._ended: OrderedDict[Key, str] = OrderedDict()
         self._released: OrderedDict[str, None] = OrderedDict()
         self._finished: set[str] = set()
@@ -95,8 +108,10 @@ class Outbox:
     # The engine's thread.
 
     def open(self, key: Key, request: str, total: int, adapter: str = "") -> None:
-        """A prompt of this request will be ready some time. Opening a request again starts it anew, unless decode has
-        said that it does not need the KV."""
+        """Register a prompt that will be computed.
+
+        Opening a request again restarts its job, unless decode has released it.
+        """
         with self._changed:
             replaced = self._jobs.get(key)
             if replaced is not None:
@@ -109,7 +124,7 @@ class Outbox:
                 self._end(job, job.ended)
 
     def progress(self, request: str, blocks: Sequence[int], ready: int, fence: Any) -> None:
-        """The first ``ready`` blocks are computed once the fence is passed. ``blocks`` are all the request has."""
+        """Record that the first ``ready`` of ``blocks`` are computed once the fence is passed."""
         with self._changed:
             job = self._by_request.get(request)
             if job is not None and not job.ended:
@@ -117,8 +132,10 @@ class Outbox:
                 self._changed.notify_all()
 
     def suspend(self, request: str, seconds: float) -> bool:
-        """The request's blocks are about to be overwritten. Returns once nobody reads them; False if a lane had to
-        be broken for that."""
+        """Stop reading the request's blocks, which are about to be overwritten.
+
+        Returns when no sender reads them; False if a connection had to be closed for that.
+        """
         with self._changed:
             job = self._by_request.get(request)
             if job is None:
@@ -126,23 +143,25 @@ class Outbox:
             job.ready, job.blocks = 0, ()
             if self._changed.wait_for(lambda: not job.reading, seconds):
                 return True
-            lane = self._wanted_by.get(job.key)
-        if lane is not None:
-            lane.kill()
+            peer = self._wanted_by.get(job.key)
+        if peer is not None:
+            peer.kill()
         with self._changed:
             self._changed.wait_for(lambda: not job.reading, seconds)
         return False
 
     def drop(self, request: str, reason: str) -> None:
-        """The request was aborted, or its blocks are needed: whoever wants it is told that it is gone."""
+        """End the job of a request that was aborted or whose blocks are needed; its decode gets GONE."""
         with self._changed:
             job = self._by_request.get(request)
             if job is not None:
                 self._end(job, reason)
 
     def finish(self, requests: Iterable[str]) -> None:
-        """These requests are over for the engine: their blocks stay until ``collect`` names them. A prompt that is not
-        computed by now never will be."""
+        """Record that the engine has finished these requests; their blocks stay until ``collect`` returns them.
+
+        A prompt that is not computed by now never will be.
+        """
         with self._changed:
             for request in requests:
                 job = self._by_request.get(request)
@@ -152,14 +171,16 @@ class Outbox:
                         self._end(job, "not computed")
 
     def collect(self) -> set[str]:
-        """Finished requests whose blocks may be freed; each is named once. Ends what nobody fetched in time, or what
-        is too much."""
+        """Return finished requests whose blocks may be freed, each once.
+
+        Ends jobs that were not fetched within the hold time, and the newest ones above the limit of held blocks.
+        """
         with self._changed:
             now = self._clock()
             for job in list(self._jobs.values()):
                 if job.ready >= job.total and not job.reading and now - job.since > self._hold:
                     self._give_up(job, "expired")
-            self._bound()
+            self._limit_held_blocks()
             free = {name for name in self._finished if (job := self._by_request[name]).ended and not job.reading}
             for name in free:
                 del self._by_request[name]
@@ -167,50 +188,54 @@ class Outbox:
             return free
 
     def wait(self, seconds: float) -> None:
-        """Returns early when something changes; at once if no finished request waits for its end."""
+        """Wait up to ``seconds`` for a change. Returns at once if no finished request holds blocks."""
         with self._changed:
             if self._finished:
                 self._changed.wait(seconds)
 
     def take_unfetched(self) -> Counter[str]:
-        """Prompts that were given up though all their KV was there, by reason, since the last call."""
+        """Count the fully computed prompts that were given up since the last call, by reason."""
         with self._changed:
             unfetched, self._unfetched = self._unfetched, Counter()
             return unfetched
 
-    def held(self) -> dict[str, int]:
-        """Counts for logs and tests."""
+    def counts(self) -> dict[str, int]:
+        """Sizes, for logs and tests."""
         with self._changed:
-            waiting = sum(len(lane.wants) for lane in self._lanes)
+            waiting = sum(len(peer.wants) for peer in self._peers)
             return {"jobs": len(self._jobs), "requests": len(self._by_request), "wants": waiting,
-                    "lanes": len(self._lanes)}  # fmt: skip
+                    "peers": len(self._peers)}  # fmt: skip
 
-    # A lane's reader thread.
+    # Reader thread of a decode connection.
 
-    def attach(self, kill: Callable[[], None]) -> Lane:
+    def attach(self, kill: Callable[[], None]) -> DecodePeer:
+        """Register a connection."""
         with self._changed:
-            lane = Lane(kill)
-            self._lanes.add(lane)
-            return lane
+            peer = DecodePeer(kill)
+            self._peers.add(peer)
+            return peer
 
-    def detach(self, lane: Lane) -> None:
-        """The connection is gone, and with it every load that waited for it: decode computes those prompts, and a retry
-        elsewhere has another transfer id. Their KV is given up."""
+    def detach(self, peer: DecodePeer) -> None:
+        """Remove a closed connection and give up the KV of its WANTs.
+
+        Decode computes those prompts; a retry elsewhere has another transfer id.
+        """
         with self._changed:
-            lane.closed = True
-            self._lanes.discard(lane)
-            for key in list(lane.wants):
-                self._forget(lane, key)
+            peer.closed = True
+            self._peers.discard(peer)
+            for key in list(peer.wants):
+                self._remove_want(peer, key)
                 if key in self._jobs:
                     self._end(self._jobs[key], "decode is gone")
                 else:
                     self._remember(key, "released")
-            lane.messages.clear()
+            peer.messages.clear()
             self._changed.notify_all()
 
-    def want(self, lane: Lane, want: Want) -> None:
+    def on_want(self, peer: DecodePeer, want: Want) -> None:
+        """Handle WANT: queue it, or answer with GONE."""
         with self._changed:
-            if lane.closed:
+            if peer.closed:
                 return
             key, job = want.key, self._jobs.get(want.key)
             reason = self._ended.get(key, "released" if key.transfer in self._released else "")
@@ -219,79 +244,83 @@ class Outbox:
             if not reason and job is None and len(self._wanted_by) >= self._max_waiting:
                 reason = "too many requests wait"
                 self._remember(key, "released")
-            if not reason and job is not None and (reason := _unfit(job, want)):
+            if not reason and job is not None and (reason := _mismatch(job, want)):
                 self._end(job, reason)
             if reason:
-                lane.messages.append(Gone(key, reason).encode())
+                peer.messages.append(Gone(key, reason).encode())
             else:
-                lane.wants[key], lane.next_block[key], self._wanted_by[key] = want, want.first, lane
+                peer.wants[key], peer.next_block[key], self._wanted_by[key] = want, want.first, peer
             self._changed.notify_all()
 
-    def release(self, lane: Lane | None, release: Release) -> None:
-        """From a decode lane: that key is not needed by it. From the proxy (None): the whole transfer is over."""
+    def on_release(self, peer: DecodePeer | None, release: Release) -> None:
+        """Handle RELEASE: of one key from a decode peer, of a complete transfer from the proxy (None)."""
         with self._changed:
-            if lane is not None and release.key is not None:
-                if release.key in lane.wants or release.key not in self._wanted_by:
-                    self._forget(lane, release.key)
+            if peer is not None and release.key is not None:
+                if release.key in peer.wants or release.key not in self._wanted_by:
+                    self._remove_want(peer, release.key)
                     if release.key in self._jobs:
                         self._end(self._jobs[release.key], "released")
                     else:
                         self._remember(release.key, "released")
-            elif lane is None:
+            elif peer is None:
                 self._released[release.transfer] = None
-                while len(self._released) > _REMEMBERED:
+                while len(self._released) > _MAX_REMEMBERED:
                     self._released.popitem(last=False)
                 for key in [key for key in self._wanted_by if key.transfer == release.transfer]:
-                    self._tell_gone(key, "released")
+                    self._send_gone(key, "released")
                 for job in [job for job in self._jobs.values() if job.key.transfer == release.transfer]:
                     self._end(job, "released")
             self._changed.notify_all()
 
-    def post(self, lane: Lane, message: bytes) -> None:
-        """Something for the lane's sender to say next; once, if the same still waits to be sent."""
+    def enqueue(self, peer: DecodePeer, message: bytes) -> None:
+        """Queue a message for the peer's sender thread, unless an equal one is queued."""
         with self._changed:
-            if not lane.closed and message not in lane.messages:
-                lane.messages.append(message)
+            if not peer.closed and message not in peer.messages:
+                peer.messages.append(message)
                 self._changed.notify_all()
 
-    # A lane's sender thread.
+    # Sender thread of a decode connection.
 
-    def next(self, lane: Lane, seconds: float | None = None) -> bytes | Segment | None:
-        """What to send next on this lane, waiting for it. None once the lane is closed or the time is over."""
+    def next(self, peer: DecodePeer, seconds: float | None = None) -> bytes | Segment | None:
+        """Wait for the next message or segment to send to this peer. None when it is closed or ``seconds`` have
+        passed."""
         with self._changed:
             found: list[bytes | Segment] = []
 
-            def look() -> bool:
-                if lane.closed:
+            def poll() -> bool:
+                if peer.closed:
                     return True
-                if lane.messages:
-                    found.append(lane.messages.popleft())
-                elif (segment := self._ready_segment(lane)) is not None:
+                if peer.messages:
+                    found.append(peer.messages.popleft())
+                elif (segment := self._ready_segment(peer)) is not None:
                     found.append(segment)
-                elif lane.messages:
-                    # Looking for a segment has refused a WANT that does not fit its job.
-                    found.append(lane.messages.popleft())
+                elif peer.messages:
+                    # _ready_segment has queued GONE for a WANT that does not fit its job.
+                    found.append(peer.messages.popleft())
                 return bool(found)
 
-            self._changed.wait_for(look, seconds)
+            self._changed.wait_for(poll, seconds)
             return found[0] if found else None
 
-    def sent(self, lane: Lane, segment: Segment, ok: bool) -> None:
-        """The segment's blocks are no longer read. ``ok`` False: the connection broke, ``detach`` follows."""
+    def on_sent(self, peer: DecodePeer, segment: Segment, ok: bool) -> None:
+        """Record that a segment's blocks are no longer read. ``ok`` False: the connection broke, ``detach`` follows."""
         with self._changed:
             segment.job.reading = False
-            if ok and segment.key in lane.wants:
-                lane.next_block[segment.key] = segment.first + len(segment.blocks)
+            if ok and segment.key in peer.wants:
+                peer.next_block[segment.key] = segment.first + len(segment.blocks)
                 if segment.last:
-                    self._forget(lane, segment.key)
+                    self._remove_want(peer, segment.key)
                     self._end(segment.job, "sent")
             self._changed.notify_all()
 
     # Under the lock.
 
-    def _bound(self) -> None:
-        """Gives up the newest prompts when too many blocks wait for a WANT. Decode takes its requests first come, first
-        served: the oldest are those that it asks for next. What it has asked for is on its way, and does not count."""
+    def _limit_held_blocks(self) -> None:
+        """Give up the newest prompts when too many blocks wait for a WANT.
+
+        Decode schedules first come, first served, so it requests the oldest next. KV that it has requested does not
+        count.
+        """
         if self._hold_blocks is None:
             return
         waiting = [
@@ -307,16 +336,16 @@ class Outbox:
         self._unfetched[reason] += 1
         self._end(job, reason)
 
-    def _ready_segment(self, lane: Lane) -> Segment | None:
-        for key, want in lane.wants.items():
+    def _ready_segment(self, peer: DecodePeer) -> Segment | None:
+        for key, want in peer.wants.items():
             job = self._jobs.get(key)
             if job is None or job.reading:
                 continue
-            if reason := _unfit(job, want):
-                # No other decode has this transfer: nobody will fetch what this one cannot use.
+            if reason := _mismatch(job, want):
+                # No other decode has this transfer, so its KV will not be fetched.
                 self._end(job, reason)
-                return self._ready_segment(lane)
-            start = lane.next_block[key]
+                return self._ready_segment(peer)
+            start = peer.next_block[key]
             if job.ready > start:
                 job.reading = True
                 return Segment(job, start, job.blocks[start : job.ready], job.ready == job.total, job.fence)
@@ -328,31 +357,31 @@ class Outbox:
             del self._jobs[job.key]
             self._remember(job.key, reason)
             if job.key in self._wanted_by:
-                self._tell_gone(job.key, reason)
+                self._send_gone(job.key, reason)
         self._changed.notify_all()
 
-    def _tell_gone(self, key: Key, reason: str) -> None:
-        lane = self._wanted_by[key]
-        lane.messages.append(Gone(key, reason).encode())
-        self._forget(lane, key)
+    def _send_gone(self, key: Key, reason: str) -> None:
+        peer = self._wanted_by[key]
+        peer.messages.append(Gone(key, reason).encode())
+        self._remove_want(peer, key)
 
-    def _forget(self, lane: Lane, key: Key) -> None:
-        lane.wants.pop(key, None)
-        lane.next_block.pop(key, None)
-        if self._wanted_by.get(key) is lane:
+    def _remove_want(self, peer: DecodePeer, key: Key) -> None:
+        peer.wants.pop(key, None)
+        peer.next_block.pop(key, None)
+        if self._wanted_by.get(key) is peer:
             del self._wanted_by[key]
 
     def _remember(self, key: Key, reason: str) -> None:
         self._ended[key] = reason
         self._ended.move_to_end(key)
-        while len(self._ended) > _REMEMBERED:
+        while len(self._ended) > _MAX_REMEMBERED:
             self._ended.popitem(last=False)
 
 
-def _unfit(job: Job, want: Want) -> str:
-    """Why the job is not the KV that decode wants; "" if it is."""
+def _mismatch(job: Job, want: Want) -> str:
+    """Why the job does not fit decode's WANT; "" if it does."""
     if want.first + want.count != job.total:
         return f"the prompt has {job.total} blocks, not {want.first + want.count}"
     if want.adapter != job.adapter:
-        return "the LoRA adapter has other content here"
+        return "the LoRA adapter has different content here"
     return ""

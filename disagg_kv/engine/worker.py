@@ -1,4 +1,4 @@
-"""The worker half: one per rank, where the cache and the connections are. Called by vLLM around every step."""
+"""The connector's worker side, one per rank: it has the cache and the connections. vLLM calls it around every step."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import uuid
 
 import torch
 
-from disagg_kv.decode.inbox import Inbox, Load
-from disagg_kv.decode.link import Links
+from disagg_kv.decode.peer_connection import PeerConnections
+from disagg_kv.decode.pending_loads import Load, PendingLoads
 from disagg_kv.engine.announce import Announcer
 from disagg_kv.engine.fences import StepFence
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.engine.plan import Plan
-from disagg_kv.prefill.outbox import Outbox
+from disagg_kv.prefill.send_queue import SendQueue
 from disagg_kv.prefill.server import Server
 from disagg_kv.protocol.handshake import Identity, Shape
 from disagg_kv.settings import Settings
 from disagg_kv.tally import Tally
 from disagg_kv.trace import Trace
-from disagg_kv.transport.factory import Node
+from disagg_kv.transport.factory import RankContext
 
 logger = logging.getLogger("vllm.disagg_kv")
 _SWITCH_SECONDS = 0.0005
-"""Python's default of 5 ms is how long a busy engine thread may keep the transfer threads from running."""
+"""A busy engine thread may delay the transfer threads by this interval (Python's default: 5 ms)."""
 
 
-class WorkerHalf:
-    """Does nothing until the cache is registered."""
+class ConnectorWorker:
+    """No-op until ``register`` has been called."""
 
     def __init__(
         self,
@@ -43,7 +43,15 @@ class WorkerHalf:
         host: str,
         overlap: bool,
     ) -> None:
-        """``model``: name and digest."""
+        """Args:
+        decode: whether this engine loads (kv_consumer) or offers (kv_producer).
+        model: name and digest.
+        block_size: tokens of a block.
+        tp: tensor parallel size.
+        rank: tensor parallel rank; added to ``port``.
+        host: IP address to announce.
+        overlap: whether layers may be sent while later ones are computed.
+        """
         self._decode, self._settings = decode, settings
         self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
         self._port, self._host = port, host
@@ -53,7 +61,12 @@ class WorkerHalf:
         self._ready = False
 
     def register(self, layers: dict[str, torch.Tensor], num_blocks: int) -> None:
-        """Opens the KV port. Unsupported for a cache that cannot be moved, OSError if the port is taken."""
+        """Take the cache and open the KV port.
+
+        Raises:
+            Unsupported: this cache cannot be moved.
+            OSError: the port is taken.
+        """
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         settings, role = self._settings, "decode" if self._decode else "prefill"
         self._cache = cache = TorchCache(layers, num_blocks)
@@ -61,21 +74,21 @@ class WorkerHalf:
         shape = Shape(name, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes, self._tp,
                       digest)  # fmt: skip
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
-        node = Node(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
-        transports = node.transports()
-        self._overlap = self._overlap and any(node.overlaps(name) for name in transports)
-        self._node = node
+        context = RankContext(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
+        transports = context.transports()
+        self._overlap = self._overlap and any(context.overlaps(name) for name in transports)
+        self._context = context
         hold_blocks = max(1, int(num_blocks * settings.hold_fraction))
-        self._outbox = Outbox(settings.hold_timeout_s, settings.max_waiting, hold_blocks=hold_blocks)
+        self._send_queue = SendQueue(settings.hold_timeout_s, settings.max_waiting, hold_blocks=hold_blocks)
         self._tally = Tally(
-            "prompts computed here because their KV did not come" if self._decode
-            else "prompts whose KV was computed and given up", logger.warning,
+            "prompts computed here because their KV was not received" if self._decode
+            else "prompts whose KV was computed but never fetched", logger.warning,
         )  # fmt: skip
-        self._inbox = Inbox()
-        self._links = Links(node, self._inbox)
+        self._pending = PendingLoads()
+        self._connections = PeerConnections(context, self._pending)
         self._server = Server(
-            node, self._outbox, self._port + self._rank, self._inbox.release,
-            self._links.meet if self._decode else None,
+            context, self._send_queue, self._port + self._rank, self._pending.release,
+            self._connections.connect if self._decode else None,
         )  # fmt: skip
         self._announcer: Announcer | None = None
         if settings.proxy_ip and self._rank == 0:
@@ -87,14 +100,14 @@ class WorkerHalf:
             "/".join(transports), cache.planes, cache.row_bytes, cache.layout,
         )  # fmt: skip
 
-    def before_overwriting(self, plan: Plan) -> None:
-        """Preempted requests lose their blocks in this step: nobody may read them any more."""
+    def on_preemption(self, plan: Plan) -> None:
+        """Stop reading blocks of preempted requests, which this step may overwrite."""
         for name in plan.suspends:
-            if not self._outbox.suspend(name, self._settings.stall_timeout_s):
-                logger.warning("a transfer of the preempted request %s was broken off", name)
+            if not self._send_queue.suspend(name, self._settings.stall_timeout_s):
+                logger.warning("aborted a transfer of the preempted request %s", name)
 
-    def layer_given(self, plan: Plan, layer: str) -> None:
-        """The GPU has been given this layer of the step; what it writes may be sent behind that."""
+    def layer_enqueued(self, plan: Plan, layer: str) -> None:
+        """Record that the GPU has this layer's work; its KV may be sent once that is complete."""
         if not plan.progress or not self._overlap or layer not in self._cache.layers:
             return
         if self._step is None:
@@ -104,75 +117,79 @@ class WorkerHalf:
         self._step.layer(*self._cache.layers[layer], self._cache.mark())
 
     def begin(self, plan: Plan) -> None:
-        """Starts and ends what the step wants started and ended. Comes before the layers up to 0.26, later behind."""
+        """Start and end what the plan names. vLLM calls it before the layers up to 0.26, after them later."""
         if not self._ready:
             return
         if plan.updated:
             self._renew()
         self._open(plan)
         for name, reason in plan.drops:
-            self._outbox.drop(name, reason)
+            self._send_queue.drop(name, reason)
         for name in plan.cancels:
-            self._inbox.cancel(name)
+            self._pending.cancel(name)
         for address, key in plan.releases:
-            self._links.release(address, key)
+            self._connections.release(address, key)
         if plan.loads:
             fence, deadline = self._cache.mark(), time.monotonic() + self._settings.load_timeout_s
             for load in plan.loads:
-                self._links.start(
+                self._connections.start(
                     Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence, adapter=load.adapter),
                     load.address,
                 )
 
     def computed(self, plan: Plan) -> None:
-        """The step's kernels have been given to the GPU; what they compute may be sent behind them."""
+        """Record that the GPU has all work of the step; its KV may be sent once that is complete."""
         if plan.progress and self._ready:
             fence = self._step or StepFence(self._cache.planes)
             fence.finish(self._cache.mark())
             if self._step is None:
                 self._advance(plan, fence)
             self._step = None
-            self._node.trace("computed", requests=len(plan.progress))
+            self._context.trace("computed", requests=len(plan.progress))
 
-    def finished(self, plan: Plan | None, over: set[str]) -> tuple[set[str], set[str]]:
-        """Requests whose sending and whose receiving has ended. ``over``: finished for the engine since last time."""
+    def finished(self, plan: Plan | None, finished_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Return requests whose sending and whose receiving has ended.
+
+        Args:
+            finished_ids: requests that the engine has finished since the last call.
+        """
         if not self._ready:
             return set(), set()
-        self._outbox.finish(over)
+        self._send_queue.finish(finished_ids)
         if plan is not None and plan.idle and self._settings.idle_wait_ms:
-            waiter = self._inbox if self._decode else self._outbox
-            waiter.wait(self._settings.idle_wait_ms / 1000)
-        sent = self._outbox.collect()
-        news = self._inbox.collect()
-        self._links.give_up(news.unwanted)
-        self._failed |= news.failed_blocks
-        self._tally.add(news.reasons if self._decode else self._outbox.take_unfetched().elements())
-        for name in news.requests:
-            self._node.trace("loaded", request=name, failed=len(news.failed_blocks))
-        return sent, set(news.requests)
+            transfers = self._pending if self._decode else self._send_queue
+            transfers.wait(self._settings.idle_wait_ms / 1000)
+        sent = self._send_queue.collect()
+        collected = self._pending.collect()
+        self._connections.give_up(collected.unwanted)
+        self._failed |= collected.failed_blocks
+        self._tally.add(collected.reasons if self._decode else self._send_queue.take_unfetched().elements())
+        for name in collected.requests:
+            self._context.trace("loaded", request=name, failed=len(collected.failed_blocks))
+        return sent, set(collected.requests)
 
     def take_failed(self) -> set[int]:
-        """Blocks of loads that ended without success, each named once."""
+        """Return the blocks of loads that failed, each once."""
         failed, self._failed = self._failed, set()
         return failed
 
     def _renew(self) -> None:
-        """The weights are written in place: every connection ends, and no peer fits any more."""
-        self._node.renew()
-        self._links.close()
+        """End every connection and become incompatible with all peers: the weights are updated in place."""
+        self._context.renew()
+        self._connections.close()
         self._server.disconnect()
         if self._announcer is not None:
-            self._announcer.renew(self._node.identity)
+            self._announcer.renew(self._context.identity)
 
     def _open(self, plan: Plan) -> None:
         opens, plan.opens = plan.opens, []
         for opening in opens:
-            self._outbox.open(opening.key, opening.request, opening.total, opening.adapter)
+            self._send_queue.open(opening.key, opening.request, opening.total, opening.adapter)
 
     def _advance(self, plan: Plan, fence: StepFence) -> None:
         self._step = fence
         for step in plan.progress:
-            self._outbox.progress(step.request, step.blocks, step.ready, fence)
+            self._send_queue.progress(step.request, step.blocks, step.ready, fence)
 
     def close(self) -> None:
         if self._ready:
@@ -180,4 +197,4 @@ class WorkerHalf:
             if self._announcer is not None:
                 self._announcer.close()
             self._server.close()
-            self._links.close()
+            self._connections.close()

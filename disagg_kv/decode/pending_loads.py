@@ -1,10 +1,10 @@
-"""What decode waits for, as a state machine without sockets and tensors.
+"""Decode's state machine of loads, without sockets and tensors.
 
-A *load* is one engine request whose blocks are allocated and shall be filled by a prefill engine. It ends once: filled
-or failed, and then, also when the request was aborted meanwhile, it is named by ``collect`` exactly once, never while
-a thread may still write its blocks. A failed load names all its blocks, and vLLM computes them.
+A *load* is one engine request whose allocated blocks are to be filled by a prefill engine. It ends once, filled or
+failed. ``collect`` then names it exactly once, also when the request was aborted meanwhile, and never while a thread
+may still write its blocks. A failed load names all its blocks, and vLLM computes them.
 
-Threads: the engine's thread starts, cancels and collects; one reader thread per prefill peer reports what happens.
+Threads: the engine's thread starts, cancels and collects loads; one reader thread per prefill peer reports events.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Go, Want
 
-_REMEMBERED = 8192
-"""Released transfers that are remembered, for requests that are scheduled later."""
+_MAX_REMEMBERED = 8192
+"""Number of released transfers to remember, for requests that are scheduled later."""
 _CANCELLED = "cancelled"
 
 
 @dataclass(eq=False)
 class Load:
+    """One load. ``key`` and ``request`` name it; ``failed`` is the reason, "" while it has not failed."""
+
     key: Key
     request: str
     blocks: Sequence[int]
@@ -34,9 +36,9 @@ class Load:
     first: int
     deadline: float
     peer: str = ""
-    """Name of the connection that it waits for."""
+    """Name of the connection that sends the blocks."""
     fence: Any = None
-    """What a receiver has to wait for before it writes the blocks (a CUDA event, or None)."""
+    """CUDA event that a receiver waits for before it writes the blocks, or None."""
     filled: int = 0
     writing: bool = False
     failed: str = ""
@@ -50,67 +52,69 @@ class Load:
 
 @dataclass(frozen=True)
 class Collected:
-    """What the engine has to be told since the last time."""
+    """Result of ``PendingLoads.collect``: what changed since the last call."""
 
     requests: frozenset[str] = frozenset()
-    """Requests whose load is over."""
+    """Requests whose load has ended."""
     failed_blocks: frozenset[int] = frozenset()
-    """Blocks that were not filled; the requests they belong to are in ``requests``."""
+    """Blocks that were not filled; their requests are in ``requests``."""
     reasons: tuple[str, ...] = ()
-    """Why loads failed, one for each; none for a request that was aborted."""
+    """One reason per failed load, except for aborted requests."""
     unwanted: tuple[tuple[str, Key], ...] = ()
-    """Peer and key of loads that were given up while the peer may still hold the blocks."""
+    """Peer and key of loads that were given up while the peer may still hold the blocks; RELEASE is to be sent."""
 
 
-class Inbox:
-    """Loads by key, and the news about them."""
+class PendingLoads:
+    """Loads that have not ended, by key, and ended ones until they are collected."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._changed = threading.Condition()
         self._loads: dict[Key, Load] = {}
         self._by_request: dict[str, Load] = {}
-        self._over: list[Load] = []
+        self._ended: list[Load] = []
         self._unwanted: list[tuple[str, Key]] = []
         self._released: OrderedDict[str, None] = OrderedDict()
 
     # The engine's thread.
 
     def start(self, load: Load) -> None:
+        """Register a load. It fails at once if its transfer was released or the same KV is already being loaded."""
         with self._changed:
             if load.key in self._loads or load.key.transfer in self._released:
                 load.failed = "released" if load.key.transfer in self._released else "the same KV is being loaded"
-                self._over.append(load)
+                self._ended.append(load)
                 return
             self._loads[load.key] = self._by_request[load.request] = load
 
     def cancel(self, request: str) -> None:
-        """The request was aborted: its blocks are needed for others as soon as nobody writes them."""
+        """Give up the load of an aborted request; its blocks may be reused once no thread writes them."""
         with self._changed:
             load = self._by_request.get(request)
             if load is not None:
                 self._give_up(load, _CANCELLED)
 
     def collect(self) -> Collected:
+        """Fail loads past their deadline, and return the loads that have ended since the last call."""
         with self._changed:
             now = self._clock()
             for load in list(self._loads.values()):
                 if now >= load.deadline and not load.failed:
-                    self._give_up(load, "not here in time")
-            over, self._over = self._over, []
+                    self._give_up(load, "not received in time")
+            ended, self._ended = self._ended, []
             unwanted, self._unwanted = self._unwanted, []
-        failed = frozenset(block for load in over if load.failed for block in load.blocks)
-        reasons = tuple(load.failed for load in over if load.failed not in ("", _CANCELLED))
-        return Collected(frozenset(load.request for load in over), failed, reasons, tuple(unwanted))
+        failed = frozenset(block for load in ended if load.failed for block in load.blocks)
+        reasons = tuple(load.failed for load in ended if load.failed not in ("", _CANCELLED))
+        return Collected(frozenset(load.request for load in ended), failed, reasons, tuple(unwanted))
 
     def wait(self, seconds: float) -> None:
-        """Returns early when there is something to collect."""
+        """Wait up to ``seconds`` for a load to end. Returns at once if there is nothing to wait for."""
         with self._changed:
-            if self._loads and not self._over:
+            if self._loads and not self._ended:
                 self._changed.wait(seconds)
 
     def waiting(self) -> int:
-        """Loads that are not over."""
+        """Number of loads that have not ended."""
         with self._changed:
             return len(self._loads)
 
@@ -119,22 +123,26 @@ class Inbox:
         with self._changed:
             return any(load.peer == peer for load in self._loads.values())
 
-    # Another connection's thread.
+    # A control connection's thread.
 
     def release(self, transfer: str) -> None:
-        """The proxy says that this KV will not come: what waits for it fails now, and what asks for it later too."""
+        """Handle the proxy's RELEASE: loads of this transfer fail now, and later ones when they start."""
         with self._changed:
             self._released[transfer] = None
-            while len(self._released) > _REMEMBERED:
+            while len(self._released) > _MAX_REMEMBERED:
                 self._released.popitem(last=False)
             for load in [load for load in self._loads.values() if load.key.transfer == transfer]:
                 self._give_up(load, "released")
 
     # A peer's reader thread.
 
-    def go(self, peer: str, go: Go) -> Load | None:
-        """The load whose blocks the peer sends now: ``filled`` says where they belong, ``arrived`` must follow. None
-        if nobody wants them (any more): the bytes have to be thrown away. WireError if they are not those asked for.
+    def on_go(self, peer: str, go: Go) -> Load | None:
+        """Return the load whose blocks the peer sends now; ``on_received`` must follow.
+
+        ``filled`` tells where the blocks belong. None if no load needs them (any more): the bytes are to be discarded.
+
+        Raises:
+            WireError: these are not the requested blocks.
         """
         with self._changed:
             load = self._loads.get(go.key)
@@ -142,12 +150,13 @@ class Inbox:
                 return None
             left = len(load.blocks) - load.filled
             if go.first != load.first + load.filled or go.count > left or go.last is not (go.count == left):
-                raise WireError(f"blocks {go.first}+{go.count} were sent, {load.first + load.filled}+{left} are wanted")
+                got, expected = f"{go.first}+{go.count} (last: {go.last})", f"{load.first + load.filled}+{left}"
+                raise WireError(f"received blocks {got}, expected {expected}")
             load.writing = True
             return load
 
-    def arrived(self, load: Load, count: int, ok: bool) -> None:
-        """The blocks announced by GO are in the cache (``ok``), or nobody will write them."""
+    def on_received(self, load: Load, count: int, ok: bool) -> None:
+        """Record that the blocks of a GO are in the cache (``ok``), or that no thread will write them."""
         with self._changed:
             load.writing = False
             if ok:
@@ -156,7 +165,8 @@ class Inbox:
                 load.failed = load.failed or ("" if ok else "the connection broke")
                 self._finish(load)
 
-    def gone(self, peer: str, key: Key, reason: str) -> None:
+    def on_gone(self, peer: str, key: Key, reason: str) -> None:
+        """Fail a load whose blocks the peer will not send."""
         with self._changed:
             load = self._loads.get(key)
             if load is not None and load.peer == peer:
@@ -164,13 +174,16 @@ class Inbox:
                 self._finish(load)
 
     def refuse_adapters(self, peer: str) -> None:
-        """The peer does not compare adapters: nothing that depends on one is taken from there."""
+        """Fail loads with a LoRA adapter from a peer whose release does not compare adapters."""
         with self._changed:
             for load in [load for load in self._loads.values() if load.peer == peer and load.adapter]:
                 self._give_up(load, "the prefill engine does not compare LoRA adapters")
 
-    def lost(self, peer: str, reason: str) -> None:
-        """The peer cannot be reached, or the connection broke. Comes after ``arrived`` for what was being written."""
+    def on_connection_lost(self, peer: str, reason: str) -> None:
+        """Fail all loads of a peer that cannot be reached or whose connection broke.
+
+        Called after ``on_received`` for blocks that were being written.
+        """
         with self._changed:
             for load in [load for load in self._loads.values() if load.peer == peer]:
                 load.failed = load.failed or reason
@@ -191,5 +204,5 @@ class Inbox:
         load.done = True
         self._loads.pop(load.key, None)
         self._by_request.pop(load.request, None)
-        self._over.append(load)
+        self._ended.append(load)
         self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Waiting for something that only the other side can end: how often to look, and when to give up."""
+"""Busy waiting for an event that only the peer or the GPU can cause, with limits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _PAUSE_SECONDS = 20e-6
 
 
 def wait_until(done: Callable[[], bool], broken: Callable[[], bool], seconds: float, what: Callable[[], str]) -> None:
-    """Returns when ``done``. Stalled, with the text of ``what``, after ``seconds`` or once ``broken``.
+    """Return when ``done`` returns True. Both callables are polled by this thread, so neither may block.
 
-    Both are asked again and again by this one thread, so neither may block.
+    Raises:
+        Stalled: ``broken`` returned True or ``seconds`` have passed; the text includes ``what()``.
     """
     start = checked = time.monotonic()
     while not done():
@@ -24,5 +25,5 @@ def wait_until(done: Callable[[], bool], broken: Callable[[], bool], seconds: fl
             if broken():
                 raise Stalled(f"the peer is gone ({what()})")
             if now - start > seconds:
-                raise Stalled(f"no end after {now - start:.1f} s ({what()})")
+                raise Stalled(f"not complete after {now - start:.1f} s ({what()})")
         time.sleep(_PAUSE_SECONDS)

@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
-from disagg_proxy.request_id import RequestId
+from disagg_proxy.request_id import RequestId, RequestIdRewriter, hide
 
 ID = RequestId("___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_00ff", "ab" * 33)
 INTERNAL, PUBLIC = ID.internal.encode(), ID.public.encode()
