@@ -87,7 +87,7 @@ def missing(context: Context, python: str) -> str:
 
 def can_make_environments(python: str) -> bool:
     """Whether it has the modules that Debian packages separately."""
-    return _works([python, "-c", "import ensurepip, venv"])
+    return _works([python, "-I", "-S", "-c", "import ensurepip, venv"])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from disagg_machine.layout import Place, layout
 from disagg_machine.messages import MachineError, die, text
 from disagg_machine.proxy_view import ProxyView
 from disagg_machine.start import Starting, wait_for_shared_gpu
-from disagg_machine.vllm_facts import OWN_NEWEST
+from disagg_machine.vllm_facts import is_untried
 
 
 def cmd_all(context: Context, words: Sequence[str]) -> int:
@@ -125,7 +125,7 @@ def announce(plan: Plan) -> None:
         say_simulated(plan.engines)
     else:
         ui.say("using_vllm", found.vllm.version, engines.connector_shown(found.connector), " ".join(found.vllm.command))
-        if found.own_connector and found.vllm.at_least(0, OWN_NEWEST + 1):
+        if is_untried(found.vllm, found.connector):
             ui.warn("own_untried", found.vllm.version)
         if commands.chunks_may_kill(settings, found):
             ui.warn("chunked_warning", settings.max_num_batched_tokens, settings.max_model_len)

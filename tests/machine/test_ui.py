@@ -19,6 +19,7 @@ class Terminal(io.StringIO):
 @pytest.fixture(autouse=True)
 def english(monkeypatch: pytest.MonkeyPatch) -> None:
     messages.use("en")
+    monkeypatch.setattr(ui.Program, "name", "test_single_machine.sh")
     monkeypatch.setattr(ui._Progress, "last", "")
     monkeypatch.setattr(ui._Progress, "at", 0)
 
