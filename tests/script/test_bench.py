@@ -127,6 +127,8 @@ def test_vllm_bench_serve_where_there_is_vllm(bench: Machine, stubs: Stubs) -> N
     assert plain[plain.index("--request-rate") + 1] == "8"  # half of 16 for each of two
     served = [record for record in stubs.started() if record["argv"][0] == "serve"]
     alone = [record for record in served if "--kv-transfer-config" not in record["argv"]]
+    # They start together; which of them writes its record first is up to the machine.
+    alone.sort(key=lambda record: int(record["argv"][record["argv"].index("--port") + 1]))
     assert [record["env"]["CUDA_VISIBLE_DEVICES"] for record in alone] == ["0", "1"]
     # Engines that start together do not look for free ports at the same place.
     ports = sorted(int(record["env"]["VLLM_PORT"]) for record in alone)
