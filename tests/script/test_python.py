@@ -15,6 +15,9 @@ import pytest
 from tests.script.machine import REPOSITORY, Machine
 from tests.script.stubs import write_program
 
+# Two virtual environments and three runs of pip, which are slow on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
 
 def wheel(folder: Path, version: str) -> None:
     """A package with nothing in it."""
@@ -52,7 +55,7 @@ class Checkout:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=150,
         )
 
 
