@@ -86,7 +86,7 @@ def test_an_answer_that_is_wrong_or_missing_fails_the_run(outcome: str) -> None:
     report = good()
     report.planned += 1
     report.take([Result(2, outcome, "why", 3.0, 1.0)])
-    assert report.reasons() == [f"1 answers wrong, missing or late: request 2 at 3.0 s: {outcome}, why"]
+    assert report.reasons() == [f"1 responses wrong, missing or late: request 2 at 3.0 s: {outcome}, why"]
 
 
 @pytest.mark.parametrize("what", ["decoded_twice", "dead", "stalled", "busy", "not_ready", "buffer_leaks"])
