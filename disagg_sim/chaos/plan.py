@@ -23,7 +23,7 @@ KINDS: dict[str, str] = {
     "refuse-decode": "a decode refuses new connections for a while",
     "slow": "an engine pauses before every step",
     "freeze": "an engine's step hangs for 2-5 s, while /health and pings go on",
-    "hang": "an engine's step hangs until the engine is restarted because the proxy reports it; /health and pings go on",
+    "hang": "an engine's step hangs until the proxy reports the engine and it is restarted; /health and pings go on",
     "lose-kv": "a decode loses the KV of the next 1-3 prompts, and waits for it in its forward pass",
     "pings": "an engine's pings are lost for longer than the expiry",
     "kill-prefill": "kill -9 of a prefill between two KV transfers, and restart on its ports",
