@@ -1,9 +1,9 @@
-"""What it costs to be seen: CPU time of a request's record, of a piece of a stream, of a line of the access log, and of
-what a worker publishes for the page.
+"""Cost of telemetry: CPU time of a request's record, of a chunk of a stream, of a line of the access log, and of the
+state that a worker publishes for the page.
 
     python -m bench.observe
 
-Each figure is the least of several rounds in this process, so that another program on the machine does little to it.
+Each figure is the minimum of several rounds in this process, so that other programs on the machine hardly affect it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class _Request:
         return record
 
 
-def pieces() -> float:
-    """CPU time of the looks at one piece of a stream, on average; the countdown in the relay comes on top."""
+def chunks() -> float:
+    """Mean CPU time of the samples for one chunk of a stream, without the countdown in the relay."""
     record = RequestRecorder.alone().open("/v1/completions", None)
 
     def gap() -> None:
@@ -87,10 +87,10 @@ def main() -> None:
     """Print the table."""
     request = _Request()
     print(f"record of a request            {microseconds(request, 10_000):6.2f} µs")
-    print(f"sampling, each piece           {pieces():6.3f} µs")
+    print(f"sampling, each chunk           {chunks():6.3f} µs")
     print(f"line of the access log         {asyncio.run(_line(request)):6.2f} µs")
     print(
-        f"news for the page, each second {microseconds(lambda: news_of(request.recorder).pack(1 << 18), 200):6.0f} µs"
+        f"page state, each second        {microseconds(lambda: news_of(request.recorder).pack(1 << 18), 200):6.0f} µs"
     )
     if found := os.cpu_count():
         print(f"({found} cores)")

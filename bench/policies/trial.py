@@ -168,12 +168,12 @@ def _traits(ask: Ask, tokens: int) -> Traits:
         names.append(name << 8 | depth)
         start = stop
     home = hash(ask.blocks[: ask.home]) & 0xFFFFFFFF
-    # A session is named by its client; here everybody does.
+    # Here every client names its session.
     return Traits(tokens, tokens * KV_BYTES, tuple(names), size, home, ask.session)
 
 
 def _weighted(values: list[tuple[float, int]], share: float) -> float:
-    """The quantile of values that count so many times."""
+    """Quantile of sorted (value, weight) pairs."""
     left = share * sum(count for _, count in values)
     for value, count in values:
         left -= count
