@@ -169,7 +169,7 @@ async def test_judgement(work: Work, answer: bytes, more: dict, outcome: str) ->
 # The ledger.
 
 
-async def test_an_id_that_a_decode_is_asked_for_twice_is_noticed() -> None:
+async def test_an_id_that_a_decode_receives_twice_is_recorded() -> None:
     async with running_machine(1, 1, {}, {}) as machine, aiohttp.ClientSession() as session:
         prefill, decode = machine.engines
         pair = [machine.services.registry.instances()[place].kv for place in (0, 1)]
@@ -187,7 +187,7 @@ async def test_an_id_that_a_decode_is_asked_for_twice_is_noticed() -> None:
         assert machine.ledger.twice == [f"{key_of(headers['X-Request-Id'])} on {decode.name}"]
 
 
-async def test_a_drain_after_a_refusal_is_not_twice() -> None:
+async def test_a_release_after_a_refusal_is_not_twice() -> None:
     engine = LedgerEngine(SimConfig(role="decode"), Ledger())
     engine._note_decode("a", {"user": REFUSED_BY_DECODE, "max_tokens": 99}, None)
     engine._note_decode("a", {"user": REFUSED_BY_DECODE, "max_tokens": 1}, None)
