@@ -176,7 +176,7 @@ class Services:
     def check_engines(self) -> None:
         """Check for stalled engines now: another process has reported a change."""
         if self._stall_detector is not None:
-            self._stall_detector.look()
+            self._stall_detector.check()
 
     def own_overview(self) -> Overview:
         """Statistics of this process alone."""

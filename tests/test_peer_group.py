@@ -67,7 +67,7 @@ async def test_a_single_process_is_the_whole_proxy(caplog: pytest.LogCaptureFixt
         (instance,) = services.registry.instances()
         await services.drain(instance, True)
         assert instance.draining and services.idle(instance)
-        instance.visits = 1
+        instance.direct_requests = 1
         assert not services.idle(instance)
         services.stats.failovers = 5
         overview = await services.overview()

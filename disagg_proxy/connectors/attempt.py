@@ -113,7 +113,7 @@ class Attempt:
         request = self.request
         request.record.prompt_tokens = tokens or None
         if tokens:
-            request.demand.kv_bytes = self._engines.sizes.counted(request.route, request.prepared, tokens)
+            request.demand.kv_bytes = self._engines.sizes.record_count(request.route, request.prepared, tokens)
         return tokens
 
     # -- the answer
@@ -136,7 +136,7 @@ class Attempt:
             answer.close()
             raise
         pending, record = self.decoding, self.request.record
-        pending.heard()
+        pending.on_data()
         stream = ResponseStream(answer, hider, repair, pending, record)
         record.begin_answer(True)
         reply.send(Refusal(200, answer_headers(answer.headers, public), stream))
@@ -163,7 +163,7 @@ class Attempt:
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.placement.decode_lease.end(failed=failed)
-        self.placement.loaded()
+        self.placement.release_kv()
 
     def end_refused(self, status: int) -> None:
         """End the decode leg after an answer with ``status``, not 200."""
@@ -193,13 +193,13 @@ def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> No
     """
     lease.end(failed=is_failure(route, status), certain=status != 500)
     if status == 500:
-        registry.look_again(lease.instance)
+        registry.recheck(lease.instance)
 
 
 def blame(registry: Registry, instance: Instance, error: ProxyError) -> None:
     """Report a failed leg. A refused connection takes the instance out of service at once; other errors trigger a
     probe, since a busy server may time out too."""
     if isinstance(error, EngineUnreachable) and error.refused:
-        registry.lost_contact(instance, "its HTTP port cannot be reached")
+        registry.connection_refused(instance, "its HTTP port cannot be reached")
     elif isinstance(error, EngineError):
-        registry.look_again(instance)
+        registry.recheck(instance)

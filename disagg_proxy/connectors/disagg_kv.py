@@ -150,7 +150,7 @@ class DisaggKvAttempt(RecomputingAttempt):
         pending = self._decoding
         if pending is not None and not pending.begun:
             pending.since = self._engines.registry.now()
-            pending.listen()
+            pending.resume_wait()
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Prefill's own answer may arrive a moment after decode's."""
@@ -194,6 +194,6 @@ class ConnectionWarmer:
         others = self._registry.ready(Role.DECODE if instance.role is Role.PREFILL else Role.PREFILL)
         for other in others:
             prefill, decode = (instance, other) if instance.role is Role.PREFILL else (other, instance)
-            if prefill.kv and decode.kv and self._registry.kv_compatibility.possible(prefill, decode):
+            if prefill.kv and decode.kv and self._registry.kv_compatibility.compatible(prefill, decode):
                 meeting = self._control.meet(decode, prefill)
                 self._background.spawn(meeting, f"introduce {decode} to {prefill}")

@@ -128,7 +128,7 @@ class P2pNccl:
             reply.abort_grace = ABORT_GRACE
             load = None
             if not request.prepared.streams:
-                load = self._load_timeouts.add(attempt.placement.loaded)
+                load = self._load_timeouts.add(attempt.placement.release_kv)
             try:
                 answer = await attempt.request_decode()
             except NotSent as failure:
@@ -146,7 +146,7 @@ class P2pNccl:
             if answer.status != 200:
                 await self._refused_by_decode(attempt, reply, answer)
                 return None
-            attempt.placement.loaded()
+            attempt.placement.release_kv()
             try:
                 await self._answer(attempt, reply, answer, use)
             except ProxyError:
@@ -202,7 +202,7 @@ class P2pNccl:
             return
         # The repair may change the length, which is sent before the body.
         body = await answer.whole() if request.prepared.streams else answer.read()
-        attempt.decoding.heard()
+        attempt.decoding.on_data()
         record.begin_answer(False)
         record.output_tokens = output_tokens(body.body)
         record.complete()

@@ -83,7 +83,7 @@ class RecomputingAttempt(Attempt):
         try:
             received = (await self.send_prefill(lease, body, self._engines.config.prefill_timeout, pending)).read()
             if received.status == 200:
-                pending.heard()
+                pending.on_data()
                 if is_stream(received.headers):
                     # A refusal from within the engine is an event of a stream that began with 200.
                     choices = self.request.prepared.choices
@@ -117,7 +117,7 @@ class RecomputingAttempt(Attempt):
             waiting: whether decode has all it needs to answer; else :meth:`PendingResponse.listen` starts the clock.
         """
         pending = self.placement.decode_lease.progress.begin(
-            self._engines.registry.now, tokens=self.request.tokens, telling=self.request.prepared.streams
+            self._engines.registry.now, tokens=self.request.tokens, expects_output=self.request.prepared.streams
         )
         pending.waiting = waiting
         return self.watch_decode(pending)
@@ -156,13 +156,13 @@ class RecomputingAttempt(Attempt):
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
             await answer.until(ReadUntil.BEGUN)
-            self.placement.loaded()
+            self.placement.release_kv()
             request.prepared.forget_bodies()
             await self.deliver(reply, answer, NoRewriting(), self.repair, None)
             return
         whole = await answer.whole()
-        self.decoding.heard()
-        self.placement.loaded()
+        self.decoding.on_data()
+        self.placement.release_kv()
         await self.prompt_counted(whole)
         record.begin_answer(False)
         record.output_tokens = output_tokens(whole.body)

@@ -87,8 +87,8 @@ class Coordinator:
         self._stats: Stats = recorder.stats
         self._connectors = table.connectors(engines)
         self._sizes = engines.sizes
-        self._wanted = AffinityNeeds(selection.wants_prefix, selection.wants_session)
-        self._wanted_of_one = AffinityNeeds(False, selection.wants_session)
+        self._wanted = AffinityNeeds(selection.needs_prefix, selection.needs_session)
+        self._wanted_of_one = AffinityNeeds(False, selection.needs_session)
 
     @property
     def wanted(self) -> AffinityNeeds:
@@ -157,7 +157,7 @@ class Coordinator:
         name = shared.user
         if head.session and self.wanted.session:
             name = session_name(head.session.decode("latin-1"))
-        traits = Traits(tokens, self._sizes.kv_of(tokens), shared.prefix, shared.size, shared.home, name)
+        traits = Traits(tokens, self._sizes.kv_bytes_of(tokens), shared.prefix, shared.size, shared.home, name)
         demand = Demand(prepared.model, self._preference(prepared, tokens), kv_bytes, traits)
         return Request(head.route, lines, prepared, record, tokens, demand)
 

@@ -133,7 +133,7 @@ class ResponseStream:
         return True
 
     def _count(self, piece: bytes) -> None:
-        self._progress.moves += 1
+        self._progress.outputs += 1
         self._unseen -= 1
         if not self._unseen:
             self._unseen = self._record.look()
@@ -182,7 +182,7 @@ class ResponseStream:
         if self._paused:
             self._paused = False
             if not self._over:
-                self._pending.listen()
+                self._pending.resume_wait()
                 self._answer.resume()
 
     def __aiter__(self) -> AsyncIterator[bytes]:

@@ -33,7 +33,7 @@ class Prepared:
         prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
         streams: whether decode's answer shows its first token when it is there.
         prompt: token ids and bytes of text in the prompts, for
-            :class:`disagg_proxy.admission.token_estimate.TokenGuess`.
+            :class:`disagg_proxy.admission.token_estimate.TokenEstimator`.
         refusal: why a pair cannot serve it; one engine alone could.
         affinity: what it has in common with others, as far as that was asked for.
         limit: tokens that the client asks for at most; 0 when that is no number.

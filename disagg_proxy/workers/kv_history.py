@@ -39,7 +39,7 @@ class SharedKvHistory:
         self._ended: dict[str, int] = {}
         self._sent: dict[str, dict[str, int]] = {}
         self._told = False
-        registry.kv_compatibility.on_first = self._on_first
+        registry.kv_compatibility.on_first_send = self._on_first
         registry.watch(changed=self._on_change, ended=self._on_end)
 
     def _on_first(self, prefill: Instance, decode: Instance) -> None:
@@ -74,7 +74,7 @@ class SharedKvHistory:
             return
         _, key, kv, at = message
         instance = self._find(key)
-        if instance is not None and self._registry.has_lifeline(instance):
+        if instance is not None and self._registry.has_liveness_connection(instance):
             # It will be noticed here too, unless its successor answers the first question already.
             self._later(_NOTICED_AFTER, lambda: self._believe(key, kv, at))
         else:
@@ -102,4 +102,4 @@ class SharedKvHistory:
 
     def _apply(self, prefill: Instance) -> None:
         for kv, at in self._sent.pop(prefill.key, {}).items():
-            self._registry.kv_compatibility.has_sent(prefill, kv, gone=self._ended.get(kv, 0) > at)
+            self._registry.kv_compatibility.record_peer_send(prefill, kv, gone=self._ended.get(kv, 0) > at)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.health.recovery import MOST
+from disagg_proxy.health.recovery import MAX_REPLAYS
 from disagg_proxy.workers.shared_table import FlagColumn, Row, SharedTable, now
 
 NOTHING = 2**62
@@ -82,7 +82,7 @@ class SharedFlags:
     def follow_thaw(self, instance: Instance) -> None:
         """Somebody has seen it move again."""
         if instance.state is State.FROZEN and self._round(instance.slot) and not self.frozen(instance):
-            self._registry.thaw(instance, "moves again, as another worker has seen")
+            self._registry.unfreeze(instance, "makes progress again, as another worker has seen")
 
     def _on_change(self, instance: Instance) -> None:
         if instance.state is State.FROZEN:
@@ -97,12 +97,12 @@ class SharedFlags:
         if instance.slot >= 0:
             self._own.set_mark(instance.slot, FlagColumn.BLAMED, 0)
 
-    def moves(self, instance: Instance) -> int:
+    def outputs(self, instance: Instance) -> int:
         """Parts of answers that the others have got from it; tells them how many came here."""
         slot = instance.slot
         if slot < 0:
             return 0
-        self._own.set_mark(slot, FlagColumn.MOVES, instance.progress.moves)
+        self._own.set_mark(slot, FlagColumn.MOVES, instance.progress.outputs)
         return sum(row.mark(slot, FlagColumn.MOVES) for row in self._table.workers if row is not self._own)
 
     def frozen(self, instance: Instance) -> bool:
@@ -113,7 +113,7 @@ class SharedFlags:
     def _round(self, slot: int) -> int:
         return self._table.newest(slot, FlagColumn.FROZEN)
 
-    def found(self, instance: Instance) -> bool:
+    def report_stall(self, instance: Instance) -> bool:
         """It is stalled. Whether nobody has said so before."""
         if instance.slot < 0:
             return True
@@ -134,7 +134,15 @@ class SharedFlags:
             self._own.set_mark(instance.slot, FlagColumn.GIVEN_UP, self._round(instance.slot))
             self._poke()
 
-    async def turn(self, instance: Instance, distance: float | None) -> bool:
+    def report_hung(self, instance: Instance, last_sign: float) -> bool:
+        """Report that its process hangs. Returns whether no other worker has reported that since ``last_sign``."""
+        if instance.slot < 0:
+            return True
+        first = self._table.newest(instance.slot, FlagColumn.HUNG) <= last_sign * 1e9
+        self._own.set_mark(instance.slot, FlagColumn.HUNG, now())
+        return first
+
+    async def may_replay(self, instance: Instance, distance: float | None) -> bool:
         """Whether this worker shall replay its best candidate now, which is so unlikely (in seconds).
 
         The likeliest of all workers' goes first, one at a time. False when nobody has any left, when there were
@@ -154,7 +162,7 @@ class SharedFlags:
             others = self._others()
             joined = [row for row in others if row.mark(slot, FlagColumn.ROUND) == this_round]
             if len(joined) == len(others) or self._registry.now() >= late:
-                if own.mark(slot, FlagColumn.TRIED) + sum(row.mark(slot, FlagColumn.TRIED) for row in joined) >= MOST:
+                if sum(row.mark(slot, FlagColumn.TRIED) for row in (own, *joined)) >= MAX_REPLAYS:
                     return False
                 best = min((row.mark(slot, FlagColumn.DISTANCE) for row in joined), default=NOTHING)
                 if mine == best == NOTHING:
@@ -175,7 +183,7 @@ class SharedFlags:
             row in joined and row.mark(slot, FlagColumn.DISTANCE) == mine for row in self._table.rows[: self._worker]
         )
 
-    def blame(self, prefill: Instance, decode: Instance) -> int:
+    def report_blocked_prefill(self, prefill: Instance, decode: Instance) -> int:
         """``prefill`` is stalled while it sends to ``decode``. How many do by now; two workers see the same one."""
         if prefill.slot < 0 or decode.slot < 0:
             decode.senders_frozen += 1

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Collection, Set
 
 from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.lease import IN_FLIGHT, KV_WAITING_BYTES
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.cluster.shared_load import IN_FLIGHT, KV_WAITING_BYTES
 from disagg_proxy.workers.shared_table import LOADS, SLOTS, SharedTable, SharedTableHeader, now
 
 _NOTHING = (0, 0, 0, 0)
@@ -20,7 +20,7 @@ _PAUSE = 0.001
 
 
 class WorkerLoad:
-    """One worker's part of the table (:class:`disagg_proxy.admission.queue.Peers`, cluster/shared_load.py).
+    """One worker's part of the table (:class:`disagg_proxy.admission.queue.Peers`, cluster/lease.py).
 
     Args:
         freed: tells those who wait in other workers that there may be room.
@@ -39,7 +39,7 @@ class WorkerLoad:
         self._meanwhile: dict[int, int] = {}
         self._fence = threading.Lock()
         self.pause = _PAUSE * (worker + 1)
-        registry.shared = self
+        registry.shared_load = self
 
     # -- which instance is where
 
@@ -121,9 +121,9 @@ class WorkerLoad:
         rows = [row.loads[:used].tolist() for row in self._others]
         sums = rows[0] if len(rows) == 1 else [sum(column) for column in zip(*rows, strict=True)]
         for slot, instance in self._at.items():
-            elsewhere = tuple(sums[slot * LOADS : (slot + 1) * LOADS])
-            if elsewhere != instance.elsewhere:
-                _set_elsewhere(instance, elsewhere)
+            peer_counts = tuple(sums[slot * LOADS : (slot + 1) * LOADS])
+            if peer_counts != instance.peer_counts:
+                _set_elsewhere(instance, peer_counts)
 
     # -- queues
 
@@ -139,29 +139,29 @@ class WorkerLoad:
         time = now()
         return sum(row.head[SharedTableHeader.WAITING] for row in self._others if row.lives(time))
 
-    def waits_longer(self, since: float) -> bool:
+    def has_older_waiter(self, since: float) -> bool:
         """Whether somebody in another such worker has waited since before ``since``."""
         time, mine = now(), int(since * 1e9)
         return any(0 < row.head[SharedTableHeader.OLDEST] < mine and row.lives(time) for row in self._others)
 
 
 def _own(instance: Instance) -> tuple[int, int, int, int]:
-    in_flight, visits, kv_waiting, kv_bytes = instance.elsewhere
+    in_flight, direct_requests, kv_waiting, kv_bytes = instance.peer_counts
     return (
         instance.in_flight - in_flight,
-        instance.visits - visits,
+        instance.direct_requests - direct_requests,
         instance.kv_waiting - kv_waiting,
         instance.kv_waiting_bytes - kv_bytes,
     )
 
 
 def _set_elsewhere(instance: Instance, new: tuple[int, ...]) -> None:
-    old = instance.elsewhere
+    old = instance.peer_counts
     instance.in_flight += new[0] - old[0]
-    instance.visits += new[1] - old[1]
+    instance.direct_requests += new[1] - old[1]
     instance.kv_waiting += new[2] - old[2]
     instance.kv_waiting_bytes += new[3] - old[3]
-    instance.elsewhere = (new[0], new[1], new[2], new[3])
+    instance.peer_counts = (new[0], new[1], new[2], new[3])
 
 
 class RowIndex:

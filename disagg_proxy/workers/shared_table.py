@@ -50,7 +50,8 @@ class FlagColumn(IntEnum):
     saw it move again, or end. ROUND: the FROZEN that it takes part in recovering from; DISTANCE: how unlikely its best
     candidate for a replay is, in nanoseconds, or NOTHING; TRIED: its replays in that round; GIVEN_UP: the round that it
     has given up. BLAMED: on a decode, one bit for each prefill that was stalled while sending to it. DRAINED and
-    UNDRAINED: when an operator asked for it there; SEEN: the newest such wish that it acts by.
+    UNDRAINED: when an operator asked for it there; SEEN: the newest such wish that it acts by. HUNG: when it found that
+    its process hangs.
     """
 
     MOVES = 0
@@ -64,17 +65,20 @@ class FlagColumn(IntEnum):
     DRAINED = 8
     UNDRAINED = 9
     SEEN = 10
+    HUNG = 11
 
 
 LOADS = 4
-"""Counts of each instance, in the order of cluster/shared_load.py."""
+"""Counts of each instance, in the order of cluster/lease.py."""
 
 _WORD = 8
 _HEAD = 16
 _MARKS = 16
 _ROW = _HEAD + SLOTS * (LOADS + _MARKS)
 
-INHERITED = (FlagColumn.FROZEN, FlagColumn.MOVED, FlagColumn.GIVEN_UP, FlagColumn.DRAINED, FlagColumn.UNDRAINED)
+INHERITED = (
+    FlagColumn.FROZEN, FlagColumn.MOVED, FlagColumn.GIVEN_UP, FlagColumn.DRAINED, FlagColumn.UNDRAINED, FlagColumn.HUNG,
+)  # fmt: skip
 """What outlives the worker that said it: the newest of all counts, whoever it is from."""
 
 

@@ -160,7 +160,7 @@ class Supervisor:
     # -- instances
 
     def _announced(self, announcements: list[Announcement]) -> None:
-        self._forwarder.pass_on(announcements)
+        self._forwarder.forward(announcements)
         for announcement in announcements:
             message = self._book.announced(announcement, time.monotonic())
             if message is not None:

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+from disagg_proxy.cluster.unavailable import missing_roles
 from disagg_proxy.config import Config
 from disagg_proxy.runtime.within import within
 from disagg_proxy.server.http_server import Server, listen, server_config
@@ -264,7 +265,7 @@ async def running_machine(
                 slots.append(Slot(LedgerEngine(SimConfig(role=role, **common), machine.ledger)))  # type: ignore[arg-type]
         await asyncio.gather(*(slot.start() for slot in machine.slots))
         if not await machine.until_ready(10):
-            raise RuntimeError(f"not ready: {machine.services.registry.missing()}")
+            raise RuntimeError(f"not ready: {missing_roles(machine.services.registry)}")
         yield machine
     finally:
         machine.server.signalled()

@@ -142,7 +142,7 @@ async def test_a_drained_instance_may_restart_meanwhile() -> None:
     door = Door(decode=1)
     registry = door.world.registry
     prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
-    registry.kv_compatibility.sends_towards(prefill, decode)
+    registry.kv_compatibility.record_send(prefill, decode)
     first = await soon(door.ask())
     queued = door.ask()
     await soon(waiting(door, 1))
@@ -203,7 +203,7 @@ class Others:
     def waiting(self) -> int:
         return self.elsewhere
 
-    def waits_longer(self, since: float) -> bool:
+    def has_older_waiter(self, since: float) -> bool:
         return self.older
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_proxy.cluster.instance import Role, Source, State
+from disagg_proxy.cluster.unavailable import missing_roles
 from disagg_proxy.config import StaticInstance
 from disagg_proxy.connectors.disagg_kv import KIND as DISAGG_KV
 from disagg_proxy.connectors.p2p_nccl import KIND as P2P
@@ -86,7 +87,7 @@ def test_one_that_may_be_hung_is_remembered_longer(world, wanted: bool) -> None:
     instance.probe_failures = 3
     if wanted:
         world.time += 20
-        world.registry.want_restart(instance, "its process hangs")
+        world.registry.request_restart(instance, "its process hangs")
     world.time += 629
     world.registry.expire()
     assert world.registry.knows(instance) and instance.restart_wanted is wanted
@@ -108,7 +109,7 @@ def test_a_lost_one_that_refuses_connections_is_forgotten_as_before(world) -> No
 
 def test_suspended_is_out_until_a_probe_admits_it_again_and_counts_as_another_process(world) -> None:
     instance = world.ready(D, 1)
-    world.registry.lost_contact(instance, "refused")
+    world.registry.connection_refused(instance, "refused")
     assert world.registry.ready(D) == () and instance.reason == "refused"
     assert world.probes.count(instance) == 2
     world.registry.admit(instance, {"m": {}})
@@ -126,7 +127,7 @@ def test_a_contradicting_ping_displaces_no_live_instance_but_has_it_probed(world
 
 def test_a_restart_on_a_new_kv_port_gets_in_once_the_old_one_is_found_gone(world) -> None:
     instance = world.ready(P, 1)
-    world.registry.lost_contact(instance, "refused")
+    world.registry.connection_refused(instance, "refused")
     assert world.ping(P, 1, 7777) is None
     assert world.instance(1).kv.port == 7777
     assert world.instance(1) is not instance
@@ -161,7 +162,7 @@ def test_a_stranger_cannot_make_the_registry_grow_without_end(world) -> None:
 
 def test_what_is_missing_is_said_without_addresses(world) -> None:
     world.ping(P, 1)
-    missing = world.registry.missing()
+    missing = missing_roles(world.registry)
     assert missing == [
         "no prefill instance is ready (one is probing: not probed yet)",
         "no decode instance is ready (none has registered)",
@@ -171,7 +172,7 @@ def test_what_is_missing_is_said_without_addresses(world) -> None:
 def test_a_new_process_starts_with_a_closed_breaker(world) -> None:
     instance = world.ready(D, 1)
     for _ in range(9):
-        instance.breaker.failure(world.time)
+        instance.breaker.record_failure(world.time)
     assert not instance.breaker.permits(world.time)
     world.registry.suspend(instance, "refused", gone=True)
     world.registry.admit(instance, {"m": {}})

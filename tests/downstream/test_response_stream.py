@@ -118,7 +118,7 @@ async def test_a_body_that_comes_to_its_end() -> None:
     relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
     outlet = relayed.pour()
     assert (outlet.pieces, outlet.ends) == ([b"data: 1\n\n", b"data: 2\n\n"], ["end"]), "as it came, unglued"
-    assert (relayed.progress.moves, relayed.ended) == (2, [True])
+    assert (relayed.progress.outputs, relayed.ended) == (2, [True])
     relayed.relay.close()
     assert (relayed.ended, relayed.carrier.aborted) == ([True], False)
 
@@ -296,14 +296,14 @@ async def test_chunks_go_on_with_their_framing(chunks: bytes, passed: bytes) -> 
     assert relayed.relay.feed_chunks(chunks)
     relayed.relay.end()
     assert (outlet.chunks, outlet.body) == ([passed], b"")
-    assert relayed.progress.moves == 1
+    assert relayed.progress.outputs == 1
 
 
 async def test_chunks_with_usage_must_come_without_their_framing() -> None:
     relayed = Relayed()
     outlet = relayed.pour()
     assert not relayed.relay.feed_chunks(framed(b"1\n", b'data: {"prompt_tokens_details":null}\n\n'))
-    assert not outlet.chunks and not outlet.pieces and relayed.progress.moves == 0
+    assert not outlet.chunks and not outlet.pieces and relayed.progress.outputs == 0
 
 
 @pytest.mark.parametrize("tail", [ID.internal[:9].encode(), b'"prompt_tok'], ids=["id", "usage"])

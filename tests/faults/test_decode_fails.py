@@ -92,7 +92,7 @@ async def refused_after_the_prefill(machine, prefill, decode, send):
 async def accepts_again(machine, decode) -> None:
     decode.faults.accept_connections()
     await soon(decode.wait_until(lambda state: state["accepting"]))
-    machine.proxy.services.registry.look_again(machine.proxy.instance(decode.http_address))
+    machine.proxy.services.registry.recheck(machine.proxy.instance(decode.http_address))
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
 
 

@@ -147,7 +147,7 @@ async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, 
     assert first != second and [r.headers["X-Request-Id"] for r in spare.received(PATH)] == [second]
     drains = machine.proxy.services.stats.drains
     assert (drains.waiting, len(decode.received(PATH))) == (1, 0), "until it moves, or its process ends"
-    registry.thaw(machine.proxy.instance(decode.http_address), "moves")
+    registry.unfreeze(machine.proxy.instance(decode.http_address), "moves")
     await soon(machine.proxy.until_idle())
     assert [r.headers["X-Request-Id"] for r in decode.received(PATH)] == [first] and drains.done == 1
     await machine.unharmed(prefill, decode, spare)
@@ -166,7 +166,7 @@ async def test_kv_that_is_released_after_another_try_has_answered_can_be_replaye
         spare = await machine.engine("decode")
         await soon(machine.proxy.until_state(spare.http_address, State.READY))
     assert await soon(asked) == RIGHT[PATH]
-    registry.thaw(machine.proxy.instance(decode.http_address), "moves")
+    registry.unfreeze(machine.proxy.instance(decode.http_address), "moves")
     await soon(machine.proxy.until_state(decode.http_address, State.FROZEN))
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
     shown = await instance_of(machine, decode)
@@ -219,7 +219,7 @@ async def test_a_decode_whose_kv_listener_is_dead_is_found_by_the_prefills_that_
     assert {status for status, _, _ in answers} <= {503, 504}
     await soon(machine.proxy.until_state(decode.http_address, State.FROZEN))
     shown = await instance_of(machine, decode)
-    assert shown["restart_wanted"] and "takes in no KV" in shown["reason"]
+    assert shown["restart_wanted"] and "receives no KV" in shown["reason"]
     assert prefill is not other
 
 

@@ -60,13 +60,13 @@ def test_frozen_and_what_became_of_it(told) -> None:
     registry.freeze(told.decode, "its engine is stalled")
     told.instance_events.replayed(told.decode)
     told.instance_events.replayed(told.decode)
-    registry.thaw(told.decode, "moves again after replayed prefills")
+    registry.unfreeze(told.decode, "makes progress again after replayed prefills")
     told.admit(told.decode)
     assert told.kinds == ["frozen", "replayed", "freed", "admitted"]
     assert told.event_log.events[1].text.startswith("the prefills of 2 requests")
     told.event_log.events.clear()
     registry.freeze(told.prefill, "is stalled")
-    registry.want_restart(told.prefill, "is stalled; restart it")
+    registry.request_restart(told.prefill, "is stalled; restart it")
     registry.process_ended(told.prefill)
     assert told.kinds == ["frozen", "restart_wanted", "restarted", "freed"]
 
@@ -91,7 +91,7 @@ def test_a_breaker_opens_and_closes(told) -> None:
 
 def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> None:
     registry = told.world.registry
-    registry.kv_compatibility.sends_towards(told.prefill, told.decode)
+    registry.kv_compatibility.record_send(told.prefill, told.decode)
     registry.suspend(told.decode, "connections are refused", gone=True)
     told.admit(told.decode)
     assert told.kinds == ["restarted", "probing", "admitted", "pair_refused"]

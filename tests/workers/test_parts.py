@@ -124,13 +124,13 @@ class Pair:
 
     @property
     def possible(self) -> bool:
-        return self.world.registry.kv_compatibility.possible(self.prefill, self.decode)
+        return self.world.registry.kv_compatibility.compatible(self.prefill, self.decode)
 
 
 def test_the_first_sending_to_a_process_is_told_once() -> None:
     here = Pair()
     for _ in range(3):
-        here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
+        here.world.registry.kv_compatibility.record_send(here.prefill, here.decode)
     assert [m[:3] for m in here.said] == [["sent", here.prefill.key, here.decode.kv.text]]
 
 
@@ -156,14 +156,14 @@ def test_what_was_sent_before_an_end_that_is_known_here_was_sent_to_the_one_that
 
 def test_an_end_is_taken_from_others_only_where_it_would_not_be_noticed() -> None:
     here = Pair()
-    here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
+    here.world.registry.kv_compatibility.record_send(here.prefill, here.decode)
     registry = here.world.registry
-    registry.has_lifeline = lambda instance: True
+    registry.has_liveness_connection = lambda instance: True
     here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
     assert here.possible
     registry.process_ended(here.decode)
     registry.process_ended(here.prefill)
-    registry.kv_compatibility.sends_towards(here.prefill, here.decode)
+    registry.kv_compatibility.record_send(here.prefill, here.decode)
     for believe in here.due:
         believe()
     assert here.possible, "it was noticed here meanwhile"
@@ -173,8 +173,8 @@ def test_an_end_that_was_not_noticed_here_is_believed() -> None:
     """The successor answered the first probe after it."""
     here = Pair()
     registry = here.world.registry
-    registry.kv_compatibility.sends_towards(here.prefill, here.decode)
-    registry.has_lifeline = lambda instance: True
+    registry.kv_compatibility.record_send(here.prefill, here.decode)
+    registry.has_liveness_connection = lambda instance: True
     here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
     here.due[0]()
     assert not here.possible and [m[0] for m in here.said] == ["sent"], "it is not told again"
@@ -182,7 +182,7 @@ def test_an_end_that_was_not_noticed_here_is_believed() -> None:
 
 def test_without_a_lifeline_an_end_is_believed_at_once() -> None:
     here = Pair()
-    here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
+    here.world.registry.kv_compatibility.record_send(here.prefill, here.decode)
     here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
     assert not here.possible and not here.due
 
@@ -237,58 +237,68 @@ def test_a_drain_outlives_the_worker_it_was_asked_of() -> None:
 def test_a_freeze_is_found_once_and_ends_for_all() -> None:
     two = Two()
     here, there = two.marks
-    assert here.found(two.decodes[0]) and not there.found(two.decodes[1])
+    assert here.report_stall(two.decodes[0]) and not there.report_stall(two.decodes[1])
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.freeze(one, "is stalled")
     assert there.frozen(two.decodes[1]) and not there.given_up(two.decodes[1])
     here.give_up(two.decodes[0])
     assert there.given_up(two.decodes[1])
-    two.worlds[1].registry.thaw(two.decodes[1], "moves")
+    two.worlds[1].registry.unfreeze(two.decodes[1], "moves")
     assert not here.frozen(two.decodes[0])
     here.follow_thaw(two.decodes[0])
     assert two.decodes[0].state is State.PROBING
-    assert there.found(two.decodes[1]), "the next time is another one"
+    assert there.report_stall(two.decodes[1]), "the next time is another one"
     assert not here.given_up(two.decodes[0])
 
 
 async def test_the_likeliest_prefill_of_all_workers_is_replayed_first() -> None:
     two = Two()
-    two.marks[0].found(two.decodes[0])
+    two.marks[0].report_stall(two.decodes[0])
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.freeze(one, "is stalled")
-    unlikely = asyncio.create_task(two.marks[0].turn(two.decodes[0], 0.5))
-    assert await soon(two.marks[1].turn(two.decodes[1], 0.1))
+    unlikely = asyncio.create_task(two.marks[0].may_replay(two.decodes[0], 0.5))
+    assert await soon(two.marks[1].may_replay(two.decodes[1], 0.1))
     assert not unlikely.done()
-    nothing_more = asyncio.create_task(two.marks[1].turn(two.decodes[1], None))
+    nothing_more = asyncio.create_task(two.marks[1].may_replay(two.decodes[1], None))
     assert await soon(unlikely)
     assert not nothing_more.done(), "the other one is still trying"
-    assert not await soon(two.marks[0].turn(two.decodes[0], None))
+    assert not await soon(two.marks[0].may_replay(two.decodes[0], None))
     assert not await soon(nothing_more)
 
 
 async def test_nobody_waits_for_a_worker_that_does_not_go_round() -> None:
     two = Two()
     two.table.rows[1].head[SharedTableHeader.BEAT] = 1
-    two.marks[0].found(two.decodes[0])
+    two.marks[0].report_stall(two.decodes[0])
     two.worlds[0].registry.freeze(two.decodes[0], "is stalled")
-    assert await soon(two.marks[0].turn(two.decodes[0], 0.5), 1.0)
-    assert not await soon(two.marks[0].turn(two.decodes[0], None), 1.0)
+    assert await soon(two.marks[0].may_replay(two.decodes[0], 0.5), 1.0)
+    assert not await soon(two.marks[0].may_replay(two.decodes[0], None), 1.0)
 
 
 def test_prefills_that_stand_still_are_counted_once_whoever_sees_them() -> None:
     two = Two()
-    assert two.marks[0].blame(two.prefills[0], two.decodes[0]) == 1
-    assert two.marks[1].blame(two.prefills[1], two.decodes[1]) == 1, "the same one"
+    assert two.marks[0].report_blocked_prefill(two.prefills[0], two.decodes[0]) == 1
+    assert two.marks[1].report_blocked_prefill(two.prefills[1], two.decodes[1]) == 1, "the same one"
     other = two.worlds[1].ready(Role.PREFILL, 3)
     other.slot = 2
-    assert two.marks[1].blame(other, two.decodes[1]) == 2
+    assert two.marks[1].report_blocked_prefill(other, two.decodes[1]) == 2
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.process_ended(one)
     assert two.table.rows[1].mark(1, FlagColumn.BLAMED) == 0
 
 
+def test_a_hung_process_is_reported_once_until_it_shows_a_sign_of_life() -> None:
+    two = Two()
+    here, there = two.marks
+    last_sign = now() / 1e9
+    assert here.report_hung(two.decodes[0], last_sign) and not there.report_hung(two.decodes[1], last_sign)
+    two.table.bury(0)
+    assert not there.report_hung(two.decodes[1], last_sign), "a report outlives the worker that made it"
+    assert there.report_hung(two.decodes[1], now() / 1e9)
+
+
 def test_moves_of_others_are_added_up() -> None:
     two = Two()
-    two.decodes[0].progress.moves = 7
-    assert two.marks[0].moves(two.decodes[0]) == 0
-    assert two.marks[1].moves(two.decodes[1]) == 7
+    two.decodes[0].progress.outputs = 7
+    assert two.marks[0].outputs(two.decodes[0]) == 0
+    assert two.marks[1].outputs(two.decodes[1]) == 7

@@ -35,7 +35,7 @@ class Worker:
         self.pokes += 1
 
     def fits(self, size: int) -> bool:
-        return all(self.limits.has_room(i, size) for i in (self.prefill, self.decode))
+        return all(self.limits.has_capacity(i, size) for i in (self.prefill, self.decode))
 
     def claim(self, size: int) -> bool:
         self.ledger.refresh()
@@ -137,7 +137,7 @@ class Load(RuleBasedStateMachine):
         for worker in self.workers:
             worker.ledger.refresh()
             for instance in (worker.prefill, worker.decode):
-                seen = [instance.in_flight, instance.visits, instance.kv_waiting, instance.kv_waiting_bytes]
+                seen = [instance.in_flight, instance.direct_requests, instance.kv_waiting, instance.kv_waiting_bytes]
                 assert seen == total(self.table, instance) and min(seen) >= 0
 
 
@@ -186,7 +186,7 @@ def test_what_is_claimed_and_not_taken_is_given_back() -> None:
     assert total(table, worker.prefill) == [0, 0, 0, 0] and total(table, worker.decode) == [1, 0, 0, 0]
     assert worker.pokes == 1
     other.ledger.refresh()
-    assert other.decode.in_flight == 1 and other.decode.elsewhere == (1, 0, 0, 0)
+    assert other.decode.in_flight == 1 and other.decode.peer_counts == (1, 0, 0, 0)
     lease.end()
     assert total(table, worker.decode) == [0, 0, 0, 0]
 
@@ -206,9 +206,9 @@ def test_a_queue_is_seen_elsewhere_as_long_as_its_worker_goes_round() -> None:
     worker, other = Worker(table, 0), Worker(table, 1)
     worker.ledger.queue(3, 5.0)
     assert other.ledger.waiting() == 3 and worker.ledger.waiting() == 0
-    assert other.ledger.waits_longer(6.0) and not other.ledger.waits_longer(4.0)
+    assert other.ledger.has_older_waiter(6.0) and not other.ledger.has_older_waiter(4.0)
     table.rows[0].head[SharedTableHeader.BEAT] = 1
-    assert other.ledger.waiting() == 0 and not other.ledger.waits_longer(6.0)
+    assert other.ledger.waiting() == 0 and not other.ledger.has_older_waiter(6.0)
 
 
 def test_another_process_at_the_same_endpoint_keeps_the_slot_and_the_old_legs_end_there() -> None:

@@ -67,13 +67,13 @@ def single_routes(services: Services) -> Blueprint:
     async def ask_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
         """The first engine that can be reached. These routes change nothing, so they may be sent twice."""
         while True:
-            instance = services.selection.choose_one(model, computes=computes)
+            instance = services.selection.choose_single(model, computes=computes)
             try:
                 answer = await ask(instance, method, request.path, body)
             except EngineUnreachable as error:
                 if not error.refused:
                     raise
-                services.registry.lost_contact(instance, "its HTTP port refuses connections")
+                services.registry.connection_refused(instance, "its HTTP port refuses connections")
                 continue
             # 501 says that the model cannot do it.
             if answer.status >= 500 and answer.status != 501:

@@ -9,6 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 
 from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.unavailable import missing_roles, why_no_pair
 from disagg_proxy.server.asgi.error_responses import json_response
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.metrics import metrics_registry
@@ -45,9 +46,9 @@ def health_report(services: Services) -> dict[str, Any]:
     registry = services.registry
     pairs = services.selection.ready_pairs()
     alone = len(services.selection.standalone_decodes(None)) if services.config.decode_alone else 0
-    missing = registry.missing()
+    missing = missing_roles(registry)
     if not pairs and not missing:
-        missing = [services.selection.why_no_pair()]
+        missing = [why_no_pair(registry)]
     shutdown = services.shutdown.begun.is_set()
     if shutdown:
         missing = ["the proxy is shutting down", *missing]
@@ -57,7 +58,7 @@ def health_report(services: Services) -> dict[str, Any]:
         "pairs": pairs,
         "decodes_that_serve_alone": alone,
         **{
-            role.value: {"ready": len(services.selection.taking(role)), "known": sum(i.role is role for i in known)}
+            role.value: {"ready": len(registry.accepting(role)), "known": sum(i.role is role for i in known)}
             for role in Role
         },
         "missing": missing,
