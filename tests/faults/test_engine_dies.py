@@ -37,7 +37,7 @@ async def test_a_server_that_closes_idle_connections_stays_in_and_loses_its_life
     machine, pair, monkeypatch
 ) -> None:
     instance = machine.proxy.instance(pair[0].http_address)
-    liveness = machine.proxy.services.discovery._lifelines
+    liveness = machine.proxy.services.discovery._liveness
     closed = asyncio.Event()
 
     async def closes(_: Instance) -> None:

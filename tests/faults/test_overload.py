@@ -142,7 +142,7 @@ async def test_sizes_are_learnt_from_prefill(machine, pair) -> None:
     services = machine.proxy.services
     text = " people between" * 200
     for expected in (750, 489):
-        assert services.sizes.guess.tokens("sim-model", 0, len(text)) == expected
+        assert services.sizes.estimator.tokens("sim-model", 0, len(text)) == expected
         assert (await machine.post(COMPLETIONS, {"model": "sim-model", "prompt": text, "max_tokens": 1}))[0] == 200
 
 
