@@ -61,7 +61,7 @@ def test_at_first_text_is_likely_four_bytes_a_token_and_at_most_one() -> None:
     assert estimator.upper_bound("m", 0, 400, **CHAT) == 464 == in_blocks(464)
 
 
-def test_token_ids_are_exact_but_for_whole_blocks() -> None:
+def test_token_ids_are_exact_but_for_full_blocks() -> None:
     estimator = taught((20_000, 6.0), times=20)
     for tokens in (1, 16, 17, 400, 2000):
         assert estimator.tokens("m", tokens, 0) == tokens

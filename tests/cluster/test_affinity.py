@@ -88,7 +88,7 @@ def test_a_drained_or_full_one_is_left_out_and_found_again(world: World, selecti
     )
 
 
-def test_what_found_no_room_teaches_nothing(world: World, selection: Selection) -> None:
+def test_a_request_without_capacity_is_not_recorded(world: World, selection: Selection) -> None:
     machine(world)
     with pytest.raises(NoCapacity):
         selection.choose("m", has_capacity=lambda i: False, traits=asked(1, 2))
@@ -136,7 +136,7 @@ def test_beyond_the_last_name_the_longest_prompt_counts() -> None:
     assert table.uncached_tokens(asked(1, 2, 3, size=900, tokens=900), [prefill]) == [0]
 
 
-def test_many_processes_are_told_apart_and_then_forgotten() -> None:
+def test_the_table_is_cleared_when_there_are_too_many_processes() -> None:
     world = World()
     prefill, other = world.ready(P, 1), world.ready(P, 2)
     table = PrefixTable(ENDS)
@@ -151,7 +151,7 @@ def test_many_processes_are_told_apart_and_then_forgotten() -> None:
     assert table.uncached_tokens(asked(1), [prefill, other]) == [300, 400]
 
 
-def test_a_session_stays_and_moves_only_when_its_instance_goes(world: World) -> None:
+def test_a_session_moves_only_when_its_instance_goes(world: World) -> None:
     machine(world, 4, 4)
     selection = Selection(world.registry, session, session)
     pair = {name: selection.choose("m", traits=Traits(10, session=name)) for name in range(40)}
@@ -183,7 +183,7 @@ def test_own_connector_is_introduced_and_never_cold(world: World) -> None:
     assert world.registry.kv_compatibility.connected(prefill, decode)
 
 
-def test_a_distance_counts_where_somebody_tells_it(world: World) -> None:
+def test_a_configured_distance_counts(world: World) -> None:
     machine(world, 1, 2)
     near = world.instance(12)
     selection = Selection(world.registry, least_loaded, joint)

@@ -1,4 +1,4 @@
-"""Which two can exchange KV, why others cannot, and who serves a request that has a wish."""
+"""Which instances can exchange KV, why others cannot, and the placement preferences."""
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_kinds_never_mix(world, selection) -> None:
     assert found == {old, new} and selection.ready_pairs() == 2
 
 
-def test_a_pair_apart_says_why_without_an_address(world, selection) -> None:
+def test_the_reason_of_an_incompatible_pair_names_no_address(world, selection) -> None:
     world.ready(P, 1, kind=OWN)
     world.ready(D, 2, kind=own(dtype="fp8"))
     with pytest.raises(NoPair) as caught:
@@ -96,7 +96,7 @@ def test_only_decodes_that_compute_by_themselves_are_alone(world, selection) -> 
         selection.place("other", PlacementPreference.ALONE)
 
 
-def test_room_holds_for_alone_too(world, selection) -> None:
+def test_limits_apply_to_a_decode_alone_too(world, selection) -> None:
     first, second = world.ready(D, 2, kind=OWN), world.ready(D, 4, kind=OWN)
     for preference in (PlacementPreference.ALONE, PlacementPreference.RATHER_ALONE, PlacementPreference.EITHER):
         assert selection.place("m", preference, has_capacity=lambda i: i is second) == SingleEngine(second)
@@ -116,7 +116,7 @@ def test_another_boot_id_is_another_process(world) -> None:
     assert (decode.state, decode.epoch, decode.boot, world.probes) == (State.PROBING, 1, "b", [decode])
 
 
-def test_another_boot_id_after_a_silence(world) -> None:
+def test_another_boot_id_after_missing_pings(world) -> None:
     decode = world.ready(D, 2, kind=OWN, boot="a")
     world.time += 11
     world.registry.expire()

@@ -54,7 +54,7 @@ def test_one_engine_routes_avoid_it(world, selection) -> None:
 
 
 @pytest.mark.parametrize("role", list(Role))
-def test_without_another_the_reason_is_said(world, selection, role) -> None:
+def test_without_another_instance_the_error_names_the_drain(world, selection, role) -> None:
     instances = {P: world.ready(P, 1), D: world.ready(D, 2)}
     world.registry.drain(instances[role])
     expected = f"no {role.value} instance is ready (one is drained for maintenance)"
@@ -99,7 +99,7 @@ def test_stale_prefills_say_that_others_are_drained(world, selection) -> None:
     assert why_no_pair(world.registry) == f"{STALE}; {DRAINED}"
 
 
-def test_a_breaker_says_so_too_and_alone_when_no_drain_is_to_blame(world, selection) -> None:
+def test_an_ejected_instance_is_named_beside_the_drain_if_one_matters(world, selection) -> None:
     prefill, decode, other = world.ready(P, 1), world.ready(D, 2), world.ready(D, 3)
     for _ in range(5):
         decode.breaker.record_failure(world.time)
@@ -146,7 +146,7 @@ def test_it_is_not_forgotten_however_long_the_maintenance_takes(world) -> None:
     assert not world.registry.instances() and other.state is State.LOST
 
 
-def test_whoever_comes_to_its_endpoint_is_drained_too(world) -> None:
+def test_a_new_process_at_a_drained_endpoint_is_drained_too(world) -> None:
     decode = world.ready(D, 2, "m")
     world.registry.drain(decode)
     world.registry.suspend(decode, "refused", gone=True)

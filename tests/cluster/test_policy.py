@@ -96,7 +96,7 @@ def test_nothing_known_of_a_request_is_least_loaded() -> None:
     assert [session(View(busy(1, 0, 0), turn)) for turn in range(3)] == [1, 1, 2]
 
 
-def test_joint_prefers_a_warm_pair_but_not_for_ever() -> None:
+def test_joint_prefers_a_connected_pair_up_to_a_bound() -> None:
     cold_first = [COLD_TOKENS, 0]
     assert joint(View(holding(0, 0), link_costs=cold_first)) == 1
     light, heavy = Busy(0, 0), Busy(4, COLD_TOKENS)

@@ -1,4 +1,4 @@
-"""What the proxy sees of an engine at work."""
+"""Progress of an engine, and the deadlines that are learnt from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def replay() -> bool:
     return True
 
 
-def test_with_little_known_the_longest_deadline_holds() -> None:
+def test_with_few_samples_the_longest_deadline_applies() -> None:
     baseline = LatencyBaseline()
     for _ in range(7):
         baseline.add(0.1, 0)
@@ -56,14 +56,14 @@ def test_a_long_prompt_gets_the_time_that_its_length_takes() -> None:
     assert baseline.deadline(100_000, 1, 300) == 250
 
 
-def test_a_short_prompt_says_little_about_long_ones() -> None:
+def test_short_prompts_do_not_determine_the_deadline_of_long_ones() -> None:
     baseline = LatencyBaseline()
     for _ in range(20):
         baseline.add(0.05, 1)
     assert baseline.deadline(100_000, 1, 300) == pytest.approx(5 * 0.05 / 512 * 100_000)
 
 
-def test_the_silence_of_the_longest_wait_counts_from_the_last_move() -> None:
+def test_the_oldest_wait_counts_from_the_last_output() -> None:
     clock = Clock()
     progress = ProgressTracker(clock())
     assert progress.stalled_for(clock()) == 0.0
@@ -82,7 +82,7 @@ def test_the_silence_of_the_longest_wait_counts_from_the_last_move() -> None:
     assert progress.stalled_for(clock()) == 3
 
 
-def test_only_what_is_due_to_say_something_teaches_the_pace() -> None:
+def test_only_legs_that_expect_output_count_for_the_baseline() -> None:
     clock = Clock()
     progress = ProgressTracker(clock())
     for _ in range(10):
@@ -98,10 +98,10 @@ def test_only_what_is_due_to_say_something_teaches_the_pace() -> None:
         clock.now += 90
         pending.on_data()
         pending.end()
-    assert progress.deadline(20, 300) == 20, "later pieces teach nothing"
+    assert progress.deadline(20, 300) == 20, "later chunks do not count"
 
 
-def test_unanswered_decodes_come_nearest_to_the_last_move_first() -> None:
+def test_replay_candidates_are_sorted_by_distance_to_the_last_output() -> None:
     clock = Clock()
     progress = ProgressTracker(clock())
     old = begin(progress, clock, replay=replay)
@@ -116,7 +116,7 @@ def test_unanswered_decodes_come_nearest_to_the_last_move_first() -> None:
     assert progress.replay_candidates() == [near, later, old]
 
 
-def test_what_was_given_up_unanswered_is_remembered_until_the_engine_moves() -> None:
+def test_abandoned_legs_are_kept_until_the_next_output() -> None:
     clock = Clock()
     progress = ProgressTracker(clock())
     gone = begin(progress, clock, replay=replay)
@@ -133,7 +133,7 @@ def test_what_was_given_up_unanswered_is_remembered_until_the_engine_moves() -> 
     assert progress.replay_candidates() == [] and not progress.pending
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_abandoned_legs_are_bounded() -> None:
     clock = Clock()
     progress = ProgressTracker(clock())
     for _ in range(100):

@@ -14,7 +14,7 @@ from disagg_proxy.errors import EngineUnreachable
 P, D = Role.PREFILL, Role.DECODE
 
 
-def test_a_ping_alone_admits_nobody_but_wants_a_probe(world) -> None:
+def test_a_ping_alone_does_not_admit_but_requests_a_probe(world) -> None:
     assert world.ping(P, 1) is None
     assert world.instance(1).state is State.PROBING
     assert world.probes == [world.instance(1)]
@@ -28,7 +28,7 @@ def test_an_admitted_instance_serves_its_models(world) -> None:
     assert instance.default_model == "a"
 
 
-def test_one_lost_ping_ejects_nobody_three_do(world) -> None:
+def test_one_missing_ping_is_tolerated_three_are_not(world) -> None:
     instance = world.ready(P, 1)
     world.time += 6.1
     world.registry.expire()
@@ -49,7 +49,7 @@ def test_every_instance_expires_on_its_own(world) -> None:
     assert (old.state, fresh.state) == (State.LOST, State.READY)
 
 
-def test_a_lost_instance_comes_back_by_itself_as_the_same_process(world) -> None:
+def test_a_lost_instance_returns_as_the_same_process(world) -> None:
     instance = world.ready(P, 1)
     world.time += 11
     world.registry.expire()
@@ -80,7 +80,7 @@ def test_a_lost_instance_is_forgotten_but_not_while_it_is_in_use(world) -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_one_that_may_be_hung_is_remembered_longer(world, wanted: bool) -> None:
-    """Its restart has to be asked for, and seen to be."""
+    """A supervisor must have time to see that its restart is requested."""
     instance = world.ready(Role.DECODE, 2)
     world.time += 10
     world.registry.expire()
@@ -117,7 +117,7 @@ def test_suspended_is_out_until_a_probe_admits_it_again_and_counts_as_another_pr
     assert instance.epoch == 1
 
 
-def test_a_contradicting_ping_displaces_no_live_instance_but_has_it_probed(world) -> None:
+def test_a_conflicting_ping_does_not_replace_a_live_instance_but_has_it_probed(world) -> None:
     instance = world.ready(P, 1)
     for refusal in (world.ping(P, 1, 7777), world.ping(D, 1)):
         assert refusal is not None and "probed again" in refusal
@@ -160,7 +160,7 @@ def test_a_stranger_cannot_make_the_registry_grow_without_end(world) -> None:
     assert refused[1023] is None and "1024 instances" in refused[1024]
 
 
-def test_what_is_missing_is_said_without_addresses(world) -> None:
+def test_missing_roles_are_described_without_addresses(world) -> None:
     world.ping(P, 1)
     missing = missing_roles(world.registry)
     assert missing == [

@@ -1,4 +1,4 @@
-"""Which instances meet: both ready, both serving the model asked for."""
+"""Which instances are paired: both ready, both serving the requested model."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def selection(world):
     return Selection(world.registry, least_loaded, least_loaded)
 
 
-def test_only_instances_of_the_same_model_meet(world, selection) -> None:
+def test_only_instances_of_the_same_model_are_paired(world, selection) -> None:
     a, b = world.ready(P, 1, "a"), world.ready(P, 2, "b")
     c, d = world.ready(D, 3, "b"), world.ready(D, 4, "a")
     assert (selection.choose("a").prefill, selection.choose("a").decode) == (a, d)
@@ -58,7 +58,7 @@ def test_a_model_on_one_side_only_is_no_pair(world, selection) -> None:
         selection.choose("lora")
 
 
-def test_nobody_there_says_what_is_missing_and_when_to_come_back(selection) -> None:
+def test_without_instances_the_error_names_both_roles_and_retry_after(selection) -> None:
     with pytest.raises(NoPair, match=r"no prefill instance is ready.*no decode instance is ready") as caught:
         selection.choose("m")
     assert caught.value.headers() == {"Retry-After": "3"}
@@ -82,7 +82,7 @@ def test_one_engine_routes_take_either_role(world, selection) -> None:
         selection.choose_single("b")
 
 
-def test_names_that_nobody_serves_are_not_remembered(world, selection) -> None:
+def test_unknown_model_names_are_not_cached(world, selection) -> None:
     world.ready(P, 1)
     world.ready(D, 2)
     for i in range(100):
@@ -91,7 +91,7 @@ def test_names_that_nobody_serves_are_not_remembered(world, selection) -> None:
     assert len(world.registry._serving) <= 4
 
 
-def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_successor(world, selection) -> None:
+def test_a_prefill_that_has_sent_to_an_ended_decode_is_not_paired_with_its_successor(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.kv_compatibility.record_send(prefill, decode)
     assert selection.ready_pairs() == 1
@@ -124,7 +124,7 @@ def test_a_decode_that_was_only_late_is_the_same_process(world, selection) -> No
     assert selection.choose("m").decode is decode
 
 
-def test_silence_proves_no_death(world, selection) -> None:
+def test_missing_pings_do_not_prove_that_a_process_ended(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.kv_compatibility.record_send(prefill, decode)
     world.time += 5
@@ -135,7 +135,7 @@ def test_silence_proves_no_death(world, selection) -> None:
     assert selection.choose("m").decode is decode
 
 
-def test_a_refused_connection_proves_no_death_while_the_lifeline_holds(world, selection) -> None:
+def test_a_refused_connection_proves_nothing_while_the_liveness_connection_is_open(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.has_liveness_connection = lambda instance: True
     world.registry.kv_compatibility.record_send(prefill, decode)

@@ -86,8 +86,8 @@ async def test_a_request_may_leave_as_soon_as_its_decode_is_lost(watched: Watche
     assert watched.moved and not watched.given_up
 
 
-async def test_a_probe_that_was_refused_once_moves_nobody(watched: Watched) -> None:
-    """It is out for a moment; its process lives, and may be asked when prefill is done."""
+async def test_a_refused_probe_moves_no_request(watched: Watched) -> None:
+    """It is suspended briefly; its process runs, and decode may be sent to it when prefill is done."""
     decode = watched.decode
     watched.world.registry.has_liveness_connection = lambda instance: True
     watched.world.registry.suspend(decode, "its HTTP port refuses connections", gone=True)
@@ -113,7 +113,7 @@ async def test_a_prefill_whose_decode_is_lost_is_suspected_early_but_not_before_
     assert watched.suspects == {watched.prefill}
 
 
-async def test_a_prefill_whose_decode_is_well_has_its_learnt_deadline(watched: Watched) -> None:
+async def test_a_prefill_with_a_healthy_decode_has_its_learnt_deadline(watched: Watched) -> None:
     for _ in range(9):
         watched.prefill.progress.baseline.add(15.0, 512)
     for _ in range(37):
@@ -123,7 +123,7 @@ async def test_a_prefill_whose_decode_is_well_has_its_learnt_deadline(watched: W
     assert watched.suspects == set() and not watched.moved
 
 
-async def test_a_process_without_a_sign_of_life_is_named_for_a_restart(watched: Watched) -> None:
+async def test_a_process_without_a_sign_of_life_is_given_up(watched: Watched) -> None:
     decode = watched.decode
     watched.later(10.0, pinging=watched.prefill, answering=watched.prefill)
     watched.later(19.0, pinging=watched.prefill, answering=watched.prefill)
@@ -169,7 +169,7 @@ async def test_giving_up_is_logged_as_an_error_by_one_worker(watched: Watched, c
 
 
 @pytest.mark.parametrize("sign", ["ping", "answer", "refusal", "part of an answer", "never ready", "another process"])
-async def test_one_that_shows_any_is_not(watched: Watched, sign: str) -> None:
+async def test_a_process_with_a_sign_of_life_is_not_given_up(watched: Watched, sign: str) -> None:
     registry, decode = watched.world.registry, watched.decode
     if sign == "never ready":
         registry.process_ended(decode)
@@ -188,7 +188,7 @@ async def test_one_that_shows_any_is_not(watched: Watched, sign: str) -> None:
     assert not decode.restart_wanted
 
 
-async def test_the_wish_ends_with_a_sign_of_life_and_with_the_process(watched: Watched) -> None:
+async def test_the_restart_request_ends_with_a_sign_of_life_and_with_the_process(watched: Watched) -> None:
     decode = watched.decode
     for sign in (lambda: watched.world.ping(Role.DECODE, 2), lambda: watched.world.registry.process_ended(decode)):
         watched.later(31.0)
@@ -208,7 +208,7 @@ async def test_requests_leave_a_prefill_that_is_lost_itself(watched: Watched) ->
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-async def test_prefills_that_block_on_a_process_that_has_ended_do_not_condemn_its_successor(replaced: bool) -> None:
+async def test_prefills_that_block_on_an_ended_process_do_not_give_up_its_successor(replaced: bool) -> None:
     watched = Watched()
     registry, decode = watched.world.registry, watched.decode
     other = watched.world.ready(Role.PREFILL, 3)

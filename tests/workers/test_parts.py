@@ -275,7 +275,7 @@ async def test_nobody_waits_for_a_worker_that_does_not_go_round() -> None:
     assert not await soon(two.marks[0].may_replay(two.decodes[0], None), 1.0)
 
 
-def test_prefills_that_stand_still_are_counted_once_whoever_sees_them() -> None:
+def test_a_blocked_prefill_is_counted_once_over_all_workers() -> None:
     two = Two()
     assert two.marks[0].report_blocked_prefill(two.prefills[0], two.decodes[0]) == 1
     assert two.marks[1].report_blocked_prefill(two.prefills[1], two.decodes[1]) == 1, "the same one"
@@ -297,7 +297,7 @@ def test_a_hung_process_is_reported_once_until_it_shows_a_sign_of_life() -> None
     assert there.report_hung(two.decodes[1], now() / 1e9)
 
 
-def test_moves_of_others_are_added_up() -> None:
+def test_outputs_of_other_workers_are_added_up() -> None:
     two = Two()
     two.decodes[0].progress.outputs = 7
     assert two.marks[0].outputs(two.decodes[0]) == 0
