@@ -17,7 +17,7 @@ from disagg_proxy.downstream.refusal import Refusal, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
-from disagg_proxy.http1.headers import answer_headers
+from disagg_proxy.http1.headers import forwarded_response_headers
 from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
 from disagg_proxy.openai.usage import UsageRepair
 from disagg_proxy.request_id import RequestId
@@ -133,7 +133,7 @@ class Attempt:
         pending.heard()
         stream = ResponseStream(answer, hider, repair, pending, record)
         record.begin_answer(True)
-        reply.send(Refusal(200, answer_headers(answer.headers, public), stream))
+        reply.send(Refusal(200, forwarded_response_headers(answer.headers, public), stream))
         await stream.finished
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 

@@ -30,7 +30,7 @@ from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLe
 from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refusal, refusal, whole
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
-from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
@@ -189,7 +189,7 @@ class P2pNccl:
         record.output_tokens = output_tokens(body.body)
         record.complete()
         attempt.end_decode(failed=False)
-        headers = answer_headers(answer.headers, attempt.id)
+        headers = forwarded_response_headers(answer.headers, attempt.id)
         reply.send(Refusal(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
 
     def _release(self, attempt: P2pAttempt) -> None:

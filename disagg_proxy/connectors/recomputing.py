@@ -23,7 +23,7 @@ from disagg_proxy.connectors.outlier import blame, end_lease, is_failure
 from disagg_proxy.downstream.refusal import Refusal, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
-from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
 from disagg_proxy.openai.request_id_rewriter import NoRewriting
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
@@ -151,7 +151,11 @@ class RecomputingAttempt(Attempt):
         record.complete()
         self.end_decode(failed=False)
         reply.send(
-            Refusal(200, answer_headers(answer.headers, None), repair_usage(request.route, whole.body, self.repair.use))
+            Refusal(
+                200,
+                forwarded_response_headers(answer.headers, None),
+                repair_usage(request.route, whole.body, self.repair.use),
+            )
         )
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:

@@ -29,7 +29,7 @@ from disagg_proxy.coordinator.head import RequestHead
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError, Unavailable
-from disagg_proxy.http1.headers import request_lines
+from disagg_proxy.http1.headers import forwarded_request_lines
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
 from disagg_proxy.openai.prepare import Prepared, prepare
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -94,7 +94,7 @@ class Coordinator:
             # Prepare
             lines = head.lines
             if self._traces is not None:
-                lines = request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
+                lines = forwarded_request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
             prepared = prepare(head.route, body, self.wanted)
             # This frame lives until the answer ends; a long prompt must not.
             body = b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from disagg_proxy.config import Config
-from disagg_proxy.http1.headers import Headers, client_request_id, request_lines, value_of
+from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of
 from disagg_proxy.openai.fields import Route
 from disagg_proxy.openai.prefix_hash import AffinityNeeds
 
@@ -31,5 +31,5 @@ def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Head
     """Read a head; ``wanted`` says whether the choice of instances needs the session."""
     session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
     return RequestHead(
-        route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session
+        route, headers, forwarded_request_lines(headers, config.engine_api_key), client_request_id(headers), session
     )

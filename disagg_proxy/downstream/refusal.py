@@ -8,7 +8,13 @@ from typing import NamedTuple
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, answer_of
-from disagg_proxy.http1.headers import ForwardedHeaders, ResponseHeaders, answer_headers, is_stream, value_of
+from disagg_proxy.http1.headers import (
+    ForwardedHeaders,
+    ResponseHeaders,
+    forwarded_response_headers,
+    is_stream,
+    value_of,
+)
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.openai.prepare import Prepared
@@ -29,7 +35,7 @@ class Refusal(NamedTuple):
 
 def whole(answer: CompleteResponse, request_id: RequestId) -> Refusal:
     """An instance's whole answer for the client."""
-    return Refusal(answer.status, answer_headers(answer.headers, request_id), hide(request_id, answer.body))
+    return Refusal(answer.status, forwarded_response_headers(answer.headers, request_id), hide(request_id, answer.body))
 
 
 def _worded(error: ProxyError) -> Refusal:

@@ -56,7 +56,8 @@ from disagg_proxy.errors import (
     shutting_down,
 )
 from disagg_proxy.http1.head_cache import HeadCache
-from disagg_proxy.http1.headers import Headers, lines_of, status_line, value_of
+from disagg_proxy.http1.head_writer import header_lines, status_line
+from disagg_proxy.http1.headers import Headers, value_of
 from disagg_proxy.openai.fields import Route
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteCoalescer
@@ -170,7 +171,7 @@ class Protocol(HttpToolsProtocol):
             self._rest(data)
             return
         if not self._part and not self._answering() and not self.pipeline:
-            known = self.heads.meet(data)
+            known = self.heads.get(data)
             if known is not None and self._known(data, *known):
                 return
             self._first = data
@@ -313,7 +314,7 @@ class Protocol(HttpToolsProtocol):
             head = read_head(self.limits, wanted, route, self.headers)
             self.cycle = self._current = FastPathRequest(self, self.services, head, keep_alive)
             if self._first is not None and self._first.startswith(b"POST "):
-                self.heads.learn(self._first, (head, keep_alive))
+                self.heads.put(self._first, (head, keep_alive))
         else:
             self._through_quart()
         self._first = None
@@ -396,7 +397,7 @@ class Protocol(HttpToolsProtocol):
         headers = self.server_state.default_headers
         made_of, lines = self._date
         if made_of is not headers:
-            lines = lines_of(headers)
+            lines = header_lines(headers)
             type(self)._date = headers, lines
         return lines
 
@@ -443,7 +444,7 @@ class Protocol(HttpToolsProtocol):
         self._deaf = self._said = True
         status, headers, body = answer_of(self._refusal)
         framing = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        self.transport.write(status_line(status) + lines_of(headers + framing) + b"\r\n" + body)
+        self.transport.write(status_line(status) + header_lines(headers + framing) + b"\r\n" + body)
         self.transport.write_eof()
         self.flow.resume_reading()
         self._arm(_LINGER)

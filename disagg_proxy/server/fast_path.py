@@ -18,7 +18,8 @@ from disagg_proxy.downstream.refusal import Refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
-from disagg_proxy.http1.headers import Headers, lines_of, status_line
+from disagg_proxy.http1.head_writer import header_lines, status_line
+from disagg_proxy.http1.headers import Headers
 from disagg_proxy.openai.fields import GENERATION
 from disagg_proxy.server.asgi.error_responses import error_parts
 from disagg_proxy.server.generation import answer_id
@@ -123,7 +124,7 @@ class FastPathRequest:
     def refuse(self, error: ProxyError) -> None:
         """Send an error."""
         status, headers, body = error_parts(error, self._head_of.client_id)
-        self._say(status, lines_of(headers), body)
+        self._say(status, header_lines(headers), body)
 
     def _say(self, status: int, lines: bytes, body: bytes) -> None:
         """A whole answer."""

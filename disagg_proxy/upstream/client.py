@@ -11,7 +11,6 @@ import asyncio
 import errno
 import logging
 from enum import Enum
-from functools import lru_cache
 from typing import Any, cast
 
 from disagg_proxy.address import Address
@@ -19,6 +18,7 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.errors import EngineDisconnected, EngineUnreachable
 from disagg_proxy.http1.head_cache import HeadCache
+from disagg_proxy.http1.head_writer import request_line
 from disagg_proxy.http1.headers import ResponseHeaders
 from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.upstream.connection import Connection
@@ -113,7 +113,7 @@ class Upstream:
         if connection is None:
             connection = await self._dial(instance.http, str(instance), leg, keep=not fresh)
         length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
-        head = b"%b%b%b\r\n" % (_begin(method, path, netloc), length, headers)
+        head = b"%b%b%b\r\n" % (request_line(method, path, netloc), length, headers)
         answer = _exchange(connection, head, body, silence, leg, pending)
         try:
             await answer.until(enough)
@@ -124,7 +124,7 @@ class Upstream:
             if resend_body is not None and not error.unsent:
                 body = resend_body
         connection = await self._dial(instance.http, str(instance), leg, keep=False)
-        head = b"%bcontent-length: %d\r\n%b\r\n" % (_begin(method, path, netloc), len(body), headers)
+        head = b"%bcontent-length: %d\r\n%b\r\n" % (request_line(method, path, netloc), len(body), headers)
         answer = _exchange(connection, head, body, silence, leg, pending)
         await answer.until(enough)
         return answer
@@ -203,11 +203,6 @@ def _exchange(
     answer = connection.send(head, body, silence, leg)
     pending.answer = answer
     return answer
-
-
-@lru_cache(maxsize=1024)
-def _begin(method: str, path: str, netloc: str) -> bytes:
-    return f"{method} {path} HTTP/1.1\r\nhost: {netloc}\r\n".encode()
 
 
 def _hang_up(dialing: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:

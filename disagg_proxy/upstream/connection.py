@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
-from disagg_proxy.http1.chunked import are_whole
+from disagg_proxy.http1.chunked import are_complete_chunks
 from disagg_proxy.http1.head_cache import HeadCache
 from disagg_proxy.http1.headers import Headers, ResponseHeaders
 from disagg_proxy.runtime.write_coalescing import WriteBatch, WriteCoalescer
@@ -166,12 +166,12 @@ class Connection:
         sink = answer.sink
         if self._between:
             # Tokens of a stream, mostly. The parser need not know of them.
-            if sink is not None and are_whole(data) and sink.feed_chunks(data):
+            if sink is not None and are_complete_chunks(data) and sink.feed_chunks(data):
                 return
             self._between = False
         fresh = not self._head and not answer.status
         if fresh:
-            known = self._heads.meet(data)
+            known = self._heads.get(data)
             if known is not None and known[1] + known[2] == len(data):
                 answer.begun(*known[0])
                 self._end(answer, data[known[1] :])
@@ -191,7 +191,7 @@ class Connection:
             return
         if self._over:
             if fresh and self.keep and answer.status < 400:
-                self._heads.learn(data, (answer.status, answer.headers))
+                self._heads.put(data, (answer.status, answer.headers))
             self._end(answer, self._take())
             return
         # Within a chunk's head the data could not end like that.

@@ -10,7 +10,7 @@ from quart_cors import cors
 from disagg_proxy.config import Config
 from disagg_proxy.errors import WrongKey
 from disagg_proxy.http1.headers import Headers, value_of
-from disagg_proxy.server.asgi.request import sent_headers
+from disagg_proxy.server.asgi.request import request_headers
 
 ADMIN = "/admin/"
 """What the admin key opens, and nothing else does."""
@@ -46,7 +46,7 @@ def install_guard(app: Quart, config: Config) -> Quart:
         @app.before_request
         async def check_key() -> None:
             if request.method != "OPTIONS":
-                guard.check(request.path, sent_headers())
+                guard.check(request.path, request_headers())
 
     if config.cors_origins:
         app = cors(

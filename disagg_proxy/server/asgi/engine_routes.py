@@ -13,11 +13,11 @@ from quart import Blueprint, Response, request
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import EngineUse
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
-from disagg_proxy.http1.headers import request_lines
+from disagg_proxy.http1.headers import forwarded_request_lines
 from disagg_proxy.openai.fields import RESPONSES, strip
 from disagg_proxy.openai.prepare import encode, model_of, parse_object
 from disagg_proxy.server.asgi.error_responses import json_response, passed_on
-from disagg_proxy.server.asgi.request import read_body, sent_headers
+from disagg_proxy.server.asgi.request import read_body, request_headers
 from disagg_proxy.services import Services
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend
 
@@ -55,7 +55,7 @@ def single_routes(services: Services) -> Blueprint:
                 method,
                 instance,
                 path,
-                headers=request_lines(sent_headers(), services.config.engine_api_key),
+                headers=forwarded_request_lines(request_headers(), services.config.engine_api_key),
                 body=body,
                 silence=services.config.decode_timeout,
                 leg=instance.role.value,

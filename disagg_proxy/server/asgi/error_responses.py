@@ -18,8 +18,8 @@ from disagg_proxy.errors import (
     ProxyError,
     answer_of,
 )
-from disagg_proxy.http1.headers import Headers, answer_headers, client_request_id
-from disagg_proxy.server.asgi.request import sent_headers
+from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_response_headers
+from disagg_proxy.server.asgi.request import request_headers
 from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def from_bug(error: Exception) -> ProxyError:
 
 def error_response(error: ProxyError) -> Response:
     """The one place where an error becomes Quart's response."""
-    status, headers, body = error_parts(error, client_request_id(sent_headers()))
+    status, headers, body = error_parts(error, client_request_id(request_headers()))
     return Response(body, status=status, headers={name.decode(): value.decode() for name, value in headers})
 
 
@@ -53,7 +53,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 def passed_on(answer: CompleteResponse) -> Response:
     """An engine's answer to a route that concerns no KV transfer."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
-    for name, value in answer_headers(answer.headers, None):
+    for name, value in forwarded_response_headers(answer.headers, None):
         response.headers[name.decode("latin-1")] = value.decode("latin-1")
     return response
 

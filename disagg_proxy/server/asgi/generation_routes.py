@@ -18,7 +18,7 @@ from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.openai.fields import GENERATION, Route
 from disagg_proxy.server.asgi.exchange_scope import handles, own
-from disagg_proxy.server.asgi.request import read_body, sent_headers
+from disagg_proxy.server.asgi.request import read_body, request_headers
 from disagg_proxy.server.generation import answer_head
 from disagg_proxy.services import Services
 
@@ -34,7 +34,7 @@ def generation_routes(services: Services) -> Blueprint:
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
         handles(request.scope)
-        head = read_head(services.config, services.coordinator.wanted, route, sent_headers())
+        head = read_head(services.config, services.coordinator.wanted, route, request_headers())
         body = await read_body()
         pending = _PendingOutcome()
         reply = Reply(pending)

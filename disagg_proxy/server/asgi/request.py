@@ -10,7 +10,7 @@ from disagg_proxy.http1.headers import Headers
 from disagg_proxy.server.generation import check_encoding
 
 
-def sent_headers() -> Headers:
+def request_headers() -> Headers:
     """As the client sent them; uvicorn has put the names in lower case."""
     return cast(Headers, request.scope["headers"])
 
@@ -21,5 +21,5 @@ async def read_body() -> bytes:
     Raises:
         UnsupportedEncoding: it is compressed.
     """
-    check_encoding(sent_headers())
+    check_encoding(request_headers())
     return cast(bytes, await request.get_data(cache=False, as_text=False))
