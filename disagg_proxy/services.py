@@ -133,8 +133,8 @@ class Services:
     async def stop(self) -> None:
         """Let what was sent to the instances end in the time that is left, then close everything."""
         self.shutdown.begin()
-        await self.shutdown.wait(self.background.ended(), self.shutdown.left)
-        await self.background.give_up()
+        await self.shutdown.wait(self.background.ended(), self.shutdown.remaining)
+        await self.background.cancel_all()
         if self._look_timer is not None:
             self._look_timer.cancel()
         if self._stall_detector is not None:

@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
         shutdown = self._services.shutdown
         if shutdown.begun.is_set():
             log.warning("Stopping at once")
-            shutdown.hurry()
+            shutdown.expire()
             return
         log.info("Stopping; what was accepted gets %g s (SHUTDOWN_GRACE)", self._services.config.shutdown_grace)
         shutdown.begin()
@@ -148,14 +148,14 @@ class Server(uvicorn.Server):
         shutdown = self._services.shutdown
         if not shutdown.begun.is_set():
             self.signalled()
-        await shutdown.wait(self._finished(), shutdown.left_for_requests)
+        await shutdown.wait(self._finished(), shutdown.remaining_for_requests)
         for server in self.servers:
             server.close()
         for listening in sockets or ():
             listening.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        await shutdown.wait(self._disconnected(), shutdown.left_for_requests)
+        await shutdown.wait(self._disconnected(), shutdown.remaining_for_requests)
         await self._cut_off()
         await self.lifespan.shutdown()
 

@@ -217,7 +217,7 @@ class Connection:
             self._answer = None
             answer.ended()
         elif answer is not None:
-            waits = self._stuffed or (self._transport is not None and self._transport.held > 0)
+            waits = self._stuffed or (self._transport is not None and self._transport.batched > 0)
             self._fail(closed_early(answer.leg, answer.reused, unsent=waits and not answer.status))
         self._transport = None
         self._unwatch()
