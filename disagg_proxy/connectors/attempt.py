@@ -13,7 +13,7 @@ from disagg_proxy.cluster.placement import Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.base import Engines, Request
 from disagg_proxy.connectors.outlier import blame, end_lease
-from disagg_proxy.downstream.refusal import Refusal, refusal
+from disagg_proxy.downstream.refusal import ClientResponse, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
@@ -62,7 +62,7 @@ class Attempt:
     # -- the legs
 
     def send_prefill(
-        self, lease: Lease, body: bytes, silence: float, pending: PendingResponse | None, fresh: bool = False
+        self, lease: Lease, body: bytes, idle_timeout: float, pending: PendingResponse | None, fresh: bool = False
     ) -> Awaitable[Response]:
         """Send prefill's leg and wait for its whole answer. It is idempotent: a kept connection that closes is made up
         for by a fresh one.
@@ -72,7 +72,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", lease.instance, self.request.route.path, headers=self._prefill_headers, body=body,
-            silence=silence, leg="prefill", fresh=fresh, enough=ReadUntil.WHOLE,
+            idle_timeout=idle_timeout, leg="prefill", fresh=fresh, until=ReadUntil.COMPLETE,
             resend=Resend.NEVER if fresh else Resend.REUSED, pending=pending,
         )  # fmt: skip
 
@@ -80,7 +80,7 @@ class Attempt:
         self,
         body: bytes,
         *,
-        enough: ReadUntil,
+        until: ReadUntil,
         resend: Resend,
         resend_body: bytes | None = None,
         fresh: bool = False,
@@ -92,7 +92,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", self.decode, self.request.route.path, headers=self._decode_headers, body=body,
-            silence=self._engines.config.decode_timeout, leg="decode", fresh=fresh, enough=enough, resend=resend,
+            idle_timeout=self._engines.config.decode_timeout, leg="decode", fresh=fresh, until=until, resend=resend,
             resend_body=resend_body, pending=self._decoding,
         )  # fmt: skip
 
@@ -116,7 +116,7 @@ class Attempt:
     # -- the answer
 
     async def deliver(
-        self, reply: Reply, answer: Response, hider: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
+        self, reply: Reply, answer: Response, rewriter: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
     ) -> None:
         """Stream decode's 200 to the client, until its end or until the client leaves.
 
@@ -125,15 +125,15 @@ class Attempt:
         """
         try:
             # Until the first byte a failure can still have a status of its own.
-            await answer.until(ReadUntil.BEGUN)
+            await answer.wait_until(ReadUntil.BODY_STARTED)
         except BaseException:
             answer.close()
             raise
         pending, record = self.decoding, self.request.record
         pending.heard()
-        stream = ResponseStream(answer, hider, repair, pending, record)
+        stream = ResponseStream(answer, rewriter, repair, pending, record)
         record.begin_answer(True)
-        reply.send(Refusal(200, forwarded_response_headers(answer.headers, public), stream))
+        reply.send(ClientResponse(200, forwarded_response_headers(answer.headers, public), stream))
         await stream.finished
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 

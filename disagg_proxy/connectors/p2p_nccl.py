@@ -27,7 +27,7 @@ from disagg_proxy.connectors.base import Engines, Failure, Request
 from disagg_proxy.connectors.kv_release import KvReleaser
 from disagg_proxy.connectors.outlier import is_failure
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
-from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refusal, refusal, whole
+from disagg_proxy.downstream.refusal import ClientResponse, forwarded, over_context, prefill_refusal, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
@@ -141,14 +141,14 @@ class P2pNccl:
 
     # -- prefill
 
-    def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> Refusal | None:
+    def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> ClientResponse | None:
         """The client's answer where prefill's already is it, so that decode has only to release the KV."""
         request, record = attempt.request, attempt.request.record
         if request.prepared.prefill_answers:
             record.begin_answer(False)
             record.output_tokens = output_tokens(prefilled.body)
             record.complete()
-            return whole(prefilled, attempt.id)
+            return forwarded(prefilled, attempt.id)
         refused = over_context(request.route, request.prepared, attempt.decode, prefilled)
         if refused is not None:
             record.refused(refused.status)
@@ -165,7 +165,7 @@ class P2pNccl:
         return Failure(error, attempt.decode)
 
     async def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, answer: Response) -> None:
-        refused = await answer.whole()
+        refused = await answer.read_all()
         if refused.status < 500:
             attempt.decoding.end(received=False)
             # The API server turned it away before its engine knew of it, so the KV still waits there.
@@ -183,14 +183,14 @@ class P2pNccl:
             )
             return
         # The repair may change the length, which goes out before the body.
-        body = await answer.whole() if request.prepared.streams else answer.read()
+        body = await answer.read_all() if request.prepared.streams else answer.read()
         attempt.decoding.heard()
         record.begin_answer(False)
         record.output_tokens = output_tokens(body.body)
         record.complete()
         attempt.end_decode(failed=False)
         headers = forwarded_response_headers(answer.headers, attempt.id)
-        reply.send(Refusal(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
+        reply.send(ClientResponse(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
 
     def _release(self, attempt: P2pAttempt) -> None:
         """Release the attempt's KV on decode in the background, and its places afterwards."""

@@ -20,7 +20,7 @@ from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.attempt import Attempt
 from disagg_proxy.connectors.base import Engines, Failure, Request
 from disagg_proxy.connectors.outlier import blame, end_lease, is_failure
-from disagg_proxy.downstream.refusal import Refusal, prefill_refusal
+from disagg_proxy.downstream.refusal import ClientResponse, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
@@ -113,9 +113,9 @@ class RecomputingAttempt(Attempt):
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
         """
         self.request.record.ask_decode()
-        enough = ReadUntil.BEGUN if self.request.prepared.streams else ReadUntil.WHOLE
+        until = ReadUntil.BODY_STARTED if self.request.prepared.streams else ReadUntil.COMPLETE
         try:
-            answer = await self.send_decode(body, enough=enough, resend=Resend.REUSED, resend_body=again)
+            answer = await self.send_decode(body, until=until, resend=Resend.REUSED, resend_body=again)
         except ProxyError as error:
             self.blame_decode(error)
             raise
@@ -135,12 +135,12 @@ class RecomputingAttempt(Attempt):
             return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
-            await answer.until(ReadUntil.BEGUN)
+            await answer.wait_until(ReadUntil.BODY_STARTED)
             self.placement.loaded()
             request.prepared.forget_bodies()
             await self.deliver(reply, answer, NoRewriting(), self.repair, None)
             return
-        whole = await answer.whole()
+        whole = await answer.read_all()
         self.decoding.heard()
         self.placement.loaded()
         await self.prompt_counted(whole)
@@ -151,7 +151,7 @@ class RecomputingAttempt(Attempt):
         record.complete()
         self.end_decode(failed=False)
         reply.send(
-            Refusal(
+            ClientResponse(
                 200,
                 forwarded_response_headers(answer.headers, None),
                 repair_usage(request.route, whole.body, self.repair.use),
@@ -181,7 +181,7 @@ class RecomputingAttempt(Attempt):
         prefill.prefills_refused += 1
 
     async def _refused(self, reply: Reply, answer: Response) -> None:
-        refused = await answer.whole()
+        refused = await answer.read_all()
         # The KV stays claimed: prefill still holds it, and is sent a RELEASE in the end.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
         self.refuse(reply, refused, "decode")

@@ -222,9 +222,9 @@ class StallDetector:
         """What changes with every step; empty when the engine shows nothing of it, None without an answer."""
         try:
             answer = await self._upstream.request(
-                "GET", instance, "/metrics", headers=self._headers, silence=2.0, leg=instance.role.value
+                "GET", instance, "/metrics", headers=self._headers, idle_timeout=2.0, leg=instance.role.value
             )
-            whole = await answer.whole()
+            whole = await answer.read_all()
         except ProxyError:
             return None
         return engine_counters(whole.body) if whole.status == 200 else ()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 from disagg_proxy.coordinator.head import RequestHead
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
@@ -56,7 +56,7 @@ class FastPathRequest:
     """One exchange; stands where uvicorn keeps its ``RequestResponseCycle``, and has what it looks at there.
 
     Attributes:
-        pass_on: writes to the client.
+        write_framed: writes to the client.
         response_started, response_complete, disconnected, keep_alive, message_event, default_headers: uvicorn's.
     """
 
@@ -74,9 +74,9 @@ class FastPathRequest:
         "default_headers",
         "disconnected",
         "keep_alive",
-        "pass_on",
         "response_complete",
         "response_started",
+        "write_framed",
     )
 
     def __init__(self, client: ClientProtocol, services: Services, head: RequestHead, keep_alive: bool) -> None:
@@ -87,7 +87,7 @@ class FastPathRequest:
         self._reply = Reply(self)
         self._front = b""  # a head that leaves with the first of its body
         self._stream: ResponseStream | None = None
-        self.pass_on: Callable[[bytes], None] = client.transport.write
+        self.write_framed: Callable[[bytes], None] = client.transport.write
         self.keep_alive = keep_alive
         self.default_headers: Headers = []
         self.disconnected = self.response_started = self.response_complete = False
@@ -107,7 +107,7 @@ class FastPathRequest:
 
     # -- the answer
 
-    def respond(self, outcome: Refusal) -> None:
+    def respond(self, outcome: ClientResponse) -> None:
         """Send an answer, or the head of one and its body as it comes."""
         name = answer_id(self._head_of.client_id, self._reply).encode()
         lines = b"%bx-request-id: %b\r\n" % (outcome.headers.lines, name)
@@ -118,7 +118,7 @@ class FastPathRequest:
         self.response_started = True
         self._front = self._head(outcome.status, lines) + b"transfer-encoding: chunked\r\n\r\n"
         self._stream = body
-        body.pour(self)
+        body.pipe_to(self)
         self._send_front()
 
     def refuse(self, error: ProxyError) -> None:
@@ -134,9 +134,9 @@ class FastPathRequest:
         self.response_started = True
         head = self._head(status, lines)
         if status in _NO_BODY:
-            self.pass_on(head + b"\r\n")
+            self.write_framed(head + b"\r\n")
         else:
-            self.pass_on(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+            self.write_framed(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         self._finish()
 
     def _head(self, status: int, lines: bytes) -> bytes:
@@ -157,7 +157,7 @@ class FastPathRequest:
 
     def _send(self, data: bytes) -> None:
         front, self._front = self._front, b""
-        self.pass_on(front + data if front else data)
+        self.write_framed(front + data if front else data)
 
     def _send_front(self) -> None:
         if self._front:

@@ -4,13 +4,13 @@ takes the others through Quart.
 
 from __future__ import annotations
 
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import UnsupportedEncoding
 from disagg_proxy.http1.headers import Headers, value_of
 
 
-def answer_head(outcome: Refusal, client_id: str | None, reply: Reply) -> Headers:
+def answer_head(outcome: ClientResponse, client_id: str | None, reply: Reply) -> Headers:
     """The headers of the answer, without those of its framing."""
     return [*outcome.headers, (b"x-request-id", answer_id(client_id, reply).encode())]
 

@@ -168,6 +168,6 @@ async def test_a_batched_request_counts_as_unsent_when_its_connection_breaks(ben
         await next_iteration()
     connection.connection_lost(ConnectionResetError())
     with pytest.raises(EngineDisconnected) as caught:
-        await answer.until(ReadUntil.HEAD)
+        await answer.wait_until(ReadUntil.HEAD)
     assert caught.value.unsent is not sent
     assert (("a", b"headbody") in bench.log) is sent

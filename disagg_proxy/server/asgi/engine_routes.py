@@ -57,9 +57,9 @@ def single_routes(services: Services) -> Blueprint:
                 path,
                 headers=forwarded_request_lines(request_headers(), services.config.engine_api_key),
                 body=body,
-                silence=services.config.decode_timeout,
+                idle_timeout=services.config.decode_timeout,
                 leg=instance.role.value,
-                enough=ReadUntil.WHOLE,
+                until=ReadUntil.COMPLETE,
                 resend=Resend.REUSED,
             )
             return answer.read()

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from quart import Blueprint, Response, request
 
 from disagg_proxy.coordinator.head import read_head
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.openai.fields import GENERATION, Route
@@ -56,9 +56,9 @@ class _PendingOutcome:
     """The client of a Quart handler, which awaits ``outcome``: an answer, or the ProxyError it raises."""
 
     def __init__(self) -> None:
-        self.outcome: asyncio.Future[Refusal] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[ClientResponse] = asyncio.get_running_loop().create_future()
 
-    def respond(self, outcome: Refusal) -> None:
+    def respond(self, outcome: ClientResponse) -> None:
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
