@@ -1,4 +1,4 @@
-"""How the answer of one exchange is written: what is there together leaves together."""
+"""How the response of one exchange is written: what is available together is written together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 class Exchange:
     """A client's connection, and the coordinator that serves it."""
 
-    date = b"date: now\r\n"
+    default_header_lines = b"date: now\r\n"
     wanted = None
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Exchange:
         head = RequestHead(COMPLETIONS, [], b"", "mine", b"")
         services = SimpleNamespace(shutdown=Shutdown(0.0, lambda: 0.0), coordinator=self)
         one = fast_path.FastPathRequest(self, services, head, True)  # type: ignore[arg-type]
-        one.feed(b"{}")
+        one.on_body(b"{}")
         one.start()
         assert self.reply is not None
         pending, record = ProgressTracker(0.0).begin(lambda: 0.0), RequestRecorder.alone().open("/v1/completions", None)
@@ -72,7 +72,7 @@ async def exchange() -> Exchange:
     return Exchange()
 
 
-async def test_the_head_leaves_with_the_first_token(exchange: Exchange) -> None:
+async def test_the_head_is_written_with_the_first_token(exchange: Exchange) -> None:
     exchange.answer.on_data(b"data: 1\n\n")
     await exchange.stream()
     exchange.answer.on_data(b"data: 2\n\n")
@@ -81,20 +81,20 @@ async def test_the_head_leaves_with_the_first_token(exchange: Exchange) -> None:
     assert exchange.complete and exchange.left and not exchange.closed
 
 
-async def test_a_head_without_a_token_does_not_wait_for_one(exchange: Exchange) -> None:
+async def test_a_head_does_not_wait_for_a_token(exchange: Exchange) -> None:
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED]
     exchange.answer.on_data(b"data: 1\n\n")
     assert exchange.writes[1:] == [b"9\r\ndata: 1\n\n\r\n"]
 
 
-async def test_it_leaves_with_the_end_of_an_empty_body(exchange: Exchange) -> None:
+async def test_the_head_is_written_with_the_end_of_an_empty_body(exchange: Exchange) -> None:
     exchange.answer.on_end()
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED + b"0\r\n\r\n"] and exchange.complete
 
 
-async def test_it_leaves_before_a_cut(exchange: Exchange) -> None:
+async def test_the_head_is_written_before_a_cut(exchange: Exchange) -> None:
     exchange.answer.on_error(EngineDisconnected("broken", unsent=False, reused=False))
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED] and exchange.closed and not exchange.complete
