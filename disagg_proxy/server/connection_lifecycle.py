@@ -57,6 +57,7 @@ class ConnectionLifecycle(HttpToolsProtocol):
         self._refusal_sent = False
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
+        self._overdue = False  # the deadline had passed at the previous check
         self._unsent: float = _NEVER  # size of the write buffer at the previous check; infinite without a check
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -165,6 +166,7 @@ class ConnectionLifecycle(HttpToolsProtocol):
     def _set_timer(self, seconds: float) -> None:
         """Check the connection in ``seconds``, and not before."""
         self._deadline = self.loop.time() + seconds
+        self._overdue = False
         if self._timer is None:
             self._timer = self.loop.call_at(self._deadline, self._check_timeouts)
         elif self._timer.when() > self._deadline:
@@ -176,6 +178,11 @@ class ConnectionLifecycle(HttpToolsProtocol):
         left = self._deadline - self.loop.time()
         if left > 0.001:
             self._set_timer(left)
+        elif not self._overdue:
+            # Decide after one more poll of the sockets. After a slow event loop iteration a timer can fire before data
+            # is read that arrived in time, and closing with unread data would reset the connection.
+            self._overdue = True
+            self._timer = self.loop.call_at(self._deadline, self._check_timeouts)
         elif self._refusal_sent or self._is_blocked():
             self.transport.abort()
         elif self._part == BODY and isinstance(self.cycle, FastPathRequest):
