@@ -19,7 +19,7 @@ parser; its body is counted here.
 from __future__ import annotations
 
 import resource
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import httptools
 
@@ -53,18 +53,19 @@ _FRAMING_PER_BYTE = 16
 _SERVED_WHILE_STOPPING = frozenset({b"/health", b"/livez", b"/stats", b"/metrics"})
 
 
-def connection_class(config: Config, services: Services) -> type[ClientConnection]:
-    """The protocol class for uvicorn, which passes no arguments of ours: they are class attributes."""
-    attributes = {
-        "limits": config,
-        "services": services,
-        "shutdown_state": services.shutdown,
-        "key_check": KeyCheck(config),
-        "heads": HeadCache(),
-        "default_lines": CachedHeaderLines(),
-        "max_connections": resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2,
-    }
-    return cast("type[ClientConnection]", type("ConfiguredConnection", (ClientConnection,), attributes))
+def connection_class(config: Config, parts: Services) -> type[ClientConnection]:
+    """The protocol class for uvicorn, which creates its instances with arguments of its own only."""
+
+    class ConfiguredConnection(ClientConnection):
+        limits = config
+        services = parts
+        shutdown_state = parts.shutdown
+        key_check = KeyCheck(config)
+        heads = HeadCache()
+        default_lines = CachedHeaderLines()
+        max_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+    return ConfiguredConnection
 
 
 class ClientConnection(ConnectionLifecycle):
@@ -86,7 +87,7 @@ class ClientConnection(ConnectionLifecycle):
         self._upgrading = False
         self._received: FastPathRequest | None = None  # its body was completed in the current call
 
-    # -- the transport
+    # -- called by the transport
 
     def data_received(self, data: bytes) -> None:
         if self._discarding:

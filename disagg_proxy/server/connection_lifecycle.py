@@ -41,7 +41,7 @@ NOTHING, HEAD, BODY = range(3)
 
 
 class ConnectionLifecycle(HttpToolsProtocol):
-    """Base of :class:`~disagg_proxy.server.client_connection.ClientConnection`."""
+    """Refusals, timeouts and shutdown of one connection; ``client_connection.ClientConnection`` reads its requests."""
 
     limits: Config
     services: Services
@@ -59,6 +59,8 @@ class ConnectionLifecycle(HttpToolsProtocol):
         self._deadline = 0.0
         self._overdue = False  # the deadline had passed at the previous check
         self._unsent: float = _NEVER  # size of the write buffer at the previous check; infinite without a check
+
+    # -- called by the transport and by exchanges
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         # WriteCoalescer has every method of a transport that is used here and in uvicorn.

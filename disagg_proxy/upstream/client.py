@@ -209,7 +209,7 @@ def _send(
 
 
 def _abort_late(connecting: asyncio.Task[tuple[asyncio.Transport, Connection]]) -> None:
-    """Close a connection that was established after its request was given up."""
+    """Close a connection that was established after its request was cancelled or has timed out."""
     if not connecting.cancelled() and connecting.exception() is None:
         connecting.result()[0].abort()
 
