@@ -297,6 +297,6 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_not_waited_for(
     client.writer.transport.pause_reading()
     client.post(PATH, {**STREAM, "max_tokens": 9000, "ignore_eos": True, "logprobs": 20})
     await soon(paused.wait(), 30)
-    monkeypatch.setattr(http_server, "_LAST_WORD", 600.0)
+    monkeypatch.setattr(http_server, "_CANCEL_TIMEOUT", 600.0)
     shutdown.begin()
     await shutdown.end()
