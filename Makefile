@@ -1,6 +1,6 @@
 # The stages of CI by name. Each makes the environment that it needs; `make ci` is all of them, as CI runs them.
 
-.PHONY: help test lint compiled real-vllm speed ci tables
+.PHONY: help test lint coverage compiled real-vllm speed ci tables
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -10,6 +10,9 @@ test:  ## lint and all tests that need neither vLLM nor a GPU, about 10 minutes
 
 lint:  ## style, spelling, types
 	tests/lint
+
+coverage:  ## the tests once more, with the lines and branches that none of them runs
+	tests/run -n 2 --cov --cov-report=term
 
 compiled:  ## the tests of the hot path again, compiled to C
 	tests/compiled

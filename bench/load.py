@@ -1,16 +1,16 @@
-"""Clients for measurements: small requests of every kind, one after the other, and streams that stay open."""
+"""Mixed load for :mod:`bench.memory`: small requests of every kind, and streams that stay open."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
 from typing import Any
 
-import aiohttp
-
 from bench.engine import MODEL
+from disagg_report.load_client import Broken, LoadClient, Response
 
 _KINDS = {
     "whole": 40,
@@ -21,20 +21,20 @@ _KINDS = {
     "not JSON": 2,
     "unknown model": 1,
 }
-"""Of a hundred requests."""
+"""Kind -> share in per cent."""
 
 _ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/messages")
-_ODDLY = 0.1
-"""Share of requests on a connection of their own."""
+_FRESH_CONNECTION = 0.1
+"""Share of requests on a new connection."""
 
 
 def body_of(route: str, tokens: int, **more: Any) -> dict[str, Any]:
     """A small request."""
     words = "San Francisco is a city in"
-    asked: dict[str, Any] = {"prompt": words}
+    prompt: dict[str, Any] = {"prompt": words}
     if route != "/v1/completions":
-        asked = {"messages": [{"role": "user", "content": words}]}
-    return {"model": MODEL, "max_tokens": tokens, **asked, **more}
+        prompt = {"messages": [{"role": "user", "content": words}]}
+    return {"model": MODEL, "max_tokens": tokens, **prompt, **more}
 
 
 class Clients:
@@ -45,20 +45,18 @@ class Clients:
     """
 
     def __init__(self, url: str, at_once: int, seed: int) -> None:
-        self._url = url
         self._at_once = at_once
         self._dice = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
-        self._kept = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        self._fresh = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        self._kept = LoadClient(url)
+        self._fresh = LoadClient(url, reuse=False)
 
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._kept.close()
-        await self._fresh.close()
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._kept.close()
 
     async def send(self, count: int) -> None:
-        """``count`` requests, a fixed number at once."""
+        """Send ``count`` requests, a fixed number at once."""
         left = iter(range(count))
 
         async def work() -> None:
@@ -72,17 +70,17 @@ class Clients:
         dice = self._dice
         route = dice.choice(_ROUTES)
         body = body_of(route, dice.randrange(1, 9))
-        session = self._fresh if dice.random() < _ODDLY else self._kept
+        client = self._fresh if dice.random() < _FRESH_CONNECTION else self._kept
         if kind == "leaves in prefill":
             body["user"] = "prefill=0.05"
             try:
-                await asyncio.wait_for(self._read(session, route, json.dumps(body)), 0.02)
+                await asyncio.wait_for(self._read(client, route, json.dumps(body)), 0.02)
             except asyncio.TimeoutError:
                 return "left"
             return "answered"
         if kind == "leaves in mid-stream":
             body.update(user="pause=0.005", max_tokens=40, stream=True)
-            return await self._read(session, route, json.dumps(body), events=3)
+            return await self._read(client, route, json.dumps(body), events=3)
         if kind == "stream":
             body["stream"] = True
         elif kind == "refused by the engine":
@@ -90,20 +88,40 @@ class Clients:
         elif kind == "unknown model":
             body["model"] = f"unknown-{dice.random()}"
         raw = json.dumps(body)
-        return await self._read(session, route, raw[:-9] if kind == "not JSON" else raw)
+        return await self._read(client, route, raw[:-9] if kind == "not JSON" else raw)
 
-    async def _read(self, session: aiohttp.ClientSession, route: str, raw: str, events: int = 0) -> str:
-        head = {"Content-Type": "application/json"}
-        async with session.post(self._url + route, data=raw, headers=head) as answer:
-            if not events:
-                await answer.read()
-                return str(answer.status)
-            async for _ in answer.content:
-                events -= 1
-                if not events:
-                    answer.close()
-                    return "left"
-        return "ended"
+    async def _read(self, client: LoadClient, route: str, raw: str, events: int = 0) -> str:
+        response = await client.post(route, raw.encode(), _FirstEvents(events) if events else Response())
+        if not events:
+            return str(response.status)
+        return "left" if response.left else "ended"
+
+
+class _FirstEvents(Response):
+    """A stream that the client leaves after so many events."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(stream=True)
+        self._left_to_read = count
+
+    def event(self, event: bytes, arrived: float) -> bool:
+        self._left_to_read -= 1
+        return not self._left_to_read
+
+
+class _Counted(Response):
+    """A stream whose events are counted, but not kept."""
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__(stream=True)
+        self._streams = streams
+        self.begun = False
+
+    def event(self, event: bytes, arrived: float) -> bool:
+        self._streams.tokens += 1
+        self._streams.open += not self.begun
+        self.begun = True
+        return False
 
 
 class Streams:
@@ -111,19 +129,18 @@ class Streams:
 
     Attributes:
         tokens: events that arrived, of all of them.
-        open: streams whose first event is there.
+        open: streams whose first event has arrived.
     """
 
     def __init__(self, url: str, count: int, pause: float) -> None:
-        self._url = url
         self._count = count
         self._pause = pause
         self.tokens = self.open = self.failed = 0
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._client = LoadClient(url)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Open all, and return when each has its first event."""
+        """Open all streams, and return when each has its first event."""
         for number in range(self._count):
             self._tasks.append(asyncio.create_task(self._follow(_ROUTES[number % len(_ROUTES)])))
             if number % 50 == 49:
@@ -132,23 +149,15 @@ class Streams:
             await asyncio.sleep(0.05)
 
     async def _follow(self, route: str) -> None:
-        body = body_of(route, 30_000, stream=True, user=f"pause={self._pause}")
-        begun = False
-        try:
-            async with self._session.post(self._url + route, json=body, timeout=aiohttp.ClientTimeout()) as answer:
-                async for line in answer.content:
-                    if line.startswith(b"data: "):
-                        self.tokens += 1
-                        self.open += not begun
-                        begun = True
-        except aiohttp.ClientError:
-            pass
+        body = json.dumps(body_of(route, 30_000, stream=True, user=f"pause={self._pause}")).encode()
+        response = _Counted(self)
+        with contextlib.suppress(Broken):
+            await self._client.post(route, body, response)
         self.failed += 1
-        self.open -= begun
+        self.open -= response.begun
 
     async def stop(self) -> None:
-        """Leave them all."""
+        """Close all streams."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._session.close()

@@ -28,11 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import uvloop
 
 from bench.engine import Engine
 from bench.load import Clients, Streams
+from disagg_report.load_client import LoadClient
 
 MOST_PER_REQUEST = 32.0
 """Bytes: less than any object that could be kept of one request, and 3 MiB for 100,000."""
@@ -57,14 +57,14 @@ class NoRest(Exception):
 class Proxy:
     """``python -m disagg_proxy`` in a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str, zmq: str, session: aiohttp.ClientSession) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, url: str, zmq: str) -> None:
         self._process = process
-        self._session = session
+        self._client = LoadClient(url)
         self.url = url
         self.zmq = zmq
 
     @classmethod
-    async def start(cls, session: aiohttp.ClientSession) -> Proxy:
+    async def start(cls) -> Proxy:
         """On ports of the kernel's choice; without a limit on what one decode gets at once."""
         options = "--http-host 127.0.0.1 --http-port 0 --zmq-host 127.0.0.1 --zmq-port 0 --decode-max-in-flight 0"
         process = await asyncio.create_subprocess_exec(
@@ -78,12 +78,13 @@ class Proxy:
                 raise NoRest("the proxy ended at its start")
             url = url or next(iter(re.findall(r"Serving on (http://\S+)", line)), "")
             zmq = zmq or next(iter(re.findall(r"register on (\S+)", line)), "")
-        proxy = cls(process, url, zmq, session)
+        proxy = cls(process, url, zmq)
         proxy._reading = asyncio.create_task(_swallow(process.stderr))
         return proxy
 
     async def stop(self) -> int:
         """Its exit code."""
+        self._client.close()
         self._process.terminate()
         return await self._process.wait()
 
@@ -101,8 +102,7 @@ class Proxy:
 
     async def stats(self) -> Any:
         """/stats."""
-        async with self._session.get(self.url + "/stats") as answer:
-            return await answer.json()
+        return (await self._client.get("/stats")).json()
 
     async def at_rest(self) -> None:
         """Wait until nothing is in flight and nothing is done in the background."""
@@ -118,9 +118,8 @@ class Proxy:
         """Wait for a pair."""
         end = time.monotonic() + _REST
         while time.monotonic() < end:
-            async with self._session.get(self.url + "/health") as answer:
-                if answer.status == 200:
-                    return
+            if (await self._client.get("/health")).status == 200:
+                return
             await asyncio.sleep(0.1)
         raise NoRest("no pair became ready")
 
@@ -149,7 +148,7 @@ async def many_requests(proxy: Proxy, count: int, seed: int) -> dict[str, Any]:
             readings.append({"requests": number * (count // _READINGS), **proxy.reading()})
             show(readings[-1])
     finally:
-        await clients.close()
+        clients.close()
     late = [(r["requests"], r["heap"] * 2**20) for r in readings if r["requests"] >= count / 5]
     rise = slope(late)
     return {
@@ -213,23 +212,22 @@ async def run(requests: int, streams: int, seconds: float, seed: int) -> dict[st
     for name, wanted in (("requests", requests), ("streams", streams)):
         if not wanted:
             continue
-        async with aiohttp.ClientSession() as session:
-            proxy = await Proxy.start(session)
-            engines = [Engine("P"), Engine("D")]
-            try:
-                for engine in engines:
-                    await engine.start(proxy.zmq)
-                await proxy.ready()
-                if name == "requests":
-                    result[name] = await many_requests(proxy, wanted, seed)
-                else:
-                    result[name] = await open_streams(proxy, wanted, seconds)
-                stats = await proxy.stats()
-                result[name]["stats"] = {key: stats[key] for key in ("requests", "drains")}
-            finally:
-                for engine in engines:
-                    await engine.stop()
-                result.setdefault(name, {})["exit_code"] = await proxy.stop()
+        proxy = await Proxy.start()
+        engines = [Engine("P"), Engine("D")]
+        try:
+            for engine in engines:
+                await engine.start(proxy.zmq)
+            await proxy.ready()
+            if name == "requests":
+                result[name] = await many_requests(proxy, wanted, seed)
+            else:
+                result[name] = await open_streams(proxy, wanted, seconds)
+            stats = await proxy.stats()
+            result[name]["stats"] = {key: stats[key] for key in ("requests", "drains")}
+        finally:
+            for engine in engines:
+                await engine.stop()
+            result.setdefault(name, {})["exit_code"] = await proxy.stop()
     return result
 
 

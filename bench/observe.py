@@ -17,6 +17,7 @@ from pathlib import Path
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.telemetry.access_log import AccessLog
 from disagg_proxy.telemetry.page_state import news_of
 from disagg_proxy.telemetry.request_record import EVERY, RequestRecord
@@ -42,7 +43,7 @@ class _Request:
     def __init__(self) -> None:
         self.recorder = RequestRecorder.alone()
         self._prefill, self._decode = (
-            Instance(role, parse_address(f"127.0.0.1:{port}"), None, Source.STATIC)
+            Instance(role, parse_address(f"127.0.0.1:{port}"), None, Source.STATIC, P2P)
             for role, port in ((Role.PREFILL, 20003), (Role.DECODE, 20005))
         )
 

@@ -23,6 +23,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,80 +31,29 @@ from typing import Any
 import uvloop
 
 from bench.engine import MODEL, Engine
+from disagg_report.load_client import LoadClient, Response
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAIRS = 2
 _BODY = json.dumps({"model": MODEL, "prompt": "San Francisco is a", "max_tokens": 8}).encode()
-_REQUEST = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-    % (len(_BODY), _BODY)
-)
 
 
 # -- the other processes
 
 
-class _Client(asyncio.Protocol):
-    """One kept connection; one request after the other."""
+async def _send(url: str, requests: int, connections: int) -> None:
+    client, left = LoadClient(url), iter(range(requests))
+    answers: Counter[bool] = Counter()
 
-    def __init__(self, load: _Load) -> None:
-        self._load = load
-        self._data = b""
+    async def work() -> None:
+        for _ in left:
+            answers[(await client.post("/v1/completions", _BODY, Response())).status == 200] += 1
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self._next()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._load.ended()
-
-    def _next(self) -> None:
-        if self._load.take():
-            self._transport.write(_REQUEST)
-        else:
-            self._transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        self._data += data
-        head, split, body = self._data.partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)content-length: (\d+)", head)
-        if split and length is not None and len(body) >= int(length[1]):
-            self._data = b""
-            self._load.answered(head.startswith(b"HTTP/1.1 200"))
-            self._next()
-
-
-class _Load:
-    """So many requests over so many connections."""
-
-    def __init__(self, requests: int, connections: int) -> None:
-        self._left = requests
-        self._open = connections
-        self.right = self.wrong = 0
-        self.over = asyncio.Event()
-
-    def take(self) -> bool:
-        self._left -= 1
-        return self._left >= 0
-
-    def answered(self, right: bool) -> None:
-        self.right += right
-        self.wrong += not right
-
-    def ended(self) -> None:
-        self._open -= 1
-        if not self._open:
-            self.over.set()
-
-
-async def _send(host: str, port: int, requests: int, connections: int) -> None:
-    load = _Load(requests, connections)
-    loop = asyncio.get_running_loop()
     begun = time.monotonic()
-    for _ in range(connections):
-        await loop.create_connection(lambda: _Client(load), host, port)
-    await load.over.wait()
-    print(json.dumps({"right": load.right, "wrong": load.wrong, "seconds": time.monotonic() - begun}))
+    await asyncio.gather(*(work() for _ in range(connections)))
+    seconds = time.monotonic() - begun
+    client.close()
+    print(json.dumps({"right": answers[True], "wrong": answers[False], "seconds": seconds}))
 
 
 async def _engines(zmq: str) -> None:
@@ -175,14 +125,9 @@ async def _helper(cores: set[int] | None, *args: str) -> asyncio.subprocess.Proc
 
 
 async def _until_pairs(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    while True:
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET /health HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")
-        answer = await reader.read()
-        writer.close()
-        if f'"pairs": {_PAIRS * _PAIRS}'.encode() in answer or f'"pairs":{_PAIRS * _PAIRS}'.encode() in answer:
-            return
+    # A new connection each time, so that every worker gets some of them.
+    client = LoadClient(f"http://{address}", reuse=False)
+    while (await client.get("/health")).json().get("pairs") != _PAIRS * _PAIRS:
         await asyncio.sleep(0.1)
 
 
@@ -271,8 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asyncio.run(_engines(given.engines))
         return 0
     if given.load:
-        host, _, port = given.load[0].rpartition(":")
-        asyncio.run(_send(host, int(port), int(given.load[1]), int(given.load[2])))
+        asyncio.run(_send(f"http://{given.load[0]}", int(given.load[1]), int(given.load[2])))
         return 0
     result = asyncio.run(run(given.workers, given.requests, given.connections, given.rounds, given.loads))
     print(table(result["rounds"]))

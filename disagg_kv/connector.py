@@ -1,6 +1,6 @@
-"""``DisaggKVConnector``: what vLLM loads. Each method hands over to the scheduler half or the worker half.
+"""``DisaggKVConnector``, the class that vLLM loads. Each method delegates to the scheduler or the worker side.
 
-The interface is vllm/distributed/kv_transfer/kv_connector/v1/base.py, the same from 0.21 to 0.33 in what is used here.
+The interface is ``vllm/distributed/kv_transfer/kv_connector/v1/base.py``, the same from 0.21 to 0.33 in what is used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from disagg_kv.engine import digest, versions
 from disagg_kv.engine.layout import check_specs
 from disagg_kv.engine.plan import Plan
-from disagg_kv.engine.scheduling import SchedulerHalf
-from disagg_kv.engine.working import WorkerHalf
+from disagg_kv.engine.scheduler import ConnectorScheduler
+from disagg_kv.engine.worker import ConnectorWorker
 from disagg_kv.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ logger = logging.getLogger("vllm.disagg_kv")
 
 
 def model_identity(config: Any, version: str) -> tuple[str, str]:
-    """The model's name and digest. Without a digest ("") engines compare the names."""
+    """Return the model's name and its digest, "" where the weights cannot be read (names are compared then)."""
     name = versions.model_name(config)
     if version:
         return name, digest.version_digest(version)
@@ -39,15 +39,15 @@ def model_identity(config: Any, version: str) -> tuple[str, str]:
         description, weights, load_format = versions.model_files(config)
         found = digest.model_digest(weights, description, versions.model_facts(config), load_format)
     except Exception as error:
-        logger.warning("weights cannot be compared with other engines', only the name %s (set model_version in "
-                       "kv_connector_extra_config to say which they are): %s", name, error)  # fmt: skip
+        logger.warning("no digest of the weights: peers are compared by the model name %s only (set model_version in "
+                       "kv_connector_extra_config to identify the weights): %s", name, error)  # fmt: skip
         return name, ""
     logger.info("digest of %s: %s, %.2f s", name, found, time.monotonic() - began)
     return name, found
 
 
 class Metadata(KVConnectorMetadata):
-    """The plan of one step."""
+    """Connector metadata of one step: the plan from scheduler to worker."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -62,23 +62,23 @@ class DisaggKVConnector(KVConnectorBase_V1):
         versions.check_parallel(vllm_config)
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_role not in ("kv_producer", "kv_consumer"):
-            raise ValueError("kv_role has to be kv_producer (prefill) or kv_consumer (decode)")
+            raise ValueError("kv_role must be kv_producer (prefill) or kv_consumer (decode)")
         decode = transfer.kv_role == "kv_consumer"
         if decode and transfer.kv_load_failure_policy != "recompute":
             raise ValueError(
                 'set "kv_load_failure_policy": "recompute" in --kv-transfer-config: otherwise a request whose KV does '
-                "not arrive is answered with an error instead of being computed here"
+                "not arrive fails with an error instead of being computed here"
             )
         settings = Settings.load(transfer.kv_connector_extra_config)
         block_size = check_specs(kv_cache_config.kv_cache_groups)
         self._num_blocks = versions.num_blocks(kv_cache_config)
-        self._scheduler: SchedulerHalf | None = None
-        self._worker: WorkerHalf | None = None
+        self._scheduler: ConnectorScheduler | None = None
+        self._worker: ConnectorWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(decode, block_size, settings)
+            self._scheduler = ConnectorScheduler(decode, block_size, settings)
             versions.watch_engine(self._scheduler.weights_written, self._scheduler.adapters.loaded)
         else:
-            self._worker = WorkerHalf(
+            self._worker = ConnectorWorker(
                 decode, settings, model_identity(vllm_config, settings.model_version), block_size,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
                 versions.host_ip(), versions.layers_run_once(vllm_config),
@@ -92,7 +92,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, Metadata):
-            self._worker.before_overwriting(kv_connector_metadata.plan)
+            self._worker.on_preemption(kv_connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         plan = self._current()
@@ -100,14 +100,16 @@ class DisaggKVConnector(KVConnectorBase_V1):
             self._worker.begin(plan)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are never part of a running step."""
+        """No-op: loads are asynchronous and never part of a running step."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """A layer may be sent while later ones are computed. Where a CUDA graph spans all layers this is not called,
-        and blocks are sent after the step."""
+        """Allow a layer to be sent while later ones are computed.
+
+        vLLM does not call this where one CUDA graph spans all layers; blocks are sent after the step then.
+        """
         plan = self._current()
         if self._worker is not None and plan is not None:
-            self._worker.layer_given(plan, layer_name)
+            self._worker.layer_enqueued(plan, layer_name)
 
     def wait_for_save(self) -> None:
         plan = self._current()
@@ -131,7 +133,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
-        return self._scheduler.matched(request, num_computed_tokens)
+        return self._scheduler.num_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
@@ -143,7 +145,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None
-        self._scheduler.moved(
+        self._scheduler.transfers_finished(
             set(connector_output.finished_sending or ()), set(connector_output.finished_recving or ())
         )
 
@@ -153,7 +155,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """From 0.33: the cache must not move while peers may read it."""
+        """Return False (called from vLLM 0.33 on): the cache must not move while peers may read it."""
         return False
 
     def _current(self) -> Plan | None:

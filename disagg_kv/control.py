@@ -1,6 +1,6 @@
-"""The proxy's connection to an engine's KV port: ends waits for KV that will not come, and shows that it lives.
+"""The proxy's control connection to an engine's KV port: RELEASE, MEET, and detection of the end of the process.
 
-Only asyncio and this package's protocol: no torch, no vLLM.
+Uses only asyncio and this package's protocol: no torch, no vLLM.
 """
 
 from __future__ import annotations
@@ -17,15 +17,29 @@ from disagg_kv.within import within
 
 
 class Control:
-    """An open control connection; ``boot`` is the engine's boot id."""
+    """An open control connection.
+
+    Attributes:
+        boot: boot id of the engine.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, boot: str) -> None:
         self._reader, self._writer, self.boot = reader, writer, boot
 
     @classmethod
     async def open(cls, address: str, secret: str = "", seconds: float = 5.0) -> Control:
-        """To an engine's KV address, as it was announced. OSError or TimeoutError if it is not there, Refused if the
-        secret or the version differs, WireError if it is something else."""
+        """Connect to an engine's KV address, as it was announced.
+
+        Args:
+            address: ``ip:port``.
+            secret: the shared secret, "" without one.
+            seconds: limit of the TCP connect, and again of the handshake.
+
+        Raises:
+            OSError, TimeoutError: the engine cannot be reached.
+            Refused: the secret or the protocol version differs.
+            WireError: the port speaks another protocol.
+        """
         host, port = parse_address(address)
         async with within(seconds):
             reader, writer = await asyncio.open_connection(host, port)
@@ -38,19 +52,30 @@ class Control:
         return cls(reader, writer, boot)
 
     async def release(self, transfer: str) -> None:
-        """The transfer is over: a prefill engine frees its blocks and tells the decode engine that waits for them, a
-        decode engine computes at once. OSError if the engine is gone."""
+        """Send RELEASE: the transfer is over.
+
+        A prefill engine frees the blocks and sends GONE to the decode engine that waits for them. A decode engine
+        computes the prompt at once.
+
+        Raises:
+            OSError: the connection is closed.
+        """
         self._writer.write(Release(transfer).encode())
         await self._writer.drain()
 
     async def meet(self, address: str) -> None:
-        """Tells a decode engine to connect to this prefill engine now: the first request does not have to wait for it
-        (NCCL takes about a second). OSError if the engine is gone."""
+        """Send MEET: a decode engine connects to the prefill engine at ``address`` now, before a request needs it.
+
+        Creating an NCCL communicator takes about a second.
+
+        Raises:
+            OSError: the connection is closed.
+        """
         self._writer.write(encode(Kind.MEET, {"from": address}))
         await self._writer.drain()
 
     async def wait_closed(self) -> None:
-        """Returns when the engine's process ends or closes the connection."""
+        """Return when the engine's process ends or closes the connection."""
         with contextlib.suppress(OSError):
             while await self._reader.read(4096):
                 pass
@@ -70,7 +95,7 @@ class Control:
             if kind is Kind.REFUSE:
                 raise Refused(str(body.get("reason", ""))[:1000])
             if kind is not wanted:
-                raise WireError(f"{kind.name} came instead of {wanted.name}")
+                raise WireError(f"received {kind.name}, expected {wanted.name}")
             return body
 
         hello = {"name": PROTOCOL_NAME, "version": PROTOCOL_VERSION, "role": "control", "boot": "proxy", "rank": 0,

@@ -1,4 +1,4 @@
-"""Settings of the connector: the keys of ``kv_connector_extra_config``, their defaults and their checks."""
+"""Settings of the connector: the keys of ``kv_connector_extra_config``, with defaults and checks."""
 
 from __future__ import annotations
 
@@ -17,55 +17,59 @@ _LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 @dataclass(frozen=True)
 class Settings:
-    """One field per key; the comment below each is its documentation."""
+    """One field per key; the string below each documents it."""
 
     listen: str = "127.0.0.1"
-    """IP address that the KV port is bound to; loopback unless told otherwise."""
+    """IP address that the KV port is bound to. Default: loopback."""
     peers: tuple[str, ...] = _LOOPBACK
-    """Networks in which decode may fetch KV from a prefill engine; loopback unless told otherwise."""
+    """Networks that decode may fetch KV from. Default: loopback."""
     proxy_ip: str = ""
-    """Where to announce this engine; empty: nowhere."""
+    """Proxy to announce this engine to; empty: no announcement."""
     proxy_port: int = 0
     http_port: int = 0
     """Port of this engine's HTTP server, for the announcement."""
     transport: str = "auto"
     """``nccl``, ``tcp``, or ``auto``: NCCL between GPUs, else TCP."""
     load_timeout_s: float = 120.0
-    """Decode: how long a request waits for its KV before decode computes it itself."""
+    """Decode: how long a request waits for its KV before decode computes the prompt."""
     hold_timeout_s: float = 60.0
     """Prefill: how long computed KV waits to be fetched."""
     hold_fraction: float = 0.5
-    """Prefill: share of the KV cache that may wait for decode to ask for it; beyond it the newest is given up."""
+    """Prefill: share of the KV cache for KV that no decode has requested yet; beyond it the newest is freed."""
     stall_timeout_s: float = 5.0
-    """How long a transfer that has begun may make no progress. Decode: a prefill engine that answers no probe for twice
-    as long, while loads wait for it, counts as dead."""
+    """How long a started transfer may make no progress. Decode: a prefill engine counts as dead when it answers no PING
+    for twice as long while loads wait for it."""
     overlap: str = "auto"
     """Prefill: send layers while later ones are computed: ``always``, ``never``, or ``auto``: over NCCL."""
     min_load_tokens: int = 0
-    """Decode: computes prompts itself of which fewer tokens than this are missing; 0: one block."""
+    """Decode: prompts that lack fewer tokens than this are computed locally; 0: one block and one token."""
     staging_mb: int = 64
     """Size of one staging buffer in MiB, on each side of each connection."""
     staging_buffers: int = 3
     max_connections: int = 64
     max_waiting: int = 4096
-    """Prefill: requests of decode engines that may wait for KV that is not there yet."""
+    """Prefill: WANTs that may wait for KV that is not offered yet."""
     idle_wait_ms: float = 1.0
-    """How long a step without work waits for news of a transfer, instead of running the next empty step at once."""
+    """How long an empty step waits for a transfer to progress, instead of starting the next empty step at once."""
     model_version: str = ""
-    """Stands for weights and configuration in place of their digest: engines with the same text exchange KV."""
+    """Identifies weights and configuration in place of their digest: engines with the same text exchange KV."""
     secret: str = ""
-    """Shared by all engines and the proxy; better in the environment (DISAGG_KV_SECRET)."""
+    """Shared by all engines and the proxy; preferably set in the environment (DISAGG_KV_SECRET)."""
     trace: str = ""
-    """File to which times of every transfer are appended, one JSON object a line (or DISAGG_KV_TRACE)."""
+    """File to which the times of every transfer are appended as JSON lines (or DISAGG_KV_TRACE)."""
 
     @classmethod
     def load(cls, extra: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Settings:
-        """ValueError, naming the key, for an unknown key or a value that cannot be used."""
+        """Read the settings.
+
+        Raises:
+            ValueError: an unknown key or an invalid value; the text names the key.
+        """
         known = {field.name: field for field in fields(cls)}
         values: dict[str, Any] = {}
         for name, value in extra.items():
             if name not in known:
-                raise ValueError(f"kv_connector_extra_config: {name!r} is not known (known: {', '.join(known)})")
+                raise ValueError(f"kv_connector_extra_config: {name!r} is unknown (known: {', '.join(known)})")
             values[name] = _convert(name, value, getattr(cls, name))
         values.setdefault("secret", environ.get(SECRET_VARIABLE, ""))
         values.setdefault("trace", environ.get(TRACE_VARIABLE, ""))
@@ -80,24 +84,28 @@ class Settings:
             raise ValueError(f"kv_connector_extra_config: overlap is {self.overlap!r}, not auto, always or never")
         for name in ("load_timeout_s", "hold_timeout_s", "stall_timeout_s"):
             if not 0 < getattr(self, name) <= 86400:
-                raise ValueError(f"kv_connector_extra_config: {name} has to be from 0 to 86400 seconds")
+                raise ValueError(f"kv_connector_extra_config: {name} must be above 0 and at most 86400 seconds")
         if not 0 < self.hold_fraction <= 1:
-            raise ValueError("kv_connector_extra_config: hold_fraction has to be above 0 and at most 1")
+            raise ValueError("kv_connector_extra_config: hold_fraction must be above 0 and at most 1")
         for name, low, high in (("staging_mb", 1, 4096), ("staging_buffers", 2, 16), ("max_connections", 1, 4096),
                                 ("max_waiting", 1, 1 << 20), ("proxy_port", 0, 65535), ("http_port", 0, 65535),
                                 ("min_load_tokens", 0, 1 << 30)):  # fmt: skip
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"kv_connector_extra_config: {name} has to be from {low} to {high}")
+                raise ValueError(f"kv_connector_extra_config: {name} must be from {low} to {high}")
         if not 0 <= self.idle_wait_ms <= 100:
-            raise ValueError("kv_connector_extra_config: idle_wait_ms has to be from 0 to 100")
+            raise ValueError("kv_connector_extra_config: idle_wait_ms must be from 0 to 100")
         ipaddress.ip_address(self.listen)
         for network in self.peers:
             ipaddress.ip_network(network)
         if bool(self.proxy_ip) != bool(self.proxy_port) or (self.proxy_ip and not self.http_port):
-            raise ValueError("kv_connector_extra_config: proxy_ip, proxy_port and http_port belong together")
+            raise ValueError("kv_connector_extra_config: proxy_ip, proxy_port and http_port must be set together")
 
     def may_fetch_from(self, address: str) -> bool:
-        """Whether decode may connect to this ``ip:port``. WireError if it is none."""
+        """Whether decode may connect to this ``ip:port``.
+
+        Raises:
+            WireError: malformed address.
+        """
         ip = ipaddress.ip_address(parse_address(address)[0])
         return any(ip in ipaddress.ip_network(network) for network in self.peers)
 

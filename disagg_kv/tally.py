@@ -1,4 +1,4 @@
-"""Counts of what went wrong by reason, logged in one line for many events."""
+"""Failures counted by reason and logged in summary lines, so that many events make few lines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-_REASONS = 8
-"""Different reasons in one line; further ones are summed up, since peers choose some of the texts."""
-_REASON_LENGTH = 100
+_MAX_REASONS = 8
+"""Distinct reasons in one line; others are summed up, because peers choose some of the texts."""
+_MAX_REASON_LENGTH = 100
 _OTHER = "other reasons"
 
 
 class Tally:
-    """Logs at the first event, then at most once per ``period`` seconds, what has been counted since.
+    """Logs at the first event, then at most once per ``period`` seconds what was counted since.
 
     Args:
         what: the subject of the line.
@@ -29,14 +29,14 @@ class Tally:
         self.total = 0
 
     def add(self, reasons: Iterable[str]) -> None:
-        """Counts one event per reason, and logs if it is time to. Call it with none to log what is pending."""
+        """Count one event per reason and log if the period is over. Call it without reasons to log what is pending."""
         for reason in reasons:
-            reason = reason[:_REASON_LENGTH]
-            known = reason in self._pending or len(self._pending) < _REASONS
+            reason = reason[:_MAX_REASON_LENGTH]
+            known = reason in self._pending or len(self._pending) < _MAX_REASONS
             self._pending[reason if known else _OTHER] += 1
             self.total += 1
         if self._pending and (now := self._clock()) >= self._next:
             self._next = now + self._period
-            said = "; ".join(f"{count} x {reason}" for reason, count in self._pending.most_common())
-            self._write(f"{self._what}: {self._pending.total()} ({said}), {self.total} since the start")
+            reasons_text = "; ".join(f"{count} x {reason}" for reason, count in self._pending.most_common())
+            self._write(f"{self._what}: {self._pending.total()} ({reasons_text}), {self.total} since the start")
             self._pending.clear()

@@ -1,4 +1,4 @@
-"""Times of transfers, for measurements: one JSON object a line, wall clock seconds. Off unless a file is set.
+"""Transfer times for measurements: one JSON object per line, in wall clock seconds. Off unless a file is set.
 
 A process that traces also writes the stacks of all its threads to stderr at SIGUSR1.
 """

@@ -1,8 +1,7 @@
-"""A limit in seconds on what a task awaits: ``async with within(seconds):``, TimeoutError when it is over.
+"""Time limit for awaits in a task: ``async with within(seconds):`` raises TimeoutError when it expires.
 
-``asyncio.wait_for`` is not used: before Python 3.12 a task that is cancelled at the moment its wait is over goes on as
-if it had not been (python/cpython#86296), and whoever waits for its end waits for ever. Python 3.10 has
-async_timeout from aiohttp.
+``asyncio.wait_for`` is not used: before Python 3.12 it can swallow a cancellation that arrives as the wait ends, and
+the task runs on (python/cpython#86296). Python 3.10 has async_timeout from aiohttp.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What an address is: the "host:port" text that instances announce, and the URL made from it.
+"""Addresses: the "host:port" text that instances announce, and its form in URLs.
 
 vLLM joins host and port with a colon and does not bracket IPv6 (0.9.2 - 0.23,
 ``kv_connector/v1/p2p/p2p_nccl_engine.py``, ``f"{self._hostname}:{self._port}"``), so the last colon is the
-separator. The KV address goes into request ids exactly as it was announced, because vLLM dials that text.
+separator. The KV address goes into request ids exactly as it was announced, because vLLM connects to that text.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ _IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,16})?\Z")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One endpoint: ``text`` as announced, ``host`` without brackets, ``port``."""
+    """One endpoint.
+
+    Attributes:
+        text: as announced. host: without brackets.
+        netloc: "host:port" as in a URL, IPv6 in brackets.
+    """
 
     text: str
     host: str
     port: int
     netloc: str = field(init=False, compare=False, repr=False)
-    """host:port as a URL wants it, IPv6 in brackets."""
 
     def __post_init__(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -49,7 +53,7 @@ def parse_address(text: str) -> Address:
 
 
 def _is_ipv6(host: str) -> bool:
-    """Whether it can stand in brackets in a URL; the pattern keeps odd zone names out."""
+    """Whether ``host`` can be put in brackets in a URL; the pattern rejects unusual zone names."""
     try:
         return bool(_IPV6.match(host)) and ipaddress.ip_address(host).version == 6
     except ValueError:

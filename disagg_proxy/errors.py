@@ -1,8 +1,7 @@
 """Every way a request can end without an answer: one typed tree, one JSON shape.
 
-Each error carries the HTTP status, OpenAI's ``type`` and ``code``, and the seconds for ``Retry-After`` where
-waiting helps. :func:`answer_of` makes the answer of any of them; nothing else in the package builds an error
-answer. Messages say what the reader can change.
+Each error has its HTTP status, OpenAI's ``type`` and ``code``, and seconds for ``Retry-After`` where waiting helps.
+:func:`answer_of` is the only place that builds an error response. Messages say what the reader can change.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import json
 
 
 class ProxyError(Exception):
-    """The root: an outcome that the client is told about as OpenAI-style JSON.
+    """Base class: a failure that the client gets as OpenAI-style JSON.
 
     Args:
-        message: one sentence for the person who reads the client's log.
+        message: one sentence for the log of the client.
         param: the request field at fault, if one is.
         retry_after: seconds after which the same request may succeed.
     """
@@ -82,7 +81,7 @@ class NotFound(ClientError):
 
 
 class UnknownModel(NotFound):
-    """No instance serves the model asked for."""
+    """No instance serves the requested model."""
 
     code = "model_not_found"
 
@@ -167,7 +166,7 @@ class Unavailable(ProxyError):
 
 
 def shutting_down() -> Unavailable:
-    """For who comes, or still waits, when the proxy ends."""
+    """The error of requests that arrive, or still wait, while the proxy shuts down."""
     return Unavailable("The proxy is shutting down.", retry_after=5)
 
 
@@ -185,7 +184,7 @@ class NoPair(Unavailable):
 
 
 class Overloaded(Unavailable):
-    """More requests than the limits and the queue in front of them hold."""
+    """The queue is full, or a request has waited in it for too long."""
 
     status = 429
     type = "rate_limit_error"
@@ -196,7 +195,7 @@ class Overloaded(Unavailable):
 
 
 class EngineError(ProxyError):
-    """An instance did not do its part of a request."""
+    """An instance failed to process its leg."""
 
     status = 502
     type = "upstream_error"
@@ -204,7 +203,7 @@ class EngineError(ProxyError):
 
 
 class EngineUnreachable(EngineError):
-    """No connection to an instance: ``refused``, so that no process listens there, or only not made in time."""
+    """No connection to an instance. ``refused``: no process listens there; otherwise the connection timed out."""
 
     code = "engine_unreachable"
 
@@ -216,7 +215,7 @@ class EngineUnreachable(EngineError):
 class EngineDisconnected(EngineError):
     """An instance closed the connection before it answered.
 
-    ``unsent`` is True when the request cannot have been received, so that asking again is safe even for decode.
+    ``unsent`` is True when the request cannot have been received, so that sending it again is safe even for decode.
     ``reused`` is True when it happened on a kept connection that an earlier request had used.
     """
 
@@ -229,7 +228,7 @@ class EngineDisconnected(EngineError):
 
 
 class EngineFailed(EngineError):
-    """An instance answered with a server error, or with something that is no answer at all."""
+    """An instance answered with a server error, or with an invalid response."""
 
     code = "engine_failed"
 
@@ -249,14 +248,14 @@ class EngineFrozen(EngineDeadline):
 
 
 class StreamCut(Exception):
-    """Decode failed after the answer had begun: the connection to the client is cut, nothing is added to it.
+    """Decode failed after its answer had begun: the client's connection is closed without the terminating chunk.
 
-    Not a :class:`ProxyError`: there is no status left to send.
+    Not a :class:`ProxyError`, since the status has been sent.
     """
 
 
 def answer_of(error: ProxyError, request_id: str | None = None) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, headers in lower case and body of the answer that an error becomes; all of the package uses this.
+    """Status, lower-case headers and body of an error response.
 
     Args:
         request_id: the client's own X-Request-Id, returned to it.

@@ -26,10 +26,10 @@ class LocalProcess(Protocol):
         """Register instances whose announcements were received by another process."""
 
     def check_engines(self) -> None:
-        """Look for stalled engines now: another process has changed what it reports of them."""
+        """Check for stalled engines now: another process has reported a change."""
 
     def own_overview(self) -> Overview:
-        """The numbers of this process alone."""
+        """Statistics of this process alone."""
 
     def own_news(self) -> PageState:
         """The newest records, events and steps of this process, for the page."""
@@ -64,13 +64,13 @@ class PeerGroup(Protocol):
         """Publish once more, then exchange no more messages; harmless before :meth:`start`."""
 
     def left_behind(self) -> PageState | None:
-        """What the process that this one replaces has published last; None where it replaces none."""
+        """The last state that the process published which this one replaces; None where it replaces none."""
 
     async def overview(self) -> Overview:
-        """The numbers of the whole proxy."""
+        """Statistics of all processes together."""
 
     def news(self) -> list[PageState]:
-        """What each process has published last; current after :meth:`overview`."""
+        """The last published state of each process; current after :meth:`overview`."""
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Take ``instance`` out of rotation in all processes, or put it back; returns when they follow."""

@@ -1,4 +1,4 @@
-"""All state of a running proxy in one object, made once and handed to whatever needs it."""
+"""Composition root: creates all parts of a proxy and joins them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from disagg_proxy.admission.limits import Limits
-from disagg_proxy.admission.prompt_sizes import PromptSizes
-from disagg_proxy.admission.queue import AdmissionQueue
+from disagg_proxy.admission.queue import AdmissionQueue, Limits
+from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
 from disagg_proxy.cluster.policies.table import PrefixTable
@@ -17,8 +16,8 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines
+from disagg_proxy.connectors.disagg_kv import ConnectionWarmer
 from disagg_proxy.connectors.kv_release import KvReleaser
-from disagg_proxy.connectors.warmup import ConnectionWarmer
 from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.service import Discovery
@@ -43,19 +42,19 @@ from disagg_proxy.upstream.kv_control import KvControl
 if TYPE_CHECKING:
     from disagg_proxy.telemetry.tracing import SpanExporter
 
-_LOOK = 1.0
-"""Seconds between two looks of the meter."""
+_SAMPLE_INTERVAL = 1.0
+"""Seconds between two samples of the time series."""
 
 
 class Services:
-    """The parts and how they are joined.
+    """All state of one process of the proxy.
 
     Args:
         clock: monotonic seconds.
-        peers: the other processes of this proxy; this one is the only one when left out.
+        peers: the other processes of this proxy; None for a single process.
 
     Raises:
-        BindError: the registration port cannot be opened. It is held from now on.
+        BindError: the registration port cannot be opened.
     """
 
     def __init__(
@@ -87,20 +86,21 @@ class Services:
         self.discovery = Discovery(config, self.registry, self.peers.pings, quiet=bool(self.worker))
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
-            self.introductions = ConnectionWarmer(self.registry, self.background, self.kv_control)
+            self.connection_warmer = ConnectionWarmer(self.registry, self.background, self.kv_control)
         self.sizes = PromptSizes(
             config.kv_bytes_per_token, learns=bool(config.kv_bytes_per_token or config.decode_alone_below)
         )
         self.coordinator = Coordinator(
-            Engines(lambda: self.upstream, self.registry, config, self.background, self.sizes), self.selection,
-            self.admission_queue, self.recorder,
-            KvReleaser(self.stats.drains, self.instance_events.drain_ended), self.kv_control.release,
-            self.traces,
+            Engines(
+                lambda: self.upstream, self.registry, config, self.background, self.sizes,
+                KvReleaser(self.stats.drains, self.instance_events.drain_ended), self.kv_control,
+            ),
+            self.selection, self.admission_queue, self.recorder, self.traces,
         )  # fmt: skip
         self._upstream: Upstream | None = None
         self._stall_detector: StallDetector | None = None
         self._access_log: AccessLog | None = None
-        self._look_timer: asyncio.TimerHandle | None = None
+        self._sample_timer: asyncio.TimerHandle | None = None
 
     @property
     def upstream(self) -> Upstream:
@@ -110,7 +110,7 @@ class Services:
         return self._upstream
 
     async def start(self) -> None:
-        """Begin on the running event loop."""
+        """Start all parts on the running event loop."""
         self._upstream = Upstream(self.config.connect_timeout, self.write_batch)
         await self.discovery.start(self._upstream)
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
@@ -119,7 +119,7 @@ class Services:
             self.instance_events.replayed,
         )  # fmt: skip
         self._stall_detector.start()
-        self._look()
+        self._sample()
         if self.config.access_log != "off":
             self._access_log = AccessLog(self.config.access_log, self.worker)
             self.recorder.sinks.append(self._access_log.take)
@@ -131,12 +131,12 @@ class Services:
         self.instance_events.quiet = False
 
     async def stop(self) -> None:
-        """Let what was sent to the instances end in the time that is left, then close everything."""
+        """Wait for work on the instances within the shutdown grace, then close everything."""
         self.shutdown.begin()
         await self.shutdown.wait(self.background.ended(), self.shutdown.remaining)
         await self.background.cancel_all()
-        if self._look_timer is not None:
-            self._look_timer.cancel()
+        if self._sample_timer is not None:
+            self._sample_timer.cancel()
         if self._stall_detector is not None:
             await self._stall_detector.stop()
         await self.discovery.stop()
@@ -148,23 +148,23 @@ class Services:
             await self._upstream.close()
         self.peers.stop()
 
-    # -- what /stats, /metrics and operators see: the whole proxy, also from one of several processes
+    # -- what /stats, /metrics and operators see: all processes of the proxy together
 
     async def overview(self) -> Overview:
-        """The numbers of the whole proxy."""
+        """Statistics of all processes together."""
         return await self.peers.overview()
 
     async def page_view(self) -> dict[str, Any]:
-        """All that a page shows: docs/observe.md."""
+        """The data of the page: docs/observe.md."""
         overview = await self.overview()
         return page_view.view(self, overview, self.peers.news())
 
     async def drain(self, instance: Instance, draining: bool) -> None:
-        """Give an instance nothing new, or again."""
+        """Take an instance out of rotation for maintenance, or put it back."""
         await self.peers.drain(instance, draining)
 
     def idle(self, instance: Instance) -> bool:
-        """Whether nothing of the clients' would be lost if the instance's process ended now."""
+        """Whether the instance's process could end now without losing a request."""
         return self.peers.idle(instance)
 
     # -- what the peer group uses (peer_group.LocalProcess)
@@ -174,12 +174,12 @@ class Services:
         self.discovery.take(announcements)
 
     def check_engines(self) -> None:
-        """Look for stalled engines now: another process has changed what it reports of them."""
+        """Check for stalled engines now: another process has reported a change."""
         if self._stall_detector is not None:
             self._stall_detector.look()
 
     def own_overview(self) -> Overview:
-        """The numbers of this process alone."""
+        """Statistics of this process alone."""
         return Overview(
             self.stats,
             self.discovery.listener.traffic,
@@ -195,11 +195,11 @@ class Services:
         """The newest records, events and steps of this process, for the page."""
         return news_of(self.recorder)
 
-    def _look(self) -> None:
-        """What there is now, for the page's charts."""
+    def _sample(self) -> None:
+        """Record the current load for the page's charts."""
         kv = sum(i.kv_waiting_bytes for i in self.registry.instances())
         self.recorder.timeseries.look(self.stats.in_flight, self.admission_queue.waiting, kv)
-        self._look_timer = asyncio.get_running_loop().call_later(_LOOK, self._look)
+        self._sample_timer = asyncio.get_running_loop().call_later(_SAMPLE_INTERVAL, self._sample)
 
 
 def _traces(config: Config, worker: int | None) -> SpanExporter | None:

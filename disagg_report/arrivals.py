@@ -1,6 +1,6 @@
-"""When requests arrive and what they ask. Pure, and the same for every setup of a report.
+"""Arrival times and bodies of requests. Pure, and the same for every setup of a report.
 
-Arrivals are a Poisson process at a rate, given how many there are: so many moments, drawn evenly over their time.
+Arrivals are a Poisson process conditioned on the number of requests: their times are drawn uniformly over the duration.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_OWN = 64
-_FIRST, _LAST = 10, 8000
-"""Token ids to draw from: ordinary ones of any model's vocabulary."""
+_UNIQUE_TOKENS = 64
+_MIN_TOKEN, _MAX_TOKEN = 10, 8000
+"""Range of token ids to draw from, present in any model's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What every request of a report is like.
+    """What the requests of a report have in common.
 
     Attributes:
         model: served name.
-        seed: other prompts and moments for another seed.
-        seconds: how long each rate is sent.
+        seed: determines prompts and arrival times.
+        seconds: duration of each rate.
         vocabulary: token ids are below it.
     """
 
@@ -32,35 +32,35 @@ class Workload:
     output_tokens: int
     seconds: float
     seed: int
-    vocabulary: int = _LAST
+    vocabulary: int = _MAX_TOKEN
 
     def count(self, rate: float) -> int:
-        """Requests at a rate, at least two."""
+        """Number of requests at a rate, at least two."""
         return max(2, math.ceil(rate * self.seconds))
 
     def dice(self, rate: float) -> random.Random:
-        """Chance for one rate."""
+        """Random generator of one rate."""
         return random.Random(f"{self.seed} {rate:g}")
 
-    def moments(self, rate: float) -> list[float]:
-        """Seconds from the start, in order; the first is 0."""
+    def arrival_times(self, rate: float) -> list[float]:
+        """Sorted arrival times in seconds from the first request, which is at 0."""
         count = self.count(rate)
         dice = self.dice(rate)
         drawn = sorted(dice.uniform(0.0, count / rate) for _ in range(count))
-        return [moment - drawn[0] for moment in drawn]
+        return [time - drawn[0] for time in drawn]
 
     def bodies(self, dice: random.Random, count: int) -> Sequence[bytes]:
-        """Streamed completions of token ids.
+        """Bodies of streamed completions with token ids as prompts.
 
-        Each begins with ids of its own, so that no prefix cache has it; the rest is shared, which
-        costs the client less.
+        Each prompt begins with unique ids, so that no prefix cache has it. The rest is shared, which saves the client
+        CPU time.
         """
-        last = max(_FIRST + 1, min(_LAST, self.vocabulary))
-        own = min(_OWN, self.input_tokens)
-        shared = "".join(f",{dice.randrange(_FIRST, last)}" for _ in range(self.input_tokens - own))
+        last = max(_MIN_TOKEN + 1, min(_MAX_TOKEN, self.vocabulary))
+        unique = min(_UNIQUE_TOKENS, self.input_tokens)
+        shared = "".join(f",{dice.randrange(_MIN_TOKEN, last)}" for _ in range(self.input_tokens - unique))
         fields = (
             f'"model":{json.dumps(self.model)},"max_tokens":{self.output_tokens},"ignore_eos":true,"temperature":0,'
             '"stream":true,"stream_options":{"include_usage":true}'
         )
-        begins = (",".join(str(dice.randrange(_FIRST, last)) for _ in range(own)) for _ in range(count))
+        begins = (",".join(str(dice.randrange(_MIN_TOKEN, last)) for _ in range(unique)) for _ in range(count))
         return [f'{{{fields},"prompt":[{begin}{shared}]}}'.encode() for begin in begins]

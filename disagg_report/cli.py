@@ -1,7 +1,7 @@
-"""The command line: ``sweep`` measures one setup into a folder, ``write`` and ``plots`` make what people read from it.
+"""Command line: ``sweep`` measures one setup into a folder, ``write`` and ``plots`` generate the page and the plots.
 
-Exit codes: 0 all went well; 1 a load generator failed or a folder cannot be read; 2 wrong usage; 130 interrupted.
-The key of what is measured comes from the environment: BENCH_KEY.
+Exit codes: 0 success; 1 a load generator failed or a folder cannot be read; 2 wrong usage; 130 interrupted.
+The API key for the requests comes from the environment: BENCH_KEY.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from disagg_report import machine
 from disagg_report.arrivals import Workload
 from disagg_report.client import Client, ClientFailed
 from disagg_report.folder import Header, Setup, read_header, read_report, setup_folder, write_header
-from disagg_report.own_client import OwnClient, key_from_environment
+from disagg_report.open_loop import OpenLoopClient, key_from_environment
 from disagg_report.plots import NO_MATPLOTLIB, NoPlots, draw
 from disagg_report.power import NoPower, PowerMeter
 from disagg_report.progress import Progress
@@ -34,7 +34,7 @@ from disagg_report.sweep import Plan, Sweep
 from disagg_report.verdict import verdict
 from disagg_report.vllm_client import VllmClient
 
-_DESCRIPTION = """Measures what serves at some address into the folder of a report, and writes its page and plots.
+_DESCRIPTION = """Measures a server at increasing request rates into a report folder, and writes its page and plots.
 `./test_single_machine.sh bench` calls it with the machine's settings."""
 
 INSTALL = f"{sys.executable} -m pip install -r requirements-report.txt"
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="disagg-proxy bench", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("sweep", help="measure one setup at rising request rates")
-    one.add_argument("folder", type=Path, help="of the report; made when it is not there")
+    one.add_argument("folder", type=Path, help="of the report; created if missing")
     one.add_argument("--url", action="append", required=True, help="the proxy; or plain engines, once each")
     one.add_argument("--name", required=True, help="of the setup, short")
     one.add_argument("--title", required=True, help="of the setup, for people")
@@ -71,19 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--client", choices=("own", "vllm"), default="own")
     one.add_argument("--vllm", default="vllm", help="how vLLM's command line is started, as shell words")
     one.add_argument("--vllm-version", default="")
-    one.add_argument("--rates", type=numbers, default=[], help="requests/s in their order; default: found by doubling")
+    one.add_argument("--rates", type=numbers, default=[], help="requests/s, in order; default: found by doubling")
     one.add_argument("--seconds", type=float, default=30.0, help="time in which a rate's requests are sent")
-    one.add_argument("--time-limit", type=float, default=900.0, help="seconds after which no further rate begins")
-    one.add_argument("--patience", type=float, help="seconds to wait for answers after the last request")
-    one.add_argument("--warm-up", type=int, default=8, help="requests before anything counts")
+    one.add_argument("--time-limit", type=float, default=900.0, help="seconds after which no further rate starts")
+    one.add_argument("--patience", type=float, help="seconds to wait for responses after the last request")
+    one.add_argument("--warm-up", type=int, default=8, help="number of requests before the measurement")
     one.add_argument("--engines", type=int, default=2, help="engines of the setup")
     one.add_argument("--input-len", type=int, default=512, help="tokens of each prompt")
-    one.add_argument("--output-len", type=int, default=64, help="tokens of each answer")
-    one.add_argument("--gpus", type=pair, action="append", default=[], help="ROLE=0,1: whose power is measured")
+    one.add_argument("--output-len", type=int, default=64, help="tokens of each response")
+    one.add_argument("--gpus", type=pair, action="append", default=[], help="ROLE=0,1: GPUs whose power is measured")
     one.add_argument("--fact", type=pair, action="append", default=[], help="NAME=VALUE for the report")
-    one.add_argument("--note", action="append", default=[], help="what a reader must know of this setup")
-    one.add_argument("--simulated", action="store_true", help="the engines are simulated; the report says so")
-    for name, text in (("write", "make summary.md and the plots again"), ("plots", "make only the plots")):
+    one.add_argument("--note", action="append", default=[], help="remark on this setup for the report")
+    one.add_argument("--simulated", action="store_true", help="mark the report: the engines are simulated")
+    for name, text in (("write", "generate summary.md and the plots again"), ("plots", "generate only the plots")):
         again = commands.add_parser(name, help=text)
         again.add_argument("folder", type=Path)
     for command in (one, commands.choices["write"], commands.choices["plots"]):
@@ -91,12 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--slo-ttft-ms", type=float, default=1000.0 if fixed else None)
         command.add_argument("--slo-tpot-ms", type=float, default=50.0 if fixed else None)
         command.add_argument("--slo-attainment", type=float, default=0.9 if fixed else None,
-                             help="share of requests that must be in time")  # fmt: skip
+                             help="share of requests that must be within the limits")  # fmt: skip
     return parser
 
 
 def _vocabulary(tokenizer: str) -> int:
-    """Of the model in a folder; where it is not known, small enough for any."""
+    """Vocabulary size of the model in a folder; a size that fits any model if unknown."""
     try:
         config = json.loads((Path(tokenizer) / "config.json").read_text(encoding="utf-8"))
         return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 8000)
@@ -105,7 +105,7 @@ def _vocabulary(tokenizer: str) -> int:
 
 
 def _header(args: argparse.Namespace) -> Header:
-    """The report's, made by its first setup and kept for the others."""
+    """Header of the report; the first setup writes it."""
     if (args.folder / "report.json").exists():
         return read_header(args.folder)
     now = datetime.now().astimezone()
@@ -131,7 +131,7 @@ async def _sweep(args: argparse.Namespace) -> Ended:
         args.model, header.input_tokens, header.output_tokens, header.seconds, header.seed, _vocabulary(args.tokenizer)
     )
     key = key_from_environment()
-    own = OwnClient(args.url, workload, key, args.patience)
+    own = OpenLoopClient(args.url, workload, key, args.patience)
     client: Client = own
     notes = list(args.note)
     if args.client == "vllm":
@@ -140,15 +140,15 @@ async def _sweep(args: argparse.Namespace) -> Ended:
         client = VllmClient(shlex.split(args.vllm), args.vllm_version, args.url, workload, args.tokenizer or args.model,
                             goodput, folder, key)  # fmt: skip
         if len(args.url) > 1:
-            notes.append(f"{len(args.url)} of it side by side, one for each engine at its part of the rate.")
+            notes.append(f"{len(args.url)} processes in parallel, one for each engine with its share of the rate.")
     elif len(args.url) > 1:
         notes.append("Requests went to the engines in turn.")
-    meter, no_power = None, "no GPUs take part"
+    meter, no_power = None, "no GPUs are measured"
     if args.gpus:
         try:
             meter, no_power = PowerMeter({role: names.split(",") for role, names in args.gpus if names}), ""
-        except NoPower as why:
-            no_power = str(why)
+        except NoPower as error:
+            no_power = str(error)
     setup = Setup(args.name, args.title, args.kind, client.name, tuple(args.url), args.engines, no_power=no_power,
                   notes=tuple(notes))  # fmt: skip
     plan = Plan(workload, header.slo, args.rates, args.time_limit, max(1, args.warm_up))
@@ -172,8 +172,8 @@ def _write(args: argparse.Namespace, only_plots: bool) -> int:
     no_plots = ""
     try:
         plots = draw(report, args.folder)
-    except NoPlots as why:
-        no_plots = str(why)
+    except NoPlots as error:
+        no_plots = str(error)
         if no_plots == NO_MATPLOTLIB:
             again = f"-m disagg_report plots {args.folder}"
             print(f"No plots: {no_plots}. {INSTALL} && {sys.executable} {again}", file=sys.stderr)

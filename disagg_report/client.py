@@ -1,4 +1,4 @@
-"""What a load generator is to a sweep."""
+"""Interface between a sweep and its load generators."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Protocol
 from disagg_report.records import Measurement
 
 Watch = Callable[[int, int, int], None]
-"""Told answered, failed and planned requests as they change."""
+"""Called with the numbers of answered, failed and planned requests when they change."""
 
 
 class ClientFailed(Exception):
-    """A load generator itself failed; the text says why and where to look."""
+    """The load generator itself failed; the text names the reason and the log."""
 
 
 class Client(Protocol):
-    """Sends one rate after the other.
+    """A load generator.
 
     Attributes:
-        name: as the report calls it.
+        name: its name in the report.
     """
 
     name: str
 
     async def measure(self, rate: float, stop: asyncio.Event, watch: Watch) -> Measurement:
-        """Measure one rate, or as much of it as there is when ``stop`` is set. Raises ClientFailed."""
+        """Measure one rate, or the part of it until ``stop`` is set. Raises ClientFailed."""
         ...
 
     def window(self) -> tuple[float, float] | None:
-        """From when to when (``time.monotonic``) the last rate's load was there; None: all the time of the call."""
+        """Begin and end (``time.monotonic``) of the last rate's load; None: the complete call of :meth:`measure`."""
         ...

@@ -1,7 +1,7 @@
-"""From requests to figures. Pure.
+"""Figures of one rate, computed from its requests. Pure.
 
-Goodput at a rate is that rate times the share of its requests that were good, so that the time in which the last
-answers come does not lower it. (``vllm bench serve`` divides by the whole time instead.)
+Goodput at a rate is the rate times the share of its requests that met the SLO, so that waiting for the last responses
+does not lower it. (``vllm bench serve`` divides by the total time instead.)
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ from dataclasses import dataclass
 from disagg_report.records import Measurement, Power
 from disagg_report.slo import Slo
 
-_LEAST_DUE = 10
+_MIN_DUE = 10
 
-LEAST_FOR_P99 = 100
-"""With fewer values the 99th percentile is just the largest, and is marked so."""
+MIN_FOR_P99 = 100
+"""With fewer values the 99th percentile is the maximum, and is marked as such."""
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Nearest rank: the smallest value that at least ``share`` of the sorted, non-empty values do not exceed."""
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest value that at least ``share`` of them do not exceed; None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+    """:func:`quantile` of values in any order; None without values."""
+    return quantile(sorted(values), share) if values else None
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One rate.
+    """Figures of one rate.
 
     Attributes:
-        sent, answered, good: requests.
-        throughput: answers per second, up to the last one.
+        sent, answered, good: numbers of requests; good: within the SLO.
+        throughput: responses per second, until the last one.
         goodput: good requests per second.
-        kept: enough of them were good.
-        ttft_ms, tpot_ms: percentiles 50 and 99 of the answered requests.
-        itl_ms: the same of all times between two events with tokens.
-        output_tokens_per_s: up to the last answer.
+        kept: enough requests were good.
+        ttft_ms, tpot_ms: p50 and p99 of the answered requests.
+        itl_ms: p50 and p99 of the gaps between token events of all requests.
+        output_tokens_per_s: until the last response.
         joules_per_token: energy of a role's GPUs per output token.
-        late_ms: 99th percentile of how late the load generator was; None where it is not known.
+        late_ms: p99 of the load generator's delay in sending; None if unknown.
     """
 
     rate: float
@@ -62,7 +64,7 @@ class Figures:
 
     @property
     def share(self) -> float:
-        """Of the requests sent, those that were good."""
+        """Share of the requests sent that were good."""
         return self.good / self.sent if self.sent else 0.0
 
 
@@ -71,7 +73,7 @@ def _both(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def figures(measured: Measurement, slo: Slo) -> Figures:
-    """The figures of one measurement."""
+    """Compute the figures of one measurement."""
     answered = [shot for shot in measured.shots if shot.answered]
     good = sum(slo.good(shot) for shot in measured.shots)
     sent = len(measured.shots)
@@ -100,11 +102,11 @@ def figures(measured: Measurement, slo: Slo) -> Figures:
 
 
 def saturated(measured: Measurement, quiet_ms: float | None) -> bool:
-    """Whether answers fall behind arrivals.
+    """Whether responses fall behind arrivals.
 
-    Of the requests that would be answered by the last arrival if each took ``quiet_ms``, its time at the lowest rate,
-    more than a fifth are not. False where that cannot be told: fewer than ten of them, or a load generator that does
-    not say when it sent.
+    That is: more than a fifth of the requests which would be answered by the last arrival, if each took ``quiet_ms``
+    (the latency at the lowest rate), are not. False if unknown: fewer than ten such requests, or a load generator that
+    does not report when it sent.
     """
     sent = [shot.sent for shot in measured.shots]
     if quiet_ms is None or not sent or None in sent:
@@ -113,4 +115,4 @@ def saturated(measured: Measurement, quiet_ms: float | None) -> bool:
     due = sum(one is not None and one + quiet_ms / 1e3 <= last for one in sent)
     answered = (shot for shot in measured.shots if shot.answered)
     there = sum((shot.sent or 0.0) + (shot.latency_ms or 0.0) / 1e3 <= last for shot in answered)
-    return due >= _LEAST_DUE and there < 0.8 * due
+    return due >= _MIN_DUE and there < 0.8 * due

@@ -1,9 +1,9 @@
-"""What lies where in a report's folder, written and read.
+"""Files of a report's folder: reading and writing.
 
 report.json                     the SLO, the workload, the machine
-setups/NN-NAME/setup.json       one use of the GPUs, and why its sweep ended
+setups/NN-NAME/setup.json       a setup, and why its sweep ended
 setups/NN-NAME/rate-RATE.json   every request of one rate
-summary.md, *.svg               made from those, again at any time
+summary.md, *.svg               generated from those
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from disagg_report.slo import Slo
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What holds for the whole report.
+    """What all setups of a report have in common.
 
     Attributes:
-        made: when, ISO 8601.
+        made: time of creation, ISO 8601.
         question: ``sweep``, or ``ratio`` where splits are compared.
-        simulated: the engines are simulated, so that its figures say nothing about GPUs.
-        facts: the machine, versions and settings, by name.
+        simulated: the engines are simulated, so the figures do not apply to GPUs.
+        facts: machine, versions and settings, by name.
     """
 
     made: str
@@ -41,14 +41,14 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """One use of the GPUs.
+    """One way to use the GPUs.
 
     Attributes:
         kind: ``pd`` (prefill and decode behind the proxy) or ``plain`` (engines that do both).
         client: the load generator.
-        ended: why its sweep ended, in words; empty while it runs.
-        no_power: why there are no figures of power; empty when there are.
-        notes: what a reader must know.
+        ended: why its sweep ended; empty while it runs.
+        no_power: why power was not measured; empty if it was.
+        notes: remarks for readers of the report.
     """
 
     name: str
@@ -72,7 +72,7 @@ class SetupResult:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of a folder."""
+    """Content of a folder."""
 
     header: Header
     setups: tuple[SetupResult, ...]
@@ -96,17 +96,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_header(folder: Path, header: Header) -> None:
-    """Begin a report."""
+    """Write report.json."""
     _write(folder / "report.json", {"format": FORMAT, **asdict(header)})
 
 
 def read_header(folder: Path) -> Header:
-    """Raises BadRecord when there is none."""
+    """Read report.json. Raises BadRecord."""
     path = folder / "report.json"
     value = _read(path)
     try:
         if value.pop("format") != FORMAT:
-            raise BadRecord(f"{path}: another format than {FORMAT}")
+            raise BadRecord(f"{path}: the format is not {FORMAT}")
         value["slo"] = Slo(**value["slo"])
         return Header(**value)
     except (KeyError, TypeError) as error:
@@ -114,7 +114,7 @@ def read_header(folder: Path) -> Header:
 
 
 def setup_folder(folder: Path, name: str) -> Path:
-    """A setup's own folder; setups are in the order in which they were measured."""
+    """Return the folder of a setup, created if necessary; setups are numbered in the order of measurement."""
     for path in sorted((folder / "setups").glob("[0-9][0-9]-*")):
         if path.name[3:] == name:
             return path
@@ -125,17 +125,17 @@ def setup_folder(folder: Path, name: str) -> Path:
 
 
 def write_setup(folder: Path, setup: Setup) -> None:
-    """``folder`` is the setup's own."""
+    """``folder``: of the setup."""
     _write(folder / "setup.json", asdict(setup))
 
 
 def write_rate(folder: Path, measured: Measurement) -> None:
-    """``folder`` is the setup's own."""
+    """``folder``: of the setup."""
     _write(folder / f"rate-{measured.rate:08.3f}.json", measured.to_json())
 
 
 def read_report(folder: Path) -> Report:
-    """Everything that was measured. Raises BadRecord."""
+    """Read all measurements. Raises BadRecord."""
     header = read_header(folder)
     setups = []
     for path in sorted((folder / "setups").glob("[0-9][0-9]-*")):

@@ -1,4 +1,4 @@
-"""What a report was measured on: processor, GPUs, and versions of what took part. Nothing that names the machine."""
+"""Description of the machine: processor, GPUs, versions. Without host names or other identities."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def gpus() -> list[str]:
-    """One line for each GPU of the machine: its number, name, memory; the driver beside the first."""
+    """One line per GPU: index, name, memory, driver version."""
     lines = _output("nvidia-smi", "--query-gpu=index,name,memory.total,driver_version", "--format=csv,noheader")
     return [", ".join(field.strip() for field in line.split(",")) for line in lines.splitlines() if line.strip()]
 
 
 def facts() -> dict[str, str]:
-    """What is known of this machine, by what it is."""
+    """Facts of this machine, by name."""
     found = {
         "CPU": f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores may be used",
         "System": f"{platform.system()} {platform.release()}",

@@ -12,20 +12,20 @@ from disagg_report.verdict import Outcome, outcomes
 
 NO_MATPLOTLIB = "matplotlib is not installed"
 
-# Okabe and Ito's, which the colour-blind can tell apart; markers differ too.
+# Okabe and Ito's palette for colour-blind readers; markers differ too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
 
 
 class NoPlots(Exception):
-    """There is no matplotlib, or nothing to draw; the text says which."""
+    """matplotlib is not installed, or there is nothing to draw; the text is the reason."""
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write the SVG files; the same figures make the same files. Raises NoPlots."""
+    """Write the SVG files; equal figures give equal files. Raises NoPlots."""
     every = [one for one in outcomes(report) if any(not rate.interrupted for rate in one.rates)]
     if not every:
-        raise NoPlots("no rate was measured to its end")
+        raise NoPlots("no rate was measured completely")
     try:
         import matplotlib
     except ImportError:
@@ -47,7 +47,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return paths
 
 
-def _whole(one: Outcome) -> list[Figures]:
+def _complete_rates(one: Outcome) -> list[Figures]:
     return [rate for rate in one.rates if not rate.interrupted]
 
 
@@ -64,7 +64,7 @@ def _axes(title: str) -> tuple[Any, Any]:
 def _rate_axis(axes: Any, every: Sequence[Outcome]) -> None:
     from matplotlib.ticker import NullLocator
 
-    rates = sorted({rate.rate for one in every for rate in _whole(one)})
+    rates = sorted({rate.rate for one in every for rate in _complete_rates(one)})
     axes.set_xscale("log", base=2)
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45 if len(rates) > 10 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -72,7 +72,7 @@ def _rate_axis(axes: Any, every: Sequence[Outcome]) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """20, 100, 1000 instead of powers of ten."""
+    """Label 20, 100, 1000 instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -95,7 +95,7 @@ def _lines(every: Sequence[Outcome], path: Path, title: str, label: str,
     for at, one in enumerate(every):
         colour, marker = _COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]
         for place, style, name in ((0, "-", "p50"), (1, "--", "p99")):
-            points = [(rate.rate, value) for rate in _whole(one) if (value := of(rate)[place]) is not None]
+            points = [(rate.rate, value) for rate in _complete_rates(one) if (value := of(rate)[place]) is not None]
             axes.plot(
                 [x for x, _ in points], [y for _, y in points], style, color=colour, marker=marker, markersize=4,
                 linewidth=1.3, label=f"{one.setup.title}, {name}",
@@ -111,10 +111,10 @@ def _lines(every: Sequence[Outcome], path: Path, title: str, label: str,
 
 def _goodput(every: Sequence[Outcome], path: Path, title: str) -> Path:
     figure, axes = _axes(title)
-    rates = sorted({rate.rate for one in every for rate in _whole(one)})
+    rates = sorted({rate.rate for one in every for rate in _complete_rates(one)})
     axes.plot(rates, rates, color="#999999", linewidth=1, linestyle=":", label="all requests within the SLO")
     for at, one in enumerate(every):
-        points = _whole(one)
+        points = _complete_rates(one)
         axes.plot(
             [rate.rate for rate in points], [rate.goodput for rate in points], color=_COLOURS[at % len(_COLOURS)],
             marker=_MARKERS[at % len(_MARKERS)], markersize=4, linewidth=1.3, label=one.setup.title,

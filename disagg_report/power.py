@@ -1,7 +1,6 @@
-"""What GPUs draw, read through NVML (pynvml, of nvidia-ml-py) several times a second.
+"""Power of GPUs, sampled through NVML (pynvml of nvidia-ml-py) several times a second.
 
-Energy is the integral of those readings, which NVML gives with an error of up to 5 %. Memory, the host's CPUs and its
-fans are not in it.
+Energy is the integral of the samples, which have an error of up to 5 %. The host (CPUs, memory, fans) is not included.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ NO_PYNVML = "pynvml is not installed (pip install nvidia-ml-py)"
 
 
 class NoPower(Exception):
-    """Power cannot be measured here; the text says why."""
+    """Power cannot be measured; the text is the reason."""
 
 
 def energy(samples: Sequence[tuple[float, float]], begin: float, end: float) -> float:
-    """Joules from ``begin`` to ``end`` of samples (time, watts) in order; the first and last reading go on outside."""
+    """Joules from ``begin`` to ``end`` of sorted samples (time, watts); the first and the last one extend outwards."""
     if not samples or end <= begin:
         return 0.0
     times = [begin, *(moment for moment, _ in samples if begin < moment < end), end]
@@ -48,12 +47,13 @@ def _at(samples: Sequence[tuple[float, float]], moment: float) -> float:
 
 
 class PowerMeter:
-    """Reads the power of each role's GPUs from :meth:`start` to :meth:`stop`, in a thread of its own.
+    """Samples the power of each role's GPUs from :meth:`start` to :meth:`stop`, in a thread.
 
     Args:
-        roles: names of GPUs by role: numbers as ``nvidia-smi`` shows them, or UUIDs.
+        roles: GPUs by role: indices as in ``nvidia-smi``, or UUIDs.
 
-    Raises NoPower where there is no pynvml, no driver, or a GPU that does not tell.
+    Raises:
+        NoPower: no pynvml, no driver, or a GPU that does not report its power.
     """
 
     def __init__(self, roles: Mapping[str, Sequence[str]]) -> None:
@@ -79,7 +79,7 @@ class PowerMeter:
         return self._nvml.nvmlDeviceGetHandleByIndex(int(name))
 
     def start(self) -> None:
-        """Begin anew."""
+        """Discard previous samples and start."""
         self._samples = {name: [] for name in self._handles}
         self._ended.clear()
         self._read()
@@ -87,7 +87,7 @@ class PowerMeter:
         self._thread.start()
 
     def stop(self, window: tuple[float, float] | None = None) -> dict[str, Power]:
-        """The power of each role between two moments (``time.monotonic``), or all the time."""
+        """Stop, and return the power of each role within ``window`` (``time.monotonic``), or since the start."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

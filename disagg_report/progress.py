@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a bar that is written over on a terminal, plain lines elsewhere."""
+"""Progress output: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BAR_EVERY, _LINE_EVERY = 0.1, 10.0
 
 
 class Progress:
-    """Writes to one stream; messages go to whole lines of their own.
+    """Writes to one stream; messages go to separate lines.
 
     Args:
         clock: monotonic seconds.
@@ -27,7 +27,7 @@ class Progress:
         self._begun = 0.0
 
     def begin(self, label: str, seconds: float) -> None:
-        """A rate begins; ``seconds``: how long its requests are sent."""
+        """Start a rate. ``seconds``: how long its requests are sent."""
         self._label = label
         self._begun = self._clock()
         self._shown = self._begun
@@ -37,7 +37,7 @@ class Progress:
             self._line(f"{label}: requests for {seconds:g} s")
 
     def update(self, answered: int, failed: int, planned: int) -> None:
-        """How many of the planned requests are answered or have failed."""
+        """Show how many of the planned requests are answered or have failed."""
         now = self._clock()
         if now - self._shown < (_BAR_EVERY if self._terminal else _LINE_EVERY) and answered + failed < planned:
             return
@@ -48,7 +48,7 @@ class Progress:
             self._line(f"{self._label}: {self._counts(answered, failed, planned)}")
 
     def say(self, text: str) -> None:
-        """One whole line."""
+        """Print a line."""
         if self._terminal:
             self._write("\r\x1b[K")
         self._line(text)
@@ -71,7 +71,7 @@ class Progress:
         self._write(text + "\n")
 
     def _write(self, text: str) -> None:
-        # A terminal that has gone away must not end the measurement.
+        # A closed terminal must not end the measurement.
         try:
             self._out.write(text)
             self._out.flush()

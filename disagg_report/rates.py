@@ -1,7 +1,7 @@
-"""Which request rate comes next. Pure.
+"""Choice of the next request rate. Pure.
 
-Without a list: from 1 request/s, doubled until the SLO breaks or the engines saturate (halved when the first one breaks
-already), then in between until the limit is known to a quarter.
+Without a list: from 1 request/s, doubled until the SLO is missed or the engines saturate (halved if the first rate
+misses it already), then bisected until the limit is known to a quarter.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ KNOWN_TO = 1.25
 
 
 class Ended(Enum):
-    """Why a sweep is over; the value is what the report says."""
+    """Why a sweep ended; the value is the text in the report."""
 
     LIST = "all rates of the list were tried"
     FOUND = "the limit was found"
     NOTHING_KEPT = "no rate was low enough"
     HIGHEST = "the highest rate was kept"
-    TIME = "its time was over before the limit was found"
+    TIME = "the time limit expired before the limit was found"
     INTERRUPTED = "it was interrupted"
     FAILED = "the load generator failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A rate and whether it held: the SLO was kept, and answers kept up."""
+    """A rate, and whether it held: the SLO was kept and responses kept up with arrivals."""
 
     rate: float
     held: bool
 
 
 def rounded(rate: float) -> float:
-    """Two digits that a person can read."""
+    """Round to two significant digits."""
     digits = 1 - math.floor(math.log10(rate))
     return round(rate, digits)
 
 
 def next_rate(tried: Sequence[Tried], listed: Sequence[float] = ()) -> float | Ended:
-    """The next rate, or why there is none."""
+    """Return the next rate, or why the sweep has ended."""
     if listed:
         return listed[len(tried)] if len(tried) < len(listed) else Ended.LIST
     if not tried:

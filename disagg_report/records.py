@@ -1,6 +1,6 @@
-"""What is kept of a measurement, and its JSON.
+"""Records of a measurement, and their JSON.
 
-Times are milliseconds where the name says so, else seconds; those of one measurement count from its first request.
+Times are seconds from the first request of the measurement, or milliseconds where the name ends with ``_ms``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ FORMAT = 1
 
 
 class BadRecord(Exception):
-    """A file is not one of this report's; the text names it and says what is wrong."""
+    """A file cannot be read as part of a report; the text names the file and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,12 @@ class Shot:
     """One request as its client saw it.
 
     Attributes:
-        sent: when it was sent; None where the load generator does not tell.
-        ttft_ms: from sending it to its first token.
-        itl_ms: times between its successive events with tokens.
-        latency_ms: from sending it to its last token.
-        late_ms: how much later than planned it was sent: what the load generator itself could not keep up with.
-        error: why it failed; None: it was answered.
+        sent: when it was sent; None if the load generator does not report it.
+        ttft_ms: from sending to the first token.
+        itl_ms: gaps between successive events with tokens.
+        latency_ms: from sending to the last token.
+        late_ms: how much later than planned it was sent, because the load generator was too slow.
+        error: why it failed; None if it was answered.
     """
 
     sent: float | None = None
@@ -39,7 +39,7 @@ class Shot:
 
     @property
     def answered(self) -> bool:
-        """Whether the whole answer came."""
+        """Whether the response is complete."""
         return self.error is None and self.ttft_ms is not None and self.latency_ms is not None
 
     @property
@@ -52,11 +52,11 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """What the GPUs of one role drew while a rate was measured.
+    """Power of the GPUs of one role during one rate.
 
     Attributes:
-        watts: mean of all of them together.
-        joules: of all of them together, over ``seconds``.
+        watts: mean, summed over the GPUs.
+        joules: summed over the GPUs, during ``seconds``.
     """
 
     gpus: tuple[str, ...]
@@ -71,11 +71,11 @@ class Measurement:
 
     Attributes:
         rate: requests per second, as planned.
-        seconds: from the first request to the last answer.
-        shots: every request that was planned, answered or not.
-        power: by role; empty where nothing measures it.
-        client_cpu: share of one core that the load generator used; None where it is not known.
-        interrupted: the user ended it before its time.
+        seconds: from the first request to the last response.
+        shots: every planned request, answered or not.
+        power: by role; empty if it was not measured.
+        client_cpu: share of one core that the load generator used; None if unknown.
+        interrupted: the user stopped it.
     """
 
     rate: float
@@ -86,15 +86,15 @@ class Measurement:
     interrupted: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """Convert to what :meth:`from_json` reads."""
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any], where: str) -> Measurement:
-        """Raises BadRecord when it is none."""
+        """Parse. Raises BadRecord; ``where`` names the file in its text."""
         try:
             if value["format"] != FORMAT:
-                raise BadRecord(f"{where}: format {value['format']} is not known, this is for format {FORMAT}")
+                raise BadRecord(f"{where}: unknown format {value['format']}, expected {FORMAT}")
             return cls(
                 rate=float(value["rate"]),
                 seconds=float(value["seconds"]),

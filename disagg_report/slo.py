@@ -1,7 +1,7 @@
-"""When a request is good, and when a rate is kept.
+"""The service level objective: which requests are good, and whether a rate is kept.
 
-A request is good when its first token came in time and its further tokens did on average (TTFT and TPOT, as in
-``vllm bench serve --goodput`` and DistServe, arXiv 2401.09670). One that failed is not good.
+A request is good if TTFT and TPOT are within their limits (as in ``vllm bench serve --goodput`` and DistServe, arXiv
+2401.09670). A failed request is not good.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Slo:
     attainment: float
 
     def good(self, shot: Shot) -> bool:
-        """Whether the request was answered in time."""
+        """Whether the request was answered within the limits."""
         return shot.answered and (shot.ttft_ms or 0.0) <= self.ttft_ms and shot.tpot_ms <= self.tpot_ms
 
     def __str__(self) -> str:

@@ -1,13 +1,13 @@
-"""``summary.md``: the report for people."""
+"""Writes ``summary.md``, the page of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from disagg_report.figures import LEAST_FOR_P99, Figures
+from disagg_report.figures import MIN_FOR_P99, Figures
 from disagg_report.folder import Report
-from disagg_report.own_client import OwnClient
+from disagg_report.open_loop import OpenLoopClient
 from disagg_report.verdict import Outcome, outcomes, verdict
 
 _LATE_MS = 50.0
@@ -19,16 +19,16 @@ _TITLES = {
 
 
 def summary(report: Report, plots: Sequence[Path], no_plots: str = "") -> str:
-    """The text; ``no_plots``: why there are none."""
+    """Return the text. ``no_plots``: why there are no plots."""
     header = report.header
     every = outcomes(report)
     parts = [f"# {_TITLES.get(header.question, 'Report')}", f"{header.made}"]
     if header.simulated:
         parts.append(
-            "> **SIMULATED ENGINES. No model ran and no GPU was used: every figure below is of made-up engines, and"
-            " says nothing about real ones.**"
+            "> **SIMULATED ENGINES. No model ran and no GPU was used: all figures below come from simulated"
+            " engines and do not apply to real ones.**"
         )
-    if any(one.setup.client == OwnClient.name for one in every):
+    if any(one.setup.client == OpenLoopClient.name for one in every):
         parts.append(
             "> **Load generator: the project's own**, not `vllm bench serve` (BENCH_CLIENT chooses; it needs vLLM)."
         )
@@ -43,7 +43,7 @@ def summary(report: Report, plots: Sequence[Path], no_plots: str = "") -> str:
         parts.append(_setup(one))
     parts.append("## Plots")
     parts += [f"![{path.stem}]({path.name})" for path in plots] or [f"None: {no_plots}"]
-    parts += ["## What the words mean", _WORDS, "## Machine, versions, settings", _facts(header.facts), _FILES]
+    parts += ["## Terms", _WORDS, "## Machine, versions, settings", _facts(header.facts), _FILES]
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,7 +70,7 @@ def _setup(one: Outcome) -> str:
 
 
 def _row(rate: Figures, roles: Sequence[str]) -> list[str]:
-    few = "*" if rate.answered < LEAST_FOR_P99 else ""
+    few = "*" if rate.answered < MIN_FOR_P99 else ""
     kept = "cut short" if rate.interrupted else "kept" if rate.kept else "**broken**"
     cells = [
         f"{rate.rate:g}", f"{rate.sent}", f"{rate.answered}", f"{rate.share:.0%}", f"{rate.goodput:.2f}", kept,
@@ -89,20 +89,20 @@ def _pair(values: tuple[float | None, float | None], mark: str, digits: int) -> 
 
 
 def _notes(one: Outcome) -> list[str]:
-    notes = [f"Load from {one.setup.client}.", f"The sweep ended because {one.setup.ended or 'it was ended'}."]
+    notes = [f"Load from {one.setup.client}.", f"The sweep ended because {one.setup.ended or 'it was stopped'}."]
     notes += one.setup.notes
-    if any(rate.answered < LEAST_FOR_P99 for rate in one.rates):
-        notes.append(f"\\* the largest of fewer than {LEAST_FOR_P99} values.")
+    if any(rate.answered < MIN_FOR_P99 for rate in one.rates):
+        notes.append(f"\\* the largest of fewer than {MIN_FOR_P99} values.")
     if one.setup.no_power:
-        notes.append(f"No figures of power: {one.setup.no_power}.")
+        notes.append(f"Power was not measured: {one.setup.no_power}.")
     for rate in one.rates:
         late = rate.late_ms is not None and rate.late_ms > _LATE_MS
         busy = rate.client_cpu is not None and rate.client_cpu > _BUSY
         if late or busy:
             notes.append(
                 f"**At {rate.rate:g} requests/s the load generator itself could not keep up** (it used"
-                f" {rate.client_cpu or 0:.0%} of a core and was {rate.late_ms or 0:.0f} ms late in one of a hundred"
-                " requests): what is slow there may be the load generator."
+                f" {rate.client_cpu or 0:.0%} of a core and sent one of a hundred requests {rate.late_ms or 0:.0f} ms"
+                " late or more): latencies there may be the load generator's."
             )
         for error in rate.errors:
             plain = error.replace("|", "/").replace("`", "'")
@@ -119,11 +119,11 @@ _WORDS = """\
 - **TTFT**: from sending a request to its first token. **Inter-token**: between two events of one stream, of all
   streams together. **TPOT**: mean time per output token after the first, of one request.
 - **Within SLO**: share of the requests sent that were answered with TTFT and TPOT in time; a failed one is not.
-  **Goodput**: the rate times that share (`vllm bench serve` divides by the whole time instead, with the tail of the
-  last answers). **Kept**: the share is what the SLO asks for, or more.
+  **Goodput**: the rate times that share (`vllm bench serve` divides by the total time instead, with the wait for the
+  last responses). **Kept**: the share is at least what the SLO requires.
 - **J per output token**: energy of the role's GPUs (NVML, error up to 5 %) over all output tokens, so those of prefill
   and decode add up."""
 
 _FILES = """\
 Every request is in `setups/*/rate-*.json`; `python -m disagg_report write FOLDER` makes this page and the plots again
-from them, and another SLO can be asked of the same requests: `--slo-ttft-ms`, `--slo-tpot-ms`, `--slo-attainment`."""
+from them, also for another SLO: `--slo-ttft-ms`, `--slo-tpot-ms`, `--slo-attainment`."""

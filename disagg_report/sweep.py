@@ -1,4 +1,4 @@
-"""One setup: warmed up, then one rate after the other, each written as soon as it is measured."""
+"""Sweep of one setup: warm-up, then one rate after the other; each is written when it is measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from disagg_report.arrivals import Workload
 from disagg_report.client import Client, ClientFailed
 from disagg_report.figures import Figures, figures, percentile, saturated
 from disagg_report.folder import Setup, write_rate, write_setup
-from disagg_report.own_client import OwnClient
+from disagg_report.open_loop import OpenLoopClient
 from disagg_report.power import PowerMeter
 from disagg_report.progress import Progress
 from disagg_report.rates import Ended, Tried, next_rate
@@ -25,9 +25,9 @@ class Plan:
     """How a setup is measured.
 
     Attributes:
-        rates: those to try, in order; none: as ``rates.py`` finds them.
-        time_limit: seconds after which no further rate begins, for rates that are not listed.
-        warm_up: requests before anything counts.
+        rates: rates to try, in order; empty: chosen by ``rates.py``.
+        time_limit: seconds after which no further rate starts; ignored for listed rates.
+        warm_up: number of requests before the first rate.
     """
 
     workload: Workload
@@ -44,7 +44,7 @@ class Sweep:
         stop: set by the user's Ctrl+C.
     """
 
-    def __init__(self, setup: Setup, folder: Path, plan: Plan, client: Client, warmer: OwnClient,
+    def __init__(self, setup: Setup, folder: Path, plan: Plan, client: Client, warmer: OpenLoopClient,
                  meter: PowerMeter | None, progress: Progress, stop: asyncio.Event) -> None:  # fmt: skip
         self._setup = setup
         self._folder = folder
@@ -58,7 +58,11 @@ class Sweep:
         self._quiet_ms: float | None = None
 
     async def run(self) -> Ended:
-        """Every rate, and why there are no more; ClientFailed when nothing answers or the load generator fails."""
+        """Measure every rate and return why the sweep ended.
+
+        Raises:
+            ClientFailed: no request of the warm-up was answered, or the load generator failed.
+        """
         write_setup(self._folder, self._setup)
         self._progress.say(f"{self._setup.title}: {self._plan.warm_up} requests to warm up, then {self._plan.slo}")
         ended = Ended.FAILED
@@ -122,12 +126,12 @@ class Sweep:
 
 
 def line(title: str, found: Figures, behind: bool) -> str:
-    """One rate in one line."""
+    """Summarise one rate in one line."""
     ttft, itl = found.ttft_ms, found.itl_ms
     times = "" if ttft[0] is None else f"TTFT p50 {ttft[0]:.0f} ms, p99 {ttft[1]:.0f} ms; "
     times += "" if itl[0] is None else f"inter-token p50 {itl[0]:.1f} ms, p99 {itl[1]:.1f} ms; "
     words = "cut short" if found.interrupted else "kept" if found.kept else "NOT kept"
-    words += ", answers fall behind arrivals" if behind else ""
+    words += ", responses fall behind arrivals" if behind else ""
     return (
         f"{title}, {found.rate:g} requests/s: {times}{found.good} of {found.sent} within the SLO"
         f" = {found.goodput:.2f} good requests/s: {words}"

@@ -1,7 +1,7 @@
-"""What follows from the figures: how much a setup serves within the SLO, and which serves most. Pure.
+"""Conclusions from the figures: the capacity of each setup, and which one is highest. Pure.
 
 A setup's *capacity* is its highest goodput among the rates at which it kept the SLO. Capacities that differ by less
-than 5 % are called equal: a sweep knows a limit to a quarter, and a rate has a few hundred requests at most.
+than 5 % count as equal: a sweep knows a limit to a quarter, and a rate has a few hundred requests at most.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagg_report.figures import LEAST_FOR_P99, Figures, figures
+from disagg_report.figures import MIN_FOR_P99, Figures, figures
 from disagg_report.folder import Report, Setup
 
 EQUAL_WITHIN = 0.05
@@ -17,11 +17,11 @@ EQUAL_WITHIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One setup.
+    """Result of one setup.
 
     Attributes:
-        best: the rate with the highest goodput among those that were kept; None when none was.
-        reached: a higher rate than the best was tried and not kept, so that the limit is known.
+        best: the kept rate with the highest goodput; None if none was kept.
+        reached: a higher rate than the best was tried and not kept, so the limit is known.
     """
 
     setup: Setup
@@ -36,19 +36,19 @@ class Outcome:
 
 
 def outcomes(report: Report) -> list[Outcome]:
-    """Each setup's, in their order. Rates that were cut short count for nothing."""
+    """Results of the setups in their order. Interrupted rates are ignored."""
     found = []
     for result in report.setups:
         rates = tuple(figures(measured, report.header.slo) for measured in result.rates)
-        whole = [one for one in rates if not one.interrupted]
-        best = max((one for one in whole if one.kept), key=lambda one: one.goodput, default=None)
-        reached = any(not one.kept and (best is None or one.rate > best.rate) for one in whole)
+        complete = [one for one in rates if not one.interrupted]
+        best = max((one for one in complete if one.kept), key=lambda one: one.goodput, default=None)
+        reached = any(not one.kept and (best is None or one.rate > best.rate) for one in complete)
         found.append(Outcome(result.setup, rates, best, reached))
     return found
 
 
 def verdict(report: Report) -> str:
-    """One sentence, and what stands against it."""
+    """One sentence, followed by its reservations."""
     all_of_them = [one for one in outcomes(report) if one.rates]
     if not all_of_them:
         return "Nothing was measured."
@@ -86,9 +86,9 @@ def _doubts(every: Sequence[Outcome]) -> list[str]:
     doubts = []
     if open_ended := [one.setup.title for one in every if one.best and not one.reached]:
         doubts.append(f"The limit was not reached with {', '.join(open_ended)}: higher rates may be served too.")
-    if few := [one.setup.title for one in every if one.best and one.best.sent < LEAST_FOR_P99]:
+    if few := [one.setup.title for one in every if one.best and one.best.sent < MIN_FOR_P99]:
         doubts.append(
-            f"Fewer than {LEAST_FOR_P99} requests stand behind the figure of {', '.join(few)}: more BENCH_SECONDS make"
+            f"Fewer than {MIN_FOR_P99} requests stand behind the figure of {', '.join(few)}: more BENCH_SECONDS make"
             " it firm."
         )
     return doubts

@@ -1,8 +1,8 @@
-"""``vllm bench serve`` as load generator: how it is called, and what its result file says.
+"""``vllm bench serve`` as load generator: its command line and its result file.
 
 Flags and fields: vllm/benchmarks/serve.py of vLLM 0.9.2 to 0.33. ``--save-detailed`` adds one list for each field of a
-request; ``start_times`` and ``latencies`` are in newer versions only. It takes one URL: with several, one of it runs
-for each at its part of the rate, which together are the same Poisson arrivals.
+request; ``start_times`` and ``latencies`` are in newer versions only. It takes one URL: with several, one process
+runs for each with its share of the rate, which together are the same Poisson arrivals.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BEGINS, _ENDS = b"Starting main benchmark run", b"Serving Benchmark Result"
 _DONE = re.compile(rb"\| *(\d+)/\d+ *\[")
 """The progress bar of tqdm."""
 _IMPORTS = 240.0
-"""Seconds that it may need beside the load itself: importing vLLM takes up to a minute on a cold machine."""
+"""Seconds allowed besides the load itself: importing vLLM takes up to a minute on a cold machine."""
 
 
 def command(program: Sequence[str], url: str, workload: Workload, tokenizer: str, rate: float, count: int, seed: int,
@@ -44,7 +44,7 @@ def command(program: Sequence[str], url: str, workload: Workload, tokenizer: str
 
 
 def shots_of(result: Mapping[str, Any]) -> list[Shot]:
-    """Its requests. Raises ClientFailed when the lists that ``--save-detailed`` writes are not there."""
+    """Return the requests of a result file. Raises ClientFailed without the lists of ``--save-detailed``."""
     try:
         ttfts, itls = result["ttfts"], result["itls"]
         errors, outputs, inputs = result["errors"], result["output_lens"], result["input_lens"]
@@ -53,7 +53,7 @@ def shots_of(result: Mapping[str, Any]) -> list[Shot]:
         zero = min((start for start in starts if start), default=0.0)
         return [
             Shot(sent=None if start is None else round(start - zero, 6), prompt_tokens=int(prompt),
-                 error=_last_line(error) or "no answer")
+                 error=_last_line(error) or "no response")
             if error or not ttft else
             Shot(
                 sent=None if start is None else round(start - zero, 6),
@@ -65,7 +65,7 @@ def shots_of(result: Mapping[str, Any]) -> list[Shot]:
         ]  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise ClientFailed(
-            f"the result of vllm bench serve has another form: {type(error).__name__}: {error}"
+            f"the result of vllm bench serve has an unknown format: {type(error).__name__}: {error}"
         ) from None
 
 
@@ -75,12 +75,12 @@ def _last_line(error: str) -> str:
 
 
 class VllmClient:
-    """Runs it once for each rate and URL.
+    """Runs ``vllm bench serve`` once for each rate and URL.
 
     Args:
-        program: how vLLM's command line is started.
-        goodput: its own SLO arguments, so that its output can be compared.
-        folder: gets its result files, without the texts that were generated, and ``vllm-bench.log``.
+        program: command that starts vLLM's command line.
+        goodput: its SLO arguments, so that its output can be compared.
+        folder: for its result files, without the generated texts, and ``vllm-bench.log``.
     """
 
     def __init__(self, program: Sequence[str], version: str, urls: Sequence[str], workload: Workload, tokenizer: str,
@@ -101,11 +101,11 @@ class VllmClient:
             self._environment["OPENAI_API_KEY"] = key
 
     def window(self) -> tuple[float, float] | None:
-        """When its load was there, without the time that it takes to start; None when its output does not tell."""
+        """Begin and end of the load, without start-up; None if its output does not show it."""
         return self._window if self._window and self._window[1] > self._window[0] else None
 
     async def measure(self, rate: float, stop: asyncio.Event, watch: Watch) -> Measurement:
-        """One rate. When ``stop`` is set nothing is left of it: the result is written at the end."""
+        """Measure one rate. Nothing is kept when ``stop`` is set, because the result is written at the end."""
         parts = len(self._urls)
         counts = [max(1, round(self._workload.count(rate) / parts))] * parts
         seen = [0] * parts
@@ -153,17 +153,17 @@ class VllmClient:
                 stderr=asyncio.subprocess.STDOUT, env=self._environment, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise ClientFailed(f"vllm bench serve cannot be started: {error}") from None
+            raise ClientFailed(f"cannot start vllm bench serve: {error}") from None
         try:
             code = await asyncio.wait_for(self._follow(process, log, progress), limit)
         except asyncio.TimeoutError:
-            raise ClientFailed(f"vllm bench serve was not done after {limit:.0f} s; see {log}") from None
+            raise ClientFailed(f"vllm bench serve did not end within {limit:.0f} s; see {log}") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
         if code or not file.exists():
-            raise ClientFailed(f"vllm bench serve ended with {code} and no result; see {log}")
+            raise ClientFailed(f"vllm bench serve exited with code {code} and without a result; see {log}")
         try:
             result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 
 import msgpack
 
-from disagg_proxy.cluster.kv_kind import DISAGG_KV
-from disagg_proxy.connectors.disagg_kv_params import FIELDS
+from disagg_proxy.connectors.disagg_kv import KIND, REQUIRED
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import MAX_BYTES, BadAnnouncement, decode
 from disagg_proxy.request_id import new_request_id
@@ -34,8 +33,8 @@ def ping(**fields: object) -> bytes:
 
 def connector_ping(**fields: object) -> bytes:
     """A ping of the project's own connector with some fields changed."""
-    traits = dict.fromkeys(FIELDS, 1)
-    return ping(**{"protocol": DISAGG_KV, **traits, "transports": ["tcp"], "boot_id": "ab", **fields})
+    traits = dict.fromkeys(REQUIRED, 1)
+    return ping(**{"protocol": KIND.protocol, **traits, "transports": ["tcp"], "boot_id": "ab", **fields})
 
 
 ADDRESSES = [
@@ -51,7 +50,7 @@ SEEDS = [
     b"\0" + connector_ping(),
     *(
         b"\0" + connector_ping(**{name: odd})
-        for name in (*FIELDS[:2], "transports", "boot_id")
+        for name in (*REQUIRED[:2], "transports", "boot_id")
         for odd in ("x", [], None)
     ),
     *(b"\0" + connector_ping(protocol=odd) for odd in ("x" * 99, [1], {}, 2**64 - 1, b"x", "\ud7ff")),

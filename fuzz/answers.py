@@ -17,9 +17,8 @@ from disagg_proxy.openai.prefill_answer import (
     prompt_tokens,
     read_prefill,
 )
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, cache_use, repair_usage
-from disagg_proxy.request_id import RequestId, new_request_id
+from disagg_proxy.request_id import RequestId, RequestIdRewriter, hide, new_request_id
 from fuzz.source import Source
 
 ID = RequestId("___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_" + "5a" * 16, "b7" * 47)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill
+from disagg_proxy.connectors.disagg_kv import for_decode, for_prefill
 from disagg_proxy.errors import ProxyError, answer_of
 from disagg_proxy.openai.fields import COMPLETIONS, MESSAGES, ROUTES, Route, forces_tool
 from disagg_proxy.openai.prepare import Prepared, prepare
@@ -113,7 +113,7 @@ def check_body(route: Route, raw: bytes) -> str:
     sent = json.loads(raw)
     for body in (for_prefill(prepared.prefill_body, "x"), for_decode(prepared.decode_body, "x", "127.0.0.1:1")):
         assert json.loads(body)["kv_transfer_params"]["transfer_id"] == "x"
-    for_p, for_d, drain = (strict(b) for b in (prepared.prefill_body, prepared.decode_body, prepared.drain_body))
+    for_p, for_d, drain = (strict(b) for b in (prepared.prefill_body, prepared.decode_body, prepared.kv_release_body))
     assert for_d == without_steering(sent)
     assert {k: v for k, v in for_p.items() if k not in OWN} == {k: v for k, v in for_d.items() if k not in OWN}
     for body, leg in (

@@ -21,7 +21,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.openai.prefix_hash import AffinityNeeds
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteBatch

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+from hypothesis import HealthCheck, settings
 from multidict import CIMultiDict
 
 from disagg_proxy import compiled
@@ -22,9 +23,15 @@ from disagg_proxy.services import Services
 from disagg_sim import engine
 from tests.ports import hold_port
 
-pytest.register_assert_rewrite("tests.machine", "tests.command")
+pytest.register_assert_rewrite("tests.simulated", "tests.command")
 
 LOCAL = {"http_host": "127.0.0.1", "http_port": 0, "zmq_host": "127.0.0.1", "zmq_port": 0}
+
+# Property tests give the same verdict on a busy machine, and the same examples in every run.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 
 _MYPYC_THROWS = r"ignore:the \(type, exc, tb\) signature of throw:DeprecationWarning"
@@ -157,7 +164,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 T = TypeVar("T")
 
 
-async def soon(awaitable: Awaitable[T], seconds: float = 10.0) -> T:
+async def soon(awaitable: Awaitable[T], seconds: float = 30.0) -> T:
     """The result, or a failure of the test where it does not come."""
     return await asyncio.wait_for(awaitable, seconds)
 

@@ -126,10 +126,10 @@ async def judged(
     listener = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     try:
-        async with aiohttp.ClientSession() as session:
-            clients = Clients(session, f"http://127.0.0.1:{port}", 5.0)
-            return await clients.visit(PlannedRequest(0, 0.0, work, leave))
+        clients = Clients(f"http://127.0.0.1:{port}", 5.0)
+        return await clients.visit(PlannedRequest(0, 0.0, work, leave))
     finally:
+        clients.close()
         listener.close()
         await server.shutdown(0.1)
 

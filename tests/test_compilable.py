@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOT: list[Path] = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["hot_path"](ROOT / "disagg_proxy")
-_DO_NOT_SUSPEND = {"within", "turn"}
+_DO_NOT_SUSPEND = {"within", "slot"}
 """Context managers that let nobody else run when they are left: a timeout, a semaphore."""
 
 

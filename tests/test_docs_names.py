@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from disagg_machine import table
+from disagg_machine.cli import COMMANDS
 from disagg_proxy.config import Config
 from disagg_proxy.config.table import SETTINGS
 from disagg_proxy.server.asgi import create_app
@@ -53,16 +55,12 @@ def code(page: Path) -> list[str]:
 
 
 def script_settings() -> set[str]:
-    text = (ROOT / "script/settings_table.sh").read_text(encoding="utf-8")
-    return set(re.findall(r"^([A-Z_]+)\|", text.partition("<<'TABLE'\n")[2], re.M))
+    return {setting.env for setting in table.SETTINGS}
 
 
 def commands() -> dict[str, set[str]]:
     """The script's commands and their flags."""
-    table = re.search(r"COMMANDS_TABLE='(.*?)'", (ROOT / "script/commands.sh").read_text(encoding="utf-8"), re.S)
-    assert table is not None
-    rows = [line.split("|") for line in table[1].splitlines()]
-    return {row[0]: set(re.findall(r"-{1,2}[\w-]+", row[1])) for row in rows}
+    return {name: set(re.findall(r"-{1,2}[\w-]+", one.arguments)) for name, one in COMMANDS.items()}
 
 
 def names(pages: list[Path] = PAGES) -> list[object]:

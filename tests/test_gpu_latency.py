@@ -14,12 +14,13 @@ import pytest
 from bench.gpu_latency import __main__ as command
 from bench.gpu_latency import load, plan, record
 from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvRoom, Shot, fire
-from bench.gpu_latency.client import Answer, Broken, Client
-from bench.gpu_latency.figures import Resampled, Sample, compare, figures, quantile
+from bench.gpu_latency.figures import Resampled, Sample, compare, figures
 from bench.gpu_latency.load import ARMS, Block, in_turn
 from bench.gpu_latency.plan import Phase, seconds_for
 from bench.gpu_latency.processes import Machine, Stack
 from bench.gpu_latency.prompts import Prompts
+from disagg_report.figures import quantile
+from disagg_report.load_client import Broken, LoadClient, Response
 from disagg_sim import SimConfig, SimEngine
 
 # -- figures
@@ -109,7 +110,7 @@ def test_time_is_shared_and_the_last_phases_give_way(left: float, first: float) 
 
 
 @asynccontextmanager
-async def served(*pieces: bytes, cut: bool = False) -> AsyncIterator[Client]:
+async def served(*pieces: bytes, cut: bool = False) -> AsyncIterator[LoadClient]:
     """A client of a server that answers with ``pieces``, each sent by itself, and may then cut the connection."""
     ended = asyncio.Event()
 
@@ -129,7 +130,7 @@ async def served(*pieces: bytes, cut: bool = False) -> AsyncIterator[Client]:
             ended.set()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    client = Client(server.sockets[0].getsockname()[1])
+    client = LoadClient("http://{}:{}".format(*server.sockets[0].getsockname()))
     async with server:
         try:
             yield client
@@ -148,7 +149,7 @@ async def test_events_are_told_apart_wherever_they_are_cut() -> None:
     whole = b"".join(chunks)
     first: list[int] = []
     async with served(HEAD + whole[:20], whole[20:45], whole[45:]) as client:
-        answer = await client.post("/x", b"{}", stream=True, on_first=lambda: first.append(1))
+        answer = await client.post("/x", b"{}", Response(stream=True, on_first=lambda: first.append(1)))
     assert (answer.status, len(answer.arrivals), answer.completion_tokens, answer.done) == (200, 2, 2, True)
     assert answer.arrivals[1] >= answer.arrivals[0] and first == [1]
 
@@ -156,7 +157,7 @@ async def test_events_are_told_apart_wherever_they_are_cut() -> None:
 async def test_a_cut_answer_is_broken() -> None:
     async with served(HEAD + b"5\r\nda", cut=True) as client:
         with pytest.raises(Broken, match="closed by the other side"):
-            await client.post("/x", b"{}", stream=True)
+            await client.post("/x", b"{}", Response(stream=True))
 
 
 async def test_room_for_kv_goes_to_who_came_first() -> None:
@@ -180,7 +181,7 @@ async def test_direct_asks_both_engines_as_they_want_it(connector: str) -> None:
     for engine in engines:
         await engine.start()
     prefill, decode = engines
-    clients = [Client(int(engine.http_address.rpartition(":")[2])) for engine in engines]
+    clients = [LoadClient(f"http://{engine.http_address}") for engine in engines]
     arm: Arm = DirectOwn(*clients, prefill.kv_address)
     if connector == "p2p_nccl":
         arm = DirectP2p(*clients, (prefill.kv_address, decode.kv_address), KvRoom(10**9), 1000)
@@ -206,9 +207,9 @@ async def test_an_answer_that_is_too_short_is_an_error() -> None:
     class Short:
         name = "proxy"
 
-        async def ask(self, body: object, shot: Shot) -> Answer:
-            answer = Answer()
-            answer.status, answer.done, answer.completion_tokens = 200, True, 3
+        async def ask(self, body: object, shot: Shot) -> Response:
+            answer = Response()
+            answer.status, answer.done, answer.usage = 200, True, {"completion_tokens": 3}
             return answer
 
     made = await fire(Short(), Prompts("m", 1).body(10, 4), Shot("proxy", 10, 0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report")
+PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report", "disagg_machine")
 
 MAY_IMPORT = {
     # The KV connector, which vLLM loads: it must work where the proxy is not installed.
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     # Instances, and the text of requests:
     "request_id": "address",
     "http1": "request_id",
-    "openai": "errors request_id",
+    "openai": "errors",
     "cluster": "address config errors",
     "telemetry": "cluster config errors http1 runtime",
     "admission": "cluster errors openai telemetry",
@@ -48,7 +49,8 @@ MAY_IMPORT = {
     "health": "cluster errors runtime upstream",
     # One request:
     "downstream": "cluster errors http1 openai request_id runtime telemetry upstream",
-    "connectors": "admission cluster config downstream errors http1 openai request_id runtime telemetry upstream",
+    "connectors": "address admission cluster config downstream errors http1 openai request_id runtime telemetry "
+    "upstream",
     "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
     "discovery": "address cluster config connectors health http1 telemetry upstream",
@@ -60,20 +62,23 @@ MAY_IMPORT = {
     "telemetry upstream",
     "workers": "address cluster config discovery health peer_group runtime server services telemetry",
     "top": "page",
-    "cli": "config discovery server services telemetry workers",
+    "serve": "config discovery server services telemetry workers",
+    "cli": "config serve",
     "__main__": "cli",
+    # Reports of the benchmarks are made without the proxy; the load client is in there.
+    "disagg_report": "",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
     "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
-    "disagg_sim.chaos": "cluster config disagg_sim runtime server services",
+    "disagg_sim.chaos": "cluster config disagg_report disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
-    # Reports of the benchmarks are made without the proxy.
-    "disagg_report": "",
+    # The machine starts the others as processes, and only knows their command lines.
+    "disagg_machine": "",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
-disagg_proxy have no prefix; disagg_report is one unit, disagg_sim another one without its ``chaos``. A package's own
-``__init__`` may be imported by all of it."""
+disagg_proxy have no prefix; disagg_report and disagg_machine are one unit each, disagg_sim another one without its
+``chaos``. A package's own ``__init__`` may be imported by all of it."""
 
 FOR_TYPES = {
     # The transports move the tensors of vLLM's cache, whose layout stands with the rest that is read from vLLM.
@@ -89,16 +94,16 @@ LIBRARIES = {
     "quart": "server.asgi",
     "quart_cors": "server.asgi.auth",
     "werkzeug": "server.asgi.error_responses",
-    # The server on the client's side, and the parser of both sides.
+    # The server on the client's side, and the parser of both sides and of the load client.
     "uvicorn": "server.connection_lifecycle server.http_server workers.worker_server",
-    "httptools": "server.client_connection upstream.connection",
+    "httptools": "server.client_connection upstream.connection disagg_report.load_client",
     # The registration port; the simulator and the connector are its clients.
     "zmq": "discovery.forward discovery.listener disagg_sim.ping disagg_kv.engine.announce",
     # Registrations, whose format is vLLM's, and three formats between the workers of one proxy.
     "msgpack": "discovery.announcement telemetry.aggregate telemetry.page_state workers.channel disagg_sim.kv_wire "
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
-    "aiohttp": "disagg_sim top.follow disagg_report.own_client",
+    "aiohttp": "disagg_sim top.follow",
     "prometheus_client": "server.asgi.status_routes telemetry.instance_metrics telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
@@ -106,13 +111,12 @@ LIBRARIES = {
     "matplotlib": "disagg_report.plots",
     "vllm": "disagg_kv.connector disagg_kv.engine.versions disagg_kv.transport.nccl",
     "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
-    # Sockets for clients (cli, server, workers), between workers (workers), for registrations (discovery); those to
-    # instances are asyncio's.
-    "socket": "cli server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
-    "disagg_kv.transport.channel",
+    # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
+    # instances are asyncio's. The machine asks with the standard library alone.
+    "socket": "serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
+    "disagg_kv.transport.channel disagg_machine.net",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
-    ""
-    "disagg_kv disagg_report.power",
+    "disagg_kv disagg_report.power disagg_machine.bench.load",
 }
 """Library -> modules or folders that may import it."""
 
@@ -188,7 +192,7 @@ def edges(for_types: bool) -> Iterator[tuple[str, str]]:
 
 def unit(module: str) -> str:
     package, _, rest = module.partition(".")
-    if not rest or package == "disagg_report":
+    if not rest or package in ("disagg_report", "disagg_machine"):
         return package
     top = rest.partition(".")[0]
     if package == "disagg_sim":
@@ -270,6 +274,14 @@ def test_no_folders_import_each_other() -> None:
 
 def test_no_modules_import_each_other() -> None:
     assert cycle(set(edges(False))) == []
+
+
+def test_the_machine_needs_only_the_standard_library() -> None:
+    """Its commands work in any Python, also where the virtual environment is missing or broken."""
+    for module, imported in IMPORTS.items():
+        if module.partition(".")[0] == "disagg_machine":
+            roots = {name.partition(".")[0] for name in set().union(*imported)}
+            assert roots - sys.stdlib_module_names - {"disagg_machine"} == set(), module
 
 
 def test_the_packages_need_none_of_the_tools() -> None:

@@ -93,7 +93,7 @@ async def test_one_of_several_shares_by_its_group(caplog: pytest.LogCaptureFixtu
         assert not instance.draining and not services.idle(instance), "as the group says"
         report = stats_report(services, await services.overview())
         assert (report["answered_by"], report["discovery"]["messages"]) == (3, 7)
-        assert not hasattr(services, "introductions"), "the first worker's"
+        assert not hasattr(services, "connection_warmer"), "the first worker's"
     finally:
         await services.stop()
     assert group.calls == ["start", "drain True", "stop"]

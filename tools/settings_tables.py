@@ -6,19 +6,13 @@ A test compares the pages with :func:`filled`.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
+from disagg_machine.cli import markdown as machine_table
 from disagg_proxy.config.markdown import table
 
 ROOT = Path(__file__).parents[1]
 SETTINGS_PAGES = {"en": ROOT / "docs/settings.md", "zh": ROOT / "docs/settings.zh-CN.md"}
-
-
-def script_table(language: str) -> str:
-    """The script's own settings, printed by the script."""
-    command = [str(ROOT / "test_single_machine.sh"), "config", "--markdown", language]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def filled(language: str) -> str:
@@ -28,7 +22,7 @@ def filled(language: str) -> str:
         ValueError: the page does not have exactly one place for each table.
     """
     text = SETTINGS_PAGES[language].read_text(encoding="utf-8")
-    for name, content in (("proxy", table(language)), ("script", script_table(language))):
+    for name, content in (("proxy", table(language)), ("script", machine_table(language))):
         block = f"<!-- {name} settings -->\n{content}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} settings -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
         if found != 1:

@@ -21,7 +21,7 @@ from bench.gpu_latency import record, report
 from bench.gpu_latency.plan import Phase
 from bench.gpu_latency.processes import Machine
 from bench.gpu_latency.run import WRAP_UP, Run, Wanted
-from script.kv_bytes import main as kv_bytes
+from disagg_machine.kv_bytes import kv_bytes_per_token
 
 _SIM_PER_TOKEN = 147_456
 
@@ -80,7 +80,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _machine(arguments: argparse.Namespace, out: Path) -> Machine:
     p2p, sim = arguments.connector == "p2p_nccl", arguments.engines == "sim"
-    per_token = _SIM_PER_TOKEN if sim else kv_bytes(arguments.model, arguments.dtype)
+    per_token = _SIM_PER_TOKEN if sim else kv_bytes_per_token(arguments.model, arguments.dtype)
     if p2p and not per_token:
         raise SystemExit(f"gpu_latency: {arguments.model}/config.json does not say how large the KV of a token is")
     return Machine(

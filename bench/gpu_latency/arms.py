@@ -14,8 +14,8 @@ from collections import deque
 from time import perf_counter
 from typing import Protocol
 
-from bench.gpu_latency.client import Answer, Broken, Client
 from bench.gpu_latency.prompts import Body
+from disagg_report.load_client import Broken, LoadClient, Response
 
 PATH = "/v1/completions"
 
@@ -50,7 +50,7 @@ class Arm(Protocol):
 
     name: str
 
-    async def ask(self, body: Body, shot: Shot) -> Answer: ...
+    async def ask(self, body: Body, shot: Shot) -> Response: ...
 
 
 async def fire(arm: Arm, body: Body, shot: Shot) -> Shot:
@@ -67,7 +67,7 @@ async def fire(arm: Arm, body: Body, shot: Shot) -> Shot:
     return shot
 
 
-def _check(answer: Answer, who: str) -> None:
+def _check(answer: Response, who: str) -> None:
     if answer.status != 200:
         raise Refused(f"{who}: {answer.status} {bytes(answer.body[:300])!r}")
 
@@ -77,11 +77,11 @@ class Proxied:
 
     name = "proxy"
 
-    def __init__(self, proxy: Client) -> None:
+    def __init__(self, proxy: LoadClient) -> None:
         self._proxy = proxy
 
-    async def ask(self, body: Body, shot: Shot) -> Answer:
-        return await self._proxy.post(PATH, body.whole(), stream=True)
+    async def ask(self, body: Body, shot: Shot) -> Response:
+        return await self._proxy.post(PATH, body.whole(), Response(stream=True))
 
 
 class KvRoom:
@@ -119,12 +119,14 @@ class DirectP2p:
 
     name = "direct"
 
-    def __init__(self, prefill: Client, decode: Client, addresses: tuple[str, str], room: KvRoom, per_token: int):
+    def __init__(
+        self, prefill: LoadClient, decode: LoadClient, addresses: tuple[str, str], room: KvRoom, per_token: int
+    ):
         self._prefill, self._decode = prefill, decode
         self._head = f"___prefill_addr_{addresses[0]}___decode_addr_{addresses[1]}_"
         self._room, self._per_token = room, per_token
 
-    async def ask(self, body: Body, shot: Shot) -> Answer:
+    async def ask(self, body: Body, shot: Shot) -> Response:
         size = body.tokens * self._per_token
         await self._room.take(size)
         held = [size]
@@ -136,9 +138,10 @@ class DirectP2p:
         try:
             name = self._head + secrets.token_hex(16)
             begun = perf_counter()
-            _check(await self._prefill.post(PATH, body.prefill(), name), "prefill")
+            _check(await self._prefill.post(PATH, body.prefill(), Response(), {"X-Request-Id": name}), "prefill")
             shot.prefill = perf_counter() - begun
-            return await self._decode.post(PATH, body.whole(), name, stream=True, on_first=release)
+            response = Response(stream=True, on_first=release)
+            return await self._decode.post(PATH, body.whole(), response, {"X-Request-Id": name})
         finally:
             release()
 
@@ -148,27 +151,27 @@ class DirectOwn:
 
     name = "direct"
 
-    def __init__(self, prefill: Client, decode: Client, prefill_kv: str) -> None:
+    def __init__(self, prefill: LoadClient, decode: LoadClient, prefill_kv: str) -> None:
         self._prefill, self._decode, self._kv = prefill, decode, prefill_kv
 
-    async def ask(self, body: Body, shot: Shot) -> Answer:
+    async def ask(self, body: Body, shot: Shot) -> Response:
         name = secrets.token_hex(16)
         offer = f'"kv_transfer_params":{{"transfer_id":"{name}"}}'
         fetch = f'"kv_transfer_params":{{"transfer_id":"{name}","from":"{self._kv}"}}'
         begun = perf_counter()
 
         async def compute() -> None:
-            _check(await self._prefill.post(PATH, body.prefill(offer)), "prefill")
+            _check(await self._prefill.post(PATH, body.prefill(offer), Response()), "prefill")
             shot.prefill = perf_counter() - begun
 
         # Decode makes up for a prefill that fails; the figure would not be one of this path, so the error counts.
         leg = asyncio.ensure_future(compute())
         results = await asyncio.gather(
-            self._decode.post(PATH, body.whole(fetch), stream=True), leg, return_exceptions=True
+            self._decode.post(PATH, body.whole(fetch), Response(stream=True)), leg, return_exceptions=True
         )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
         answer = results[0]
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         return answer

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.gpu_latency.arms import Shot
 from bench.gpu_latency.load import ARMS, Block
+from disagg_report.figures import quantile
 
 QUANTILES = (0.5, 0.99)
 _DRAWS = 1000
@@ -39,11 +40,6 @@ def gaps(shot: Shot, end: float = float("inf")) -> tuple[float, ...]:
     """Milliseconds between events that arrived by ``end``."""
     times = [one for one in shot.arrivals if one <= end]
     return tuple((later - earlier) * 1e3 for earlier, later in pairwise(times))
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of the values do not exceed; values in order."""
-    return values[max(0, -int(-share * len(values) // 1) - 1)]
 
 
 class Resampled:

@@ -1,6 +1,6 @@
 """The processes of one run: prefill, decode, the proxy, and how each is started, seen to be ready, and ended.
 
-The flags are those of test_single_machine.sh (script/launch.sh), which says why each is there.
+The flags are those of test_single_machine.sh (disagg_machine/commands.py), which says why each is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.gpu_latency.client import Answer, Broken, Client
+from disagg_report.load_client import Broken, LoadClient, Response
 
 ROOT = Path(__file__).parents[2]
 SERVED = "m"
@@ -75,10 +75,10 @@ class Process:
     log: Path
     port: int
     popen: subprocess.Popen[bytes] | None = None
-    client: Client = field(init=False)
+    client: LoadClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = Client(self.port)
+        self.client = LoadClient(f"http://{HOST}:{self.port}")
 
     def start(self) -> None:
         with self.log.open("wb") as out:
@@ -286,5 +286,5 @@ class Stack:
         }  # fmt: skip
 
 
-def _knows_a_pair(answer: Answer) -> bool:
+def _knows_a_pair(answer: Response) -> bool:
     return answer.status == 200 and int(answer.json()["pairs"]) > 0

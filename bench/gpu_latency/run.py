@@ -12,11 +12,11 @@ from typing import Any
 
 from bench.gpu_latency import load, record
 from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvRoom, Proxied, Shot, fire
-from bench.gpu_latency.client import Client
 from bench.gpu_latency.plan import Phase, seconds_for
-from bench.gpu_latency.processes import Machine, NotReady, Stack
+from bench.gpu_latency.processes import HOST, Machine, NotReady, Stack
 from bench.gpu_latency.prompts import Prompts
 from bench.gpu_latency.serve import LEAST, bench_serve
+from disagg_report.load_client import LoadClient
 
 WRAP_UP = 14.0
 """Seconds kept for the end: processes, files, figures."""
@@ -163,11 +163,13 @@ class Run:
 def _arms(stack: Stack) -> dict[str, Arm]:
     """Each arm with connections of its own, also to the engines."""
     machine = stack.machine
-    prefill, decode = Client(stack.prefill.port), Client(stack.decode.port)
+    prefill, decode, proxy = (
+        LoadClient(f"http://{HOST}:{one.port}") for one in (stack.prefill, stack.decode, stack.proxy)
+    )
     direct: Arm
     if machine.connector == "p2p_nccl":
         room = KvRoom(machine.kv_buffer)
         direct = DirectP2p(prefill, decode, stack.kv_addresses, room, machine.per_token)
     else:
         direct = DirectOwn(prefill, decode, stack.kv_addresses[0])
-    return {"direct": direct, "proxy": Proxied(Client(stack.proxy.port))}
+    return {"direct": direct, "proxy": Proxied(proxy)}

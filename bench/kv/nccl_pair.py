@@ -36,8 +36,8 @@ def _layers(shape: str, layers: int, blocks: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def _bare(rank: int, unique_id: bytes, pipe: Connection, total: int, piece: int) -> dict[str, Any]:
-    """The same bytes in pieces of the same size, straight from one buffer into another."""
+def _bare(rank: int, unique_id: bytes, pipe: Connection, total: int, chunk: int) -> dict[str, Any]:
+    """The same bytes in chunks of the same size, straight from one buffer into another."""
     import torch
     from vllm.distributed.device_communicators.pynccl_wrapper import (
         NCCLLibrary,
@@ -48,15 +48,15 @@ def _bare(rank: int, unique_id: bytes, pipe: Connection, total: int, piece: int)
 
     nccl = NCCLLibrary()
     comm = nccl.ncclCommInitRank(2, nccl.unique_id_from_bytes(unique_id), rank)
-    stream, buffer = torch.cuda.Stream(), torch.ones(piece, dtype=torch.uint8, device="cuda")
+    stream, buffer = torch.cuda.Stream(), torch.ones(chunk, dtype=torch.uint8, device="cuda")
     move = nccl.ncclSend if rank == 0 else nccl.ncclRecv
     times = []
     for _ in range(8):
         torch.cuda.synchronize()
         _meet(pipe)
         start = time.perf_counter()
-        for at in range(0, total, piece):
-            move(buffer_type(buffer.data_ptr()), min(piece, total - at), ncclDataTypeEnum.ncclUint8, 1 - rank, comm,
+        for at in range(0, total, chunk):
+            move(buffer_type(buffer.data_ptr()), min(chunk, total - at), ncclDataTypeEnum.ncclUint8, 1 - rank, comm,
                  cudaStream_t(stream.cuda_stream))  # fmt: skip
         stream.synchronize()
         times.append(time.perf_counter() - start)
@@ -203,8 +203,8 @@ def _process(rank: int, pipe: Connection, results: Connection, arguments: argpar
 
     for shape in ("split", "joined"):
         case(f"copies {shape}", _copies, shape, arguments.layers, arguments.tokens)
-    for piece in (32, 64, 256):
-        case(f"bare {piece} MiB", _bare, total, piece << 20)
+    for chunk in (32, 64, 256):
+        case(f"bare {chunk} MiB", _bare, total, chunk << 20)
     for shape in ("split", "joined"):
         for staging, slots in ((32, 3), (64, 3), (128, 2)):
             case(f"transport {shape} {staging}x{slots}", _transport, shape, arguments.layers, arguments.tokens,

@@ -11,13 +11,13 @@ from bench.policies.clock import VirtualLoop
 from bench.policies.engines import CACHE, KV_BYTES, Decode, Job, Prefill
 from bench.policies.workloads import Ask, Session
 from disagg_proxy.address import parse_address
-from disagg_proxy.admission.limits import Limits
-from disagg_proxy.admission.queue import AdmissionQueue, Demand
+from disagg_proxy.admission.queue import AdmissionQueue, Demand, Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES, Traits
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import PlacementPreference, Selection
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.telemetry.stats import Stats
 
@@ -57,9 +57,8 @@ class Trial:
         self.decodes: dict[Instance, Decode] = {}
         for role, count, first in ((Role.PREFILL, setup.prefills, 20000), (Role.DECODE, setup.decodes, 30000)):
             for port in range(first, first + count):
-                self.registry.announce(
-                    role, parse_address(f"127.0.0.1:{port}"), parse_address(f"127.0.0.1:{port + 1000}")
-                )
+                http, kv = (parse_address(f"127.0.0.1:{number}") for number in (port, port + 1000))
+                self.registry.announce(role, http, kv, P2P)
         for instance in self.registry.instances():
             self.registry.admit(instance, {MODEL: {}})
             if instance.role is Role.PREFILL:

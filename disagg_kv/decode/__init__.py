@@ -1,1 +1,1 @@
-"""The decode engine's half: which requests wait for blocks, and the threads that receive them."""
+"""The decode side: loads that wait for blocks, and the connections that receive them."""

@@ -1,1 +1,1 @@
-"""What touches vLLM's own objects: the scheduler half, the worker half, cache layouts, versions, the announcement."""
+"""Code that uses vLLM's objects: scheduler and worker side, cache layouts, versions, announcement."""

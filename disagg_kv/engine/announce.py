@@ -1,5 +1,8 @@
-"""The announcement to the proxy, like P2pNcclConnector's (vLLM 0.21, kv_connector/v1/p2p/p2p_nccl_engine.py), which
-the proxy's listener already understands, with fields that tell which engines can exchange KV."""
+"""Announcements to the proxy, in the format of P2pNcclConnector's pings with additional fields.
+
+The format is vLLM 0.21's (kv_connector/v1/p2p/p2p_nccl_engine.py). The additional fields tell the proxy which engines
+can exchange KV.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from disagg_kv.settings import Settings
 
 logger = logging.getLogger("vllm.disagg_kv")
 PERIOD_SECONDS = 3.0
-_LONGEST = 64
+_MAX_TEXT_LENGTH = 64
 
 
 def join_address(host: str, port: int) -> str:
@@ -25,7 +28,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def announcement(identity: Identity, http_address: str, kv_address: str, transports: list[str]) -> dict[str, Any]:
-    """The message: the three fields of the old connector, then this one's."""
+    """Build the message: the three fields of P2pNcclConnector, then those of this connector."""
     shape = identity.shape
     assert shape is not None
     digest = {"kv_digest": shape.digest} if shape.digest else {}
@@ -49,12 +52,12 @@ def announcement(identity: Identity, http_address: str, kv_address: str, transpo
 
 
 def _short(text: str) -> str:
-    """The text, or a digest of one that would make the message grow with the model: it is only compared."""
-    return text if len(text) <= _LONGEST else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    """Return the text, or its digest if it is long; the proxy only compares it."""
+    return text if len(text) <= _MAX_TEXT_LENGTH else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 class Announcer:
-    """A thread that sends the message every 3 seconds until ``close``."""
+    """Thread that sends the announcement every 3 seconds until ``close``."""
 
     def __init__(self, settings: Settings, identity: Identity, host: str, port: int, transports: list[str]) -> None:
         self._proxy = f"tcp://{join_address(settings.proxy_ip, settings.proxy_port)}"
@@ -66,7 +69,7 @@ class Announcer:
         self._thread.start()
 
     def renew(self, identity: Identity) -> None:
-        """Announces this identity from the next message on."""
+        """Announce this identity from the next message on."""
         self._message = msgspec.msgpack.encode(
             announcement(identity, self._http_address, self._kv_address, self._transports)
         )
@@ -87,11 +90,11 @@ class Announcer:
                 try:
                     socket.send(self._message, zmq.NOBLOCK)
                 except zmq.Again:
-                    logger.debug("the proxy at %s does not take announcements", self._proxy)
+                    logger.debug("the proxy at %s does not accept announcements", self._proxy)
                 if self._stop.wait(PERIOD_SECONDS):
                     return
         except zmq.ZMQError:
-            logger.exception("announcing to %s has ended", self._proxy)
+            logger.exception("stopped announcing to %s", self._proxy)
         finally:
             socket.close()
             context.term()

@@ -1,9 +1,9 @@
 """Digests of what determines KV besides the tokens: a model's configuration and weights, and LoRA adapters.
 
-Reading all weights would take minutes, so they are sampled. Every safetensors tensor counts with its name, dtype, shape
-and 4 KiB samples spread over its data. Other formats count with their size, their last MiB (where a PyTorch archive
-keeps the checksums of its records) and samples spread over the file. The digest depends neither on names of files nor
-on how tensors are divided among them.
+Reading all weights would take minutes, so they are sampled. Every safetensors tensor counts with its name, dtype,
+shape and 4 KiB samples spread over its data. Other formats count with their size, their last MiB (where a PyTorch
+archive keeps the checksums of its records) and samples spread over the file. The digest depends neither on file names
+nor on how tensors are distributed over files.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SAMPLE_BYTES = 4096
-MOST_SAMPLES = 32768
-"""Samples over all files; with more tensors than this each has one."""
+MAX_SAMPLES = 32768
+"""Samples over all files; if there are more tensors than this, one of each."""
 SAMPLES_PER_TENSOR = 8
 _SAMPLES_PER_FILE = 1024
 _TAIL_BYTES = 1 << 20
@@ -28,11 +28,11 @@ _PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.tensors")
 _CONSOLIDATED = "consolidated*.safetensors"
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _INCIDENTAL = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Fields of a configuration that say where it comes from and nothing about the model."""
+"""Fields of a configuration that tell its origin and nothing about the model."""
 
 
 class Unreadable(Exception):
-    """There is no digest; the text says why."""
+    """No digest can be made; the text is the reason."""
 
 
 class _Tensor(NamedTuple):
@@ -67,17 +67,25 @@ def model_digest(weights: Path | None, config: Path, facts: Mapping[str, str], l
 
 
 def version_digest(version: str) -> str:
-    """32 hexadecimal digits for a name of the operator's choice."""
+    """Return 32 hexadecimal digits for ``model_version``."""
     return hashlib.sha256(f"model_version:{version}".encode()).hexdigest()[:32]
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Files of a LoRA adapter: its configuration, then its weights. Unreadable if one of them is missing."""
+    """Return the files of a LoRA adapter: its configuration, then its weights.
+
+    Raises:
+        Unreadable: one of them is missing.
+    """
     return [folder / "adapter_config.json", *weight_files(folder)]
 
 
 def adapter_digest(files: Sequence[Path]) -> str:
-    """32 hexadecimal digits for the files of :func:`adapter_files`. Unreadable as :func:`model_digest`."""
+    """Return 32 hexadecimal digits for the files of :func:`adapter_files`.
+
+    Raises:
+        Unreadable: a file cannot be read or parsed.
+    """
     try:
         config = _canonical(json.loads(files[0].read_bytes()))
         return hashlib.sha256(config.encode() + weights_digest(files[1:])).hexdigest()[:32]
@@ -86,8 +94,13 @@ def adapter_digest(files: Sequence[Path]) -> str:
 
 
 def weight_files(source: Path, load_format: str = "auto") -> list[Path]:
-    """The files that vLLM loads (0.32, model_executor/model_loader/default_loader.py): of the first format that the
-    folder has, without shards that the index does not name. Unreadable if there are none."""
+    """Return the files that vLLM loads (0.32, model_executor/model_loader/default_loader.py).
+
+    Of the first format that the folder has, without shards that the index does not name.
+
+    Raises:
+        Unreadable: there are none.
+    """
     if source.is_file():
         return [source]
     patterns: tuple[str, ...] = {"pt": ("*.pt",), "npcache": ("*.bin",)}.get(load_format, _PATTERNS)
@@ -102,32 +115,40 @@ def weight_files(source: Path, load_format: str = "auto") -> list[Path]:
                 named = set(json.loads(index.read_bytes())["weight_map"].values())
                 found = [path for path in found if path.name in named] or found
             return found
-    raise Unreadable(f"no weights are found in {source}")
+    raise Unreadable(f"no weights in {source}")
 
 
 def weights_digest(files: Sequence[Path]) -> bytes:
-    """32 bytes. OSError or ValueError for a file that cannot be read."""
+    """Return a digest of 32 bytes.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+    """
     if files[0].suffix == ".safetensors":
         found = [(path, _header(path)) for path in files]
-        count = _clamp(MOST_SAMPLES // max(1, sum(len(tensors) for _, tensors in found)), 1, SAMPLES_PER_TENSOR)
+        count = _clamp(MAX_SAMPLES // max(1, sum(len(tensors) for _, tensors in found)), 1, SAMPLES_PER_TENSOR)
         rows = [row for path, tensors in found for row in _rows(path, tensors, count)]
     else:
-        rows = [_whole_file(path, _clamp(MOST_SAMPLES // len(files), 1, _SAMPLES_PER_FILE)) for path in files]
+        rows = [_file_digest(path, _clamp(MAX_SAMPLES // len(files), 1, _SAMPLES_PER_FILE)) for path in files]
     return hashlib.sha256(b"".join(sorted(rows))).digest()
 
 
 def identity(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
-    """Differs when a file has been written or replaced. OSError if one is gone."""
+    """Return device, inode, size and times of each file; they differ when a file was written or replaced.
+
+    Raises:
+        OSError: a file is gone.
+    """
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, files))
 
 
 def _configuration(config: Path, quantized: bool) -> Iterator[str]:
-    """Texts of the model's configuration files that vLLM reads, without incidental fields."""
+    """Yield the contents of the configuration files that vLLM reads, without incidental fields."""
     if config.is_file():
         return
     names = [name for name in ("config.json", "params.json") if (config / name).is_file()][:1]
     if not names:
-        raise Unreadable(f"no config.json is found in {config}")
+        raise Unreadable(f"no config.json in {config}")
     if quantized:
         names += [name for name in ("hf_quant_config.json", "quantize_config.json") if (config / name).is_file()]
     for name in names:
@@ -141,7 +162,10 @@ def _canonical(value: Any) -> str:
 
 
 def _header(path: Path) -> list[_Tensor]:
-    """The tensors of a safetensors file (8 bytes of length, a JSON object, the data) in the order of their data."""
+    """Return the tensors of a safetensors file in the order of their data.
+
+    The format is 8 bytes of length, a JSON object, the data.
+    """
     with _opened(path) as file:
         size = int.from_bytes(_read(file, 0, 8), "little")
         if size > _MAX_HEADER_BYTES:
@@ -164,22 +188,24 @@ def _rows(path: Path, tensors: Sequence[_Tensor], count: int) -> list[bytes]:
     plans = [(tensor, _samples(tensor.start, tensor.size, count)) for tensor in tensors]
     with _opened(path) as file:
         for _, samples in plans:
-            _expect(file, samples)
+            _prefetch(file, samples)
         return [_hash(file, tensor.text, samples) for tensor, samples in plans]
 
 
-def _whole_file(path: Path, count: int) -> bytes:
+def _file_digest(path: Path, count: int) -> bytes:
     with _opened(path) as file:
         size = os.fstat(file).st_size
         tail = min(size, _TAIL_BYTES)
         samples = [*_samples(0, size - tail, count), (size - tail, tail)]
-        _expect(file, samples)
+        _prefetch(file, samples)
         return _hash(file, str(size).encode(), samples)
 
 
 def _samples(start: int, size: int, count: int) -> list[tuple[int, int]]:
-    """Where to read and how many bytes: ``count`` samples from the first byte to the last (one: from the middle), or
-    everything where that is less."""
+    """Return where to read and how many bytes.
+
+    ``count`` samples from the first byte to the last (one: from the middle), or everything where that is less.
+    """
     if size <= count * SAMPLE_BYTES:
         # A length of 0 means "to the end of the file" to posix_fadvise.
         return [(start, size)] if size else []
@@ -189,8 +215,8 @@ def _samples(start: int, size: int, count: int) -> list[tuple[int, int]]:
     return [(start + rest * place // (count - 1), SAMPLE_BYTES) for place in range(count)]
 
 
-def _expect(file: int, samples: Sequence[tuple[int, int]]) -> None:
-    """The kernel begins to read all of them, so that a disk works on many at once."""
+def _prefetch(file: int, samples: Sequence[tuple[int, int]]) -> None:
+    """Ask the kernel to read ahead all samples, so that a disk handles many requests at once."""
     for start, size in samples:
         os.posix_fadvise(file, start, size, os.POSIX_FADV_WILLNEED)
 
@@ -214,12 +240,16 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _read(file: int, start: int, size: int) -> bytes:
-    """``size`` bytes. OSError or ValueError (a truncated file) if they are not there."""
+    """Read exactly ``size`` bytes.
+
+    Raises:
+        OSError, ValueError: they are not there (a truncated file).
+    """
     data = os.pread(file, size, start)
     while len(data) < size:
         more = os.pread(file, size - len(data), start + len(data))
         if not more:
-            raise ValueError("a file of weights is truncated")
+            raise ValueError("a weight file is truncated")
         data += more
     return data
 

@@ -1,11 +1,11 @@
-"""Shapes of vLLM's KV cache: every supported one becomes a list of planes of equal rows.
+"""Layouts of vLLM's KV cache: every supported one becomes a list of planes of equal rows.
 
-Seen: (blocks, heads, block_size, 2 * head_dim), FlashAttention 3 of 0.26 and CPU of 0.32: one plane per layer;
-(2, blocks, block_size, heads, head_dim), FlashAttention of 0.21: two; (blocks, 2, block_size, heads, head_dim),
-FlashInfer: one. Any strides will do as long as what one block occupies in a plane is contiguous. Where a kernel's block
-is a fraction of the manager's, its rows are joined.
+Known layouts: (blocks, heads, block_size, 2 * head_dim), FlashAttention 3 of 0.26 and CPU of 0.32, one plane per
+layer; (2, blocks, block_size, heads, head_dim), FlashAttention of 0.21, two planes; (blocks, 2, block_size, heads,
+head_dim), FlashInfer, one plane. Any strides are supported as long as the bytes of one block in a plane are
+contiguous. Where a kernel's block is a fraction of the manager's block, its rows are joined.
 
-Refused with ``Unsupported``: several cache groups (hybrid models), MLA, sliding windows, Mamba, anything else.
+Rejected with ``Unsupported``: several cache groups (hybrid models), MLA, sliding windows, Mamba, anything else.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from disagg_kv.engine.fences import StepFence
 _ROWS_OF_KERNELS = (1, 32)
 """torch has one index_select kernel for up to 16 rows and another for more."""
 _STEP_SECONDS = 60.0
-"""A sender that waits longer than this for a layer of a running step gives up."""
+"""How long a sender waits for a layer of a running step before it gives up."""
 
 
 class Unsupported(ValueError):
-    """This engine's KV cache cannot be moved by this connector; the text says why."""
+    """This connector cannot move this engine's KV cache; the text is the reason."""
 
 
 def check_specs(groups: Sequence[Any]) -> int:
-    """Block size in tokens, if the cache is one group of plain full attention. Else Unsupported."""
+    """Return the block size in tokens.
+
+    Raises:
+        Unsupported: the cache is not one group of plain full attention.
+    """
     if len(groups) != 1:
         raise Unsupported(
             f"this model has {len(groups)} KV cache groups (a hybrid model, or sliding windows); only one is supported"
@@ -47,12 +51,16 @@ def check_specs(groups: Sequence[Any]) -> int:
 
 
 def planes_of(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
-    """Views of one layer's cache, each (num_blocks, elements of a block), rows contiguous. Unsupported otherwise."""
+    """Return views of one layer's cache, each (num_blocks, elements of a block) with contiguous rows.
+
+    Raises:
+        Unsupported: the layout is unknown.
+    """
     if tensor.dim() < 3:
-        raise Unsupported(f"{name}: a KV cache of shape {tuple(tensor.shape)} is not known")
+        raise Unsupported(f"{name}: unknown KV cache layout of shape {tuple(tensor.shape)}")
     dim = next((dim for dim in (0, 1) if tensor.shape[dim] % num_blocks == 0 and tensor.shape[dim] > 2), None)
     if dim is None or (dim == 1 and tensor.shape[0] != 2):
-        raise Unsupported(f"{name}: {num_blocks} blocks are not found in the shape {tuple(tensor.shape)}")
+        raise Unsupported(f"{name}: the shape has no dimension of {num_blocks} blocks: {tuple(tensor.shape)}")
     parts = [tensor] if dim == 0 else [tensor[0], tensor[1]]
     return [_rows(name, part, num_blocks) for part in parts]
 
@@ -71,8 +79,10 @@ def _rows(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
 
 
 def describe(name: str, tensor: torch.Tensor, num_blocks: int) -> str:
-    """Text that is equal for two engines exactly when bytes of a block mean the same: sizes and their order in memory,
-    without the number of blocks."""
+    """Describe a layout: sizes and their order in memory, without the number of blocks.
+
+    Equal for two engines exactly when the bytes of a block have the same meaning.
+    """
     order = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim))
     block_dim = 0 if tensor.shape[0] % num_blocks == 0 and tensor.shape[0] > 2 else 1
     sizes = [str(size) for size in tensor.shape]
@@ -84,8 +94,13 @@ class TorchCache:
     """The registered KV cache of one rank; see ``BlockCache``."""
 
     def __init__(self, layers: dict[str, torch.Tensor], num_blocks: int, widest: torch.dtype = torch.int64) -> None:
-        """``layers`` as vLLM registers them; layers that share one tensor count once. Unsupported if unusable.
-        ``widest``: the type as which bytes are copied, where they are aligned to it."""
+        """Args:
+            layers: as vLLM registers them; layers that share one tensor count once.
+            widest: dtype as which bytes are copied, where they are aligned to it.
+
+        Raises:
+            Unsupported: see the module.
+        """
         unique: dict[int, tuple[str, torch.Tensor]] = {}
         for name in sorted(layers, key=_by_number):
             tensor = layers[name]
@@ -106,7 +121,7 @@ class TorchCache:
         self.layers = {
             name: (place * per_layer, (place + 1) * per_layer) for place, (name, _) in enumerate(unique.values())
         }
-        """First plane of each layer, and the one behind its last."""
+        """First plane of each layer, and the one after its last."""
         self.block_bytes = self.row_bytes * self.planes
         self.layout = "|".join(texts)
         self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
@@ -130,7 +145,7 @@ class TorchCache:
         target.index_copy_(0, index, rows.view(target.dtype).view(len(index), target.shape[1]))
 
     def warm(self, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Runs the kernels of ``gather`` and ``scatter`` once, between these buffers; the cache is only read."""
+        """Run the kernels of ``gather`` and ``scatter`` once, between these buffers; the cache is only read."""
         for count in _ROWS_OF_KERNELS:
             size = count * self.row_bytes
             if size <= min(len(first), len(second)):
@@ -148,7 +163,7 @@ class TorchCache:
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
 
     def mark(self) -> Any:
-        """A fence behind everything that the calling thread's stream has been given so far."""
+        """Record a CUDA event after all work enqueued so far on the calling thread's stream; None on a CPU."""
         if not self.on_gpu:
             return None
         event = torch.cuda.Event()
@@ -156,7 +171,7 @@ class TorchCache:
         return event
 
     def wait(self, fence: Any) -> None:
-        """Work given to the current stream from now on starts behind the fence."""
+        """Make later work on the current stream wait for the event."""
         if fence is not None:
             torch.cuda.current_stream(self.device).wait_event(fence)
 
@@ -174,7 +189,7 @@ class TorchCache:
 
 
 def _as_wide(plane: torch.Tensor, widest: torch.dtype) -> torch.Tensor:
-    """The same bytes as the widest elements that fit: fewer of them for the copy kernels."""
+    """View the same bytes as the widest dtype that fits: the copy kernels move fewer elements."""
     for dtype in (widest, torch.int64, torch.int32, torch.int16):
         size = dtype.itemsize
         places = (plane.shape[1] * plane.element_size(), plane.stride(0) * plane.element_size(), plane.data_ptr())
@@ -184,6 +199,6 @@ def _as_wide(plane: torch.Tensor, widest: torch.dtype) -> torch.Tensor:
 
 
 def _by_number(name: str) -> tuple[Any, ...]:
-    """Layer names in the model's order: digits compare as numbers."""
+    """Sort key for layer names in the model's order: digits compare as numbers."""
     parts: Iterable[str] = name.split(".")
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)

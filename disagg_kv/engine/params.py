@@ -1,8 +1,8 @@
-"""``kv_transfer_params`` of a request: what the proxy says to each engine.
+"""``kv_transfer_params`` of a request, as the proxy sends them to each engine.
 
-To prefill ``{"transfer_id": X}``; to decode ``{"transfer_id": X, "from": "ip:port"}`` with the KV address that the
-prefill engine announced. Anything else a client may put there is ignored, and params that make no sense mean that the
-request is simply computed: nothing from outside may raise inside the scheduler, where it would end the engine.
+Prefill gets ``{"transfer_id": X}``, decode ``{"transfer_id": X, "from": "ip:port"}`` with the KV address that the
+prefill engine announced. Other fields are ignored. A request with invalid params is computed like one without any:
+no input may raise inside the scheduler, which would end the engine.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ logger = logging.getLogger("vllm.disagg_kv")
 
 
 UNCERTAIN = "?"
-"""The digest of an adapter whose content is not certain. It equals neither another digest nor that of no adapter."""
+"""Stands for the digest of an adapter whose content is uncertain; never equal to a digest, nor to "" (no adapter)."""
 
 
 @dataclass(frozen=True)
 class Transfer:
+    """The transfer that a request belongs to."""
+
     key: Key
     address: str = ""
-    """Where decode finds the KV; "" on prefill."""
+    """``ip:port`` of the prefill engine that has the KV; "" on prefill."""
     adapter: str = ""
-    """Digest of the request's LoRA adapter, "" without one, UNCERTAIN where there is none. No part of the key: prefill
-    can only refuse at once what it can tell from a prompt that is still to come."""
+    """Digest of the request's LoRA adapter, "" without an adapter, UNCERTAIN without a digest. Not part of the key:
+    prefill could not tell a WANT with another adapter from one whose prompt is still to come, and refuse it at once."""
 
 
 def read(request: Any, decode: bool, settings: Settings, adapters: Adapters) -> Transfer | None:
-    """The transfer that a request belongs to, or None if it is to be computed like any other."""
+    """Return the request's transfer, or None if it is to be computed like any other request."""
     params = getattr(request, "kv_transfer_params", None)
     if not isinstance(params, dict) or "transfer_id" not in params:
         return None
@@ -47,10 +49,10 @@ def read(request: Any, decode: bool, settings: Settings, adapters: Adapters) -> 
         if decode:
             address = str(params.get("from") or "")
             if not settings.may_fetch_from(address):
-                raise WireError(f"{address} is not among the peers that KV may come from (setting peers)")
+                raise WireError(f"{address} is not in the networks of the setting peers")
         lora = getattr(request, "lora_request", None)
         adapter = "" if lora is None else adapters.digest(lora) or UNCERTAIN
         return Transfer(Key(name, fingerprint(tokens, versions.prompt_extras(request))), address, adapter)
     except Exception as error:
-        logger.warning("kv_transfer_params of %s cannot be used: %s", request.request_id, str(error)[:200])
+        logger.warning("ignored invalid kv_transfer_params of %s: %s", request.request_id, str(error)[:200])
         return None

@@ -1,4 +1,4 @@
-"""What the scheduler half tells the worker half in one step. Plain data that travels pickled."""
+"""What the scheduler side sends to the worker side for one step: plain data, pickled by vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from disagg_kv.protocol.keys import Key
 
 @dataclass
 class StartLoad:
-    """Decode: fill these blocks (``first`` is the prompt's number of the first) from the engine at ``address``."""
+    """Decode: fill these blocks from the engine at ``address``. ``first`` is the prompt's number of the first block."""
 
     request: str
     key: Key
@@ -28,7 +28,7 @@ class Open:
     key: Key
     total: int
     adapter: str = ""
-    """As of ``StartLoad``."""
+    """As in ``StartLoad``."""
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Progress:
 
 @dataclass
 class Plan:
+    """All that one step asks of the worker side."""
+
     loads: list[StartLoad] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
     releases: list[tuple[str, Key]] = field(default_factory=list)
@@ -50,6 +52,6 @@ class Plan:
     suspends: list[str] = field(default_factory=list)
     drops: list[tuple[str, str]] = field(default_factory=list)
     updated: bool = False
-    """The engine's weights are written in place: it exchanges no KV from now on."""
+    """The engine's weights are updated in place: it exchanges no KV from now on."""
     idle: bool = False
-    """The step computes nothing: it may wait a moment for news instead of being run again at once."""
+    """The step computes nothing, so it may wait for transfers for ``idle_wait_ms``."""

@@ -1,10 +1,10 @@
-"""Differences between vLLM's versions, 0.21 to 0.33, and everything that is read from its configuration.
+"""Differences between vLLM 0.21 and 0.33, and everything that is read from vLLM's configuration and requests.
 
-What does not differ (and is used elsewhere): the connector's constructor of three arguments, ``SchedulerOutput``'s
-new, cached, preempted and finished requests, ``get_finished`` and ``get_block_ids_with_load_errors`` (0.32 wraps them
-in ``get_transfer_results``), ``kv_load_failure_policy``. ``start_load_kv`` runs before the forward pass up to 0.26
-and after it from 0.32; ``wait_for_save`` is not called in steps without work up to 0.26. Nothing here depends on
-either: loads are asynchronous, and only steps with work have something to send.
+The same in all of them, and used elsewhere: the connector's constructor of three arguments, ``SchedulerOutput``'s new,
+cached, preempted and finished requests, ``get_finished`` and ``get_block_ids_with_load_errors`` (0.32 wraps them in
+``get_transfer_results``), ``kv_load_failure_policy``. ``start_load_kv`` runs before the forward pass up to 0.26 and
+after it from 0.32; ``wait_for_save`` is not called in steps without work up to 0.26. Nothing here depends on either:
+loads are asynchronous, and only steps with work have something to send.
 """
 
 from __future__ import annotations
@@ -24,22 +24,29 @@ OLDEST, NEWEST = (0, 21), (0, 33)
 
 
 def check_version(text: str) -> None:
-    """ValueError below the oldest version; a warning above the newest one that was tried."""
+    """Check vLLM's version. Logs a warning above the newest one that was tested.
+
+    Raises:
+        ValueError: below the oldest supported version.
+    """
     match = re.match(r"(\d+)\.(\d+)", text)
     if match is None:
-        logger.warning("this vLLM calls itself %r; the connector was tried with 0.21 to 0.33", text)
+        logger.warning("unknown vLLM version %r; the connector was tested with 0.21 to 0.33", text)
         return
     version = (int(match[1]), int(match[2]))
     if OLDEST <= version <= NEWEST or version == (0, 1):
         return
     if version < OLDEST:
         raise ValueError(f"vLLM {text} is too old for this connector (0.21 or newer); use P2pNcclConnector there")
-    logger.warning("this connector was tried with vLLM 0.21 to 0.33, not with %s", text)
+    logger.warning("this connector was tested with vLLM 0.21 to 0.33, not with %s", text)
 
 
 def check_parallel(config: Any) -> None:
-    """ValueError for what would need more than one rank of one group per peer, and for a cache that only its own engine
-    can read."""
+    """Check the kinds of parallelism, and that peers can read this engine's cache.
+
+    Raises:
+        ValueError: an unsupported setting; the text names it.
+    """
     if getattr(getattr(config, "cache_config", None), "calculate_kv_scales", False):
         raise ValueError("calculate_kv_scales is not supported: each engine computes other scales for its FP8 cache")
     parallel = config.parallel_config
@@ -51,7 +58,7 @@ def check_parallel(config: Any) -> None:
 
 
 def layers_run_once(config: Any) -> bool:
-    """Whether each layer runs once in a step; with dual batch overlap it runs for each half of the batch."""
+    """Whether each layer runs once per step. With dual batch overlap it runs once per half of the batch."""
     parallel = config.parallel_config
     return not (getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
 
@@ -67,13 +74,15 @@ def tensor_parallel_rank() -> int:
 
 
 def model_name(config: Any) -> str:
-    """Last part of the model's name or path: engines may find the same model in different places."""
+    """Return the last part of the model's name or path: engines may load the same model from different places."""
     return os.path.basename(str(config.model_config.model).rstrip("/"))
 
 
 def local_folder(name: str, revision: str | None = None, cache: str | None = None) -> Path | None:
-    """Where a model or adapter lies on this machine: its path, or the snapshot of a Hub id that vLLM has downloaded to
-    the folder ``cache`` (None: the default). None if it does not."""
+    """Return the local folder of a model or adapter, None if it is not on this machine.
+
+    ``name`` is a path, or a Hub id whose snapshot vLLM has downloaded to ``cache`` (None: the default folder).
+    """
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -86,8 +95,13 @@ def local_folder(name: str, revision: str | None = None, cache: str | None = Non
 
 
 def model_files(config: Any) -> tuple[Path, Path | None, str]:
-    """Folder (or GGUF file) of the configuration, of the weights (None for dummy weights, which vLLM draws with a fixed
-    seed), and the load format. ValueError if they are not on this machine."""
+    """Return the folder (or GGUF file) of the configuration, that of the weights, and the load format.
+
+    The weights are None for dummy weights, which vLLM draws with a fixed seed.
+
+    Raises:
+        ValueError: the files are not on this machine.
+    """
     model, load = config.model_config, config.load_config
     load_format = str(getattr(load.load_format, "value", load.load_format)).lower()
     cache = load.download_dir
@@ -100,7 +114,7 @@ def model_files(config: Any) -> tuple[Path, Path | None, str]:
 
 
 def model_facts(config: Any) -> dict[str, str]:
-    """What else in the configuration changes the KV of the same tokens and weights, by name."""
+    """Return settings that change the KV of the same tokens and weights, by name."""
     model, cache = config.model_config, str(config.cache_config.cache_dtype)
     facts = {
         name: json.dumps(value, sort_keys=True, default=_stable)
@@ -123,12 +137,12 @@ def model_facts(config: Any) -> dict[str, str]:
 
 
 def _stable(value: Any) -> str:
-    """A text without addresses in memory for what is not JSON: functions, enums, dataclasses."""
+    """Text without memory addresses for values that are not JSON: functions, enums, dataclasses."""
     named = getattr(value, "__qualname__", None)
     return f"{value.__module__}.{named}" if named else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-_READS = re.compile(r"(get|list|check|compute|save|profile|start_profile|stop_profile)(_|$)")
+_READ_ONLY = re.compile(r"(get|list|check|compute|save|profile|start_profile|stop_profile)(_|$)")
 _HARMLESS = frozenset(
     {"initialize_cache", "update_max_model_len", "init_weight_transfer_engine", "shutdown_weight_transfer_engine",
      "synchronize_device", "checkpoint_prepare", "release_late_interaction_query_cache", "reset_mm_cache",
@@ -137,15 +151,15 @@ _HARMLESS = frozenset(
 
 
 def watch_engine(writes: Callable[[str], None], loads: Callable[[Any], None]) -> None:
-    """Follows what changes the weights of the running engine of this process.
+    """Install callbacks for changes of the weights of the engine in this process.
 
-    vLLM has no hook for it, but all ways lead through two methods of ``EngineCore`` (0.21 to 0.33, v1/engine/core.py):
-    ``collective_rpc`` (``reload_weights``, ``update_weights``, ``start_weight_update``, ``apply_model``, methods of a
-    worker extension) and ``add_lora``. Only the newest caller of this function is notified.
+    vLLM has no hook for it, but every way leads through two methods of ``EngineCore`` (0.21 to 0.33,
+    v1/engine/core.py): ``collective_rpc`` (``reload_weights``, ``update_weights``, ``start_weight_update``,
+    ``apply_model``, methods of a worker extension) and ``add_lora``. A later call replaces the callbacks.
 
     Args:
-        writes: called with a method's name before it runs on the workers, unless it is known to leave weights alone.
-        loads: called with the ``LoRARequest`` of an adapter once it is loaded.
+        writes: called with a method's name before it runs on the workers, unless it is known not to change weights.
+        loads: called with the ``LoRARequest`` of an adapter after it was loaded.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -156,7 +170,7 @@ def watch_engine(writes: Callable[[str], None], loads: Callable[[Any], None]) ->
     @functools.wraps(rpc)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         name = method if isinstance(method, str) else f"function {getattr(method, '__name__', '')}"
-        if name not in _HARMLESS and not _READS.match(name):
+        if name not in _HARMLESS and not _READ_ONLY.match(name):
             writes(name)
         return rpc(self, method, *args, **kwargs)
 
@@ -170,7 +184,7 @@ def watch_engine(writes: Callable[[str], None], loads: Callable[[Any], None]) ->
 
 
 def host_ip() -> str:
-    """VLLM_HOST_IP, or what vLLM takes for this machine's address."""
+    """Return VLLM_HOST_IP, or vLLM's guess of this machine's address."""
     from vllm.utils.network_utils import get_ip
 
     return str(get_ip())
@@ -181,7 +195,7 @@ def num_blocks(kv_cache_config: Any) -> int:
 
 
 def prompt_extras(request: Any) -> list[str]:
-    """What besides token ids determines a prompt's KV."""
+    """Return what determines a prompt's KV besides token ids, as texts."""
     extras = []
     lora = getattr(request, "lora_request", None)
     if lora is not None:
@@ -196,16 +210,18 @@ def prompt_extras(request: Any) -> list[str]:
 
 
 def prompt_tokens(request: Any) -> Sequence[int] | None:
-    """Token ids of the prompt, None where it is given as embeddings."""
+    """Return the prompt's token ids, None for a prompt of embeddings."""
     if getattr(request, "prompt_embeds", None) is not None:
         return None
     tokens: Sequence[int] | None = request.prompt_token_ids
     return tokens
 
 
-def needs_whole_prompt(request: Any) -> bool:
-    """Whether the engine has to compute every token of the prompt itself (prompt_logprobs): loaded KV would leave their
-    logprobs undefined. From 0.32 vLLM asks for that itself."""
+def must_compute_prompt(request: Any) -> bool:
+    """Whether the engine must compute every token of the prompt (prompt_logprobs).
+
+    Loaded KV would leave their logprobs undefined. From 0.32 vLLM sets ``skip_reading_prefix_cache`` for that.
+    """
     if getattr(request, "skip_reading_prefix_cache", False):
         return True
     sampling = getattr(request, "sampling_params", None)
@@ -213,7 +229,7 @@ def needs_whole_prompt(request: Any) -> bool:
 
 
 def first_group(block_ids: Any) -> list[int]:
-    """Block ids of the only cache group, from any of vLLM's forms."""
+    """Return the block ids of the only cache group, from any form that vLLM uses."""
     return list(block_ids[0]) if block_ids else []
 
 

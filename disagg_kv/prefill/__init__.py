@@ -1,1 +1,1 @@
-"""The prefill engine's half: which blocks wait to be fetched, and the threads that send them."""
+"""The prefill side: which blocks wait to be fetched, and the threads that send them."""

@@ -1,8 +1,8 @@
-"""The KV port of an engine: accepts decode engines and the proxy, and sends what they want.
+"""The KV port of an engine: accepts decode engines and the proxy, and sends requested KV.
 
-One thread listens; each connection has one that reads and, once a decode engine has proved itself, one that sends.
-Whatever a connection does wrong ends that connection only. Decode engines listen too, but have nothing to send: their
-port lets the proxy see that the process lives, and release transfers.
+One thread listens. Each connection has a reader thread and, after the handshake with a decode engine, a sender thread.
+A protocol error ends only its own connection. Decode engines listen too, for the proxy: their port shows that the
+process lives, and takes RELEASE and MEET.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from disagg_kv.prefill.outbox import Lane, Outbox, Segment
+from disagg_kv.prefill.send_queue import DecodePeer, Segment, SendQueue
 from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.protocol.handshake import (
     Identity,
@@ -28,25 +28,32 @@ from disagg_kv.protocol.handshake import (
 from disagg_kv.protocol.messages import PINGS, PONG, Go, Release, Want
 from disagg_kv.transport.base import Stalled, Transport
 from disagg_kv.transport.channel import Channel, Closed
-from disagg_kv.transport.factory import Node, open_transport, terms
+from disagg_kv.transport.factory import RankContext, offer_transport, open_transport
 
 logger = logging.getLogger("vllm.disagg_kv")
 _HANDSHAKE_SECONDS = 5.0
 
 
 class Server:
-    """Listens from the start; ``close`` ends every connection."""
+    """Listens from construction on; ``close`` ends every connection."""
 
     def __init__(
-        self, node: Node, outbox: Outbox, port: int, on_release: Callable[[str], None] | None = None,
+        self, context: RankContext, send_queue: SendQueue, port: int, on_release: Callable[[str], None] | None = None,
         on_meet: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
-        """``on_release`` is told, besides the outbox, which transfers the proxy releases; ``on_meet`` to which prefill
-        engine it wants a connection. OSError if the port cannot be bound."""
+        """Bind the port and start to accept.
+
+        Args:
+            on_release: called with the transfer id of each RELEASE from the proxy, besides the send queue.
+            on_meet: called with the address of each MEET; None on a prefill engine.
+
+        Raises:
+            OSError: the port cannot be bound.
+        """
         self._on_release, self._on_meet = on_release, on_meet
-        self._node, self._outbox = node, outbox
-        family = socket.AF_INET6 if ":" in node.settings.listen else socket.AF_INET
-        self._socket = socket.create_server((node.settings.listen, port), family=family, backlog=128)
+        self._context, self._send_queue = context, send_queue
+        family = socket.AF_INET6 if ":" in context.settings.listen else socket.AF_INET
+        self._socket = socket.create_server((context.settings.listen, port), family=family, backlog=128)
         self.port: int = self._socket.getsockname()[1]
         self._lock = threading.Lock()
         self._channels: set[Channel] = set()
@@ -61,7 +68,7 @@ class Server:
         self.disconnect()
 
     def disconnect(self) -> None:
-        """Ends every connection; new ones are still accepted."""
+        """End every connection; new ones are still accepted."""
         with self._lock:
             channels = list(self._channels)
         for channel in channels:
@@ -78,14 +85,14 @@ class Server:
             except OSError as error:
                 if self._closed.wait(0.1):
                     return
-                logger.warning("the KV port cannot accept a connection: %s", error)
+                logger.warning("cannot accept a connection on the KV port: %s", error)
                 continue
             channel: Channel | None = None
             try:
-                channel = Channel(sock, min(_HANDSHAKE_SECONDS, self._node.settings.stall_timeout_s))
+                channel = Channel(sock, min(_HANDSHAKE_SECONDS, self._context.settings.stall_timeout_s))
                 with self._lock:
-                    if self._closed.is_set() or len(self._channels) >= self._node.settings.max_connections:
-                        logger.warning("a connection from %s is refused: there are too many", peer[0])
+                    if self._closed.is_set() or len(self._channels) >= self._context.settings.max_connections:
+                        logger.warning("rejected a connection from %s: too many connections (max_connections)", peer[0])
                         channel.close()
                         continue
                     self._channels.add(channel)
@@ -93,124 +100,124 @@ class Server:
                     target=self._serve, args=(channel, f"{peer[0]}:{peer[1]}"), name="disagg-kv-serve", daemon=True
                 ).start()
             except Exception:
-                logger.exception("a connection from %s could not be set up", peer)
+                logger.exception("could not set up a connection from %s", peer)
                 with self._lock:
                     self._channels = {kept for kept in self._channels if kept is not channel}
                 sock.close()
 
     def _serve(self, channel: Channel, peer: str) -> None:
-        """One connection, from its first byte to its end."""
-        lane = self._outbox.attach(channel.close)
+        """Serve one connection until it closes."""
+        decode_peer = self._send_queue.attach(channel.close)
         try:
             identity, hello = self._handshake(channel)
             if identity.role == "control":
                 self._control(channel)
             else:
-                self._decode(channel, lane, peer, hello)
+                self._decode(channel, decode_peer, peer, hello)
         except Refused as refusal:
-            logger.warning("the engine at %s is refused: %s", peer, refusal)
+            logger.warning("refused the engine at %s: %s", peer, refusal)
             with contextlib.suppress(OSError):
                 channel.write(encode(Kind.REFUSE, {"reason": str(refusal)[:1000]}))
         except Closed:
-            logger.debug("%s has closed its connection", peer)
+            logger.debug("%s closed its connection", peer)
         except (OSError, WireError, ValueError, RuntimeError) as error:
-            if self._closed.is_set() or lane.closed:
+            if self._closed.is_set() or decode_peer.closed:
                 return
-            logger.warning("the connection of %s is ended: %s: %s", peer, type(error).__name__, error)
+            logger.warning("closed the connection from %s: %s: %s", peer, type(error).__name__, error)
         except Exception:
-            logger.exception("the connection of %s is ended", peer)
+            logger.exception("closed the connection from %s", peer)
         finally:
-            self._outbox.detach(lane)
+            self._send_queue.detach(decode_peer)
             channel.close()
             with self._lock:
                 self._channels.discard(channel)
 
     def _handshake(self, channel: Channel) -> tuple[Identity, dict[str, Any]]:
-        kind, hello = channel.frame(patient=False)
+        kind, hello = channel.next_frame(may_idle=False)
         if kind is not Kind.HELLO:
-            raise WireError(f"{kind.name} came before HELLO")
+            raise WireError(f"received {kind.name} before HELLO")
         identity = Identity.from_wire(hello)
         if identity.role == "prefill":
-            raise Refused("a prefill engine has nothing to ask for")
-        check(self._node.identity, identity)
-        welcome = {**self._node.identity.to_wire(), "nonce": nonce(), PINGS: True}
+            raise Refused("a prefill engine cannot fetch KV")
+        check(self._context.identity, identity)
+        welcome = {**self._context.identity.to_wire(), "nonce": nonce(), PINGS: True}
         if identity.role == "decode":
-            welcome["transport"] = choose_transport(self._node.transports(), hello.get("transports"))
-        secret = self._node.settings.secret
+            welcome["transport"] = choose_transport(self._context.transports(), hello.get("transports"))
+        secret = self._context.settings.secret
         channel.write(
-            encode(Kind.WELCOME, {**welcome, "proof": proof(secret, self._node.identity.role, hello, welcome)})
+            encode(Kind.WELCOME, {**welcome, "proof": proof(secret, self._context.identity.role, hello, welcome)})
         )
-        kind, answer = channel.frame(patient=False)
+        kind, answer = channel.next_frame(may_idle=False)
         if kind is not Kind.PROOF:
-            raise WireError(f"{kind.name} came instead of PROOF")
+            raise WireError(f"received {kind.name}, expected PROOF")
         check_proof(proof(secret, identity.role, hello, welcome), answer.get("proof"))
         return identity, {**hello, "chosen": welcome.get("transport")}
 
     def _control(self, channel: Channel) -> None:
         channel.write(encode(Kind.READY, {}))
         while True:
-            kind, body = channel.frame()
+            kind, body = channel.next_frame()
             if kind is Kind.MEET and self._on_meet is not None:
                 address = str(body.get("from"))
-                if not self._node.settings.may_fetch_from(address):
-                    raise WireError(f"{address} is not among the peers that KV may come from (setting peers)")
+                if not self._context.settings.may_fetch_from(address):
+                    raise WireError(f"{address} is not in the networks of the setting peers")
                 self._on_meet(address)
                 continue
             if kind is not Kind.RELEASE:
-                raise WireError(f"{kind.name} is not for a control connection")
+                raise WireError(f"unexpected {kind.name} on a control connection")
             release = Release.decode(body)
-            self._outbox.release(None, release)
+            self._send_queue.on_release(None, release)
             if self._on_release is not None:
                 self._on_release(release.transfer)
 
-    def _decode(self, channel: Channel, lane: Lane, peer: str, hello: dict[str, Any]) -> None:
-        ready = terms(self._node, hello["chosen"], hello.get("staging"))
+    def _decode(self, channel: Channel, decode_peer: DecodePeer, peer: str, hello: dict[str, Any]) -> None:
+        ready = offer_transport(self._context, hello["chosen"], hello.get("staging"))
         channel.write(encode(Kind.READY, ready))
         sender = threading.Thread(
-            target=self._send, args=(channel, lane, peer, ready), name="disagg-kv-send", daemon=True
+            target=self._send, args=(channel, decode_peer, peer, ready), name="disagg-kv-send", daemon=True
         )
         sender.start()
         while True:
-            kind, body = channel.frame()
+            kind, body = channel.next_frame()
             if kind is Kind.WANT:
-                self._outbox.want(lane, Want.decode(body))
+                self._send_queue.on_want(decode_peer, Want.decode(body))
             elif kind is Kind.RELEASE:
-                self._outbox.release(lane, Release.decode(body))
+                self._send_queue.on_release(decode_peer, Release.decode(body))
             elif kind is Kind.PING:
-                # From this thread: the sender may be waiting for a long step. Only KV on its way delays the answer.
-                if not channel.write_between(PONG):
-                    self._outbox.post(lane, PONG)
+                # Answered by this thread, because the sender may wait for a long step. Only KV being sent delays PONG.
+                if not channel.try_write(PONG):
+                    self._send_queue.enqueue(decode_peer, PONG)
             else:
-                raise WireError(f"{kind.name} is not for a prefill engine")
+                raise WireError(f"unexpected {kind.name} on a prefill engine")
 
-    def _send(self, channel: Channel, lane: Lane, peer: str, ready: dict[str, Any]) -> None:
-        """The sender thread of a decode connection; its end ends the connection."""
+    def _send(self, channel: Channel, decode_peer: DecodePeer, peer: str, ready: dict[str, Any]) -> None:
+        """Run the sender thread of a decode connection; its end ends the connection."""
         transport: Transport | None = None
         try:
-            transport = open_transport(self._node, channel, ready)
-            logger.info("decode engine at %s is connected (%s)", peer, transport.name)
-            while (item := self._outbox.next(lane)) is not None:
+            transport = open_transport(self._context, channel, ready)
+            logger.info("decode engine at %s connected (%s)", peer, transport.name)
+            while (item := self._send_queue.next(decode_peer)) is not None:
                 if isinstance(item, bytes):
-                    with channel.turn:
+                    with channel.write_lock:
                         channel.write(item)
                 else:
-                    self._send_segment(channel, lane, transport, item)
+                    self._send_segment(channel, decode_peer, transport, item)
         except Exception as error:
-            if not lane.closed or isinstance(error, Stalled):
-                logger.warning("sending to %s has ended: %s: %s", peer, type(error).__name__, error)
+            if not decode_peer.closed or isinstance(error, Stalled):
+                logger.warning("stopped sending to %s: %s: %s", peer, type(error).__name__, error)
         finally:
             channel.close()
             if transport is not None:
                 transport.close()
 
-    def _send_segment(self, channel: Channel, lane: Lane, transport: Transport, segment: Segment) -> None:
-        ok, trace, cache = False, self._node.trace, self._node.cache
+    def _send_segment(self, channel: Channel, decode_peer: DecodePeer, transport: Transport, segment: Segment) -> None:
+        ok, trace, cache = False, self._context.trace, self._context.cache
         count = len(segment.blocks)
         try:
-            parts = self._node.overlaps(transport.name) and cache.layered(segment.fence)
+            parts = self._context.overlaps(transport.name) and cache.layered(segment.fence)
             cache.join(segment.fence, 1 if parts else cache.planes)
             trace("go", key=segment.key.transfer, blocks=count, last=segment.last, parts=parts)
-            with channel.turn:
+            with channel.write_lock:
                 channel.write(Go(segment.key, segment.first, count, segment.last, parts).encode())
                 transport.send(segment.blocks, segment.fence, parts)
             if parts:
@@ -218,4 +225,4 @@ class Server:
             ok = True
             trace("sent", key=segment.key.transfer, bytes=count * cache.block_bytes, computed=transport.computed_at)
         finally:
-            self._outbox.sent(lane, segment, ok)
+            self._send_queue.on_sent(decode_peer, segment, ok)

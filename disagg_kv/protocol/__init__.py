@@ -1,1 +1,1 @@
-"""What travels between engines: frames, messages, the handshake and the names of transfers. No I/O, no torch."""
+"""Wire protocol between engines: frames, messages, handshake and keys of transfers. No I/O, no torch."""

@@ -1,7 +1,7 @@
-"""Frames: a length, a kind, a JSON body. The only place that knows how a message lies on the wire.
+"""Frame format: length, kind, JSON body. No other module knows how a message is encoded.
 
-A frame is ``>I`` length of what follows, one byte kind, then UTF-8 JSON (an object). Bytes of KV follow a GO frame
-on the same connection when the transport is TCP; their number is in the frame, so they are never parsed.
+A frame is the ``>I`` length of what follows, one byte kind, then UTF-8 JSON (an object). With the TCP transport, bytes
+of KV follow a GO frame on the same connection; the frame announces their number, so they are never parsed.
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ from enum import IntEnum
 from typing import Any
 
 MAX_FRAME = 64 * 1024
-"""Bytes of kind and body; the largest real message (a hello) is below 2 KiB."""
+"""Maximum bytes of kind and body; the largest real message (HELLO) is below 2 KiB."""
 _LENGTH = struct.Struct(">I")
 
 
 class Kind(IntEnum):
-    """What a frame says; the sender is named in brackets."""
+    """Kind of a frame. The comment names the sender in brackets."""
 
-    HELLO = 1  # [decode, control] who I am, and a nonce
-    WELCOME = 2  # [prefill] who I am, the chosen transport, a nonce, proof that I know the secret
-    PROOF = 3  # [decode, control] proof that I know the secret
+    HELLO = 1  # [decode, control] identity and nonce
+    WELCOME = 2  # [prefill] identity, nonce, chosen transport, proof of the secret
+    PROOF = 3  # [decode, control] proof of the secret
     READY = 4  # [prefill] the connection is open
-    REFUSE = 5  # [prefill] the connection is not opened, and why
-    WANT = 10  # [decode] send me these blocks once you have them
+    REFUSE = 5  # [prefill] the connection is rejected; reason
+    WANT = 10  # [decode] send these blocks once they are computed
     MEET = 9  # [control, to decode] connect to this prefill engine now, before a request needs it
-    RELEASE = 11  # [decode] I no longer want this key; [control] forget every key of this transfer
-    GO = 12  # [prefill] these blocks come now
-    PART = 14  # [prefill] of a GO with parts, over NCCL: the next piece comes now
-    GONE = 13  # [prefill] these blocks will not come, and why
-    PING = 15  # [decode] are you alive; only where WELCOME has said "ping"
+    RELEASE = 11  # [decode] this key is not needed; [control] no key of this transfer is needed
+    GO = 12  # [prefill] these blocks follow
+    PART = 14  # [prefill] of a GO with parts, over NCCL: the next chunk follows
+    GONE = 13  # [prefill] these blocks will not be sent; reason
+    PING = 15  # [decode] liveness probe; only where WELCOME had "ping"
     PONG = 16  # [prefill] the answer to PING
 
 
 class WireError(ValueError):
-    """The other side broke the protocol; the connection has to be closed."""
+    """The peer violated the protocol; the connection must be closed."""
 
 
 def encode(kind: Kind, body: Mapping[str, Any]) -> bytes:
-    """One frame. WireError if the body is too large to be accepted by the other side."""
+    """Encode one frame.
+
+    Raises:
+        WireError: the body is larger than the other side accepts.
+    """
     text = json.dumps(body, separators=(",", ":")).encode()
     if len(text) + 1 > MAX_FRAME:
         raise WireError(f"a {kind.name} frame of {len(text)} bytes is over the limit of {MAX_FRAME}")
@@ -48,15 +52,23 @@ def encode(kind: Kind, body: Mapping[str, Any]) -> bytes:
 
 
 def read_frame(read_exactly: Callable[[int], bytes]) -> tuple[Kind, dict[str, Any]]:
-    """The next frame from a function that returns exactly the bytes asked for (or raises).
+    """Read the next frame.
 
-    WireError for anything that is not a frame; the length is checked before the body is asked for.
+    Args:
+        read_exactly: returns exactly the requested number of bytes, or raises.
+
+    Raises:
+        WireError: not a frame. The length is checked before the body is read.
     """
     return decode_body(read_exactly(frame_length(read_exactly(_LENGTH.size))))
 
 
 def frame_length(data: bytes) -> int:
-    """Of what follows the first four bytes of a frame. WireError if it is not allowed."""
+    """Length of what follows the first four bytes of a frame.
+
+    Raises:
+        WireError: the length is out of range.
+    """
     (length,) = _LENGTH.unpack(data)
     if not 1 <= length <= MAX_FRAME:
         raise WireError(f"a frame of {length} bytes (1 to {MAX_FRAME} are allowed)")
@@ -64,7 +76,11 @@ def frame_length(data: bytes) -> int:
 
 
 def decode_body(data: bytes) -> tuple[Kind, dict[str, Any]]:
-    """What follows the length of a frame. WireError if it is not a kind and an object."""
+    """Decode what follows the length of a frame.
+
+    Raises:
+        WireError: not a known kind and a JSON object.
+    """
     try:
         kind = Kind(data[0])
         body = json.loads(data[1:])

@@ -1,8 +1,8 @@
-"""The handshake: who talks, whether their caches fit, which transport, and proof of the shared secret.
+"""The handshake: identities, compatibility of the caches, choice of a transport, proof of the shared secret.
 
-Decode (or the proxy, as ``control``) connects and says HELLO; prefill answers WELCOME with its own proof, the other
-side answers PROOF, prefill says READY. Each proof is an HMAC-SHA256 over both nonces and both texts, with the
-prover's role in front, so that neither can be replayed or reflected. Without a secret the proofs are empty texts.
+Decode (or the proxy, as ``control``) connects and sends HELLO, prefill answers WELCOME with its proof, the other side
+sends PROOF, prefill sends READY. Each proof is an HMAC-SHA256 over both messages with their nonces, prefixed with the
+prover's role, so that it can be neither replayed nor reflected. Without a secret proofs are empty strings.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROLES = ("prefill", "decode", "control")
 
 
 class Refused(Exception):
-    """The two sides cannot work together; the text says why, for a person."""
+    """The two sides are incompatible; the text is the reason, for a person."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What must be equal on both sides for a block to mean the same thing."""
+    """What must be equal on both sides for a block to have the same meaning."""
 
     model: str
     dtype: str
@@ -40,8 +40,8 @@ class Shape:
     """Bytes of one block over all planes of this rank."""
     tp: int
     digest: str | None = None
-    """Stands for the model's weights and configuration (``disagg_kv.engine.digest``) or its ``model_version``. "" where
-    there is none, None from an engine of a release without this field."""
+    """Digest of weights and configuration (``disagg_kv.engine.digest``) or of ``model_version``; "" if there is none,
+    None from an engine whose release has no such field."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Identity:
 
     role: str
     boot: str
-    """Differs for every process; tells a restart from a reconnect."""
+    """Boot id: unique per process, tells a restart from a reconnect."""
     rank: int
     shape: Shape | None
     """None for the proxy."""
@@ -60,7 +60,12 @@ class Identity:
 
     @classmethod
     def from_wire(cls, body: Mapping[str, Any]) -> Identity:
-        """WireError if it is no identity, Refused if it is one of another version."""
+        """Decode HELLO or WELCOME.
+
+        Raises:
+            WireError: not an identity.
+            Refused: another protocol version.
+        """
         if body.get("name") != PROTOCOL_NAME:
             raise WireError("not this protocol")
         if body.get("version") != PROTOCOL_VERSION:
@@ -81,16 +86,16 @@ def _shape(value: object) -> Shape:
                        ("block_bytes", int), ("tp", int)):  # fmt: skip
         field = value.get(name)
         if not isinstance(field, kind) or isinstance(field, bool):
-            raise WireError(f"the shape's {name} is missing or wrong")
+            raise WireError(f"the shape's {name} is missing or invalid")
         fields[name] = field
     digest = value.get("digest")
     if digest is not None and (not isinstance(digest, str) or len(digest) > 64):
-        raise WireError("the shape's digest is wrong")
+        raise WireError("the shape's digest is invalid")
     return Shape(**fields, digest=digest)
 
 
 def _same_model(mine: Shape, theirs: Shape) -> str:
-    """What differs between the models, by digest, or by name where one side has no digest; "" if nothing does."""
+    """Describe how the models differ, by digest, or by name where one side has no digest; "" if they are equal."""
     if mine.digest and theirs.digest:
         if mine.digest == theirs.digest:
             return ""
@@ -100,7 +105,11 @@ def _same_model(mine: Shape, theirs: Shape) -> str:
 
 
 def check(mine: Identity, theirs: Identity) -> None:
-    """Refused, naming every difference, unless blocks of one side can be used by the other."""
+    """Check that blocks of one side can be used by the other.
+
+    Raises:
+        Refused: they cannot; the text names every difference.
+    """
     if theirs.role == "control":
         return
     if {mine.role, theirs.role} != {"prefill", "decode"}:
@@ -108,7 +117,7 @@ def check(mine: Identity, theirs: Identity) -> None:
     if mine.shape is None or theirs.shape is None:
         raise Refused("the shape of the KV cache is missing")
     ours, others = asdict(mine.shape), asdict(theirs.shape)
-    wrong = [said] if (said := _same_model(mine.shape, theirs.shape)) else []
+    wrong = [differs] if (differs := _same_model(mine.shape, theirs.shape)) else []
     wrong += [f"{name} is {others[name]}, here {ours[name]}" for name in ours
               if name not in ("model", "digest") and ours[name] != others[name]]  # fmt: skip
     if mine.rank != theirs.rank:
@@ -118,7 +127,11 @@ def check(mine: Identity, theirs: Identity) -> None:
 
 
 def choose_transport(mine: Sequence[str], theirs: object) -> str:
-    """The first of mine that the other side has too. Refused if there is none."""
+    """Return the first of ``mine`` that the other side offers.
+
+    Raises:
+        Refused: there is none.
+    """
     offered = theirs if isinstance(theirs, list) else []
     for name in mine:
         if name in offered:
@@ -131,15 +144,19 @@ def nonce() -> str:
 
 
 def proof(secret: str, role: str, hello: Mapping[str, Any], welcome: Mapping[str, Any]) -> str:
-    """What only a side that knows the secret can say; "" without a secret. ``welcome`` is taken without its proof."""
+    """Return the HMAC that proves the secret, "" without one. The proof inside ``welcome`` is not covered."""
     if not secret:
         return ""
-    said = {name: value for name, value in welcome.items() if name != "proof"}
-    text = json.dumps([role, hello, said], sort_keys=True, separators=(",", ":"))
+    covered = {name: value for name, value in welcome.items() if name != "proof"}
+    text = json.dumps([role, hello, covered], sort_keys=True, separators=(",", ":"))
     return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def check_proof(expected: str, value: object) -> None:
-    """Refused unless the value is the expected proof."""
+    """Compare in constant time.
+
+    Raises:
+        Refused: the value is not the expected proof.
+    """
     if not isinstance(value, str) or not hmac.compare_digest(expected.encode(), value.encode(errors="replace")):
         raise Refused("the shared secret differs")

@@ -1,9 +1,9 @@
-"""Names of transfers: the transfer id that the proxy chose, plus a fingerprint of the prompt.
+"""Keys of transfers: the transfer id that the proxy chose, plus a fingerprint of the prompt.
 
-One HTTP request can become several engine requests (a list of prompts, ``n`` > 1) that all carry the same
-``kv_transfer_params``. Prefill and decode must still agree on which KV belongs to which, whatever order they are
-scheduled in, so the fingerprint of what determines the KV (token ids, LoRA, cache salt, multimodal items) is part of
-the name. Two engine requests with the same key need the same KV, and one transfer serves both.
+One HTTP request can become several engine requests (a list of prompts, ``n`` > 1) with the same
+``kv_transfer_params``. Prefill and decode schedule them in any order and must still agree on which KV belongs to
+which, so the key includes a fingerprint of what determines the KV: token ids, LoRA, cache salt, multimodal items. Two
+engine requests with the same key need the same KV and share one transfer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from disagg_kv.protocol.frames import WireError
 
 _TRANSFER_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_PRINT = re.compile(r"[0-9a-f]{32}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What prefill offers and decode wants: one prompt's KV of one transfer."""
+    """Identifies the KV of one prompt in one transfer."""
 
     transfer: str
     prompt: str
@@ -34,22 +34,30 @@ class Key:
 
     @classmethod
     def from_wire(cls, body: dict[str, Any]) -> Key:
-        """WireError unless both parts have the right form."""
+        """Decode a key.
+
+        Raises:
+            WireError: malformed.
+        """
         prompt = body.get("p")
-        if not isinstance(prompt, str) or not _PRINT.fullmatch(prompt):
+        if not isinstance(prompt, str) or not _FINGERPRINT.fullmatch(prompt):
             raise WireError("not the fingerprint of a prompt")
         return cls(transfer_id(body.get("t")), prompt)
 
 
 def transfer_id(value: object) -> str:
-    """The value, if it can name a transfer: 1 to 128 of ``A-Za-z0-9_.:-``. Else WireError."""
+    """Return the value if it can name a transfer: 1 to 128 of ``A-Za-z0-9_.:-``.
+
+    Raises:
+        WireError: it cannot.
+    """
     if not isinstance(value, str) or not _TRANSFER_ID.fullmatch(value):
         raise WireError("not a transfer id")
     return value
 
 
 def fingerprint(tokens: Sequence[int], extras: Sequence[str] = ()) -> str:
-    """32 hexadecimal digits that are equal exactly when the KV of two prompts is."""
+    """Return 32 hexadecimal digits that are equal exactly when the KV of two prompts is."""
     digest = hashlib.sha256(array("q", tokens).tobytes())
     for extra in extras:
         digest.update(len(extra).to_bytes(8, "big") + extra.encode())
@@ -57,7 +65,11 @@ def fingerprint(tokens: Sequence[int], extras: Sequence[str] = ()) -> str:
 
 
 def parse_address(value: object) -> tuple[str, int]:
-    """``"127.0.0.1:21001"`` or ``"[::1]:21001"`` as (ip, port). Names are not resolved. WireError if it is neither."""
+    """Parse ``"127.0.0.1:21001"`` or ``"[::1]:21001"`` to (ip, port). Names are not resolved.
+
+    Raises:
+        WireError: malformed.
+    """
     if not isinstance(value, str):
         raise WireError("not an address")
     host, colon, port = value.rpartition(":")

@@ -1,4 +1,4 @@
-"""Messages after the handshake: their fields, checked. Every number from the other side passes through here."""
+"""Messages after the handshake. Every value from the other side is checked here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PINGS = "ping"
 def _number(body: dict[str, Any], name: str, low: int, high: int) -> int:
     value = body.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise WireError(f"{name} is not a number from {low} to {high}")
+        raise WireError(f"{name} is not an integer from {low} to {high}")
     return value
 
 
@@ -28,13 +28,13 @@ def _reason(body: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Want:
-    """Decode asks for blocks ``first`` to ``first + count - 1`` of the prompt (numbered from its start)."""
+    """Decode requests blocks ``first`` to ``first + count - 1`` of the prompt, numbered from its start."""
 
     key: Key
     first: int
     count: int
     adapter: str = ""
-    """Digest of the LoRA adapter that the prompt is computed with, "" without one. Older releases ignore it."""
+    """Digest of the prompt's LoRA adapter, "" without one. Older releases ignore it."""
 
     def encode(self) -> bytes:
         more = {"adapter": self.adapter} if self.adapter else {}
@@ -51,7 +51,7 @@ class Want:
 
 @dataclass(frozen=True)
 class Release:
-    """A key (from decode) or a whole transfer (``key`` None, from the proxy) is no longer needed."""
+    """A key (from decode) or a complete transfer (``key`` None, from the proxy) is no longer needed."""
 
     transfer: str
     key: Key | None = None
@@ -69,8 +69,12 @@ class Release:
 
 @dataclass(frozen=True)
 class Go:
-    """Prefill sends blocks ``first`` to ``first + count - 1`` now; ``last`` when nothing follows; ``parts`` when they
-    are still being computed, layer by layer."""
+    """Prefill sends blocks ``first`` to ``first + count - 1`` now.
+
+    Attributes:
+        last: no more blocks of this key follow.
+        parts: the blocks are still being computed, layer by layer.
+    """
 
     key: Key
     first: int
@@ -95,7 +99,7 @@ class Go:
 
 @dataclass(frozen=True)
 class Gone:
-    """Prefill will not send this key (any more): decode has to compute."""
+    """Prefill will not send this key (any more): decode has to compute the prompt."""
 
     key: Key
     reason: str

@@ -1,1 +1,1 @@
-"""How the bytes of blocks move: one interface; NCCL between GPUs, the control connection (TCP) otherwise."""
+"""Transports: how bytes of blocks move. NCCL between GPUs, the control connection (TCP) otherwise."""

@@ -1,7 +1,7 @@
-"""The interface of a transport and of the cache it moves blocks of.
+"""Interfaces of a transport and of the KV cache whose blocks it moves.
 
-A transport belongs to one connection and is used by one thread. After a failure (any exception) it is closed and the
-connection with it; a new connection makes a new transport.
+A transport belongs to one connection and is used by one thread. After any exception it is closed together with the
+connection; a new connection creates a new transport.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 
 class Stalled(ConnectionError):
-    """The other side did not take part in a transfer in time."""
+    """The peer made no progress in a transfer within the limit, or is gone."""
 
 
 class BlockCache(Protocol):
-    """The engine's KV cache as planes of rows; a row is what one block occupies in one plane."""
+    """The engine's KV cache as planes of rows. A row is what one block occupies in one plane."""
 
     planes: int
     row_bytes: int
@@ -24,22 +24,26 @@ class BlockCache(Protocol):
     on_gpu: bool
 
     def layered(self, fence: Any) -> bool:
-        """Whether the fence is passed plane by plane, and not yet altogether."""
+        """Whether the fence is passed plane by plane and not yet for all planes."""
 
     def join(self, fence: Any, planes: int) -> None:
-        """Returns once the first ``planes`` planes of the blocks behind this fence may be read."""
+        """Wait until the first ``planes`` planes of the blocks behind this fence may be read."""
 
     def index(self, blocks: Sequence[int]) -> Any:
-        """The block ids as an index on the cache's device. IndexError for a block that does not exist."""
+        """Put block ids into an index on the cache's device.
+
+        Raises:
+            IndexError: a block does not exist.
+        """
 
     def gather(self, plane: int, index: Any, out: Any) -> None:
-        """Copies rows of a plane into ``out`` (bytes on the same device, one row after the other)."""
+        """Copy rows of a plane into ``out``: bytes on the same device, row after row."""
 
     def scatter(self, plane: int, index: Any, rows: Any) -> None:
-        """Copies rows into a plane of the cache."""
+        """Copy rows into a plane of the cache."""
 
     def buffer(self, size: int) -> Any:
-        """Bytes on the cache's device."""
+        """Allocate ``size`` bytes on the cache's device."""
 
 
 class Transport(Protocol):
@@ -50,12 +54,20 @@ class Transport(Protocol):
     """Wall clock time at which the blocks of the last ``send`` were all computed, for the trace."""
 
     def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
-        """Returns when the blocks may be overwritten. ``fence`` as for ``BlockCache.join``; ``parts``: not all planes
-        are computed yet, and both sides know it."""
+        """Send blocks; returns when they may be overwritten.
+
+        Args:
+            fence: as for ``BlockCache.join``.
+            parts: not all planes are computed yet, and both sides know it (``Go.parts``).
+        """
 
     def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
-        """Returns when ``count`` blocks are in the cache, or thrown away if ``blocks`` is None. ``fence``: a mark
-        behind which the blocks may be written."""
+        """Receive ``count`` blocks; returns when they are in the cache.
+
+        Args:
+            blocks: where to put them; None to discard them.
+            fence: event after which the blocks may be written, or None.
+        """
 
     def close(self) -> None:
-        """Frees what it has; also ends a transfer that hangs."""
+        """Free the buffers; also aborts a transfer that hangs."""

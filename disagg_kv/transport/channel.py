@@ -1,4 +1,4 @@
-"""A TCP connection between two engines: exact reads, bounded waits, one close. Socket options are only here."""
+"""A TCP connection between two engines: exact reads, bounded waits, idempotent close, socket options."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import Any
 
 from disagg_kv.protocol.frames import Kind, read_frame
 
-_PART = 4 * 1024 * 1024
-_ENDED: int = getattr(select, "POLLRDHUP", 0)
-"""Besides what poll always reports (POLLHUP, POLLERR); Linux tells the end of the other side's half so."""
+_MAX_SEND_BYTES = 4 * 1024 * 1024
+_HANG_UP: int = getattr(select, "POLLRDHUP", 0)
+"""Linux reports a half-close by the peer so; POLLHUP and POLLERR are always reported."""
 
 
 class Closed(ConnectionError):
-    """The other side closed the connection, or it was closed here."""
+    """The connection was closed by the other side or here."""
 
 
 class Channel:
-    """``seconds`` bounds every single read and write of bytes in the middle of a message, not the pauses between."""
+    """One connection.
+
+    Args:
+        seconds: limit of every single read or write within a message; idle time between messages is not limited.
+    """
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
         self._sock = sock
-        self.turn = threading.Lock()
-        """Held by who writes, where several threads do, until its message and the KV that belongs to it are out."""
+        self.write_lock = threading.Lock()
+        """Held while a message and its KV are written, where several threads write."""
         sock.settimeout(seconds)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -35,30 +39,46 @@ class Channel:
 
     @classmethod
     def connect(cls, address: tuple[str, int], seconds: float, connect_seconds: float) -> Channel:
-        """OSError if nobody listens there or answers in time."""
+        """Connect.
+
+        Raises:
+            OSError: the address does not accept, or not within ``connect_seconds``.
+        """
         return cls(socket.create_connection(address, timeout=connect_seconds), seconds)
 
-    def frame(self, patient: bool = True) -> tuple[Kind, dict[str, Any]]:
-        """The next frame. ``patient``: waits without end for its first byte. WireError for anything else."""
+    def next_frame(self, may_idle: bool = True) -> tuple[Kind, dict[str, Any]]:
+        """Read the next frame.
+
+        Args:
+            may_idle: wait for the first byte without limit.
+
+        Raises:
+            WireError: not a frame.
+            OSError: see ``read_into``.
+        """
         first = True
 
         def read(count: int) -> bytes:
             nonlocal first
             data = bytearray(count)
-            self.read_into(memoryview(data), patient=first and patient)
+            self.read_into(memoryview(data), may_idle=first and may_idle)
             first = False
             return bytes(data)
 
         return read_frame(read)
 
-    def read_into(self, view: memoryview, patient: bool = False) -> None:
-        """Fills the view. Closed, TimeoutError or OSError if that does not succeed."""
+    def read_into(self, view: memoryview, may_idle: bool = False) -> None:
+        """Fill the view.
+
+        Raises:
+            Closed, TimeoutError, OSError: it cannot be filled.
+        """
         at = 0
         while at < len(view):
             try:
                 count = self._sock.recv_into(view[at:])
             except TimeoutError:
-                if patient and at == 0:
+                if may_idle and at == 0:
                     continue
                 raise
             if count == 0:
@@ -66,36 +86,40 @@ class Channel:
             at += count
 
     def write(self, data: bytes | memoryview) -> None:
-        """Sends everything. OSError if that does not succeed."""
-        view = memoryview(data)
-        for at in range(0, len(view), _PART):
-            self._sock.sendall(view[at : at + _PART])
+        """Send everything.
 
-    def write_between(self, data: bytes) -> bool:
-        """Sends a message unless another thread is in the middle of one: then False, without waiting."""
-        if not self.turn.acquire(blocking=False):
+        Raises:
+            OSError: the connection is broken, or the peer does not read within the limit.
+        """
+        view = memoryview(data)
+        for at in range(0, len(view), _MAX_SEND_BYTES):
+            self._sock.sendall(view[at : at + _MAX_SEND_BYTES])
+
+    def try_write(self, data: bytes) -> bool:
+        """Send a message and return True, or return False at once if another thread is in the middle of one."""
+        if not self.write_lock.acquire(blocking=False):
             return False
         try:
             self.write(data)
         finally:
-            self.turn.release()
+            self.write_lock.release()
         return True
 
     def broken(self) -> bool:
-        """Whether the other side has closed the connection, or this one. Never blocks, also while another thread reads.
+        """Whether either side has closed the connection. Never blocks, also while another thread reads.
 
-        A ``recv`` with MSG_PEEK and MSG_DONTWAIT would not do: Python waits for a socket that has a timeout before it
-        calls the system, for the whole timeout if nothing comes, and then raises TimeoutError.
+        ``recv`` with MSG_PEEK and MSG_DONTWAIT does not work here: for a socket with a timeout Python polls before the
+        system call, for the complete timeout if there is no data, and raises TimeoutError.
         """
         number = self._sock.fileno()
         if number < 0:
             return True
-        look = select.poll()
-        look.register(number, _ENDED)
-        return bool(look.poll(0))
+        poller = select.poll()
+        poller.register(number, _HANG_UP)
+        return bool(poller.poll(0))
 
     def close(self) -> None:
-        """Ends reads and writes of other threads at once. May be called often."""
+        """Abort reads and writes of all threads. Idempotent."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

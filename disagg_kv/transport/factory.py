@@ -1,4 +1,4 @@
-"""Which transports this engine can use, and how each is opened once both sides have agreed on one."""
+"""Which transports this rank can use, and how one is opened once both sides have agreed on it."""
 
 from __future__ import annotations
 
@@ -21,34 +21,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.disagg_kv")
 _UPDATED = " (updated in place, "
 _MAX_TCP_STAGING = 16 * 1024 * 1024
-"""Larger pieces make nothing faster there."""
+"""Larger chunks are not faster over TCP."""
 
 
 @dataclass
-class Node:
-    """What every connection of one rank needs to know."""
+class RankContext:
+    """What every connection of one rank needs."""
 
     identity: Identity
-    """Of the next handshake; see ``renew``."""
+    """For the next handshake; see ``renew``."""
     settings: Settings
     cache: BlockCache
     trace: Trace
-    opener: Callable[[Node, Channel, Mapping[str, Any]], Transport] | None = None
-    """In place of ``open_transport``, for a cache that is not torch's."""
+    transport_factory: Callable[[RankContext, Channel, Mapping[str, Any]], Transport] | None = None
+    """Replaces ``open_transport`` for a cache that is not torch's (tests)."""
 
     def renew(self) -> None:
-        """The model is not the one it was: for every peer, of any release, and for the proxy this is now an engine that
-        has been restarted with a model that no other one has."""
+        """Change the identity, because the weights were updated in place.
+
+        Peers of any release and the proxy see an engine that was restarted with a model that no other engine has.
+        """
         shape, boot = self.identity.shape, uuid.uuid4().hex
         assert shape is not None
         model = f"{shape.model.partition(_UPDATED)[0]}{_UPDATED}{boot[:8]})"
         self.identity = replace(self.identity, boot=boot, shape=replace(shape, model=model, digest=boot))
 
     def transports(self) -> list[str]:
-        """Names in order of preference. ValueError if NCCL is asked for without a GPU."""
+        """Names in order of preference.
+
+        Raises:
+            ValueError: NCCL is required by the settings, but there is no GPU.
+        """
         wanted = self.settings.transport
         if wanted == "nccl" and not self.cache.on_gpu:
-            raise ValueError("transport is nccl, but the KV cache is not on a GPU")
+            raise ValueError("kv_connector_extra_config: transport is nccl, but the KV cache is not on a GPU")
         if wanted == "auto":
             return ["nccl", "tcp"] if self.cache.on_gpu else ["tcp"]
         return [wanted]
@@ -59,38 +65,50 @@ class Node:
 
     @property
     def staging_bytes(self) -> int:
-        """The most that this side wants to spend on one buffer, but at least one row."""
+        """Largest staging buffer that this side accepts, in bytes; at least one row."""
         return max(self.settings.staging_mb << 20, int(self.cache.row_bytes))
 
 
-def terms(node: Node, name: str, staging: object) -> dict[str, Any]:
-    """Prefill's part of opening a transport: fields of READY. ``staging`` is what decode offers in HELLO."""
-    if not isinstance(staging, int) or isinstance(staging, bool) or staging < node.cache.row_bytes:
+def offer_transport(context: RankContext, name: str, staging: object) -> dict[str, Any]:
+    """Return prefill's fields of READY for the chosen transport.
+
+    Args:
+        staging: decode's staging size from HELLO, unchecked.
+
+    Raises:
+        WireError: the staging size is missing or too small.
+    """
+    if not isinstance(staging, int) or isinstance(staging, bool) or staging < context.cache.row_bytes:
         raise WireError("the staging size is missing or too small")
-    size = min(staging, node.staging_bytes)
+    size = min(staging, context.staging_bytes)
     if name == "tcp":
-        return {"transport": name, "staging": max(min(size, _MAX_TCP_STAGING), node.cache.row_bytes)}
+        return {"transport": name, "staging": max(min(size, _MAX_TCP_STAGING), context.cache.row_bytes)}
     from disagg_kv.transport.nccl import new_unique_id
 
     return {"transport": name, "staging": size, "nccl": new_unique_id().hex()}
 
 
-def open_transport(node: Node, channel: Channel, ready: Mapping[str, Any]) -> Transport:
-    """Both sides' last step. WireError for terms that make no sense; whatever NCCL raises."""
+def open_transport(context: RankContext, channel: Channel, ready: Mapping[str, Any]) -> Transport:
+    """Open the transport that READY describes; the last step of both sides.
+
+    Raises:
+        WireError: invalid fields in READY.
+        RuntimeError: from NCCL.
+    """
     staging = ready.get("staging")
-    if not isinstance(staging, int) or not node.cache.row_bytes <= staging <= node.staging_bytes:
-        raise WireError("the staging size is not within the limits")
+    if not isinstance(staging, int) or not context.cache.row_bytes <= staging <= context.staging_bytes:
+        raise WireError("the staging size is out of range")
     name = ready.get("transport")
-    if name not in node.transports():
+    if name not in context.transports():
         raise WireError(f"transport {str(name)[:20]} was not offered")
-    if node.opener is not None:
-        return node.opener(node, channel, ready)
-    cache = cast("TorchCache", node.cache)
+    if context.transport_factory is not None:
+        return context.transport_factory(context, channel, ready)
+    cache = cast("TorchCache", context.cache)
     if name == "tcp":
         from disagg_kv.transport.tcp import TcpTransport
 
-        if node.cache.on_gpu:
-            logger.warning("KV travels over TCP through host memory, not NCCL (transport is set so on one side)")
+        if context.cache.on_gpu:
+            logger.warning("KV is sent over TCP through host memory instead of NCCL (setting transport of one side)")
         return TcpTransport(channel, cache, staging)
     from disagg_kv.transport.nccl import DECODE, PREFILL, NcclTransport
 
@@ -100,6 +118,6 @@ def open_transport(node: Node, channel: Channel, ready: Mapping[str, Any]) -> Tr
         raise WireError("the NCCL id is missing") from None
     if len(unique_id) != 128:
         raise WireError("the NCCL id is not 128 bytes")
-    rank = PREFILL if node.identity.role == "prefill" else DECODE
-    return NcclTransport(cache, rank, unique_id, staging, node.settings.staging_buffers,
-                         node.settings.stall_timeout_s, channel)  # fmt: skip
+    rank = PREFILL if context.identity.role == "prefill" else DECODE
+    return NcclTransport(cache, rank, unique_id, staging, context.settings.staging_buffers,
+                         context.settings.stall_timeout_s, channel)  # fmt: skip

@@ -1,14 +1,13 @@
-"""Blocks between GPUs over NCCL, through vLLM's own wrapper (vllm/distributed/device_communicators/pynccl_wrapper.py).
+"""Transport between GPUs over NCCL, through vLLM's wrapper (vllm/distributed/device_communicators/pynccl_wrapper.py).
 
-One communicator of two ranks per connection: prefill is 0 and sends, decode is 1 and receives. The order of transfers
-is that of the GO frames, so both sides agree without further words. Rows are gathered into one of a few staging
-buffers on one stream and sent on another, so that copying the next piece overlaps the wire; the same in reverse on
-decode. Nothing runs on the engine's own stream, which only leaves fences, and no step waits for a transfer.
+One communicator of two ranks per connection: prefill is 0 and sends, decode is 1 and receives. Transfers are in the
+order of the GO frames, so both sides agree without further messages. Rows are gathered into one of a few staging
+buffers on one stream and sent on another, so that copying the next chunk overlaps sending; decode does the reverse.
+Nothing runs on the engine's own stream, which only records events, and no step waits for a transfer.
 
-A receive kernel occupies the GPU while it waits: decode starts it only when GO, or PART for each piece while prefill
-still computes, says that it is computed.
-A transfer that does not end in time, or whose peer's TCP connection breaks, is aborted (ncclCommAbort); the error says
-how far it came.
+A receive kernel occupies the GPU while it waits. Decode launches it only when GO says that the blocks are computed, or
+PART for each chunk while prefill still computes. A transfer that does not end in time, or whose peer's TCP connection
+breaks, is aborted (ncclCommAbort); the error tells how far it got.
 """
 
 from __future__ import annotations
@@ -28,27 +27,28 @@ from vllm.distributed.device_communicators.pynccl_wrapper import (
 
 from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.transport.channel import Channel
-from disagg_kv.transport.patience import wait_until
-from disagg_kv.transport.pieces import Piece, cut
+from disagg_kv.transport.chunks import Chunk, split_into_chunks
+from disagg_kv.transport.polling import wait_until
 
 if TYPE_CHECKING:
     from disagg_kv.engine.layout import TorchCache
 
 PREFILL, DECODE = 0, 1
-_SLOWEST = 100e6
+_MIN_BYTES_PER_SECOND = 100e6
 """Bytes per second below which a transfer counts as stalled, whatever its size."""
 _PRIORITY = -1
-"""Streams of one priority are handed out in turn, also to the engine: a receive that waits on a stream that the engine
-got too would hold up its steps. The engine uses none of this priority."""
+"""torch hands out the streams of one priority round-robin, also to the engine. A receive that waits on a stream which
+the engine has too would block its steps. The engine uses none of this priority."""
 
 
 def new_unique_id() -> bytes:
-    """The 128 bytes by which two ranks find each other."""
+    """Return the 128 bytes by which two ranks find each other (ncclGetUniqueId)."""
     return bytes(bytearray(NCCLLibrary().ncclGetUniqueId().internal))
 
 
 class NcclTransport:
-    """See ``Transport``. ``channel`` is the control connection, which carries PART and shows whether the peer lives."""
+    """See ``Transport``. ``channel`` is the control connection: it carries PART and shows whether the peer is
+    connected."""
 
     name = "nccl"
     computed_at = 0.0
@@ -57,7 +57,7 @@ class NcclTransport:
         self, cache: TorchCache, rank: int, unique_id: bytes, staging_bytes: int, slots: int, stall_seconds: float,
         channel: Channel,
     ) -> None:  # fmt: skip
-        """Joins the communicator; blocks until the other side does too, about a second."""
+        """Create the communicator; blocks until the other side does too, about a second."""
         self._cache, self._rank, self._staging = cache, rank, staging_bytes
         self._stall, self._channel = stall_seconds, channel
         torch.cuda.set_device(cache.device)
@@ -79,15 +79,15 @@ class NcclTransport:
         with torch.inference_mode():
             with torch.cuda.stream(self._copy):
                 index = cache.index(blocks)
-            for number, piece in enumerate(self._pieces(len(blocks))):
-                slot, total = number % len(self._slots), self._bytes(piece)
-                cache.join(fence, piece.plane + piece.planes)
+            for number, chunk in enumerate(self._chunks(len(blocks))):
+                slot, total = number % len(self._slots), self._bytes(chunk)
+                cache.join(fence, chunk.plane + chunk.planes)
                 self.computed_at = time.time()
                 if parts:
                     self._channel.write(encode(Kind.PART, {}))
                 with torch.cuda.stream(self._copy):
                     self._copy.wait_event(self._emptied[slot])
-                    self._rows(piece, index, self._slots[slot], cache.gather)
+                    self._rows(chunk, index, self._slots[slot], cache.gather)
                     self._filled[slot].record(self._copy)
                 self._wire.wait_event(self._filled[slot])
                 self._put(self._slots[slot], total)
@@ -100,17 +100,17 @@ class NcclTransport:
             with torch.cuda.stream(self._copy):
                 index = None if blocks is None else cache.index(blocks)
                 cache.wait(fence)
-            for number, piece in enumerate(self._pieces(count)):
-                slot, total = number % len(self._slots), self._bytes(piece)
-                if parts and (kind := self._channel.frame(patient=False)[0]) is not Kind.PART:
-                    raise WireError(f"{kind.name} came instead of PART")
+            for number, chunk in enumerate(self._chunks(count)):
+                slot, total = number % len(self._slots), self._bytes(chunk)
+                if parts and (kind := self._channel.next_frame(may_idle=False)[0]) is not Kind.PART:
+                    raise WireError(f"received {kind.name}, expected PART")
                 self._wire.wait_event(self._emptied[slot])
                 self._get(self._slots[slot], total)
                 self._filled[slot].record(self._wire)
                 with torch.cuda.stream(self._copy):
                     self._copy.wait_event(self._filled[slot])
                     if index is not None:
-                        self._rows(piece, index, self._slots[slot], cache.scatter)
+                        self._rows(chunk, index, self._slots[slot], cache.scatter)
                     self._emptied[slot].record(self._copy)
             self._join(self._copy, count, fence)
 
@@ -124,17 +124,17 @@ class NcclTransport:
             self._copy.synchronize()
             self._slots = []
 
-    def _pieces(self, blocks: int) -> list[Piece]:
-        return list(cut(self._cache.planes, blocks, self._cache.row_bytes, self._staging))
+    def _chunks(self, blocks: int) -> list[Chunk]:
+        return list(split_into_chunks(self._cache.planes, blocks, self._cache.row_bytes, self._staging))
 
-    def _bytes(self, piece: Piece) -> int:
-        return int(piece.planes * piece.blocks * self._cache.row_bytes)
+    def _bytes(self, chunk: Chunk) -> int:
+        return int(chunk.planes * chunk.blocks * self._cache.row_bytes)
 
-    def _rows(self, piece: Piece, index: torch.Tensor, buffer: torch.Tensor, move: Callable[..., None]) -> None:
-        size = piece.blocks * self._cache.row_bytes
-        rows = index if piece.blocks == len(index) else index[piece.block : piece.block + piece.blocks]
-        for plane in range(piece.planes):
-            move(piece.plane + plane, rows, buffer[plane * size : (plane + 1) * size])
+    def _rows(self, chunk: Chunk, index: torch.Tensor, buffer: torch.Tensor, move: Callable[..., None]) -> None:
+        size = chunk.blocks * self._cache.row_bytes
+        rows = index if chunk.blocks == len(index) else index[chunk.block : chunk.block + chunk.blocks]
+        for plane in range(chunk.planes):
+            move(chunk.plane + plane, rows, buffer[plane * size : (plane + 1) * size])
 
     def _put(self, buffer: torch.Tensor, total: int) -> None:
         self._nccl.ncclSend(buffer_type(buffer.data_ptr()), total, ncclDataTypeEnum.ncclUint8, DECODE, self._comm,
@@ -145,8 +145,7 @@ class NcclTransport:
                             cudaStream_t(self._wire.cuda_stream))  # fmt: skip
 
     def _first_exchange(self) -> None:
-        """NCCL connects two ranks at their first transfer, and CUDA loads a kernel at its first use; done here, no
-        request waits for it."""
+        """Make NCCL connect and CUDA load its kernels, which both do lazily, before the first request needs them."""
         (self._put if self._rank == PREFILL else self._get)(self._slots[0], 8)
         self._join(self._wire, 1)
         with torch.inference_mode(), torch.cuda.stream(self._copy):
@@ -154,18 +153,25 @@ class NcclTransport:
         self._join(self._copy, 1)
 
     def _join(self, stream: torch.cuda.Stream, blocks: int, fence: Any = None) -> None:
-        """Returns when the stream is idle. Stalled when that takes too long or the peer is gone."""
+        """Return when the stream is idle.
+
+        Raises:
+            Stalled: that takes too long, or the peer is gone.
+        """
         event = torch.cuda.Event()
         event.record(stream)
-        limit = self._stall + blocks * self._cache.block_bytes / _SLOWEST
+        limit = self._stall + blocks * self._cache.block_bytes / _MIN_BYTES_PER_SECOND
         wait_until(event.query, self._channel.broken, limit, lambda: f"{blocks} blocks, {self._state(fence)}")
 
     def _state(self, fence: Any) -> str:
-        """What the GPU has not done yet, for the log. A slot is filled, then emptied: by the gathering and the wire on
-        prefill, by the wire and the scattering on decode."""
+        """List what the GPU has not completed, for the log.
+
+        A slot is filled, then emptied: by the gather and the send on prefill, by the receive and the scatter on
+        decode.
+        """
         parts: list[tuple[str, Any]] = [("copies", self._copy), ("wire", self._wire)]
         parts += [(f"slot {number} filled", event) for number, event in enumerate(self._filled)]
         parts += [(f"slot {number} emptied", event) for number, event in enumerate(self._emptied)]
         if fence is not None:
             parts.append(("fence", fence))
-        return "not done: " + (", ".join(name for name, part in parts if not part.query()) or "nothing")
+        return "not complete: " + (", ".join(name for name, part in parts if not part.query()) or "nothing")

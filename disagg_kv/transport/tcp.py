@@ -1,6 +1,6 @@
-"""Blocks over the control connection, through host memory. For CPU engines, and where NCCL cannot be used.
+"""Transport over the control connection, through host memory: for CPU engines, and where NCCL cannot be used.
 
-The bytes follow the GO frame. A cache on a GPU goes through a pinned buffer and a stream of its own.
+The bytes follow the GO frame. A cache on a GPU is copied through a pinned buffer on a separate stream.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from disagg_kv.transport.channel import Channel
-from disagg_kv.transport.pieces import cut
+from disagg_kv.transport.chunks import split_into_chunks
 
 if TYPE_CHECKING:
     from disagg_kv.engine.layout import TorchCache
@@ -34,15 +34,15 @@ class TcpTransport:
         cache, host = self._cache, self._buffers()
         with torch.inference_mode(), cache.on_stream(self._stream):
             index = cache.index(blocks)
-            for piece in cut(cache.planes, len(blocks), cache.row_bytes, self._staging):
-                cache.join(fence, piece.plane + piece.planes)
+            for chunk in split_into_chunks(cache.planes, len(blocks), cache.row_bytes, self._staging):
+                cache.join(fence, chunk.plane + chunk.planes)
                 self.computed_at = time.time()
-                size = piece.blocks * cache.row_bytes
-                rows = index[piece.block : piece.block + piece.blocks]
+                size = chunk.blocks * cache.row_bytes
+                rows = index[chunk.block : chunk.block + chunk.blocks]
                 target = host if self._device is None else self._device
-                for plane in range(piece.planes):
-                    cache.gather(piece.plane + plane, rows, target[plane * size : (plane + 1) * size])
-                total = piece.planes * size
+                for plane in range(chunk.planes):
+                    cache.gather(chunk.plane + plane, rows, target[plane * size : (plane + 1) * size])
+                total = chunk.planes * size
                 if self._device is not None:
                     host[:total].copy_(self._device[:total], non_blocking=True)
                     cache.synchronize()
@@ -53,19 +53,19 @@ class TcpTransport:
         with torch.inference_mode(), cache.on_stream(self._stream):
             index = None if blocks is None else cache.index(blocks)
             cache.wait(fence)
-            for piece in cut(cache.planes, count, cache.row_bytes, self._staging):
-                size = piece.blocks * cache.row_bytes
-                total = piece.planes * size
+            for chunk in split_into_chunks(cache.planes, count, cache.row_bytes, self._staging):
+                size = chunk.blocks * cache.row_bytes
+                total = chunk.planes * size
                 self._channel.read_into(memoryview(host[:total].numpy()))
                 if index is None:
                     continue
-                rows = index[piece.block : piece.block + piece.blocks]
+                rows = index[chunk.block : chunk.block + chunk.blocks]
                 source = host
                 if self._device is not None:
                     self._device[:total].copy_(host[:total], non_blocking=True)
                     source = self._device
-                for plane in range(piece.planes):
-                    cache.scatter(piece.plane + plane, rows, source[plane * size : (plane + 1) * size])
+                for plane in range(chunk.planes):
+                    cache.scatter(chunk.plane + plane, rows, source[plane * size : (plane + 1) * size])
                 cache.synchronize()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.circuit_breaker import Breaker
-from disagg_proxy.cluster.kv_kind import P2P, KvKind
+from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.progress import ProgressTracker
 
 
@@ -89,7 +89,7 @@ class Instance:
     http: Address
     kv: Address | None
     source: Source
-    kind: KvKind = P2P
+    kind: KvKind
     boot: str = ""
     state: State = State.PROBING
     reason: str = NOT_PROBED

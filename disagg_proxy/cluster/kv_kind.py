@@ -1,59 +1,43 @@
-"""How an instance exchanges KV, and which two can: same protocol, and caches whose blocks mean the same. Pure."""
+"""How an instance exchanges KV, and which two instances can. Pure.
+
+The protocols are those of disagg_proxy/connectors, one file each; nothing here knows a particular one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-P2P_NCCL = "p2p_nccl"
-"""vLLM's own P2pNcclConnector, 0.9.2 - 0.23: the request id carries both KV addresses, prefill comes first."""
+MAX_RANKS = 64
+"""Bound on the tensor parallel size that an announcement may claim."""
 
-DISAGG_KV = "disagg_kv"
-"""This project's connector (docs/connector.md), vLLM 0.21 and newer: both legs at once, by ``kv_transfer_params``."""
-
-NIXL = "nixl"
-"""vLLM's NixlConnector: prefill's answer says where the KV is. Such instances do not ping (docs/nixl.md)."""
-
-MOST_RANKS = 64
-"""Bound on what an announcement may claim."""
+_MODEL = frozenset({"kv_model", "kv_digest"})
 
 
 @dataclass(frozen=True, slots=True)
 class KvKind:
-    """What an instance announced about its KV.
+    """The KV transfer of one instance.
 
     Attributes:
-        protocol: :data:`P2P_NCCL`, :data:`DISAGG_KV` or :data:`NIXL`.
-        traits: what must be equal where both sides name it. ``kv_digest`` stands for the model's weights and
-            configuration; where one side has none, ``kv_model``, the model's name, is compared in its place.
-        transports: ways to move the bytes, of which one must be common; empty where the protocol knows one only.
+        protocol: name of the KV transfer protocol, which selects the proxy's connector.
+        traits: names and values that must be equal where both sides announce them. ``kv_digest`` identifies the
+            model's weights and configuration; where one side has none, ``kv_model``, the model's name, is compared.
+        transports: ways to move the bytes, one of which both sides must have; empty where the protocol has only one.
+        computes: whether decode computes a prompt for which it gets no KV, so that it can also serve requests alone.
+            Where it does not, decode waits for the KV without a limit.
+        needs_address: whether the proxy must know an instance's KV address before it can serve.
     """
 
-    protocol: str = P2P_NCCL
+    protocol: str
     traits: tuple[tuple[str, str | int], ...] = ()
     transports: frozenset[str] = frozenset()
-
-    @property
-    def computes(self) -> bool:
-        """Whether decode computes by itself what it gets no KV for; P2pNcclConnector's waits for it for ever."""
-        return self.protocol != P2P_NCCL
+    computes: bool = True
+    needs_address: bool = True
 
     @property
     def ranks(self) -> int:
-        """How many KV ports one instance has, counted up from its KV address: one for each tensor parallel rank."""
+        """Number of KV ports of one instance, consecutive from its KV address: one for each tensor parallel rank."""
         tp = dict(self.traits).get("tp")
-        return tp if isinstance(tp, int) and 1 <= tp <= MOST_RANKS else 1
-
-    @property
-    def addressed(self) -> bool:
-        """Whether the proxy has to know the KV address of an instance."""
-        return self.protocol != NIXL
-
-
-P2P = KvKind()
-BY_NIXL = KvKind(NIXL)
-
-
-_MODEL = frozenset({"kv_model", "kv_digest"})
+        return tp if isinstance(tp, int) and 1 <= tp <= MAX_RANKS else 1
 
 
 def alike_but_for_model(one: KvKind, other: KvKind) -> bool:
@@ -63,7 +47,7 @@ def alike_but_for_model(one: KvKind, other: KvKind) -> bool:
 
 
 def why_apart(prefill: KvKind, decode: KvKind) -> str | None:
-    """What keeps two instances from exchanging KV, for people; None when they can."""
+    """What keeps two instances from exchanging KV, in words for an operator; None when they can."""
     if prefill.protocol != decode.protocol:
         return f"prefill speaks {prefill.protocol}, decode {decode.protocol}"
     ours, theirs = dict(prefill.traits), dict(decode.traits)

@@ -16,7 +16,7 @@ from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.circuit_breaker import Breaker
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
 from disagg_proxy.cluster.kv_compatibility import KvCompatibility
-from disagg_proxy.cluster.kv_kind import BY_NIXL, P2P, KvKind, alike_but_for_model
+from disagg_proxy.cluster.kv_kind import KvKind, alike_but_for_model
 from disagg_proxy.cluster.progress import ProgressTracker
 from disagg_proxy.config.model import StaticInstance
 from disagg_proxy.errors import EngineUnreachable
@@ -115,15 +115,14 @@ class Registry:
 
     # -- how instances come
 
-    def add_static(self, role: Role, named: StaticInstance) -> Instance:
-        """Take in an instance from the configuration."""
+    def add_static(self, role: Role, named: StaticInstance, kind: KvKind) -> Instance:
+        """Take in an instance from the configuration, as ``kind`` until it announces another."""
         kv = None if named.kv_address is None else parse_address(named.kv_address)
-        kind = BY_NIXL if named.nixl else P2P
         instance = Instance(role, parse_address(named.http_address), kv, Source.STATIC, kind)
         self._take_in(instance)
         return instance
 
-    def announce(self, role: Role, http: Address, kv: Address, kind: KvKind = P2P, boot: str = "") -> str | None:
+    def announce(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str = "") -> str | None:
         """Take in one ping; returns why it was not accepted, None if it was."""
         known = self._instances.get(http.netloc)
         same = known is not None and (known.role, known.kv, known.kind) == (role, kv, kind)
@@ -140,7 +139,7 @@ class Registry:
             return self._newcomer(role, http, kv, kind, boot)
         restarted = bool(known.boot) and boot not in ("", known.boot) and known.kv == kv
         restarted = restarted and alike_but_for_model(known.kind, kind)
-        if known.role is not role or not (same or restarted or (known.kv is None and known.kind.addressed)):
+        if known.role is not role or not (same or restarted or (known.kv is None and known.kind.needs_address)):
             return self._contradiction(known, role, kv, kind, boot)
         known.last_ping = self._clock()
         if known.boot != boot:
@@ -200,7 +199,7 @@ class Registry:
         instance.last_answer = self._clock()
         if instance.state in (State.LOST, State.FROZEN):
             return
-        if instance.kv is None and instance.kind.addressed:
+        if instance.kv is None and instance.kind.needs_address:
             instance.models = models
             self.suspend(
                 instance,

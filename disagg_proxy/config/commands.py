@@ -22,6 +22,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "machine": Command("disagg_machine.cli", "proxy and engines on this machine: start, stop, supervise, measure"),
     "sim": Command("disagg_sim.cli", "simulated vLLM engines that need no GPU"),
     "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
     "bench": Command("disagg_report.cli", "latency and goodput at rising request rates, as a report"),

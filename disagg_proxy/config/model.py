@@ -14,13 +14,13 @@ class StaticInstance:
 
     Attributes:
         http_address: "host:port" of its OpenAI server.
-        kv_address: "host:port" of its KV connector, None when only its pings will tell.
-        nixl: whether its connector is vLLM's NixlConnector, which needs no such address.
+        kv_address: "host:port" of its KV connector, None when unknown until it pings, or not needed.
+        protocol: its KV protocol, None until its pings tell: then it is taken to run P2pNcclConnector.
     """
 
     http_address: str
     kv_address: str | None = None
-    nixl: bool = False
+    protocol: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from disagg_proxy.config.model import StaticInstance
 
 Reader = Callable[[str], object]
 
-MOST_WORKERS = 64
+MAX_WORKERS = 64
 
 _SIZES = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
@@ -47,9 +47,9 @@ def count(raw: str) -> int:
 def workers(raw: str) -> int:
     """How many processes, or auto."""
     if raw.lower() == "auto":
-        return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    if not raw.isascii() or not raw.isdigit() or not 1 <= int(raw) <= MOST_WORKERS:
-        raise ValueError(f"must be a whole number from 1 to {MOST_WORKERS}, or auto")
+        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    if not raw.isascii() or not raw.isdigit() or not 1 <= int(raw) <= MAX_WORKERS:
+        raise ValueError(f"must be a whole number from 1 to {MAX_WORKERS}, or auto")
     return int(raw)
 
 
@@ -197,7 +197,7 @@ def _instance(raw: str) -> StaticInstance:
     if not comma:
         return StaticInstance(http_address)
     if kv.lower() == "nixl":
-        return StaticInstance(http_address, nixl=True)
+        return StaticInstance(http_address, protocol="nixl")
     try:
         return StaticInstance(http_address, parse_address(kv).text)
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""One attempt of a request on its instances: sends the legs, and keeps the leases, the breaker and the record right.
+"""One attempt of a request on its instances: sends the legs and updates leases, circuit breaker and record.
 
-The order of the legs, and what follows from each outcome, is the connector's.
+The connector decides the order of the legs, and what follows from each outcome.
 """
 
 from __future__ import annotations
@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Awaitable
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.cluster.progress import PendingResponse
+from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import Engines, Request
-from disagg_proxy.connectors.outlier import blame, end_lease
 from disagg_proxy.downstream.refusal import ClientResponse, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
-from disagg_proxy.errors import ProxyError
+from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
+from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.usage import UsageRepair
-from disagg_proxy.request_id import RequestId
+from disagg_proxy.request_id import RequestId, RequestIdRewriter
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 
@@ -28,10 +27,10 @@ class Attempt:
     """The legs of one attempt.
 
     Args:
-        request_id: under which both engines get it, and what the client sees in its place.
+        request_id: the id that both engines get, and the one that the client sees instead.
 
     Attributes:
-        detached: other work holds the placement and gives it back.
+        detached: other work has taken over the placement and releases it.
     """
 
     def __init__(self, engines: Engines, request: Request, placement: Placement, request_id: RequestId) -> None:
@@ -54,7 +53,7 @@ class Attempt:
 
     @property
     def decoding(self) -> PendingResponse:
-        """The wait for decode, once its leg is sent."""
+        """The pending answer of decode, once :meth:`watch_decode` was called."""
         if self._decoding is None:
             raise RuntimeError("decode has not been sent a request")
         return self._decoding
@@ -64,8 +63,12 @@ class Attempt:
     def send_prefill(
         self, lease: Lease, body: bytes, idle_timeout: float, pending: PendingResponse | None, fresh: bool = False
     ) -> Awaitable[Response]:
-        """Send prefill's leg and wait for its whole answer. It is idempotent: a kept connection that closes is made up
-        for by a fresh one.
+        """Send prefill's leg and wait for its complete answer. It is idempotent: after a kept connection closed it is
+        sent once more over a fresh one.
+
+        Args:
+            idle_timeout: seconds that may pass without a byte from prefill.
+            fresh: use a new connection, once.
 
         Raises:
             EngineError, EngineDeadline: there is no answer.
@@ -85,7 +88,7 @@ class Attempt:
         resend_body: bytes | None = None,
         fresh: bool = False,
     ) -> Awaitable[Response]:
-        """Send decode's leg; :attr:`decoding` must have begun.
+        """Send decode's leg, after :meth:`watch_decode`. Arguments: :meth:`disagg_proxy.upstream.Upstream.request`.
 
         Raises:
             EngineError, EngineDeadline: there is no answer.
@@ -97,16 +100,16 @@ class Attempt:
         )  # fmt: skip
 
     def watch_decode(self, pending: PendingResponse) -> PendingResponse:
-        """``vigil`` is the wait for decode from now on."""
+        """Make ``pending`` the wait for decode."""
         self._decoding = pending
         return pending
 
     def blame_decode(self, error: ProxyError) -> None:
-        """Decode's leg ended with ``error``."""
+        """Report that decode's leg ended with ``error``."""
         blame(self._engines.registry, self.decode, error)
 
     def take_count(self, tokens: int) -> int:
-        """Prefill counted so many prompt tokens, 0 where it does not say; from now on they are the request's size."""
+        """Use prefill's count of prompt tokens as the request's size; 0: prefill reports none. Returns ``tokens``."""
         request = self.request
         request.record.prompt_tokens = tokens or None
         if tokens:
@@ -118,13 +121,16 @@ class Attempt:
     async def deliver(
         self, reply: Reply, answer: Response, rewriter: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
     ) -> None:
-        """Stream decode's 200 to the client, until its end or until the client leaves.
+        """Stream decode's 200 to the client until it ends or the client leaves.
+
+        Args:
+            public: hides the internal id in the headers; None where it is the public one.
 
         Raises:
             EngineError, EngineDeadline: decode broke before the first byte of the body.
         """
         try:
-            # Until the first byte a failure can still have a status of its own.
+            # Before the first byte a failure can still get its own status.
             await answer.wait_until(ReadUntil.BODY_STARTED)
         except BaseException:
             answer.close()
@@ -138,10 +144,10 @@ class Attempt:
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 
     def refuse(self, reply: Reply, answer: CompleteResponse, leg: str) -> None:
-        """Deliver the instance's own refusal.
+        """Deliver an instance's answer other than 200.
 
         Raises:
-            EngineFailed: it is not the client's mistake.
+            EngineFailed: the status is not the client's fault.
         """
         outcome = refusal(answer, leg, self.id, bool(self._engines.config.engine_api_key))
         self.request.record.refused(answer.status)
@@ -150,7 +156,7 @@ class Attempt:
     # -- ends
 
     def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
-        """The decode leg is over; only the first call counts.
+        """End the decode leg. Further calls have no effect.
 
         The arguments are those of :meth:`Lease.end` and :meth:`PendingResponse.end`.
         """
@@ -160,11 +166,40 @@ class Attempt:
         self.placement.loaded()
 
     def end_refused(self, status: int) -> None:
-        """Decode answered, but not 200."""
+        """End the decode leg after an answer with ``status``, not 200."""
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, status)
         self.end_decode()
 
     def release(self) -> None:
-        """Give back every place; harmless for those that were given back before."""
+        """Give back all leases that are still held."""
         self.end_decode()
         self.placement.release()
+
+
+# -- passive outlier detection: what the end of a leg says of its instance
+
+
+def is_failure(route: Route, status: int) -> bool:
+    """Whether an instance that answers ``status`` failed, so that another one may do better."""
+    # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
+    return status >= 500 and not (route is MESSAGES and status == 500)
+
+
+def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> None:
+    """Give back a lease after an answer with ``status``.
+
+    Every version of vLLM answers some malformed requests with 500, and a client could have a healthy instance ejected
+    that way. So a 500 triggers a probe, which finds a dead engine, but does not open the circuit breaker.
+    """
+    lease.end(failed=is_failure(route, status), certain=status != 500)
+    if status == 500:
+        registry.look_again(lease.instance)
+
+
+def blame(registry: Registry, instance: Instance, error: ProxyError) -> None:
+    """Report a failed leg. A refused connection takes the instance out of service at once; other errors trigger a
+    probe, since a busy server may time out too."""
+    if isinstance(error, EngineUnreachable) and error.refused:
+        registry.lost_contact(instance, "its HTTP port cannot be reached")
+    elif isinstance(error, EngineError):
+        registry.look_again(instance)

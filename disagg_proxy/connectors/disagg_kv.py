@@ -1,81 +1,122 @@
 """This project's connector (docs/connector.md): both legs at once, and decode fetches the KV from prefill.
 
-The ``kv_transfer_params`` of both legs: :mod:`disagg_proxy.connectors.disagg_kv_params`.
+``kv_transfer_params`` name the transfer on both legs; the request id says nothing of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import secrets
+from collections.abc import Coroutine
 from typing import Any
 
-from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill, new_transfer_id
+from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.kv_kind import KvKind
+from disagg_proxy.cluster.lease import Placement
+from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.connectors.base import (
+    Announced,
+    Engines,
+    Failure,
+    Fields,
+    KvProtocol,
+    Request,
+    address_field,
+    text_field,
+)
+from disagg_proxy.connectors.kv_transfer_params import with_params
 from disagg_proxy.connectors.recomputing import RecomputingAttempt
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.errors import EngineDeadline, EngineError
 from disagg_proxy.openai.usage import tells_cache_use
+from disagg_proxy.runtime.background import Background
 from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
 from disagg_proxy.upstream import CompleteResponse
+from disagg_proxy.upstream.kv_control import KvControl
 
-Release = Callable[[Instance, str], Coroutine[Any, Any, None]]
-"""Sends RELEASE: the transfer with that id is over on the instance. Never raises."""
+KIND = KvKind("disagg_kv")
+
+REQUIRED = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
+"""Fields of an announcement that must be equal on both sides. Every engine announces them."""
+
+OPTIONAL = ("kv_digest",)
+"""Fields that must be equal where both sides announce them. Engines of older releases do not, so that neither the
+engines nor the proxies must be updated first."""
 
 _USAGE_WAIT = 1.0
-"""Seconds for which a whole answer waits for prefill's count of cached tokens."""
+"""Seconds for which an unstreamed answer waits for prefill's count of cached tokens."""
+
+
+def read(fields: Fields) -> Announced | None:
+    """Read an announcement (docs/connector.md, "Announcement")."""
+    if fields.get("protocol") != KIND.protocol:
+        return None
+    traits: list[tuple[str, str | int]] = []
+    for name in (*REQUIRED, *(name for name in OPTIONAL if name in fields)):
+        value = fields.get(name)
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise ValueError(f"{name} is neither text nor a number")
+        traits.append((name, value))
+    transports = fields.get("transports")
+    if not isinstance(transports, list) or not all(isinstance(name, str) for name in transports):
+        raise ValueError("transports is no list of texts")
+    kind = KvKind(KIND.protocol, tuple(traits), frozenset(transports))
+    return Announced(kind, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""))
+
+
+def new_transfer_id() -> str:
+    """A transfer id; it must be hard to guess, since it opens the KV."""
+    return secrets.token_hex(16)
+
+
+def for_prefill(body: bytes, transfer_id: str) -> bytes:
+    """Prefill's body: offer the KV under this id."""
+    return with_params(body, {"transfer_id": transfer_id})
+
+
+def for_decode(body: bytes, transfer_id: str, prefill_kv: str) -> bytes:
+    """Decode's body: fetch the KV with this id from the KV address that prefill announced."""
+    return with_params(body, {"transfer_id": transfer_id, "from": prefill_kv})
 
 
 class DisaggKv:
-    """Serves requests on pairs of disagg_kv engines, or on a decode alone.
+    """Serves requests on pairs of disagg_kv engines, or on a decode alone."""
 
-    Args:
-        release: ends an engine's wait for, or hold of, a transfer.
-    """
-
-    def __init__(self, engines: Engines, release: Release) -> None:
+    def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._release = release
 
-    async def run(self, request: Request, placement: Placement, reply: Reply) -> Failure | None:
+    def run(self, request: Request, placement: Placement, reply: Reply) -> Coroutine[Any, Any, Failure | None]:
         """One attempt: see :class:`disagg_proxy.connectors.base.Connector`."""
-        attempt = DisaggKvAttempt(self._engines, request, placement, self._release)
-        try:
-            await self._run(attempt, reply)
-            return None
-        except (EngineError, EngineDeadline) as error:
-            return attempt.failed(error)
-        finally:
-            attempt.stop_prefill()
-            attempt.release()
+        return DisaggKvAttempt(self._engines, request, placement).run(reply)
 
-    async def _run(self, attempt: DisaggKvAttempt, reply: Reply) -> None:
-        # 1. Prefill, if there is one: offers its KV under the transfer id. Its answer is not awaited.
-        attempt.start_prefill()
 
-        # 2. Decode: asks prefill for the KV, and computes what does not arrive.
-        attempt.watch(waiting=attempt.prefilled)
-        answer = await attempt.ask_decode(attempt.decode_body())
-
-        # 3. Answer.
-        await attempt.answer(reply, answer)
+PROTOCOL = KvProtocol(KIND, DisaggKv, read)
 
 
 class DisaggKvAttempt(RecomputingAttempt):
     """The legs of one attempt, and its transfer. Each attempt has a transfer id of its own.
 
     Attributes:
-        prefilled: prefill has nothing left to do for it, so that decode is waited for.
+        prefilled: prefill's leg has ended, or there is none, so that decode is expected to make progress.
     """
 
-    def __init__(self, engines: Engines, request: Request, placement: Placement, release: Release) -> None:
+    def __init__(self, engines: Engines, request: Request, placement: Placement) -> None:
         super().__init__(engines, request, placement, fits=True)
         self._transfer_id = new_transfer_id()
-        self._release = release
         self._leg: InlineCoroutine | None = None
         self._leg_ended = Event()
         self.prefilled = placement.prefill is None
+
+    async def serve(self, reply: Reply) -> None:
+        """Both legs, and the answer."""
+        # 1. Prefill, if there is one: offers its KV under the transfer id. Its answer is not awaited.
+        self.start_prefill()
+
+        # 2. Decode: fetches the KV from prefill, and computes what does not arrive.
+        self.watch(waiting=self.prefilled)
+        answer = await self.request_decode(self.decode_body())
+
+        # 3. Answer.
+        await self.answer(reply, answer)
 
     def decode_body(self) -> bytes:
         """Decode's body; it names prefill's KV address where there is a prefill."""
@@ -98,12 +139,12 @@ class DisaggKvAttempt(RecomputingAttempt):
             answer = await self.prefill(for_prefill(self.request.prepared.prefill_body, self._transfer_id))
         finally:
             self._leg = None
-            self._prefill_over()
+            self._prefill_ended()
         if answer is None:
             # Decode must not wait for KV that does not come.
             self._send_release(self.decode)
 
-    def _prefill_over(self) -> None:
+    def _prefill_ended(self) -> None:
         self.prefilled = True
         self._leg_ended.set()
         pending = self._decoding
@@ -120,14 +161,39 @@ class DisaggKvAttempt(RecomputingAttempt):
             finally:
                 timer.cancel()
 
-    def stop_prefill(self) -> None:
-        """The attempt is over: abort prefill's leg, and have prefill free KV that decode has not shown to have."""
+    def release(self) -> None:
+        """End the attempt: abort prefill's leg, have prefill free KV that decode has not shown to have, and give back
+        all leases."""
         leg, self._leg = self._leg, None
         if leg is not None:
             leg.cancel()
         prefill, kv = self.placement.prefill, self.placement.kv
         if prefill is not None and kv is not None and not kv.released:
             self._send_release(prefill)
+        super().release()
 
     def _send_release(self, instance: Instance) -> None:
-        self._engines.background.spawn(self._release(instance, self._transfer_id), "RELEASE")
+        """The transfer is over on ``instance``, which waits for it or holds its KV."""
+        self._engines.background.spawn(self._engines.kv_control.release(instance, self._transfer_id), "RELEASE")
+
+
+class ConnectionWarmer:
+    """Connects every decode to every prefill as soon as both are ready, so that no request waits for a connection: a
+    NCCL communicator takes about a second to create (measured on vLLM 0.21). Follows a registry from its creation on.
+    """
+
+    def __init__(self, registry: Registry, background: Background, control: KvControl) -> None:
+        self._registry = registry
+        self._background = background
+        self._control = control
+        registry.watch(changed=self._on_change)
+
+    def _on_change(self, instance: Instance) -> None:
+        if instance.state is not State.READY or instance.kind.protocol != KIND.protocol:
+            return
+        others = self._registry.ready(Role.DECODE if instance.role is Role.PREFILL else Role.PREFILL)
+        for other in others:
+            prefill, decode = (instance, other) if instance.role is Role.PREFILL else (other, instance)
+            if prefill.kv and decode.kv and self._registry.kv_compatibility.possible(prefill, decode):
+                meeting = self._control.meet(decode, prefill)
+                self._background.spawn(meeting, f"introduce {decode} to {prefill}")

@@ -1,9 +1,8 @@
 """Releasing KV that no decode will fetch: decode generates one token of the same prompt under the same id.
 
 Only after a prefill that answered 200, and only while no decode of this id can have reached the instance; anything
-else would stall it. A few run on one decode at a time. Tried again while the instance is unreachable or busy, for as
-long as it is the process that holds the KV; while it is frozen the release waits. Measured on vLLM 0.21: 40 ms for
-8,000 tokens.
+else would stall it. Few run on one decode at a time. Repeated while the instance is unreachable or busy and its process
+is the one that holds the KV; while it is frozen the release waits. Measured on vLLM 0.21: 40 ms for 8,000 tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from disagg_proxy.cluster.instance import Instance, State
-from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, ProxyError
 from disagg_proxy.openai.prefill_answer import prompt_tokens
 from disagg_proxy.request_id import RequestId
@@ -24,17 +22,17 @@ from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8
-"""Releases that run on one decode at the same time. Each loads the KV of a whole prompt."""
+_MAX_CONCURRENT = 8
+"""Concurrent releases on one decode. Each loads the KV of a complete prompt."""
 
 _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 0.0)
 """Seconds between the tries."""
 
-_FROZEN_PAUSE = 1.0
-"""Seconds between two looks at a frozen decode."""
+_FROZEN_CHECK_INTERVAL = 1.0
+"""Seconds between two checks of a frozen decode."""
 
 _BUSY = (429, 503)
-"""Statuses with which an API server turns a request away before its engine knows of it."""
+"""Statuses of an API server that rejects a request before its engine has it."""
 
 
 class HeldKv(Protocol):
@@ -52,7 +50,7 @@ class HeldKv(Protocol):
         """
 
     def release(self) -> None:
-        """Give back the attempt's places."""
+        """Give back the attempt's leases."""
 
 
 class KvReleaser:
@@ -68,17 +66,17 @@ class KvReleaser:
     ) -> None:
         self._counts = counts
         self._ended = ended
-        self._turns: dict[str, asyncio.Semaphore] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
 
     async def release(self, held: HeldKv) -> None:
-        """Free the KV that waits on decode for ``held``, then its places. Raises no ProxyError."""
+        """Free the KV that waits on decode for ``held``, then its leases. Raises no ProxyError."""
         self._counts.started += 1
         instance = held.placement.decode
-        turn = self._turns.setdefault(instance.key, asyncio.Semaphore(_AT_ONCE))
-        failure = "given up"
+        slot = self._slots.setdefault(instance.key, asyncio.Semaphore(_MAX_CONCURRENT))
+        failure = "cancelled"
         self._counts.waiting += 1
         try:
-            async with turn:
+            async with slot:
                 failure = await self._retry(held)
         finally:
             held.release()
@@ -91,17 +89,17 @@ class KvReleaser:
                 log.warning("KV of %s is not released from %s: %s", held.id.public, instance, failure)
 
     async def _retry(self, held: HeldKv) -> str:
-        """Why it failed; empty when the KV is freed."""
+        """Try until the KV is freed. Returns why it failed, or an empty text."""
         lease: Lease = held.placement.decode_lease
         failure = ""
         for pause in _PAUSES:
             while lease.instance.state is State.FROZEN and not lease.process_ended:
-                await asyncio.sleep(_FROZEN_PAUSE)
+                await asyncio.sleep(_FROZEN_CHECK_INTERVAL)
             if lease.process_ended:
                 break
             if lease.instance.state is State.READY:
                 try:
-                    freed = await self._once(held)
+                    freed = await self._try(held)
                 except EngineUnreachable as error:
                     failure = error.message
                 except ProxyError as error:
@@ -112,14 +110,14 @@ class KvReleaser:
                     return ""
             await asyncio.sleep(pause)
         if lease.process_ended:
-            return "it went away, and the KV with it"
+            return "its process has ended, and the KV with it"
         return failure or "it was not ready for too long"
 
-    async def _once(self, held: HeldKv) -> int:
-        """The tokens of the prompt that was freed.
+    async def _try(self, held: HeldKv) -> int:
+        """Send the release once. Returns the length of the freed prompt in tokens.
 
         Raises:
-            EngineUnreachable: it cannot have been received; another try may do.
+            EngineUnreachable: it cannot have been received; it may be tried again.
             ProxyError: it may have been, and must not be repeated.
         """
         answer = await held.send_release()

@@ -1,7 +1,7 @@
 """Puts ``kv_transfer_params`` into a leg's body, for connectors that name their KV there (``disagg_kv``, ``nixl``).
 
-Clients cannot set the field (``fields.strip``), so it is inserted as text at the front of the object, and the client's
-bytes stay as they are where they are UTF-8. P2pNcclConnector names its KV by the request id instead: ``p2p_nccl``.
+Clients cannot set the field (``fields.strip``), so it is inserted as text at the front of the object; the rest of the
+body stays as it is if it is UTF-8. P2pNcclConnector names its KV by the request id instead: ``p2p_nccl``.
 """
 
 from __future__ import annotations

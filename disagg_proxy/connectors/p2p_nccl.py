@@ -22,22 +22,33 @@ from __future__ import annotations
 
 import asyncio
 
-from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.connectors.kv_release import KvReleaser
-from disagg_proxy.connectors.outlier import is_failure
+from disagg_proxy.cluster.kv_kind import KvKind
+from disagg_proxy.cluster.lease import Placement
+from disagg_proxy.connectors.attempt import is_failure
+from disagg_proxy.connectors.base import (
+    Announced,
+    Engines,
+    Failure,
+    Fields,
+    KvProtocol,
+    Request,
+    address_field,
+    text_field,
+)
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
 from disagg_proxy.downstream.refusal import ClientResponse, forwarded, over_context, prefill_refusal, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter, hide
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
+from disagg_proxy.request_id import RequestIdRewriter, hide
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
 from disagg_proxy.upstream import CompleteResponse, Response
 
+KIND = KvKind("p2p_nccl", computes=False)
+
 ABORT_GRACE = 5.0
-"""Seconds that decode gets to take in a request whose client left before the first byte. An abort while the API server
+"""Seconds before decode's leg is aborted when its client leaves before the first byte. An abort while the API server
 still tokenizes would leave the KV on the instance; a later one frees it."""
 
 _LOADED_AFTER = 0.5
@@ -45,12 +56,19 @@ _LOADED_AFTER = 0.5
 its end. A decode with a free slot loads in its next step."""
 
 
+def read(fields: Fields) -> Announced | None:
+    """Read a ping (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``, ``ping``), which names no protocol."""
+    if fields.get("protocol", KIND.protocol) != KIND.protocol:
+        return None
+    return Announced(KIND, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""))
+
+
 class P2pNccl:
     """Serves requests on pairs of P2pNcclConnector engines."""
 
-    def __init__(self, engines: Engines, releaser: KvReleaser) -> None:
+    def __init__(self, engines: Engines) -> None:
         self._engines = engines
-        self._releaser = releaser
+        self._releaser = engines.kv_releaser
         self._own_key = bool(engines.config.engine_api_key)
         self._prefill_timeouts = FixedTimeouts(engines.config.prefill_timeout)
         self._load_timeouts = FixedTimeouts(_LOADED_AFTER)
@@ -60,7 +78,7 @@ class P2pNccl:
         attempt = P2pAttempt(self._engines, request, placement)
         record, prefill, decode = request.record, attempt.prefill_lease.instance, attempt.decode
         try:
-            # 1. Prefill: one token. The leg runs to its end, whatever becomes of the request.
+            # 1. Prefill: one token. The leg runs to its end, even if the request does not wait for it.
             reply.abort_grace = 0.0
             leg = PrefillLeg(attempt, self._release, self._prefill_timeouts.seconds)
             timeout = self._prefill_timeouts.add(leg.expire)
@@ -76,7 +94,7 @@ class P2pNccl:
                 leg.abandon()
                 if leg.expired:
                     raise leg.overdue
-                # A stalled prefill may be blocked by a decode that takes in no KV; a lost decode blocks its prefill.
+                # A stalled prefill may be blocked by a decode that receives no KV; a lost decode blocks its prefill.
                 failed, suspect = (decode, prefill) if leg.decode_lost else (prefill, decode)
                 return Failure(leg.overdue, failed, suspect)
             if leg.error is not None:
@@ -84,7 +102,7 @@ class P2pNccl:
                     return Failure(leg.error, prefill)
                 raise leg.error
 
-            # 2. Verify: the client's mistakes are its own, and prefill's answer may settle the request.
+            # 2. Verify: a refusal is the client's answer, and prefill's 200 may complete the request.
             prefilled = leg.answer
             assert prefilled is not None
             try:
@@ -112,7 +130,7 @@ class P2pNccl:
             if not request.prepared.streams:
                 load = self._load_timeouts.add(attempt.placement.loaded)
             try:
-                answer = await attempt.ask_decode()
+                answer = await attempt.request_decode()
             except NotSent as failure:
                 return self._not_sent(attempt, failure.error)
             except EngineFrozen:
@@ -142,7 +160,7 @@ class P2pNccl:
     # -- prefill
 
     def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> ClientResponse | None:
-        """The client's answer where prefill's already is it, so that decode has only to release the KV."""
+        """The client's answer where prefill's answer already decides it, so that decode only has to release the KV."""
         request, record = attempt.request, attempt.request.record
         if request.prepared.prefill_answers:
             record.begin_answer(False)
@@ -168,7 +186,7 @@ class P2pNccl:
         refused = await answer.read_all()
         if refused.status < 500:
             attempt.decoding.end(received=False)
-            # The API server turned it away before its engine knew of it, so the KV still waits there.
+            # The API server rejected it before its engine had it, so the KV still waits there.
             self._release(attempt)
         else:
             attempt.end_refused(refused.status)
@@ -182,7 +200,7 @@ class P2pNccl:
                 reply, answer, RequestIdRewriter(attempt.id), UsageRepair(request.route, use), attempt.id
             )
             return
-        # The repair may change the length, which goes out before the body.
+        # The repair may change the length, which is sent before the body.
         body = await answer.read_all() if request.prepared.streams else answer.read()
         attempt.decoding.heard()
         record.begin_answer(False)
@@ -193,7 +211,10 @@ class P2pNccl:
         reply.send(ClientResponse(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
 
     def _release(self, attempt: P2pAttempt) -> None:
-        """Release the attempt's KV on decode in the background, and its places afterwards."""
+        """Release the attempt's KV on decode in the background, and its leases afterwards."""
         attempt.detached = True
         attempt.keep_for_release()
         self._engines.background.spawn(self._releaser.release(attempt), "KV release")
+
+
+PROTOCOL = KvProtocol(KIND, P2pNccl, read)

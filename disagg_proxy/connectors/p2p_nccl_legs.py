@@ -1,6 +1,6 @@
-"""The legs of one attempt over vLLM's P2pNcclConnector: what is sent to prefill and decode, and what is not sent twice.
+"""The legs of one attempt over vLLM's P2pNcclConnector: what is sent to prefill and decode, and what never twice.
 
-The order of the legs, and the outcome of each moment, is :mod:`disagg_proxy.connectors.p2p_nccl`'s.
+:mod:`disagg_proxy.connectors.p2p_nccl` decides the order of the legs and the outcome.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.lease import Lease
-from disagg_proxy.cluster.placement import Placement
-from disagg_proxy.connectors.attempt import Attempt
+from disagg_proxy.cluster.lease import Lease, Placement
+from disagg_proxy.connectors.attempt import Attempt, blame, end_lease
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
-from disagg_proxy.connectors.outlier import blame, end_lease
 from disagg_proxy.downstream.refusal import prefill_refusal
 from disagg_proxy.errors import (
     EngineDeadline,
@@ -32,7 +30,7 @@ from disagg_proxy.runtime.within import within
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 _ABANDON_FACTOR = 2
-"""Prefill timeouts after which the leg of a prefill that no client waits for ends: its instance does not answer."""
+"""Prefill timeouts after which the leg of a prefill ends that no client waits for."""
 
 
 def decode_went_away() -> EngineError:
@@ -62,7 +60,7 @@ class P2pAttempt(Attempt):
         """Send the one-token body to prefill and read its whole answer.
 
         Args:
-            leg: fails with the error of a stalled prefill, while the request itself waits on.
+            leg: gets the error of a stalled prefill, while the HTTP request to it runs on.
 
         Raises:
             EngineError, EngineDeadline: there is no answer.
@@ -100,7 +98,7 @@ class P2pAttempt(Attempt):
         self.prepared = self.prepared.for_release()
 
     def count_prompt(self, prefilled: CompleteResponse) -> CachedTokens:
-        """Note the prompt's length and size by prefill's 200; returns what it found in its cache."""
+        """Record the prompt's length from prefill's 200. Returns its cache figures."""
         request, record = self.request, self.request.record
         tokens = self.take_count(prompt_tokens(prefilled.body))
         if tokens and self.placement.kv is not None:
@@ -134,7 +132,7 @@ class P2pAttempt(Attempt):
             lease.end()
         return answer.status == 200
 
-    async def ask_decode(self) -> Response:
+    async def request_decode(self) -> Response:
         """Send the client's own body to decode. Returns when the answer begins, or is whole if it is not streamed.
 
         Raises:
@@ -164,7 +162,7 @@ class P2pAttempt(Attempt):
         """
         self._watch(telling=True)
         try:
-            body = self.prepared.drain_body
+            body = self.prepared.kv_release_body
             answer = (await self.send_decode(body, until=ReadUntil.COMPLETE, resend=Resend.NEVER, fresh=True)).read()
             if answer.status == 200:
                 self.decoding.heard()
@@ -190,8 +188,8 @@ class PrefillLeg:
     Attributes:
         settled: set when the leg has ended, or :attr:`overdue` is known.
         answer, error: how it ended; one of them is set.
-        overdue: why the request does not wait for it any more. expired: that is the prefill timeout. decode_lost: it
-            is decode's failure.
+        overdue: why the request no longer waits for the leg. expired: because of the prefill timeout. decode_lost:
+            because decode failed.
     """
 
     __slots__ = (
@@ -212,7 +210,7 @@ class PrefillLeg:
         self.overdue: EngineError | EngineDeadline | None = None
 
     def fail(self, error: EngineError | EngineDeadline) -> None:
-        """Prefill is stalled, lost or late: the request moves on."""
+        """Prefill is stalled, lost or late: the request stops waiting for it."""
         if not self.settled.is_set:
             self.overdue = error
             self.settled.set()
@@ -226,17 +224,17 @@ class PrefillLeg:
             self.fail(decode_went_away())
 
     def expire(self) -> None:
-        """The prefill timeout is over."""
+        """The prefill timeout has expired."""
         self.expired = not self.settled.is_set
         self.fail(EngineDeadline(f"The prefill did not finish within {self._seconds:g} s."))
 
     def abandon(self) -> None:
-        """The request does not wait any more; when the leg ends its KV is released, and the places of the attempt."""
+        """The request no longer waits. When the leg ends, its KV and the leases of the attempt are released."""
         self._abandoned = self._attempt.detached = True
         self._attempt.keep_for_release()
 
     async def run(self) -> None:
-        """Send it, and see to what it leaves where the request has gone on without it."""
+        """Send the leg. If the request has moved on by its end, release what it leaves behind."""
         attempt, record = self._attempt, self._attempt.request.record
         record.ask_prefill()
         try:

@@ -1,4 +1,4 @@
-"""Decodes that compute the prompt where they get no KV for it (``disagg_kv``, ``nixl``): what their connectors share.
+"""What the connectors share whose decode computes the prompt where it gets no KV for it (``disagg_kv``, ``nixl``).
 
     prefill refused or failed      decode computes; the client notices nothing
     decode refused (4xx)           the client gets that answer
@@ -15,26 +15,25 @@ from __future__ import annotations
 import logging
 import secrets
 
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.progress import PendingResponse
-from disagg_proxy.connectors.attempt import Attempt
+from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failure
 from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.connectors.outlier import blame, end_lease, is_failure
 from disagg_proxy.downstream.refusal import ClientResponse, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
-from disagg_proxy.openai.request_id_rewriter import NoRewriting
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
-from disagg_proxy.request_id import RequestId
+from disagg_proxy.request_id import NoRewriting, RequestId
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 log = logging.getLogger(__name__)
 
 
 class RecomputingAttempt(Attempt):
-    """The legs of one attempt. Creating it drops the placement's prefill where this request cannot use its KV.
+    """One attempt: a connector's subclass orders the legs in :meth:`serve`. Creating it drops the placement's prefill
+    where this request cannot use its KV.
 
     Args:
         fits: whether the KV of all its prompts can be handed over.
@@ -52,8 +51,29 @@ class RecomputingAttempt(Attempt):
         self._refusal: CompleteResponse | None = None
         self._accepted = False
 
+    async def run(self, reply: Reply) -> Failure | None:
+        """The attempt from its start to the release of all leases: see
+        :class:`disagg_proxy.connectors.base.Connector`."""
+        try:
+            await self.serve(reply)
+            return None
+        except (EngineError, EngineDeadline) as error:
+            # Decode failed before the first byte.
+            self.placement.decode_lease.end(failed=True)
+            return Failure(error, self.decode)
+        finally:
+            self.release()
+
+    async def serve(self, reply: Reply) -> None:
+        """The legs and the answer, in the order that the protocol needs.
+
+        Raises:
+            EngineError, EngineDeadline: decode failed before the client has seen anything.
+        """
+        raise NotImplementedError
+
     async def prefill(self, body: bytes) -> CompleteResponse | None:
-        """Send prefill's leg. Returns its answer when it did its work, else None. Raises no ProxyError."""
+        """Send prefill's leg. Returns its 200, or None when it failed or refused. Raises no ProxyError."""
         lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
         if lease is None:
             return None
@@ -82,7 +102,7 @@ class RecomputingAttempt(Attempt):
         if answer.status != 200:
             if answer.status != 429 and not is_failure(self.request.route, answer.status):
                 self._refusal = answer
-                self._compare()
+                self._count_disagreement()
             return None
         record.answer_prefill()
         self.take_count(prompt_tokens(answer.body))
@@ -94,7 +114,7 @@ class RecomputingAttempt(Attempt):
         """Begin the wait for decode.
 
         Args:
-            waiting: whether decode has all it needs to answer; else :meth:`PendingResponse.listen` says when.
+            waiting: whether decode has all it needs to answer; else :meth:`PendingResponse.listen` starts the clock.
         """
         pending = self.placement.decode_lease.progress.begin(
             self._engines.registry.now, tokens=self.request.tokens, telling=self.request.prepared.streams
@@ -102,12 +122,12 @@ class RecomputingAttempt(Attempt):
         pending.waiting = waiting
         return self.watch_decode(pending)
 
-    async def ask_decode(self, body: bytes, again: bytes | None = None) -> Response:
-        """Send decode's leg; :meth:`watch` must have begun. Returns when the answer begins, or is whole if unstreamed.
+    async def request_decode(self, body: bytes, resend_body: bytes | None = None) -> Response:
+        """Send decode's leg after :meth:`watch`. Returns when its stream begins, or its unstreamed answer is complete.
 
         Args:
-            again: the body where the request may have been received once, on a kept connection that closed; None: the
-                same.
+            resend_body: sent instead where the request may have been received once, on a kept connection that closed;
+                None: ``body`` again.
 
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
@@ -115,13 +135,13 @@ class RecomputingAttempt(Attempt):
         self.request.record.ask_decode()
         until = ReadUntil.BODY_STARTED if self.request.prepared.streams else ReadUntil.COMPLETE
         try:
-            answer = await self.send_decode(body, until=until, resend=Resend.REUSED, resend_body=again)
+            answer = await self.send_decode(body, until=until, resend=Resend.REUSED, resend_body=resend_body)
         except ProxyError as error:
             self.blame_decode(error)
             raise
         if answer.status == 200:
             self._accepted = True
-            self._compare()
+            self._count_disagreement()
         return answer
 
     async def answer(self, reply: Reply, answer: Response) -> None:
@@ -161,7 +181,7 @@ class RecomputingAttempt(Attempt):
     async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Wait until :attr:`repair` knows the cached tokens, if they are to be corrected in ``whole``."""
 
-    def _compare(self) -> None:
+    def _count_disagreement(self) -> None:
         """Count a request that prefill refused and decode accepted, once both are known, and log the first one.
 
         Either the engines differ, or prefill's body breaks a rule of vLLM's that decode's does not: one token, no
@@ -182,11 +202,6 @@ class RecomputingAttempt(Attempt):
 
     async def _refused(self, reply: Reply, answer: Response) -> None:
         refused = await answer.read_all()
-        # The KV stays claimed: prefill still holds it, and is sent a RELEASE in the end.
+        # The KV stays claimed: prefill still holds it, and gets a RELEASE at the end of the attempt.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
         self.refuse(reply, refused, "decode")
-
-    def failed(self, error: EngineError | EngineDeadline) -> Failure:
-        """Decode failed before the first byte."""
-        self.placement.decode_lease.end(failed=True)
-        return Failure(error, self.decode)

@@ -1,35 +1,31 @@
 """The life of one request: prepare, admit, attempt on its instances, retry, answer.
 
     prepare    read and check the body; make the bodies of both legs            openai/prepare.py
-    admit      wait for room within the limits, choose the instances            admission/queue.py, cluster/selection.py
-    attempt    the legs, in the order that the KV connector needs               connectors/
-    retry      another attempt elsewhere, while decode cannot have received it  coordinator/retry.py
+    admit      wait for capacity, choose the instances                          admission/queue.py, cluster/selection.py
+    attempt    the legs, in the order of the KV protocol                        connectors/
+    retry      another attempt, while decode cannot have received it coordinator/retry.py
     answer     one answer or one error, to a client that may leave              downstream/reply.py
 
-The whole of it is one coroutine, which runs without a task. It calls back twice: the connector calls the ``Reply``,
-which writes to the client's connection, and the stall detector fails the pending answers of an instance.
+All of it is one coroutine, which runs without a task. Two calls go against its direction: the connector calls the
+``Reply``, which writes to the client's connection, and the stall detector fails the pending answers of an instance.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, NIXL, P2P_NCCL
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.selection import PlacementPreference, Selection
 from disagg_proxy.config import Config
-from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Connector, Engines, Request
-from disagg_proxy.connectors.disagg_kv import DisaggKv, Release
-from disagg_proxy.connectors.kv_release import KvReleaser
-from disagg_proxy.connectors.nixl import Nixl
-from disagg_proxy.connectors.p2p_nccl import P2pNccl
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.connectors import table
+from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError, Unavailable
-from disagg_proxy.http1.headers import forwarded_request_lines
+from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of
+from disagg_proxy.openai.fields import Route
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
 from disagg_proxy.openai.prepare import Prepared, prepare
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -40,13 +36,37 @@ if TYPE_CHECKING:
     from disagg_proxy.telemetry.tracing import SpanExporter
 
 
+class RequestHead(NamedTuple):
+    """The head of one generation request.
+
+    Attributes:
+        headers: the client's, as received.
+        lines: the same as lines for the instances, without X-Request-Id.
+        client_id: the client's own X-Request-Id, None without one.
+        session: value of the SESSION_HEADER; empty where no policy needs it.
+    """
+
+    route: Route
+    headers: Headers
+    lines: bytes
+    client_id: str | None
+    session: bytes
+
+
+def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Headers) -> RequestHead:
+    """Read the head of a request; ``wanted`` says whether a policy needs the session."""
+    session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
+    return RequestHead(
+        route, headers, forwarded_request_lines(headers, config.engine_api_key), client_request_id(headers), session
+    )
+
+
 class Coordinator:
     """Serves generation requests.
 
     Args:
-        engines: what the connectors send their legs with.
-        releaser: releases KV that no decode fetches (P2pNcclConnector).
-        release: sends RELEASE to engines of this project's connector.
+        engines: what the connectors work with.
+        traces: exports spans; None when tracing is off.
     """
 
     def __init__(
@@ -55,8 +75,6 @@ class Coordinator:
         selection: Selection,
         admission_queue: AdmissionQueue,
         recorder: RequestRecorder,
-        releaser: KvReleaser,
-        release: Release,
         traces: SpanExporter | None = None,
     ) -> None:
         self._config: Config = engines.config
@@ -67,36 +85,32 @@ class Coordinator:
         self._recorder = recorder
         self._traces = traces
         self._stats: Stats = recorder.stats
-        self._connectors: dict[str, Connector] = {
-            P2P_NCCL: P2pNccl(engines, releaser),
-            DISAGG_KV: DisaggKv(engines, release),
-            NIXL: Nixl(engines),
-        }
+        self._connectors = table.connectors(engines)
         self._sizes = engines.sizes
         self._wanted = AffinityNeeds(selection.wants_prefix, selection.wants_session)
         self._wanted_of_one = AffinityNeeds(False, selection.wants_session)
 
     @property
     def wanted(self) -> AffinityNeeds:
-        """What :func:`disagg_proxy.openai.prepare.prepare` has to find for the choice of instances."""
+        """What the policies need to know of a request: the input of :func:`disagg_proxy.openai.prepare.prepare`."""
         return self._wanted if len(self._registry.ready(Role.PREFILL)) > 1 else self._wanted_of_one
 
     def start(self, head: RequestHead, body: bytes, reply: Reply) -> None:
-        """Serve one request, whose outcome goes to ``reply``, maybe within this call. Raises no ProxyError."""
+        """Serve one request and deliver the outcome to ``reply``, possibly within this call. Raises no ProxyError."""
         record = self._recorder.open(head.route.path, head.client_id)
         work = self._background.request(self._run(head, body, record, reply))
         reply.begin(record, work, self._background)
         work.start()
 
     async def _run(self, head: RequestHead, body: bytes, record: RequestRecord, reply: Reply) -> None:
-        outcome: ProxyError = Unavailable(CLIENT_GIVEN_UP, retry_after=1)
+        outcome: ProxyError | None = None
         try:
             # Prepare
             lines = head.lines
             if self._traces is not None:
                 lines = forwarded_request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
             prepared = prepare(head.route, body, self.wanted)
-            # This frame lives until the answer ends; a long prompt must not.
+            # This frame lives until the answer ends; a long prompt must be freed before.
             body = b""
             request = self._request(head, lines, prepared, record)
 
@@ -128,14 +142,14 @@ class Coordinator:
             outcome = ProxyError("The proxy failed; its log has the cause.")
             raise
         finally:
-            # Without effect where an answer was delivered.
-            reply.fail(outcome)
+            if reply.open:
+                reply.fail(outcome or Unavailable(CLIENT_GIVEN_UP, retry_after=1))
 
     def _request(self, head: RequestHead, lines: bytes, prepared: Prepared, record: RequestRecord) -> Request:
-        """What the connectors and the admission need of a request that was read and checked.
+        """What connectors and admission need to know of the request.
 
         Raises:
-            ProxyError: no instance here can serve it.
+            ProxyError: no instance of this proxy can serve it.
         """
         record.asks(prepared.model)
         tokens, kv_bytes = self._sizes.tokens(prepared), self._sizes.kv_bytes(head.route, prepared)

@@ -1,8 +1,8 @@
 """When another attempt is made, and on which instances. The rule and its reasons: docs/retry.md.
 
-Another attempt always means a new request id: KV that an earlier prefill may have sent belongs to the earlier id.
-Attempts are bounded, and only made while the client waits. They pass the same limits as new requests, or what a dead
-decode leaves behind would fill the buffer of the next.
+Another attempt always has a new request id: KV that an earlier prefill may have sent belongs to the earlier id.
+Attempts are bounded, and only made while the client waits. The limits apply to them as to new requests: otherwise the
+load of a dead decode would fill the buffer of the next.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.connectors.base import Failure
@@ -31,7 +31,7 @@ class Retry:
 
     Args:
         computes: whether the first decode computes without KV; further attempts go to instances of the same kind.
-        attempts: how many are made at most, the first one included.
+        attempts: maximum number, including the first one.
     """
 
     __slots__ = ("_admission_queue", "_computes", "_demand", "_failed", "_left", "_pause", "_registry", "_selection")
@@ -59,7 +59,7 @@ class Retry:
         return self._left > 0 and self._can_serve(self._all_failed() | {failed})
 
     async def next(self, failure: Failure, reply: Reply) -> Placement | None:
-        """Places for another attempt after ``failure``, after a back-off; None when there is no other attempt."""
+        """Wait for the back-off and for capacity. Returns the next placement, None when no attempt follows."""
         self._failed |= {failure.instance}
         if not _waits(reply) or self._left <= 0 or self._excluded(failure.suspect) is None:
             return None
@@ -82,7 +82,7 @@ class Retry:
         return placement
 
     def _excluded(self, suspect: Instance | None) -> Collection[Instance] | None:
-        """The instances to leave out; None when the others cannot serve the request."""
+        """The instances to exclude; None when the others cannot serve the request."""
         failed = self._all_failed()
         for excluded in (failed | {suspect}, failed) if suspect else (failed,):
             if self._can_serve(excluded):
@@ -90,7 +90,7 @@ class Retry:
         return None
 
     def _all_failed(self) -> set[Instance]:
-        """Those that failed, and those of the other kind."""
+        """Instances that failed, and those of the other kind."""
         return {*self._failed, *(i for i in self._registry.instances() if i.kind.computes is not self._computes)}
 
     def _can_serve(self, excluded: Collection[Instance]) -> bool:
@@ -102,5 +102,5 @@ class Retry:
 
 
 def _waits(reply: Reply) -> bool:
-    """Whether the client still waits for an answer, which each await may change."""
+    """Whether the client still waits for an answer. May change during each await."""
     return reply.open

@@ -10,6 +10,7 @@ from typing import Protocol
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
+from disagg_proxy.connectors.table import kind_named
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
@@ -86,7 +87,7 @@ class Discovery:
         self._lifelines.start()
         for role, named in ((Role.PREFILL, self._config.prefill), (Role.DECODE, self._config.decode)):
             for static in named:
-                self._registry.add_static(role, static)
+                self._registry.add_static(role, static, kind_named(static.protocol))
         self._expiry = asyncio.get_running_loop().create_task(self._expire(), name="instance expiry")
         self.listener.start()
         if self._own_port:

@@ -18,8 +18,7 @@ from disagg_proxy.http1.headers import (
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.openai.prepare import Prepared
-from disagg_proxy.openai.request_id_rewriter import hide
-from disagg_proxy.request_id import RequestId
+from disagg_proxy.request_id import RequestId, hide
 from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)

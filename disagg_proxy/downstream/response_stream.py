@@ -14,8 +14,8 @@ from typing import ClassVar, Final, Protocol
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
 from disagg_proxy.openai.prefill_answer import prompt_tokens
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
 from disagg_proxy.openai.usage import UsageRepair, output_tokens
+from disagg_proxy.request_id import RequestIdRewriter
 from disagg_proxy.runtime.inline_coroutine import Event
 from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.upstream import Response

@@ -41,7 +41,7 @@ _STEERING = ("kv_transfer_params", "request_id")
 _STEERED = frozenset((*_STEERING, "vllm_xargs"))
 """Where they may stand."""
 
-_NOT_ON_DRAIN = ("echo", "logprobs", "top_logprobs", "prompt_logprobs")
+_NOT_ON_KV_RELEASE = ("echo", "logprobs", "top_logprobs", "prompt_logprobs")
 """Costly, or garbage on decode, and nobody reads a drain's answer."""
 
 
@@ -81,9 +81,9 @@ def for_prefill(route: Route, body: Body) -> Body:
     return changed
 
 
-def for_drain(prefill_body: Body) -> Body:
+def for_kv_release(prefill_body: Body) -> Body:
     """The body that frees prefilled KV on decode: one token of the same prompt, choices and ids."""
-    kept = {name: value for name, value in prefill_body.items() if name not in _NOT_ON_DRAIN}
+    kept = {name: value for name, value in prefill_body.items() if name not in _NOT_ON_KV_RELEASE}
     # 0 goes with echo only.
     return {**kept, "max_tokens": 1}
 

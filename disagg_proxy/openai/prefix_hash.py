@@ -18,7 +18,8 @@ from disagg_proxy.openai.fields import Body, Route
 ENDS = (*range(256, 2049, 256), *range(3072, 16385, 1024), *range(20480, 32769, 4096))
 """Bytes after which a beginning has a name; prompts that differ after the last one are taken to be the same."""
 
-MOST = ENDS[-1]
+MAX_BYTES = ENDS[-1]
+"""Bytes of a prompt that are hashed."""
 
 _ID_BYTES = 4
 """Token ids count as text of so many bytes."""
@@ -73,8 +74,8 @@ def affinity(route: Route, body: Body, wanted: AffinityNeeds) -> Affinity:
         # A list of prompts goes to one instance; they mostly share their beginning.
         prompt = prompt[0]
     if isinstance(prompt, str):
-        raw = _bytes(prompt[:MOST])
-        size = len(raw) + max(0, len(prompt) - MOST)
+        raw = _bytes(prompt[:MAX_BYTES])
+        size = len(raw) + max(0, len(prompt) - MAX_BYTES)
         names = _names(raw, seed)
         return Affinity(names, size, zlib.crc32(raw[:_HOME], seed) if names else None, user)
     if isinstance(prompt, list):
@@ -126,34 +127,34 @@ def _of_ids(ids: list[Any], seed: int, user: int | None) -> Affinity:
 
 
 def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affinity:
-    pieces: list[str] = []
+    parts: list[str] = []
     tools = body.get("tools")
     if isinstance(tools, list):
-        pieces.extend(map(_dumped, tools))
+        parts.extend(map(_dumped, tools))
     if route.dialect == "messages" and body.get("system"):
-        pieces += "\0system\0", _text(body["system"])
+        parts += "\0system\0", _text(body["system"])
     messages = body.get("messages")
-    length, unread, first = sum(map(len, pieces)), 0, 0
+    length, unread, first = sum(map(len, parts)), 0, 0
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
             break
         content = message.get("content")
-        if length >= MOST:
+        if length >= MAX_BYTES:
             unread += len(content) if isinstance(content, str) else 0
             continue
         role = str(message.get("role"))
         text = content if isinstance(content, str) else _text(content)
-        pieces += "\0", role, "\0", text
+        parts += "\0", role, "\0", text
         if len(message) > 2:
-            pieces.append(_dumped([value for name, value in message.items() if name not in ("role", "content")]))
+            parts.append(_dumped([value for name, value in message.items() if name not in ("role", "content")]))
         length += len(text)
         if not first and role not in ("system", "developer"):
-            first = len(pieces)
-    joined = "".join(pieces)
-    raw = _bytes(joined[:MOST])
-    size = len(raw) + max(0, len(joined) - MOST) + unread
+            first = len(parts)
+    joined = "".join(parts)
+    raw = _bytes(joined[:MAX_BYTES])
+    size = len(raw) + max(0, len(joined) - MAX_BYTES) + unread
     names = _names(raw, seed)
-    home = zlib.crc32(_bytes("".join(pieces[: first or None])[:MOST]), seed) if names else None
+    home = zlib.crc32(_bytes("".join(parts[: first or None])[:MAX_BYTES]), seed) if names else None
     return Affinity(names, size, home, user)
 
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
 from disagg_proxy.errors import BadRequest, NotServed, ProxyError, UnsupportedField
 from disagg_proxy.openai import unsupported
-from disagg_proxy.openai.fields import RESPONSES, Body, Route, for_drain, for_prefill, lax_int, strip
-from disagg_proxy.openai.lazy_json import LONG, read
+from disagg_proxy.openai.fields import RESPONSES, Body, Route, for_kv_release, for_prefill, lax_int, strip
+from disagg_proxy.openai.lazy_json import LONG, read, size_of
 from disagg_proxy.openai.prefix_hash import NO_AFFINITY, Affinity, AffinityNeeds, affinity
-from disagg_proxy.openai.prompt_size import choices_of, prompt_size, prompts_of
 
 
 @dataclass(slots=True)
@@ -54,9 +53,9 @@ class Prepared:
     prompts: int = 1
 
     @property
-    def drain_body(self) -> bytes:
+    def kv_release_body(self) -> bytes:
         """JSON that decodes one token of the same prompt. Rarely needed, so it is made when it is."""
-        return encode(for_drain(json.loads(self.prefill_body)))
+        return encode(for_kv_release(json.loads(self.prefill_body)))
 
     def forget_bodies(self) -> None:
         """Drop the bodies once the answer streams, so that a long prompt does not stay in memory until its end.
@@ -186,3 +185,53 @@ def _json_name(value: object) -> str:
         return "a boolean"
     names: dict[type, str] = {list: "an array", str: "a string", int: "a number", float: "a number", dict: "an object"}
     return names.get(type(value), "null")
+
+
+# -- how long the prompts are, without a tokenizer
+
+
+def choices_of(body: Body) -> int:
+    """How many choices each prompt gets: ``n`` as vLLM reads it, 1 where that is refused or missing."""
+    return max(1, lax_int(body["n"]) or 1) if "n" in body else 1
+
+
+def prompts_of(body: Body) -> int:
+    """How many prompts there are: a list of texts or of lists of token ids holds several."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
+
+
+def prompt_size(body: Body) -> tuple[int, int]:
+    """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
+    factor = choices_of(body)
+    tokens = text = 0
+    for name in ("prompt", "messages", "system", "tools", "documents", "input", "instructions"):
+        value = body.get(name)
+        if value is not None:
+            more_tokens, more_text = _measure(value)
+            tokens, text = tokens + more_tokens, text + more_text
+    return tokens * factor, text * factor
+
+
+def _measure(value: Any) -> tuple[int, int]:
+    """Lists of numbers count as token ids, strings by their UTF-8 length (media not at all), containers by content."""
+    tokens = text = 0
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, msgspec.Raw):
+            text += size_of(item)
+        elif isinstance(item, str):
+            if item.startswith("data:"):
+                continue
+            text += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
+        elif isinstance(item, list):
+            if item and type(item[0]) is int:
+                tokens += len(item)
+            else:
+                waiting.extend(item)
+        elif isinstance(item, dict):
+            # Templates write the names too; without them a tool's schema has more tokens than bytes.
+            waiting.extend(item)
+            waiting.extend(item.values())
+    return tokens, text

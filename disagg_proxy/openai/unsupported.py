@@ -12,7 +12,7 @@ from typing import Any
 from disagg_proxy.errors import BadRequest, UnsupportedField
 from disagg_proxy.openai.fields import Body, Route, forces_tool
 
-_LOOKED_AT = frozenset(
+_CHECKED_TOGETHER = frozenset(
     ("use_beam_search", "prompt_embeds", "truncate_prompt_tokens", "chat_template", "chat_template_kwargs")
 )
 """Fields of :func:`_engine_requests` and :func:`_prompt_differs`."""
@@ -33,7 +33,7 @@ def check(route: Route, body: Body) -> None:
         UnsupportedField: a single engine would serve it.
     """
     _limits(route, body)
-    if not _LOOKED_AT.isdisjoint(body):
+    if not _CHECKED_TOGETHER.isdisjoint(body):
         _engine_requests(body)
         _prompt_differs(body)
     messages = body.get("messages")

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import httptools
 
 from disagg_proxy.config import Config
-from disagg_proxy.coordinator.head import RequestHead, read_head
+from disagg_proxy.coordinator.coordinator import RequestHead, read_head
 from disagg_proxy.errors import BadRequest, ProxyError, shutting_down
 from disagg_proxy.http1.head_cache import HeadCache
 from disagg_proxy.http1.head_writer import CachedHeaderLines, header_lines

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream

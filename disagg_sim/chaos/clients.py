@@ -1,28 +1,24 @@
-"""The clients: each sends one request at its planned time, checks the answer, and leaves if the plan says so."""
+"""Clients of a chaos run: each sends one planned request, checks the response, or disconnects early by the plan."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
+from disagg_report.load_client import Broken, LoadClient, Response
 from disagg_sim.chaos.plan import PlannedRequest
 from disagg_sim.chaos.work import MESSAGES, Work
 
 RIGHT, WRONG, REFUSED, CUT, LEFT, LATE, DROPPED = "right", "wrong", "refused", "cut", "left", "late", "dropped"
-"""How a request ends for its client. ``cut``: the answer broke off after its 200; ``dropped``: the connection was
-closed without any answer; ``late``: nothing by the deadline."""
-
-_HEADERS = {"Content-Type": "application/json"}
+"""Outcomes of a request. ``cut``: the response broke off after its 200; ``left``: the client disconnected by the plan;
+``dropped``: the connection was closed without a response; ``late``: no complete response by the deadline."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one request; ``begun`` and ``seconds`` on the run's clock, ``cause`` says more in words."""
+    """Outcome of one request. ``begun``: seconds since the run's start; ``seconds``: duration; ``cause``: details."""
 
     number: int
     outcome: str
@@ -31,39 +27,48 @@ class Result:
     seconds: float
 
 
-class Broken(Exception):
-    """The answer ended before its end."""
+class _Texts(Response):
+    """The texts of a response, streamed or not, by choice.
 
+    Args:
+        leave_after: disconnect after this many events of the stream.
+    """
 
-@dataclass
-class _Answer:
-    """The texts of a whole or streamed answer, choice by choice."""
-
-    choices: dict[int, str] = field(default_factory=dict)
-    ended: bool = False
-    error: str = ""
+    def __init__(self, stream: bool, leave_after: int | None) -> None:
+        super().__init__(stream=stream)
+        self._events_left = leave_after
+        self.choices: dict[int, str] = {}
+        self.unreadable = ""
 
     def add(self, index: int, text: str | None) -> None:
         self.choices[index] = self.choices.get(index, "") + (text or "")
 
-    def whole(self, body: dict[str, Any]) -> None:
+    def add_body(self, body: dict[str, Any]) -> None:
         if "content" in body:
             self.add(0, "".join(block["text"] for block in body["content"]))
         for choice in body.get("choices", ()):
             self.add(choice["index"], choice["text"] if "text" in choice else choice["message"]["content"])
 
-    def line(self, line: bytes) -> None:
-        if not line.startswith(b"data: "):
-            return
-        data = line[6:].strip()
+    def event(self, event: bytes, arrived: float) -> bool:
+        for line in event.split(b"\n"):
+            if line.startswith(b"data: "):
+                try:
+                    self._data(line[6:].strip())
+                except (ValueError, KeyError, TypeError) as error:
+                    self.unreadable = repr(error)
+        if self._events_left is not None:
+            self._events_left -= 1
+        return self._events_left is not None and self._events_left <= 0 and not self.done
+
+    def _data(self, data: bytes) -> None:
         if data == b"[DONE]":
-            self.ended = True
+            self.done = True
             return
         event = json.loads(data)
         if "error" in event:
             self.error = str(event["error"])
         if event.get("type") == "message_stop":
-            self.ended = True
+            self.done = True
         if event.get("type") == "content_block_delta":
             self.add(0, event["delta"]["text"])
         for choice in event.get("choices", ()):
@@ -71,7 +76,7 @@ class _Answer:
 
     def texts(self, path: str) -> tuple[str, ...]:
         if path == MESSAGES and not self.choices:
-            return ("",)  # an answer of no visible token has no content block
+            return ("",)  # a response without visible tokens has no content block
         return tuple(self.choices[index] for index in sorted(self.choices))
 
 
@@ -79,100 +84,83 @@ class Clients:
     """All clients of one run.
 
     Args:
-        deadline: seconds within which each request must have an answer or an error.
+        deadline: seconds within which each request must have a response or an error.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, deadline: float) -> None:
-        self._session = session
-        self._url = url
+    def __init__(self, url: str, deadline: float) -> None:
+        self._client = LoadClient(url)
         self._deadline = deadline
         self._started = asyncio.get_running_loop().time()
         self.results: list[Result] = []
 
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._client.close()
+
     def now(self) -> float:
-        """Seconds since the clients' start."""
+        """Seconds since this object was made."""
         return asyncio.get_running_loop().time() - self._started
 
     async def visit(self, planned: PlannedRequest) -> Result:
-        """One request from its sending to its outcome."""
+        """Send one request and record its outcome."""
         begun, leave = self.now(), planned.leave
         limit = leave.amount if leave is not None and leave.when != "chunks" else self._deadline
         chunks = int(leave.amount) if leave is not None and leave.when == "chunks" else None
         half = leave is not None and leave.when == "body"
-        asking = asyncio.ensure_future(self._ask(planned.work, chunks, half))
-        await asyncio.wait({asking}, timeout=limit)
-        if asking.done():
-            outcome, cause = asking.result()
+        sending = asyncio.ensure_future(self._send(planned.work, chunks, half))
+        await asyncio.wait({sending}, timeout=limit)
+        if sending.done():
+            outcome, cause = sending.result()
         else:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
             late = leave is None or leave.when == "chunks"
-            outcome, cause = (LATE, f"nothing within {limit:g} s") if late else (LEFT, "")
+            outcome, cause = (LATE, f"no complete response within {limit:g} s") if late else (LEFT, "")
         result = Result(planned.number, outcome, cause, begun, self.now() - begun)
         self.results.append(result)
         return result
 
-    async def _ask(self, work: Work, leave_after: int | None, half: bool) -> tuple[str, str]:
+    async def _send(self, work: Work, leave_after: int | None, half: bool) -> tuple[str, str]:
         raw = json.dumps(work.body).encode()
-        answer = _Answer()
-        status = 0
+        response = _Texts(work.stream, leave_after)
         try:
-            data = _half(raw) if half else raw
-            async with self._session.post(self._url + work.path, data=data, headers=_HEADERS) as response:
-                status = response.status
-                if status != 200:
-                    return _refusal(work, status, await response.read())
-                if not work.stream:
-                    answer.whole(await response.json())
-                elif not await _read(response, answer, leave_after):
-                    response.close()
-                    return LEFT, "chunks"
-        except (aiohttp.ClientError, OSError) as error:
-            return (CUT, type(error).__name__) if status else (DROPPED, f"{type(error).__name__}: {error}")
+            await self._client.post(work.path, raw[: len(raw) // 2] if half else raw, response, content_length=len(raw))
+        except Broken as error:
+            return (CUT, str(error)) if response.status else (DROPPED, str(error))
+        if response.status != 200:
+            return _refusal(work, response.status, bytes(response.body))
+        if response.left:
+            return LEFT, "chunks"
+        try:
+            if not work.stream:
+                response.add_body(response.json())
         except (ValueError, KeyError, TypeError) as error:
-            return WRONG, f"unreadable: {error!r}"
-        return _judge(work, answer)
-
-
-async def _half(raw: bytes) -> AsyncIterator[bytes]:
-    """The body of a client that leaves before its end."""
-    yield raw[: len(raw) // 2]
-    await asyncio.Event().wait()
-
-
-async def _read(response: aiohttp.ClientResponse, answer: _Answer, leave_after: int | None) -> bool:
-    """Take in a stream; False when the client has had enough of it."""
-    pieces, rest = 0, b""
-    async for piece in response.content.iter_any():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            answer.line(line)
-        pieces += 1
-        if leave_after is not None and pieces >= leave_after and not answer.ended:
-            return False
-    return True
+            response.unreadable = repr(error)
+        return _judge(work, response)
 
 
 def _refusal(work: Work, status: int, body: bytes) -> tuple[str, str]:
     try:
         code = json.loads(body)["error"].get("code")
     except (ValueError, KeyError, TypeError, AttributeError):
-        return WRONG, f"{status} with no error in it: {body[:200]!r}"
+        return WRONG, f"{status} without an error object: {body[:200]!r}"
     if work.status == status:
-        return RIGHT, f"refused {status} as it should be"
+        return RIGHT, f"refused with {status} as expected"
     if status < 500 and status != 429:
-        return WRONG, f"a good request was refused {status}: {body[:200]!r}"
+        return WRONG, f"a valid request was refused with {status}: {body[:200]!r}"
     return REFUSED, f"{status} {code}"
 
 
-def _judge(work: Work, answer: _Answer) -> tuple[str, str]:
+def _judge(work: Work, response: _Texts) -> tuple[str, str]:
     if work.status != 200:
-        return WRONG, f"200 where {work.status} is right"
-    if answer.error:
-        return CUT, f"error event: {answer.error[:120]}"
-    if work.stream and not answer.ended:
-        return WRONG, "the stream ended orderly, but without its end mark"
-    got = answer.texts(work.path)
+        return WRONG, f"200, expected {work.status}"
+    if response.unreadable:
+        return WRONG, f"unreadable: {response.unreadable}"
+    if response.error:
+        return CUT, f"error event: {response.error[:120]}"
+    if work.stream and not response.done:
+        return WRONG, "the stream was complete but without its last event"
+    got = response.texts(work.path)
     if got != work.choices:
-        return WRONG, f"got {str(got)[:200]} where {str(work.choices)[:200]} is right"
+        return WRONG, f"got {str(got)[:200]}, expected {str(work.choices)[:200]}"
     return RIGHT, "right"

@@ -9,8 +9,6 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import aiohttp
-
 from disagg_proxy.cluster.instance import State
 from disagg_sim.chaos.clients import CUT, REFUSED, RIGHT, Clients, Result
 from disagg_sim.chaos.engines import key_of
@@ -69,17 +67,12 @@ async def run(options: Options) -> Report:
     """
     plan = options.plan()
     report = Report(asdict(options), planned=len(plan.requests))
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with (
-        running_machine(options.prefills, options.decodes, options.settings, options.knobs) as machine,
-        aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-    ):
-        warm = Clients(session, machine.url, DEADLINE)
+    async with running_machine(options.prefills, options.decodes, options.settings, options.knobs) as machine:
+        warm = Clients(machine.url, DEADLINE)
         pairs = options.prefills * options.decodes
         await _plain(warm, options.seed, pairs)
         tasks, memory = len(asyncio.all_tasks()), _rss_mib()
-        visitors = Clients(session, machine.url, DEADLINE)
+        visitors = Clients(machine.url, DEADLINE)
         maker = TroubleMaker(machine, visitors.now, supervised=options.supervisor)
         supervisor = asyncio.ensure_future(machine.supervise() if options.supervisor else asyncio.sleep(0))
         await _carry_out(plan, visitors, maker)
@@ -87,14 +80,16 @@ async def run(options: Options) -> Report:
         report.busy = await machine.until_idle(_QUIET)
         if not await machine.until_ready(15):
             report.not_ready = _not_ready(machine, pairs)
-        await _find_wedged(machine, Clients(session, machine.url, DEADLINE), options.seed)
-        last = Clients(session, machine.url, DEADLINE)
+        last = Clients(machine.url, DEADLINE)
+        await _find_wedged(machine, warm, options.seed)
         right = await _plain(last, options.seed + 1, 2 * pairs)
         report.afterwards = (2 * pairs, right)
         report.afterwards_causes.update(one.cause for one in last.results if one.outcome != RIGHT)
         await machine.until_idle(_QUIET if not report.busy else 0)
         supervisor.cancel()
         await asyncio.gather(supervisor, return_exceptions=True)
+        for one in (warm, visitors, last):
+            one.close()
         report.take(visitors.results)
         report.tasks = (tasks, len(asyncio.all_tasks()))
         report.rss_mib = (memory, _rss_mib())

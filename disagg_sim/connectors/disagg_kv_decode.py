@@ -1,6 +1,6 @@
 """Decode's side of ``disagg_kv``: requests that wait for KV, and connections to prefill engines.
 
-How a load proceeds and ends is decided by the real connector's state machine (``disagg_kv/decode/inbox.py``). This
+The real connector's state machine (``disagg_kv/decode/pending_loads.py``) decides how a load proceeds and ends. This
 module is its engine and its connections, on one event loop. Requests share a load when they need the same KV;
 otherwise none waits for the KV of another.
 """
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg_kv.decode.inbox import Inbox, Load
 from disagg_kv.decode.liveness import PROBES, Liveness
+from disagg_kv.decode.pending_loads import Load, PendingLoads
 from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, nonce, proof
 from disagg_kv.protocol.keys import Key, parse_address
@@ -39,10 +39,10 @@ from disagg_sim.request import EngineRequest
 
 logger = logging.getLogger(__name__)
 _CONNECT_SECONDS = 3.0
-_REMEMBERED = 8192
+_MAX_REMEMBERED = 8192
 
 
-class _Link:
+class _PeerConnection:
     """One connection to a prefill engine, from the attempt to connect to its end.
 
     Attributes:
@@ -62,9 +62,9 @@ class _Link:
         self._answers_pings = False
         self._silent = False
         self._writer: asyncio.StreamWriter | None = None
-        self.task = asyncio.create_task(self._run(), name=f"disagg-kv-link-{address}")
+        self.task = asyncio.create_task(self._run(), name=f"disagg-kv-connection-{address}")
 
-    def post(self, message: bytes) -> None:
+    def enqueue(self, message: bytes) -> None:
         if self.ready and self._writer is not None:
             self._writer.write(message)
         else:
@@ -95,7 +95,7 @@ class _Link:
         except (OSError, asyncio.TimeoutError, WireError) as error:
             reason = f"{type(error).__name__}: {error}"
             if self._silent:
-                reason = f"the prefill engine has not answered {PROBES} liveness probes"
+                reason = f"the prefill engine did not answer {PROBES} liveness probes"
         finally:
             self.dead = True
             if self._writer is not None:
@@ -116,13 +116,15 @@ class _Link:
         self._answers_pings = welcome.get(PINGS) is True
 
     async def _probe(self, writer: asyncio.StreamWriter) -> None:
-        """Send PING while loads wait, as the writer thread of ``disagg_kv/decode/link.py`` does. Reset the connection
-        when none of the last probes was answered."""
+        """Send PING while loads wait, as the writer thread of ``disagg_kv/decode/peer_connection.py`` does.
+
+        Resets the connection when none of the last probes was answered.
+        """
         while True:
-            self._liveness.begin()
+            self._liveness.reset()
             while self._loads.wait_for(self.peer):
                 await asyncio.sleep(self._liveness.interval)
-                if not self._liveness.probe():
+                if not self._liveness.check():
                     self._silent = True
                     reset(writer.transport)
                     return
@@ -131,14 +133,14 @@ class _Link:
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         kind, body = await read_frame(reader)
-        self._liveness.heard()
+        self._liveness.on_data()
         if kind is Kind.PONG:
             return
         if kind is Kind.GONE:
             self._loads.gone(self, Gone.decode(body))
             return
         if kind is not Kind.GO:
-            raise WireError(f"{kind.name} is not for a decode engine")
+            raise WireError(f"unexpected {kind.name} on a decode engine")
         go, size = Go.decode(body), row_bytes(self._loads.config)
         try:
             data = await reader.readexactly(go.count * size)
@@ -171,8 +173,8 @@ class Loads:
         self.identity = identity
         self.changed = changed
         self._loaded = loaded
-        self._inbox = Inbox()
-        self._links: dict[str, _Link] = {}
+        self._pending = PendingLoads()
+        self._connections: dict[str, _PeerConnection] = {}
         self._numbers = itertools.count()
         self._waiting: dict[Key, _Waiting] = {}
         self._over: OrderedDict[Key, None] = OrderedDict()
@@ -183,7 +185,7 @@ class Loads:
         self._closing = True
         for waiting in self._waiting.values():
             waiting.timer.cancel()
-        tasks = [link.task for link in self._links.values()]
+        tasks = [connection.task for connection in self._connections.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -199,7 +201,9 @@ class Loads:
                 for waiting in self._waiting.values()
                 for request in waiting.requests
             },
-            "kv_links": [address for address, link in self._links.items() if link.ready and not link.dead],
+            "kv_links": [
+                address for address, connection in self._connections.items() if connection.ready and not connection.dead
+            ],
         }
 
     # The engine.
@@ -218,18 +222,18 @@ class Loads:
         tokens, config = len(request.prompt_ids), self.config
         if tokens <= config.kv_block_size or request.sampling.prompt_logprobs is not None:
             self._end(key)
-            link = self._links.get(address)
-            if link is not None and not link.dead:
-                link.post(Release(key.transfer, key).encode())
+            connection = self._connections.get(address)
+            if connection is not None and not connection.dead:
+                connection.enqueue(Release(key.transfer, key).encode())
             return False
-        link = self._link(address)
+        connection = self._connection(address)
         deadline = time.monotonic() + config.load_timeout
-        load = Load(key, str(next(self._numbers)), range(blocks_of(config, tokens)), 0, deadline, link.peer)
+        load = Load(key, str(next(self._numbers)), range(blocks_of(config, tokens)), 0, deadline, connection.peer)
         timer = asyncio.get_running_loop().call_later(config.load_timeout + TICK, self._collect)
         self._waiting[key] = _Waiting(load, timer, [request])
-        self._inbox.start(load)
+        self._pending.start(load)
         if not load.failed:
-            link.post(load.want().encode())
+            connection.enqueue(load.want().encode())
         self._collect()
         return True
 
@@ -239,12 +243,12 @@ class Loads:
             if request in waiting.requests:
                 waiting.requests.remove(request)
                 if not waiting.requests:
-                    self._inbox.cancel(waiting.load.request)
+                    self._pending.cancel(waiting.load.request)
                 self._collect()
 
     def release(self, transfer: str) -> None:
         """Take the proxy's RELEASE: the KV of this transfer will not arrive."""
-        self._inbox.release(transfer)
+        self._pending.release(transfer)
         self._collect()
 
     def meet(self, address: str) -> None:
@@ -254,56 +258,56 @@ class Loads:
             WireError: ``address`` is malformed.
         """
         parse_address(address)
-        self._link(address)
+        self._connection(address)
 
     def wait_for(self, peer: str) -> bool:
         """Whether a load waits for KV from this connection."""
-        return self._inbox.waits_for(peer)
+        return self._pending.waits_for(peer)
 
-    def _link(self, address: str) -> _Link:
-        link = self._links.get(address)
-        if link is None or link.dead:
-            link = self._links[address] = _Link(self, address, f"{address}#{next(self._numbers)}")
-        return link
+    def _connection(self, address: str) -> _PeerConnection:
+        connection = self._connections.get(address)
+        if connection is None or connection.dead:
+            connection = self._connections[address] = _PeerConnection(self, address, f"{address}#{next(self._numbers)}")
+        return connection
 
-    # A link.
+    # A connection.
 
-    def arrived(self, link: _Link, go: Go, rows: list[bytes]) -> None:
-        """Take blocks that arrived on ``link``.
+    def arrived(self, connection: _PeerConnection, go: Go, rows: list[bytes]) -> None:
+        """Take blocks that arrived on ``connection``.
 
         Raises:
             WireError: they are not the blocks that were asked for.
         """
-        load = self._inbox.go(link.peer, go)
+        load = self._pending.on_go(connection.peer, go)
         if load is not None:
             self._waiting[load.key].rows.extend(rows)
-            self._inbox.arrived(load, go.count, True)
+            self._pending.on_received(load, go.count, True)
         self._collect()
 
-    def gone(self, link: _Link, gone: Gone) -> None:
+    def gone(self, connection: _PeerConnection, gone: Gone) -> None:
         """Take a GONE: the prefill engine will not send these blocks."""
-        self._inbox.gone(link.peer, gone.key, gone.reason)
+        self._pending.on_gone(connection.peer, gone.key, gone.reason)
         self._collect()
 
-    def lost(self, link: _Link, reason: str) -> None:
+    def lost(self, connection: _PeerConnection, reason: str) -> None:
         """Fail the loads that waited for a connection that has ended."""
-        logger.info("KV connection to %s closed: %s", link.peer, reason)
+        logger.info("KV connection to %s closed: %s", connection.peer, reason)
         if not self._closing:
-            self._inbox.lost(link.peer, reason)
+            self._pending.on_connection_lost(connection.peer, reason)
             self._collect()
 
     def _end(self, key: Key) -> None:
         self._over[key] = None
-        if len(self._over) > _REMEMBERED:
+        if len(self._over) > _MAX_REMEMBERED:
             self._over.popitem(last=False)
 
     def _collect(self) -> None:
         """Report loads that have ended to the step loop, and send RELEASE for KV that is not needed any more."""
-        found = self._inbox.collect()
+        found = self._pending.collect()
         for peer, key in found.unwanted:
-            for link in self._links.values():
-                if link.peer == peer and not link.dead:
-                    link.post(Release(key.transfer, key).encode())
+            for connection in self._connections.values():
+                if connection.peer == peer and not connection.dead:
+                    connection.enqueue(Release(key.transfer, key).encode())
         for waiting in [waiting for waiting in self._waiting.values() if waiting.load.request in found.requests]:
             load = waiting.load
             del self._waiting[load.key]

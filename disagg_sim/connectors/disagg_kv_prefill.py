@@ -1,7 +1,7 @@
 """Prefill's side of ``disagg_kv``: prompts that are offered, and the blocks that decode engines get.
 
 Which blocks are sent, held or freed, and when, is decided by the real connector's state machine
-(``disagg_kv/prefill/outbox.py``). This module is its engine and its connections, on one event loop.
+(``disagg_kv/prefill/send_queue.py``). This module is its engine and its connections, on one event loop.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from disagg_kv.prefill.outbox import Lane, Outbox, Segment
+from disagg_kv.prefill.send_queue import DecodePeer, Segment, SendQueue
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Go, Release, Want
 from disagg_sim.config import SimConfig
@@ -32,12 +32,12 @@ class Offers:
         self._config = config
         self._faults = faults
         self._changed = changed
-        self._outbox = Outbox(config.hold_timeout, hold_blocks=config.hold_blocks or None)
+        self._send_queue = SendQueue(config.hold_timeout, hold_blocks=config.hold_blocks or None)
         self._names: dict[EngineRequest, str] = {}
         self._offered: dict[Key, EngineRequest] = {}
         self._rows: dict[EngineRequest, list[bytes]] = {}
         self._numbers = itertools.count()
-        self._lanes: dict[Lane, asyncio.StreamWriter] = {}
+        self._peers: dict[DecodePeer, asyncio.StreamWriter] = {}
         self._timers: dict[EngineRequest, asyncio.TimerHandle] = {}
         self.sent = 0
 
@@ -55,7 +55,7 @@ class Offers:
         """
         return {
             "kv_waiting": {request.id: len(self._rows[request]) * row_bytes(self._config) for request in self._names},
-            "kv_wants": self._outbox.held()["wants"],
+            "kv_wants": self._send_queue.counts()["wants"],
             "kv_sent": self.sent,
         }
 
@@ -70,7 +70,7 @@ class Offers:
         self._names[request] = name = str(next(self._numbers))
         self._offered[key] = request
         self._rows[request] = rows_of(self._config, request.prompt_ids)
-        self._outbox.open(key, name, len(self._rows[request]))
+        self._send_queue.open(key, name, len(self._rows[request]))
         self._pump()
 
     def progress(self, request: EngineRequest) -> None:
@@ -80,7 +80,7 @@ class Offers:
             return
         rows = self._rows[request]
         ready = len(rows) if request.prompt_complete else request.prefilled // self._config.kv_block_size
-        self._outbox.progress(name, range(ready), ready, rows)
+        self._send_queue.progress(name, range(ready), ready, rows)
         self._pump()
 
     def finished(self, request: EngineRequest, *, aborted: bool) -> None:
@@ -89,8 +89,8 @@ class Offers:
         if name is None:
             return
         if aborted:
-            self._outbox.drop(name, "aborted")
-        self._outbox.finish([name])
+            self._send_queue.drop(name, "aborted")
+        self._send_queue.finish([name])
         self._pump()
         if request in self._names:
             loop = asyncio.get_running_loop()
@@ -98,38 +98,38 @@ class Offers:
 
     # The KV port.
 
-    def attach(self, writer: asyncio.StreamWriter) -> Lane:
-        """Register a connection; returns the lane that stands for it in the state machine."""
-        lane = self._outbox.attach(writer.transport.abort)
-        self._lanes[lane] = writer
-        return lane
+    def attach(self, writer: asyncio.StreamWriter) -> DecodePeer:
+        """Register a connection; returns the peer that stands for it in the state machine."""
+        peer = self._send_queue.attach(writer.transport.abort)
+        self._peers[peer] = writer
+        return peer
 
-    def detach(self, lane: Lane) -> None:
+    def detach(self, peer: DecodePeer) -> None:
         """Forget a connection that has ended."""
-        del self._lanes[lane]
-        self._outbox.detach(lane)
+        del self._peers[peer]
+        self._send_queue.detach(peer)
         self._pump()
 
-    def want(self, lane: Lane, want: Want) -> None:
+    def want(self, peer: DecodePeer, want: Want) -> None:
         """Take a decode engine's WANT."""
-        self._outbox.want(lane, want)
+        self._send_queue.on_want(peer, want)
         self._pump()
 
-    def release(self, lane: Lane | None, release: Release) -> None:
-        """Take a RELEASE of a decode engine, or of the proxy (``lane`` None)."""
-        self._outbox.release(lane, release)
+    def release(self, peer: DecodePeer | None, release: Release) -> None:
+        """Take a RELEASE of a decode engine, or of the proxy (``peer`` None)."""
+        self._send_queue.on_release(peer, release)
         self._pump()
 
     def _pump(self) -> None:
         """Send the blocks that are wanted and final, and free those that are not needed any more."""
-        free = self._outbox.collect()
-        for lane, writer in list(self._lanes.items()):
-            while (item := self._outbox.next(lane, 0)) is not None:
+        free = self._send_queue.collect()
+        for peer, writer in list(self._peers.items()):
+            while (item := self._send_queue.next(peer, 0)) is not None:
                 if isinstance(item, Segment):
-                    self._send(lane, writer, item)
+                    self._send(peer, writer, item)
                 else:
                     writer.write(item)
-        free |= self._outbox.collect()
+        free |= self._send_queue.collect()
         for request in [request for request, name in self._names.items() if name in free]:
             del self._names[request], self._rows[request]
             if timer := self._timers.pop(request, None):
@@ -137,11 +137,11 @@ class Offers:
         self._offered = {key: request for key, request in self._offered.items() if request in self._names}
         self._changed()
 
-    def _send(self, lane: Lane, writer: asyncio.StreamWriter, segment: Segment) -> None:
+    def _send(self, peer: DecodePeer, writer: asyncio.StreamWriter, segment: Segment) -> None:
         count = len(segment.blocks)
         data = b"".join(segment.fence[segment.first : segment.first + count])
         if self._faults.corrupt_kv:
             data = bytes(byte ^ 0xFF for byte in data)
         writer.write(Go(segment.key, segment.first, count, segment.last).encode() + data)
         self.sent += count
-        self._outbox.sent(lane, segment, True)
+        self._send_queue.on_sent(peer, segment, True)

@@ -42,7 +42,7 @@ class KvServer:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle one connection until it ends."""
-        lane = self._offers.attach(writer)
+        peer = self._offers.attach(writer)
         try:
             async with within(HANDSHAKE_SECONDS):
                 role, hello = await self._handshake(reader, writer)
@@ -55,13 +55,13 @@ class KvServer:
                 kind, body = await read_frame(reader)
                 if kind is Kind.RELEASE:
                     release = Release.decode(body)
-                    self._offers.release(None if role == "control" else lane, release)
+                    self._offers.release(None if role == "control" else peer, release)
                     if role == "control" and self._loads is not None:
                         self._loads.release(release.transfer)
                 elif kind is Kind.MEET and role == "control" and self._loads is not None:
                     self._loads.meet(str(body.get("from")))
                 elif kind is Kind.WANT and role == "decode":
-                    self._offers.want(lane, Want.decode(body))
+                    self._offers.want(peer, Want.decode(body))
                 elif kind is Kind.PING and role == "decode":
                     if self._faults.kv_answers:
                         send(writer, Kind.PONG, {})
@@ -75,7 +75,7 @@ class KvServer:
         except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
             logger.debug("Closing a KV connection: %s: %s", type(error).__name__, error)
         finally:
-            self._offers.detach(lane)
+            self._offers.detach(peer)
 
     async def _handshake(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -97,7 +97,7 @@ async def expect(reader: asyncio.StreamReader, wanted: Kind) -> dict[str, Any]:
     if kind is Kind.REFUSE:
         raise Refused(str(body.get("reason", ""))[:1000])
     if kind is not wanted:
-        raise WireError(f"{kind.name} came instead of {wanted.name}")
+        raise WireError(f"received {kind.name}, expected {wanted.name}")
     return body
 
 

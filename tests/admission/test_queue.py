@@ -6,10 +6,9 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.admission.limits import Limits
-from disagg_proxy.admission.queue import AdmissionQueue, Demand
+from disagg_proxy.admission.queue import AdmissionQueue, Demand, Limits
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.policies import round_robin
 from disagg_proxy.cluster.selection import Pair, PlacementPreference, Selection
 from disagg_proxy.errors import NoPair, Overloaded, UnknownModel

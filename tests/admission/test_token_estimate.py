@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_proxy.admission.token_estimate import TokenGuess, in_blocks
-from disagg_proxy.openai.prompt_size import prompt_size
+from disagg_proxy.openai.prepare import prompt_size
 
 
 @pytest.mark.parametrize(

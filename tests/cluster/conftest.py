@@ -6,8 +6,9 @@ import pytest
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.kv_kind import P2P, KvKind
+from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.registry import Registry
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 
 
 @dataclass

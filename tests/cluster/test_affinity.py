@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
+from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.cluster.policies import Traits, joint, least_loaded, power_of_two, prefix_aware, session
 from disagg_proxy.cluster.policies.affinity import FRESH_WEIGHT
@@ -16,7 +16,7 @@ from tests.cluster.conftest import World
 
 P, D = Role.PREFILL, Role.DECODE
 ENDS = (100, 200, 400)
-OWN = KvKind(DISAGG_KV, (("tp", 1),), frozenset({"tcp"}))
+OWN = KvKind("disagg_kv", (("tp", 1),), frozenset({"tcp"}))
 
 
 def asked(*prefix: int, size: int = 400, tokens: int = 400) -> Traits:

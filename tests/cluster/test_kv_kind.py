@@ -3,18 +3,19 @@
 import pytest
 
 from disagg_proxy.cluster.instance import Role, State
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, KvKind, why_apart
+from disagg_proxy.cluster.kv_kind import KvKind, why_apart
 from disagg_proxy.cluster.policies import round_robin
 from disagg_proxy.cluster.selection import NoCapacity, Pair, PlacementPreference, Selection, SingleEngine
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE
 TRAITS = (("protocol_version", 1), ("tp", 1), ("dtype", "bfloat16"))
-OWN = KvKind(DISAGG_KV, TRAITS, frozenset({"nccl", "tcp"}))
+OWN = KvKind("disagg_kv", TRAITS, frozenset({"nccl", "tcp"}))
 
 
 def own(*transports: str, **traits: object) -> KvKind:
-    return KvKind(DISAGG_KV, tuple({**dict(TRAITS), **traits}.items()), frozenset(transports or OWN.transports))
+    return KvKind("disagg_kv", tuple({**dict(TRAITS), **traits}.items()), frozenset(transports or OWN.transports))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from disagg_proxy.cluster.policies import (
 )
 from disagg_proxy.cluster.policies.affinity import FRESH_WEIGHT
 from disagg_proxy.cluster.policies.joint import COLD_TOKENS, REQUEST_TOKENS
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Busy:
 
 
 def salt_of(port: int) -> int:
-    return Instance(Role.PREFILL, parse_address(f"127.0.0.1:{20000 + port}"), None, Source.STATIC).salt
+    return Instance(Role.PREFILL, parse_address(f"127.0.0.1:{20000 + port}"), None, Source.STATIC, P2P).salt
 
 
 def busy(*loads: int) -> list[Busy]:

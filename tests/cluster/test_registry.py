@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_proxy.cluster.instance import Role, Source, State
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, P2P, KvKind
 from disagg_proxy.config import StaticInstance
+from disagg_proxy.connectors.disagg_kv import KIND as DISAGG_KV
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.errors import EngineUnreachable
 
 P, D = Role.PREFILL, Role.DECODE
@@ -137,7 +138,7 @@ def test_two_instances_cannot_share_a_kv_address(world) -> None:
 
 
 def test_a_static_instance_needs_no_pings(world) -> None:
-    instance = world.registry.add_static(P, StaticInstance("127.0.0.1:1", "127.0.0.1:1001"))
+    instance = world.registry.add_static(P, StaticInstance("127.0.0.1:1", "127.0.0.1:1001"), P2P)
     world.registry.admit(instance, {"m": {}})
     world.time += 1000
     world.registry.expire()
@@ -145,7 +146,7 @@ def test_a_static_instance_needs_no_pings(world) -> None:
 
 
 def test_a_static_instance_without_kv_address_waits_for_one(world) -> None:
-    instance = world.registry.add_static(P, StaticInstance("127.0.0.1:1"))
+    instance = world.registry.add_static(P, StaticInstance("127.0.0.1:1"), P2P)
     world.registry.admit(instance, {"m": {}})
     assert instance.state is State.PROBING and "KV address is unknown" in instance.reason
     assert world.ping(P, 1) is None
@@ -179,7 +180,7 @@ def test_a_new_process_starts_with_a_closed_breaker(world) -> None:
 
 @pytest.mark.parametrize("end", ["no pings", "another boot", "process gone"])
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
-@pytest.mark.parametrize("kind", [P2P, KvKind(DISAGG_KV)])
+@pytest.mark.parametrize("kind", [P2P, DISAGG_KV])
 def test_legs_on_a_prefill_that_will_not_answer_end_where_decode_can_compute(world, end, role, kind) -> None:
     instance, errors = world.ready(role, 1, kind=kind, boot="a"), []
     for _ in range(2):

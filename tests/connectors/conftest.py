@@ -8,20 +8,23 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.admission.prompt_sizes import PromptSizes
 from disagg_proxy.admission.queue import Demand
-from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.kv_kind import P2P, KvKind
-from disagg_proxy.cluster.placement import Placement
+from disagg_proxy.admission.token_estimate import PromptSizes
+from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.kv_kind import KvKind
+from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.selection import Pair, PlacementPreference, SingleEngine
 from disagg_proxy.config import Config
 from disagg_proxy.connectors.base import Engines, Request
+from disagg_proxy.connectors.kv_release import KvReleaser
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.connectors.p2p_nccl_legs import P2pAttempt
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.openai.fields import COMPLETIONS
 from disagg_proxy.openai.prepare import prepare
 from disagg_proxy.runtime.background import Background
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
+from disagg_proxy.telemetry.stats import KvReleases
 from disagg_proxy.upstream import CompleteResponse
 from tests.cluster.conftest import World
 
@@ -46,6 +49,17 @@ class Upstream:
         return SimpleNamespace(status=outcome, read_all=read, read=lambda: whole)
 
 
+class KvPorts:
+    """The RELEASE messages that KV ports get: (address, transfer id)."""
+
+    def __init__(self) -> None:
+        self.released: list[tuple[str, str]] = []
+
+    async def release(self, instance: Instance, transfer: str) -> None:
+        assert instance.kv is not None
+        self.released.append((instance.kv.text, transfer))
+
+
 class Bench:
     """Two instances, and attempts on them."""
 
@@ -56,7 +70,11 @@ class Bench:
         )
         self.world.probes.clear()
         sizes = PromptSizes(0, learns=False)
-        self.engines = Engines(lambda: self.upstream, self.world.registry, Config(), self.background, sizes)  # type: ignore[arg-type,return-value]
+        self.kv_control = KvPorts()
+        self.engines = Engines(
+            lambda: self.upstream, self.world.registry, Config(), self.background, sizes,  # type: ignore[arg-type,return-value]
+            KvReleaser(KvReleases()), self.kv_control,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def request(self, **fields: Any) -> Request:
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import Instance
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
-from disagg_proxy.connectors.disagg_kv import DisaggKvAttempt
+from disagg_proxy.connectors.disagg_kv import KIND, DisaggKvAttempt
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.runtime.inline_coroutine import InlineCoroutine
 from disagg_proxy.upstream import Response
@@ -27,24 +26,19 @@ class OwnBench(Bench):
     """Two engines of this project's connector, and the RELEASE messages that they get."""
 
     def __init__(self) -> None:
-        super().__init__(KvKind(DISAGG_KV))
-        self.released: list[tuple[str, str]] = []
+        super().__init__(KIND)
+        self.released = self.kv_control.released
 
     def own(self, alone: bool = False, **fields: Any) -> DisaggKvAttempt:
-        return DisaggKvAttempt(self.engines, self.request(**fields), self.placement(alone), self._release)
-
-    async def _release(self, instance: Instance, transfer: str) -> None:
-        assert instance.kv is not None
-        self.released.append((instance.kv.text, transfer))
+        return DisaggKvAttempt(self.engines, self.request(**fields), self.placement(alone))
 
     async def ask(self, attempt: DisaggKvAttempt) -> Any:
         """Both legs, as the connector sends them."""
         attempt.start_prefill()
         attempt.watch(waiting=attempt.prefilled)
-        return await attempt.ask_decode(attempt.decode_body())
+        return await attempt.request_decode(attempt.decode_body())
 
     async def end(self, attempt: DisaggKvAttempt) -> None:
-        attempt.stop_prefill()
         attempt.release()
         await soon(self.background.ended())
         assert self.counts() == [0, 0, 0, 0]

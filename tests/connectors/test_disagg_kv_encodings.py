@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill
+from disagg_proxy.connectors.disagg_kv import for_decode, for_prefill
 
 BODY = {"prompt": "东京 🙂", "max_tokens": 5, "x": {}}
 

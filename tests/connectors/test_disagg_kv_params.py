@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_kv.protocol.keys import transfer_id
-from disagg_proxy.connectors.disagg_kv_params import for_decode, for_prefill, new_transfer_id
+from disagg_proxy.connectors.disagg_kv import for_decode, for_prefill, new_transfer_id
 
 
 @pytest.mark.parametrize("body", [b"{}", b" { } ", b'{"a":1}', b'\n{\n "prompt": "\\ud800 {}", "b": {"c": []}}\n'])

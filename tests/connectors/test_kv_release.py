@@ -62,7 +62,7 @@ async def test_another_process_is_not_asked(bench: Bench, counts: KvReleases) ->
 
 
 async def test_a_frozen_decode_is_waited_for(bench: Bench, counts: KvReleases, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_release, "_FROZEN_PAUSE", 0.0)
+    monkeypatch.setattr(kv_release, "_FROZEN_CHECK_INTERVAL", 0.0)
     bench.upstream.outcomes = [200]
     bench.world.registry.freeze(bench.decode, "is stalled")
     draining = asyncio.ensure_future(KvReleaser(counts).release(bench.attempt()))
@@ -90,11 +90,11 @@ async def test_no_more_than_a_few_run_on_one_decode(bench: Bench, counts: KvRele
     bench.upstream.request = slow
     bench.upstream.outcomes = [200] * 30
     tasks = [asyncio.ensure_future(releaser.release(bench.attempt())) for _ in range(30)]
-    while now < kv_release._AT_ONCE:
+    while now < kv_release._MAX_CONCURRENT:
         await asyncio.sleep(0)
     assert counts.waiting == 30
     go.set()
     await asyncio.gather(*tasks)
-    assert most == kv_release._AT_ONCE
+    assert most == kv_release._MAX_CONCURRENT
     assert counts == KvReleases(started=30, done=30, tokens=210)
     assert bench.decode.state is State.READY

@@ -48,10 +48,10 @@ async def test_decode(bench: Bench, outcome: ProxyError | int, error: type[Excep
     bench.upstream.outcomes = [outcome]
     attempt = bench.attempt()
     if error is None:
-        await attempt.ask_decode()
+        await attempt.request_decode()
     else:
         with pytest.raises(error):
-            await attempt.ask_decode()
+            await attempt.request_decode()
     (sent,) = bench.upstream.sent
     assert (sent.fresh, sent.resend) == (False, Resend.UNSENT), "never twice where it may have been received"
     assert bench.decode.in_flight == 1, "until the attempt releases its placement"
@@ -75,7 +75,7 @@ async def test_a_decode_that_was_away_meanwhile_is_not_sent_the_request(bench: B
     bench.world.registry.suspend(bench.decode, "gone", gone=True)
     bench.world.registry.admit(bench.decode, bench.decode.models)
     with pytest.raises(NotSent, match="went away during the prefill"):
-        await attempt.ask_decode()
+        await attempt.request_decode()
     assert not bench.upstream.sent
 
 
@@ -83,7 +83,7 @@ async def test_each_leg_gets_its_own_body_and_the_same_headers(bench: Bench) -> 
     bench.upstream.outcomes = [200, 200]
     attempt = bench.attempt()
     await attempt.prefill()
-    await attempt.ask_decode()
+    await attempt.request_decode()
     assert [json.loads(sent.body)["max_tokens"] for sent in bench.upstream.sent] == [1, 9]
     assert bench.upstream.sent[0].headers == bench.upstream.sent[1].headers
     assert bench.upstream.sent[0].headers.startswith(b"x-custom: 1\r\n")
@@ -93,5 +93,5 @@ async def test_each_leg_gets_its_own_body_and_the_same_headers(bench: Bench) -> 
 
 async def test_a_streamed_answer_is_there_when_it_begins(bench: Bench) -> None:
     bench.upstream.outcomes = [200]
-    await bench.attempt(stream=True).ask_decode()
+    await bench.attempt(stream=True).request_decode()
     assert bench.upstream.sent[0].until is ReadUntil.BODY_STARTED

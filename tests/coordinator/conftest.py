@@ -1,3 +1,3 @@
 """A proxy with simulated engines; requests go to its coordinator."""
 
-from tests.machine import machine, pair  # noqa: F401
+from tests.simulated import machine, pair  # noqa: F401

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import BadRequest, ProxyError, StreamCut
 from disagg_proxy.openai.fields import COMPLETIONS
 from tests.conftest import soon
-from tests.machine import Machine
+from tests.simulated import Machine
 
 CONNECTORS = pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
 
@@ -112,7 +112,7 @@ async def test_a_bug_is_a_500_and_gives_everything_back(machine: Machine, monkey
     async def bug(*args: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl_legs.P2pAttempt.ask_decode", bug)
+    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl_legs.P2pAttempt.request_decode", bug)
     client, reply = start(machine, completion())
     error = await soon(client.outcome)
     assert isinstance(error, ProxyError) and error.status == 500

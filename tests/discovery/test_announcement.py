@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import why_apart
-from disagg_proxy.connectors.disagg_kv_params import FIELDS, OPTIONAL
+from disagg_proxy.connectors.disagg_kv import OPTIONAL, REQUIRED
 from disagg_proxy.discovery.announcement import MAX_BYTES, Announcement, BadAnnouncement, decode
 
 PING = {"type": "P", "http_address": "127.0.0.1:20003", "zmq_address": "127.0.0.1:21001"}
@@ -78,7 +78,7 @@ OWN = {
 def test_the_ping_of_the_projects_own_connector() -> None:
     found = decode([msgpack.dumps(OWN)])
     assert found.kind.computes and found.boot == "b" and found.kind.transports == {"tcp"}
-    assert dict(found.kind.traits) == {name: OWN[name] for name in FIELDS}
+    assert dict(found.kind.traits) == {name: OWN[name] for name in REQUIRED}
     assert not decode([msgpack.dumps(PING)]).kind.computes
     assert not decode([msgpack.dumps({**PING, "protocol": "p2p_nccl"})]).kind.computes
 
@@ -86,14 +86,14 @@ def test_the_ping_of_the_projects_own_connector() -> None:
 def test_fields_that_only_newer_engines_have() -> None:
     digests = dict.fromkeys(OPTIONAL, "d")
     found = decode([msgpack.dumps({**OWN, **digests, "of a later release": {"a": 1}})])
-    assert dict(found.kind.traits) == {**{name: OWN[name] for name in FIELDS}, **digests}
+    assert dict(found.kind.traits) == {**{name: OWN[name] for name in REQUIRED}, **digests}
     assert why_apart(found.kind, decode([msgpack.dumps({**OWN, "type": "D"})]).kind) is None
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *({name: value} for name in (*FIELDS, *OPTIONAL) for value in (None, True, [1], {})),
+        *({name: value} for name in (*REQUIRED, *OPTIONAL) for value in (None, True, [1], {})),
         {"protocol": "other"}, {"protocol": None}, {"transports": "tcp"}, {"transports": [1]}, {"boot_id": 5},
     ],
 )  # fmt: skip
@@ -103,6 +103,6 @@ def test_own_fields_are_checked(change: dict[str, object]) -> None:
     assert caught.value.kind == "mistyped"
     for name in change:
         without = {key: value for key, value in OWN.items() if key != name}
-        if name in FIELDS or name == "transports":
+        if name in REQUIRED or name == "transports":
             with pytest.raises(BadAnnouncement):
                 decode([msgpack.dumps(without)])

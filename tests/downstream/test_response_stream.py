@@ -14,9 +14,8 @@ from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineDisconnected, EngineFrozen, StreamCut
 from disagg_proxy.http1.headers import ResponseHeaders
 from disagg_proxy.openai.fields import CHAT
-from disagg_proxy.openai.request_id_rewriter import RequestIdRewriter
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair
-from disagg_proxy.request_id import new_request_id
+from disagg_proxy.request_id import RequestIdRewriter, new_request_id
 from disagg_proxy.runtime.inline_coroutine import InlineCoroutine
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.upstream import Response

@@ -1,5 +1,5 @@
-"""The proxy and its pair are those of tests/machine.py."""
+"""The proxy and its pair are those of tests/simulated.py."""
 
-from tests.machine import machine, pair
+from tests.simulated import machine, pair
 
 __all__ = ["machine", "pair"]

@@ -10,7 +10,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_sim import SimEngine, expected_text
 from tests.conftest import soon
 from tests.e2e.test_status import scrape
-from tests.machine import REQUESTS, events, text_of_events
+from tests.simulated import REQUESTS, events, text_of_events
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -9,7 +9,7 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from disagg_sim import SimConfig, SimEngine
 from tests.conftest import soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

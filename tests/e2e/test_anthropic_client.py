@@ -11,7 +11,7 @@ import pytest
 from anthropic import AsyncAnthropic
 
 from disagg_sim import encode, expected_chat_text, render_chat
-from tests.machine import CHAT
+from tests.simulated import CHAT
 
 MODEL: Any = "sim-model"
 ASK: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "messages": CHAT}

@@ -6,7 +6,7 @@ import hmac
 
 import pytest
 
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 KEY = "sk-the-right-one"
 with_key = pytest.mark.settings(api_key=KEY)

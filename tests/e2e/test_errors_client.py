@@ -9,7 +9,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import Wire, soon
-from tests.machine import REQUESTS, RIGHT, check_error, text_of
+from tests.simulated import REQUESTS, RIGHT, check_error, text_of
 
 COMPLETIONS = "/v1/completions"
 ASK = REQUESTS[COMPLETIONS]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 COMPLETIONS, CHATS, MESSAGES = REQUESTS
 

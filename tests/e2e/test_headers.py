@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from multidict import CIMultiDict
 
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 BODY = json.dumps(REQUESTS[PATH]).encode()

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.machine import REQUESTS, RIGHT, events, text_of, text_of_events
+from tests.simulated import REQUESTS, RIGHT, events, text_of, text_of_events
 
 PATH = "/v1/completions"
 CHAT = "/v1/chat/completions"

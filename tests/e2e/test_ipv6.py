@@ -12,7 +12,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import StaticInstance
 from disagg_sim import SimConfig, SimEngine
 from tests.conftest import Proxy, running_proxy, soon
-from tests.machine import REQUESTS, RIGHT, Machine, events, text_of, text_of_events
+from tests.simulated import REQUESTS, RIGHT, Machine, events, text_of, text_of_events
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from disagg_sim import expected_text
-from tests.machine import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
+from tests.simulated import PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 
 every_route = pytest.mark.parametrize("path", REQUESTS)
 

@@ -13,6 +13,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.config import StaticInstance
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_sim import SimConfig, SimEngine, expected_text
 from tests.conftest import Wire, running_proxy, soon
 from tests.e2e.together import (
@@ -31,7 +32,7 @@ from tests.e2e.together import (
     settings,
     transfers,
 )
-from tests.machine import Machine, text_of, text_of_events
+from tests.simulated import Machine, text_of, text_of_events
 
 NIXL = {"connector": "nixl"}
 
@@ -51,7 +52,7 @@ async def started(stack: AsyncExitStack, role: str, **knobs: Any) -> SimEngine:
 
 
 def named(*engines: SimEngine) -> tuple[StaticInstance, ...]:
-    return tuple(StaticInstance(engine.http_address, nixl=True) for engine in engines)
+    return tuple(StaticInstance(engine.http_address, protocol="nixl") for engine in engines)
 
 
 @pytest.fixture
@@ -304,6 +305,6 @@ async def test_a_ping_does_not_make_it_another_kind(machine: Machine, pair) -> N
     registry = machine.proxy.services.registry
     there = machine.proxy.instance(pair[0].http_address)
     before = pair[0].state()["http_requests"]
-    refused = registry.announce(there.role, there.http, there.http)
+    refused = registry.announce(there.role, there.http, there.http, P2P)
     await soon(pair[0].wait_until(lambda s: s["http_requests"] >= before + 2))
     assert refused is not None and there.kind.protocol == "nixl" and there.kv is None

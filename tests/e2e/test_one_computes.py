@@ -10,7 +10,7 @@ from disagg_sim import SimEngine, expected_chat_text
 from disagg_sim.pooling_api import embedding
 from tests.conftest import soon
 from tests.e2e.together import OWN, clean, settings
-from tests.machine import Machine, events
+from tests.simulated import Machine, events
 
 EMBEDDINGS, RESPONSES = "/v1/embeddings", "/v1/responses"
 EMBED: dict[str, Any] = {"model": "sim-model", "input": ["one", "two"]}

@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from disagg_sim import expected_chat_text, expected_text
-from tests.machine import CHAT, PROMPT
+from tests.simulated import CHAT, PROMPT
 
 MODEL: Any = "sim-model"
 TOOL: Any = {

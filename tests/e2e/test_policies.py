@@ -8,7 +8,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from disagg_sim import SimEngine
-from tests.machine import Machine
+from tests.simulated import Machine
 
 settings = pytest.mark.settings
 SYSTEMS = [f"Assistant number {n}. " * 90 for n in range(6)]

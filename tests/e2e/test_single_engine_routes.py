@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from disagg_sim import encode, expected_text, render_chat
-from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
+from tests.simulated import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 GENERATION = list(REQUESTS)
 

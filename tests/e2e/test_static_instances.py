@@ -10,7 +10,7 @@ from disagg_proxy.cluster.instance import Source, State
 from disagg_proxy.config import StaticInstance
 from disagg_sim import SimConfig, SimEngine
 from tests.conftest import Proxy, running_proxy, soon
-from tests.machine import REQUESTS, RIGHT, Machine, text_of
+from tests.simulated import REQUESTS, RIGHT, Machine, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -7,7 +7,7 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagg_proxy import __version__
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 

@@ -25,7 +25,7 @@ from tests.e2e.together import (
     settings,
     transfers,
 )
-from tests.machine import Machine
+from tests.simulated import Machine
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from tests.e2e.together import (
     settings,
     transfers,
 )
-from tests.machine import Machine, text_of_events
+from tests.simulated import Machine, text_of_events
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from disagg_sim import expected_text, render_chat
 from disagg_sim.guided import json_guide, named_tool_guide, required_tool_guide
-from tests.machine import CHAT, text_of, text_of_events
+from tests.simulated import CHAT, text_of, text_of_events
 
 PATH = "/v1/chat/completions"
 SCHEMA = {

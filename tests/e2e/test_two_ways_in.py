@@ -13,7 +13,7 @@ import pytest
 from disagg_proxy.server.fast_path import FastPathRequest
 from disagg_sim import SimEngine
 from tests.conftest import Wire, soon
-from tests.machine import REQUESTS, RIGHT, Machine, check_error, events, text_of, text_of_events
+from tests.simulated import REQUESTS, RIGHT, Machine, check_error, events, text_of, text_of_events
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

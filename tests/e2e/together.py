@@ -9,7 +9,7 @@ import pytest
 
 from disagg_sim import SimEngine, encode, expected_chat_text, expected_text
 from tests.conftest import soon
-from tests.machine import Machine, text_of
+from tests.simulated import Machine, text_of
 
 OWN = {"connector": "disagg_kv"}
 PROMPT = " ".join(f"word{n}" for n in range(20))

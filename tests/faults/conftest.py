@@ -1,10 +1,11 @@
-"""The proxy and its pair are those of tests/machine.py; what else several failure tests need."""
+"""The proxy and its pair are those of tests/simulated.py; what else several failure tests need."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_sim import SimEngine
 from tests.conftest import Proxy, Wire
-from tests.machine import REQUESTS, Machine, machine, pair
+from tests.simulated import REQUESTS, Machine, machine, pair
 
 __all__ = ["machine", "pair"]
 
@@ -36,6 +37,13 @@ def without_kept_connections(proxy: Proxy, engine: SimEngine) -> None:
     upstream = proxy.services.upstream
     take = upstream._take
     upstream._take = lambda netloc: None if netloc == engine.http_address else take(netloc)  # type: ignore[method-assign]
+
+
+def lift_prefill_timeout(proxy: Proxy) -> None:
+    """Later requests have time enough, also on a busy machine; those before it had to exceed a short limit."""
+    object.__setattr__(proxy.services.config, "prefill_timeout", 60.0)
+    connector: Any = proxy.services.coordinator._connectors["p2p_nccl"]
+    connector._prefill_timeouts.seconds = 60.0
 
 
 async def dial_slowly(proxy: Proxy) -> Wire:

@@ -9,7 +9,7 @@ import pytest
 
 from disagg_proxy.connectors import p2p_nccl
 from tests.conftest import Wire, soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

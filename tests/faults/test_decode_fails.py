@@ -8,7 +8,7 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
 from tests.faults.conftest import ids, in_turn, without_kept_connections
-from tests.machine import REQUESTS, RIGHT, check_error, text_of
+from tests.simulated import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

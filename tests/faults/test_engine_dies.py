@@ -7,7 +7,7 @@ import pytest
 from disagg_proxy.cluster.instance import Instance, State
 from tests.conftest import soon
 from tests.faults.conftest import ids
-from tests.machine import REQUESTS, check_error
+from tests.simulated import REQUESTS, check_error
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

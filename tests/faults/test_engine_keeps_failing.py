@@ -6,7 +6,7 @@ import pytest
 from disagg_proxy.cluster import circuit_breaker
 from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from tests.faults.conftest import in_turn
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

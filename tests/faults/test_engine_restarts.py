@@ -10,7 +10,7 @@ import zmq.asyncio
 from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from disagg_proxy.server.asgi import create_app
 from disagg_proxy.server.asgi.engine_routes import NOT_SERVED, POOLING
 from disagg_sim import expected_text
-from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of, text_of_events
+from tests.simulated import CHAT, PROMPT, REQUESTS, RIGHT, text_of, text_of_events
 
 COMPLETIONS, CHATS, MESSAGES = REQUESTS
 

@@ -9,7 +9,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
-from tests.machine import REQUESTS, RIGHT, check_error, text_of, text_of_events
+from tests.simulated import REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

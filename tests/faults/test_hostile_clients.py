@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 
 from tests.conftest import Wire, soon
 from tests.faults.conftest import LARGE, dial_slowly
-from tests.machine import REQUESTS, RIGHT, check_error, events, text_of, text_of_events
+from tests.simulated import REQUESTS, RIGHT, check_error, events, text_of, text_of_events
 
 PATH = "/v1/completions"
 BODY = json.dumps(REQUESTS[PATH]).encode()

@@ -13,12 +13,13 @@ import pytest
 
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.config.model import StaticInstance
+from disagg_proxy.connectors.table import kind_named
 from disagg_sim import SimEngine
 from tests.command import EngineProcess, engine_process
 from tests.conftest import soon
 from tests.faults.conftest import ids
 from tests.faults.test_frozen_engine import ask_for
-from tests.machine import REQUESTS, RIGHT, Machine, check_error
+from tests.simulated import REQUESTS, RIGHT, Machine, check_error
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -37,8 +38,8 @@ QUICK = pytest.mark.settings(**SETTINGS)
 def name(machine: Machine, engine: EngineProcess | SimEngine, role: str, connector: str) -> None:
     """As on the proxy's command line, for an engine without pings."""
     nixl = connector == "nixl"
-    named = StaticInstance(engine.http_address, None if nixl else engine.kv_address, nixl)
-    machine.proxy.services.registry.add_static(Role(role), named)
+    named = StaticInstance(engine.http_address, None if nixl else engine.kv_address)
+    machine.proxy.services.registry.add_static(Role(role), named, kind_named("nixl" if nixl else None))
 
 
 async def engine(machine: Machine, role: str, connector: str) -> SimEngine:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.machine import REQUESTS, check_error
+from tests.simulated import REQUESTS, check_error
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -12,7 +12,7 @@ import pytest
 from disagg_sim import SimEngine, encode, expected_text
 from tests.conftest import soon
 from tests.faults.conftest import in_turn
-from tests.machine import Machine, text_of_events
+from tests.simulated import Machine, text_of_events
 
 PATH = "/v1/completions"
 PER_TOKEN = 1000

@@ -9,7 +9,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.openai.prepare import Prepared
 from tests.conftest import soon
 from tests.faults.conftest import ids, without_kept_connections
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -10,7 +10,7 @@ import pytest
 from disagg_proxy.telemetry.logs import HideUnfinished
 from disagg_sim import expected_text
 from tests.conftest import soon
-from tests.machine import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
+from tests.simulated import PROMPT, REQUESTS, RIGHT, check_error, text_of, text_of_events
 
 PATH = "/v1/completions"
 STREAM = {**REQUESTS[PATH], "stream": True}

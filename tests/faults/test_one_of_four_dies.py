@@ -10,7 +10,7 @@ import pytest
 from disagg_sim import SimEngine, expected_text
 from tests.conftest import soon
 from tests.faults.conftest import ids
-from tests.machine import Machine, events, text_of_events
+from tests.simulated import Machine, events, text_of_events
 
 PATH = "/v1/completions"
 TOKENS = 40

@@ -8,7 +8,7 @@ import pytest
 from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.faults.conftest import ids
-from tests.machine import Machine, text_of, text_of_events
+from tests.simulated import Machine, text_of, text_of_events
 
 COMPLETIONS = "/v1/completions"
 PROMPT = "San Francisco is a"

@@ -8,8 +8,8 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import soon
-from tests.faults.conftest import ids, in_turn
-from tests.machine import REQUESTS, check_error
+from tests.faults.conftest import ids, in_turn, lift_prefill_timeout
+from tests.simulated import REQUESTS, check_error
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -166,17 +166,31 @@ FAILURES = {
     "an error in a 200": lambda faults: faults.fail_next(200, b'{"error": {"message": "no", "code": 400}}', path=PATH),
     "reset": lambda faults: faults.reset_next(path=PATH, times=2),
     "close": lambda faults: faults.close_next(path=PATH, times=2),
-    "hang": lambda faults: faults.hang_next(path=PATH),
 }
 """What prefill can do instead of its work; a kept connection may be tried twice."""
 
 
-@pytest.mark.settings(prefill_timeout=0.1, probe_interval=60.0)
-@pytest.mark.parametrize("leaves", [False, True], ids=["client waits", "client gone"])
+leaving = pytest.mark.parametrize("leaves", [False, True], ids=["client waits", "client gone"])
+
+
+@pytest.mark.settings(probe_interval=60.0)
+@leaving
 @pytest.mark.parametrize("failure", FAILURES)
 async def test_no_decode_and_no_drain_follow_a_prefill_that_failed(machine, pair, dial, failure, leaves) -> None:
+    FAILURES[failure](pair[0].faults)
+    await check_no_decode_and_no_drain(machine, pair, dial, leaves)
+
+
+@pytest.mark.settings(prefill_timeout=0.1, probe_interval=60.0)
+@leaving
+async def test_no_decode_and_no_drain_follow_a_prefill_that_hangs(machine, pair, dial, leaves) -> None:
+    pair[0].faults.hang_next(path=PATH)
+    await check_no_decode_and_no_drain(machine, pair, dial, leaves)
+
+
+async def check_no_decode_and_no_drain(machine, pair, dial, leaves: bool) -> None:
+    """Send a request whose prefill fails; the engines then serve the next one."""
     prefill, decode = pair
-    FAILURES[failure](prefill.faults)
     client = await dial(machine.proxy.url)
     client.post(PATH, ASK)
     if leaves:
@@ -189,4 +203,5 @@ async def test_no_decode_and_no_drain_follow_a_prefill_that_failed(machine, pair
     assert machine.proxy.services.stats.drains.started == 0
     assert [machine.proxy.instance(engine.http_address).in_flight for engine in pair] == [0, 0]
     await machine.unharmed(*pair)
+    lift_prefill_timeout(machine.proxy)
     await machine.check_right()

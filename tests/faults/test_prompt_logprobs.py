@@ -7,7 +7,7 @@ import json
 import pytest
 
 from disagg_sim import expected_text
-from tests.machine import CHAT, PROMPT, REQUESTS, RIGHT, text_of
+from tests.simulated import CHAT, PROMPT, REQUESTS, RIGHT, text_of
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 

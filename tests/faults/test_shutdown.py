@@ -10,7 +10,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from disagg_proxy.server import http_server
 from tests.conftest import Wire, soon
-from tests.machine import REQUESTS, events, text_of_events
+from tests.simulated import REQUESTS, events, text_of_events
 
 PATH = "/v1/completions"
 STREAM = {**REQUESTS[PATH], "max_tokens": 40, "stream": True}

@@ -25,7 +25,7 @@ from tests.e2e.together import (
     right,
     settings,
 )
-from tests.machine import Machine, text_of, text_of_events
+from tests.simulated import Machine, text_of, text_of_events
 
 PATIENT = {**OWN, "load_timeout": 600.0}
 UNNOTICED = {"probe_interval": 60.0, "instance_expiry": 60.0}

@@ -9,7 +9,7 @@ from disagg_proxy.upstream import Response
 from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.faults.conftest import LARGE, dial_slowly
-from tests.machine import PROMPT, REQUESTS, RIGHT, events, text_of, text_of_events
+from tests.simulated import PROMPT, REQUESTS, RIGHT, events, text_of, text_of_events
 
 PATH = "/v1/completions"
 

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from tests.conftest import soon
-from tests.machine import REQUESTS, RIGHT, check_error, text_of
+from tests.faults.conftest import lift_prefill_timeout
+from tests.simulated import REQUESTS, RIGHT, check_error, text_of
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]
@@ -27,6 +28,7 @@ async def test_a_late_prefill_is_504_but_runs_on_and_is_drained(machine, pair, p
     assert machine.proxy.services.stats.outcomes == {"deadline": 1}
     assert prefill.state()["aborted"] == 0
     await machine.unharmed(*pair)
+    lift_prefill_timeout(machine.proxy)
     assert text_of((await machine.post(path, REQUESTS[path]))[2]) == RIGHT[path]
 
 
@@ -99,5 +101,6 @@ async def test_a_first_request_that_is_too_slow_is_drained_and_the_next_one_is_q
     check_error(*await machine.send(PATH, ASK), 504, "engine_deadline")
     await soon(machine.proxy.until_idle())
     assert machine.proxy.services.stats.drains.done == 1
+    lift_prefill_timeout(machine.proxy)
     await machine.check_right()
     await machine.unharmed(*pair)

@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagg_kv.decode.inbox import Collected, Inbox, Load
-from disagg_kv.decode.link import Links
-from disagg_kv.prefill.outbox import Outbox
+from disagg_kv.decode.peer_connection import PeerConnections
+from disagg_kv.decode.pending_loads import Collected, Load, PendingLoads
+from disagg_kv.prefill.send_queue import SendQueue
 from disagg_kv.prefill.server import Server
 from disagg_kv.protocol.handshake import Identity, Shape
 from disagg_kv.protocol.keys import Key, fingerprint
 from disagg_kv.settings import Settings
 from disagg_kv.trace import Trace
 from disagg_kv.transport.channel import Channel
-from disagg_kv.transport.factory import Node
-from disagg_kv.transport.pieces import cut
+from disagg_kv.transport.chunks import split_into_chunks
+from disagg_kv.transport.factory import RankContext
 
 SHAPE = Shape(model="m", dtype="float32", block_size=4, layout="(B*1,4)", planes=3, block_bytes=24, tp=1)
 
@@ -69,15 +69,15 @@ class MemoryTransport:
         self._cache, self._channel = cache, channel
 
     def send(self, blocks: Sequence[int], fence: Any, parts: bool) -> None:
-        for piece in cut(self._cache.planes, len(blocks), 8, 64):
-            for plane in range(piece.plane, piece.plane + piece.planes):
-                for block in blocks[piece.block : piece.block + piece.blocks]:
+        for chunk in split_into_chunks(self._cache.planes, len(blocks), 8, 64):
+            for plane in range(chunk.plane, chunk.plane + chunk.planes):
+                for block in blocks[chunk.block : chunk.block + chunk.blocks]:
                     self._channel.write(self._cache.rows[plane][block])
 
     def receive(self, blocks: Sequence[int] | None, count: int, fence: Any, parts: bool) -> None:
-        for piece in cut(self._cache.planes, count, 8, 64):
-            for plane in range(piece.plane, piece.plane + piece.planes):
-                for place in range(piece.block, piece.block + piece.blocks):
+        for chunk in split_into_chunks(self._cache.planes, count, 8, 64):
+            for plane in range(chunk.plane, chunk.plane + chunk.planes):
+                for place in range(chunk.block, chunk.block + chunk.blocks):
                     row = bytearray(8)
                     self._channel.read_into(memoryview(row))
                     if blocks is not None:
@@ -87,16 +87,18 @@ class MemoryTransport:
         pass
 
 
-def node(role: str, cache: MemoryCache, shape: Shape | None = SHAPE, rank: int = 0, **settings: Any) -> Node:
-    def opener(node: Node, channel: Channel, ready: Mapping[str, Any]) -> MemoryTransport:
+def context(role: str, cache: MemoryCache, shape: Shape | None = SHAPE, rank: int = 0, **settings: Any) -> RankContext:
+    def transport_factory(context: RankContext, channel: Channel, ready: Mapping[str, Any]) -> MemoryTransport:
         return MemoryTransport(cache, channel)
 
-    return Node(Identity(role, f"boot-{role}", rank, shape), Settings(**settings), cache, Trace(""), opener)
+    return RankContext(
+        Identity(role, f"boot-{role}", rank, shape), Settings(**settings), cache, Trace(""), transport_factory
+    )
 
 
 @dataclass
 class Prefill:
-    """A prefill engine's port and outbox."""
+    """A prefill engine's port and send_queue."""
 
     cache: MemoryCache = field(default_factory=MemoryCache)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -104,9 +106,9 @@ class Prefill:
     port: int = 0
 
     def __post_init__(self) -> None:
-        self.outbox = Outbox(hold_seconds=60)
-        self.node = node("prefill", self.cache, self.shape, **self.settings)
-        self.server = Server(self.node, self.outbox, self.port)
+        self.send_queue = SendQueue(hold_seconds=60)
+        self.context = context("prefill", self.cache, self.shape, **self.settings)
+        self.server = Server(self.context, self.send_queue, self.port)
         self.address = f"127.0.0.1:{self.server.port}"
 
     def compute(
@@ -114,46 +116,46 @@ class Prefill:
     ) -> None:  # fmt: skip
         """A prompt that is computed and finished at once."""
         self.cache.fill(blocks, seed)
-        self.outbox.open(key, request or key.transfer, len(blocks), adapter)
-        self.outbox.progress(request or key.transfer, blocks, len(blocks), None)
+        self.send_queue.open(key, request or key.transfer, len(blocks), adapter)
+        self.send_queue.progress(request or key.transfer, blocks, len(blocks), None)
 
 
 @dataclass
 class Decode:
-    """A decode engine's inbox and links."""
+    """A decode engine's pending and connections."""
 
     cache: MemoryCache = field(default_factory=MemoryCache)
     settings: dict[str, Any] = field(default_factory=dict)
     shape: Shape = SHAPE
 
     def __post_init__(self) -> None:
-        self.inbox = Inbox()
-        self.node = here = node("decode", self.cache, self.shape, **self.settings)
-        self.links = Links(here, self.inbox)
-        self.server = Server(here, Outbox(hold_seconds=60), 0, self.inbox.release, self.links.meet)
+        self.pending = PendingLoads()
+        self.context = here = context("decode", self.cache, self.shape, **self.settings)
+        self.connections = PeerConnections(here, self.pending)
+        self.server = Server(here, SendQueue(hold_seconds=60), 0, self.pending.release, self.connections.connect)
         self.address = f"127.0.0.1:{self.server.port}"
 
     def close(self) -> None:
-        self.links.close()
+        self.connections.close()
         self.server.close()
 
     def load(
         self, key: Key, address: str, blocks: Sequence[int], first: int = 0, seconds: float = 30, adapter: str = ""
     ) -> None:  # fmt: skip
         load = Load(key, f"d-{key.transfer}", blocks, first, time.monotonic() + seconds, adapter=adapter)
-        self.links.start(load, address)
+        self.connections.start(load, address)
 
     def result(self, count: int = 1) -> Collected:
         """What ``collect`` says once ``count`` loads are over."""
         requests: set[str] = set()
         failed: set[int] = set()
         reasons: list[str] = []
-        until(lambda: self._take(requests, failed, reasons) >= count, lambda: self.inbox.wait(0.05))
+        until(lambda: self._take(requests, failed, reasons) >= count, lambda: self.pending.wait(0.05))
         return Collected(frozenset(requests), frozenset(failed), tuple(reasons))
 
     def _take(self, requests: set[str], failed: set[int], reasons: list[str]) -> int:
-        news = self.inbox.collect()
-        self.links.give_up(news.unwanted)
+        news = self.pending.collect()
+        self.connections.give_up(news.unwanted)
         requests |= news.requests
         failed |= news.failed_blocks
         reasons += news.reasons

@@ -55,9 +55,9 @@ def test_wanted_before_computed_and_many_pieces(prefill: Make, decode: Make) -> 
     blocks = list(range(40))
     d.load(key("t"), p.address, blocks)
     p.cache.fill(blocks, 3)
-    p.outbox.open(key("t"), "r", 40)
-    p.outbox.progress("r", blocks, 15, None)
-    p.outbox.progress("r", blocks, 40, None)
+    p.send_queue.open(key("t"), "r", 40)
+    p.send_queue.progress("r", blocks, 15, None)
+    p.send_queue.progress("r", blocks, 40, None)
     assert not d.result().failed_blocks
     assert d.cache.content(blocks) == p.cache.content(blocks)
 
@@ -65,11 +65,11 @@ def test_wanted_before_computed_and_many_pieces(prefill: Make, decode: Make) -> 
 def test_blocks_are_read_behind_their_fence(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     passed = threading.Event()
-    p.outbox.open(key("t"), "r", 1)
-    p.outbox.progress("r", [2], 1, lambda: passed.wait(20))
+    p.send_queue.open(key("t"), "r", 1)
+    p.send_queue.progress("r", [2], 1, lambda: passed.wait(20))
     d.load(key("t"), p.address, [9])
-    d.inbox.wait(0.05)
-    assert d.inbox.waiting() == 1
+    d.pending.wait(0.05)
+    assert d.pending.waiting() == 1
     p.cache.fill([2], 5)
     passed.set()
     assert not d.result().failed_blocks
@@ -97,7 +97,7 @@ def test_nobody_listens(decode: Make) -> None:
 def test_prefill_dies_while_decode_waits(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     d.load(key("t"), p.address, [1, 2])
-    _wait(lambda: p.outbox.held()["wants"] == 1)
+    _wait(lambda: p.send_queue.counts()["wants"] == 1)
     p.server.close()
     assert d.result().failed_blocks == {1, 2}
 
@@ -108,7 +108,7 @@ def test_a_restarted_prefill_is_connected_anew(prefill: Make, decode: Make) -> N
     d.load(key("a"), p.address, [1])
     d.result()
     p.server.close()
-    _wait(lambda: not next(iter(d.links._links.values())).usable)
+    _wait(lambda: not next(iter(d.connections._connections.values())).usable)
     again = prefill(port=p.server.port)
     again.compute(key("b"), [2], seed=9)
     d.load(key("b"), p.address, [2])
@@ -119,9 +119,9 @@ def test_a_restarted_prefill_is_connected_anew(prefill: Make, decode: Make) -> N
 def test_decode_dies_and_prefill_forgets_its_wishes(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     d.load(key("t"), p.address, [1])
-    _wait(lambda: p.outbox.held()["wants"] == 1)
-    d.links.close()
-    _wait(lambda: p.outbox.held() == {"jobs": 0, "requests": 0, "wants": 0, "lanes": 0})
+    _wait(lambda: p.send_queue.counts()["wants"] == 1)
+    d.connections.close()
+    _wait(lambda: p.send_queue.counts() == {"jobs": 0, "requests": 0, "wants": 0, "peers": 0})
     _wait(lambda: p.server.connections() == 0)
 
 
@@ -129,7 +129,7 @@ def test_a_late_load_is_given_up_and_prefill_told(prefill: Make, decode: Make) -
     p, d = prefill(), decode()
     d.load(key("t"), p.address, [1], seconds=0.05)
     assert d.result().failed_blocks == {1}
-    _wait(lambda: p.outbox.held()["wants"] == 0)
+    _wait(lambda: p.send_queue.counts()["wants"] == 0)
     p.compute(key("u"), [5])
     d.load(key("u"), p.address, [1])
     assert not d.result().failed_blocks
@@ -139,13 +139,13 @@ def test_200_abandoned_requests_leave_nothing(prefill: Make, decode: Make) -> No
     p, d = prefill(), decode()
     for number in range(200):
         d.load(key(f"t{number}"), p.address, [number % 64])
-        d.inbox.cancel(f"d-t{number}")
+        d.pending.cancel(f"d-t{number}")
     assert len(d.result(200).requests) == 200
-    assert d.inbox.waiting() == 0
+    assert d.pending.waiting() == 0
     p.compute(key("last"), [5])
     d.load(key("last"), p.address, [1])
     assert not d.result().failed_blocks
-    _wait(lambda: p.outbox.held()["wants"] == 0)
+    _wait(lambda: p.send_queue.counts()["wants"] == 0)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_prompts_of_other_adapters_are_refused_at_once(
         p.compute(key("t"), [3], adapter=here)
     d.load(key("t"), p.address, [10], adapter=there)
     if not computed_first:
-        _wait(lambda: p.outbox.held()["wants"] == 1)
+        _wait(lambda: p.send_queue.counts()["wants"] == 1)
         p.compute(key("t"), [3], adapter=here)
     assert d.result().failed_blocks == (set() if fit else {10})
 
@@ -209,21 +209,21 @@ def test_an_engine_with_updated_weights_is_refused(prefill: Make, decode: Make, 
     """By engines of every release, and also by one that was connected."""
     p, d = prefill(shape=MODERN), decode(shape=MODERN)
     updated, other = (p, d) if role == "prefill" else (d, p)
-    other.node.identity = replace(other.node.identity, shape=release)
+    other.context.identity = replace(other.context.identity, shape=release)
     p.compute(key("a"), [1])
     d.load(key("a"), p.address, [1])
     assert not d.result().failed_blocks
-    before = updated.node.identity
-    updated.node.renew()
-    d.links.close()
+    before = updated.context.identity
+    updated.context.renew()
+    d.connections.close()
     p.server.disconnect()
-    after = updated.node.identity
+    after = updated.context.identity
     assert after.boot != before.boot and after.shape.model.startswith("m (updated in place")
     p.compute(key("b"), [1])
     d.load(key("b"), p.address, [1])
     assert d.result().failed_blocks == {1}
-    updated.node.renew()
-    assert len(updated.node.identity.shape.model) == len(after.shape.model)
+    updated.context.renew()
+    assert len(updated.context.identity.shape.model) == len(after.shape.model)
 
 
 @pytest.mark.parametrize("secrets", [("a", "b"), ("", "b"), ("a", "")])
@@ -245,7 +245,7 @@ def test_the_same_secret_is_accepted(prefill: Make, decode: Make) -> None:
 async def test_the_proxy_releases_a_transfer(prefill: Make, decode: Make) -> None:
     p, d = prefill(settings={"secret": "s"}), decode(settings={"secret": "s"})
     d.load(key("t"), p.address, [1])
-    await asyncio.to_thread(_wait, lambda: p.outbox.held()["wants"] == 1)
+    await asyncio.to_thread(_wait, lambda: p.send_queue.counts()["wants"] == 1)
     control = await Control.open(p.address, "s")
     assert control.boot == "boot-prefill"
     await control.release("t")
@@ -267,7 +267,7 @@ async def test_the_proxy_introduces_two_engines(prefill: Make, decode: Make) -> 
     control = await Control.open(d.address)
     await control.meet(p.address)
     await control.meet(p.address)
-    await asyncio.to_thread(_wait, lambda: p.outbox.held()["lanes"] == 1 and p.server.connections() == 1)
+    await asyncio.to_thread(_wait, lambda: p.send_queue.counts()["peers"] == 1 and p.server.connections() == 1)
     p.compute(key("t"), [1])
     d.load(key("t"), p.address, [1])
     assert not (await asyncio.to_thread(d.result)).failed_blocks
@@ -300,9 +300,9 @@ def test_an_own_proof_cannot_be_sent_back(prefill: Make) -> None:
     hello = {"name": "disagg_kv", "version": 1, "role": "control", "boot": "x", "rank": 0, "shape": None,
              "nonce": nonce()}  # fmt: skip
     channel.write(encode(Kind.HELLO, hello))
-    _, welcome = channel.frame()
+    _, welcome = channel.next_frame()
     channel.write(encode(Kind.PROOF, {"proof": welcome["proof"]}))
-    assert channel.frame()[0] is Kind.REFUSE
+    assert channel.next_frame()[0] is Kind.REFUSE
     channel.close()
 
 
@@ -330,13 +330,13 @@ def test_no_bytes_end_the_listener(hostile: Prefill, parts: list[bytes]) -> None
         while sock.recv(4096):
             pass
     _wait(lambda: hostile.server.connections() == 0)
-    assert hostile.outbox.held() == {"jobs": 0, "requests": 0, "wants": 0, "lanes": 0}
+    assert hostile.send_queue.counts() == {"jobs": 0, "requests": 0, "wants": 0, "peers": 0}
     d = Decode()
     hostile.compute(key("after"), [1], seed=4, request="after")
     d.load(key("after"), hostile.address, [6])
     assert not d.result().failed_blocks
-    hostile.outbox.finish({"after"})
-    _wait(lambda: hostile.outbox.collect() == {"after"})
+    hostile.send_queue.finish({"after"})
+    _wait(lambda: hostile.send_queue.collect() == {"after"})
     d.close()
     _wait(lambda: hostile.server.connections() == 0)
 
@@ -364,13 +364,13 @@ def test_a_prefill_that_sends_half_of_it_fails_the_load(decode: Make) -> None:
         d.load(key("t"), f"127.0.0.1:{server.getsockname()[1]}", [1, 2], seconds=600)
         sock, _ = server.accept()
         channel = Channel(sock, 5)
-        _kind, _hello = channel.frame()
+        _kind, _hello = channel.next_frame()
         welcome = {"name": "disagg_kv", "version": 1, "role": "prefill", "boot": "x", "rank": 0,
                    "shape": SHAPE.__dict__, "nonce": "n", "transport": "tcp", "proof": ""}  # fmt: skip
         channel.write(encode(Kind.WELCOME, welcome))
-        assert channel.frame()[0] is Kind.PROOF
+        assert channel.next_frame()[0] is Kind.PROOF
         channel.write(encode(Kind.READY, {"transport": "tcp", "staging": 64}))
-        assert channel.frame()[0] is Kind.WANT
+        assert channel.next_frame()[0] is Kind.WANT
         channel.write(encode(Kind.GO, {**key("t").to_wire(), "first": 0, "count": 2, "last": True}) + bytes(10))
         assert d.result().failed_blocks == {1, 2}
         channel.close()
@@ -379,11 +379,11 @@ def test_a_prefill_that_sends_half_of_it_fails_the_load(decode: Make) -> None:
 def _accept(server: socket.socket, **more: Any) -> Channel:
     """The first decode engine that connects, after a handshake whose WELCOME has these fields too."""
     channel = Channel(server.accept()[0], 20)
-    assert channel.frame()[0] is Kind.HELLO
+    assert channel.next_frame()[0] is Kind.HELLO
     welcome = {"name": "disagg_kv", "version": 1, "role": "prefill", "boot": "x", "rank": 0, "shape": SHAPE.__dict__,
                "nonce": "n", "transport": "tcp", "proof": "", **more}  # fmt: skip
     channel.write(encode(Kind.WELCOME, welcome))
-    assert channel.frame()[0] is Kind.PROOF
+    assert channel.next_frame()[0] is Kind.PROOF
     channel.write(encode(Kind.READY, {"transport": "tcp", "staging": 64}))
     return channel
 
@@ -391,13 +391,13 @@ def _accept(server: socket.socket, **more: Any) -> Channel:
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Waits for so many intervals of liveness probes."""
-    counted, probe = threading.Semaphore(0), Liveness.probe
+    counted, probe = threading.Semaphore(0), Liveness.check
 
     def counting(self: Liveness, receiving: bool = False) -> bool:
         counted.release()
         return probe(self, receiving)
 
-    monkeypatch.setattr(Liveness, "probe", counting)
+    monkeypatch.setattr(Liveness, "check", counting)
 
     def wait(count: int) -> None:
         for _ in range(count):
@@ -416,7 +416,7 @@ def test_a_prefill_that_has_stopped_fails_every_load(decode: Make) -> None:
         d.load(key("u"), address, [3], seconds=600)
         news = d.result(2)
         assert news.failed_blocks == {1, 2, 3}
-        assert set(news.reasons) == {f"the prefill engine has not answered {PROBES} liveness probes"}
+        assert set(news.reasons) == {f"the prefill engine did not answer {PROBES} liveness probes"}
         channel.close()
 
 
@@ -426,18 +426,18 @@ def test_an_idle_connection_is_not_probed(
     p, d = prefill(), decode(settings={"stall_timeout_s": 0.2})
     d.load(key("t"), p.address, [1])
     probes(3)
-    idle, waits_for = threading.Event(), d.inbox.waits_for
+    idle, waits_for = threading.Event(), d.pending.waits_for
 
     def looked(peer: str) -> bool:
         if not (waits := waits_for(peer)):
             idle.set()
         return waits
 
-    monkeypatch.setattr(d.inbox, "waits_for", looked)
+    monkeypatch.setattr(d.pending, "waits_for", looked)
     p.compute(key("t"), [1])
     assert not d.result().failed_blocks
     assert idle.wait(20)
-    monkeypatch.setattr(Liveness, "probe", lambda *_: pytest.fail("it is probed"))
+    monkeypatch.setattr(Liveness, "check", lambda *_: pytest.fail("it is probed"))
     assert not threading.Event().wait(0.1)
     p.compute(key("u"), [2])
     d.load(key("u"), p.address, [2])
@@ -450,8 +450,8 @@ def test_an_older_prefill_is_not_probed(decode: Make) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         d.load(key("t"), f"127.0.0.1:{server.getsockname()[1]}", [1], seconds=0.5)
         channel = _accept(server)
-        assert d.result().reasons == ("not here in time",)
-        assert [channel.frame()[0] for _ in range(2)] == [Kind.WANT, Kind.RELEASE]
+        assert d.result().reasons == ("not received in time",)
+        assert [channel.next_frame()[0] for _ in range(2)] == [Kind.WANT, Kind.RELEASE]
         channel.close()
 
 
@@ -461,12 +461,12 @@ def test_an_older_decode_hears_no_pong(prefill: Make) -> None:
     channel.write(encode(Kind.HELLO, {"name": "disagg_kv", "version": 1, "role": "decode", "boot": "x", "rank": 0,
                                       "shape": SHAPE.__dict__, "nonce": nonce(), "transports": ["tcp"],
                                       "staging": 64}))  # fmt: skip
-    assert channel.frame()[1]["ping"] is True
+    assert channel.next_frame()[1]["ping"] is True
     channel.write(encode(Kind.PROOF, {"proof": ""}))
-    assert channel.frame()[0] is Kind.READY
+    assert channel.next_frame()[0] is Kind.READY
     channel.write(encode(Kind.WANT, {**key("t").to_wire(), "first": 0, "count": 1}))
     p.compute(key("t"), [1])
-    assert channel.frame()[0] is Kind.GO
+    assert channel.next_frame()[0] is Kind.GO
     channel.close()
 
 
@@ -475,8 +475,8 @@ def test_a_long_step_is_no_silence(prefill: Make, decode: Make, probes: Callable
     p, d = prefill(), decode(settings={"stall_timeout_s": 0.2})
     passed = threading.Event()
     p.cache.fill([2], 5)
-    p.outbox.open(key("t"), "r", 1)
-    p.outbox.progress("r", [2], 1, lambda: passed.wait(20))
+    p.send_queue.open(key("t"), "r", 1)
+    p.send_queue.progress("r", [2], 1, lambda: passed.wait(20))
     d.load(key("t"), p.address, [9])
     probes(PROBES + 5)
     passed.set()
@@ -510,9 +510,9 @@ def test_a_connection_that_is_never_made_fails_its_loads(
     prefill: Make, decode: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NCCL waits without end for a peer that stops while its communicator is made."""
-    monkeypatch.setattr("disagg_kv.decode.link._OPEN_SECONDS", 0.2)
+    monkeypatch.setattr("disagg_kv.decode.peer_connection._OPEN_SECONDS", 0.2)
     stuck = threading.Event()
-    monkeypatch.setattr("disagg_kv.decode.link.open_transport", lambda *args: stuck.wait(20) and None)
+    monkeypatch.setattr("disagg_kv.decode.peer_connection.open_transport", lambda *args: stuck.wait(20) and None)
     p, d = prefill(), decode()
     try:
         d.load(key("t"), p.address, [1], seconds=600)

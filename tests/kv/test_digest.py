@@ -56,7 +56,7 @@ def test_a_folder_that_is_replaced_between_two_starts(tmp_path: Path) -> None:
 
 
 def test_the_same_content_under_two_names(tmp_path: Path) -> None:
-    """Also without the fields that say where it comes from, in other shards, and as a snapshot of links."""
+    """Also without the fields that say where it comes from, in other shards, and as a snapshot of connections."""
     found = tensors()
     first = model(tmp_path / "models" / "m")
     second = model(tmp_path / "hub" / "3f8a", {}, {**CONFIG, "_name_or_path": "org/m", "transformers_version": "5"})

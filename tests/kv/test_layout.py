@@ -83,7 +83,7 @@ def test_layers_that_share_a_tensor_count_once() -> None:
     [
         ({}, "no layers"),
         ({"a": [torch.zeros(4), torch.zeros(4)]}, "not a tensor"),
-        ({"a": torch.zeros(BLOCKS, 8)}, "is not known"),
+        ({"a": torch.zeros(BLOCKS, 8)}, "unknown KV cache layout"),
         ({"a": torch.zeros(7, 3, 4)}, "not found"),
         ({"a": torch.zeros(BLOCKS, 3, 4, 16), "b": torch.zeros(BLOCKS, 3, 4, 8)}, "different sizes"),
         ({"a": torch.zeros(BLOCKS, 3, 4, 16)[..., :8]}, "not contiguous"),

@@ -9,30 +9,30 @@ from disagg_kv.tally import Tally
 def test_a_peer_that_answers_no_probe_is_dead_after_twice_the_stall_limit() -> None:
     liveness = Liveness(5.0)
     assert liveness.interval * PROBES == STALLS * 5.0 == 10.0
-    liveness.begin()
-    assert [liveness.probe() for _ in range(PROBES)] == [True] * (PROBES - 1) + [False]
+    liveness.reset()
+    assert [liveness.check() for _ in range(PROBES)] == [True] * (PROBES - 1) + [False]
 
 
 def test_anything_that_is_heard_starts_the_count_again() -> None:
     liveness = Liveness(5.0)
     for _ in range(PROBES - 1):
-        assert liveness.probe()
-    liveness.heard()
-    assert all(liveness.probe() for _ in range(PROBES)) and not liveness.probe()
+        assert liveness.check()
+    liveness.on_data()
+    assert all(liveness.check() for _ in range(PROBES)) and not liveness.check()
 
 
 def test_kv_on_its_way_is_life() -> None:
     liveness = Liveness(5.0)
-    assert all(liveness.probe(receiving=True) for _ in range(10 * PROBES))
-    assert all(liveness.probe() for _ in range(PROBES - 1)) and not liveness.probe()
+    assert all(liveness.check(receiving=True) for _ in range(10 * PROBES))
+    assert all(liveness.check() for _ in range(PROBES - 1)) and not liveness.check()
 
 
 def test_a_time_without_probes_does_not_count() -> None:
     liveness = Liveness(5.0)
     for _ in range(PROBES - 1):
-        liveness.probe()
-    liveness.begin()
-    assert all(liveness.probe() for _ in range(PROBES - 1)) and not liveness.probe()
+        liveness.check()
+    liveness.reset()
+    assert all(liveness.check() for _ in range(PROBES - 1)) and not liveness.check()
 
 
 def test_failures_are_logged_at_once_and_then_once_a_minute() -> None:

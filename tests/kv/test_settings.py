@@ -35,7 +35,7 @@ def test_the_secret_comes_from_the_environment() -> None:
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
-        ({"kv_buffer": 1}, "'kv_buffer' is not known"),
+        ({"kv_buffer": 1}, "'kv_buffer' is unknown"),
         ({"transport": "rdma"}, "transport"),
         ({"load_timeout_s": 0}, "load_timeout_s"),
         ({"load_timeout_s": "soon"}, "load_timeout_s"),
@@ -43,7 +43,7 @@ def test_the_secret_comes_from_the_environment() -> None:
         ({"hold_fraction": 1.5}, "hold_fraction"),
         ({"listen": "localhost"}, "localhost"),
         ({"peers": ["everywhere"]}, "everywhere"),
-        ({"proxy_ip": "127.0.0.1", "proxy_port": 1}, "belong together"),
+        ({"proxy_ip": "127.0.0.1", "proxy_port": 1}, "must be set together"),
         ({"staging_buffers": 1}, "staging_buffers"),
     ],
 )

@@ -102,4 +102,4 @@ async def test_weights_that_are_updated_in_place_end_the_exchange(engines: Engin
             assert answer.status == 200, await answer.text()
     got, own, loaded = await _through(engines, engines.same, "updated")
     assert got == own and loaded == 0
-    assert "weights are written in place (reload_weights)" in engines.same.log.read_text()
+    assert "weights are updated in place (reload_weights)" in engines.same.log.read_text()

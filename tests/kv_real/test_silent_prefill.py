@@ -27,7 +27,7 @@ async def test_requests_on_a_stopped_prefill_are_computed_long_before_their_dead
         )
         assert time.monotonic() - start < LOAD_SECONDS - 1, "liveness probes notice, not the deadline"
         assert [texts(answer) for answer in found] == want
-        assert "has not answered 10 liveness probes" in trio.decode.log.read_text()
+        assert "did not answer 10 liveness probes" in trio.decode.log.read_text()
     finally:
         os.killpg(trio.prefill.process.pid, signal.SIGCONT)
     before = (await trio.decode.tokens_by_source()).get("external_kv_transfer", 0.0)

@@ -69,7 +69,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, 
 
 @pytest.fixture
 async def proxy(engines: tuple[Engine, Engine, Engine]) -> AsyncIterator[Proxy]:
-    prefill, decode, _ = ((StaticInstance(f"127.0.0.1:{one.port}", nixl=True),) for one in engines)
+    prefill, decode, _ = ((StaticInstance(f"127.0.0.1:{one.port}", protocol="nixl"),) for one in engines)
     async with running_proxy(prefill=prefill, decode=decode, probe_interval=5.0) as found:
         await asyncio.wait_for(found.until_pairs(), 60)
         yield found

@@ -29,7 +29,7 @@ def outcome(route: Route, raw: bytes, wanted: AffinityNeeds | None) -> Any:
         return error.status, error.message
     decode = found.decode_body if found.decode_body == raw else json.loads(found.decode_body)
     rest = (found.model, found.choices, found.prefill_answers, found.limit, found.streams)
-    return json.loads(found.prefill_body), decode, json.loads(found.drain_body), str(found.refusal), rest
+    return json.loads(found.prefill_body), decode, json.loads(found.kv_release_body), str(found.refusal), rest
 
 
 BODIES: list[tuple[Route, dict[str, Any]]] = [

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES, ROUTES, Route
-from disagg_proxy.openai.prefix_hash import ENDS, MOST, NO_AFFINITY, Affinity, AffinityNeeds, affinity
+from disagg_proxy.openai.prefix_hash import ENDS, MAX_BYTES, NO_AFFINITY, Affinity, AffinityNeeds, affinity
 from disagg_proxy.openai.prepare import prepare
 
 PREFIX = AffinityNeeds(prefix=True)
@@ -34,7 +34,7 @@ def said(*texts: str) -> list[dict[str, str]]:
     return [{"role": "user" if at % 2 == 0 else "assistant", "content": text} for at, text in enumerate(texts)]
 
 
-@given(st.integers(0, MOST + 9000), st.integers(0, 9000))
+@given(st.integers(0, MAX_BYTES + 9000), st.integers(0, 9000))
 def test_texts_have_in_common_what_is_the_same(same: int, rest: int) -> None:
     one = look(COMPLETIONS, prompt=TEXT[:same] + "x" * rest)
     other = look(COMPLETIONS, prompt=TEXT[:same] + "y" * rest)

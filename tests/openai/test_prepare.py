@@ -21,7 +21,7 @@ def on_prefill(route: Route, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def on_drain(route: Route, body: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(prepare(route, json.dumps(body).encode()).drain_body)
+    return json.loads(prepare(route, json.dumps(body).encode()).kv_release_body)
 
 
 # (max_completion_tokens, max_tokens) of the client and of prefill; None stands for an absent field.
@@ -187,7 +187,7 @@ def test_steering_is_stripped_from_every_body(route) -> None:
     }
     prepared = prepare(route, json.dumps(body).encode())
     assert json.loads(prepared.decode_body) == {"max_tokens": 3, "vllm_xargs": {"kept": 1}}
-    for raw in (prepared.prefill_body, prepared.drain_body):
+    for raw in (prepared.prefill_body, prepared.kv_release_body):
         assert b"kv_transfer_params" not in raw and b"request_id" not in raw
 
 

@@ -1,4 +1,4 @@
-"""The proxy and its pair are those of tests/machine.py; browsers."""
+"""The proxy and its pair are those of tests/simulated.py; browsers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.machine import machine, pair
 from tests.page.browser import Browser, chromium
+from tests.simulated import machine, pair
 
 __all__ = ["machine", "pair"]
 

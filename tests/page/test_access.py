@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import soon
-from tests.machine import REQUESTS
 from tests.page.browser import needs_browser
 from tests.page.test_browser import says
+from tests.simulated import REQUESTS
 
 pytestmark = [
     needs_browser,

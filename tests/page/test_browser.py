@@ -10,8 +10,8 @@ import pytest
 from disagg_proxy.cluster.instance import State
 from disagg_sim import expected_chat_text, expected_text
 from tests.conftest import running_proxy, soon
-from tests.machine import REQUESTS
 from tests.page.browser import needs_browser
+from tests.simulated import REQUESTS
 
 pytestmark = needs_browser
 

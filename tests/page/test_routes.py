@@ -13,7 +13,7 @@ from disagg_proxy.cluster.instance import State
 from disagg_proxy.page.document import document
 from disagg_proxy.page.feed import joined
 from tests.conftest import soon
-from tests.machine import REQUESTS, check_error
+from tests.simulated import REQUESTS, check_error
 
 KEY = pytest.mark.settings(api_key="sesame")
 FEED = "/dashboard/events"

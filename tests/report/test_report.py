@@ -11,7 +11,7 @@ import pytest
 
 from disagg_report.cli import main
 from disagg_report.folder import read_report, write_rate
-from disagg_report.own_client import OwnClient
+from disagg_report.open_loop import OpenLoopClient
 from disagg_report.plots import NoPlots, draw
 from disagg_report.records import Measurement, Shot
 from disagg_report.summary import summary
@@ -87,9 +87,9 @@ def test_the_page_has_the_figures_the_power_and_the_warnings(tmp_path: Path) -> 
 def test_real_engines_are_not_called_simulated(tmp_path: Path) -> None:
     report = read_report(written(tmp_path, {"pd": GOOD}))
     assert "SIMULATED" not in summary(report, []) and "project's own" not in summary(report, [])
-    own = replace(report.setups[0], setup=setup("s", "pd", client=OwnClient.name, no_power="there is no driver"))
+    own = replace(report.setups[0], setup=setup("s", "pd", client=OpenLoopClient.name, no_power="there is no driver"))
     page = summary(replace(report, setups=(own,)), [])
-    assert "**Load generator: the project's own**" in page and "No figures of power: there is no driver." in page
+    assert "**Load generator: the project's own**" in page and "Power was not measured: there is no driver." in page
 
 
 def test_plots_of_several_setups(tmp_path: Path) -> None:

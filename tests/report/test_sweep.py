@@ -13,7 +13,7 @@ import pytest
 from disagg_report.arrivals import Workload
 from disagg_report.client import ClientFailed, Watch
 from disagg_report.folder import read_report, setup_folder, write_header
-from disagg_report.own_client import OwnClient
+from disagg_report.open_loop import OpenLoopClient
 from disagg_report.power import PowerMeter
 from disagg_report.progress import Progress
 from disagg_report.rates import Ended
@@ -40,7 +40,7 @@ class MadeUp:
         return replace(one, interrupted=stop.is_set())
 
 
-class Warm(OwnClient):
+class Warm(OpenLoopClient):
     """Warm-ups that end as they are told to."""
 
     def __init__(self, shots: Sequence[Shot]) -> None:
@@ -109,7 +109,7 @@ async def test_a_list_of_rates(tmp_path: Path) -> None:
 async def test_no_rate_begins_when_the_time_is_over(tmp_path: Path) -> None:
     run = Run(tmp_path, MadeUp(1e9), time_limit=-1)
     assert await run() is Ended.TIME
-    assert run.rates() == [] and "time was over" in run.ended()
+    assert run.rates() == [] and "time limit expired" in run.ended()
 
 
 async def test_interrupted_it_keeps_the_rates_before(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Checkout:
         self.folder = folder
         self.machine = machine
         folder.mkdir()
-        shutil.copytree(REPOSITORY / "script", folder / "script")
+        shutil.copytree(REPOSITORY / "disagg_machine", folder / "disagg_machine")
         shutil.copy(REPOSITORY / "test_single_machine.sh", folder)
         (folder / "disagg_prefill_proxy_server.py").write_text("import script_probe, sys; sys.exit(sys.prefix)\n")
         (folder / "requirements-proxy.txt").write_text("script-probe>=1\n")
@@ -63,7 +63,7 @@ def checkout(tmp_path: Path, machine: Machine) -> Checkout:
 
 def test_made_repaired_and_brought_up_to_date(checkout: Checkout) -> None:
     made = checkout.all()
-    assert "lacks or has too old: script-probe" in made.stderr
+    assert "missing or too old: script-probe" in made.stderr
     assert "is ready" in made.stderr
     # The proxy ran with the environment's Python, which is what it says before it fails.
     assert f"    {checkout.venv}" in made.stderr

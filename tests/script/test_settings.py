@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from disagg_machine.settings import LOCAL_MODELS, default_model
 from tests.script.machine import REPOSITORY, SCRIPT, Machine
 
 
@@ -46,27 +47,17 @@ def test_defaults(machine: Machine) -> None:
     names = [*DEFAULTS, "MODEL"]
     found = shown(machine, **dict.fromkeys(names, ""))
     assert {name: found[name] for name in DEFAULTS} == {name: (value, "default") for name, value in DEFAULTS.items()}
-    copies = re.search(r"^LOCAL_MODELS=\((.*)\)$", (REPOSITORY / "script/settings.sh").read_text(), re.M)
-    assert copies is not None
-    there = [folder for folder in copies[1].split() if os.path.exists(folder)]
+    there = [folder for folder in LOCAL_MODELS if os.path.exists(folder)]
     assert found["MODEL"] == ((there or ["Qwen/Qwen3-4B"])[0], "default")
 
 
 def test_the_documented_default_model_has_a_local_copy_tried_first(machine: Machine, tmp_path: Path) -> None:
     assert "| `MODEL` | `Qwen/Qwen3-4B` |" in machine.ok("config", "--markdown", "en").stdout
     assert "MODEL=Qwen/Qwen3-4B" in machine.ok("help").stdout
-    script = (
-        f"source '{REPOSITORY}/script/settings_table.sh'; source '{REPOSITORY}/script/settings.sh'; UI_LANGUAGE=en; "
-        'settings_init; LOCAL_MODELS=("$@"); default_model'
-    )
-
-    def default(*copies: str) -> str:
-        return subprocess.run(["bash", "-c", script, "-", *copies], capture_output=True, text=True, check=True).stdout
-
     copy = tmp_path / "a copy"
     copy.mkdir()
-    assert default(f"{tmp_path}/none", str(copy), str(tmp_path)) == str(copy)
-    assert default(f"{tmp_path}/none") == "Qwen/Qwen3-4B"
+    assert default_model([f"{tmp_path}/none", str(copy), str(tmp_path)]) == str(copy)
+    assert default_model([f"{tmp_path}/none"]) == "Qwen/Qwen3-4B"
 
 
 def test_environment_wins_over_file_and_file_over_default(machine: Machine, tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_proxy.cluster.progress import ProgressTracker
-from disagg_proxy.coordinator.head import RequestHead
+from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineDisconnected
 from disagg_proxy.http1.headers import ForwardedHeaders, ResponseHeaders
 from disagg_proxy.openai.fields import COMPLETIONS
-from disagg_proxy.openai.request_id_rewriter import NoRewriting
 from disagg_proxy.openai.usage import UsageRepair
+from disagg_proxy.request_id import NoRewriting
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.server import fast_path
 from disagg_proxy.telemetry.request_recorder import RequestRecorder

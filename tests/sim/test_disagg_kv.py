@@ -19,7 +19,7 @@ from disagg_kv.protocol.frames import encode as frame
 from disagg_kv.protocol.handshake import Refused
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
+from disagg_proxy.connectors.disagg_kv import KIND
 from disagg_proxy.discovery.announcement import decode as decode_ping
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_sim import SimConfig, SimEngine, encode, expected_chat_text, expected_text
@@ -37,7 +37,7 @@ MESSAGE = [{"role": "user", "content": PROMPT}]
 async def released(address: str, transfer: str) -> None:
     """As the proxy does it."""
     kv = parse_address(address)
-    await KvControl("", 5.0).release(Instance(Role.DECODE, kv, kv, Source.PING, KvKind(DISAGG_KV)), transfer)
+    await KvControl("", 5.0).release(Instance(Role.DECODE, kv, kv, Source.PING, KIND), transfer)
 
 
 @pytest.fixture

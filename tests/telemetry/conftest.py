@@ -1,4 +1,4 @@
-"""The proxy and its pair are those of tests/machine.py; records by themselves, on a clock that the test moves."""
+"""The proxy and its pair are those of tests/simulated.py; records by themselves, on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.telemetry.stats import Stats
 from disagg_proxy.telemetry.timeseries import TimeSeries
 from tests.cluster.conftest import world
-from tests.machine import machine, pair
+from tests.simulated import machine, pair
 
 __all__ = ["machine", "pair", "world"]
 

@@ -16,7 +16,7 @@ from disagg_proxy.telemetry import access_log
 from disagg_proxy.telemetry.access_log import AccessLog
 from tests.command import commands, engine_pairs
 from tests.conftest import running_proxy, soon
-from tests.machine import REQUESTS, Machine
+from tests.simulated import REQUESTS, Machine
 from tests.telemetry.metrics import PAGE
 
 PATH = "/v1/completions"

@@ -6,7 +6,7 @@ import pytest
 
 from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, KvKind
+from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.telemetry.event_log import EventLog
 from disagg_proxy.telemetry.instance_events import InstanceEvents
@@ -104,7 +104,7 @@ def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> Non
 
 def test_a_prefill_that_fits_no_decode_is_logged_once(caplog) -> None:
     def own(weights: str) -> KvKind:
-        return KvKind(DISAGG_KV, (("kv_model", "m"), ("kv_digest", weights)), frozenset({"tcp"}))
+        return KvKind("disagg_kv", (("kv_model", "m"), ("kv_digest", weights)), frozenset({"tcp"}))
 
     def lines() -> list[str]:
         found = [record for record in caplog.records if record.levelname == "WARNING"]

@@ -18,7 +18,7 @@ from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.metrics import metrics_registry
 from disagg_proxy.telemetry.request_recorder import _MOST_MODELS
 from disagg_proxy.telemetry.stats import Histogram
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 from tests.telemetry.metrics import DASHBOARD, PAGE, RULES, described, expressions, listed, named_in
 from tests.test_docs import PAGES
 

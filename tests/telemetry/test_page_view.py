@@ -10,7 +10,7 @@ import pytest
 
 from disagg_proxy.cluster.instance import State
 from tests.conftest import running_proxy, soon
-from tests.machine import REQUESTS, Machine
+from tests.simulated import REQUESTS, Machine
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

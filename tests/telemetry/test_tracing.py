@@ -19,7 +19,7 @@ from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.telemetry.tracing import SpanExporter
 from tests.conftest import running_proxy, soon
 from tests.e2e.together import OWN
-from tests.machine import REQUESTS, Machine
+from tests.simulated import REQUESTS, Machine
 from tests.telemetry.metrics import ROOT
 
 PATH = "/v1/completions"
@@ -218,5 +218,5 @@ def test_a_protocol_that_is_not_spoken_is_refused(monkeypatch) -> None:
 
 
 def test_off_the_packages_are_not_even_loaded() -> None:
-    command = "import disagg_proxy.cli, sys; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    command = "import disagg_proxy.serve, sys; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0

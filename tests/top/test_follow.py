@@ -9,7 +9,7 @@ from aiohttp import web
 
 from disagg_proxy.top.follow import FeedError, NoFeed, WrongKey, views, views_for_ever
 from tests.conftest import running_proxy, soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 

@@ -14,7 +14,7 @@ from disagg_proxy.top.follow import views
 from disagg_proxy.top.screen import screen
 from disagg_proxy.top.words import Words, count, duration, plain, size
 from tests.conftest import soon
-from tests.machine import REQUESTS
+from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
 ASK = REQUESTS[PATH]

@@ -9,6 +9,7 @@ import pytest
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Instance, Role, Source
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.upstream import Response, Upstream
 from tests.conftest import soon
@@ -56,7 +57,7 @@ class Server:
         return [port for _, port in self.asked]
 
     def instance(self, address: str = "") -> Instance:
-        return Instance(Role.DECODE, parse_address(address or self.address), None, Source.STATIC)
+        return Instance(Role.DECODE, parse_address(address or self.address), None, Source.STATIC, P2P)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from disagg_kv.control import Control
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.kv_kind import DISAGG_KV, MOST_RANKS, KvKind
+from disagg_proxy.cluster.kv_kind import MAX_RANKS, KvKind
 from disagg_proxy.upstream.kv_control import KvControl
 from tests.cluster.conftest import World
 
@@ -45,7 +45,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
 
 def instances(tp: int | str) -> tuple[Instance, Instance]:
-    world, kind = World(), KvKind(DISAGG_KV, (("tp", tp),))
+    world, kind = World(), KvKind("disagg_kv", (("tp", tp),))
     return world.ready(Role.PREFILL, 1, kind=kind), world.ready(Role.DECODE, 2, kind=kind)
 
 
@@ -59,7 +59,7 @@ async def test_messages_go_to_every_rank(sent: Sent) -> None:
     assert sorted(sent) == [(f"127.0.0.1:{port}", "meet", "127.0.0.1:1001") for port in (1003, 1004, 1005)]
 
 
-@pytest.mark.parametrize("tp", [1, 0, -1, MOST_RANKS + 1, "many"])
+@pytest.mark.parametrize("tp", [1, 0, -1, MAX_RANKS + 1, "many"])
 async def test_an_invalid_number_of_ranks_counts_as_one(sent: Sent, tp: int | str) -> None:
     await KvControl("", 1.0).release(instances(tp)[0], "t")
     assert sent == [("127.0.0.1:1001", "release", "t")]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from disagg_proxy.admission.limits import Limits
+from disagg_proxy.admission.queue import Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import EngineUse, KvClaim, Lease
 from disagg_proxy.workers.shared_load import RowIndex, WorkerLoad
@@ -215,7 +215,7 @@ def test_another_process_at_the_same_endpoint_keeps_the_slot_and_the_old_legs_en
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
     lease = Lease(worker.world.registry, worker.decode)
-    successor = Instance(Role.DECODE, worker.decode.http, worker.decode.kv, worker.decode.source)
+    successor = Instance(Role.DECODE, worker.decode.http, worker.decode.kv, worker.decode.source, worker.decode.kind)
     worker.ledger.place(successor, worker.decode.slot)
     other.ledger.refresh()
     assert other.decode.in_flight == 1

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from quart import Blueprint, Response, request
 
-from disagg_proxy.coordinator.head import read_head
+from disagg_proxy.coordinator.coordinator import read_head
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError

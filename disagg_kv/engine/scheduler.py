@@ -1,0 +1,181 @@
+"""The connector's scheduler side: which requests load or offer KV, and when. One object per engine, no tensors or
+sockets.
+
+Decode: a request is loaded at most once; however the load ends, the request is an ordinary one afterwards. Of several
+requests with the same key (``n`` > 1) one loads, and the others wait for it and then find its blocks in the prefix
+cache. Prefill: of several requests with the same key one is offered. The blocks of a finished request stay until the
+worker side reports that no sender reads them (``finished_sending``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from disagg_kv.engine import params, versions
+from disagg_kv.engine.adapters import Adapters
+from disagg_kv.engine.params import Transfer
+from disagg_kv.engine.plan import Open, Plan, Progress, StartLoad
+from disagg_kv.protocol.keys import Key
+from disagg_kv.settings import Settings
+
+logger = logging.getLogger("vllm.disagg_kv")
+_MAX_REMEMBERED = 8192
+
+
+@dataclass
+class _Offer:
+    key: Key
+    tokens: int
+    total: int
+    blocks: list[int]
+    computed: bool = False
+
+
+class ConnectorScheduler:
+    """Args:
+    decode: whether this engine loads (kv_consumer) or offers (kv_producer).
+    block_size: tokens of a block.
+    """
+
+    def __init__(self, decode: bool, block_size: int, settings: Settings) -> None:
+        self._decode, self._block, self._settings = decode, block_size, settings
+        self._min_load = settings.min_load_tokens or block_size + 1
+        self._plan = Plan()
+        self._transfers: dict[str, Transfer | None] = {}
+        self._tried: set[str] = set()
+        self._loading: dict[Key, str] = {}
+        self._loaded: OrderedDict[Key, None] = OrderedDict()
+        self._offers: OrderedDict[str, _Offer] = OrderedDict()
+        self._offered: dict[Key, str] = {}
+        self.adapters = Adapters()
+        self._updated = False
+
+    def weights_written(self, method: str) -> None:
+        """Stop offering and loading: an RPC is about to update this engine's weights in place.
+
+        Neither side can tell afterwards which weights the other one computed with.
+        """
+        if self._updated:
+            return
+        logger.error("weights are updated in place (%s): this engine exchanges no KV until it is restarted", method)
+        self._updated = self._plan.updated = True
+        self._plan.drops += [(name, "the weights were updated") for name in self._offers]
+
+    def num_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """Return how many tokens beyond the ``computed`` local ones can be loaded, and whether that is asynchronous."""
+        if not self._decode or self._updated or request.request_id in self._tried:
+            return 0, False
+        transfer = self._transfer(request)
+        if transfer is None:
+            return 0, False
+        if self._loading.get(transfer.key, request.request_id) != request.request_id:
+            return None, False
+        missing = request.num_prompt_tokens - computed
+        if transfer.key in self._loaded:
+            self._tried.add(request.request_id)
+            return 0, False
+        unusable = computed % self._block or request.num_tokens != request.num_prompt_tokens
+        unusable = unusable or transfer.adapter == params.UNCERTAIN
+        if missing < self._min_load or unusable or versions.must_compute_prompt(request):
+            self._tried.add(request.request_id)
+            self._plan.releases.append((transfer.address, transfer.key))
+            return 0, False
+        return missing, True
+
+    def allocated(self, request: Any, blocks: Any, external: int) -> None:
+        """Record that the request has blocks, ``external`` tokens of which are to be loaded (see
+        ``num_matched_tokens``)."""
+        name = request.request_id
+        transfer = self._transfer(request)
+        if transfer is None:
+            return
+        total = -(-request.num_prompt_tokens // self._block)
+        if self._decode:
+            if external > 0:
+                first = (request.num_prompt_tokens - external) // self._block
+                ids = versions.first_group(blocks.get_block_ids())[first:total]
+                self._tried.add(name)
+                self._loading[transfer.key] = name
+                load = StartLoad(name, transfer.key, transfer.address, first, ids, transfer.adapter)
+                self._plan.loads.append(load)
+        elif name not in self._offers and transfer.key not in self._offered and not self._updated:
+            self._offers[name] = _Offer(transfer.key, request.num_prompt_tokens, total, [])
+            self._offered[transfer.key] = name
+            self._plan.opens.append(Open(name, transfer.key, total, transfer.adapter))
+
+    def plan(self, output: Any) -> Plan:
+        """Return what the worker side has to do in the step of this scheduler output."""
+        plan, self._plan = self._plan, Plan()
+        plan.idle = output.total_num_scheduled_tokens == 0
+        if self._offers:
+            for name in output.preempted_req_ids or ():
+                offer = self._offers.get(name)
+                if offer is not None:
+                    offer.computed, offer.blocks = False, []
+                    plan.suspends.append(name)
+            for new in output.scheduled_new_reqs:
+                blocks = versions.first_group(new.block_ids)
+                self._advance(plan, output, new.req_id, blocks, True, new.num_computed_tokens)
+            cached = output.scheduled_cached_reqs
+            for index, name in enumerate(cached.req_ids):
+                if name in self._offers:
+                    blocks, resumed = versions.first_group(cached.new_block_ids[index]), name in cached.resumed_req_ids
+                    self._advance(plan, output, name, blocks, resumed, cached.num_computed_tokens[index])
+        return plan
+
+    def finished(self, request: Any) -> bool:
+        """Record that the request has finished. True if its blocks must stay until the worker side reports it."""
+        name = request.request_id
+        transfer = self._transfer(request)
+        del self._transfers[name]
+        if self._decode:
+            if transfer is not None:
+                if self._loading.get(transfer.key) == name:
+                    self._plan.cancels.append(name)
+                elif name not in self._tried and not self._is_loading_or_loaded(transfer.key):
+                    self._plan.releases.append((transfer.address, transfer.key))
+            self._tried.discard(name)
+            return False
+        offer = self._offers.get(name)
+        if offer is None:
+            return False
+        if not offer.computed or versions.aborted(request):
+            self._plan.drops.append((name, "aborted"))
+        return True
+
+    def transfers_finished(self, sent: set[str], received: set[str]) -> None:
+        """Record requests whose sending or receiving has ended on the worker side."""
+        for name in sent:
+            offer = self._offers.pop(name, None)
+            if offer is not None:
+                self._offered.pop(offer.key, None)
+        if received:
+            for key in [key for key, name in self._loading.items() if name in received]:
+                del self._loading[key]
+                self._loaded[key] = None
+                while len(self._loaded) > _MAX_REMEMBERED:
+                    self._loaded.popitem(last=False)
+
+    def _is_loading_or_loaded(self, key: Key) -> bool:
+        return key in self._loading or key in self._loaded
+
+    def _transfer(self, request: Any) -> Transfer | None:
+        name = request.request_id
+        if name not in self._transfers:
+            transfer = None if self._updated else params.read(request, self._decode, self._settings, self.adapters)
+            self._transfers[name] = transfer
+        return self._transfers[name]
+
+    def _advance(self, plan: Plan, output: Any, name: str, blocks: list[int], resumed: bool, computed: int) -> None:
+        offer = self._offers.get(name)
+        if offer is None or offer.computed or self._updated:
+            return
+        offer.blocks = blocks if resumed else offer.blocks + blocks
+        done = computed + output.num_scheduled_tokens[name]
+        offer.computed = done >= offer.tokens
+        ready = offer.total if offer.computed else done // self._block
+        if ready:
+            plan.progress.append(Progress(name, offer.blocks[: offer.total], ready))

@@ -1,0 +1,200 @@
+"""The connector's worker side, one per rank: it has the cache and the connections. vLLM calls it around every step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import uuid
+
+import torch
+
+from disagg_kv.decode.peer_connection import PeerConnections
+from disagg_kv.decode.pending_loads import Load, PendingLoads
+from disagg_kv.engine.announce import Announcer
+from disagg_kv.engine.fences import StepFence
+from disagg_kv.engine.layout import TorchCache
+from disagg_kv.engine.plan import Plan
+from disagg_kv.prefill.send_queue import SendQueue
+from disagg_kv.prefill.server import Server
+from disagg_kv.protocol.handshake import Identity, Shape
+from disagg_kv.settings import Settings
+from disagg_kv.tally import Tally
+from disagg_kv.trace import Trace
+from disagg_kv.transport.factory import RankContext
+
+logger = logging.getLogger("vllm.disagg_kv")
+_SWITCH_SECONDS = 0.0005
+"""A busy engine thread may delay the transfer threads by this interval (Python's default: 5 ms)."""
+
+
+class ConnectorWorker:
+    """No-op until ``register`` has been called."""
+
+    def __init__(
+        self,
+        decode: bool,
+        settings: Settings,
+        model: tuple[str, str],
+        block_size: int,
+        tp: int,
+        rank: int,
+        port: int,
+        host: str,
+        overlap: bool,
+    ) -> None:
+        """Args:
+        decode: whether this engine loads (kv_consumer) or offers (kv_producer).
+        model: name and digest.
+        block_size: tokens of a block.
+        tp: tensor parallel size.
+        rank: tensor parallel rank; added to ``port``.
+        host: IP address to announce.
+        overlap: whether layers may be sent while later ones are computed.
+        """
+        self._decode, self._settings = decode, settings
+        self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
+        self._port, self._host = port, host
+        self._overlap = overlap and not decode
+        self._step: StepFence | None = None
+        self._failed: set[int] = set()
+        self._ready = False
+
+    def register(self, layers: dict[str, torch.Tensor], num_blocks: int) -> None:
+        """Take the cache and open the KV port.
+
+        Raises:
+            Unsupported: this cache cannot be moved.
+            OSError: the port is taken.
+        """
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
+        settings, role = self._settings, "decode" if self._decode else "prefill"
+        self._cache = cache = TorchCache(layers, num_blocks)
+        name, digest = self._model
+        shape = Shape(name, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes, self._tp,
+                      digest)  # fmt: skip
+        identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
+        context = RankContext(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
+        transports = context.transports()
+        self._overlap = self._overlap and any(context.overlaps(name) for name in transports)
+        self._context = context
+        hold_blocks = max(1, int(num_blocks * settings.hold_fraction))
+        self._send_queue = SendQueue(settings.hold_timeout_s, settings.max_waiting, hold_blocks=hold_blocks)
+        self._tally = Tally(
+            "prompts computed here because their KV was not received" if self._decode
+            else "prompts whose KV was computed but never fetched", logger.warning,
+        )  # fmt: skip
+        self._pending = PendingLoads()
+        self._connections = PeerConnections(context, self._pending)
+        self._server = Server(
+            context, self._send_queue, self._port + self._rank, self._pending.release,
+            self._connections.connect if self._decode else None,
+        )  # fmt: skip
+        self._announcer: Announcer | None = None
+        if settings.proxy_ip and self._rank == 0:
+            self._announcer = Announcer(settings, identity, self._host, self._server.port, transports)
+        self._ready = True
+        logger.info(
+            "KV connector: %s, model %s@%s, rank %d of %d, KV port %s:%d, transports %s, %d planes of %d bytes per "
+            "block, layout %s", role, name, digest[:12], self._rank, self._tp, settings.listen, self._server.port,
+            "/".join(transports), cache.planes, cache.row_bytes, cache.layout,
+        )  # fmt: skip
+
+    def on_preemption(self, plan: Plan) -> None:
+        """Stop reading blocks of preempted requests, which this step may overwrite."""
+        for name in plan.suspends:
+            if not self._send_queue.suspend(name, self._settings.stall_timeout_s):
+                logger.warning("aborted a transfer of the preempted request %s", name)
+
+    def layer_enqueued(self, plan: Plan, layer: str) -> None:
+        """Record that the GPU has this layer's work; its KV may be sent once that is complete."""
+        if not plan.progress or not self._overlap or layer not in self._cache.layers:
+            return
+        if self._step is None:
+            self._open(plan)
+            self._advance(plan, StepFence(self._cache.planes))
+        assert self._step is not None
+        self._step.layer(*self._cache.layers[layer], self._cache.mark())
+
+    def begin(self, plan: Plan) -> None:
+        """Start and end what the plan names. vLLM calls it before the layers up to 0.26, after them later."""
+        if not self._ready:
+            return
+        if plan.updated:
+            self._renew()
+        self._open(plan)
+        for name, reason in plan.drops:
+            self._send_queue.drop(name, reason)
+        for name in plan.cancels:
+            self._pending.cancel(name)
+        for address, key in plan.releases:
+            self._connections.release(address, key)
+        if plan.loads:
+            fence, deadline = self._cache.mark(), time.monotonic() + self._settings.load_timeout_s
+            for load in plan.loads:
+                self._connections.start(
+                    Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence, adapter=load.adapter),
+                    load.address,
+                )
+
+    def computed(self, plan: Plan) -> None:
+        """Record that the GPU has all work of the step; its KV may be sent once that is complete."""
+        if plan.progress and self._ready:
+            fence = self._step or StepFence(self._cache.planes)
+            fence.finish(self._cache.mark())
+            if self._step is None:
+                self._advance(plan, fence)
+            self._step = None
+            self._context.trace("computed", requests=len(plan.progress))
+
+    def finished(self, plan: Plan | None, finished_ids: set[str]) -> tuple[set[str], set[str]]:
+        """Return requests whose sending and whose receiving has ended.
+
+        Args:
+            finished_ids: requests that the engine has finished since the last call.
+        """
+        if not self._ready:
+            return set(), set()
+        self._send_queue.finish(finished_ids)
+        if plan is not None and plan.idle and self._settings.idle_wait_ms:
+            transfers = self._pending if self._decode else self._send_queue
+            transfers.wait(self._settings.idle_wait_ms / 1000)
+        sent = self._send_queue.collect()
+        collected = self._pending.collect()
+        self._connections.give_up(collected.unwanted)
+        self._failed |= collected.failed_blocks
+        self._tally.add(collected.reasons if self._decode else self._send_queue.take_unfetched().elements())
+        for name in collected.requests:
+            self._context.trace("loaded", request=name, failed=len(collected.failed_blocks))
+        return sent, set(collected.requests)
+
+    def take_failed(self) -> set[int]:
+        """Return the blocks of loads that failed, each once."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def _renew(self) -> None:
+        """End every connection and become incompatible with all peers: the weights are updated in place."""
+        self._context.renew()
+        self._connections.close()
+        self._server.disconnect()
+        if self._announcer is not None:
+            self._announcer.renew(self._context.identity)
+
+    def _open(self, plan: Plan) -> None:
+        opens, plan.opens = plan.opens, []
+        for opening in opens:
+            self._send_queue.open(opening.key, opening.request, opening.total, opening.adapter)
+
+    def _advance(self, plan: Plan, fence: StepFence) -> None:
+        self._step = fence
+        for step in plan.progress:
+            self._send_queue.progress(step.request, step.blocks, step.ready, fence)
+
+    def close(self) -> None:
+        if self._ready:
+            self._ready = False
+            if self._announcer is not None:
+                self._announcer.close()
+            self._server.close()
+            self._connections.close()

@@ -1,0 +1,39 @@
+"""`bench`: a report over request rates (disagg_report) of what runs, of plain engines on the same GPUs beside it, or of
+each split of the GPUs into prefill and decode. ``bench --once`` is one load without a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from disagg_machine.context import Context
+from disagg_machine.messages import die
+
+OPTIONS = ("--once", "--ratio", "--against-plain")
+
+
+def cmd_bench(context: Context, words: Sequence[str]) -> int:
+    """``bench [--ratio] [--against-plain] [--once]``.
+
+    Raises:
+        MachineError: what keeps it from beginning.
+    """
+    for word in words:
+        if word not in OPTIONS:
+            raise die(2, "unknown_argument", "bench", word)
+    once, ratio, plain = (option in words for option in OPTIONS)
+    if once and (ratio or plain):
+        raise die(2, "bench_once_alone")
+    if ratio or plain:
+        from disagg_machine.bench.setups import compare
+
+        return compare(context, ratio, plain)
+    from disagg_machine import service
+
+    answer = service.need_proxy(context)
+    if once:
+        from disagg_machine.bench.once import run
+
+        return run(context)
+    from disagg_machine.bench.running import measure
+
+    return measure(context, answer)

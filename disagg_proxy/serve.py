@@ -1,0 +1,61 @@
+"""The proxy as a process: settings, log, listening socket, signals; apart from the command, whose others start faster.
+
+Exit codes: 0 stopped by signals, 1 a port is taken or no worker starts, 2 a bad setting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from disagg_proxy.config import Config, ConfigError, load
+from disagg_proxy.discovery.listener import BindError
+from disagg_proxy.server.http_server import Server, listen, server_config
+from disagg_proxy.services import Services
+from disagg_proxy.telemetry.logs import configure_logging
+from disagg_proxy.workers.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the proxy with these flags until SIGINT or SIGTERM, and return the exit code."""
+    try:
+        config = load(argv, os.environ)
+    except ConfigError as error:
+        print(f"disagg-proxy: {error}", file=sys.stderr)
+        return 2
+    configure_logging(config)
+    # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if config.workers > 1:
+            return asyncio.run(Supervisor(config, argv).run())
+        listening = listen(config)
+        services = Services(config)
+    except BindError as error:
+        print(f"disagg-proxy: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    with contextlib.suppress(KeyboardInterrupt):
+        _serve(config, services, listening)
+    return 0
+
+
+def _serve(config: Config, services: Services, listening: socket.socket) -> None:
+    host, port = listening.getsockname()[:2]
+    log.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    server = Server(server_config(config, services), services)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+    if not server.started:
+        raise RuntimeError("the proxy did not start; its log has the cause")
