@@ -133,8 +133,8 @@ class Services:
     async def stop(self) -> None:
         """Wait for work on the instances within the shutdown grace, then close everything."""
         self.shutdown.begin()
-        await self.shutdown.wait(self.background.ended(), self.shutdown.left)
-        await self.background.give_up()
+        await self.shutdown.wait(self.background.ended(), self.shutdown.remaining)
+        await self.background.cancel_all()
         if self._sample_timer is not None:
             self._sample_timer.cancel()
         if self._stall_detector is not None:

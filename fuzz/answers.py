@@ -83,13 +83,13 @@ def _at_once(route: Route, body: bytes, use: CachedTokens) -> bytes:
 def check_pieces(route: Route, pieces: list[bytes], body: bytes, use: CachedTokens) -> None:
     """Relay's two filters, as it joins them."""
     assert b"".join(pieces) == body
-    hider, repair = RequestIdRewriter(ID), UsageRepair(route, use)
+    rewriter, repair = RequestIdRewriter(ID), UsageRepair(route, use)
     passed, fed = [], 0
     for piece in pieces:
         fed += len(piece)
-        passed.append(repair.feed(hider.feed(piece)))
+        passed.append(repair.feed(rewriter.feed(piece)))
         assert sum(map(len, passed)) >= (fed - MOST_HELD) // 4, "too much is held back"
-    passed.append(repair.feed(hider.end()) + repair.end())
+    passed.append(repair.feed(rewriter.end()) + repair.end())
     whole = _at_once(route, hide(ID, body), use)
     got = b"".join(passed)
     assert got == whole, f"in pieces {got!r}, whole {whole!r}"

@@ -12,11 +12,11 @@ from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import Engines, Request
-from disagg_proxy.downstream.refusal import Refusal, refusal
+from disagg_proxy.downstream.refusal import ClientResponse, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
-from disagg_proxy.http1.headers import answer_headers
+from disagg_proxy.http1.headers import forwarded_response_headers
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.usage import UsageRepair
 from disagg_proxy.request_id import RequestId, RequestIdRewriter
@@ -61,13 +61,13 @@ class Attempt:
     # -- the legs
 
     def send_prefill(
-        self, lease: Lease, body: bytes, silence: float, pending: PendingResponse | None, fresh: bool = False
+        self, lease: Lease, body: bytes, idle_timeout: float, pending: PendingResponse | None, fresh: bool = False
     ) -> Awaitable[Response]:
         """Send prefill's leg and wait for its complete answer. It is idempotent: after a kept connection closed it is
         sent once more over a fresh one.
 
         Args:
-            silence: seconds that may pass without a byte from prefill.
+            idle_timeout: seconds that may pass without a byte from prefill.
             fresh: use a new connection, once.
 
         Raises:
@@ -75,7 +75,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", lease.instance, self.request.route.path, headers=self._prefill_headers, body=body,
-            silence=silence, leg="prefill", fresh=fresh, enough=ReadUntil.WHOLE,
+            idle_timeout=idle_timeout, leg="prefill", fresh=fresh, until=ReadUntil.COMPLETE,
             resend=Resend.NEVER if fresh else Resend.REUSED, pending=pending,
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ class Attempt:
         self,
         body: bytes,
         *,
-        enough: ReadUntil,
+        until: ReadUntil,
         resend: Resend,
         resend_body: bytes | None = None,
         fresh: bool = False,
@@ -95,7 +95,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", self.decode, self.request.route.path, headers=self._decode_headers, body=body,
-            silence=self._engines.config.decode_timeout, leg="decode", fresh=fresh, enough=enough, resend=resend,
+            idle_timeout=self._engines.config.decode_timeout, leg="decode", fresh=fresh, until=until, resend=resend,
             resend_body=resend_body, pending=self._decoding,
         )  # fmt: skip
 
@@ -119,7 +119,7 @@ class Attempt:
     # -- the answer
 
     async def deliver(
-        self, reply: Reply, answer: Response, hider: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
+        self, reply: Reply, answer: Response, rewriter: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
     ) -> None:
         """Stream decode's 200 to the client until it ends or the client leaves.
 
@@ -131,15 +131,15 @@ class Attempt:
         """
         try:
             # Before the first byte a failure can still get its own status.
-            await answer.until(ReadUntil.BEGUN)
+            await answer.wait_until(ReadUntil.BODY_STARTED)
         except BaseException:
             answer.close()
             raise
         pending, record = self.decoding, self.request.record
         pending.on_data()
-        stream = ResponseStream(answer, hider, repair, pending, record)
+        stream = ResponseStream(answer, rewriter, repair, pending, record)
         record.begin_answer(True)
-        reply.send(Refusal(200, answer_headers(answer.headers, public), stream))
+        reply.send(ClientResponse(200, forwarded_response_headers(answer.headers, public), stream))
         await stream.finished
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 

@@ -89,8 +89,8 @@ class P2pAttempt(Attempt):
         return answer
 
     def _send_prefill(self, lease: Lease, fresh: bool) -> Awaitable[Response]:
-        silence = self._engines.config.prefill_timeout * _ABANDON_FACTOR
-        return self.send_prefill(lease, self.prepared.prefill_body, silence, None, fresh)
+        idle_timeout = self._engines.config.prefill_timeout * _ABANDON_FACTOR
+        return self.send_prefill(lease, self.prepared.prefill_body, idle_timeout, None, fresh)
 
     def keep_for_release(self) -> None:
         """This attempt's KV is, or may come to be, on decode: keep what its release needs, although the request drops
@@ -143,9 +143,9 @@ class P2pAttempt(Attempt):
             raise NotSent(decode_went_away())
         streams = self.request.prepared.streams
         self._watch(expects_output=streams)
-        enough = ReadUntil.BEGUN if streams else ReadUntil.WHOLE
+        until = ReadUntil.BODY_STARTED if streams else ReadUntil.COMPLETE
         try:
-            return await self.send_decode(self.request.prepared.decode_body, enough=enough, resend=Resend.UNSENT)
+            return await self.send_decode(self.request.prepared.decode_body, until=until, resend=Resend.UNSENT)
         except ProxyError as error:
             self.blame_decode(error)
             if isinstance(error, EngineUnreachable):
@@ -163,7 +163,7 @@ class P2pAttempt(Attempt):
         self._watch(expects_output=True)
         try:
             body = self.prepared.kv_release_body
-            answer = (await self.send_decode(body, enough=ReadUntil.WHOLE, resend=Resend.NEVER, fresh=True)).read()
+            answer = (await self.send_decode(body, until=ReadUntil.COMPLETE, resend=Resend.NEVER, fresh=True)).read()
             if answer.status == 200:
                 self.decoding.on_data()
             return answer

@@ -19,10 +19,10 @@ from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failure
 from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.downstream.refusal import Refusal, prefill_refusal
+from disagg_proxy.downstream.refusal import ClientResponse, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
-from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
 from disagg_proxy.request_id import NoRewriting, RequestId
@@ -133,9 +133,9 @@ class RecomputingAttempt(Attempt):
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
         """
         self.request.record.ask_decode()
-        enough = ReadUntil.BEGUN if self.request.prepared.streams else ReadUntil.WHOLE
+        until = ReadUntil.BODY_STARTED if self.request.prepared.streams else ReadUntil.COMPLETE
         try:
-            answer = await self.send_decode(body, enough=enough, resend=Resend.REUSED, resend_body=resend_body)
+            answer = await self.send_decode(body, until=until, resend=Resend.REUSED, resend_body=resend_body)
         except ProxyError as error:
             self.blame_decode(error)
             raise
@@ -155,12 +155,12 @@ class RecomputingAttempt(Attempt):
             return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
-            await answer.until(ReadUntil.BEGUN)
+            await answer.wait_until(ReadUntil.BODY_STARTED)
             self.placement.release_kv()
             request.prepared.forget_bodies()
             await self.deliver(reply, answer, NoRewriting(), self.repair, None)
             return
-        whole = await answer.whole()
+        whole = await answer.read_all()
         self.decoding.on_data()
         self.placement.release_kv()
         await self.prompt_counted(whole)
@@ -171,7 +171,11 @@ class RecomputingAttempt(Attempt):
         record.complete()
         self.end_decode(failed=False)
         reply.send(
-            Refusal(200, answer_headers(answer.headers, None), repair_usage(request.route, whole.body, self.repair.use))
+            ClientResponse(
+                200,
+                forwarded_response_headers(answer.headers, None),
+                repair_usage(request.route, whole.body, self.repair.use),
+            )
         )
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:
@@ -197,7 +201,7 @@ class RecomputingAttempt(Attempt):
         prefill.prefills_refused += 1
 
     async def _refused(self, reply: Reply, answer: Response) -> None:
-        refused = await answer.whole()
+        refused = await answer.read_all()
         # The KV stays claimed: prefill still holds it, and gets a RELEASE at the end of the attempt.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
         self.refuse(reply, refused, "decode")

@@ -18,7 +18,7 @@ from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_proxy.health.prober import Prober
-from disagg_proxy.http1.headers import encode_headers
+from disagg_proxy.http1.head_writer import header_lines
 from disagg_proxy.telemetry.stats import RegistrationCounts
 from disagg_proxy.upstream import Upstream
 
@@ -73,7 +73,7 @@ class Discovery:
         )
         self.refused: Counter[str] = Counter()
         key = config.engine_api_key
-        self.headers = encode_headers({"authorization": f"Bearer {key}"} if key else {})
+        self.headers = header_lines([(b"authorization", f"Bearer {key}".encode())] if key else [])
         self._forwarder = Forwarder(config.forward_registrations if pings is None else ())
         self._prober: Prober | None = None
         self._liveness: LivenessConnections | None = None

@@ -131,9 +131,9 @@ class Prober:
     async def _get(self, instance: Instance, path: str) -> CompleteResponse:
         try:
             answer = await self._upstream.request(
-                "GET", instance, path, headers=self._headers, silence=self._interval, leg=instance.role.value
+                "GET", instance, path, headers=self._headers, idle_timeout=self._interval, leg=instance.role.value
             )
-            complete = await answer.whole()
+            complete = await answer.read_all()
         except EngineUnreachable as error:
             if error.refused:
                 raise _NotServing("its HTTP port refuses connections", gone=True) from None

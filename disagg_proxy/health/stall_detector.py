@@ -245,9 +245,9 @@ class StallDetector:
         """The engine's counters; empty when its /metrics have none, None when they do not answer."""
         try:
             answer = await self._upstream.request(
-                "GET", instance, "/metrics", headers=self._headers, silence=2.0, leg=instance.role.value
+                "GET", instance, "/metrics", headers=self._headers, idle_timeout=2.0, leg=instance.role.value
             )
-            complete = await answer.whole()
+            complete = await answer.read_all()
         except ProxyError:
             return None
         return engine_counters(complete.body) if complete.status == 200 else ()

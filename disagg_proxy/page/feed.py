@@ -4,7 +4,7 @@ One view a second is made for all viewers together, and none while nobody looks.
 (``event: view``), then what has changed (``event: update``): :func:`changes` says how, and whoever reads the feed puts
 it together again with :func:`joined` or its like in ``web/model.js``. Nothing is queued for a viewer: one that comes
 late gets the newest view whole, and one that reads nothing is left waiting in its own connection. At the end each gets
-``event: end``, and who is not reading then is dropped (``last_call`` in server/client_connection.py).
+``event: end``, and who is not reading then is dropped (``begin_shutdown`` in server/connection_lifecycle.py).
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ class WorkerServer(Server):
         """By the supervisor, who says so once where a terminal or a service manager may say it to all."""
         begun = self._services.shutdown.begun.is_set()
         if not begun:
-            self.signalled()
+            self.on_signal()
         if at_once:
-            self.signalled()
+            self.on_signal()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the services, then take connections."""

@@ -268,7 +268,7 @@ async def running_machine(
             raise RuntimeError(f"not ready: {missing_roles(machine.services.registry)}")
         yield machine
     finally:
-        machine.server.signalled()
+        machine.server.on_signal()
         await asyncio.gather(serving, return_exceptions=True)
         await asyncio.gather(*(slot.engine.stop() for slot in machine.slots))
         machine.socket.close()

@@ -46,7 +46,7 @@ class Upstream:
         async def read() -> CompleteResponse:
             return whole
 
-        return SimpleNamespace(status=outcome, whole=read, read=lambda: whole)
+        return SimpleNamespace(status=outcome, read_all=read, read=lambda: whole)
 
 
 class KvPorts:

@@ -54,7 +54,7 @@ class Hanging:
     async def _request(self, method: str, instance: Instance, path: str, **options: Any) -> Response:
         answer = self.answers[options["leg"]] = Response(self, options["leg"], reused=False)
         options["pending"].answer = answer
-        await answer.until(options["enough"])
+        await answer.wait_until(options["until"])
         return answer
 
     def abort(self) -> None: ...

@@ -250,7 +250,7 @@ async def test_a_wait_does_not_hold_up_the_shutdown(machine, pair, operator: Ope
     await soon(until(lambda: pair[1].received(PATH)))
     waiting = asyncio.create_task(operator.drain(pair[1], wait=3600))
     await soon(until(lambda: machine.proxy.instance(pair[1].http_address).draining))
-    machine.proxy.server.signalled()
+    machine.proxy.server.on_signal()
     assert not (await soon(waiting))["idle"]
     pair[1].faults.release()
     assert (await soon(request))[0] == 200

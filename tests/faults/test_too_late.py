@@ -50,7 +50,7 @@ async def test_a_decode_that_says_nothing_is_504(machine, pair, stream: bool) ->
     decode.faults.hang_next(path=PATH)
     answer = await machine.send(PATH, {**ASK, "stream": stream})
     message = check_error(*answer, 504, "engine_deadline")
-    assert message == "The decode instance said nothing within its deadline."
+    assert message == "The decode instance sent nothing for 0.2 s."
     await soon(machine.proxy.until_idle())
     assert len(decode.received(PATH)) == 1
     assert machine.proxy.instance(decode.http_address).in_flight == 0

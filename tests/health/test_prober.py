@@ -36,7 +36,7 @@ class Engines:
         async def read() -> Any:
             return whole
 
-        return SimpleNamespace(whole=read)
+        return SimpleNamespace(read_all=read)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the proxy says of itself: /health, /livez, /stats, /metrics."""
+"""Routes that report the state of the proxy: /health, /livez, /stats, /metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from disagg_proxy.telemetry.stats_report import stats_report
 
 
 def status_routes(services: Services) -> Blueprint:
-    """Routes that are answered from memory."""
+    """Routes that need no engine."""
     blueprint = Blueprint("status", __name__)
 
     @blueprint.get("/livez")
@@ -42,7 +42,7 @@ def status_routes(services: Services) -> Blueprint:
 
 
 def health_report(services: Services) -> dict[str, Any]:
-    """Whether at least one pair can serve, and what is missing if none can. Names no address: it needs no key."""
+    """Whether at least one pair can serve, and what is missing otherwise. Without addresses, because it is public."""
     registry = services.registry
     pairs = services.selection.ready_pairs()
     alone = len(services.selection.standalone_decodes(None)) if services.config.decode_alone else 0
