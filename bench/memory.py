@@ -223,7 +223,7 @@ async def run(requests: int, streams: int, seconds: float, seed: int) -> dict[st
             else:
                 result[name] = await open_streams(proxy, wanted, seconds)
             stats = await proxy.stats()
-            result[name]["stats"] = {key: stats[key] for key in ("requests", "drains")}
+            result[name]["stats"] = {key: stats[key] for key in ("requests", "kv_releases")}
         finally:
             for engine in engines:
                 await engine.stop()

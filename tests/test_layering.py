@@ -104,7 +104,7 @@ LIBRARIES = {
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
     "aiohttp": "disagg_sim top.follow",
-    "prometheus_client": "server.asgi.status_routes telemetry.instance_metrics telemetry.metrics",
+    "prometheus_client": "server.asgi.status_routes telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
     "rich": "top",

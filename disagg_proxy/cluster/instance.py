@@ -93,7 +93,7 @@ class Instance:
         requests_total, failures_total: legs sent to it, and those that failed through its fault.
         times_lost: how often it stopped being ready. restarts: how often its process was seen to have ended.
         freezes, replays: how often it stalled, and prefills that were replayed to free it.
-        drains, drains_failed: on decode, KV releases of abandoned requests that succeeded, and that failed.
+        kv_releases, kv_releases_failed: on decode, KV releases of abandoned requests that succeeded, and that failed.
         kv_missing: prefills that finished without reporting where their KV is, so decode computed (NixlConnector).
         prefills_refused: prefills that it refused although decode accepted the request, so decode computed.
     """
@@ -136,8 +136,8 @@ class Instance:
     restarts: int = 0
     freezes: int = 0
     replays: int = 0
-    drains: int = 0
-    drains_failed: int = 0
+    kv_releases: int = 0
+    kv_releases_failed: int = 0
     kv_missing: int = 0
     prefills_refused: int = 0
 

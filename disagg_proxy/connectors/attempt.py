@@ -44,7 +44,7 @@ class Attempt:
         trace = request.record.trace
         self._prefill_headers = lines if trace is None else lines + trace.prefill_lines
         self._decode_headers = lines if trace is None else lines + trace.decode_lines
-        request.record.put_on(placement.prefill, placement.decode, request_id.public)
+        request.record.on_attempt(placement.prefill, placement.decode, request_id.public)
 
     @property
     def decode(self) -> Instance:
@@ -138,7 +138,7 @@ class Attempt:
         pending, record = self.decoding, self.request.record
         pending.on_data()
         stream = ResponseStream(answer, rewriter, repair, pending, record)
-        record.begin_answer(True)
+        record.on_first_byte(True)
         reply.send(ClientResponse(200, forwarded_response_headers(answer.headers, public), stream))
         await stream.finished
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)

@@ -124,7 +124,7 @@ class P2pNccl:
                 return None
 
             # 3. Decode: sent once, never again after it may have been received.
-            record.ask_decode()
+            record.on_decode_sent()
             reply.abort_grace = ABORT_GRACE
             load = None
             if not request.prepared.streams:
@@ -163,7 +163,7 @@ class P2pNccl:
         """The client's answer where prefill's answer already decides it, so that decode only has to release the KV."""
         request, record = attempt.request, attempt.request.record
         if request.prepared.prefill_answers:
-            record.begin_answer(False)
+            record.on_first_byte(False)
             record.output_tokens = output_tokens(prefilled.body)
             record.complete()
             return forwarded(prefilled, attempt.id)
@@ -203,7 +203,7 @@ class P2pNccl:
         # The repair may change the length, which is sent before the body.
         body = await answer.read_all() if request.prepared.streams else answer.read()
         attempt.decoding.on_data()
-        record.begin_answer(False)
+        record.on_first_byte(False)
         record.output_tokens = output_tokens(body.body)
         record.complete()
         attempt.end_decode(failed=False)

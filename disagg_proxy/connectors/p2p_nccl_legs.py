@@ -238,7 +238,7 @@ class PrefillLeg:
     async def run(self) -> None:
         """Send the leg. If the request has moved on by its end, release what it leaves behind."""
         attempt, record = self._attempt, self._attempt.request.record
-        record.ask_prefill()
+        record.on_prefill_sent()
         try:
             self.answer = await attempt.prefill(self)
         except ProxyError as error:
@@ -250,7 +250,7 @@ class PrefillLeg:
                 self._settle()
         if self.answer is not None:
             if self.overdue is None:
-                record.answer_prefill()
+                record.on_prefill_response()
             self._settle()
 
     def _settle(self) -> None:

@@ -77,7 +77,7 @@ class RecomputingAttempt(Attempt):
         lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
         if lease is None:
             return None
-        record.ask_prefill()
+        record.on_prefill_sent()
         pending = lease.progress.begin(registry.now, tokens=self.request.tokens)
         answer: CompleteResponse | None = None
         try:
@@ -104,7 +104,7 @@ class RecomputingAttempt(Attempt):
                 self._refusal = answer
                 self._count_disagreement()
             return None
-        record.answer_prefill()
+        record.on_prefill_response()
         self.take_count(prompt_tokens(answer.body))
         self.repair.use = use = cache_use(self.request.route, answer.body)
         record.cached_tokens = use.cached
@@ -132,7 +132,7 @@ class RecomputingAttempt(Attempt):
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
         """
-        self.request.record.ask_decode()
+        self.request.record.on_decode_sent()
         until = ReadUntil.BODY_STARTED if self.request.prepared.streams else ReadUntil.COMPLETE
         try:
             answer = await self.send_decode(body, until=until, resend=Resend.REUSED, resend_body=resend_body)
@@ -164,7 +164,7 @@ class RecomputingAttempt(Attempt):
         self.decoding.on_data()
         self.placement.release_kv()
         await self.prompt_counted(whole)
-        record.begin_answer(False)
+        record.on_first_byte(False)
         record.output_tokens = output_tokens(whole.body)
         if record.prompt_tokens is None:
             record.prompt_tokens = prompt_tokens(whole.body) or None

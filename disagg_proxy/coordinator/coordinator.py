@@ -119,7 +119,7 @@ class Coordinator:
             if placement is None:
                 record.waited = True
                 placement = await self._admission_queue.wait(request.demand)
-            record.admit()
+            record.on_admitted()
 
             # Attempt and retry
             computes = placement.decode.kind.computes
@@ -151,7 +151,7 @@ class Coordinator:
         Raises:
             ProxyError: no instance of this proxy can serve it.
         """
-        record.asks(prepared.model)
+        record.on_ready(prepared.model)
         tokens, kv_bytes = self._sizes.tokens(prepared), self._sizes.kv_bytes(head.route, prepared)
         shared = prepared.affinity
         name = shared.user

@@ -97,7 +97,7 @@ class ResponseStream:
         self._pending = pending
         self._progress = pending.progress
         self._record = record
-        self._unseen = record.first_look
+        self._unseen = record.first_sample
         self._last = b""
         self._sink: StreamSink | None = None
         self._write: Callable[[bytes], None] = _discard
@@ -147,7 +147,7 @@ class ResponseStream:
         self._progress.outputs += 1
         self._unseen -= 1
         if not self._unseen:
-            self._unseen = self._record.look()
+            self._unseen = self._record.sample_gap()
         if len(data) > _MAX_FINAL_EVENT:
             self._last = data
 
@@ -184,7 +184,7 @@ class ResponseStream:
     def pause(self) -> None:
         """The client does not read: stop reading from decode, and stop waiting for it, until :meth:`resume`."""
         self._paused = True
-        self._record.disturbed()
+        self._record.skip_gap()
         self._pending.waiting = False
         self._answer.pause()
 
@@ -217,7 +217,7 @@ class ResponseStream:
         # Break the reference cycles, so that a finished stream is freed without the garbage collector.
         self._write, self._sink, self._write_framed = _discard, None, None
         record, last, self._last = self._record, self._last, b""
-        record.passed(self._unseen)
+        record.end_of_stream(self._unseen)
         record.output_tokens = output_tokens(last)
         if record.prompt_tokens is None:
             record.prompt_tokens = prompt_tokens(last) or None

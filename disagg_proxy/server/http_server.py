@@ -179,7 +179,7 @@ class Server(uvicorn.Server):
 
     async def _cut_off(self) -> None:
         """End the exchanges that still run; a client without a response gets 503."""
-        self._services.recorder.cutting_off = True
+        self._services.recorder.force_closing = True
         tasks = set(self.server_state.tasks)
         for task in tasks:
             task.cancel()

@@ -23,7 +23,7 @@ from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
 from disagg_proxy.runtime.shutdown import first_of
 from disagg_proxy.server.http_server import listen
-from disagg_proxy.telemetry.aggregate import RetiredTotals, bury, unpack
+from disagg_proxy.telemetry.aggregate import RetiredTotals, retire, unpack
 from disagg_proxy.workers.channel import Message
 from disagg_proxy.workers.replay_log import ReplayLog, name_of
 from disagg_proxy.workers.shared_load import RowIndex
@@ -129,7 +129,7 @@ class Supervisor:
     def _bury(self, place: WorkerProcess) -> None:
         """Nothing of a dead worker's load is left, and nothing else is lost."""
         part = unpack(self._memory.areas[place.worker].read())
-        bury(part, self._ground, place.worker, place.incarnation)
+        retire(part, self._ground, place.worker, place.incarnation)
         self._publish()
         self._memory.table.bury(place.worker)
         self._row.head[SharedTableHeader.NEWS] += 1

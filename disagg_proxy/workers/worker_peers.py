@@ -13,7 +13,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import decode
 from disagg_proxy.peer_group import LocalProcess
 from disagg_proxy.runtime.within import within
-from disagg_proxy.telemetry.aggregate import Overview, Part, merge, unpack, unpack_ground
+from disagg_proxy.telemetry.aggregate import Overview, ProcessTotals, merge, unpack, unpack_retired
 from disagg_proxy.telemetry.page_state import PageState
 from disagg_proxy.telemetry.stats import RegistrationCounts
 from disagg_proxy.workers.channel import Channel, Message
@@ -275,20 +275,20 @@ class WorkerPeers:
         self._count_clients()
         if preference > self._own.head[SharedTableHeader.PUBLISHED]:
             self._publish_news()
-        part = Part.of(self._process.own_overview(), self._seat.incarnation)
+        part = ProcessTotals.from_overview(self._process.own_overview(), self._seat.incarnation)
         self._memory.areas[self.worker].write(part.pack(HALF))
         self._own.head[SharedTableHeader.PUBLISHED] = max(preference, self._own.head[SharedTableHeader.PUBLISHED])
 
     def _publish_news(self) -> None:
-        self._memory.news[self.worker].write(self._process.own_news().pack(HALF))
+        self._memory.news[self.worker].write(self._process.own_page_state().pack(HALF))
 
-    def left_behind(self) -> PageState | None:
+    def predecessor_state(self) -> PageState | None:
         """What the worker that this one replaces has published last; None where it replaces none."""
         if self._seat.incarnation == 1:
             return None
         return PageState.unpack(self._memory.news[self.worker].read())
 
-    def news(self) -> list[PageState]:
+    def page_states(self) -> list[PageState]:
         """What all have published last, which is new behind :meth:`overview`."""
         return [PageState.unpack(area.read()) for area in self._memory.news]
 
@@ -304,7 +304,7 @@ class WorkerPeers:
         except asyncio.TimeoutError:
             log.debug("Not every process has published its numbers in time")
         parts = [unpack(area.read()) for area in self._memory.areas[:-1]]
-        ground = unpack_ground(self._memory.areas[-1].read())
+        ground = unpack_retired(self._memory.areas[-1].read())
         if ground is None:
             raise RuntimeError("the supervisor has not published anything")
         self.admission_peers.refresh()

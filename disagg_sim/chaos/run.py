@@ -174,7 +174,7 @@ def _inspect(report: Report, machine: Machine, maker: TroubleMaker) -> None:
             report.buffer_leaks.append(f"{engine.name}: {leak} bytes counted without KV")
     for address, what in deaths:
         (report.stalled_explained if address in maker.orphaned_prefills else report.dead).append(what)
-    drains = stats.drains
+    drains = stats.kv_releases
     report.proxy = {
         **{f"outcome {name}": count for name, count in stats.outcomes.items()},
         "drains done": drains.done,

@@ -78,7 +78,7 @@ class Bench:
 
     def request(self, **fields: Any) -> Request:
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()
-        record = RequestRecorder.alone().open(COMPLETIONS.path, None)
+        record = RequestRecorder.standalone().open(COMPLETIONS.path, None)
         demand = Demand("m", PlacementPreference.PAIR)
         prepared = prepare(COMPLETIONS, body)
         return Request(COMPLETIONS, b"x-custom: 1\r\n", prepared, record, 3, demand)

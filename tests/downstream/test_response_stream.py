@@ -94,7 +94,7 @@ class Streamed:
         self.ended: list[bool] = []
         self.sink = RecordingSink()
         rewriter, repair = RequestIdRewriter(ID), UsageRepair(CHAT, None if cached is None else CachedTokens(cached))
-        self.record = RequestRecorder.alone().open("/v1/completions", None)
+        self.record = RequestRecorder.standalone().open("/v1/completions", None)
         self.stream = ResponseStream(self.connection.answer, rewriter, repair, self.pending, self.record)
         self.pending.answer = self.connection.answer
         self.work = InlineCoroutine(self._follow(), lambda work, error: None)

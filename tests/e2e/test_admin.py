@@ -208,7 +208,7 @@ async def test_kv_that_a_client_left_behind_is_freed_on_a_drained_decode(machine
         assert not (await operator.drain(decode))["idle"]
         waiting = asyncio.create_task(operator.drain(decode, wait=60))
     assert (await soon(waiting))["idle"]
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(*pair)
 
 

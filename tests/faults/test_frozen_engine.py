@@ -145,7 +145,7 @@ async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, 
     assert await soon(asked) == RIGHT[PATH]
     first, second = (r.headers["X-Request-Id"] for r in prefill.received(PATH))
     assert first != second and [r.headers["X-Request-Id"] for r in spare.received(PATH)] == [second]
-    drains = machine.proxy.services.stats.drains
+    drains = machine.proxy.services.stats.kv_releases
     assert (drains.waiting, len(decode.received(PATH))) == (1, 0), "until it moves, or its process ends"
     registry.unfreeze(machine.proxy.instance(decode.http_address), "moves")
     await soon(machine.proxy.until_idle())
@@ -189,7 +189,7 @@ async def test_requests_leave_a_frozen_prefill_and_what_it_sends_later_is_draine
         shown = await instance_of(machine, prefill)
         assert (shown["state"], shown["restart_wanted"], shown["in_flight"]) == ("frozen", True, 1)
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 1, (
+    assert machine.proxy.services.stats.kv_releases.done == 1, (
         "the old prefill was not cancelled, and did its work in the end"
     )
     await soon(machine.proxy.until_state(prefill.http_address, State.READY))
@@ -203,7 +203,7 @@ async def test_without_another_prefill_the_client_gets_504(machine, pair) -> Non
         message = check_error(*await soon(machine.send(PATH, ASK), 30), 504, "engine_frozen")
         assert message == "The prefill instance is stalled."
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     assert machine.proxy.services.stats.outcomes == {"deadline": 1}
     await machine.unharmed(prefill, decode)
 

@@ -189,7 +189,7 @@ async def test_drains_finish_before_the_proxy_ends(machine, pair, dial, shutdown
         shutdown.begin()
         assert not decode.received(PATH)
     await shutdown.end()
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(*pair)
 
 

@@ -24,7 +24,7 @@ async def test_a_late_prefill_is_504_but_runs_on_and_is_drained(machine, pair, p
     await soon(machine.proxy.until_idle())
     (drain,) = decode.received(path)
     assert drain.headers["X-Request-Id"] == prefill.received(path)[0].headers["X-Request-Id"]
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     assert machine.proxy.services.stats.outcomes == {"deadline": 1}
     assert prefill.state()["aborted"] == 0
     await machine.unharmed(*pair)
@@ -100,7 +100,7 @@ async def test_a_first_request_that_is_too_slow_is_drained_and_the_next_one_is_q
     pair = await machine.pair(communicator_seconds=0.3)
     check_error(*await machine.send(PATH, ASK), 504, "engine_deadline")
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     lift_prefill_timeout(machine.proxy)
     await machine.check_right()
     await machine.unharmed(*pair)

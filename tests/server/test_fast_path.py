@@ -62,7 +62,10 @@ class Exchange:
         one.on_body(b"{}")
         one.start()
         assert self.reply is not None
-        pending, record = ProgressTracker(0.0).begin(lambda: 0.0), RequestRecorder.alone().open("/v1/completions", None)
+        pending, record = (
+            ProgressTracker(0.0).begin(lambda: 0.0),
+            RequestRecorder.standalone().open("/v1/completions", None),
+        )
         stream = ResponseStream(self.answer, NoRewriting(), UsageRepair(COMPLETIONS, None), pending, record)
         self.reply.send(ClientResponse(200, ForwardedHeaders([(b"content-type", b"text/event-stream")]), stream))
 
