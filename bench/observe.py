@@ -89,9 +89,8 @@ def main() -> None:
     print(f"record of a request            {microseconds(request, 10_000):6.2f} µs")
     print(f"sampling, each chunk           {chunks():6.3f} µs")
     print(f"line of the access log         {asyncio.run(_line(request)):6.2f} µs")
-    print(
-        f"page state, each second        {microseconds(lambda: page_state_of(request.recorder).pack(1 << 18), 200):6.0f} µs"
-    )
+    publish = microseconds(lambda: page_state_of(request.recorder).pack(1 << 18), 200)
+    print(f"page state, each second        {publish:6.0f} µs")
     if found := os.cpu_count():
         print(f"({found} cores)")
 

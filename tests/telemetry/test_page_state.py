@@ -8,7 +8,7 @@ from disagg_proxy.telemetry.page_state import PageState, inherit, merge_states, 
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.telemetry.stats import Stats
 from disagg_proxy.telemetry.timeseries import SECONDS, STEPS, TimeSeries
-from disagg_proxy.workers.snapshot_slot import HALF
+from disagg_proxy.workers.shared_memory import MAX_SNAPSHOT
 from tests.telemetry.conftest import Desk
 
 
@@ -20,7 +20,7 @@ class Worker(Desk):
         )  # fmt: skip
 
     def published(self) -> PageState:
-        return PageState.unpack(page_state_of(self.recorder).pack(HALF))
+        return PageState.unpack(page_state_of(self.recorder).pack(MAX_SNAPSHOT))
 
 
 def test_records_of_all_workers_are_ordered_by_their_end() -> None:
