@@ -21,7 +21,7 @@ FEED = "/dashboard/events"
 
 @pytest.fixture
 def one_viewer(monkeypatch) -> None:
-    monkeypatch.setattr("disagg_proxy.page.feed.MOST_VIEWERS", 1)
+    monkeypatch.setattr("disagg_proxy.page.feed.MAX_VIEWERS", 1)
 
 
 async def read(answer: aiohttp.ClientResponse) -> tuple[str, Any]:
