@@ -33,7 +33,7 @@ from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
 from disagg_proxy.upstream import CompleteResponse
 from disagg_proxy.upstream.kv_control import KvControl
 
-KIND = KvKind("disagg_kv")
+KIND: KvKind = KvKind("disagg_kv")
 
 REQUIRED = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
 """Fields of an announcement that must be equal on both sides. Every engine announces them."""
@@ -89,7 +89,7 @@ class DisaggKv:
         return DisaggKvAttempt(self._engines, request, placement).run(reply)
 
 
-PROTOCOL = KvProtocol(KIND, DisaggKv, read)
+PROTOCOL: KvProtocol = KvProtocol(KIND, DisaggKv, read)
 
 
 class DisaggKvAttempt(RecomputingAttempt):

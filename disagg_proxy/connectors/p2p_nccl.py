@@ -45,7 +45,7 @@ from disagg_proxy.request_id import RequestIdRewriter, hide
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
 from disagg_proxy.upstream import CompleteResponse, Response
 
-KIND = KvKind("p2p_nccl", computes=False)
+KIND: KvKind = KvKind("p2p_nccl", computes=False)
 
 ABORT_GRACE = 5.0
 """Seconds before decode's leg is aborted when its client leaves before the first byte. An abort while the API server
@@ -217,4 +217,4 @@ class P2pNccl:
         self._engines.background.spawn(self._releaser.release(attempt), "KV release")
 
 
-PROTOCOL = KvProtocol(KIND, P2pNccl, read)
+PROTOCOL: KvProtocol = KvProtocol(KIND, P2pNccl, read)

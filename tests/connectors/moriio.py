@@ -14,7 +14,7 @@ from disagg_proxy.openai.usage import UsageRepair, cache_use
 from disagg_proxy.request_id import RequestIdRewriter, new_request_id
 from disagg_proxy.upstream import ReadUntil, Resend
 
-KIND = KvKind("moriio", computes=False)
+KIND: KvKind = KvKind("moriio", computes=False)
 
 
 def parse_kv_address(text: str) -> Address:
@@ -80,4 +80,4 @@ class Moriio:
             attempt.release()
 
 
-PROTOCOL = KvProtocol(KIND, Moriio, read)
+PROTOCOL: KvProtocol = KvProtocol(KIND, Moriio, read)
