@@ -94,8 +94,8 @@ SETTINGS: tuple[Setting, ...] = (
             "seconds that a client may take to send its request's headers, then 408; also for idle new connections",
             "客户端发送请求头的超时秒数，超时返回 408；也用于没有请求的新连接"),
     Setting("send_timeout", "SEND_TIMEOUT", "--send-timeout", "300", values.seconds,
-            "seconds within which a client must read some of its pending answer, or its connection is cut (after at most "
-            "twice as long)",
+            "seconds within which a client must read some of its pending answer, or its connection is cut "
+            "(after at most twice as long)",
             "有待读取的回答时，客户端在多少秒内须读取一部分，否则断开（最迟两倍时间）"),
     Setting("shutdown_grace", "SHUTDOWN_GRACE", "--shutdown-grace", "30", values.seconds,
             "total seconds from SIGTERM to the exit; the last fifth (at most 5 s) is for KV release, the rest for "

@@ -159,7 +159,7 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
 
 
 def _text(content: Any) -> str:
-    """Content as one text. Texts stay as they are, so that a longer one starts with a shorter one; the rest is dumped."""
+    """Content as one text. Texts stay unchanged, so that a longer one starts with a shorter one; the rest is dumped."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
