@@ -13,7 +13,7 @@ from disagg_machine.context import Context
 from disagg_machine.engines import Engines
 from disagg_machine.layout import Place, layout
 from disagg_machine.lock import Lock
-from disagg_machine.messages import die
+from disagg_machine.messages import MachineError, die
 from disagg_machine.proxy_view import ProxyView
 
 
@@ -43,7 +43,7 @@ def _foreground(context: Context, role: str, words: Sequence[str]) -> int:
         raise die(2, "unknown_argument", role, words[-1])
     with lock.held(context.settings, role) as held:
         python = python_environment.ensure(context)
-        found = engines.resolve(context) if role != "proxy" else Engines(engines.SIM)
+        found = engines.resolve(context) if role != "proxy" else _engines_behind(context)
         plan = launch.Plan(context, found, layout(context.settings), python)
         same = plan.layout.of(role)
         if int(number or 1) > len(same):
@@ -59,6 +59,14 @@ def _foreground(context: Context, role: str, words: Sequence[str]) -> int:
         ui.say("foreground", place.name, " ".join(map(str, place.ports)))
         with signals.raised():
             return _run(plan, place, held)
+
+
+def _engines_behind(context: Context) -> Engines:
+    """The engines that a proxy alone will most likely have; it starts without them, too."""
+    try:
+        return engines.resolve(context)
+    except MachineError:
+        return Engines(engines.SIM)
 
 
 def _announce(plan: launch.Plan, place: Place, chosen: bool) -> None:

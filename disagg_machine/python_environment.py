@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from disagg_machine import ui
 from disagg_machine.context import PACKAGE, Context
 from disagg_machine.messages import MachineError, die, text
+from disagg_machine.settings import DEFAULT
 
 REQUIREMENTS = "requirements-proxy.txt"
 STAMP = ".proxy-requirements"
@@ -44,12 +46,19 @@ def _works(words: Sequence[str | Path]) -> bool:
         return False
 
 
+def installed(context: Context) -> bool:
+    """Whether this package was installed, with what it needs, and is no checkout."""
+    return not (context.root / REQUIREMENTS).is_file()
+
+
 def base_python(context: Context) -> str:
-    """The user's Python.
+    """The user's Python; of an installed package its own, unless PYTHON names another one.
 
     Raises:
         MachineError: 1, there is none, or it is too old.
     """
+    if installed(context) and context.settings.sources["PYTHON"] == DEFAULT:
+        return sys.executable
     wanted = context.settings.python
     found = shutil.which(wanted, path=context.environ.get("PATH"))
     if found is None:
@@ -70,11 +79,9 @@ def version(python: str) -> str:
 
 def missing(context: Context, python: str) -> str:
     """The proxy's packages that ``python`` lacks or has too old, separated by blanks; empty when it has them all."""
-    requirements = context.root / REQUIREMENTS
-    if not requirements.is_file():
-        # Installed as a package, which has brought them along.
+    if installed(context):
         return "" if _works([python, "-c", "import disagg_proxy"]) else "disagg-proxy"
-    done = _run([python, PACKAGE / "probes" / "requirements_met.py", requirements])
+    done = _run([python, PACKAGE / "probes" / "requirements_met.py", context.root / REQUIREMENTS])
     return done.stdout.strip() if done.returncode == 0 else f"{done.stdout}python".strip()
 
 
@@ -185,9 +192,9 @@ def ensure(context: Context) -> str:
         if not context.quiet:
             ui.say("python_chosen", base)
         return base
-    venv = environment(context)
-    if not venv.requirements.is_file():
+    if installed(context):
         raise die(1, "python_lacks", base, lacking)
+    venv = environment(context)
     if venv.ready():
         if not context.quiet:
             ui.say("python_venv", venv.python)
