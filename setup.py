@@ -30,7 +30,7 @@ _HOT = (
     "runtime/*.py",
     "server/asgi/request.py",
     "server/fast_path.py",
-    "server/generation.py",
+    "server/request_head.py",
     "telemetry/event_log.py",
     "telemetry/request_record.py",
     "telemetry/request_recorder.py",

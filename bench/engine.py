@@ -52,7 +52,7 @@ class Engine:
             self._server.close()
 
     async def _ping(self, proxy: str, port: int) -> None:
-        # Nothing listens at the KV address, and nobody dials it: there is no KV.
+        # Nothing listens at the KV address, and no peer connects to it: there is no KV.
         kv = f"127.0.0.2:{port}"
         message = msgpack.packb({"type": self.role, "http_address": f"127.0.0.1:{port}", "zmq_address": kv})
         context = zmq.asyncio.Context()

@@ -41,8 +41,8 @@ MOST_DRIFT = 0.1
 
 _READINGS = 10
 _AT_ONCE = 48
-_REST = 30.0
-"""Seconds within which the proxy comes to rest."""
+_IDLE_SECONDS = 30.0
+"""Seconds within which the proxy must become idle."""
 
 _PAUSE = 1.0
 """Seconds between two tokens of an open stream."""
@@ -50,12 +50,12 @@ _PAUSE = 1.0
 _LINE = re.compile(r"^(VmRSS|RssAnon|Threads):\s+(\d+)", re.MULTILINE)
 
 
-class NoRest(Exception):
-    """The proxy did not come to rest, or did not start."""
+class NotIdle(Exception):
+    """The proxy did not become idle, or did not start."""
 
 
 class Proxy:
-    """``python -m disagg_proxy`` in a process of its own."""
+    """``python -m disagg_proxy`` as a child process."""
 
     def __init__(self, process: asyncio.subprocess.Process, url: str, zmq: str) -> None:
         self._process = process
@@ -65,7 +65,7 @@ class Proxy:
 
     @classmethod
     async def start(cls) -> Proxy:
-        """On ports of the kernel's choice; without a limit on what one decode gets at once."""
+        """Start on ports that the kernel chooses, without a limit of requests per decode."""
         options = "--http-host 127.0.0.1 --http-port 0 --zmq-host 127.0.0.1 --zmq-port 0 --decode-max-in-flight 0"
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "disagg_proxy", *options.split(), stderr=asyncio.subprocess.PIPE
@@ -75,7 +75,7 @@ class Proxy:
         while not (url and zmq):
             line = (await asyncio.wait_for(process.stderr.readline(), 20)).decode()
             if not line:
-                raise NoRest("the proxy ended at its start")
+                raise NotIdle("the proxy ended at its start")
             url = url or next(iter(re.findall(r"Serving on (http://\S+)", line)), "")
             zmq = zmq or next(iter(re.findall(r"register on (\S+)", line)), "")
         proxy = cls(process, url, zmq)
@@ -104,24 +104,24 @@ class Proxy:
         """/stats."""
         return (await self._client.get("/stats")).json()
 
-    async def at_rest(self) -> None:
-        """Wait until nothing is in flight and nothing is done in the background."""
-        end = time.monotonic() + _REST
+    async def until_idle(self) -> None:
+        """Wait until no request is in flight and no background work runs."""
+        end = time.monotonic() + _IDLE_SECONDS
         while time.monotonic() < end:
             requests = (await self.stats())["requests"]
             if not requests["in_flight"] and not requests["in_background"]:
                 return
             await asyncio.sleep(0.1)
-        raise NoRest(f"still busy after {_REST:g} s: {requests}")
+        raise NotIdle(f"still busy after {_IDLE_SECONDS:g} s: {requests}")
 
     async def ready(self) -> None:
-        """Wait for a pair."""
-        end = time.monotonic() + _REST
+        """Wait until there is a pair."""
+        end = time.monotonic() + _IDLE_SECONDS
         while time.monotonic() < end:
             if (await self._client.get("/health")).status == 200:
                 return
             await asyncio.sleep(0.1)
-        raise NoRest("no pair became ready")
+        raise NotIdle("no pair became ready")
 
 
 async def _swallow(stream: asyncio.StreamReader) -> None:
@@ -144,7 +144,7 @@ async def many_requests(proxy: Proxy, count: int, seed: int) -> dict[str, Any]:
     try:
         for number in range(1, _READINGS + 1):
             await clients.send(count // _READINGS)
-            await proxy.at_rest()
+            await proxy.until_idle()
             readings.append({"requests": number * (count // _READINGS), **proxy.reading()})
             show(readings[-1])
     finally:
@@ -177,12 +177,12 @@ async def open_streams(proxy: Proxy, count: int, seconds: float) -> dict[str, An
                 readings.append({"moment": moment, "open": streams.open, **proxy.reading()})
                 show(readings[-1])
             if streams.failed:
-                raise NoRest(f"{streams.failed} streams ended by themselves")
+                raise NotIdle(f"{streams.failed} streams ended by themselves")
             tokens += streams.tokens
         finally:
             await streams.stop()
         peaks.append(readings[-1]["heap"])
-        await proxy.at_rest()
+        await proxy.until_idle()
         readings.append({"moment": f"closed, round {round_}", **proxy.reading()})
         show(readings[-1])
     before = readings[0]["heap"]
@@ -207,7 +207,7 @@ def show(reading: dict[str, Any]) -> None:
 
 
 async def run(requests: int, streams: int, seconds: float, seed: int) -> dict[str, Any]:
-    """Each measurement on a proxy of its own."""
+    """Run each measurement on a new proxy."""
     result: dict[str, Any] = {"python": platform.python_version(), "cpus": os.cpu_count(), "seed": seed}
     for name, wanted in (("requests", requests), ("streams", streams)):
         if not wanted:
@@ -223,7 +223,7 @@ async def run(requests: int, streams: int, seconds: float, seed: int) -> dict[st
             else:
                 result[name] = await open_streams(proxy, wanted, seconds)
             stats = await proxy.stats()
-            result[name]["stats"] = {key: stats[key] for key in ("requests", "drains")}
+            result[name]["stats"] = {key: stats[key] for key in ("requests", "kv_releases")}
         finally:
             for engine in engines:
                 await engine.stop()

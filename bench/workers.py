@@ -1,14 +1,13 @@
-"""What more workers give: requests per second, and the CPU that each costs.
+"""Scaling with workers: requests per second, and CPU time per request.
 
     python -m bench.workers                          one and two workers, on what cores there are
     python -m bench.workers --workers 1 2 4 8        where there are more
     python -m bench.workers --requests 20000 --rounds 5 --json workers.json
 
-The proxy is started as users start it, engines (:mod:`bench.engine`) and load are processes of their own. Rounds take
-turns between the numbers of workers. With at least two cores more than workers everything is pinned: the proxy to as
-many cores as it has workers, engines and load to the others; only then do requests per second tell how the proxy
-scales. With fewer they compete, and what can be compared is the proxy's CPU for each request, that of the supervisor
-included.
+The proxy is started as users start it; engines (:mod:`bench.engine`) and load are separate processes. Rounds alternate
+between the numbers of workers. With at least two cores more than workers everything is pinned: the proxy to as many
+cores as it has workers, engines and load to the others; only then do requests per second show how the proxy scales.
+With fewer cores they compete, and only the proxy's CPU time per request, including the supervisor's, is comparable.
 """
 
 from __future__ import annotations
@@ -72,14 +71,14 @@ class NoStart(Exception):
 
 
 def cores_for(workers: int, cores: Sequence[int]) -> tuple[set[int], set[int]] | None:
-    """Those of the proxy, and those of engines and load; None when there are too few to tell them apart."""
+    """Cores of the proxy, and cores of engines and load; None if there are too few to separate them."""
     if len(cores) < workers + 2:
         return None
     return set(cores[:workers]), set(cores[workers:])
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """What the processes have used so far."""
+    """CPU seconds that the processes have used so far."""
     total = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -89,7 +88,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 @contextlib.asynccontextmanager
 async def _proxy(workers: int, cores: set[int] | None) -> AsyncIterator[tuple[str, str, list[int]]]:
-    """Its host:port for clients, that for engines, and its processes."""
+    """Yields host:port for clients, host:port for engines, and the process ids."""
     options = "--http-host 127.0.0.1 --http-port 0 --zmq-host 127.0.0.1 --zmq-port 0 --decode-max-in-flight 0"
     pin = ["taskset", "-c", ",".join(map(str, sorted(cores)))] if cores else []
     process = await asyncio.create_subprocess_exec(
@@ -98,12 +97,12 @@ async def _proxy(workers: int, cores: set[int] | None) -> AsyncIterator[tuple[st
     )  # fmt: skip
     assert process.stderr is not None
     try:
-        said = ""
-        while not (found := re.search(r"Serving on http://(\S+:\d+).*may register on (\S+:\d+)", said, re.S)):
+        output = ""
+        while not (found := re.search(r"Serving on http://(\S+:\d+).*may register on (\S+:\d+)", output, re.S)):
             line = await asyncio.wait_for(process.stderr.readline(), 30)
             if not line:
-                raise NoStart(said)
-            said += line.decode()
+                raise NoStart(output)
+            output += line.decode()
         unread = asyncio.create_task(process.stderr.read())
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         yield found[1].split()[0], found[2], [process.pid, *map(int, children)]
@@ -132,13 +131,13 @@ async def _until_pairs(address: str) -> None:
 
 
 async def measure(workers: int, requests: int, connections: int, loads: int) -> dict[str, Any]:
-    """One round with so many workers."""
+    """Measure one round with ``workers`` workers."""
     split = cores_for(workers, sorted(os.sched_getaffinity(0)))
     ours, theirs = split if split else (None, None)
     async with _proxy(workers, ours) as (address, zmq, pids):
         engines = await _helper(theirs, "--engines", zmq)
         try:
-            # Every worker is asked by some of these.
+            # Every worker answers some of these.
             for _ in range(4 * workers):
                 await asyncio.wait_for(_until_pairs(address), 30)
             await _load(theirs, address, max(200, requests // 10), connections, loads)
@@ -172,7 +171,7 @@ async def _load(
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Medians, with the least and the most of all rounds."""
+    """Medians, with minimum and maximum of all rounds."""
     lines = ["workers  requests/s            CPU us/request        cores used"]
     for workers in sorted({result["workers"] for result in results}):
         mine = [result for result in results if result["workers"] == workers]
@@ -189,7 +188,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 async def run(counts: Sequence[int], requests: int, connections: int, rounds: int, loads: int) -> dict[str, Any]:
-    """All rounds, by turns."""
+    """Run all rounds alternately."""
     results = []
     for number in range(rounds):
         for workers in counts if number % 2 == 0 else reversed(counts):

@@ -31,7 +31,7 @@ class LocalProcess(Protocol):
     def own_overview(self) -> Overview:
         """Statistics of this process alone."""
 
-    def own_news(self) -> PageState:
+    def own_page_state(self) -> PageState:
         """The newest records, events and steps of this process, for the page."""
 
 
@@ -63,13 +63,13 @@ class PeerGroup(Protocol):
     def stop(self) -> None:
         """Publish once more, then exchange no more messages; harmless before :meth:`start`."""
 
-    def left_behind(self) -> PageState | None:
+    def predecessor_state(self) -> PageState | None:
         """The last state that the process published which this one replaces; None where it replaces none."""
 
     async def overview(self) -> Overview:
         """Statistics of all processes together."""
 
-    def news(self) -> list[PageState]:
+    def page_states(self) -> list[PageState]:
         """The last published state of each process; current after :meth:`overview`."""
 
     async def drain(self, instance: Instance, draining: bool) -> None:
@@ -97,14 +97,14 @@ class SingleProcess:
     def stop(self) -> None:
         return
 
-    def left_behind(self) -> PageState | None:
+    def predecessor_state(self) -> PageState | None:
         return None
 
     async def overview(self) -> Overview:
         return self._process.own_overview()
 
-    def news(self) -> list[PageState]:
-        return [self._process.own_news()]
+    def page_states(self) -> list[PageState]:
+        return [self._process.own_page_state()]
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         self._registry.drain(instance, draining)

@@ -32,7 +32,7 @@ from disagg_proxy.telemetry.access_log import AccessLog
 from disagg_proxy.telemetry.aggregate import Overview, counts_of, gauges_of, seen_of
 from disagg_proxy.telemetry.event_log import EventLog
 from disagg_proxy.telemetry.instance_events import InstanceEvents
-from disagg_proxy.telemetry.page_state import PageState, inherit, news_of
+from disagg_proxy.telemetry.page_state import PageState, inherit, page_state_of
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.telemetry.stats import Stats
 from disagg_proxy.telemetry.timeseries import TimeSeries
@@ -93,7 +93,7 @@ class Services:
         self.coordinator = Coordinator(
             Engines(
                 lambda: self.upstream, self.registry, config, self.background, self.sizes,
-                KvReleaser(self.stats.drains, self.instance_events.drain_ended), self.kv_control,
+                KvReleaser(self.stats.kv_releases, self.instance_events.kv_release_ended), self.kv_control,
             ),
             self.selection, self.admission_queue, self.recorder, self.traces,
         )  # fmt: skip
@@ -123,9 +123,9 @@ class Services:
         if self.config.access_log != "off":
             self._access_log = AccessLog(self.config.access_log, self.worker)
             self.recorder.sinks.append(self._access_log.take)
-        if (left := self.peers.left_behind()) is not None:
+        if (left := self.peers.predecessor_state()) is not None:
             inherit(self.recorder, left)
-            self.event_log.tell("worker_replaced", None, f"worker {self.worker} has ended and was replaced")
+            self.event_log.add_event("worker_replaced", None, f"worker {self.worker} has ended and was replaced")
             self.instance_events.quiet = True
         await self.peers.start()
         self.instance_events.quiet = False
@@ -133,8 +133,8 @@ class Services:
     async def stop(self) -> None:
         """Wait for work on the instances within the shutdown grace, then close everything."""
         self.shutdown.begin()
-        await self.shutdown.wait(self.background.ended(), self.shutdown.left)
-        await self.background.give_up()
+        await self.shutdown.wait(self.background.ended(), self.shutdown.remaining)
+        await self.background.cancel_all()
         if self._sample_timer is not None:
             self._sample_timer.cancel()
         if self._stall_detector is not None:
@@ -157,7 +157,7 @@ class Services:
     async def page_view(self) -> dict[str, Any]:
         """The data of the page: docs/observe.md."""
         overview = await self.overview()
-        return page_view.view(self, overview, self.peers.news())
+        return page_view.view(self, overview, self.peers.page_states())
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Take an instance out of rotation for maintenance, or put it back."""
@@ -176,7 +176,7 @@ class Services:
     def check_engines(self) -> None:
         """Check for stalled engines now: another process has reported a change."""
         if self._stall_detector is not None:
-            self._stall_detector.look()
+            self._stall_detector.check()
 
     def own_overview(self) -> Overview:
         """Statistics of this process alone."""
@@ -191,14 +191,14 @@ class Services:
             gauges_of(self.registry.instances(), self.registry.now()),
         )
 
-    def own_news(self) -> PageState:
+    def own_page_state(self) -> PageState:
         """The newest records, events and steps of this process, for the page."""
-        return news_of(self.recorder)
+        return page_state_of(self.recorder)
 
     def _sample(self) -> None:
         """Record the current load for the page's charts."""
         kv = sum(i.kv_waiting_bytes for i in self.registry.instances())
-        self.recorder.timeseries.look(self.stats.in_flight, self.admission_queue.waiting, kv)
+        self.recorder.timeseries.sample(self.stats.in_flight, self.admission_queue.waiting, kv)
         self._sample_timer = asyncio.get_running_loop().call_later(_SAMPLE_INTERVAL, self._sample)
 
 

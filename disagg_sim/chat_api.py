@@ -54,17 +54,17 @@ class ChatRun:
             add_generation_prompt=body.get("add_generation_prompt", True),
             continue_final_message=bool(body.get("continue_final_message")),
         )
-        asked: int | None = body.get("max_completion_tokens")
-        asked = body.get("max_tokens") if asked is None else asked
-        self.prompt_ids = fit_prompt(encode(prompt), body, asked, config.max_model_len)
-        room = config.max_model_len - len(self.prompt_ids)
+        requested: int | None = body.get("max_completion_tokens")
+        requested = body.get("max_tokens") if requested is None else requested
+        self.prompt_ids = fit_prompt(encode(prompt), body, requested, config.max_model_len)
+        available = config.max_model_len - len(self.prompt_ids)
         self.top: int | None = body.get("top_logprobs", 0) if body.get("logprobs") else None
         prompt_logprobs = body.get("prompt_logprobs")
         if prompt_logprobs is None and body.get("echo"):
             prompt_logprobs = body.get("top_logprobs", 0)
         self.sampling = sampling_of(
             body,
-            max_tokens=room if asked is None else min(asked, room),
+            max_tokens=available if requested is None else min(requested, available),
             logprobs=self.top,
             prompt_logprobs=prompt_logprobs,
             guide=self.tools.guide or format_guide(body),

@@ -52,14 +52,14 @@ class _Run:
         ]
 
     def _sampling(self, ids: list[int]) -> Sampling:
-        room = self.exchange.config.max_model_len - len(ids)
+        available = self.exchange.config.max_model_len - len(ids)
         prompt_logprobs = self.body.get("prompt_logprobs")
         if prompt_logprobs is None and self.echo:
             prompt_logprobs = self.top
         only_echo = self.echo and self.max_tokens == 0
         return sampling_of(
             self.body,
-            max_tokens=1 if only_echo else room if self.max_tokens is None else min(self.max_tokens, room),
+            max_tokens=1 if only_echo else available if self.max_tokens is None else min(self.max_tokens, available),
             logprobs=self.top,
             prompt_logprobs=prompt_logprobs,
             guide=format_guide(self.body),

@@ -96,7 +96,7 @@ class SimEngine:
         self._finish()
 
     async def kill(self) -> None:
-        """End as on kill -9: every connection is reset at once and nothing is said."""
+        """End as on kill -9: every connection is reset at once, without further output."""
         if not self._started:
             return
         self.ready = False

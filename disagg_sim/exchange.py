@@ -1,4 +1,4 @@
-"""One HTTP request and its answer: bodies as vLLM's server writes them, and the tricks that tests ask for.
+"""One HTTP request and its response: bodies as vLLM's server writes them, and faults that tests inject.
 
 Header values are those of uvicorn. Generated bodies pass :meth:`Exchange.reply` or :class:`EventStream`, the two
 places where writes can be split, cut, or followed by a silent close.
@@ -22,7 +22,7 @@ from disagg_sim.step_loop import StepLoop
 
 
 class StreamCutError(Exception):
-    """A test asked for this connection to be cut here."""
+    """A test cuts this connection here."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Exchange:
         response = web.StreamResponse(status=status, headers=all_headers)
         response.content_length = len(body)
         await response.prepare(self.raw)
-        for piece in self.faults.pieces(body):
-            await response.write(piece)
+        for chunk in self.faults.chunks(body):
+            await response.write(chunk)
         await response.write_eof()
         if closes and self.raw.transport is not None:
             self.raw.transport.close()
@@ -157,7 +157,7 @@ class EventStream:
             raise StreamCutError
 
     async def data(self, value: Any, *, event: str | None = None, tokens: int = 0) -> None:
-        """One event; ``tokens`` says how many generated tokens it carries."""
+        """Write one event. ``tokens``: how many generated tokens it carries."""
         head = f"event: {event}\n".encode() if event else b""
         await self._write(head + b"data: " + dump(value) + b"\n\n")
         self._count(tokens)
@@ -173,5 +173,5 @@ class EventStream:
         return self.response
 
     async def _write(self, data: bytes) -> None:
-        for piece in self._exchange.faults.pieces(data):
-            await self.response.write(piece)
+        for chunk in self._exchange.faults.chunks(data):
+            await self.response.write(chunk)

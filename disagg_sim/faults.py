@@ -1,7 +1,7 @@
 """Fault injection for one engine: failures of its HTTP and KV side, and holds that stop its step loop.
 
 Nothing here sleeps or polls: a hold is a gate that the step loop stops at, and
-:meth:`disagg_sim.engine.SimEngine.wait_until` tells when it has arrived there.
+:meth:`disagg_sim.engine.SimEngine.wait_until` waits until it is there.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Faults:
     Attributes:
         health_status: status that GET /health answers; None: the engine's real one.
         pings: False: the engine sends no pings.
-        kv_answers: False: a ``disagg_kv`` engine's KV port answers nothing, as that of a stopped process, whose kernel
-            still accepts connections and data.
+        kv_answers: False: the KV port of a ``disagg_kv`` engine accepts connections and data but never answers, as that
+            of a stopped process does.
         corrupt_kv: a ``disagg_kv`` prefill engine sends wrong bytes.
         split: sizes in bytes of the chunks that every body is written in, used in turn; () writes normally.
         held_at: the hold that the step loop waits at, None while it runs.
@@ -60,7 +60,7 @@ class Faults:
     # KV.
 
     def lose_kv(self, prompts: int = 1) -> None:
-        """Drop the KV of the next prompts that arrive; what is sent once more is taken in."""
+        """Drop the KV of the next ``prompts`` prompts that arrive; KV that is sent again is accepted."""
         self._losses += prompts
 
     def keep_kv(self) -> None:
@@ -133,20 +133,20 @@ class Faults:
         path: str | None = None,
         times: int = 1,
     ) -> None:
-        """Answer the next ``times`` requests (to ``path``) so; the engine never sees them."""
+        """Answer the next ``times`` requests (to ``path``) with this response; the engine never sees them."""
         raw = body.encode() if isinstance(body, str) else body
         self._inject(Injected("answer", path, status, raw, dict(headers or {})), times)
 
     def reset_next(self, *, path: str | None = None, times: int = 1) -> None:
-        """Read the next request whole, then reset its connection instead of answering."""
+        """Read the next request completely, then reset its connection instead of answering."""
         self._inject(Injected("reset", path), times)
 
     def close_next(self, *, path: str | None = None, times: int = 1) -> None:
-        """Read the next request whole, then close its connection orderly instead of answering."""
+        """Read the next request completely, then close its connection with FIN instead of answering."""
         self._inject(Injected("close", path), times)
 
     def hang_next(self, *, path: str | None = None, times: int = 1) -> None:
-        """Read the next request whole and never answer it."""
+        """Read the next request completely and never answer it."""
         self._inject(Injected("hang", path), times)
 
     def _inject(self, injected: Injected, times: int) -> None:
@@ -173,7 +173,7 @@ class Faults:
             raise ValueError("sizes must be at least 1")
         self.split = tuple(sizes)
 
-    def pieces(self, data: bytes) -> Iterator[bytes]:
+    def chunks(self, data: bytes) -> Iterator[bytes]:
         """``data`` in the chunks that it is to be written in. For the HTTP side."""
         if not self.split:
             yield data

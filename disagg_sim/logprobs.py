@@ -10,7 +10,7 @@ from disagg_sim.vocabulary import word_id
 
 
 def token_logprobs(answer: Answer, position: int, number: int, top: int | None) -> LogprobEntry | None:
-    """The chosen token and its best rivals, ``top`` entries at most but at least one; None when none were asked for."""
+    """The chosen token and its best rivals, ``top`` entries at most but at least one; None when none were requested."""
     if top is None:
         return None
     chosen = answer.logprob(position)
@@ -24,7 +24,7 @@ def token_logprobs(answer: Answer, position: int, number: int, top: int | None) 
 
 
 def prompt_logprobs(request: EngineRequest, *, wrong: bool) -> list[LogprobEntry | None] | None:
-    """Log probability of each prompt token, None for the first; None when none were asked for.
+    """Log probability of each prompt token, None for the first; None when none were requested.
 
     Args:
         wrong: give random values, like the uninitialised memory that vLLM returns for tokens it has not computed.

@@ -77,8 +77,8 @@ def _thinking(body: Mapping[str, Any], chat: dict[str, Any], *, counting: bool) 
             raise InvalidBody("[{'loc': ('body', 'thinking'), 'msg': 'Input should be greater than or equal to 1024'}]")
         of_prefill = (body.get("kv_transfer_params") or {}).get("do_remote_decode")
         if not counting and not of_prefill and budget >= body["max_tokens"]:
-            said = "Value error, thinking.budget_tokens must be less than max_tokens"
-            raise InvalidBody(f"[{{'loc': ('body',), 'msg': '{said}'}}]")
+            message = "Value error, thinking.budget_tokens must be less than max_tokens"
+            raise InvalidBody(f"[{{'loc': ('body',), 'msg': '{message}'}}]")
     elif kind != "adaptive":
         raise InvalidBody("[{'loc': ('body', 'thinking'), 'msg': 'Input should be valid'}]")
 

@@ -30,7 +30,7 @@ class Counters:
 
 
 def exposition(counters: Counters, *, model: str, running: int, waiting: int) -> str:
-    """The whole /metrics text."""
+    """The complete /metrics text."""
     labels = f'engine="0",model_name="{_escape(model)}"'
     lines: list[str] = []
 

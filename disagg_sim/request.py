@@ -118,7 +118,7 @@ class EngineRequest:
 
     @property
     def prompt_complete(self) -> bool:
-        """Whether the KV of the whole prompt is there, computed or loaded."""
+        """Whether the KV of the complete prompt is there, computed or loaded."""
         return self.prefilled == len(self.prompt_ids)
 
     @property

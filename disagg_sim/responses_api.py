@@ -35,11 +35,11 @@ async def responses(exchange: Exchange) -> web.StreamResponse:
     config = exchange.config
     limit = body.get("max_output_tokens")
     ids = fit_prompt(encode(prompt), body, limit, config.max_model_len)
-    room = config.max_model_len - len(ids)
+    available = config.max_model_len - len(ids)
     rules = {key: body.get(key) for key in ("temperature", "top_p")}
     sampling = sampling_of(
         rules | {"min_tokens": 0},
-        max_tokens=room if limit is None else min(limit, room),
+        max_tokens=available if limit is None else min(limit, available),
         logprobs=None,
         prompt_logprobs=None,
         guide=None,

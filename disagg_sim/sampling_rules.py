@@ -89,19 +89,19 @@ def check_fields(body: Mapping[str, Any]) -> None:
 
 
 def fit_prompt(ids: list[int], body: Mapping[str, Any], max_output: int | None, max_model_len: int) -> list[int]:
-    """Truncate as asked and check the length: prompt and requested output together must fit.
+    """Truncate as requested and check the length: prompt and requested output together must fit.
 
     ``truncate_prompt_tokens: -1`` cuts to what ``max_output`` leaves, so the cut depends on max_tokens.
 
     Raises:
         Raised: when they do not fit.
     """
-    room = max_model_len - (max_output or 0)
+    available = max_model_len - (max_output or 0)
     limit = body.get("truncate_prompt_tokens")
     if limit is not None:
-        keep = room if limit < 0 else limit
+        keep = available if limit < 0 else limit
         ids = ids[-keep:] if 0 < keep < len(ids) else ids if keep > 0 else []
-    if len(ids) > room:
+    if len(ids) > available:
         total = len(ids) + (max_output or 0)
         raise Raised(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested "

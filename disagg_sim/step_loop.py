@@ -56,7 +56,7 @@ class StepLoop:
         self._changed = changed
         self._died = died
         self._cache = PrefixCache(config.prefix_cache_blocks)
-        self._inbox: deque[tuple[str, EngineRequest]] = deque()
+        self._commands: deque[tuple[str, EngineRequest]] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.waiting: deque[EngineRequest] = deque()
@@ -69,26 +69,26 @@ class StepLoop:
     # For the HTTP side.
 
     def add(self, request: EngineRequest) -> None:
-        """Hand a request in; it is taken up between two steps.
+        """Add a request; it is scheduled between two steps.
 
         Raises:
             EngineDeadError: when the engine is dead.
         """
         if self.death is not None:
             raise EngineDeadError
-        self._inbox.append(("add", request))
+        self._commands.append(("add", request))
         self._wake.set()
         self._changed()
 
     def abort(self, request: EngineRequest) -> None:
-        """Withdraw a request; it takes effect between two steps, so never while a step hangs."""
+        """Abort a request. Takes effect between two steps, so never while a step hangs."""
         if self.death is None and not request.finished:
-            self._inbox.append(("abort", request))
+            self._commands.append(("abort", request))
             self._wake.set()
             self._changed()
 
     def start(self) -> None:
-        """Begin to step."""
+        """Start the loop."""
         self._task = asyncio.create_task(self._run(), name="step-loop")
 
     async def stop(self) -> None:
@@ -103,20 +103,20 @@ class StepLoop:
     @property
     def pending(self) -> int:
         """Requests that wait for their first step."""
-        return len(self.waiting) + len(self.loading) + sum(1 for verb, _ in self._inbox if verb == "add")
+        return len(self.waiting) + len(self.loading) + sum(1 for command, _ in self._commands if command == "add")
 
     @property
     def aborting(self) -> int:
         """Aborts that have not taken effect yet."""
-        return sum(1 for verb, _ in self._inbox if verb == "abort")
+        return sum(1 for command, _ in self._commands if command == "abort")
 
     def _fail_all(self) -> None:
-        added = [request for verb, request in self._inbox if verb == "add"]
+        added = [request for command, request in self._commands if command == "add"]
         unfinished = [*self.running, *self.waiting, *self.loading, *added]
         self.running.clear()
         self.waiting.clear()
         self.loading.clear()
-        self._inbox.clear()
+        self._commands.clear()
         for request in unfinished:
             request.finished = True
             request.outputs.put_nowait((request, EngineDeadError()))
@@ -124,14 +124,14 @@ class StepLoop:
     async def _run(self) -> None:
         try:
             while True:
-                self._take_inbox()
+                self._take_commands()
                 if not self.waiting and not self.running:
                     self._changed()
                     self._wake.clear()
                     await self._wake.wait()
                     continue
                 await self._faults.gate("schedule")
-                self._take_inbox()
+                self._take_commands()
                 await self._step()
         except WorkerError as error:
             logger.error("The engine died: %s", error)
@@ -142,10 +142,10 @@ class StepLoop:
 
     # Between steps.
 
-    def _take_inbox(self) -> None:
-        while self._inbox:
-            verb, request = self._inbox.popleft()
-            if verb == "abort":
+    def _take_commands(self) -> None:
+        while self._commands:
+            command, request = self._commands.popleft()
+            if command == "abort":
                 self._abort(request)
                 continue
             in_use = any(other.id == request.id for other in (*self.running, *self.waiting))

@@ -76,11 +76,11 @@ def _call(name: str, arguments: str) -> dict[str, Any]:
 
 
 def message_of(tools: ToolChoice, text: str) -> tuple[dict[str, Any], bool]:
-    """The assistant's message for a whole text, and whether it calls a tool."""
+    """The assistant's message for a complete text, and whether it calls a tool."""
     content: str | None = text
     calls: list[dict[str, Any]] = []
     if tools.mode == "named" and tools.name is not None:
-        # Bare arguments, whole or not: a text that was cut off becomes arguments that are no JSON.
+        # Bare arguments, complete or not: a text that was cut off becomes arguments that are no JSON.
         calls, content = [_call(tools.name, text)], ""
     elif tools.mode is not None:
         found = parse_tool_call(tools.mode, text)
@@ -125,9 +125,9 @@ class ToolStream:
             opening = "<tool_call>"
             undecided = not final and self._text[: len(opening)] == opening[: len(self._text)]
             return None if mode == "required" or undecided else self._plain()
-        whole = final and self._text.endswith(tail)
+        complete = final and self._text.endswith(tail)
         end = len(self._text) - len(tail)
-        if not whole and end <= match.end() and self.called:
+        if not complete and end <= match.end() and self.called:
             return None
         return self._arguments(json.loads(match.group(1)), max(end, match.end()), match.end())
 

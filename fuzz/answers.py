@@ -1,4 +1,4 @@
-"""What reads the instances' answers: id hiding and usage repair in pieces, prefill's answer, figures, error messages.
+"""Parsers of responses from instances: id rewriting and usage repair in chunks, prefill's response, figures, errors.
 
 Holds: the filters' output does not depend on how the body was cut, and equals that of the whole body; the internal id
 never comes out; what is held back is bounded; and reading an answer never raises.
@@ -83,13 +83,13 @@ def _at_once(route: Route, body: bytes, use: CachedTokens) -> bytes:
 def check_pieces(route: Route, pieces: list[bytes], body: bytes, use: CachedTokens) -> None:
     """Relay's two filters, as it joins them."""
     assert b"".join(pieces) == body
-    hider, repair = RequestIdRewriter(ID), UsageRepair(route, use)
+    rewriter, repair = RequestIdRewriter(ID), UsageRepair(route, use)
     passed, fed = [], 0
     for piece in pieces:
         fed += len(piece)
-        passed.append(repair.feed(hider.feed(piece)))
+        passed.append(repair.feed(rewriter.feed(piece)))
         assert sum(map(len, passed)) >= (fed - MOST_HELD) // 4, "too much is held back"
-    passed.append(repair.feed(hider.end()) + repair.end())
+    passed.append(repair.feed(rewriter.end()) + repair.end())
     whole = _at_once(route, hide(ID, body), use)
     got = b"".join(passed)
     assert got == whole, f"in pieces {got!r}, whole {whole!r}"
@@ -98,7 +98,7 @@ def check_pieces(route: Route, pieces: list[bytes], body: bytes, use: CachedToke
 
 
 def check_reading(decisions: Source, body: bytes) -> str:
-    """Prefill's answer for every route, whole and streamed."""
+    """Prefill's response for every route, complete and streamed."""
     route, streamed, choices = ROUTES[decisions.number(2)], bool(decisions.number(1)), decisions.number(2)
     found = read_prefill(route, body, streamed, choices)
     if found.verdict is Verdict.REFUSED:

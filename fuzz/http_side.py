@@ -1,4 +1,4 @@
-"""The live HTTP side: mutated requests over several bare connections at once, in pieces, some left in the middle.
+"""The live HTTP side: mutated requests over several raw connections at once, in chunks, some closed in the middle.
 
 Holds: what comes back is a sequence of whole, well-framed answers of 200, 4xx, 501 or 505; every connection is closed
 within the time limits; and all of :mod:`fuzz.live`.
@@ -20,7 +20,7 @@ from fuzz.wire import answers
 
 AT_ONCE = 120
 CHECK_EVERY = 8
-"""Rounds between two looks at the engines."""
+"""Rounds between two checks of the engines."""
 
 _LIMIT = 0.4
 """Seconds for a head, for a body, and for a kept connection."""
@@ -67,7 +67,7 @@ async def run(seed: int, *, seconds: float = 0.0, rounds: int = 0) -> Report:
 
 
 async def _visit(live: Live, raw: bytes, decisions: bytes, labels: Counter[str]) -> None:
-    """One connection: send in pieces, then read to the end, close one side, or leave."""
+    """One connection: send in chunks, then read to the end, close one direction, or disconnect."""
     source = Source(decisions)
     manner = source.pick(("read", "read", "read", "read", "half-close", "leave", "leave later"))
     reader, writer = await asyncio.open_connection(*live.address)

@@ -24,7 +24,7 @@ GROWTH_MIB = 96
 """MiB that the process (proxy, engines and clients together) may grow after the first quarter of a run."""
 
 _QUIET = 8.0
-"""Seconds in which everything has come to rest."""
+"""Seconds within which all work must end."""
 
 _PLAIN = {"model": "sim-model", "prompt": "San Francisco is a", "max_tokens": 4}
 _RIGHT = expected_text(_PLAIN["prompt"], 4)

@@ -1,4 +1,4 @@
-"""Plausible but odd requests through the whole proxy to both engines, several at once, some clients leaving.
+"""Plausible but odd requests through the complete proxy to both engines, several at once, with clients that disconnect.
 
 Holds: every answer is 200, 4xx or 501; a 200 is whole, names no internal id, and has as many choices as were asked for;
 and all of :mod:`fuzz.live`: the simulated engines die or hang as vLLM's do, when they are asked wrongly.

@@ -90,7 +90,7 @@ def _inputs(target: ModuleType, seed: int) -> Any:
 
 
 def run_guided(name: str, seed: int, *, seconds: float, corpus: Path | None = None) -> Report:
-    """The same through atheris, in a process of its own, since libFuzzer ends the one it runs in.
+    """The same through atheris, in a separate process, because libFuzzer ends the process that it runs in.
 
     Args:
         corpus: where the inputs that reached something new are kept; nowhere when left out.

@@ -1,9 +1,9 @@
-"""``server/client_connection.py`` without sockets: arbitrary bytes in arbitrary chunks, read again by h11.
+"""``server/client_connection.py`` without sockets: arbitrary bytes in arbitrary chunks, compared with h11.
 
-Holds: no two readings. Each request that is taken is the one that h11 takes at the same place, with the same method,
-target, headers and body; nothing is taken after a refusal; the pieces in which the bytes come do not matter; every
-request gets one answer, in order, and at most one refusal follows. When time passes the connection ends, and with it
-every task. Where h11 refuses what is taken, the label says so; :data:`TAKEN` lists the reasons that are known.
+Properties: every accepted request is the one that h11 reads at the same place, with the same method, target, headers
+and body; nothing is accepted after a refusal; the split into chunks does not matter; every request gets one response,
+in order, and at most one refusal follows. When time passes the connection ends, and with it every task. Where h11
+refuses an accepted request, the label says so; :data:`TAKEN` lists the known reasons.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.openai.prefix_hash import AffinityNeeds
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteBatch
-from disagg_proxy.server import client_connection as wire_rules
-from disagg_proxy.server.client_connection import protocol
+from disagg_proxy.server import client_connection
+from disagg_proxy.server.client_connection import connection_class
 from disagg_proxy.server.fast_path import ClientProtocol, FastPathRequest
 from disagg_proxy.services import Services
 from fuzz.pure import Witness
@@ -37,21 +37,21 @@ from fuzz.source import Source
 SEEDS = [prefix + raw for raw in REQUESTS for prefix in (b"\0" * 8, b"\1\2\3\4\5\1\2\3")]
 
 MAX_LEN = 2048
-"""Bytes; more could hold more requests than may wait, and then the pieces do matter."""
+"""Bytes; more could hold more requests than may be pipelined, and then the split into chunks does matter."""
 
 TAKEN = ("illegal request line", "illegal chunk header")
-"""Words of h11's refusals where both readings of the request are the same all the same."""
+"""Beginnings of h11's refusals of requests that both nevertheless read in the same way."""
 
 _LIMITS = Config(header_timeout=5.0, body_timeout=7.0, send_timeout=11.0)
 _KEEP_ALIVE = 13
 _ALL_TIMES = 80.0
-"""Seconds in which every connection is over: head, body, keep-alive, twice the sending, and the lingering."""
+"""Seconds after which every connection has ended: head, body, keep-alive, twice the send timeout, and the linger."""
 
 Taken = tuple[str, bytes, list[tuple[bytes, bytes]], bytes]
 
 
 class Clock(asyncio.SelectorEventLoop):
-    """A loop whose time can be put forward."""
+    """An event loop whose clock can be advanced."""
 
     ahead = 0.0
 
@@ -59,7 +59,7 @@ class Clock(asyncio.SelectorEventLoop):
         return super().time() + self.ahead
 
     def spin(self, progress: Callable[[], object]) -> None:
-        """Let everything run until there is no progress any more."""
+        """Run the loop until there is no more progress."""
         before, rounds = progress(), 0
         while rounds < 12:
             self.call_soon(self.stop)
@@ -69,18 +69,18 @@ class Clock(asyncio.SelectorEventLoop):
 
 
 class Wire(asyncio.Transport):
-    """What the protocol writes to; it is read by nobody, so nothing waits."""
+    """Records what the protocol writes."""
 
     def __init__(self, closed: Callable[[], object]) -> None:
         super().__init__()
-        self.said = b""
+        self.sent = b""
         self.closed = self.ended = self.paused = False
         self._on_close = closed
 
     def write(self, data: Any) -> None:
         if self.ended or self.closed:
             raise RuntimeError("written after the end")
-        self.said += bytes(data)
+        self.sent += bytes(data)
 
     def write_eof(self) -> None:
         self.ended = True
@@ -113,10 +113,10 @@ class Wire(asyncio.Transport):
 
 @dataclass
 class Reading:
-    """What the proxy made of one connection."""
+    """The requests and responses of one connection."""
 
     requests: list[Taken] = field(default_factory=list)
-    said: bytes = b""
+    sent: bytes = b""
 
 
 class Server:
@@ -142,7 +142,7 @@ class Server:
             log_config=None,
             lifespan="off",
             ws="none",
-            http=protocol(_LIMITS, cast(Services, services)),
+            http=connection_class(_LIMITS, cast(Services, services)),
             timeout_keep_alive=_KEEP_ALIVE,
         )
         self.config.load()
@@ -171,12 +171,12 @@ class Server:
         await send({"type": "http.response.start", "status": status, "headers": head})
         await send({"type": "http.response.body", "body": b""})
 
-    def read(self, pieces: list[bytes]) -> Reading:
+    def read(self, chunks: list[bytes]) -> Reading:
         """One connection from its opening to its end."""
-        with patch.object(wire_rules, "FastPathRequest", self.direct):
-            return self._read(pieces)
+        with patch.object(client_connection, "FastPathRequest", self.direct):
+            return self._read(chunks)
 
-    def _read(self, pieces: list[bytes]) -> Reading:
+    def _read(self, chunks: list[bytes]) -> Reading:
         asyncio.set_event_loop(self.loop)
         self.reading = Reading()
         self.failures.clear()
@@ -184,23 +184,23 @@ class Server:
         connection = self.config.http_protocol_class(self.config, state, {}, _loop=self.loop)  # type: ignore[call-arg,operator]
         wire = Wire(lambda: self.loop.call_soon(connection.connection_lost, None))
         connection.connection_made(wire)
-        for piece in pieces:
+        for chunk in chunks:
             if not wire.closed:
-                self.loop.call_soon(connection.data_received, piece)
-                self.loop.spin(lambda: len(wire.said))
+                self.loop.call_soon(connection.data_received, chunk)
+                self.loop.spin(lambda: len(wire.sent))
             assert wire.closed or not wire.paused, "reading stays paused"
         for _ in range(8):
             self.loop.ahead += _ALL_TIMES / 8
-            self.loop.spin(lambda: len(wire.said))
+            self.loop.spin(lambda: len(wire.sent))
         assert wire.closed, "the connection is kept for nothing"
         assert not asyncio.all_tasks(self.loop) and not state.tasks and not state.connections
         assert not self.failures, self.failures
-        self.reading.said = wire.said
+        self.reading.sent = wire.sent
         return self.reading
 
 
 def _recording(server: Server) -> type[FastPathRequest]:
-    """Records and answers what is taken directly, as the application does the rest."""
+    """A class that records and answers requests on the fast path, as ``_app`` does for the others."""
 
     class Recording(FastPathRequest):
         def __init__(self, client: ClientProtocol, services: Services, head: RequestHead, keep_alive: bool) -> None:
@@ -208,21 +208,21 @@ def _recording(server: Server) -> type[FastPathRequest]:
             self.received = head
 
         def start(self) -> None:
-            requests, head, body = server.reading.requests, self.received, b"".join(self._pieces)
-            # A head that came before is told as it was then, but for these.
+            requests, head, body = server.reading.requests, self.received, b"".join(self._chunks)
+            # A cached head has the headers of its first request, except for these two.
             now = {b"content-length": b"%d" % len(body)}
             if head.client_id:
                 now[b"x-request-id"] = head.client_id.encode()
             headers = [(name, now.get(name, value)) for name, value in head.headers]
             requests.append(("POST", head.route.path.encode() + b"?", headers, body))
-            self._say(200, b"x-number: %d\r\n" % len(requests), b"")
+            self._send_response(200, b"x-number: %d\r\n" % len(requests), b"")
 
     return Recording
 
 
 @dataclass
 class Second:
-    """h11's reading: the requests up to the first that it does not take, and why it does not."""
+    """h11's reading: the requests up to the first that it refuses, and its reason."""
 
     requests: list[Taken] = field(default_factory=list)
     why: str = ""
@@ -263,19 +263,19 @@ def second_reading(data: bytes) -> Second:
         data = parser.trailing_data[0]
 
 
-def answers(said: bytes) -> list[tuple[int, bytes]]:
-    """Status and number of each answer, 100s left out."""
+def answers(sent: bytes) -> list[tuple[int, bytes]]:
+    """Status and number of each response, without interim ones."""
     found = []
-    while said:
+    while sent:
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
         parser.send(h11.EndOfMessage())
-        parser.receive_data(said)
+        parser.receive_data(sent)
         while not isinstance(event := parser.next_event(), h11.EndOfMessage):
-            assert event is not h11.NEED_DATA, f"half an answer: {said[-300:]!r}"
+            assert event is not h11.NEED_DATA, f"half an answer: {sent[-300:]!r}"
             if isinstance(event, h11.Response):
                 found.append((event.status_code, dict(event.headers).get(b"x-number", b"")))
-        said = parser.trailing_data[0]
+        sent = parser.trailing_data[0]
     return found
 
 
@@ -283,25 +283,25 @@ _server: Server | None = None
 
 
 def check(data: bytes) -> str:
-    """One execution: eight bytes decide on the pieces, the rest is what the client sends."""
+    """One execution: eight bytes determine the split into chunks, the rest is sent by the client."""
     global _server
     _server = _server or Server()
     raw = data[8 : 8 + MAX_LEN]
     whole = _server.read([raw])
     cut = _server.read(Source(data[:8]).pieces(raw))
-    assert whole.requests == cut.requests, f"whole {whole.requests}, in pieces {cut.requests}"
-    said = answers(whole.said)
-    assert [status for status, _ in said] == [status for status, _ in answers(cut.said)]
-    return compare(whole, second_reading(raw), said)
+    assert whole.requests == cut.requests, f"whole {whole.requests}, in chunks {cut.requests}"
+    sent = answers(whole.sent)
+    assert [status for status, _ in sent] == [status for status, _ in answers(cut.sent)]
+    return compare(whole, second_reading(raw), sent)
 
 
-def compare(whole: Reading, second: Second, said: list[tuple[int, bytes]]) -> str:
+def compare(whole: Reading, second: Second, sent: list[tuple[int, bytes]]) -> str:
     """The two readings side by side."""
     count = len(whole.requests)
-    served = [number for status, number in said if status == 200]
-    assert served == [b"%d" % (i + 1) for i in range(count)], said
-    refusals = [status for status, _ in said if status != 200]
-    assert len(refusals) <= 1 and all(400 <= status < 500 or status == 505 for status in refusals), said
+    served = [number for status, number in sent if status == 200]
+    assert served == [b"%d" % (i + 1) for i in range(count)], sent
+    refusals = [status for status, _ in sent if status != 200]
+    assert len(refusals) <= 1 and all(400 <= status < 500 or status == 505 for status in refusals), sent
     for mine, other in zip(whole.requests, second.requests, strict=False):
         assert _plain(mine) == _plain(other), f"read as {mine}, by h11 as {other}"
     label = f"{min(count, 3)}{'+' if count > 3 else ''} taken, then {refusals[0] if refusals else 'nothing'}"

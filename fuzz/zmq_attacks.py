@@ -1,4 +1,4 @@
-"""What is done to the registration port in a run of :mod:`fuzz.zmq_side`; in a process of its own, as strangers are."""
+"""Attacks on the registration port in a run of :mod:`fuzz.zmq_side`, from a separate process."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Attacks:
         )
 
     def identities(self) -> int:
-        """A crowd, each with an identity of its own, random or empty or as long as can be."""
+        """Many peers, each with its own identity: random, empty, or of maximum length."""
         admission_peers = []
         for _ in range(_PER_ROUND // 4):
             length = self.rng.choice((1, 5, 255))

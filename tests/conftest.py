@@ -82,7 +82,7 @@ class Proxy:
 
     async def stop(self) -> None:
         if not self.services.shutdown.begun.is_set():
-            self.server.signalled()
+            self.server.on_signal()
         if self._serving is not None:
             await self._serving
         self.socket.close()

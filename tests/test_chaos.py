@@ -86,7 +86,7 @@ def test_an_answer_that_is_wrong_or_missing_fails_the_run(outcome: str) -> None:
     report = good()
     report.planned += 1
     report.take([Result(2, outcome, "why", 3.0, 1.0)])
-    assert report.reasons() == [f"1 answers wrong, missing or late: request 2 at 3.0 s: {outcome}, why"]
+    assert report.reasons() == [f"1 responses wrong, missing or late: request 2 at 3.0 s: {outcome}, why"]
 
 
 @pytest.mark.parametrize("what", ["decoded_twice", "dead", "stalled", "busy", "not_ready", "buffer_leaks"])
@@ -169,7 +169,7 @@ async def test_judgement(work: Work, answer: bytes, more: dict, outcome: str) ->
 # The ledger.
 
 
-async def test_an_id_that_a_decode_is_asked_for_twice_is_noticed() -> None:
+async def test_an_id_that_a_decode_receives_twice_is_recorded() -> None:
     async with running_machine(1, 1, {}, {}) as machine, aiohttp.ClientSession() as session:
         prefill, decode = machine.engines
         pair = [machine.services.registry.instances()[place].kv for place in (0, 1)]
@@ -187,7 +187,7 @@ async def test_an_id_that_a_decode_is_asked_for_twice_is_noticed() -> None:
         assert machine.ledger.twice == [f"{key_of(headers['X-Request-Id'])} on {decode.name}"]
 
 
-async def test_a_drain_after_a_refusal_is_not_twice() -> None:
+async def test_a_release_after_a_refusal_is_not_twice() -> None:
     engine = LedgerEngine(SimConfig(role="decode"), Ledger())
     engine._note_decode("a", {"user": REFUSED_BY_DECODE, "max_tokens": 99}, None)
     engine._note_decode("a", {"user": REFUSED_BY_DECODE, "max_tokens": 1}, None)

@@ -13,9 +13,9 @@ import pytest
 
 from bench.gpu_latency import __main__ as command
 from bench.gpu_latency import load, plan, record
-from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvRoom, Shot, fire
+from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvCapacity, Shot, fire
 from bench.gpu_latency.figures import Resampled, Sample, compare, figures
-from bench.gpu_latency.load import ARMS, Block, in_turn
+from bench.gpu_latency.load import ARMS, Block, balanced_order
 from bench.gpu_latency.plan import Phase, seconds_for
 from bench.gpu_latency.processes import Machine, Stack
 from bench.gpu_latency.prompts import Prompts
@@ -91,7 +91,7 @@ def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
 
 
 def test_each_arm_comes_first_in_half_of_the_pairs() -> None:
-    assert Counter(order[0] for order in in_turn(20, seed=1)) == {"direct": 10, "proxy": 10}
+    assert Counter(order[0] for order in balanced_order(20, seed=1)) == {"direct": 10, "proxy": 10}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ async def test_a_cut_answer_is_broken() -> None:
 
 
 async def test_room_for_kv_goes_to_who_came_first() -> None:
-    room = KvRoom(10)
+    room = KvCapacity(10)
     await room.take(6)
     tasks = [asyncio.create_task(room.take(size)) for size in (7, 2)]
     await asyncio.sleep(0)
@@ -171,7 +171,7 @@ async def test_room_for_kv_goes_to_who_came_first() -> None:
     await asyncio.wait_for(asyncio.gather(asyncio.create_task(room.take(50)), _give(room, 9)), 5)
 
 
-async def _give(room: KvRoom, size: int) -> None:
+async def _give(room: KvCapacity, size: int) -> None:
     room.give(size)
 
 
@@ -184,7 +184,7 @@ async def test_direct_asks_both_engines_as_they_want_it(connector: str) -> None:
     clients = [LoadClient(f"http://{engine.http_address}") for engine in engines]
     arm: Arm = DirectOwn(*clients, prefill.kv_address)
     if connector == "p2p_nccl":
-        arm = DirectP2p(*clients, (prefill.kv_address, decode.kv_address), KvRoom(10**9), 1000)
+        arm = DirectP2p(*clients, (prefill.kv_address, decode.kv_address), KvCapacity(10**9), 1000)
     try:
         prompts = Prompts("sim-model", seed=1)
         made = [await fire(arm, prompts.body(100, 5), Shot("direct", 100, i)) for i in range(3)]

@@ -9,7 +9,7 @@ from disagg_proxy.config import Config, StaticInstance
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.peer_group import SingleProcess
 from disagg_proxy.services import Services
-from disagg_proxy.telemetry.page_state import PageState, news_of
+from disagg_proxy.telemetry.page_state import PageState, page_state_of
 from disagg_proxy.telemetry.stats import RegistrationCounts
 from disagg_proxy.telemetry.stats_report import stats_report
 from tests.conftest import LOCAL
@@ -44,7 +44,7 @@ class Group(SingleProcess):
     def stop(self) -> None:
         self.calls.append("stop")
 
-    def left_behind(self) -> PageState | None:
+    def predecessor_state(self) -> PageState | None:
         return self._left
 
     async def drain(self, instance: Instance, draining: bool) -> None:
@@ -67,12 +67,12 @@ async def test_a_single_process_is_the_whole_proxy(caplog: pytest.LogCaptureFixt
         (instance,) = services.registry.instances()
         await services.drain(instance, True)
         assert instance.draining and services.idle(instance)
-        instance.visits = 1
+        instance.direct_requests = 1
         assert not services.idle(instance)
         services.stats.failovers = 5
         overview = await services.overview()
-        assert (overview.stats, overview.workers, overview.traffic.messages) == (services.stats, [], 0)
-        assert services.peers.news() == [news_of(services.recorder)]
+        assert (overview.stats, overview.workers, overview.registrations.messages) == (services.stats, [], 0)
+        assert services.peers.page_states() == [page_state_of(services.recorder)]
         assert "answered_by" not in stats_report(services, overview)
     finally:
         await services.stop()
@@ -81,8 +81,8 @@ async def test_a_single_process_is_the_whole_proxy(caplog: pytest.LogCaptureFixt
 async def test_one_of_several_shares_by_its_group(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     earlier = Services(CONFIG, peers=Group(None))
-    earlier.event_log.tell("ready", "a:1", "was ready")
-    group = Group(news_of(earlier.recorder))
+    earlier.event_log.add_event("ready", "a:1", "was ready")
+    group = Group(page_state_of(earlier.recorder))
     services = Services(CONFIG, peers=group)
     await services.start()
     try:

@@ -10,12 +10,12 @@ INTERNAL, PUBLIC = ID.internal.encode(), ID.public.encode()
 
 
 def relayed(body: bytes, cuts: list[int]) -> bytes:
-    hider, out, last = RequestIdRewriter(ID), b"", 0
+    rewriter, out, last = RequestIdRewriter(ID), b"", 0
     for cut in sorted(cuts):
-        out += hider.feed(body[last:cut])
+        out += rewriter.feed(body[last:cut])
         assert INTERNAL not in out
         last = cut
-    return out + hider.feed(body[last:]) + hider.end()
+    return out + rewriter.feed(body[last:]) + rewriter.end()
 
 
 def test_every_split_point_of_an_event_hides_the_id() -> None:

@@ -4,7 +4,7 @@ Each version gets a folder of its own and is installed once. ``uv`` does it beca
 ``+cpu``, which the package index does not have, and pip cannot put another in its place. Three ways, the first that
 finds every package wins:
 
-1. torch's CPU build where pip is told to look (PIP_FIND_LINKS, PIP_INDEX_URL, pip's own configuration);
+1. torch's CPU build where pip is settings to look (PIP_FIND_LINKS, PIP_INDEX_URL, pip's own configuration);
 2. torch's CPU build from PyTorch's own index, which uv knows;
 3. the package index's torch of the same version, a CUDA build. It does not import without CUDA's libraries, so they
    come along: 5.6 GB instead of 2.5 GB.
@@ -29,9 +29,9 @@ _UNUSED = ("torchvision", "torchaudio", "torchcodec", "triton")
 _EXTRAS = ("nixl", "nixl-cu12")
 """Imports without CUDA; for the tests of NixlConnector."""
 _ROOM = 8 * 10**9
-"""Bytes on the disk that an installation may need for a moment."""
+"""Bytes of disk space that an installation needs temporarily."""
 _STAMP = "installed-3"
-"""Says that an environment is whole; the number changes with what is installed."""
+"""Marks an environment as complete; the number changes with the set of packages."""
 
 
 class CannotInstall(Exception):
@@ -94,15 +94,15 @@ def _install(python: Path, version: str, arguments: Sequence[str], torch: str, o
 
 
 def _pip_settings() -> list[str]:
-    """What pip is told of where packages are, in uv's words: uv does not read it."""
+    """pip's settings of package indexes as options of uv, which does not read them."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    told: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for line in listed.splitlines():
         # The environment comes first there, and wins.
         name, _, value = line.partition("=")
-        told.setdefault(name.rpartition(".")[2], str(ast.literal_eval(value)))
-    found = [part for place in told.get("find-links", "").split() for part in ("--find-links", place)]
-    return [*found, *(["--default-index", told["index-url"]] if "index-url" in told else [])]
+        settings.setdefault(name.rpartition(".")[2], str(ast.literal_eval(value)))
+    found = [part for place in settings.get("find-links", "").split() for part in ("--find-links", place)]
+    return [*found, *(["--default-index", settings["index-url"]] if "index-url" in settings else [])]
 
 
 def _as_vllm(base: Path, version: str) -> None:

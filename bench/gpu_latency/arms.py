@@ -1,4 +1,4 @@
-"""The two ways to an answer: through the proxy, and past it. Both return when everything they asked is answered.
+"""The two arms: through the proxy, and directly to the engines. Both return when all their requests are answered.
 
 ``Direct`` does what the proxy does for these requests, in the same order, with the same fields: for P2pNcclConnector
 one id with both KV addresses, prefill first and then decode (docs/request-id.md); for the project's own connector
@@ -84,10 +84,10 @@ class Proxied:
         return await self._proxy.post(PATH, body.whole(), Response(stream=True))
 
 
-class KvRoom:
-    """KV that may wait on decode, in bytes; who does not fit waits, in order. The proxy has the same limit.
+class KvCapacity:
+    """Limit of KV that may wait on decode, in bytes; requests above it wait in order. The proxy has the same limit.
 
-    From the moment prefill is asked to decode's first token, as the proxy counts it.
+    KV counts from the request to prefill until decode's first token, as in the proxy.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -96,7 +96,7 @@ class KvRoom:
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def take(self, size: int) -> None:
-        """Wait until ``size`` bytes are free, and take them. What is larger than all of it takes all of it."""
+        """Wait until ``size`` bytes are free, and take them; a larger request than the limit takes all of it."""
         size = min(size, self._capacity)
         if not self._queue and size <= self._free:
             self._free -= size
@@ -106,7 +106,7 @@ class KvRoom:
         await turn
 
     def give(self, size: int) -> None:
-        """Give back what ``take`` took."""
+        """Release what ``take`` took."""
         self._free += min(size, self._capacity)
         while self._queue and self._queue[0][0] <= self._free:
             size, turn = self._queue.popleft()
@@ -120,20 +120,20 @@ class DirectP2p:
     name = "direct"
 
     def __init__(
-        self, prefill: LoadClient, decode: LoadClient, addresses: tuple[str, str], room: KvRoom, per_token: int
+        self, prefill: LoadClient, decode: LoadClient, addresses: tuple[str, str], capacity: KvCapacity, per_token: int
     ):
         self._prefill, self._decode = prefill, decode
         self._head = f"___prefill_addr_{addresses[0]}___decode_addr_{addresses[1]}_"
-        self._room, self._per_token = room, per_token
+        self._capacity, self._per_token = capacity, per_token
 
     async def ask(self, body: Body, shot: Shot) -> Response:
         size = body.tokens * self._per_token
-        await self._room.take(size)
+        await self._capacity.take(size)
         held = [size]
 
         def release() -> None:
             if held:
-                self._room.give(held.pop())
+                self._capacity.give(held.pop())
 
         try:
             name = self._head + secrets.token_hex(16)
@@ -164,7 +164,7 @@ class DirectOwn:
             _check(await self._prefill.post(PATH, body.prefill(offer), Response()), "prefill")
             shot.prefill = perf_counter() - begun
 
-        # Decode makes up for a prefill that fails; the figure would not be one of this path, so the error counts.
+        # If prefill fails, decode computes the prompt; that would not measure this path, so the error counts.
         leg = asyncio.ensure_future(compute())
         results = await asyncio.gather(
             self._decode.post(PATH, body.whole(fetch), Response(stream=True)), leg, return_exceptions=True

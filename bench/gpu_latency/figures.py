@@ -1,4 +1,4 @@
-"""From shots to figures: quantiles of both arms, their difference, and how sure it is. Pure.
+"""Figures from shots: quantiles of both arms, their difference, and how sure it is. Pure.
 
 Inter-token latency is the time between two successive events of a stream. The intervals are percentile bootstrap
 intervals of 95 %: whole requests are drawn, with all their tokens, since the tokens of one are not independent. At

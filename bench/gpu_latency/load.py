@@ -1,7 +1,7 @@
-"""The two kinds of load. Which arm asks when is decided beforehand and balanced, so that drift hits both alike.
+"""The two kinds of load. The order of the arms is planned and balanced, so that drift affects both equally.
 
-Nothing that was sent is cancelled: when a phase's time is over it waits for the answers, and when they do not come
-(``StandsStill``) the run is over, since an engine has stopped.
+No request is cancelled: at the end of its time a phase waits for the responses. If they do not arrive (``Stalled``),
+the run ends, because an engine has stopped.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from bench.gpu_latency.prompts import Prompts
 
 ARMS = ("direct", "proxy")
 PATIENCE = 40.0
-"""Seconds that a phase waits for its last answers."""
+"""Seconds that a phase waits for its last responses."""
 
-_TOO_MANY_FAIL = 5
+_MAX_FAILURES = 5
 
-_LEAST_COUNTED = 0.5
-"""Seconds of a block, even where the answers of the blocks before took up all the time."""
+_MIN_COUNTED = 0.5
+"""Minimum seconds of a block, even if waiting for earlier blocks has used up the time."""
 
 
-class StandsStill(Exception):
+class Stalled(Exception):
     """Requests that were sent are not answered."""
 
 
@@ -46,8 +46,8 @@ class Block:
     end: float
 
 
-def in_turn(count: int, seed: int) -> list[tuple[str, str]]:
-    """For ``count`` pairs who comes first: each arm in one half of them, in random order."""
+def balanced_order(count: int, seed: int) -> list[tuple[str, str]]:
+    """Order of the arms in ``count`` pairs: each arm is first in half of them, shuffled."""
     orders = [ARMS if i % 2 else (ARMS[1], ARMS[0]) for i in range(count)]
     random.Random(seed).shuffle(orders)
     return orders
@@ -56,26 +56,28 @@ def in_turn(count: int, seed: int) -> list[tuple[str, str]]:
 async def low(
     arms: Mapping[str, Arm], phase: Phase, seconds: float, prompts: Prompts, answer: int, shots: list[Shot]
 ) -> None:
-    """Requests at fixed distances, both arms in turn; the two of a pair are neighbours. They are added to ``shots``.
+    """Send requests at fixed intervals, both arms alternately; the two of a pair are adjacent. Appends to ``shots``.
 
     Raises:
-        StandsStill: at the end.
-        Failing: soon.
+        Stalled: responses are missing at the end.
+        Failing: several requests in a row failed.
     """
     turns = [
-        (place, name) for place, order in enumerate(in_turn(phase.pairs(seconds), seed=phase.tokens)) for name in order
+        (place, name)
+        for place, order in enumerate(balanced_order(phase.pairs(seconds), seed=phase.tokens))
+        for name in order
     ]
     bodies = [prompts.body(phase.tokens, answer) for _ in turns]
     tasks: list[asyncio.Task[Shot]] = []
-    with _no_collector():
+    with _without_gc():
         begin = perf_counter()
         for number, ((place, name), body) in enumerate(zip(turns, bodies, strict=True)):
             await asyncio.sleep(max(0.0, begin + number / phase.rate - perf_counter()))
             shot = Shot(name, phase.tokens, place)
             shots.append(shot)
             tasks.append(asyncio.create_task(fire(arms[name], body, shot)))
-            _look([task.result() for task in tasks if task.done()])
-        await _all_of(tasks)
+            _check_failures([task.result() for task in tasks if task.done()])
+        await _wait_for_all(tasks)
 
 
 async def saturating(
@@ -87,20 +89,20 @@ async def saturating(
     shots: list[Shot],
     blocks: list[Block],
 ) -> None:
-    """Blocks of direct, proxy, proxy, direct; in each ``phase.clients`` ask again as soon as they are answered.
+    """Run blocks of direct, proxy, proxy, direct; ``phase.clients`` closed-loop clients in each.
 
-    What happened is added to ``shots`` and ``blocks``.
+    Appends to ``shots`` and ``blocks``.
 
     Raises:
-        StandsStill: after a block.
-        Failing: soon.
+        Stalled: responses are missing after a block.
+        Failing: several requests in a row failed.
     """
     count = phase.blocks(seconds)
     until, drain = perf_counter() + seconds, plan.DRAIN
     for place in range(count):
         name = ARMS[place % 4 in (1, 2)]
         begin = perf_counter() + RAMP
-        counted = max(_LEAST_COUNTED, (until - begin + RAMP) / (count - place) - RAMP - drain)
+        counted = max(_MIN_COUNTED, (until - begin + RAMP) / (count - place) - RAMP - drain)
         block = Block(name, begin, begin + counted)
         blocks.append(block)
 
@@ -112,34 +114,36 @@ async def saturating(
                 mine.append(shot)
                 shots.append(shot)
                 await fire(arms[block.arm], prompts.body(phase.tokens, answer), shot)
-                _look(mine[-_TOO_MANY_FAIL:])
+                _check_failures(mine[-_MAX_FAILURES:])
 
-        with _no_collector():
-            await _all_of(
+        with _without_gc():
+            await _wait_for_all(
                 [asyncio.create_task(client(RAMP * i / phase.clients)) for i in range(phase.clients)], counted + RAMP
             )
-        # Slow answers make the blocks that follow shorter, not the phase longer.
+        # Slow responses shorten the following blocks instead of extending the phase.
         drain = max(drain, perf_counter() - block.end)
 
 
-async def _all_of(tasks: Sequence[asyncio.Task[Shot]] | Sequence[asyncio.Task[None]], beside: float = 0.0) -> None:
+async def _wait_for_all(
+    tasks: Sequence[asyncio.Task[Shot]] | Sequence[asyncio.Task[None]], beside: float = 0.0
+) -> None:
     done, pending = await asyncio.wait(tasks, timeout=PATIENCE + beside)
     if pending:
-        raise StandsStill(f"{len(pending)} of {len(tasks)} requests or clients are without an answer")
+        raise Stalled(f"{len(pending)} of {len(tasks)} requests or clients have no response")
     for task in done:
         task.result()
 
 
-def _look(shots: Sequence[Shot]) -> None:
+def _check_failures(shots: Sequence[Shot]) -> None:
     """Stop a phase that only produces errors."""
-    last = shots[-_TOO_MANY_FAIL:]
-    if len(last) == _TOO_MANY_FAIL and all(shot.error for shot in last):
+    last = shots[-_MAX_FAILURES:]
+    if len(last) == _MAX_FAILURES and all(shot.error for shot in last):
         raise Failing(last[-1].error)
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
-    """Without Python's cyclic garbage collector, whose pauses would be taken for the proxy's or the engines'."""
+def _without_gc() -> Iterator[None]:
+    """Disable the cyclic garbage collector, whose pauses would be attributed to the proxy or the engines."""
     gc.collect()
     gc.disable()
     try:

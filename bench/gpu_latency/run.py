@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.gpu_latency import load, record
-from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvRoom, Proxied, Shot, fire
+from bench.gpu_latency.arms import Arm, DirectOwn, DirectP2p, KvCapacity, Proxied, Shot, fire
 from bench.gpu_latency.plan import Phase, seconds_for
 from bench.gpu_latency.processes import HOST, Machine, NotReady, Stack
 from bench.gpu_latency.prompts import Prompts
@@ -168,8 +168,8 @@ def _arms(stack: Stack) -> dict[str, Arm]:
     )
     direct: Arm
     if machine.connector == "p2p_nccl":
-        room = KvRoom(machine.kv_buffer)
-        direct = DirectP2p(prefill, decode, stack.kv_addresses, room, machine.per_token)
+        capacity = KvCapacity(machine.kv_buffer)
+        direct = DirectP2p(prefill, decode, stack.kv_addresses, capacity, machine.per_token)
     else:
         direct = DirectOwn(prefill, decode, stack.kv_addresses[0])
     return {"direct": direct, "proxy": Proxied(proxy)}

@@ -65,7 +65,7 @@ def _bare(rank: int, unique_id: bytes, pipe: Connection, total: int, chunk: int)
 
 
 def _silent(seconds: float = 600) -> Any:
-    """A control connection on which nothing is said, and which the other side closes some seconds from now."""
+    """An idle control connection, which the other side closes after some seconds."""
     from disagg_kv.transport.channel import Channel
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -158,7 +158,7 @@ def _copies(rank: int, unique_id: bytes, pipe: Connection, shape: str, layers: i
 
 
 def _vanish(rank: int, unique_id: bytes, pipe: Connection) -> dict[str, Any]:
-    """The sender says nothing more: how long until the receiver is free again."""
+    """Measure how long the receiver is blocked after the sender has stopped sending."""
     from disagg_kv.engine.layout import TorchCache
     from disagg_kv.transport.base import Stalled
     from disagg_kv.transport.nccl import NcclTransport

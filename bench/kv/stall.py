@@ -1,4 +1,4 @@
-"""Do transfers ever stall? Prefill on GPU 0, decode on GPU 1, many hand-overs with prefill asked first.
+"""Do transfers ever stall? Prefill on GPU 0, decode on GPU 1, many transfers with prefill's leg sent first.
 
     python -m bench.kv.stall --model DIR [--limit 150] [--folder F] > result.json
 

@@ -73,7 +73,7 @@ def tasks(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print tables; write JSON and plots where asked."""
+    """Print tables; write JSON and plots if requested."""
     parser = argparse.ArgumentParser(prog="bench.policies", description=__doc__)
     parser.add_argument("--short", action="store_true", help="40 seconds of each workload, one seed")
     parser.add_argument("--prefills", type=int, default=4)

@@ -92,7 +92,7 @@ class Prefill:
             self._loop.call_soon(self._step)
 
     def restart(self) -> None:
-        """Another process: nothing is cached, nobody has been met."""
+        """Restart: an empty cache and no connections."""
         self._cache.clear()
         self._held = 0
         self._met.clear()
@@ -156,7 +156,7 @@ class Prefill:
 
 
 class Decode:
-    """One batch, a token for everybody in each step."""
+    """One batch; each step generates a token for every request in it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -108,7 +108,7 @@ class Trial:
         placement = await admission_queue.acquire(Demand(MODEL, PlacementPreference.PAIR, size, traits))
         lease = placement.prefill_lease
         assert lease is not None
-        self.registry.kv_compatibility.sends_towards(lease.instance, placement.decode)
+        self.registry.kv_compatibility.record_send(lease.instance, placement.decode)
         prefill, decode = self.prefills[lease.instance], self.decodes[placement.decode]
         job = Job(ask.blocks, ask.block, ask.tokens, ask.output)
 
@@ -117,7 +117,7 @@ class Trial:
             prefill.send(job, decode)
 
         def first_token() -> None:
-            placement.loaded()
+            placement.release_kv()
             self.rows.append((begun, self.loop.time() - begun, job.tokens, job.hits))
 
         def done() -> None:
@@ -168,12 +168,12 @@ def _traits(ask: Ask, tokens: int) -> Traits:
         names.append(name << 8 | depth)
         start = stop
     home = hash(ask.blocks[: ask.home]) & 0xFFFFFFFF
-    # A session is named by its client; here everybody does.
+    # Here every client names its session.
     return Traits(tokens, tokens * KV_BYTES, tuple(names), size, home, ask.session)
 
 
 def _weighted(values: list[tuple[float, int]], share: float) -> float:
-    """The quantile of values that count so many times."""
+    """Quantile of sorted (value, weight) pairs."""
     left = share * sum(count for _, count in values)
     for value, count in values:
         left -= count

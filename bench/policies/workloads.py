@@ -53,7 +53,7 @@ Session = list[Ask]
 
 
 class Names:
-    """Block names that nobody has had before."""
+    """Block names that were not used before."""
 
     def __init__(self) -> None:
         self._next = itertools.count(1)

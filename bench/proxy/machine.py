@@ -1,4 +1,4 @@
-"""The machine: its tools, cores and description; processes pinned to a core; what the kernel says of them."""
+"""The machine: tools, cores, description; processes pinned to a core, and their accounting by the kernel."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def allow_files() -> None:
 
 
 def build(name: str, to: Path) -> Path:
-    """The program of ``name``.c, compiled anew when its source or a header has changed.
+    """The program of ``name``.c, recompiled when its source or a header has changed.
 
     Raises:
         Unable: it does not compile.
@@ -93,7 +93,7 @@ def end_on_sigterm() -> None:
 def running(
     command: Sequence[str], core: int, *, log: int | IO[Any], environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A program pinned to a core, in a process group of its own that is ended at the end."""
+    """A program pinned to a core, in a separate process group that is killed at the end."""
     process = subprocess.Popen(
         ["taskset", "-c", str(core), *command],
         stdout=log,

@@ -45,11 +45,11 @@ class Peer:
 
     Attributes:
         command: of its process; None where clients talk to the engines themselves.
-        requirements: installed into an environment of its own; none where the running Python has all.
+        requirements: installed into a separate environment; none if the running Python has all of them.
         environment: variables on top of the present ones, for the installation too.
         pings: engines register by ZMQ; otherwise the command names them.
         hides: clients never see the internal request id, and cached tokens are prefill's.
-        prefill_one: prefill is asked for all tokens and must be told to stop after one, as an SGLang engine does.
+        prefill_one: prefill gets the client's max_tokens and stops after one token itself, as an SGLang engine does.
         ports: HTTP and ZMQ, where they are fixed.
     """
 
@@ -103,7 +103,7 @@ def _sources() -> str:
 
 
 def _ours(place: Place, options: tuple[str, ...], *program: str) -> list[str]:
-    """With limits that are kept account of and never reached, so that nobody waits for room."""
+    """With limits that are accounted for but never reached, so that no request waits for capacity."""
     limits = {
         "max-in-flight": 16384,
         "prefill-max-in-flight": 8192,

@@ -28,7 +28,7 @@ turns = itertools.count()
 
 
 def listen(port: int) -> None:
-    """Take pings for ever."""
+    """Receive pings until cancelled."""
     router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     router.bind(f"tcp://127.0.0.1:{port}")
     while True:
@@ -70,14 +70,14 @@ async def completions() -> Response:
     if "Content-Length" in answer.headers:
         return Response(await answer.read(), answer.status, content_type=answer.headers["Content-Type"])
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def chunks() -> AsyncIterator[bytes]:
         try:
-            async for piece in answer.content.iter_any():
-                yield piece
+            async for chunk in answer.content.iter_any():
+                yield chunk
         finally:
             answer.release()
 
-    response = Response(pieces(), answer.status, content_type=answer.headers["Content-Type"])
+    response = Response(chunks(), answer.status, content_type=answer.headers["Content-Type"])
     response.timeout = None
     return response
 

@@ -1,4 +1,4 @@
-"""What is asked of a proxy, and how much of it is measured."""
+"""Workloads of the benchmark, and how long each is measured."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How many requests the engines get at once: limits, the queue in front of them, and the KV that a prompt will take."""
+"""Admission: limits on concurrent requests, the queue in front of them, and estimates of prompt sizes."""

@@ -1,4 +1,4 @@
-"""Who is there and who may serve: instances, the registry that holds them, and the choice of a pair.
+"""Instances, the registry that holds them, and the selection of a pair for a request.
 
-Nothing in this package does I/O or reads a clock of its own.
+Nothing in this package does I/O or reads a clock; times are passed in or come from the registry's clock.
 """

@@ -1,7 +1,8 @@
-"""When an instance that keeps failing is left alone: a circuit breaker, pure but for the times it is given.
+"""Circuit breaker: ejects an instance that keeps failing.
 
-CLOSED: requests pass. After several failures in a row OPEN: none pass for a while, doubled at each further opening.
-Then HALF_OPEN: one request passes and decides. A client's own mistake is no failure.
+CLOSED: requests pass. After :data:`FAILURES_TO_OPEN` failures in a row OPEN: no requests for ``MIN_OPEN_SECONDS``,
+doubled at each further opening. Then HALF_OPEN: one trial request passes and decides. Errors that the client caused do
+not count as failures.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 from enum import Enum
 
 FAILURES_TO_OPEN = 5
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
-"""Seconds."""
+MIN_OPEN_SECONDS, MAX_OPEN_SECONDS = 2.0, 60.0
 
 
 class BreakerState(Enum):
-    """The word is what /stats shows."""
+    """The value is shown in /stats."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -22,64 +22,64 @@ class BreakerState(Enum):
 
 
 class Breaker:
-    """The state for one instance. All times are readings of one monotonic clock, in seconds."""
+    """The circuit breaker of one instance. All times are readings of one monotonic clock, in seconds."""
 
-    __slots__ = ("_failures", "_open_until", "_pause", "_trying")
+    __slots__ = ("_failures", "_open_seconds", "_open_until", "_trial_in_flight")
 
     def __init__(self) -> None:
         self._failures = 0
-        self._pause = 0.0
+        self._open_seconds = 0.0
         self._open_until = 0.0
-        self._trying = False
+        self._trial_in_flight = False
 
     @property
-    def quiet(self) -> bool:
-        """Whether it is closed, and nothing has failed since the last success: then no call but a failure's matters."""
-        return not self._failures and not self._pause
+    def healthy(self) -> bool:
+        """Closed, with no failure since the last success. Then only :meth:`record_failure` changes anything."""
+        return not self._failures and not self._open_seconds
 
     def state(self, now: float) -> BreakerState:
-        """Where it stands."""
-        if not self._pause:
+        """The state at ``now``."""
+        if not self._open_seconds:
             return BreakerState.CLOSED
         return BreakerState.OPEN if now < self._open_until else BreakerState.HALF_OPEN
 
     def permits(self, now: float) -> bool:
-        """Whether a request may be sent; does not take the half-open place, :meth:`begin` does."""
-        return not self._pause or (now >= self._open_until and not self._trying)
+        """Whether a request may be sent. :meth:`record_sent` must follow when it is: it starts the trial."""
+        return not self._open_seconds or (now >= self._open_until and not self._trial_in_flight)
 
-    def begin(self, now: float) -> None:
-        """A request is being sent."""
-        if self._pause and now >= self._open_until:
-            self._trying = True
+    def record_sent(self, now: float) -> None:
+        """A request is being sent; in the half-open state it is the trial."""
+        if self._open_seconds and now >= self._open_until:
+            self._trial_in_flight = True
 
-    def success(self) -> bool:
-        """An answer came that the instance is not to blame for. Whether that closes it."""
-        closes = self._pause > 0
+    def record_success(self) -> bool:
+        """The instance answered, or failed through no fault of its own. Returns whether that closes the breaker."""
+        closes = self._open_seconds > 0
         self._failures = 0
-        self._pause = 0.0
-        self._trying = False
+        self._open_seconds = 0.0
+        self._trial_in_flight = False
         return closes
 
-    def failure(self, now: float) -> bool:
-        """The instance failed a request. Whether that opens it.
+    def record_failure(self, now: float) -> bool:
+        """The instance failed a request. Returns whether that opens the breaker.
 
-        While it is open, what fails had been sent before and says nothing new.
+        Ignored while the breaker is open: such a request was sent before it opened.
         """
         if self.state(now) is BreakerState.OPEN:
             return False
         self._failures += 1
-        if self._trying or self._failures >= FAILURES_TO_OPEN:
-            self._pause = min(max(FIRST_PAUSE, self._pause * 2), LONGEST_PAUSE)
-            self._open_until = now + self._pause
-            self._trying = False
+        if self._trial_in_flight or self._failures >= FAILURES_TO_OPEN:
+            self._open_seconds = min(max(MIN_OPEN_SECONDS, self._open_seconds * 2), MAX_OPEN_SECONDS)
+            self._open_until = now + self._open_seconds
+            self._trial_in_flight = False
             return True
         return False
 
     def trip(self, now: float) -> bool:
-        """The instance did something that one failure is enough for. Whether that opens it."""
+        """Open at once, without counting up to the threshold. Returns whether it was not open before."""
         self._failures = FAILURES_TO_OPEN - 1
-        return self.failure(now)
+        return self.record_failure(now)
 
-    def undecided(self) -> None:
-        """The request that was to decide ended without a verdict; the next one may try."""
-        self._trying = False
+    def release_trial(self) -> None:
+        """The trial request ended without a verdict; the next request may be the trial."""
+        self._trial_in_flight = False

@@ -1,4 +1,4 @@
-"""One vLLM instance as the proxy knows it: what it is, whether it may serve, and how busy it is."""
+"""One vLLM instance as the proxy knows it: its identity, whether it may serve, and its load."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from disagg_proxy.cluster.progress import ProgressTracker
 
 
 class Role(Enum):
-    """What an instance does; the value is the word used in /stats and in logs."""
+    """The phase that an instance computes; the value is used in /stats and in logs."""
 
     PREFILL = "prefill"
     DECODE = "decode"
 
 
 class State(Enum):
-    """Where an instance stands.
+    """The state of an instance; the value is shown in /stats.
 
-    PROBING: known, but its HTTP side has not (or no longer) answered rightly, or its KV address is not known.
+    PROBING: known, but its HTTP server has not passed a probe (or no longer does), or its KV address is not known.
     READY: may get requests. FROZEN: pings and answers /health, but its forward pass is stalled. LOST: its pings
-    stopped; kept a while so that /stats can say so, longer when it may be hung (:attr:`Instance.silent`).
+    stopped; kept for a while so that /stats can show it, longer when it may be hung (:attr:`Instance.unresponsive`).
     """
 
     PROBING = "probing"
@@ -36,7 +36,7 @@ class State(Enum):
 
 
 NOT_PROBED = "not probed yet"
-"""The reason of one that has just come."""
+"""The reason of an instance that has just registered."""
 
 
 class Source(Enum):
@@ -48,41 +48,54 @@ class Source(Enum):
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """State of one instance. Changed by the registry, and by leases: load, totals, breaker.
+    """Identity, state and load of one instance.
 
-    Attributes:
-        http: where its OpenAI server listens.
-        kv: where its KV connector listens, None until a ping tells.
-        kind: how it exchanges KV. boot: which process it is, empty when it does not tell.
-        models: served names in the engine's own order, the first is its default; each with the object that its
-            /v1/models showed.
+    The registry changes its state; leases (cluster/lease.py) change its load, totals and breaker. Clock readings are
+    those of :meth:`Registry.now`, in seconds.
+
+    Identity:
+        http: address of its OpenAI server.
+        kv: address of its KV connector, None until a ping announces it.
+        kind: its KV protocol and cache layout.
+        boot: id of its process; empty where the connector announces none.
+        models: served names in the engine's own order, the first is its default; each with its /v1/models entry.
+        salt: hash of its endpoint, the same in every process; rendezvous hashing uses it.
+        slot: its row in the memory that the workers of this proxy share; -1 without other workers.
+
+    State:
         reason: why it is in this state, for people.
+        changed_at: clock reading of the last change of its state or reason.
+        draining: drained by an operator: it gets no new requests, in any state, until the operator undoes that.
         last_ping: clock reading of the last ping, None if there was none.
-        last_answer: clock reading of the last answer to a probe from a process that has been ready; None before that,
-            and once its port refuses connections.
+        last_probe_response: clock reading of the last response to a probe from a process that has been ready; None
+            before it was ready, and once its port refuses connections.
         probe_failures: failed probes in a row.
-        epoch: how often its process ended, or may have; after a change the KV it held is gone.
+        epoch: how often its process ended, or may have ended; KV from an earlier epoch is gone.
+        kv_peers: on prefill, by KV address of each decode that it has sent KV to: which process of that decode it was.
+        breaker: ejects it while it keeps failing.
+
+    Stalls:
+        progress: the responses that are awaited from its engine, and when the engine last made progress.
+        restart_wanted: frozen or hung, and only a restart can help.
+        senders_frozen: on decode, prefills that stalled while sending KV to its current process.
+
+    Load, of all workers of this proxy together:
+        in_flight: requests on it now; on decode until the last byte of the stream.
+        tokens_in_flight: estimated tokens of these (this process only): on prefill those it has to compute, on decode
+            the prompts.
+        direct_requests: requests on it now that go to this engine alone, such as /tokenize.
+        kv_waiting: on both roles, prompts that were sent to prefill and whose KV decode has not loaded.
+        kv_waiting_bytes: on decode, the estimated KV of these.
+        peer_counts: the share of other workers in ``in_flight``, ``direct_requests``, ``kv_waiting`` and
+            ``kv_waiting_bytes``, as last read.
+
+    Totals, named as in /stats:
+        requests_total, failures_total: legs sent to it, and those that failed through its fault.
         times_lost: how often it stopped being ready. restarts: how often its process was seen to have ended.
-        in_flight: requests on it now; for decode until the last byte of the stream.
-        tokens_in_flight: estimated tokens of these: on prefill those that it has to compute, on decode the prompts.
-        spoken_to: on prefill, which process of each decode's KV address it has been sent towards.
-        draining: taken out for maintenance: it gets nothing new, whatever its state, until an operator undoes that.
-        visits: requests on it now that concern no pair, such as /tokenize.
-        kv_waiting: prompts that were sent to prefill and that decode has not loaded, on both.
-        kv_waiting_bytes: on decode, estimated KV of prompts that were sent to prefill and that it has not loaded.
-        requests_total, failures_total: legs sent to it, and those that failed by its own fault.
-        kv_missing: prefills that were done and did not say where their KV is, so that decode computed (NixlConnector).
-        prefills_refused: prefills that it refused of requests that decode accepted, so that decode computed.
-        breaker: leaves it alone while it keeps failing.
-        pulse: who waits for its engine, and whether that moves.
-        freezes, replays: how often it stalled, and prefills that were repeated to free it.
-        drains, drains_failed: on decode, KV of abandoned requests that was freed, and that was not.
-        restart_wanted: frozen or hung, and nothing but a restart is left to try.
-        senders_frozen: on decode, prefills that stalled while they sent to this process of it.
-        salt: a number of its endpoint's own, the same in every process; policies hash with it.
-        slot: its place in what several processes of this proxy share; -1 where nothing is shared.
-        elsewhere: what of ``in_flight``, ``visits``, ``kv_waiting`` and ``kv_waiting_bytes`` belongs to the other
-            processes, as last looked at.
+        freezes, replays: how often it stalled, and prefills that were replayed to free it.
+        kv_releases, kv_releases_failed: on decode, KV releases of abandoned requests that succeeded, and that failed.
+        kv_missing: prefills that finished without reporting where their KV is, so decode computed (NixlConnector).
+        prefills_refused: prefills that it refused although decode accepted the request, so decode computed.
     """
 
     role: Role
@@ -91,38 +104,42 @@ class Instance:
     source: Source
     kind: KvKind
     boot: str = ""
-    state: State = State.PROBING
-    reason: str = NOT_PROBED
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    last_ping: float | None = None
-    last_answer: float | None = None
-    changed_at: float = 0.0
-    probe_failures: int = 0
-    epoch: int = 0
-    times_lost: int = 0
-    restarts: int = 0
-    spoken_to: dict[str, int] = field(default_factory=dict)
-    in_flight: int = 0
-    tokens_in_flight: int = 0
-    draining: bool = False
-    visits: int = 0
-    kv_waiting: int = 0
-    kv_waiting_bytes: int = 0
-    requests_total: int = 0
-    failures_total: int = 0
-    kv_missing: int = 0
-    prefills_refused: int = 0
-    breaker: Breaker = field(default_factory=Breaker)
-    progress: ProgressTracker = field(default_factory=lambda: ProgressTracker(0.0))
-    freezes: int = 0
-    replays: int = 0
-    drains: int = 0
-    drains_failed: int = 0
-    restart_wanted: bool = False
-    senders_frozen: int = 0
     salt: int = field(init=False)
     slot: int = -1
-    elsewhere: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    state: State = State.PROBING
+    reason: str = NOT_PROBED
+    changed_at: float = 0.0
+    draining: bool = False
+    last_ping: float | None = None
+    last_probe_response: float | None = None
+    probe_failures: int = 0
+    epoch: int = 0
+    kv_peers: dict[str, int] = field(default_factory=dict)
+    breaker: Breaker = field(default_factory=Breaker)
+
+    progress: ProgressTracker = field(default_factory=lambda: ProgressTracker(0.0))
+    restart_wanted: bool = False
+    senders_frozen: int = 0
+
+    in_flight: int = 0
+    tokens_in_flight: int = 0
+    direct_requests: int = 0
+    kv_waiting: int = 0
+    kv_waiting_bytes: int = 0
+    peer_counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    requests_total: int = 0
+    failures_total: int = 0
+    times_lost: int = 0
+    restarts: int = 0
+    freezes: int = 0
+    replays: int = 0
+    kv_releases: int = 0
+    kv_releases_failed: int = 0
+    kv_missing: int = 0
+    prefills_refused: int = 0
 
     def __post_init__(self) -> None:
         raw = self.key.encode()
@@ -140,25 +157,25 @@ class Instance:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of the proxy's clients would be lost if its process ended now.
+        """Whether no client's request would be lost if its process ended now.
 
-        A prefill may answer while its last tensor is still on the way (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``:
+        A prefill may answer while its last tensor is still being sent (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``:
         ``send_async`` takes an item from the queue before it sends it, and ``wait_for_sent`` waits for an empty
         queue), so it is idle only when decode has loaded the KV.
         """
-        return not (self.in_flight or self.visits or self.kv_waiting)
+        return not (self.in_flight or self.direct_requests or self.kv_waiting)
 
     @property
-    def silent(self) -> bool:
-        """Whether it has been ready and now leaves probes without an answer, while its port is not closed.
+    def unresponsive(self) -> bool:
+        """Whether it has been ready and now leaves probes unanswered, although its port accepts connections.
 
-        A process that is stopped or hung is like this: the kernel still accepts its connections.
+        A process that is stopped or hung looks like this: the kernel still accepts its connections.
         """
-        return self.last_answer is not None and self.probe_failures > 0
+        return self.last_probe_response is not None and self.probe_failures > 0
 
     @property
     def explanation(self) -> str:
-        """``reason``, and what an operator has done."""
+        """``reason``, preceded by the drain if an operator has ordered one."""
         return f"drained for maintenance; {self.reason}" if self.draining else self.reason
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which prefill can hand KV to which decode: same kind of KV, and no memory of a process that is gone. Pure."""
+"""Which prefill can send KV to which decode: same KV protocol and layout, no stale NCCL communicator. No I/O."""
 
 from __future__ import annotations
 
@@ -16,76 +16,78 @@ STALE = (
 
 
 class KvCompatibility:
-    """Counts the processes behind each KV address.
+    """Tracks which processes of decodes each prefill has sent KV to, per KV address.
 
     Args:
-        most: bound on addresses that are followed.
+        max_addresses: bound on the KV addresses that are tracked.
 
     Attributes:
-        version: changes whenever an answer of :meth:`possible` or :meth:`warm` may change.
-        on_first: told of a prefill and a decode when the one is sent towards that process for the first time.
+        version: changes whenever a result of :meth:`compatible` or :meth:`connected` may change.
+        on_first_send: called with a prefill and a decode when the prefill first sends KV to the decode's process.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_addresses: int) -> None:
+        self._max_addresses = max_addresses
         self.version = 0
         self._processes: Counter[str] = Counter()
-        self.on_first: Callable[[Instance, Instance], None] = lambda prefill, decode: None
+        """KV address -> number of its current process: how many ended before."""
+        self.on_first_send: Callable[[Instance, Instance], None] = lambda prefill, decode: None
 
     def process_ended(self, instance: Instance) -> None:
-        """Its process is gone, and with it the peers it knew."""
+        """The process of ``instance`` has ended, and with it its connections to peers."""
         self.version += 1
-        instance.spoken_to.clear()
-        if instance.kv is not None and (instance.kv.text in self._processes or len(self._processes) < self._most):
-            self._processes[instance.kv.text] += 1
+        instance.kv_peers.clear()
+        kv = instance.kv
+        if kv is not None and (kv.text in self._processes or len(self._processes) < self._max_addresses):
+            self._processes[kv.text] += 1
 
-    def sends_towards(self, prefill: Instance, decode: Instance) -> None:
+    def record_send(self, prefill: Instance, decode: Instance) -> None:
         """Prefill gets a request whose KV it pushes to decode."""
         if decode.kv is None:
             return
         kv, process = decode.kv.text, self._processes[decode.kv.text]
-        if prefill.spoken_to.get(kv) != process:
-            prefill.spoken_to[kv] = process
+        if prefill.kv_peers.get(kv) != process:
+            prefill.kv_peers[kv] = process
             self.version += 1
-            self.on_first(prefill, decode)
+            self.on_first_send(prefill, decode)
 
-    def has_sent(self, prefill: Instance, kv: str, *, gone: bool = False) -> None:
-        """Another proxy or process has sent prefill towards that KV address.
+    def record_peer_send(self, prefill: Instance, kv: str, *, gone: bool = False) -> None:
+        """Another worker or proxy has sent ``prefill`` a request for the decode at that KV address.
 
         Args:
-            gone: towards a process that has ended since.
+            gone: it was for a process of the decode that has ended since.
         """
         process = self._processes[kv] - gone
-        prefill.spoken_to[kv] = min(process, prefill.spoken_to.get(kv, process))
+        prefill.kv_peers[kv] = min(process, prefill.kv_peers.get(kv, process))
         self.version += 1
 
-    def suppose_sent(self, prefills: Iterable[Instance], decode: Instance) -> None:
-        """What other proxies do is not known, so each of ``prefills`` may have been sent towards decode."""
+    def assume_sent(self, prefills: Iterable[Instance], decode: Instance) -> None:
+        """Assume that other proxies have sent each of ``prefills`` a request for ``decode``: they do not report it."""
         if decode.kv is not None and not decode.kind.computes:
             for prefill in prefills:
                 if not prefill.kind.computes:
-                    self.has_sent(prefill, decode.kv.text)
+                    self.record_peer_send(prefill, decode.kv.text)
 
-    def possible(self, prefill: Instance, decode: Instance) -> bool:
-        """Whether the two can work together now."""
+    def compatible(self, prefill: Instance, decode: Instance) -> bool:
+        """Whether prefill can send KV to decode now."""
         return self.why_not(prefill, decode) is None
 
-    def warm(self, prefill: Instance, decode: Instance) -> bool:
-        """Whether a request of this pair finds its connection made: by a request before, or by an introduction."""
+    def connected(self, prefill: Instance, decode: Instance) -> bool:
+        """Whether the KV connection of this pair exists already: an earlier request or a warm-up has made it."""
         if decode.kind.computes:
             return True
         kv = decode.kv
-        return kv is not None and prefill.spoken_to.get(kv.text) == self._processes[kv.text]
+        return kv is not None and prefill.kv_peers.get(kv.text) == self._processes[kv.text]
 
     def why_not(self, prefill: Instance, decode: Instance) -> str | None:
-        """What keeps them apart, None when nothing does.
+        """Why prefill cannot send KV to decode, for people; None when it can.
 
-        After a decode's restart on the same address a prefill that has sent towards the process before freezes at
-        its next send, until it is restarted too (P2pNcclConnector of vLLM 0.21, measured).
+        After a decode's restart on the same address, a prefill that has sent KV to the process before stalls at its
+        next send, until it is restarted too (P2pNcclConnector of vLLM 0.21, measured).
         """
         if prefill.kind is not decode.kind and (apart := why_apart(prefill.kind, decode.kind)) is not None:
             return apart
-        if decode.kv is None or not prefill.spoken_to:
+        if decode.kv is None or not prefill.kv_peers:
             return None
-        now = self._processes[decode.kv.text]
-        return None if prefill.spoken_to.get(decode.kv.text, now) == now else STALE
+        current = self._processes[decode.kv.text]
+        return None if prefill.kv_peers.get(decode.kv.text, current) == current else STALE

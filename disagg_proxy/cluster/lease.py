@@ -1,18 +1,34 @@
-"""What one request takes of an instance: a place in its load for each leg, and room in decode's KV buffer.
+"""Load accounting: what a request occupies on an instance, from the sending of a leg until its end.
 
-The only place where the counts of an instance change (cluster/shared_load.py).
+The counts of an :class:`Instance` change here only. They are those of all workers of this proxy, as last read; each
+change that this process makes is also reported to :class:`SharedLoad`, where there are other workers.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Pair, SingleEngine
-from disagg_proxy.cluster.shared_load import IN_FLIGHT, KV_WAITING, KV_WAITING_BYTES, VISITS
+
+IN_FLIGHT, DIRECT_REQUESTS, KV_WAITING, KV_WAITING_BYTES = range(4)
+"""The shared counts, in the order of :attr:`Instance.peer_counts`."""
+
+
+class SharedLoad(Protocol):
+    """Publishes the load of this process to the other workers."""
+
+    def add(self, instance: Instance, count: int, change: int) -> None:
+        """This process has changed one count (:data:`IN_FLIGHT` and so on) of ``instance`` by ``change``."""
 
 
 class Lease:
-    """Counts one leg on ``instance``, and its ``tokens``, until :meth:`end`."""
+    """Counts one leg and its ``tokens`` on ``instance``, until :meth:`end`.
+
+    Attributes:
+        progress: the tracker of the process that the lease began with.
+    """
 
     __slots__ = ("_breaker", "_ended", "_epoch", "_registry", "_tokens", "instance", "progress")
 
@@ -24,21 +40,21 @@ class Lease:
         self._tokens = tokens
         instance.in_flight += 1
         instance.tokens_in_flight += tokens
-        if registry.shared is not None:
-            registry.shared.add(instance, IN_FLIGHT, 1)
+        if registry.shared_load is not None:
+            registry.shared_load.add(instance, IN_FLIGHT, 1)
         instance.requests_total += 1
-        # Those of this process; a successor starts with its own.
+        # Those of the current process of the engine; a restarted one gets new ones.
         self._breaker = breaker = instance.breaker
-        if not breaker.quiet:
-            breaker.begin(registry.now())
+        if not breaker.healthy:
+            breaker.record_sent(registry.now())
         self.progress = instance.progress
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
-        """Give the place back; only the first call counts.
+        """Stop counting the leg; only the first call has an effect.
 
         Args:
-            failed: True when the instance is to blame, False when it did its part, None when neither is known.
-            certain: False for a failure that the request may have brought about; the breaker does not count it.
+            failed: True when the instance is at fault, False when it did its part, None when neither is known.
+            certain: False for a failure that the request may have caused; the breaker does not count it.
         """
         if self._ended:
             return
@@ -46,28 +62,28 @@ class Lease:
         instance, registry = self.instance, self._registry
         instance.in_flight -= 1
         instance.tokens_in_flight -= self._tokens
-        if registry.shared is not None:
-            registry.shared.add(instance, IN_FLIGHT, -1)
-        if failed or not self._breaker.quiet:
-            self._judge(failed, certain)
+        if registry.shared_load is not None:
+            registry.shared_load.add(instance, IN_FLIGHT, -1)
+        if failed or not self._breaker.healthy:
+            self._update_breaker(failed, certain)
         registry.freed()
 
-    def _judge(self, failed: bool | None, certain: bool) -> None:
+    def _update_breaker(self, failed: bool | None, certain: bool) -> None:
         breaker, registry = self._breaker, self._registry
         self.instance.failures_total += bool(failed)
         if failed is None or not certain:
-            breaker.undecided()
-        elif breaker.failure(registry.now()) if failed else breaker.success():
-            registry.breaker_moved(self.instance)
+            breaker.release_trial()
+        elif breaker.record_failure(registry.now()) if failed else breaker.record_success():
+            registry.breaker_changed(self.instance)
 
     @property
     def process_ended(self) -> bool:
-        """Whether the process that the lease began with is gone, or may be, and with it the KV it held."""
+        """Whether the process that the lease began with has ended, or may have, so that the KV it held is gone."""
         return self.instance.epoch != self._epoch
 
     @property
     def lost(self) -> bool:
-        """Whether the process of the lease is gone, frozen, without pings, or does not answer its probes.
+        """Whether the process of the lease has ended, is frozen, has stopped to ping, or leaves probes unanswered.
 
         A P2pNcclConnector prefill that sends to it blocks in its sender, which has no timeout
         (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``, ``send_sync``).
@@ -77,20 +93,24 @@ class Lease:
             self.process_ended
             or state is State.FROZEN
             or state is State.LOST
-            or (state is State.PROBING and self.instance.silent)
+            or (state is State.PROBING and self.instance.unresponsive)
         )
 
     @property
-    def same_process(self) -> bool:
-        """Whether the instance is ready now, as the process that the lease began with.
+    def still_ready(self) -> bool:
+        """Whether the instance is ready, and its process is the one that the lease began with.
 
-        After a restart its KV store is empty, and a decode of an older id would stall it for ever.
+        After a restart its KV store is empty, and a decode with an older id would stall it permanently.
         """
         return self.instance.state is State.READY and not self.process_ended
 
 
 class KvClaim:
-    """KV of one prompt from prefill to decode: from before the one is asked until the other has loaded it."""
+    """Counts the KV of one prompt, from before prefill's leg is sent until decode has loaded it.
+
+    Args:
+        size: bytes of KV, 0 where decode has no KV buffer.
+    """
 
     __slots__ = ("_decode", "_prefill", "_registry", "_size", "released")
 
@@ -103,7 +123,7 @@ class KvClaim:
         self._count(1)
 
     def release(self) -> None:
-        """It does not wait any more; only the first call counts."""
+        """The KV is no longer waiting; only the first call has an effect."""
         if self.released:
             return
         self.released = True
@@ -111,30 +131,30 @@ class KvClaim:
         self._registry.freed()
 
     def resize(self, size: int) -> None:
-        """Its size is known by now."""
-        less = self._size - size
-        if self.released or not less:
+        """Correct the estimated size, in bytes."""
+        freed = self._size - size
+        if self.released or not freed:
             return
         self._size = size
-        self._decode.kv_waiting_bytes -= less
-        if self._registry.shared is not None:
-            self._registry.shared.add(self._decode, KV_WAITING_BYTES, -less)
-        if less > 0:
+        self._decode.kv_waiting_bytes -= freed
+        if self._registry.shared_load is not None:
+            self._registry.shared_load.add(self._decode, KV_WAITING_BYTES, -freed)
+        if freed > 0:
             self._registry.freed()
 
-    def _count(self, one: int) -> None:
-        self._prefill.kv_waiting += one
-        self._decode.kv_waiting += one
-        self._decode.kv_waiting_bytes += one * self._size
-        shared = self._registry.shared
+    def _count(self, change: int) -> None:
+        self._prefill.kv_waiting += change
+        self._decode.kv_waiting += change
+        self._decode.kv_waiting_bytes += change * self._size
+        shared = self._registry.shared_load
         if shared is not None:
-            shared.add(self._prefill, KV_WAITING, one)
-            shared.add(self._decode, KV_WAITING, one)
-            shared.add(self._decode, KV_WAITING_BYTES, one * self._size)
+            shared.add(self._prefill, KV_WAITING, change)
+            shared.add(self._decode, KV_WAITING, change)
+            shared.add(self._decode, KV_WAITING_BYTES, change * self._size)
 
 
 class EngineUse:
-    """A request on ``instance`` that concerns no pair, while the block runs."""
+    """Context manager: counts a request that goes to ``instance`` alone, such as /tokenize."""
 
     def __init__(self, registry: Registry, instance: Instance) -> None:
         self._registry = registry
@@ -147,21 +167,21 @@ class EngineUse:
         self._count(-1)
         self._registry.freed()
 
-    def _count(self, one: int) -> None:
-        self._instance.visits += one
-        if self._registry.shared is not None:
-            self._registry.shared.add(self._instance, VISITS, one)
+    def _count(self, change: int) -> None:
+        self._instance.direct_requests += change
+        if self._registry.shared_load is not None:
+            self._registry.shared_load.add(self._instance, DIRECT_REQUESTS, change)
 
 
 class Placement:
-    """The leases of one attempt. Creating it takes the places, :meth:`release` gives back what is left of them.
+    """The leases of one attempt. Creating it takes them, :meth:`release` gives back those still held.
 
     Args:
         found: a pair, or a decode that computes the prompt without a prefill.
-        kv_bytes: estimated KV of the prompts in bytes; counted only where decode has a buffer that it fills.
+        kv_bytes: estimated KV of the prompts in bytes; counted only where decode has a KV buffer.
 
     Attributes:
-        prefill, decode: the instances; ``prefill`` is None for a decode that computes alone.
+        prefill, decode: the instances; ``prefill`` is None when decode computes the prompt itself.
         kv: the claim on decode's KV buffer, None without a prefill.
     """
 
@@ -180,20 +200,20 @@ class Placement:
         self.decode_lease = Lease(registry, decode, found.decode_tokens)
 
     def drop_prefill(self) -> None:
-        """This attempt sends nothing to prefill."""
+        """This attempt sends nothing to prefill: give back its lease and the claim on KV."""
         if self.prefill_lease is not None:
             self.prefill_lease.end()
-        self.loaded()
+        self.release_kv()
         self.prefill = self.prefill_lease = self.kv = None
 
-    def loaded(self) -> None:
-        """Decode has the KV, or will not get it. Further calls have no effect."""
+    def release_kv(self) -> None:
+        """Decode has loaded the KV, or will not get it. Further calls have no effect."""
         if self.kv is not None:
             self.kv.release()
 
     def release(self) -> None:
-        """Give back every place that is still held."""
+        """Give back everything that is still held."""
         if self.prefill_lease is not None:
             self.prefill_lease.end()
         self.decode_lease.end()
-        self.loaded()
+        self.release_kv()

@@ -1,7 +1,7 @@
-"""What the proxy itself sees of an instance's engine at work: who waits for it, since when, and when it last moved.
+"""Progress of an engine as its responses show it: which legs wait for it, since when, and its last output.
 
-Pings and /health go on while an engine's forward pass stalls permanently (vLLM 0.21, measured), so only the
-answers tell. How long a silence must be to mean something is learnt from the instance's own recent times.
+Pings and /health go on while an engine's forward pass is stalled permanently (vLLM 0.21, measured), so only responses
+show progress. The deadline after which no output means a stall is learnt from the instance's recent response times.
 """
 
 from __future__ import annotations
@@ -15,46 +15,46 @@ from disagg_proxy.errors import EngineDeadline, EngineError
 if TYPE_CHECKING:
     from disagg_proxy.cluster.lease import Lease
 
-_RECENT = 256
-"""First answers that the pace is learnt from."""
+_SAMPLES = 256
+"""Latencies to the first byte that the baseline is computed from."""
 
-_ENOUGH = 8
-"""With fewer of them the longest deadline holds."""
+_MIN_SAMPLES = 8
+"""With fewer samples the longest deadline applies."""
 
 _FACTOR = 5.0
-"""An answer is late when it takes so many times what the slowest recent ones took."""
+"""The deadline, in multiples of the 99th percentile of the samples."""
 
 _BLOCKED_FACTOR = 2.0
-"""The same where the cause is known already, in multiples of the median."""
+"""The deadline of an engine that has a known reason to be blocked, in multiples of the median."""
 
-_SMALL = 512
-"""Prompt tokens below which a prefill's time is not the prompt's doing."""
+_MIN_PROMPT = 512
+"""Shorter prompts, in tokens, count as this long: their prefill time does not depend on the length."""
 
-_LEFT = 16
-_LEFT_BYTES = 16 * 1024 * 1024
-"""Bounds on what is remembered of requests that were given up before their first byte."""
+_MAX_ABANDONED = 16
+_MAX_ABANDONED_BYTES = 16 * 1024 * 1024
+"""Bounds on the legs that are kept although they ended before their first byte."""
 
 
 class LatencyBaseline:
-    """How fast an engine gave its first answers lately."""
+    """Recent latencies of an engine to the first byte of a response."""
 
     def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
-        self._per_token: deque[float] = deque(maxlen=_RECENT)
+        self._seconds: deque[float] = deque(maxlen=_SAMPLES)
+        self._per_token: deque[float] = deque(maxlen=_SAMPLES)
 
     def add(self, seconds: float, tokens: int) -> None:
-        """One first answer: how long it took, and for how many prompt tokens (0 when they do not matter)."""
+        """Add a sample: seconds to the first byte, and the prompt tokens that were computed (0 on decode)."""
         self._seconds.append(seconds)
-        self._per_token.append(seconds / max(tokens, _SMALL) if tokens else 0.0)
+        self._per_token.append(seconds / max(tokens, _MIN_PROMPT) if tokens else 0.0)
 
     def deadline(self, tokens: int, shortest: float, longest: float) -> float:
-        """Seconds after which no first answer at all means that the engine is stalled.
+        """Seconds without any output after which the engine counts as stalled.
 
         Args:
-            tokens: prompt tokens that are being waited for, together.
-            shortest, longest: bounds, in seconds.
+            tokens: prompt tokens of all waiting requests together.
+            shortest, longest: bounds on the result, in seconds.
         """
-        if len(self._seconds) < _ENOUGH:
+        if len(self._seconds) < _MIN_SAMPLES:
             return longest
         slow = max(_quantile(self._seconds, 0.99), _quantile(self._per_token, 0.99) * tokens)
         return min(max(_FACTOR * slow, shortest), longest)
@@ -62,12 +62,13 @@ class LatencyBaseline:
     def blocked_deadline(self, tokens: int, shortest: float, longest: float) -> float:
         """As :meth:`deadline`, for an engine that has a known reason to be blocked; never longer than that.
 
-        Only the computation of the prompts counts, since an engine that works on a queue steps in between.
+        Derived from the time to compute the prompts alone: an engine that works through a queue makes progress
+        in between.
         """
         usual = self.deadline(tokens, shortest, longest)
-        if len(self._seconds) < _ENOUGH:
+        if len(self._seconds) < _MIN_SAMPLES:
             return min(usual, shortest)
-        compute = _quantile(self._per_token, 0.5) * max(tokens, _SMALL)
+        compute = _quantile(self._per_token, 0.5) * max(tokens, _MIN_PROMPT)
         return min(usual, max(_BLOCKED_FACTOR * compute, shortest / 2))
 
 
@@ -76,32 +77,33 @@ def _quantile(values: deque[float], share: float) -> float:
 
 
 class Failable(Protocol):
-    """What ends when its instance is found stalled or lost."""
+    """A response that can be ended when its instance is found stalled or lost."""
 
     def fail(self, error: EngineError | EngineDeadline) -> None:
         """End it with ``error``."""
 
 
-def _stay() -> None:
-    """The leg cannot move."""
+def _cannot_move() -> None:
+    """For legs whose request cannot go to another pair."""
 
 
 class PendingResponse:
-    """One leg that waits for an engine, from its sending to the end of its answer.
+    """One leg that waits for an engine, from its sending to the end of its response.
 
     Attributes:
-        pulse: whose it is. Further parts of an answer that has begun, and is passed on at once, only count its moves.
-        since: clock reading of the sending.
-        tokens: estimated prompt tokens to be computed, 0 where there are none.
-        begun: whether the first byte of the answer's body has come.
-        waiting: whether the engine is waited for now, and not the client.
-        telling: whether the engine is due to say something before the answer's end. Without streaming decode is not.
-        answer: what :meth:`fail` ends: the leg's answer, once its request is sent.
-        error: what :meth:`fail` was called with, None before.
-        move: for a prefill, lets the request leave for another pair if there is one; the leg itself continues.
-        replay: sends the prefill of a decode leg once more, with the same id; True when prefill did it.
-        receiver: for a prefill, the lease on the decode that its KV goes to.
-        size: bytes that remembering the leg takes.
+        progress: the tracker of the engine process. Once the body has begun, a relay that is not slowed down by its
+            client calls no method here for each chunk: it only increments ``progress.outputs``.
+        since: clock reading of the sending, in seconds.
+        tokens: estimated prompt tokens to be computed, 0 on decode.
+        begun: whether the first byte of the body has arrived.
+        waiting: whether the proxy waits for the engine now, rather than for the client to read.
+        expects_output: whether output is due before the end of the response; False for decode without streaming.
+        answer: the response that :meth:`fail` ends; None until the request is sent.
+        error: the argument of :meth:`fail`, None before.
+        move: on prefill, moves the request to another pair if there is one; the leg itself continues.
+        replay: on decode, sends the request's prefill once more with the same id; True when prefill succeeded.
+        receiver: on prefill, the lease on the decode that its KV goes to.
+        size: memory in bytes that keeping the leg after its end takes.
     """
 
     __slots__ = (
@@ -109,13 +111,13 @@ class PendingResponse:
         "answer",
         "begun",
         "error",
+        "expects_output",
         "move",
         "progress",
         "receiver",
         "replay",
         "since",
         "size",
-        "telling",
         "tokens",
         "waiting",
     )
@@ -125,7 +127,7 @@ class PendingResponse:
         progress: ProgressTracker,
         clock: Callable[[], float],
         tokens: int,
-        telling: bool,
+        expects_output: bool,
         replay: Callable[[], Awaitable[bool]] | None,
         receiver: Lease | None,
         size: int,
@@ -137,7 +139,7 @@ class PendingResponse:
         self.tokens = tokens
         self.begun = False
         self.waiting = True
-        self.telling = telling
+        self.expects_output = expects_output
         self.answer: Failable | None = None
         self.error: EngineError | EngineDeadline | None = None
         self.replay = replay
@@ -145,58 +147,59 @@ class PendingResponse:
         self.move = move
         self.size = size
 
-    def heard(self) -> None:
-        """A part of the answer has come; until :meth:`listen` it is the client's turn."""
+    def on_data(self) -> None:
+        """A chunk has arrived. Until :meth:`resume_wait` the proxy waits for the client, not for the engine."""
         self.waiting = False
-        self.progress.moves += 1
+        self.progress.outputs += 1
         if not self.begun:
             self.begun = True
-            if self.telling:
-                self.progress.pace.add(self._clock() - self.since, self.tokens)
+            if self.expects_output:
+                self.progress.baseline.add(self._clock() - self.since, self.tokens)
 
-    def listen(self) -> None:
-        """The engine is waited for again."""
+    def resume_wait(self) -> None:
+        """The proxy waits for the engine again."""
         self.waiting = True
 
     def fail(self, error: EngineError | EngineDeadline) -> None:
-        """The instance is stalled or lost: end the leg's answer with ``error``, or its request before it is sent."""
+        """The instance is stalled or lost: end the response with ``error``, or the request if it is not sent yet."""
         self.error = error
         if self.answer is not None:
             self.answer.fail(error)
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         """Drop the references that would keep the leg alive in a cycle until the garbage collector finds it."""
-        self.answer, self.replay, self.move = None, None, _stay
+        self.answer, self.replay, self.move = None, None, _cannot_move
 
     def end(self, *, received: bool = True) -> None:
-        """The leg is over; harmless when it was before.
+        """The leg has ended; further calls have no effect.
 
         Args:
-            received: False when the engine cannot have got the request.
+            received: False when the engine cannot have received the request.
         """
         self.progress.forget(self, received)
 
 
 class ProgressTracker:
-    """All vigils over one engine process, and when it was last seen to move.
+    """The legs that wait for one engine process, and its progress.
 
     Attributes:
-        moves: parts of answers that came from the engine.
-        moves_elsewhere: those that other processes of this proxy got.
-        open: vigils, oldest first.
-        left: decode legs that were given up before their first byte since the engine was last seen to move. The
-            engine may be waiting for the KV of one of them.
-        still_since: clock reading at which the last move had been seen, or from which silence is measured anew.
-        moved_at: clock reading at which the last move was seen.
+        outputs: chunks of responses that arrived from the engine.
+        peer_outputs: chunks that other workers of this proxy received from it, as last read.
+        baseline: recent latencies to the first byte.
+        pending: legs in flight, oldest first.
+        abandoned: decode legs that ended before their first byte since the last output. The engine may be waiting for
+            the KV of one of them.
+        idle_since: clock reading from which the time without output is measured: the last output, or a later one.
+        last_output_at: clock reading at which the last output was noticed.
     """
 
     def __init__(self, now: float) -> None:
-        self.moves = 0
-        self.moves_elsewhere = 0
-        self.pace = LatencyBaseline()
-        self.open: dict[PendingResponse, None] = {}
-        self.left: list[PendingResponse] = []
-        self.still_since = self.moved_at = now
+        self.outputs = 0
+        self.peer_outputs = 0
+        self.baseline = LatencyBaseline()
+        self.pending: dict[PendingResponse, None] = {}
+        self.abandoned: list[PendingResponse] = []
+        self.idle_since = self.last_output_at = now
         self._seen = 0
 
     def begin(
@@ -204,81 +207,87 @@ class ProgressTracker:
         clock: Callable[[], float],
         *,
         tokens: int = 0,
-        telling: bool = True,
+        expects_output: bool = True,
         replay: Callable[[], Awaitable[bool]] | None = None,
         receiver: Lease | None = None,
         size: int = 0,
         move: Callable[[], None] | None = None,
     ) -> PendingResponse:
-        """A leg is being sent; the arguments are the attributes of :class:`PendingResponse`."""
-        pending = PendingResponse(self, clock, tokens, telling, replay, receiver, size, move or _stay)
-        self.open[pending] = None
+        """A leg is being sent. The arguments are the attributes of :class:`PendingResponse`."""
+        pending = PendingResponse(self, clock, tokens, expects_output, replay, receiver, size, move or _cannot_move)
+        self.pending[pending] = None
         return pending
 
     def forget(self, pending: PendingResponse, received: bool) -> None:
-        """A vigil is over."""
-        if self.open.pop(pending, pending) is pending:
+        """``pending`` has ended; see :meth:`PendingResponse.end`."""
+        if self.pending.pop(pending, pending) is pending:
             return
-        lost = received and not pending.begun and pending.replay is not None
-        if lost and len(self.left) < _LEFT and sum(v.size for v in self.left) + pending.size <= _LEFT_BYTES:
-            self.left.append(pending)
+        unanswered = received and not pending.begun and pending.replay is not None
+        if unanswered and self._can_keep(pending):
+            self.abandoned.append(pending)
         else:
-            pending.let_go()
+            pending.detach()
 
-    def look(self, now: float) -> bool:
-        """Whether the engine has moved since the last look."""
-        moves = self.moves + self.moves_elsewhere
-        moved = moves != self._seen
-        if moved:
-            self._seen = moves
-            self.still_since = self.moved_at = now
-            self.left.clear()
-        return moved
+    def _can_keep(self, pending: PendingResponse) -> bool:
+        size = sum(leg.size for leg in self.abandoned) + pending.size
+        return len(self.abandoned) < _MAX_ABANDONED and size <= _MAX_ABANDONED_BYTES
+
+    def poll(self, now: float) -> bool:
+        """Whether there was output since the last call."""
+        outputs = self.outputs + self.peer_outputs
+        progressed = outputs != self._seen
+        if progressed:
+            self._seen = outputs
+            self.idle_since = self.last_output_at = now
+            self.abandoned.clear()
+        return progressed
 
     def fail(self, error: EngineError | EngineDeadline) -> list[PendingResponse]:
-        """End every open leg with ``error``, as far as each leg allows it; returns their vigils."""
-        pendings = list(self.open)
+        """End every pending leg with ``error``; returns the legs."""
+        pendings = list(self.pending)
         for pending in pendings:
             pending.fail(error)
         return pendings
 
     def waiting(self) -> list[PendingResponse]:
-        """Those who wait for the engine now, oldest first."""
-        return [pending for pending in self.open if pending.waiting]
+        """The legs that wait for the engine now, oldest first."""
+        return [pending for pending in self.pending if pending.waiting]
 
     def stalled_for(self, now: float) -> float:
-        """Seconds for which the one that has waited longest has seen nothing move; 0 when nobody waits."""
-        oldest = next((pending for pending in self.open if pending.waiting), None)
-        return 0.0 if oldest is None else now - max(oldest.since, self.still_since)
+        """Seconds without output during which the oldest waiting leg has waited; 0 when none waits."""
+        oldest = next((pending for pending in self.pending if pending.waiting), None)
+        return 0.0 if oldest is None else now - max(oldest.since, self.idle_since)
 
     def deadline(self, shortest: float, longest: float) -> float:
-        """Seconds of such a silence that mean that the engine is stalled."""
-        return self.pace.deadline(self._tokens(), shortest, longest)
+        """The value of :meth:`stalled_for`, in seconds, from which the engine counts as stalled."""
+        return self.baseline.deadline(self._tokens(), shortest, longest)
 
     def blocked_deadline(self, shortest: float, longest: float) -> float:
-        """The same for an engine that sends to one which is lost: it need not be learnt what is normal."""
-        return self.pace.blocked_deadline(self._tokens(), shortest, longest)
+        """The same for a prefill that sends to a lost decode; see :meth:`LatencyBaseline.blocked_deadline`."""
+        return self.baseline.blocked_deadline(self._tokens(), shortest, longest)
 
     def _tokens(self) -> int:
-        return sum(pending.tokens for pending in self.open if pending.waiting)
+        return sum(pending.tokens for pending in self.pending if pending.waiting)
 
     def blocked(self) -> list[PendingResponse]:
-        """Prefills in flight whose decode is lost."""
+        """Waiting prefill legs whose decode is lost."""
         return [
             pending
-            for pending in self.open
+            for pending in self.pending
             if pending.waiting and pending.receiver is not None and pending.receiver.lost
         ]
 
-    def unanswered(self) -> list[PendingResponse]:
-        """Decode legs of which one may be waiting for KV that is not there, the likeliest first.
+    def replay_candidates(self) -> list[PendingResponse]:
+        """Decode legs that may be waiting for missing KV, the likeliest first.
 
-        An engine stops in the step that takes the request in, so that one was sent about when it was last seen to
-        move, or is the first one after an idle time.
+        A decode stalls in the step that schedules the request, so that leg was sent at about the time of the last
+        output, or is the first one after an idle time.
         """
-        legs = [pending for pending in (*self.left, *self.open) if pending.replay is not None and not pending.begun]
+        legs = [
+            pending for pending in (*self.abandoned, *self.pending) if pending.replay is not None and not pending.begun
+        ]
         return sorted(legs, key=self.distance)
 
     def distance(self, pending: PendingResponse) -> float:
-        """How unlikely a leg is to be the one that the engine waits for."""
-        return abs(pending.since - self.still_since)
+        """Seconds between the sending of a leg and the last output: the engine likely waits for the closest one."""
+        return abs(pending.since - self.idle_since)

@@ -1,10 +1,11 @@
-"""The one place that knows all instances. Lives on the event loop's thread; time comes from the injected clock.
+"""The state machine of instances: the only place that adds, changes and removes them. Runs on the event loop.
 
-Life of an instance: announced by a ping or named at start (PROBING), admitted when its HTTP side answered rightly
-(READY), back to PROBING when a probe or a connection fails, FROZEN while its engine is stalled, which no probe can
-see, LOST when its pings stop, forgotten some time later.
-A ping that contradicts a live instance does not displace it: the instance is probed at once instead, and the
-newcomer gets in when that finds it gone.
+An instance registers by a ping or by the configuration (PROBING), is admitted when a probe succeeds (READY), returns
+to PROBING when a probe or a connection fails, is FROZEN while its engine is stalled, which no probe can see, and LOST
+when its pings stop; it is removed some time later.
+
+A ping that conflicts with a live instance does not replace it. The known instance is probed at once; if that finds it
+gone, a later ping registers the new one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from disagg_proxy.address import Address, parse_address
 from disagg_proxy.cluster.circuit_breaker import Breaker
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
+from disagg_proxy.cluster.instance_index import InstanceIndex
 from disagg_proxy.cluster.kv_compatibility import KvCompatibility
 from disagg_proxy.cluster.kv_kind import KvKind, alike_but_for_model
 from disagg_proxy.cluster.progress import ProgressTracker
@@ -22,59 +24,58 @@ from disagg_proxy.config.model import StaticInstance
 from disagg_proxy.errors import EngineUnreachable
 
 if TYPE_CHECKING:
-    from disagg_proxy.cluster.shared_load import SharedLoad
+    from disagg_proxy.cluster.lease import SharedLoad
 
 MAX_INSTANCES = 1024
-"""Bound on memory: more endpoints than this on one machine are no engines."""
+"""Bound on memory; further endpoints are not registered."""
 
-_FORGET_AFTER = 60.0
+_REMOVE_AFTER = 60.0
 """Seconds for which a lost instance stays visible in /stats."""
 
-_FORGET_HUNG_AFTER = 600.0
-"""The same for one that may be hung, after the time that decides it: its restart has to be asked for."""
+_REMOVE_HUNG_AFTER = 600.0
+"""Seconds for which an instance that was found hung stays visible, so that a supervisor sees ``restart_wanted``."""
 
-_HUNG_AFTER = 3
-"""Expiry times without a ping or an answer after which a process is taken to be hung."""
+_HUNG_EXPIRIES = 3
+"""Expiry times without a ping or a probe response after which a process counts as hung."""
 
 Watcher = Callable[[Instance], None]
-"""Told about one instance; must not block or raise."""
+"""Called with the instance that has changed; must not block or raise."""
 
 
-class Registry:
-    """All instances by their HTTP endpoint.
+class Registry(InstanceIndex):
+    """All instances and their states.
 
     Args:
         clock: monotonic seconds.
-        expiry: seconds without a ping after which a pinging instance is out.
+        expiry: seconds without a ping after which an instance that pings is LOST.
 
     Attributes:
-        hung_after: seconds without any sign of life, from a process that does not refuse connections, after which
-            only a restart helps.
-        shared: told what this process puts on instances, where there are others.
-        others_send: whether other proxies send requests to the same instances.
+        hung_after: seconds without a ping, a probe response or output after which a process that still accepts
+            connections counts as hung.
+        kv_compatibility: which prefill can send KV to which decode.
+        has_liveness_connection: whether an idle connection to the instance is held (health/liveness.py). Its close
+            then tells that the process has ended, and a refused connection alone does not.
+        shared_load: publishes this process's load; None without other workers.
+        other_proxies: whether other proxies send requests to the same instances.
     """
 
     def __init__(self, clock: Callable[[], float], expiry: float) -> None:
+        super().__init__()
         self._clock = clock
         self._expiry = expiry
-        self.hung_after = _HUNG_AFTER * expiry
-        self._instances: dict[str, Instance] = {}
-        self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
-        self._by_role: dict[Role, tuple[Instance, ...]] = {}
-        self.version = 0
-        """Changes whenever another set of instances may serve."""
+        self.hung_after = _HUNG_EXPIRIES * expiry
         self.kv_compatibility = KvCompatibility(MAX_INSTANCES)
         self._drained: set[str] = set()
-        self.has_lifeline: Callable[[Instance], bool] = lambda instance: False
-        self.shared: SharedLoad | None = None
-        self.others_send = False
+        self.has_liveness_connection: Callable[[Instance], bool] = lambda instance: False
+        self.shared_load: SharedLoad | None = None
+        self.other_proxies = False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
         self._on_ended: list[Watcher] = []
         self._on_breaker: list[Watcher] = []
 
-    # -- who wants to know
+    # -- observers
 
     def watch(
         self,
@@ -84,9 +85,15 @@ class Registry:
         ended: Watcher | None = None,
         breaker: Watcher | None = None,
     ) -> None:
-        """Call ``changed`` after every change of a state, ``probe_wanted`` when an instance must be looked at now,
-        ``freed`` when an instance has room again for a request, ``ended`` when a process is gone,
-        ``breaker`` when its breaker has opened or closed."""
+        """Register callbacks, which must not block or raise.
+
+        Args:
+            changed: after every change of a state, a reason or a drain.
+            probe_wanted: an instance is to be probed now.
+            freed: an instance may have capacity again.
+            ended: the process of an instance has ended.
+            breaker: the circuit breaker of an instance has opened or closed.
+        """
         if breaker:
             self._on_breaker.append(breaker)
         if ended:
@@ -98,11 +105,11 @@ class Registry:
         if probe_wanted:
             self._on_probe_wanted.append(probe_wanted)
 
-    def _want_probe(self, instance: Instance) -> None:
+    def _request_probe(self, instance: Instance) -> None:
         for watcher in self._on_probe_wanted:
             watcher(instance)
 
-    def _move(self, instance: Instance, state: State, reason: str) -> None:
+    def _set_state(self, instance: Instance, state: State, reason: str) -> None:
         if instance.state is State.READY and state is not State.READY:
             instance.times_lost += 1
         if state is not instance.state:
@@ -113,191 +120,189 @@ class Registry:
         for watcher in self._on_change:
             watcher(instance)
 
-    # -- how instances come
+    # -- registration
 
     def add_static(self, role: Role, named: StaticInstance, kind: KvKind) -> Instance:
-        """Take in an instance from the configuration, as ``kind`` until it announces another."""
+        """Add an instance from the configuration, with ``kind`` until it announces another."""
         kv = None if named.kv_address is None else parse_address(named.kv_address)
         instance = Instance(role, parse_address(named.http_address), kv, Source.STATIC, kind)
-        self._take_in(instance)
+        self._add(instance)
         return instance
 
     def announce(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str = "") -> str | None:
-        """Take in one ping; returns why it was not accepted, None if it was."""
+        """Process one ping. Returns why it was rejected, None if it was accepted."""
         known = self._instances.get(http.netloc)
         same = known is not None and (known.role, known.kv, known.kind) == (role, kv, kind)
         if known is not None and known.state is State.LOST and same:
-            # It was silent, which is no proof that its process ended.
+            # It did not ping for a while, which does not prove that its process ended.
             known.last_ping = self._clock()
             if known.boot != boot:
                 known.boot = boot
                 self.process_ended(known)
-            self._move(known, State.PROBING, "its pings are back")
-            self._want_probe(known)
+            self._set_state(known, State.PROBING, "its pings have resumed")
+            self._request_probe(known)
             return None
         if known is None or known.state is State.LOST:
-            return self._newcomer(role, http, kv, kind, boot)
+            return self._register(role, http, kv, kind, boot)
         restarted = bool(known.boot) and boot not in ("", known.boot) and known.kv == kv
         restarted = restarted and alike_but_for_model(known.kind, kind)
         if known.role is not role or not (same or restarted or (known.kv is None and known.kind.needs_address)):
-            return self._contradiction(known, role, kv, kind, boot)
+            return self._reject_conflict(known, role, kv, kind, boot)
         known.last_ping = self._clock()
         if known.boot != boot:
             if known.boot:
                 known.kind = kind
                 self.process_ended(known)
                 self.suspend(known, "it was restarted")
-                self._want_probe(known)
+                self._request_probe(known)
             known.boot = boot
         if known.kv is None:
             known.kv, known.kind = kv, kind
-            self._want_probe(known)
+            self._request_probe(known)
         return None
 
-    def _newcomer(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str) -> str | None:
+    def _register(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str) -> str | None:
         owner = next((i for i in self._instances.values() if i.kv == kv and i.state is not State.LOST), None)
         if owner is not None and owner.key != http.netloc:
             return f"the KV address {kv.text} belongs to {owner}"
-        if http.netloc not in self._instances and not self._has_room():
-            return f"{MAX_INSTANCES} instances are known already"
-        self._take_in(Instance(role, http, kv, Source.PING, kind, boot, last_ping=self._clock()))
+        if http.netloc not in self._instances and not self._make_capacity():
+            return f"{MAX_INSTANCES} instances are registered already"
+        self._add(Instance(role, http, kv, Source.PING, kind, boot, last_ping=self._clock()))
         return None
 
-    def _has_room(self) -> bool:
-        """Whether another one can be remembered, if need be in place of one that is lost."""
+    def _make_capacity(self) -> bool:
+        """Whether another instance can be added; removes a lost one if need be."""
         if len(self._instances) < MAX_INSTANCES:
             return True
-        gone = next((i for i in self._instances.values() if i.state is State.LOST and _forgettable(i)), None)
+        gone = next((i for i in self._instances.values() if i.state is State.LOST and _removable(i)), None)
         if gone is not None:
-            self._drop(gone)
+            self._remove(gone)
         return gone is not None
 
-    def _drop(self, instance: Instance) -> None:
+    def _remove(self, instance: Instance) -> None:
         del self._instances[instance.key]
         self._by_role.clear()
 
-    def _take_in(self, instance: Instance) -> None:
+    def _add(self, instance: Instance) -> None:
         instance.draining = instance.key in self._drained
         instance.progress = ProgressTracker(self._clock())
         self._instances[instance.key] = instance
         self._by_role.clear()
-        self._move(instance, State.PROBING, instance.reason)
-        self._want_probe(instance)
+        self._set_state(instance, State.PROBING, instance.reason)
+        self._request_probe(instance)
 
-    def _contradiction(self, known: Instance, role: Role, kv: Address, kind: KvKind, boot: str) -> str | None:
+    def _reject_conflict(self, known: Instance, role: Role, kv: Address, kind: KvKind, boot: str) -> str | None:
         if known.state is State.PROBING and known.source is Source.PING:
-            self._drop(known)
-            return self._newcomer(role, known.http, kv, kind, boot)
-        self._want_probe(known)
+            self._remove(known)
+            return self._register(role, known.http, kv, kind, boot)
+        self._request_probe(known)
         return f"{known} is ready with KV address {known.kv.text if known.kv else '?'}; it is probed again"
 
-    # -- what probes and legs find out
+    # -- results of probes and legs
 
     def admit(self, instance: Instance, models: Mapping[str, Mapping[str, Any]]) -> None:
-        """Its /health and /v1/models answered rightly."""
+        """A probe of its /health and /v1/models has succeeded."""
         instance.probe_failures = 0
-        instance.last_answer = self._clock()
+        instance.last_probe_response = self._clock()
         if instance.state in (State.LOST, State.FROZEN):
             return
         if instance.kv is None and instance.kind.needs_address:
             instance.models = models
             self.suspend(
                 instance,
-                "its KV address is unknown: name it as URL,KV_ADDRESS (or URL,nixl), or let it ping this proxy",
+                "its KV address is unknown: configure it as URL,KV_ADDRESS (or URL,nixl), or let it ping this proxy",
             )
             return
         same = list(instance.models) == list(models)
         instance.models = models
         if instance.state is not State.READY or not same:
-            self._move(instance, State.READY, f"serves {', '.join(models)}")
+            self._set_state(instance, State.READY, f"serves {', '.join(models)}")
 
     def suspend(self, instance: Instance, reason: str, *, gone: bool = False) -> None:
-        """It must not get requests until a probe admits it again.
+        """Send it no requests until a probe succeeds again.
 
         Args:
-            gone: its connections are refused. Where a lifeline is held, that one tells whether the process has ended.
+            gone: it refuses connections. Unless a liveness connection is held, its process counts as ended.
         """
         if gone:
-            instance.last_answer = None
-        if gone and instance.state in (State.READY, State.FROZEN) and not self.has_lifeline(instance):
+            instance.last_probe_response = None
+        if gone and instance.state in (State.READY, State.FROZEN) and not self.has_liveness_connection(instance):
             self.process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
-            self._move(instance, State.PROBING, reason)
+            self._set_state(instance, State.PROBING, reason)
 
     def freeze(self, instance: Instance, reason: str, *, first: bool = True) -> None:
-        """Its engine is stalled: no requests until it moves again, or its process has ended.
+        """Its engine is stalled: send it no requests until it makes progress again, or its process has ended.
 
         Args:
-            first: False when another process of this proxy has found and counted it.
+            first: False when another worker of this proxy has found and counted the stall.
         """
         if instance.state is State.READY:
             instance.freezes += first
-            self._move(instance, State.FROZEN, reason)
+            self._set_state(instance, State.FROZEN, reason)
 
-    def want_restart(self, instance: Instance, reason: str) -> None:
-        """It is frozen or hung, and nothing else is left to try. Withdrawn by every change of its state."""
+    def request_restart(self, instance: Instance, reason: str) -> None:
+        """It is frozen or hung, and only a restart can help. Every change of its state withdraws the request."""
         if instance.state is not State.READY:
             instance.restart_wanted = True
-            self._move(instance, instance.state, reason)
+            self._set_state(instance, instance.state, reason)
 
-    def thaw(self, instance: Instance, reason: str) -> None:
-        """Its engine moves again; a probe may admit it."""
+    def unfreeze(self, instance: Instance, reason: str) -> None:
+        """Its engine makes progress again; a probe may admit it."""
         if instance.state is State.FROZEN:
-            self._move(instance, State.PROBING, reason)
-            self._want_probe(instance)
+            self._set_state(instance, State.PROBING, reason)
+            self._request_probe(instance)
 
     def process_ended(self, instance: Instance) -> None:
-        """Its process is gone, and with it the KV it held and the peers it knew."""
+        """Its process has ended, and with it the KV it held and its connections to peers."""
         instance.epoch += 1
         instance.restarts += 1
         instance.breaker = Breaker()
         orphaned, instance.progress = instance.progress, ProgressTracker(self._clock())
         instance.senders_frozen = 0
-        instance.last_answer = None
+        instance.last_probe_response = None
         instance.restart_wanted = False
-        if self.others_send and instance.role is Role.DECODE:
-            self.kv_compatibility.suppose_sent(
-                (i for i in self._instances.values() if i.role is Role.PREFILL), instance
-            )
+        if self.other_proxies and instance.role is Role.DECODE:
+            self.kv_compatibility.assume_sent((i for i in self._instances.values() if i.role is Role.PREFILL), instance)
         self.kv_compatibility.process_ended(instance)
         for watcher in self._on_ended:
             watcher(instance)
-        self.thaw(instance, "its process has ended")
-        _end_prefills(instance, orphaned, "its process has ended")
+        self.unfreeze(instance, "its process has ended")
+        _fail_prefills(instance, orphaned, "its process has ended")
 
-    def look_again(self, instance: Instance) -> None:
-        """A leg failed in a way that leaves open whether the instance lives."""
+    def recheck(self, instance: Instance) -> None:
+        """A leg failed in a way that does not show whether the process still runs: probe it now."""
         if self.knows(instance):
-            self._want_probe(instance)
+            self._request_probe(instance)
 
-    def lost_contact(self, instance: Instance, reason: str) -> None:
-        """A leg's connection to it was refused: out at once, and looked at again now."""
+    def connection_refused(self, instance: Instance, reason: str) -> None:
+        """A leg's connection to it was refused: suspend it and probe it now."""
         self.suspend(instance, reason, gone=True)
-        self.look_again(instance)
+        self.recheck(instance)
 
-    def doubt(self, instance: Instance) -> None:
-        """It is ready, but may be another process than before: what waited for it there is not asked from it."""
+    def maybe_restarted(self, instance: Instance) -> None:
+        """It is ready, but may be another process than before: KV that an earlier process held is not used."""
         instance.epoch += 1
 
     def expire(self) -> None:
-        """Move instances whose pings stopped to LOST, and forget those that have been lost for long."""
+        """Move instances whose pings stopped to LOST, and remove those that have been LOST for a while."""
         now = self._clock()
         for instance in list(self._instances.values()):
             if instance.source is Source.STATIC or instance.last_ping is None:
                 continue
-            silent = now - instance.last_ping
+            since_ping = now - instance.last_ping
             if instance.state is State.LOST:
-                after = self.hung_after + _FORGET_HUNG_AFTER if instance.silent else _FORGET_AFTER
-                if now - instance.changed_at >= after and _forgettable(instance):
-                    self._drop(instance)
-            elif silent >= self._expiry:
-                self._move(instance, State.LOST, f"no ping for {silent:.0f} s")
-                _end_prefills(instance, instance.progress, instance.reason)
+                after = self.hung_after + _REMOVE_HUNG_AFTER if instance.unresponsive else _REMOVE_AFTER
+                if now - instance.changed_at >= after and _removable(instance):
+                    self._remove(instance)
+            elif since_ping >= self._expiry:
+                self._set_state(instance, State.LOST, f"no ping for {since_ping:.0f} s")
+                _fail_prefills(instance, instance.progress, instance.reason)
 
-    # -- who is out for maintenance
+    # -- drained by an operator
 
     def drain(self, instance: Instance, draining: bool = True) -> None:
-        """Give it nothing new, or again; holds for whatever process comes to its endpoint."""
+        """Drain or undrain it; remembered for the endpoint, also across restarts and removal of the instance."""
         (self._drained.add if draining else self._drained.discard)(instance.key)
         instance.draining = draining
         self.version += 1
@@ -305,105 +310,34 @@ class Registry:
             watcher(instance)
 
     def drained(self, role: Role) -> Sequence[Instance]:
-        """Those of one role that are out for maintenance, in any state."""
+        """Drained instances of one role, in any state."""
         return [i for i in self._instances.values() if i.role is role and i.draining] if self._drained else ()
 
-    # -- what others ask
+    # -- load
 
     def freed(self) -> None:
-        """A place or some KV on an instance was given back."""
+        """A lease or a claim on KV of an instance was given back."""
         for watcher in self._on_freed:
             watcher()
 
-    def breaker_moved(self, instance: Instance) -> None:
-        """Its breaker has opened or closed."""
+    def breaker_changed(self, instance: Instance) -> None:
+        """Its circuit breaker has opened or closed."""
         for watcher in self._on_breaker:
             watcher(instance)
-
-    def knows(self, instance: Instance) -> bool:
-        """Whether it is still the instance at its endpoint."""
-        return self._instances.get(instance.key) is instance
 
     def now(self) -> float:
         """The registry's clock."""
         return self._clock()
 
-    def instances(self) -> Sequence[Instance]:
-        """All that are known, prefills first, in the order of their coming."""
-        return sorted(self._instances.values(), key=lambda i: i.role is Role.DECODE)
 
-    def in_flight(self, role: Role) -> int:
-        """Requests on all instances of one role, in any state."""
-        found = self._by_role.get(role)
-        if found is None:
-            found = self._by_role[role] = tuple(i for i in self._instances.values() if i.role is role)
-        if len(found) == 1:
-            return found[0].in_flight
-        return sum([i.in_flight for i in found])
+def _fail_prefills(instance: Instance, progress: ProgressTracker, reason: str) -> None:
+    """Fail the legs in flight on a prefill that will not answer them, where decode can compute without the KV.
 
-    def ready(self, role: Role) -> Sequence[Instance]:
-        """Ready instances of one role."""
-        return self._cached(role, None, lambda i: True)
-
-    def serving(self, role: Role, model: str | None) -> Sequence[Instance]:
-        """Ready instances of one role that serve ``model``; all ready ones for None."""
-        if model is None:
-            return self.ready(role)
-        return self._cached(role, model, lambda i: model in i.models)
-
-    def _cached(self, role: Role, model: str | None, wanted: Callable[[Instance], bool]) -> Sequence[Instance]:
-        found = self._serving.get((role, model))
-        if found is None:
-            found = tuple(
-                i for i in self._instances.values() if i.role is role and i.state is State.READY and wanted(i)
-            )
-            if found:
-                # Names that nobody serves are not kept: clients choose them, and there is no end to them.
-                self._serving[(role, model)] = found
-        return found
-
-    def models(self) -> dict[str, Mapping[str, Any]]:
-        """Every model that some ready instance serves, with what its /v1/models showed.
-
-        In the instances' own order: clients that name no model take the first.
-        """
-        found: dict[str, Mapping[str, Any]] = {}
-        for instance in self.instances():
-            if instance.state is State.READY:
-                for name, card in instance.models.items():
-                    found.setdefault(name, card)
-        return found
-
-    def has_model(self, name: str) -> bool:
-        """Whether some instance serves it, ready or not."""
-        return any(name in instance.models for instance in self._instances.values())
-
-    def missing(self) -> list[str]:
-        """What keeps every pair from serving, in words; empty when both roles have an instance that takes requests.
-
-        Clients read this, so it names no address.
-        """
-        lacks = []
-        for role in Role:
-            if any(not i.draining for i in self.ready(role)):
-                continue
-            known = [i for i in self._instances.values() if i.role is role]
-            why = "; ".join(
-                "one is drained for maintenance" if i.draining else f"one is {i.state.value}: {i.reason}"
-                for i in known[:3]
-            )
-            lacks.append(f"no {role.value} instance is ready ({why or 'none has registered'})")
-        return lacks
-
-
-def _end_prefills(instance: Instance, progress: ProgressTracker, reason: str) -> None:
-    """End the legs in flight on a prefill that will not answer them, where decode computes what it gets no KV for.
-
-    Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never ended: its decode would hang.
+    Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never failed: its decode would hang.
     """
     if instance.role is Role.PREFILL and instance.kind.computes:
         progress.fail(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
 
 
-def _forgettable(instance: Instance) -> bool:
+def _removable(instance: Instance) -> bool:
     return not instance.in_flight and not instance.draining

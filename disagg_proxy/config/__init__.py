@@ -1,4 +1,4 @@
-"""Configuration: the one table of settings, how a value is read, and the finished ``Config``."""
+"""Configuration: the table of settings, how values are read, and the resulting ``Config``."""
 
 from disagg_proxy.config.load import ConfigError, load
 from disagg_proxy.config.model import Config, StaticInstance

@@ -1,4 +1,4 @@
-"""Precedence: a flag wins over the environment, which wins over the default. A bad value names its setting."""
+"""Loads the settings: a flag takes precedence over the environment, which takes precedence over the default."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _METAVARS: dict[values.Reader, str] = {
     values.traces: "0|1",
     values.workers: "N",
 }
-"""How ``--help`` shows a value. Those that are one of several words are missing: the name says which (LEVEL)."""
+"""Metavariables of ``--help``. For other readers the last word of the variable's name is used (LOG_LEVEL: LEVEL)."""
 
 
 class ConfigError(Exception):
-    """One line that names the setting and what it must be."""
+    """A setting has a bad value; one line with its name and what it must be."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         usage=f"%(prog)s [{SERVE}] [OPTION...]\n       %(prog)s {{{','.join(COMMANDS)}}} [OPTION...]",
         description="One OpenAI-compatible endpoint in front of vLLM prefill and decode engines.\n\ncommands:\n"
         + "\n".join(f"  {name:<8}{text}" for name, text in commands.items())
-        + "\n\n%(prog)s COMMAND --help lists the options of a command; those below are of the proxy.",
+        + "\n\n%(prog)s COMMAND --help lists the options of a command; the options below are those of the proxy.",
         epilog="Each option can be set by the environment variable in brackets; the option wins.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -97,5 +97,5 @@ def _value(setting: Setting, flag: str | list[str] | None, environ: Mapping[str,
     try:
         return setting.read(raw)
     except ValueError as error:
-        shown = "what was given" if setting.secret else repr(raw)
+        shown = "the given value" if setting.secret else repr(raw)
         raise ConfigError(f"{source}: {error}, not {shown}") from None

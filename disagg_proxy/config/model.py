@@ -1,4 +1,4 @@
-"""The finished configuration: typed, immutable, passed to whatever needs it."""
+"""The configuration: typed and immutable."""
 
 from __future__ import annotations
 

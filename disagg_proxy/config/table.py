@@ -1,4 +1,4 @@
-"""The one table of settings. Flags, ``--help`` and the tables in docs/settings.md are made from it."""
+"""The table of settings, from which flags, ``--help`` and docs/settings.md are generated."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Setting:
     Attributes:
         name: the field of :class:`disagg_proxy.config.model.Config`.
         env: environment variable.
-        flag: command-line flag; given more often than once, a ``repeated`` one adds up.
-        default: the text that stands for the default; empty for none.
-        read: text to value, ValueError with a remedy.
+        flag: command-line flag; the values of a ``repeated`` one are combined.
+        default: the default as text; empty for none.
+        read: converts text to a value; raises ValueError that says what the value must be.
         help, help_zh: one sentence, English and Chinese.
         repeated: whether the flag may be given several times.
         secret: whether the value must not be shown.
@@ -45,7 +45,7 @@ SETTINGS: tuple[Setting, ...] = (
             "port of the HTTP endpoint; 0 lets the kernel choose",
             "HTTP 服务端口；0 表示由内核选择"),
     Setting("workers", "WORKERS", "--workers", "1", values.workers,
-            "processes that serve requests, all behind the same port; auto: one for each core that may be used",
+            "processes that serve requests, all on the same port; auto: one for each available core",
             "处理请求的进程数，共用同一端口；auto 表示每个可用核心一个"),
     Setting("zmq_host", "PROXY_HOST", "--zmq-host", "0.0.0.0", values.host,
             "address on which instances register (ZMQ)",
@@ -63,8 +63,8 @@ SETTINGS: tuple[Setting, ...] = (
             "who may register, comma-separated: local (this machine's addresses), any, addresses, networks, host names",
             "允许注册的来源，逗号分隔：local（本机地址）、any、地址、网段、主机名"),
     Setting("instance_expiry", "INSTANCE_EXPIRY", "--instance-expiry", "10", values.seconds,
-            "seconds without a ping (sent every 3 s) after which an instance is out",
-            "超过多少秒没有心跳（每 3 秒一次）即移出实例"),
+            "seconds without a ping (sent every 3 s) after which an instance is lost",
+            "超过多少秒没有心跳（每 3 秒一次）即视实例为丢失"),
     Setting("forward_registrations", "FORWARD_REGISTRATIONS", "--forward-registrations", "", values.addresses,
             "registration ports of other proxies over the same instances, HOST:PORT separated by commas: what "
             "instances announce here is passed on to them",
@@ -76,30 +76,31 @@ SETTINGS: tuple[Setting, ...] = (
             "seconds for a connection to an instance",
             "连接实例的超时秒数"),
     Setting("prefill_timeout", "PREFILL_TIMEOUT", "--prefill-timeout", "600", values.seconds,
-            "seconds for one prefill of a request, then 504",
+            "seconds for the prefill of a request, then 504",
             "一次 prefill 的超时秒数，超时返回 504"),
     Setting("decode_timeout", "DECODE_TIMEOUT", "--decode-timeout", "600", values.seconds,
             "longest idle time of decode in seconds: 504 before the answer begins, a cut connection afterwards",
-            "decode 最长静默秒数：回答开始前返回 504，开始后切断连接"),
+            "decode 最长无输出秒数：回答开始前返回 504，开始后切断连接"),
     Setting("freeze_after_min", "FREEZE_AFTER_MIN", "--freeze-after-min", "20", values.seconds,
             "shortest stall deadline in seconds; the deadline of an instance is learnt from its recent response times",
-            "实例静默超过按其近期耗时学得的时限即视为冻结，但不早于此秒数"),
+            "判定实例停滞的最短时限（秒）；每个实例的时限由其近期响应时间得出"),
     Setting("freeze_after_max", "FREEZE_AFTER_MAX", "--freeze-after-max", "300", values.seconds,
             "longest stall deadline in seconds; also used while too few response times are known",
-            "且最迟不超过此秒数；对实例了解不足时也用此值"),
+            "判定实例停滞的最长时限（秒）；响应时间样本不足时也使用此值"),
     Setting("body_timeout", "BODY_TIMEOUT", "--body-timeout", "60", values.seconds,
             "seconds that a client may take to send its body, then 408",
             "客户端发送请求体的超时秒数，超时返回 408"),
     Setting("header_timeout", "HEADER_TIMEOUT", "--header-timeout", "20", values.seconds,
-            "seconds that a client may take to send its request's headers, then 408; also for a connection without one",
-            "客户端发送请求头的超时秒数，超时返回 408；新连接也最多静默这么久"),
+            "seconds that a client may take to send its request's headers, then 408; also for idle new connections",
+            "客户端发送请求头的超时秒数，超时返回 408；也用于没有请求的新连接"),
     Setting("send_timeout", "SEND_TIMEOUT", "--send-timeout", "300", values.seconds,
-            "seconds in which a client must take some of its waiting answer, or it is cut off (within twice as long)",
+            "seconds within which a client must read some of its pending answer, or its connection is cut "
+            "(after at most twice as long)",
             "有待读取的回答时，客户端在多少秒内须读取一部分，否则断开（最迟两倍时间）"),
     Setting("shutdown_grace", "SHUTDOWN_GRACE", "--shutdown-grace", "30", values.seconds,
-            "seconds from SIGTERM to the end, in all; the last fifth (5 s at most) is for KV release, the rest for "
+            "total seconds from SIGTERM to the exit; the last fifth (at most 5 s) is for KV release, the rest for "
             "accepted requests",
-            "从收到 SIGTERM 到退出的总秒数；最后五分之一（最多 5 秒）留给排空，其余留给已接受的请求"),
+            "从收到 SIGTERM 到退出的总秒数；最后五分之一（最多 5 秒）用于释放 KV，其余留给已接受的请求"),
     Setting("max_body_bytes", "MAX_BODY_BYTES", "--max-body-bytes", "64M", values.size,
             "largest request body, then 413; the default holds a prompt of 1M tokens",
             "请求体上限，超出返回 413；默认值足够 100 万 token 的提示词"),

@@ -1,4 +1,4 @@
-"""How the text of one setting becomes a value. Each reader raises ValueError that says what would be right."""
+"""Readers of settings: text to value. Each raises ValueError that says what the value must be."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def count(raw: str) -> int:
 
 
 def workers(raw: str) -> int:
-    """How many processes, or auto."""
+    """A number of processes, or auto."""
     if raw.lower() == "auto":
         return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     if not raw.isascii() or not raw.isdigit() or not 1 <= int(raw) <= MAX_WORKERS:
@@ -103,14 +103,14 @@ def flag(raw: str) -> bool:
 
 
 def key(raw: str) -> str:
-    """A secret that travels in a header."""
+    """A secret that is sent in a header."""
     if not raw.isascii() or not raw.isprintable() or " " in raw:
-        raise ValueError("must be printable ASCII without spaces, since it travels in a header")
+        raise ValueError("must be printable ASCII without spaces, since it is sent in a header")
     return raw
 
 
 def choice(*options: str) -> Reader:
-    """One of ``options``, whatever the case."""
+    """One of ``options``, case-insensitive."""
 
     def read(raw: str) -> str:
         value = raw.lower().replace("-", "_")
@@ -122,7 +122,7 @@ def choice(*options: str) -> Reader:
 
 
 def policy(options: Sequence[str], elsewhere: Mapping[str, str]) -> Reader:
-    """One of ``options``; ``elsewhere`` says of a name that is known but wrong here what to do."""
+    """One of ``options``; ``elsewhere`` has a hint for each policy that is valid only for the other role."""
     known = choice(*options)
 
     def read(raw: str) -> object:
@@ -216,7 +216,7 @@ def access_log(raw: str) -> str:
 
 
 def traces(raw: str) -> bool:
-    """As :func:`flag`, on only with the packages that it needs and a protocol that is spoken."""
+    """As :func:`flag`; 1 needs the OpenTelemetry packages and a supported OTLP protocol."""
     on = flag(raw) and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
     if not on:
         return False
@@ -225,9 +225,9 @@ def traces(raw: str) -> bool:
         import opentelemetry.sdk.trace  # noqa: F401
     except ImportError:
         packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
-        raise ValueError(f"must be 0 as long as OpenTelemetry is not installed: pip install {packages}") from None
+        raise ValueError(f"must be 0 while OpenTelemetry is not installed: pip install {packages}") from None
     names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     protocol = next((os.environ[name] for name in names if os.environ.get(name)), "http/protobuf")
     if protocol != "http/protobuf":
-        raise ValueError(f"must be 0 with OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: only http/protobuf is spoken")
+        raise ValueError(f"must be 0 with OTEL_EXPORTER_OTLP_PROTOCOL={protocol}: only http/protobuf is supported")
     return True

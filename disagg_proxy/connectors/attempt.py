@@ -12,11 +12,11 @@ from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import Engines, Request
-from disagg_proxy.downstream.refusal import Refusal, refusal
+from disagg_proxy.downstream.refusal import ClientResponse, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
-from disagg_proxy.http1.headers import answer_headers
+from disagg_proxy.http1.headers import forwarded_response_headers
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.usage import UsageRepair
 from disagg_proxy.request_id import RequestId, RequestIdRewriter
@@ -44,7 +44,7 @@ class Attempt:
         trace = request.record.trace
         self._prefill_headers = lines if trace is None else lines + trace.prefill_lines
         self._decode_headers = lines if trace is None else lines + trace.decode_lines
-        request.record.put_on(placement.prefill, placement.decode, request_id.public)
+        request.record.on_attempt(placement.prefill, placement.decode, request_id.public)
 
     @property
     def decode(self) -> Instance:
@@ -61,13 +61,13 @@ class Attempt:
     # -- the legs
 
     def send_prefill(
-        self, lease: Lease, body: bytes, silence: float, pending: PendingResponse | None, fresh: bool = False
+        self, lease: Lease, body: bytes, idle_timeout: float, pending: PendingResponse | None, fresh: bool = False
     ) -> Awaitable[Response]:
         """Send prefill's leg and wait for its complete answer. It is idempotent: after a kept connection closed it is
         sent once more over a fresh one.
 
         Args:
-            silence: seconds that may pass without a byte from prefill.
+            idle_timeout: seconds that may pass without a byte from prefill.
             fresh: use a new connection, once.
 
         Raises:
@@ -75,7 +75,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", lease.instance, self.request.route.path, headers=self._prefill_headers, body=body,
-            silence=silence, leg="prefill", fresh=fresh, enough=ReadUntil.WHOLE,
+            idle_timeout=idle_timeout, leg="prefill", fresh=fresh, until=ReadUntil.COMPLETE,
             resend=Resend.NEVER if fresh else Resend.REUSED, pending=pending,
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ class Attempt:
         self,
         body: bytes,
         *,
-        enough: ReadUntil,
+        until: ReadUntil,
         resend: Resend,
         resend_body: bytes | None = None,
         fresh: bool = False,
@@ -95,7 +95,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", self.decode, self.request.route.path, headers=self._decode_headers, body=body,
-            silence=self._engines.config.decode_timeout, leg="decode", fresh=fresh, enough=enough, resend=resend,
+            idle_timeout=self._engines.config.decode_timeout, leg="decode", fresh=fresh, until=until, resend=resend,
             resend_body=resend_body, pending=self._decoding,
         )  # fmt: skip
 
@@ -113,13 +113,13 @@ class Attempt:
         request = self.request
         request.record.prompt_tokens = tokens or None
         if tokens:
-            request.demand.kv_bytes = self._engines.sizes.counted(request.route, request.prepared, tokens)
+            request.demand.kv_bytes = self._engines.sizes.record_count(request.route, request.prepared, tokens)
         return tokens
 
     # -- the answer
 
     async def deliver(
-        self, reply: Reply, answer: Response, hider: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
+        self, reply: Reply, answer: Response, rewriter: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
     ) -> None:
         """Stream decode's 200 to the client until it ends or the client leaves.
 
@@ -131,15 +131,15 @@ class Attempt:
         """
         try:
             # Before the first byte a failure can still get its own status.
-            await answer.until(ReadUntil.BEGUN)
+            await answer.wait_until(ReadUntil.BODY_STARTED)
         except BaseException:
             answer.close()
             raise
         pending, record = self.decoding, self.request.record
-        pending.heard()
-        stream = ResponseStream(answer, hider, repair, pending, record)
-        record.begin_answer(True)
-        reply.send(Refusal(200, answer_headers(answer.headers, public), stream))
+        pending.on_data()
+        stream = ResponseStream(answer, rewriter, repair, pending, record)
+        record.on_first_byte(True)
+        reply.send(ClientResponse(200, forwarded_response_headers(answer.headers, public), stream))
         await stream.finished
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 
@@ -163,7 +163,7 @@ class Attempt:
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.placement.decode_lease.end(failed=failed)
-        self.placement.loaded()
+        self.placement.release_kv()
 
     def end_refused(self, status: int) -> None:
         """End the decode leg after an answer with ``status``, not 200."""
@@ -193,13 +193,13 @@ def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> No
     """
     lease.end(failed=is_failure(route, status), certain=status != 500)
     if status == 500:
-        registry.look_again(lease.instance)
+        registry.recheck(lease.instance)
 
 
 def blame(registry: Registry, instance: Instance, error: ProxyError) -> None:
     """Report a failed leg. A refused connection takes the instance out of service at once; other errors trigger a
     probe, since a busy server may time out too."""
     if isinstance(error, EngineUnreachable) and error.refused:
-        registry.lost_contact(instance, "its HTTP port cannot be reached")
+        registry.connection_refused(instance, "its HTTP port cannot be reached")
     elif isinstance(error, EngineError):
-        registry.look_again(instance)
+        registry.recheck(instance)

@@ -33,7 +33,7 @@ from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
 from disagg_proxy.upstream import CompleteResponse
 from disagg_proxy.upstream.kv_control import KvControl
 
-KIND = KvKind("disagg_kv")
+KIND: KvKind = KvKind("disagg_kv")
 
 REQUIRED = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
 """Fields of an announcement that must be equal on both sides. Every engine announces them."""
@@ -89,7 +89,7 @@ class DisaggKv:
         return DisaggKvAttempt(self._engines, request, placement).run(reply)
 
 
-PROTOCOL = KvProtocol(KIND, DisaggKv, read)
+PROTOCOL: KvProtocol = KvProtocol(KIND, DisaggKv, read)
 
 
 class DisaggKvAttempt(RecomputingAttempt):
@@ -150,7 +150,7 @@ class DisaggKvAttempt(RecomputingAttempt):
         pending = self._decoding
         if pending is not None and not pending.begun:
             pending.since = self._engines.registry.now()
-            pending.listen()
+            pending.resume_wait()
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Prefill's own answer may arrive a moment after decode's."""
@@ -194,6 +194,6 @@ class ConnectionWarmer:
         others = self._registry.ready(Role.DECODE if instance.role is Role.PREFILL else Role.PREFILL)
         for other in others:
             prefill, decode = (instance, other) if instance.role is Role.PREFILL else (other, instance)
-            if prefill.kv and decode.kv and self._registry.kv_compatibility.possible(prefill, decode):
+            if prefill.kv and decode.kv and self._registry.kv_compatibility.compatible(prefill, decode):
                 meeting = self._control.meet(decode, prefill)
                 self._background.spawn(meeting, f"introduce {decode} to {prefill}")

@@ -82,10 +82,10 @@ class KvReleaser:
             held.release()
             self._counts.waiting -= 1
             self._ended(instance, failure)
-            instance.drains += not failure
+            instance.kv_releases += not failure
             if failure:
                 self._counts.failed += 1
-                instance.drains_failed += 1
+                instance.kv_releases_failed += 1
                 log.warning("KV of %s is not released from %s: %s", held.id.public, instance, failure)
 
     async def _retry(self, held: HeldKv) -> str:

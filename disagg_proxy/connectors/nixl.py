@@ -32,7 +32,7 @@ from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
 
-KIND = KvKind("nixl", needs_address=False)
+KIND: KvKind = KvKind("nixl", needs_address=False)
 
 _FOR_PREFILL = {
     "do_remote_decode": True,
@@ -104,7 +104,7 @@ class Nixl:
         return NixlAttempt(self._engines, request, placement, fits(request.prepared)).run(reply)
 
 
-PROTOCOL = KvProtocol(KIND, Nixl)
+PROTOCOL: KvProtocol = KvProtocol(KIND, Nixl)
 
 
 class NixlAttempt(RecomputingAttempt):

@@ -36,16 +36,16 @@ from disagg_proxy.connectors.base import (
     text_field,
 )
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
-from disagg_proxy.downstream.refusal import Refusal, over_context, prefill_refusal, refusal, whole
+from disagg_proxy.downstream.refusal import ClientResponse, forwarded, over_context, prefill_refusal, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
-from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
 from disagg_proxy.request_id import RequestIdRewriter, hide
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
 from disagg_proxy.upstream import CompleteResponse, Response
 
-KIND = KvKind("p2p_nccl", computes=False)
+KIND: KvKind = KvKind("p2p_nccl", computes=False)
 
 ABORT_GRACE = 5.0
 """Seconds before decode's leg is aborted when its client leaves before the first byte. An abort while the API server
@@ -124,11 +124,11 @@ class P2pNccl:
                 return None
 
             # 3. Decode: sent once, never again after it may have been received.
-            record.ask_decode()
+            record.on_decode_sent()
             reply.abort_grace = ABORT_GRACE
             load = None
             if not request.prepared.streams:
-                load = self._load_timeouts.add(attempt.placement.loaded)
+                load = self._load_timeouts.add(attempt.placement.release_kv)
             try:
                 answer = await attempt.request_decode()
             except NotSent as failure:
@@ -146,7 +146,7 @@ class P2pNccl:
             if answer.status != 200:
                 await self._refused_by_decode(attempt, reply, answer)
                 return None
-            attempt.placement.loaded()
+            attempt.placement.release_kv()
             try:
                 await self._answer(attempt, reply, answer, use)
             except ProxyError:
@@ -159,14 +159,14 @@ class P2pNccl:
 
     # -- prefill
 
-    def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> Refusal | None:
+    def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> ClientResponse | None:
         """The client's answer where prefill's answer already decides it, so that decode only has to release the KV."""
         request, record = attempt.request, attempt.request.record
         if request.prepared.prefill_answers:
-            record.begin_answer(False)
+            record.on_first_byte(False)
             record.output_tokens = output_tokens(prefilled.body)
             record.complete()
-            return whole(prefilled, attempt.id)
+            return forwarded(prefilled, attempt.id)
         refused = over_context(request.route, request.prepared, attempt.decode, prefilled)
         if refused is not None:
             record.refused(refused.status)
@@ -183,7 +183,7 @@ class P2pNccl:
         return Failure(error, attempt.decode)
 
     async def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, answer: Response) -> None:
-        refused = await answer.whole()
+        refused = await answer.read_all()
         if refused.status < 500:
             attempt.decoding.end(received=False)
             # The API server rejected it before its engine had it, so the KV still waits there.
@@ -201,14 +201,14 @@ class P2pNccl:
             )
             return
         # The repair may change the length, which is sent before the body.
-        body = await answer.whole() if request.prepared.streams else answer.read()
-        attempt.decoding.heard()
-        record.begin_answer(False)
+        body = await answer.read_all() if request.prepared.streams else answer.read()
+        attempt.decoding.on_data()
+        record.on_first_byte(False)
         record.output_tokens = output_tokens(body.body)
         record.complete()
         attempt.end_decode(failed=False)
-        headers = answer_headers(answer.headers, attempt.id)
-        reply.send(Refusal(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
+        headers = forwarded_response_headers(answer.headers, attempt.id)
+        reply.send(ClientResponse(200, headers, repair_usage(request.route, hide(attempt.id, body.body), use)))
 
     def _release(self, attempt: P2pAttempt) -> None:
         """Release the attempt's KV on decode in the background, and its leases afterwards."""
@@ -217,4 +217,4 @@ class P2pNccl:
         self._engines.background.spawn(self._releaser.release(attempt), "KV release")
 
 
-PROTOCOL = KvProtocol(KIND, P2pNccl, read)
+PROTOCOL: KvProtocol = KvProtocol(KIND, P2pNccl, read)

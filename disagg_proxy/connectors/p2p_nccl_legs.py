@@ -66,7 +66,7 @@ class P2pAttempt(Attempt):
             EngineError, EngineDeadline: there is no answer.
         """
         lease, registry = self.prefill_lease, self._engines.registry
-        registry.kv_compatibility.sends_towards(lease.instance, self.decode)
+        registry.kv_compatibility.record_send(lease.instance, self.decode)
         pending = lease.progress.begin(
             registry.now, tokens=self.request.tokens, receiver=self.placement.decode_lease,
             move=None if leg is None else leg.move,
@@ -75,7 +75,7 @@ class P2pAttempt(Attempt):
         try:
             answer = (await self._send_prefill(lease, fresh=False)).read()
             if answer.status == 200:
-                pending.heard()
+                pending.on_data()
         except ProxyError as error:
             blame(registry, lease.instance, error)
             lease.end(failed=True)
@@ -89,8 +89,8 @@ class P2pAttempt(Attempt):
         return answer
 
     def _send_prefill(self, lease: Lease, fresh: bool) -> Awaitable[Response]:
-        silence = self._engines.config.prefill_timeout * _ABANDON_FACTOR
-        return self.send_prefill(lease, self.prepared.prefill_body, silence, None, fresh)
+        idle_timeout = self._engines.config.prefill_timeout * _ABANDON_FACTOR
+        return self.send_prefill(lease, self.prepared.prefill_body, idle_timeout, None, fresh)
 
     def keep_for_release(self) -> None:
         """This attempt's KV is, or may come to be, on decode: keep what its release needs, although the request drops
@@ -114,12 +114,12 @@ class P2pAttempt(Attempt):
         """
         decode, registry, config = self.decode, self._engines.registry, self._engines.config
         model = self.request.prepared.model or decode.default_model
-        able = [p for p in registry.serving(Role.PREFILL, model) if registry.kv_compatibility.possible(p, decode)]
+        able = [p for p in registry.serving(Role.PREFILL, model) if registry.kv_compatibility.compatible(p, decode)]
         if not able:
             return False
         first = self.prefill_lease.instance
         prefill: Instance = first if first in able else min(able, key=lambda one: one.draining)
-        registry.kv_compatibility.sends_towards(prefill, decode)
+        registry.kv_compatibility.record_send(prefill, decode)
         lease = Lease(registry, prefill)
         # This prefill may stall too.
         deadline = prefill.progress.deadline(config.freeze_after_min, config.freeze_after_max)
@@ -139,13 +139,13 @@ class P2pAttempt(Attempt):
             NotSent: the instance is gone, or another process than the KV was sent to, or not reached in time.
             EngineError, EngineDeadline: there is no answer.
         """
-        if not self.placement.decode_lease.same_process:
+        if not self.placement.decode_lease.still_ready:
             raise NotSent(decode_went_away())
         streams = self.request.prepared.streams
-        self._watch(telling=streams)
-        enough = ReadUntil.BEGUN if streams else ReadUntil.WHOLE
+        self._watch(expects_output=streams)
+        until = ReadUntil.BODY_STARTED if streams else ReadUntil.COMPLETE
         try:
-            return await self.send_decode(self.request.prepared.decode_body, enough=enough, resend=Resend.UNSENT)
+            return await self.send_decode(self.request.prepared.decode_body, until=until, resend=Resend.UNSENT)
         except ProxyError as error:
             self.blame_decode(error)
             if isinstance(error, EngineUnreachable):
@@ -160,12 +160,12 @@ class P2pAttempt(Attempt):
             EngineUnreachable: it cannot have been received.
             ProxyError: it may have been.
         """
-        self._watch(telling=True)
+        self._watch(expects_output=True)
         try:
             body = self.prepared.kv_release_body
-            answer = (await self.send_decode(body, enough=ReadUntil.WHOLE, resend=Resend.NEVER, fresh=True)).read()
+            answer = (await self.send_decode(body, until=ReadUntil.COMPLETE, resend=Resend.NEVER, fresh=True)).read()
             if answer.status == 200:
-                self.decoding.heard()
+                self.decoding.on_data()
             return answer
         except ProxyError as error:
             self.decoding.end(received=not isinstance(error, EngineUnreachable))
@@ -174,11 +174,13 @@ class P2pAttempt(Attempt):
         finally:
             self.decoding.end()
 
-    def _watch(self, telling: bool) -> None:
+    def _watch(self, expects_output: bool) -> None:
         prepared, lease = self.prepared, self.placement.decode_lease
         size = len(prepared.prefill_body) + len(prepared.decode_body)
         self.watch_decode(
-            lease.progress.begin(self._engines.registry.now, telling=telling, replay=self.replay, size=size)
+            lease.progress.begin(
+                self._engines.registry.now, expects_output=expects_output, replay=self.replay, size=size
+            )
         )
 
 
@@ -236,7 +238,7 @@ class PrefillLeg:
     async def run(self) -> None:
         """Send the leg. If the request has moved on by its end, release what it leaves behind."""
         attempt, record = self._attempt, self._attempt.request.record
-        record.ask_prefill()
+        record.on_prefill_sent()
         try:
             self.answer = await attempt.prefill(self)
         except ProxyError as error:
@@ -248,7 +250,7 @@ class PrefillLeg:
                 self._settle()
         if self.answer is not None:
             if self.overdue is None:
-                record.answer_prefill()
+                record.on_prefill_response()
             self._settle()
 
     def _settle(self) -> None:

@@ -19,10 +19,10 @@ from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failure
 from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.downstream.refusal import Refusal, prefill_refusal
+from disagg_proxy.downstream.refusal import ClientResponse, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
-from disagg_proxy.http1.headers import answer_headers, is_stream
+from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
 from disagg_proxy.request_id import NoRewriting, RequestId
@@ -77,13 +77,13 @@ class RecomputingAttempt(Attempt):
         lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
         if lease is None:
             return None
-        record.ask_prefill()
+        record.on_prefill_sent()
         pending = lease.progress.begin(registry.now, tokens=self.request.tokens)
         answer: CompleteResponse | None = None
         try:
             received = (await self.send_prefill(lease, body, self._engines.config.prefill_timeout, pending)).read()
             if received.status == 200:
-                pending.heard()
+                pending.on_data()
                 if is_stream(received.headers):
                     # A refusal from within the engine is an event of a stream that began with 200.
                     choices = self.request.prepared.choices
@@ -104,7 +104,7 @@ class RecomputingAttempt(Attempt):
                 self._refusal = answer
                 self._count_disagreement()
             return None
-        record.answer_prefill()
+        record.on_prefill_response()
         self.take_count(prompt_tokens(answer.body))
         self.repair.use = use = cache_use(self.request.route, answer.body)
         record.cached_tokens = use.cached
@@ -117,7 +117,7 @@ class RecomputingAttempt(Attempt):
             waiting: whether decode has all it needs to answer; else :meth:`PendingResponse.listen` starts the clock.
         """
         pending = self.placement.decode_lease.progress.begin(
-            self._engines.registry.now, tokens=self.request.tokens, telling=self.request.prepared.streams
+            self._engines.registry.now, tokens=self.request.tokens, expects_output=self.request.prepared.streams
         )
         pending.waiting = waiting
         return self.watch_decode(pending)
@@ -132,10 +132,10 @@ class RecomputingAttempt(Attempt):
         Raises:
             EngineError, EngineDeadline: there is no answer. Another decode may serve it: the client has seen nothing.
         """
-        self.request.record.ask_decode()
-        enough = ReadUntil.BEGUN if self.request.prepared.streams else ReadUntil.WHOLE
+        self.request.record.on_decode_sent()
+        until = ReadUntil.BODY_STARTED if self.request.prepared.streams else ReadUntil.COMPLETE
         try:
-            answer = await self.send_decode(body, enough=enough, resend=Resend.REUSED, resend_body=resend_body)
+            answer = await self.send_decode(body, until=until, resend=Resend.REUSED, resend_body=resend_body)
         except ProxyError as error:
             self.blame_decode(error)
             raise
@@ -155,23 +155,27 @@ class RecomputingAttempt(Attempt):
             return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
-            await answer.until(ReadUntil.BEGUN)
-            self.placement.loaded()
+            await answer.wait_until(ReadUntil.BODY_STARTED)
+            self.placement.release_kv()
             request.prepared.forget_bodies()
             await self.deliver(reply, answer, NoRewriting(), self.repair, None)
             return
-        whole = await answer.whole()
-        self.decoding.heard()
-        self.placement.loaded()
+        whole = await answer.read_all()
+        self.decoding.on_data()
+        self.placement.release_kv()
         await self.prompt_counted(whole)
-        record.begin_answer(False)
+        record.on_first_byte(False)
         record.output_tokens = output_tokens(whole.body)
         if record.prompt_tokens is None:
             record.prompt_tokens = prompt_tokens(whole.body) or None
         record.complete()
         self.end_decode(failed=False)
         reply.send(
-            Refusal(200, answer_headers(answer.headers, None), repair_usage(request.route, whole.body, self.repair.use))
+            ClientResponse(
+                200,
+                forwarded_response_headers(answer.headers, None),
+                repair_usage(request.route, whole.body, self.repair.use),
+            )
         )
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:
@@ -197,7 +201,7 @@ class RecomputingAttempt(Attempt):
         prefill.prefills_refused += 1
 
     async def _refused(self, reply: Reply, answer: Response) -> None:
-        refused = await answer.whole()
+        refused = await answer.read_all()
         # The KV stays claimed: prefill still holds it, and gets a RELEASE at the end of the attempt.
         end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
         self.refuse(reply, refused, "decode")

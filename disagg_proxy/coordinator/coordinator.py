@@ -24,7 +24,7 @@ from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError, Unavailable
-from disagg_proxy.http1.headers import Headers, client_request_id, request_lines, value_of
+from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of
 from disagg_proxy.openai.fields import Route
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
 from disagg_proxy.openai.prepare import Prepared, prepare
@@ -57,7 +57,7 @@ def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Head
     """Read the head of a request; ``wanted`` says whether a policy needs the session."""
     session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
     return RequestHead(
-        route, headers, request_lines(headers, config.engine_api_key), client_request_id(headers), session
+        route, headers, forwarded_request_lines(headers, config.engine_api_key), client_request_id(headers), session
     )
 
 
@@ -87,8 +87,8 @@ class Coordinator:
         self._stats: Stats = recorder.stats
         self._connectors = table.connectors(engines)
         self._sizes = engines.sizes
-        self._wanted = AffinityNeeds(selection.wants_prefix, selection.wants_session)
-        self._wanted_of_one = AffinityNeeds(False, selection.wants_session)
+        self._wanted = AffinityNeeds(selection.needs_prefix, selection.needs_session)
+        self._wanted_of_one = AffinityNeeds(False, selection.needs_session)
 
     @property
     def wanted(self) -> AffinityNeeds:
@@ -108,7 +108,7 @@ class Coordinator:
             # Prepare
             lines = head.lines
             if self._traces is not None:
-                lines = request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
+                lines = forwarded_request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
             prepared = prepare(head.route, body, self.wanted)
             # This frame lives until the answer ends; a long prompt must be freed before.
             body = b""
@@ -119,7 +119,7 @@ class Coordinator:
             if placement is None:
                 record.waited = True
                 placement = await self._admission_queue.wait(request.demand)
-            record.admit()
+            record.on_admitted()
 
             # Attempt and retry
             computes = placement.decode.kind.computes
@@ -151,13 +151,13 @@ class Coordinator:
         Raises:
             ProxyError: no instance of this proxy can serve it.
         """
-        record.asks(prepared.model)
+        record.on_ready(prepared.model)
         tokens, kv_bytes = self._sizes.tokens(prepared), self._sizes.kv_bytes(head.route, prepared)
         shared = prepared.affinity
         name = shared.user
         if head.session and self.wanted.session:
             name = session_name(head.session.decode("latin-1"))
-        traits = Traits(tokens, self._sizes.kv_of(tokens), shared.prefix, shared.size, shared.home, name)
+        traits = Traits(tokens, self._sizes.kv_bytes_of(tokens), shared.prefix, shared.size, shared.home, name)
         demand = Demand(prepared.model, self._preference(prepared, tokens), kv_bytes, traits)
         return Request(head.route, lines, prepared, record, tokens, demand)
 

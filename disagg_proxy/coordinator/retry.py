@@ -71,7 +71,7 @@ class Retry:
         if excluded is None or not _waits(reply):
             return None
         log.info("%s failed a request; another attempt", failure.instance)
-        self._demand.without = excluded
+        self._demand.excluded = excluded
         try:
             placement = await self._admission_queue.acquire(self._demand)
         except ProxyError:

@@ -1,1 +1,1 @@
-"""How instances become known: their pings over ZMQ, the rule about who may send them, and the probes over HTTP."""
+"""Discovery of instances: their pings over ZMQ, and the rules about who may register."""

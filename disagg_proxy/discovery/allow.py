@@ -1,4 +1,4 @@
-"""Who may register: a check of host names and addresses against the ALLOW_REGISTER setting."""
+"""Who may register: checks host names and addresses against the setting ALLOW_REGISTER."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Sequence
 
 
 class AllowList:
-    """Decides for the source of a message and for the addresses that it announces.
+    """Checks the source of a message and the addresses that it announces.
 
-    ``local`` in the setting means loopback, every address of this machine, and its own host names. Announced names
-    are compared, never looked up: a lookup on behalf of a stranger can take seconds.
+    ``local`` in the setting means loopback, every address of this machine, and its host names. Announced names are
+    compared as text, never resolved: resolving a name for an unknown sender can take seconds.
+
+    Args:
+        entries: the setting: ``any``, ``local``, addresses, networks in CIDR notation, host names.
     """
 
     def __init__(self, entries: Sequence[str]) -> None:
@@ -39,11 +42,11 @@ class AllowList:
             return host.lower() in self._names
         mapped = getattr(address, "ipv4_mapped", None)
         address = mapped or address
-        return any(address in network for network in self._networks) or (self._local and _is_own(address))
+        return any(address in network for network in self._networks) or (self._local and _is_local(address))
 
 
-def _is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether the address is one of this machine's: only those can be bound."""
+def _is_local(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether the address belongs to this machine: only those can be bound."""
     if address.is_loopback:
         return True
     if address.is_multicast or address.is_unspecified:

@@ -1,7 +1,7 @@
-"""Passing pings on to other proxies beside this one, since engines can ping one address only.
+"""Forwards pings to other proxies over the same engines, since an engine pings one address only.
 
-Each ping goes to every other proxy's registration port as it came, with a mark, and one that carries the mark is never
-passed on again: proxies may name each other. Sending never waits. What a proxy that is away misses is repeated with the
+Each ping goes unchanged, but for a mark, to the registration port of every other proxy. Marked pings are not forwarded
+again, so proxies may name each other. Sending never blocks. What an unreachable proxy misses is repeated with the
 engines' next pings, within 3 s.
 """
 
@@ -17,12 +17,12 @@ from disagg_proxy.discovery.announcement import Announcement, passed_on
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 1000
-"""Messages that may wait for one proxy's connection to take them."""
+_MAX_QUEUED = 1000
+"""Messages that may be queued for one proxy."""
 
 
 class Forwarder:
-    """Used by one thread.
+    """Sends pings to other proxies. Not thread-safe.
 
     Args:
         proxies: their registration ports.
@@ -34,22 +34,28 @@ class Forwarder:
         self._sockets: list[zmq.Socket[bytes]] = []
 
     def open(self) -> None:
-        """Connect, now and whenever a proxy comes back."""
+        """Connect; ZMQ reconnects when a proxy is back."""
         if not self._proxies:
             return
         self._context = zmq.Context()
         for proxy in self._proxies:
             socket = self._context.socket(zmq.DEALER)
-            # Nothing is kept for a proxy that is away: old pings would say that instances live that do not.
-            options = {zmq.LINGER: 0, zmq.IMMEDIATE: 1, zmq.IPV6: 1, zmq.SNDHWM: _AT_ONCE, zmq.RECONNECT_IVL_MAX: 2000}
+            # Nothing is queued for an unreachable proxy: old pings would announce instances that are gone.
+            options = {
+                zmq.LINGER: 0,
+                zmq.IMMEDIATE: 1,
+                zmq.IPV6: 1,
+                zmq.SNDHWM: _MAX_QUEUED,
+                zmq.RECONNECT_IVL_MAX: 2000,
+            }
             for option, value in options.items():
                 socket.setsockopt(option, value)
             socket.connect(f"tcp://{proxy.netloc}")
             self._sockets.append(socket)
-            log.info("Registrations are passed on to %s", proxy.text)
+            log.info("Forwarding registrations to %s", proxy.text)
 
-    def pass_on(self, announcements: Iterable[Announcement]) -> None:
-        """Send those that have come from an engine itself."""
+    def forward(self, announcements: Iterable[Announcement]) -> None:
+        """Send the announcements that came from an engine directly."""
         if not self._sockets:
             return
         for announcement in announcements:

@@ -1,11 +1,11 @@
-"""The ZMQ socket that instances ping, in a thread of its own.
+"""The registration port: a ZMQ socket that instances ping, read by its own thread.
 
-The socket is a DEALER, as the instances' own are: a ROUTER, which vLLM's example has here, files connections by the
-identity that each peer gives itself, and instances use their KV address for it. A stranger with that identity is then
-either listened to instead of the instance (ROUTER_HANDOVER), or keeps it out. This end sends nothing, so it needs none.
+The socket is a DEALER, like those of the instances. A ROUTER, as in vLLM's example proxy, identifies connections by the
+identity that the peer chooses, and instances use their KV address for it. Another sender with that identity would then
+either replace the instance (ROUTER_HANDOVER) or block it. This end sends nothing, so it needs no identities.
 
-The thread only reads, decodes and hands over; registry and event loop stay on their own thread. Nothing that
-arrives can end it: whatever is not a permitted ping is counted, logged once per sender and dropped.
+The thread only reads, decodes and delivers; the registry stays on the event loop. No message can end the thread: what
+is not a permitted ping is counted, logged once per sender and dropped.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from disagg_proxy.telemetry.stats import RegistrationCounts
 log = logging.getLogger(__name__)
 
 _KEEPALIVE = 3
-"""Seconds; half-open peers go after four of these. Not by ZMQ's own heartbeats: with those, libzmq 4.3.5 aborts the
-whole process when a peer that it has stopped reading from goes away (``!_io_error``, ``stream_engine_base.cpp``), and
-any stranger can bring that about."""
+"""Seconds between TCP keepalives; a dead peer is closed after four of these. ZMQ heartbeats are not used: with them
+libzmq 4.3.5 aborts the process when a peer that it has stopped reading from disconnects (``!_io_error``,
+``stream_engine_base.cpp``), which any sender can provoke."""
 
 _MAX_WIRE_BYTES = 1024 * 1024
-"""libzmq closes a connection that announces a longer message; shorter ones are counted as oversized."""
+"""libzmq closes a connection with a longer message. Messages between this and MAX_BYTES are counted as oversized."""
 
-_MAX_REMEMBERED = 1024
-"""Senders and pending announcements that are kept at most."""
+_MAX_SENDERS = 1024
+"""Bound on the senders whose dropped messages are logged, and on the messages read in one batch."""
 
 
 class BindError(Exception):
@@ -41,17 +41,26 @@ class BindError(Exception):
 
 
 class Listener:
-    """Socket on ``host:port``.
+    """Binds the registration port and reads pings from it.
 
     Args:
-        deliver: called in the listener's thread with all announcements that arrived together.
+        host, port: the address to bind; 0 picks a free port.
+        allow: who may register.
+        deliver: called in the listener's thread with each batch of announcements.
+
+    Attributes:
+        traffic: counts of messages.
+        port: the bound port.
+
+    Raises:
+        BindError: the port cannot be bound.
     """
 
     def __init__(self, host: str, port: int, allow: AllowList, deliver: Callable[[list[Announcement]], None]) -> None:
         self.traffic = RegistrationCounts()
         self._allow = allow
         self._deliver = deliver
-        self._blamed: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._stop_name = f"inproc://stop-{id(self)}"
@@ -82,11 +91,11 @@ class Listener:
             self._socket.setsockopt(option, value)
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the socket and wait for the thread."""
+        """End the thread and close the socket."""
         if self._thread.is_alive():
             self._stopper.send(b"")
             self._thread.join()
@@ -107,15 +116,15 @@ class Listener:
                     self._read_all()
                 except Exception:
                     self.traffic.dropped["failed"] += 1
-                    log.exception("A registration message could not be handled")
+                    log.exception("Could not process a registration message")
         finally:
             stop.close(0)
             self._socket.close(0)
 
     def _read_all(self) -> None:
-        """Take what is there, newest announcement of each instance last, and deliver it in one go."""
+        """Read all messages that have arrived, and deliver the newest announcement of each instance as one batch."""
         found: dict[tuple[str, str], Announcement] = {}
-        for _ in range(_MAX_REMEMBERED):
+        for _ in range(_MAX_SENDERS):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -140,10 +149,10 @@ class Listener:
         return announcement
 
     def drop(self, kind: str, sender: str, detail: str) -> None:
-        """Count a message that is not used, and say so once per sender and kind."""
+        """Count a dropped message, and log the first of each sender and kind."""
         self.traffic.dropped[kind] += 1
-        if (sender, kind) not in self._blamed and len(self._blamed) < _MAX_REMEMBERED:
-            self._blamed.add((sender, kind))
+        if (sender, kind) not in self._warned and len(self._warned) < _MAX_SENDERS:
+            self._warned.add((sender, kind))
             log.warning("Dropped a %s registration from %s: %s", kind, sender, detail[:300])
 
 
@@ -155,10 +164,10 @@ def _sender(frames: list[zmq.Frame]) -> str:
 
 
 def _endpoint(host: str, port: int) -> str:
-    """libzmq binds addresses and device names only, so names are looked up here.
+    """The ZMQ endpoint for an address. libzmq binds addresses and device names only, so host names are resolved here.
 
     Raises:
-        OSError: the name is not known.
+        OSError: the name cannot be resolved.
     """
     try:
         ipaddress.ip_address(host)

@@ -1,4 +1,4 @@
-"""Announcements on their way from the listener's thread to the event loop: the newest of each instance, bounded."""
+"""Passes announcements from the listener's thread to the event loop: the newest of each instance, bounded."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from collections.abc import Callable
 
 from disagg_proxy.discovery.announcement import Announcement
 
-_MAX_WAITING = 2048
+_MAX_PENDING = 2048
+"""Instances whose announcements may be pending; those of further ones are dropped until their next ping."""
 
 
 class Mailbox:
-    """Hands over to ``take`` on the loop, everything that has come until then at once."""
+    """Calls ``take`` on the event loop with all pending announcements as one batch."""
 
     def __init__(self, take: Callable[[list[Announcement]], None]) -> None:
         self._take = take
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[str, str], Announcement] = {}
+        self._pending: dict[tuple[str, str], Announcement] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def open(self) -> None:
-        """From now on the running loop takes what comes."""
+        """Deliver to the running event loop."""
         self._loop = asyncio.get_running_loop()
 
     def put(self, announcements: list[Announcement]) -> None:
-        """Called in the listener's thread."""
+        """Queue announcements; called in the listener's thread."""
         with self._lock:
-            idle = not self._waiting
+            idle = not self._pending
             for announcement in announcements:
-                if len(self._waiting) < _MAX_WAITING:
-                    self._waiting[(announcement.http.netloc, announcement.kv.text)] = announcement
+                if len(self._pending) < _MAX_PENDING:
+                    self._pending[(announcement.http.netloc, announcement.kv.text)] = announcement
         if idle and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._hand_over)
+            self._loop.call_soon_threadsafe(self._deliver)
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._pending)
 
-    def _hand_over(self) -> None:
+    def _deliver(self) -> None:
         with self._lock:
-            announcements, self._waiting = self._waiting, {}
+            announcements, self._pending = self._pending, {}
         self._take(list(announcements.values()))

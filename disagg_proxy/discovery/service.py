@@ -1,4 +1,4 @@
-"""Discovery as one part: the listener's thread feeds the registry, probes admit, silence expires."""
+"""The discovery service: pings register instances, probes admit them, missing pings expire them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_proxy.health.prober import Prober
-from disagg_proxy.http1.headers import encode_headers
+from disagg_proxy.http1.head_writer import header_lines
 from disagg_proxy.telemetry.stats import RegistrationCounts
 from disagg_proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-_EXPIRY_LOOKS = 10
-"""How often within one expiry time the silence of instances is looked at."""
+_EXPIRY_CHECKS = 10
+"""Checks for missing pings within one expiry time."""
 
 _MAX_REFUSED = 2048
-"""Bound on refused endpoints that are counted."""
+"""Bound on the endpoints whose rejected registrations are counted by name."""
 
 
 class PingSource(Protocol):
-    """Where announcements come from, and what is known of those that came."""
+    """Where announcements come from: the listener, or the supervisor of the workers."""
 
     @property
     def traffic(self) -> RegistrationCounts: ...
@@ -46,14 +46,18 @@ class PingSource(Protocol):
 
 
 class Discovery:
-    """Owns the registration port from its creation on, so that a port in use is noticed before anything starts.
+    """Binds the registration port on creation, so that a port in use is an error before anything starts.
 
     Args:
-        pings: has the port instead, and calls :meth:`take`.
-        quiet: another process of this proxy tells what becomes of the instances.
+        pings: another source of announcements, which calls :meth:`take`; no port is bound then.
+        quiet: another worker of this proxy logs the changes of instances, so this one logs them at DEBUG.
+
+    Attributes:
+        refused: rejected registrations by HTTP endpoint.
+        headers: encoded header lines for requests to engines that are not on behalf of a client.
 
     Raises:
-        BindError: the port cannot be opened.
+        BindError: the port cannot be bound.
     """
 
     def __init__(
@@ -69,22 +73,22 @@ class Discovery:
         )
         self.refused: Counter[str] = Counter()
         key = config.engine_api_key
-        self.headers = encode_headers({"authorization": f"Bearer {key}"} if key else {})
+        self.headers = header_lines([(b"authorization", f"Bearer {key}".encode())] if key else [])
         self._forwarder = Forwarder(config.forward_registrations if pings is None else ())
         self._prober: Prober | None = None
-        self._lifelines: LivenessConnections | None = None
+        self._liveness: LivenessConnections | None = None
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self, upstream: Upstream) -> None:
-        """Take in the configured instances, then read pings."""
+        """Register the configured instances, then read pings."""
         self.mailbox.open()
         self._forwarder.open()
-        self._registry.others_send = bool(self._config.forward_registrations)
+        self._registry.other_proxies = bool(self._config.forward_registrations)
         self._registry.watch(changed=self._log_change)
         self._prober = Prober(self._registry, upstream, self._config.probe_interval, self.headers)
         self._prober.start()
-        self._lifelines = LivenessConnections(self._registry, self._config.connect_timeout, self._prober.look)
-        self._lifelines.start()
+        self._liveness = LivenessConnections(self._registry, self._config.connect_timeout, self._prober.probe)
+        self._liveness.start()
         for role, named in ((Role.PREFILL, self._config.prefill), (Role.DECODE, self._config.decode)):
             for static in named:
                 self._registry.add_static(role, static, kind_named(static.protocol))
@@ -94,8 +98,8 @@ class Discovery:
             log.info("Instances may register on %s:%d", self._config.zmq_host, self.listener.port)
 
     async def stop(self) -> None:
-        """Close the port and end all tasks."""
-        # The thread may be handing over while it is asked to end, so the loop must stay free meanwhile.
+        """Close the port and cancel all tasks."""
+        # The thread may be delivering to the loop while it ends, so the loop must not be blocked.
         await asyncio.get_running_loop().run_in_executor(None, self.listener.stop)
         self._forwarder.close()
         if self._expiry:
@@ -103,15 +107,15 @@ class Discovery:
             await asyncio.gather(self._expiry, return_exceptions=True)
         if self._prober:
             await self._prober.stop()
-        if self._lifelines:
-            await self._lifelines.stop()
+        if self._liveness:
+            await self._liveness.stop()
 
     def take(self, announcements: list[Announcement]) -> None:
-        """Tell the registry, and other proxies."""
-        self._forwarder.pass_on(announcements)
+        """Process announcements: forward them to other proxies, and register the instances."""
+        self._forwarder.forward(announcements)
         for a in announcements:
             if a.passed_on:
-                self._registry.others_send = True
+                self._registry.other_proxies = True
             refusal = self._registry.announce(a.role, a.http, a.kv, a.kind, a.boot)
             if refusal is None:
                 continue
@@ -122,7 +126,7 @@ class Discovery:
 
     async def _expire(self) -> None:
         while True:
-            await asyncio.sleep(self._config.instance_expiry / _EXPIRY_LOOKS)
+            await asyncio.sleep(self._config.instance_expiry / _EXPIRY_CHECKS)
             self._registry.expire()
 
     def _log_change(self, instance: Instance) -> None:

@@ -1,1 +1,1 @@
-"""What the client gets: its side of one request, the streamed body, and engine refusals as responses."""
+"""Towards the client: the reply of one request, its streamed body, and responses made from an engine's refusal."""

@@ -1,4 +1,4 @@
-"""The client's answer when an instance did not answer 200: its 4xx passes, anything else is the instance's failure."""
+"""Responses to the client from an engine's response: its 4xx is passed on, other errors are the instance's failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import NamedTuple
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, answer_of
-from disagg_proxy.http1.headers import ForwardedHeaders, ResponseHeaders, answer_headers, is_stream, value_of
+from disagg_proxy.http1.headers import (
+    ForwardedHeaders,
+    ResponseHeaders,
+    forwarded_response_headers,
+    is_stream,
+    value_of,
+)
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
 from disagg_proxy.openai.prepare import Prepared
@@ -18,30 +24,34 @@ from disagg_proxy.upstream import CompleteResponse
 log = logging.getLogger(__name__)
 
 
-class Refusal(NamedTuple):
-    """What the client gets: status, headers, and a body that is whole or still coming."""
+class ClientResponse(NamedTuple):
+    """A response for the client. The body is complete, or a stream that is still arriving."""
 
     status: int
     headers: ForwardedHeaders
     body: bytes | ResponseStream
 
 
-def whole(answer: CompleteResponse, request_id: RequestId) -> Refusal:
-    """An instance's whole answer for the client."""
-    return Refusal(answer.status, answer_headers(answer.headers, request_id), hide(request_id, answer.body))
+def forwarded(answer: CompleteResponse, request_id: RequestId) -> ClientResponse:
+    """An instance's complete response as a response for the client."""
+    return ClientResponse(
+        answer.status, forwarded_response_headers(answer.headers, request_id), hide(request_id, answer.body)
+    )
 
 
-def _worded(error: ProxyError) -> Refusal:
-    """An error in the proxy's own words as the client's answer."""
+def _from_error(error: ProxyError) -> ClientResponse:
+    """An error of the proxy as a response for the client."""
     status, headers, body = answer_of(error)
-    return Refusal(status, ForwardedHeaders(headers), body)
+    return ClientResponse(status, ForwardedHeaders(headers), body)
 
 
-def over_context(route: Route, prepared: Prepared, decode: Instance, prefilled: CompleteResponse) -> Refusal | None:
-    """The refusal of a /v1/messages request whose prompt and limit together exceed decode's context, else None.
+def over_context(
+    route: Route, prepared: Prepared, decode: Instance, prefilled: CompleteResponse
+) -> ClientResponse | None:
+    """A 400 for a /v1/messages request whose prompt and token limit together exceed decode's context, else None.
 
-    Decode would refuse it too, but vLLM 0.17 - 0.23 does so with a 500 on this route, after which nobody can tell
-    whether its engine has taken the KV.
+    Decode would refuse it too, but vLLM 0.17 - 0.23 does so with a 500 on this route, which does not tell whether its
+    engine has taken the KV.
     """
     if route is not MESSAGES:
         return None
@@ -55,40 +65,46 @@ def over_context(route: Route, prepared: Prepared, decode: Instance, prefilled: 
         f"for {prepared.limit}.",
         param="max_tokens",
     )
-    return _worded(error)
+    return _from_error(error)
 
 
-def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: bool) -> Refusal:
-    """The engine's own 4xx, for the client, and what should have been one.
+def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: bool) -> ClientResponse:
+    """The response for the client to an engine's 4xx, or to a 500 that should have been a 400.
 
     Args:
-        own_key: whether the proxy's own key went to the instance, so that a 401 is not the client's doing.
+        leg: the leg's name for messages, such as "prefill".
+        own_key: whether the proxy sent its own key (ENGINE_API_KEY), so that a 401 is not the client's mistake.
 
     Raises:
-        EngineFailed: any other status.
+        EngineFailed: for any other status.
     """
     own_key_refused = answer.status in (401, 403) and own_key
     if answer.status == 500 and is_over_context(answer.body):
-        # On /v1/messages vLLM 0.17 - 0.23 calls this mistake of the client's an internal error.
+        # On /v1/messages vLLM 0.17 - 0.23 reports this client error as an internal error.
         error = BadRequest(error_message(hide(request_id, answer.body)))
-        return _worded(error)
+        return _from_error(error)
     if 400 <= answer.status < 500 and not own_key_refused:
-        return whole(answer, request_id)
-    log.warning("The %s leg of %s got %d: %.300r", leg, request_id.public, answer.status, answer.body)
+        return forwarded(answer, request_id)
+    log.warning(
+        "The %s leg of %s was answered with status %d: %.300r", leg, request_id.public, answer.status, answer.body
+    )
     if own_key_refused:
         raise EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
-    said = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
-    failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{said and ': ' + said}")
+    detail = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
+    failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{detail and ': ' + detail}")
     if (wait := value_of(answer.headers, b"retry-after")).isdigit():
         failure.retry_after = int(wait)
     raise failure
 
 
 def prefill_refusal(route: Route, answer: CompleteResponse, choices: int) -> CompleteResponse | None:
-    """The part of prefill's answer that refuses, None when prefill did its work.
+    """Prefill's refusal of a request, None if the prefill succeeded.
+
+    Args:
+        choices: the number of choices that the request asks for (``n``).
 
     Raises:
-        EngineFailed: a 200 that is no answer.
+        EngineFailed: a 200 without a completion.
     """
     if answer.status != 200:
         return answer
@@ -96,6 +112,6 @@ def prefill_refusal(route: Route, answer: CompleteResponse, choices: int) -> Com
     if read.verdict is Verdict.DONE:
         return None
     if read.verdict is Verdict.UNKNOWN:
-        log.warning("Prefill's 200 is no answer: %.300r", answer.body)
+        log.warning("Prefill answered 200 without a completion: %.300r", answer.body)
         raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
     return CompleteResponse(read.status, ResponseHeaders(), read.body)

@@ -1,11 +1,11 @@
-"""The client's side of one request: gets one answer or one error, and may leave at any time."""
+"""The client's side of one request: delivers one response or one error, and ends the request if the client leaves."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Protocol
 
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.runtime.background import Background
@@ -14,27 +14,27 @@ from disagg_proxy.telemetry.request_record import RequestRecord
 
 
 class Downstream(Protocol):
-    """Writes the answer to the client's connection. One of the two methods is called, at most once."""
+    """Writes to the client's connection. One of the two methods is called, at most once."""
 
-    def respond(self, outcome: Refusal) -> None:
-        """Send an answer; a :class:`ResponseStream` as its body is to be piped or iterated."""
+    def respond(self, outcome: ClientResponse) -> None:
+        """Send a response. A :class:`ResponseStream` as its body must be piped or iterated."""
 
     def refuse(self, error: ProxyError) -> None:
-        """Send the error's own answer."""
+        """Send an error response."""
 
 
 class Reply:
     """Delivers the outcome of one request, and ends the request when its client leaves.
 
-    The server creates it, has the coordinator fill it, and must call :meth:`leave` when the client's HTTP exchange is
-    over, however it ended.
+    The server creates it, passes it to the coordinator, and must call :meth:`leave` when the client's HTTP exchange
+    has ended in any way.
 
     Attributes:
-        open: nothing has been delivered, and the client waits.
-        gone: the client's exchange is over.
-        abort_grace: seconds for which the request runs on when the client leaves before the first byte of its answer.
-            An attempt sets it while an immediate abort would leave KV on an engine.
-        record: of the request; None before its body was complete.
+        open: the client still waits for a response or an error.
+        gone: the client's exchange has ended.
+        abort_grace: seconds for which the request continues after the client has left before the first byte of its
+            response. An attempt sets it while an immediate abort would leave KV on an engine.
+        record: the request's record; None until its body is complete.
     """
 
     __slots__ = ("_background", "_downstream", "_stream", "_work", "abort_grace", "gone", "open", "record")
@@ -50,16 +50,20 @@ class Reply:
         self.record: RequestRecord | None = None
 
     def begin(self, record: RequestRecord, work: InlineCoroutine, background: Background) -> None:
-        """The body is complete: ``work`` serves the request. The caller starts it."""
+        """Attach ``work``, which serves the request. The caller starts it."""
         self.record, self._work, self._background = record, work, background
 
     @property
     def public_id(self) -> str:
-        """The id of the request in the answer's body, as the client sees it."""
+        """The request id in the response body; empty before it is known."""
         return "" if self.record is None or self.record.public_id is None else self.record.public_id
 
-    def send(self, outcome: Refusal) -> bool:
-        """Deliver an answer. Returns False, having closed a streamed body, when no client waits for it."""
+    def response_id(self, client_id: str | None) -> str:
+        """The X-Request-Id of the response: the client's own, or else a unique one."""
+        return client_id or self.public_id[:32]
+
+    def send(self, outcome: ClientResponse) -> bool:
+        """Deliver a response. Returns False, and closes a streamed body, if the client no longer waits."""
         downstream = self._take()
         body = outcome.body
         if downstream is None:
@@ -74,7 +78,7 @@ class Reply:
         return True
 
     def fail(self, error: ProxyError) -> None:
-        """Deliver an error, if the client waits."""
+        """Deliver an error, if the client still waits."""
         downstream = self._take()
         if downstream is not None:
             if self.record is not None:
@@ -87,7 +91,7 @@ class Reply:
         return downstream
 
     def leave(self) -> None:
-        """The client's HTTP exchange is over, completed or not. Only the first call counts."""
+        """The client's HTTP exchange has ended, completed or not. Further calls have no effect."""
         if self.gone:
             return
         self.gone = True

@@ -1,7 +1,7 @@
-"""The body of decode's answer on its way to the client. Knows neither JSON nor SSE framing.
+"""Streams the body of decode's response to the client, without parsing JSON or SSE.
 
-Two filters run over it, each a search in the bytes that have just arrived: the internal request id is replaced, and the
-cached tokens of ``usage`` are corrected. Backpressure: while the client does not read, decode's connection is not read.
+Two filters run over the bytes as they arrive, each a search: the internal request id is replaced, and the cached tokens
+of ``usage`` are corrected. Backpressure: while the client does not read, decode's connection is not read either.
 """
 
 from __future__ import annotations
@@ -20,62 +20,65 @@ from disagg_proxy.runtime.inline_coroutine import Event
 from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.upstream import Response
 
-_PULLED_AHEAD = 64 * 1024
-"""Bytes that wait for a reader that pulls."""
+_READ_AHEAD = 64 * 1024
+"""Bytes that are buffered for an iterating reader; then decode's connection is paused."""
 
 _LINE_END: Final = ord("\n")
 
-_END: Final = 64
-"""Bytes that the last event of a stream may have, which tells of no tokens: ``[DONE]``, ``message_stop``."""
+_MAX_FINAL_EVENT: Final = 64
+"""Bytes of the last event of a stream, which has no token counts: ``[DONE]``, ``message_stop``."""
 
 
-def _discard(piece: bytes) -> None:
-    """The outlet before there is one, and after the end."""
+def _discard(data: bytes) -> None:
+    """Stands for the sink's ``write`` before :meth:`ResponseStream.pipe_to` and after the end."""
 
 
 class StreamSink(Protocol):
-    """Where a relay's bytes go. It calls the relay's ``pause`` and ``resume``."""
+    """Receives a stream, and calls its ``pause`` and ``resume``. Either :meth:`end` or :meth:`cut` is called last."""
 
     @property
-    def pass_on(self) -> Callable[[bytes], None] | None:
-        """Takes the next bytes as chunks of HTTP/1.1 with their framing; None where they go on without it."""
+    def write_framed(self) -> Callable[[bytes], None] | None:
+        """Takes the next bytes as HTTP/1.1 chunks with their framing; None if the sink needs them without framing."""
 
-    def write(self, piece: bytes) -> None:
-        """The next bytes, never none."""
+    def write(self, data: bytes) -> None:
+        """The next bytes without framing, never empty."""
 
     def end(self) -> None:
-        """The body came to its end."""
+        """The body is complete."""
 
     def cut(self, cause: StreamCut) -> None:
-        """It did not, and nothing more comes."""
+        """The body ended early."""
 
 
 class ResponseStream:
-    """One body, piped into an outlet or iterated, once; :meth:`close` gives up the rest.
+    """The body of one response, piped to a sink or iterated, once. :meth:`close` gives up the rest.
 
     Args:
-        vigil: notified when decode is waited for, and of each byte that arrives.
-        record: counts the chunks.
+        answer: decode's response.
+        rewriter: replaces the internal request id.
+        repair: corrects the cached tokens of ``usage``.
+        pending: tracks decode's progress: whether the client waits for decode, and each read of the body.
+        record: counts the chunks and tokens.
 
     Attributes:
-        finished: set when the body is over.
-        complete: whether it came to its proper end; valid once it is finished.
+        finished: set when the body has ended in any way.
+        complete: whether it is complete; valid once finished.
     """
 
     __slots__ = (
         "_answer",
-        "_hider",
+        "_finished",
         "_last",
-        "_outlet",
-        "_over",
-        "_pass_on",
         "_paused",
         "_pending",
         "_progress",
         "_record",
         "_repair",
+        "_rewriter",
+        "_sink",
         "_unseen",
         "_write",
+        "_write_framed",
         "complete",
         "finished",
     )  # fmt: skip
@@ -83,130 +86,138 @@ class ResponseStream:
     def __init__(
         self,
         answer: Response,
-        hider: RequestIdRewriter,
+        rewriter: RequestIdRewriter,
         repair: UsageRepair,
         pending: PendingResponse,
         record: RequestRecord,
     ) -> None:
         self._answer = answer
-        self._hider = hider
+        self._rewriter = rewriter
         self._repair = repair
         self._pending = pending
         self._progress = pending.progress
         self._record = record
-        self._unseen = record.first_look
+        self._unseen = record.first_sample
         self._last = b""
-        self._outlet: StreamSink | None = None
+        self._sink: StreamSink | None = None
         self._write: Callable[[bytes], None] = _discard
-        self._pass_on: Callable[[bytes], None] | None = None
-        self._over = False
+        self._write_framed: Callable[[bytes], None] | None = None
+        self._finished = False
         self._paused = False
         self.complete = False
         self.finished = Event()
 
     # -- decode's side
 
-    def feed(self, piece: bytes) -> None:
-        """What has just arrived. Runs for every token: what holds for most of them is decided here, by the rules that
-        the filters state, since each further call costs as much as all the rest of it. ``find`` and not ``in``, which
-        first tries whether what is looked for is a number, and formats an error."""
-        if self._over:
+    def feed(self, data: bytes) -> None:
+        """Filter and pass on what has just arrived.
+
+        Runs for every token. The common case is therefore decided here by the filters' own rules, because each further
+        call would cost as much as all the rest. ``find`` instead of ``in``, which first tries to convert the operand to
+        an integer and formats an exception.
+        """
+        if self._finished:
             return
-        self._count(piece)
-        hider, repair = self._hider, self._repair
-        if piece[-1] == _LINE_END and not hider.held and not repair.held and piece.find(repair.key) < 0:
-            self._write(piece.replace(hider.internal, hider.public) if hider.internal else piece)
+        self._count(data)
+        rewriter, repair = self._rewriter, self._repair
+        if data[-1] == _LINE_END and not rewriter.held and not repair.held and data.find(repair.key) < 0:
+            self._write(data.replace(rewriter.internal, rewriter.public) if rewriter.internal else data)
             return
-        piece = repair.feed(hider.feed(piece))
-        if piece:
-            self._write(piece)
+        data = repair.feed(rewriter.feed(data))
+        if data:
+            self._write(data)
 
     def feed_chunks(self, chunks: bytes) -> bool:
-        """The same for chunks of whole lines with their framing, which stays right: an id and what replaces it are
-        equally long, and neither is torn where a line ends. False where they must come without it."""
-        hider, repair = self._hider, self._repair
-        pass_on = self._pass_on
-        if pass_on is None or hider.held or repair.held or chunks.find(repair.key) >= 0:
+        """:meth:`feed` for complete chunks of complete lines with their framing.
+
+        The framing stays valid: an internal id and its replacement have the same length, and no id spans two lines.
+
+        Returns:
+            False, with nothing taken, if the filters need the bytes without framing.
+        """
+        rewriter, repair = self._rewriter, self._repair
+        write_framed = self._write_framed
+        if write_framed is None or rewriter.held or repair.held or chunks.find(repair.key) >= 0:
             return False
         self._count(chunks)
-        pass_on(chunks.replace(hider.internal, hider.public) if hider.internal else chunks)
+        write_framed(chunks.replace(rewriter.internal, rewriter.public) if rewriter.internal else chunks)
         return True
 
-    def _count(self, piece: bytes) -> None:
-        self._progress.moves += 1
+    def _count(self, data: bytes) -> None:
+        self._progress.outputs += 1
         self._unseen -= 1
         if not self._unseen:
-            self._unseen = self._record.look()
-        if len(piece) > _END:
-            self._last = piece
+            self._unseen = self._record.sample_gap()
+        if len(data) > _MAX_FINAL_EVENT:
+            self._last = data
 
     def end(self) -> None:
-        """Decode's answer is whole."""
-        outlet = self._outlet
-        if self._over or outlet is None:
+        """Decode's response is complete."""
+        sink = self._sink
+        if self._finished or sink is None:
             return
-        rest = self._repair.feed(self._hider.end()) + self._repair.end()
+        rest = self._repair.feed(self._rewriter.end()) + self._repair.end()
         if rest:
-            outlet.write(rest)
-        # Before the outlet's end, which closes the record.
+            sink.write(rest)
+        # Before the sink's end, which ends the record.
         self._record.complete()
         self._finish(complete=True)
-        outlet.end()
+        sink.end()
 
-    def broke(self, error: EngineError | EngineDeadline) -> None:
-        """Decode's answer broke off."""
-        outlet = self._outlet
-        if self._over or outlet is None:
+    def fail(self, error: EngineError | EngineDeadline) -> None:
+        """Decode's response ended early."""
+        sink = self._sink
+        if self._finished or sink is None:
             return
         self._record.cut(error)
         self._finish(complete=False)
-        outlet.cut(StreamCut(error.message))
+        sink.cut(StreamCut(error.message))
 
     # -- the client's side
 
-    def pour(self, outlet: StreamSink) -> None:
-        """Write into ``outlet`` from now on, until its ``end`` or ``cut`` is called."""
-        self._outlet, self._write, self._pass_on = outlet, outlet.write, outlet.pass_on
+    def pipe_to(self, sink: StreamSink) -> None:
+        """Write to ``sink`` until its ``end`` or ``cut`` is called."""
+        self._sink, self._write, self._write_framed = sink, sink.write, sink.write_framed
         self._pending.waiting = not self._paused
-        self._answer.pour(self)
+        self._answer.pipe_to(self)
 
     def pause(self) -> None:
-        """The client is behind: until :meth:`resume` decode is not waited for."""
+        """The client does not read: stop reading from decode, and stop waiting for it, until :meth:`resume`."""
         self._paused = True
-        self._record.disturbed()
+        self._record.skip_gap()
         self._pending.waiting = False
         self._answer.pause()
 
     def resume(self) -> None:
-        """The client has caught up."""
+        """The client reads again."""
         if self._paused:
             self._paused = False
-            if not self._over:
-                self._pending.listen()
+            if not self._finished:
+                self._pending.resume_wait()
                 self._answer.resume()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """For a reader that pulls.
+        """Iterate over the body.
 
         Raises:
-            StreamCut: decode broke.
+            StreamCut: decode's response ended early.
         """
-        pieces = _Pulled(self)
-        self.pour(pieces)
-        return pieces
+        sink = _IteratorSink(self)
+        self.pipe_to(sink)
+        return sink
 
     def close(self) -> None:
-        """Give up: the instance sees its connection close and aborts the request. Harmless at the end."""
-        if not self._over:
+        """Close decode's connection, so that it aborts the request. No effect after the end."""
+        if not self._finished:
             self._finish(complete=False)
             self._answer.close()
 
     def _finish(self, complete: bool) -> None:
-        self._over = True
-        # What is over shall go without the garbage collector, which looks for cycles.
-        self._write, self._outlet, self._pass_on = _discard, None, None
+        self._finished = True
+        # Break the reference cycles, so that a finished stream is freed without the garbage collector.
+        self._write, self._sink, self._write_framed = _discard, None, None
         record, last, self._last = self._record, self._last, b""
-        record.passed(self._unseen)
+        record.end_of_stream(self._unseen)
         record.output_tokens = output_tokens(last)
         if record.prompt_tokens is None:
             record.prompt_tokens = prompt_tokens(last) or None
@@ -214,29 +225,29 @@ class ResponseStream:
         self.finished.set()
 
 
-class _Pulled:
-    """An outlet that holds pieces until they are asked for."""
+class _IteratorSink:
+    """A sink that buffers the body for an asynchronous iterator."""
 
-    pass_on: ClassVar[None] = None
+    write_framed: ClassVar[None] = None
 
-    def __init__(self, relay: ResponseStream) -> None:
-        self._relay = relay
-        self._pieces: deque[bytes] = deque()
-        self._held = 0
+    def __init__(self, stream: ResponseStream) -> None:
+        self._stream = stream
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
         self._cut: StreamCut | None = None
-        self._over = False
-        self._more = asyncio.Event()
+        self._ended = False
+        self._changed = asyncio.Event()
 
-    def write(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-        self._held += len(piece)
-        if self._held > _PULLED_AHEAD:
-            self._relay.pause()
-        self._more.set()
+    def write(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._buffered += len(data)
+        if self._buffered > _READ_AHEAD:
+            self._stream.pause()
+        self._changed.set()
 
     def end(self) -> None:
-        self._over = True
-        self._more.set()
+        self._ended = True
+        self._changed.set()
 
     def cut(self, cause: StreamCut) -> None:
         self._cut = cause
@@ -246,20 +257,20 @@ class _Pulled:
         return self
 
     async def __anext__(self) -> bytes:
-        """What has come since the last call.
+        """Everything that has arrived since the previous call.
 
         Raises:
-            StreamCut: there is no proper end.
+            StreamCut: the body ended early.
         """
-        while not self._pieces and not self._over:
-            self._more.clear()
-            await self._more.wait()
-        if self._pieces:
-            found = b"".join(self._pieces)
-            self._pieces.clear()
-            self._held = 0
-            self._relay.resume()
-            return found
+        while not self._chunks and not self._ended:
+            self._changed.clear()
+            await self._changed.wait()
+        if self._chunks:
+            data = b"".join(self._chunks)
+            self._chunks.clear()
+            self._buffered = 0
+            self._stream.resume()
+            return data
         if self._cut is not None:
             raise self._cut
         raise StopAsyncIteration

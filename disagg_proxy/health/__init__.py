@@ -1,1 +1,1 @@
-"""Stalled engines although they ping and answer /health: noticed, recovered if possible, or taken out."""
+"""Whether an instance serves (prober), its process runs (liveness), and its engine makes progress (stall_detector)."""

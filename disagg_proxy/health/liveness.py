@@ -1,11 +1,10 @@
-"""Noticing within milliseconds that an instance's process is gone: one idle connection to each, held for nothing else.
+"""Detects within milliseconds that an instance's process has ended, by one idle connection to each ready instance.
 
-The kernel closes a dead process's sockets at once, long before three pings are missed. vLLM's server (uvicorn) sets
-its idle timeout only after a first response, so a connection that never asks anything lives as long as the process
+The kernel closes a dead process's sockets at once, long before three pings are missed. vLLM's server (uvicorn) starts
+its idle timeout only after a first response, so a connection without requests lives as long as the process
 (uvicorn 0.20 - 0.54, ``protocols/http/httptools_impl.py``). When it closes, the instance is probed at once: a refused
-connection takes it out. If it answers, it may still be another process, so KV that was prefilled for the one before is
-not asked from it. A server that closes idle connections by itself shows as several such answers and is then left
-without a lifeline.
+connection suspends it. If the probe succeeds it may still be another process, so KV that an earlier process held is
+not used. A server that closes idle connections looks like several such cases; no connection to it is held after that.
 """
 
 from __future__ import annotations
@@ -20,15 +19,16 @@ from disagg_proxy.runtime.within import within
 
 log = logging.getLogger(__name__)
 
-_FALSE_ALARMS = 3
+_MAX_FALSE_ALARMS = 3
+"""Closed connections with a successful probe after which none is held to an instance."""
 
 
 class LivenessConnections:
-    """Holds a connection to every ready instance of a registry.
+    """Holds an idle connection to every ready instance of a registry.
 
     Args:
-        connect_timeout: seconds for one attempt.
-        probe: looks at an instance now and tells the registry.
+        connect_timeout: in seconds.
+        probe: probes an instance now and reports the result to the registry.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class LivenessConnections:
         self._held: dict[Instance, asyncio.Task[None]] = {}
 
     def start(self) -> None:
-        """Follow the registry from now on, and be its witness of who lives."""
+        """Follow the registry, and take over from it the decision whether a process has ended."""
         self._registry.watch(changed=self._on_change)
-        self._registry.has_lifeline = self._held.__contains__
+        self._registry.has_liveness_connection = self._held.__contains__
 
     async def stop(self) -> None:
-        """Let go of all."""
+        """Close all connections."""
         tasks = list(self._held.values())
         for task in tasks:
             task.cancel()
@@ -54,28 +54,28 @@ class LivenessConnections:
     def _on_change(self, instance: Instance) -> None:
         if instance.state is not State.READY or instance in self._held:
             return
-        task = asyncio.get_running_loop().create_task(self._hold(instance), name=f"lifeline {instance}")
+        task = asyncio.get_running_loop().create_task(self._hold(instance), name=f"liveness {instance}")
         self._held[instance] = task
 
     async def _hold(self, instance: Instance) -> None:
-        """Until the instance is out, or its server turns out to close idle connections."""
+        """Hold a connection until the instance is suspended, or its server proves to close idle connections."""
         false_alarms = 0
-        while false_alarms < _FALSE_ALARMS:
+        while false_alarms < _MAX_FALSE_ALARMS:
             await self._until_closed(instance)
             await self._probe(instance)
-            # Whoever follows the instance shall go on from what this look found.
-            self._registry.look_again(instance)
+            # The prober's own task continues from this result, without waiting for its interval.
+            self._registry.recheck(instance)
             if instance.state is not State.READY:
                 self._registry.process_ended(instance)
                 break
-            self._registry.doubt(instance)
+            self._registry.maybe_restarted(instance)
             false_alarms += 1
         else:
-            log.info("%s closes idle connections; only probes and pings will tell of its death", instance)
+            log.info("%s closes idle connections: only probes and pings can detect that its process ends", instance)
         del self._held[instance]
 
     async def _until_closed(self, instance: Instance) -> None:
-        """Return when the connection is closed, or cannot be made."""
+        """Return when the connection is closed, or cannot be opened."""
         try:
             async with within(self._connect_timeout):
                 reader, writer = await asyncio.open_connection(instance.http.host, instance.http.port)

@@ -1,8 +1,8 @@
-"""What the other processes of this proxy know of an engine: the seam, and what holds where there are none.
+"""What the other workers of this proxy report of an engine: the interface, and the implementation without workers.
 
-Each process sees the answers to its own requests only. So what one finds out about an engine is told to all, and what
-is done about it is done once: prefills are replayed in one order over all processes, and an engine is given up when
-nobody has anything left to replay.
+Each worker sees the responses to its own requests only. So each reports what it finds out about an engine to all, and
+recovery is coordinated: prefills are replayed one at a time over all workers, and an engine is given up when no worker
+has a prefill left to replay.
 """
 
 from __future__ import annotations
@@ -13,44 +13,52 @@ from disagg_proxy.cluster.instance import Instance
 
 
 class PeerView(Protocol):
-    """The other processes."""
+    """The reports of all workers. "Report" means that the others can read it."""
 
-    def moves(self, instance: Instance) -> int:
-        """Parts of answers that the others have got from it; tells them how many came here."""
+    def outputs(self, instance: Instance) -> int:
+        """Chunks of responses that other workers have received from it; reports this worker's count."""
 
     def frozen(self, instance: Instance) -> bool:
-        """Whether somebody has found that it is stalled, and nobody has seen it move since."""
+        """Whether a worker has reported a stall, and none has reported progress since."""
 
-    def found(self, instance: Instance) -> bool:
-        """It is stalled. Whether nobody has said so before."""
+    def report_stall(self, instance: Instance) -> bool:
+        """Report that the engine is stalled. Returns whether this worker is the first to do so."""
 
     def given_up(self, instance: Instance) -> bool:
-        """Whether somebody has decided that nothing but a restart is left."""
+        """Whether a worker has decided that only a restart can help."""
 
     def give_up(self, instance: Instance) -> None:
-        """Nothing but a restart is left."""
+        """Report that only a restart can help."""
 
-    async def turn(self, instance: Instance, distance: float | None) -> bool:
-        """Whether a prefill shall be replayed from here now; returns when that is known.
+    def report_hung(self, instance: Instance, last_sign: float) -> bool:
+        """Report that its process hangs. Returns whether no other worker has reported that since ``last_sign``.
 
         Args:
-            distance: how unlikely the likeliest is to be what the engine waits for; None when there is nothing here.
+            last_sign: clock reading of its last ping, probe response or output, in seconds.
         """
 
-    def blame(self, prefill: Instance, decode: Instance) -> int:
-        """``prefill`` is stalled while it sends to ``decode``. How many do by now."""
+    async def may_replay(self, instance: Instance, distance: float | None) -> bool:
+        """Wait until the workers agree who replays next; whether it is this one.
+
+        Args:
+            distance: of this worker's likeliest leg (:meth:`ProgressTracker.distance`), in seconds; the smallest goes
+                first. None when there is nothing to replay here.
+        """
+
+    def report_blocked_prefill(self, prefill: Instance, decode: Instance) -> int:
+        """Report that ``prefill`` is stalled while it sends to ``decode``. Returns how many prefills are by now."""
 
 
 class NoPeers:
-    """There are no other processes."""
+    """There are no other workers."""
 
-    def moves(self, instance: Instance) -> int:
+    def outputs(self, instance: Instance) -> int:
         return 0
 
     def frozen(self, instance: Instance) -> bool:
         return False
 
-    def found(self, instance: Instance) -> bool:
+    def report_stall(self, instance: Instance) -> bool:
         return True
 
     def given_up(self, instance: Instance) -> bool:
@@ -59,9 +67,12 @@ class NoPeers:
     def give_up(self, instance: Instance) -> None:
         return
 
-    async def turn(self, instance: Instance, distance: float | None) -> bool:
+    def report_hung(self, instance: Instance, last_sign: float) -> bool:
+        return True
+
+    async def may_replay(self, instance: Instance, distance: float | None) -> bool:
         return distance is not None
 
-    def blame(self, prefill: Instance, decode: Instance) -> int:
+    def report_blocked_prefill(self, prefill: Instance, decode: Instance) -> int:
         decode.senders_frozen += 1
         return decode.senders_frozen

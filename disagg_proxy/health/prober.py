@@ -1,8 +1,8 @@
-"""Whether an instance really serves: an HTTP 200 from its /health and its /v1/models.
+"""Readiness probes: an instance may serve when its /health and its /v1/models answer 200.
 
-Pings start about 2 s before vLLM's HTTP server answers, and go on when it is stuck, so a ping alone admits nobody.
-One task per instance; it ends when the instance is forgotten, or lost and not serving: one that merely stopped to ping
-is probed on, to tell a hung process from one that has ended.
+Pings start about 2 s before vLLM's HTTP server answers, and continue when it hangs, so a ping alone admits no instance.
+One task per instance; it ends when the instance is removed, or is LOST and its process has ended. An instance that only
+stopped to ping is probed further, to distinguish a hung process from one that has ended.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from disagg_proxy.upstream import CompleteResponse, Upstream
 
 log = logging.getLogger(__name__)
 
-_TOLERATED_TIMEOUTS = 3
-"""A busy API server may answer late; one that says no, or refuses, is believed at once."""
+_MAX_TIMEOUTS = 3
+"""Probes without a response until an instance is suspended: a busy API server may answer late. A wrong status or a
+refused connection suspends it at once."""
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0
-"""Seconds between probes of an instance that is not ready: doubled from the first to the last."""
+"""Seconds between probes of an instance that is not ready, doubled after each from the first to the last."""
 
 
 class _NotServing(Exception):
-    """Why an instance may not serve; ``tolerable`` when it may only be busy, ``gone`` when its process has ended."""
+    """Why a probe failed; ``tolerable`` when the instance may only be busy, ``gone`` when it refuses connections."""
 
     def __init__(self, reason: str, tolerable: bool = False, gone: bool = False) -> None:
         super().__init__(reason)
@@ -38,11 +39,11 @@ class _NotServing(Exception):
 
 
 class Prober:
-    """Looks after every instance of a registry.
+    """Probes every instance of a registry.
 
     Args:
-        interval: seconds between two looks at a ready instance.
-        headers: lines that are sent along, such as the engines' key.
+        interval: seconds between two probes of a ready instance.
+        headers: encoded header lines for each probe, such as the engines' key.
     """
 
     def __init__(self, registry: Registry, upstream: Upstream, interval: float, headers: bytes) -> None:
@@ -52,14 +53,14 @@ class Prober:
         self._headers = headers
         self._tasks: dict[Instance, asyncio.Task[None]] = {}
         self._wake: dict[Instance, asyncio.Event] = {}
-        self._began: dict[Instance, float] = {}
-        """When each probe in flight was sent."""
+        self._sent_at: dict[Instance, float] = {}
+        """Clock reading of the sending of each probe in flight."""
 
     def start(self) -> None:
-        """Begin with what the registry knows, and follow it."""
-        self._registry.watch(probe_wanted=self.look_now)
+        """Probe the instances of the registry from now on."""
+        self._registry.watch(probe_wanted=self.probe_now)
         for instance in self._registry.instances():
-            self.look_now(instance)
+            self.probe_now(instance)
 
     async def stop(self) -> None:
         """End all probes."""
@@ -68,37 +69,39 @@ class Prober:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def look_now(self, instance: Instance) -> None:
-        """Probe it at once instead of at its next turn.
+    def probe_now(self, instance: Instance) -> None:
+        """Probe an instance now, without waiting for the interval.
 
-        A probe in flight is enough, unless the state of the instance has changed since it was sent: it may then wait
-        for a process that is gone, or on a connection that is lost.
+        A probe in flight suffices, unless the state of the instance has changed since it was sent: it may then wait
+        for a process that has ended.
         """
         running = self._tasks.get(instance)
         if running is not None:
-            if instance not in self._began or instance.changed_at < self._began[instance]:
+            if instance not in self._sent_at or instance.changed_at < self._sent_at[instance]:
                 self._wake[instance].set()
                 return
             running.cancel()
-            del self._began[instance]
+            del self._sent_at[instance]
         self._wake[instance] = asyncio.Event()
-        task = asyncio.get_running_loop().create_task(self._follow(instance), name=f"probe {instance}")
+        task = asyncio.get_running_loop().create_task(self._probe_repeatedly(instance), name=f"probe {instance}")
         self._tasks[instance] = task
-        task.add_done_callback(lambda ended: self._forget(instance, ended))
+        task.add_done_callback(lambda ended: self._on_task_done(instance, ended))
 
-    def _forget(self, instance: Instance, ended: asyncio.Task[None]) -> None:
+    def _on_task_done(self, instance: Instance, ended: asyncio.Task[None]) -> None:
         if self._tasks.get(instance) is ended:
             del self._tasks[instance], self._wake[instance]
-            self._began.pop(instance, None)
+            self._sent_at.pop(instance, None)
 
-    async def _follow(self, instance: Instance) -> None:
+    async def _probe_repeatedly(self, instance: Instance) -> None:
         retry = _FIRST_RETRY
         wake = self._wake[instance]
-        while self._registry.knows(instance) and (instance.state is not State.LOST or instance.last_answer is not None):
+        while self._registry.knows(instance) and (
+            instance.state is not State.LOST or instance.last_probe_response is not None
+        ):
             wake.clear()
-            self._began[instance] = self._registry.now()
-            await self.look(instance)
-            self._began.pop(instance, None)
+            self._sent_at[instance] = self._registry.now()
+            await self.probe(instance)
+            self._sent_at.pop(instance, None)
             if instance.state is State.READY:
                 retry = _FIRST_RETRY
                 pause = self._interval
@@ -111,16 +114,16 @@ class Prober:
             except asyncio.TimeoutError:
                 continue
 
-    async def look(self, instance: Instance) -> None:
-        """Probe it once and tell the registry."""
+    async def probe(self, instance: Instance) -> None:
+        """Probe an instance once and report the result to the registry."""
         try:
             await self._get(instance, "/health")
             models = _models(await self._get(instance, "/v1/models"))
         except _NotServing as refusal:
             instance.probe_failures += 1
-            if not refusal.tolerable and instance.last_answer is not None:
-                instance.last_answer = self._registry.now()
-            if not refusal.tolerable or instance.probe_failures >= _TOLERATED_TIMEOUTS:
+            if not refusal.tolerable and instance.last_probe_response is not None:
+                instance.last_probe_response = self._registry.now()
+            if not refusal.tolerable or instance.probe_failures >= _MAX_TIMEOUTS:
                 self._registry.suspend(instance, str(refusal), gone=refusal.gone)
         else:
             self._registry.admit(instance, models)
@@ -128,9 +131,9 @@ class Prober:
     async def _get(self, instance: Instance, path: str) -> CompleteResponse:
         try:
             answer = await self._upstream.request(
-                "GET", instance, path, headers=self._headers, silence=self._interval, leg=instance.role.value
+                "GET", instance, path, headers=self._headers, idle_timeout=self._interval, leg=instance.role.value
             )
-            whole = await answer.whole()
+            complete = await answer.read_all()
         except EngineUnreachable as error:
             if error.refused:
                 raise _NotServing("its HTTP port refuses connections", gone=True) from None
@@ -139,15 +142,15 @@ class Prober:
             raise _NotServing(f"its {path} does not answer in time", tolerable=True) from None
         except EngineError:
             raise _NotServing(f"its {path} closes the connection", tolerable=True) from None
-        if whole.status in (401, 403):
-            raise _NotServing(f"its {path} answers {whole.status}: set ENGINE_API_KEY to the instances' key")
-        if whole.status != 200:
-            raise _NotServing(f"its {path} answers {whole.status}")
-        return whole
+        if complete.status in (401, 403):
+            raise _NotServing(f"its {path} answers {complete.status}: set ENGINE_API_KEY to the instances' key")
+        if complete.status != 200:
+            raise _NotServing(f"its {path} answers {complete.status}")
+        return complete
 
 
 def _models(answer: CompleteResponse) -> dict[str, Mapping[str, Any]]:
-    """The list in an OpenAI /v1/models answer, by name and in its order."""
+    """The entries of an OpenAI /v1/models response by name, in its order."""
     try:
         cards = json.loads(answer.body)["data"]
         found = {card["id"]: card for card in cards if isinstance(card["id"], str)}

@@ -1,8 +1,8 @@
-"""Freeing a decode that waits for KV which never came: the prefill of that request is sent once more, with its id.
+"""Recovery of a decode that waits for KV that never arrived: replay the request's prefill with the same id.
 
-Measured on vLLM 0.21, it freed decode 4 times of 4. The id that decode waits for is not to be seen from outside, so
-the likeliest are tried one after another, and no more than needed: KV that was there already is counted a second time
-in decode's buffer (``p2p_nccl_engine.py``).
+Measured on vLLM 0.21: freed decode 4 times of 4. The id that decode waits for is not visible from outside, so the
+likeliest legs are tried one after another, and no more than needed: KV that decode holds already is counted a second
+time in its buffer (``p2p_nccl_engine.py``).
 """
 
 from __future__ import annotations
@@ -17,32 +17,43 @@ from disagg_proxy.health.peer_view import PeerView
 
 log = logging.getLogger(__name__)
 
-MOST = 8
-"""Prefills that are replayed during one stall."""
+MAX_REPLAYS = 8
+"""Bound on the prefills that are replayed during one stall, over all workers."""
 
-_EFFECT, _SETTLED = 1.0, 1.0
-"""Seconds within which a replay shows its effect, and for which the engine is watched for the next stop after one."""
+_EFFECT_SECONDS = 1.0
+"""Time within which a replay shows its effect."""
 
+_SETTLE_SECONDS = 1.0
+"""Time within which a freed engine must show further progress."""
 
-M = TypeVar("M")
-
-
-class EngineProgress(Protocol[M]):
-    """Tells whether an engine moves."""
-
-    async def mark(self, instance: Instance) -> M: ...
-
-    async def moved(self, instance: Instance, mark: M, within: float) -> bool: ...
+SnapshotT = TypeVar("SnapshotT")
 
 
-async def replay_until_it_moves(
-    instance: Instance, movement: EngineProgress[M], peer_view: PeerView, replayed: Callable[[Instance], None]
+class EngineProgress(Protocol[SnapshotT]):
+    """Detects whether an engine makes progress."""
+
+    async def snapshot(self, instance: Instance) -> SnapshotT:
+        """The progress of the engine so far."""
+
+    async def progressed(self, instance: Instance, snapshot: SnapshotT, within: float) -> bool:
+        """Whether the engine makes progress after ``snapshot``, within that many seconds."""
+
+
+async def replay_until_progress(
+    instance: Instance,
+    engine_progress: EngineProgress[SnapshotT],
+    peer_view: PeerView,
+    replayed: Callable[[Instance], None],
 ) -> bool:
-    """Whether replays have set a frozen decode going; ``replayed`` is told of each."""
+    """Replay prefills until a frozen decode makes progress. Returns whether it does.
+
+    Args:
+        replayed: called for each replay.
+    """
     tried: set[PendingResponse] = set()
-    while len(tried) < MOST and instance.state is State.FROZEN:
-        pending = next((v for v in instance.progress.unanswered() if v not in tried), None)
-        if not await peer_view.turn(instance, None if pending is None else instance.progress.distance(pending)):
+    while len(tried) < MAX_REPLAYS and instance.state is State.FROZEN:
+        pending = next((v for v in instance.progress.replay_candidates() if v not in tried), None)
+        if not await peer_view.may_replay(instance, None if pending is None else instance.progress.distance(pending)):
             return False
         if pending is None or pending.replay is None:
             return False
@@ -50,12 +61,12 @@ async def replay_until_it_moves(
         instance.replays += 1
         replayed(instance)
         log.warning("Replaying the prefill of a request that %s may be waiting for", instance)
-        mark = await movement.mark(instance)
-        if not await pending.replay() or not await movement.moved(instance, mark, _EFFECT):
+        snapshot = await engine_progress.snapshot(instance)
+        if not await pending.replay() or not await engine_progress.progressed(instance, snapshot, _EFFECT_SECONDS):
             continue
-        # It may stop again at once, at the next request whose KV is missing.
-        mark = await movement.mark(instance)
-        if not instance.progress.waiting() or await movement.moved(instance, mark, _SETTLED):
+        # It may stall again at once, at the next request whose KV is missing.
+        snapshot = await engine_progress.snapshot(instance)
+        if not instance.progress.waiting() or await engine_progress.progressed(instance, snapshot, _SETTLE_SECONDS):
             return True
         if not instance.progress.waiting():
             return True

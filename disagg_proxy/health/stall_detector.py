@@ -1,19 +1,24 @@
-"""Notices stalled engines, and decides what becomes of them.
+"""Detects engines that are stalled and processes that hang, and decides what is done about them.
 
-    suspected      somebody has waited longer than the learnt deadline while nothing else came from the engine
-    confirmed      its own counters are stalled too, over half of the deadline; without any, only waits that tell count
-    a decode       prefills of requests that it may wait for are replayed (health/recovery.py); if that helps it is back
-    no help, or a prefill    FROZEN with ``restart_wanted``: its waiting decodes end with 504, its waiting prefills go
-                   to another pair with a new id while the old legs run on, since a prefill is never cancelled
-    moves again    back in service through a probe, with its breaker half open
-    a second prefill freezes while it sends to one decode    that decode's KV listener is dead: it is taken out too
-    a decode is lost       requests that still prefill for it move to another pair at once; their prefills, which block
-                   in their sender, are judged by their counters without waiting for the learnt deadline
-    neither pings nor answers, as after SIGSTOP    hung: ``restart_wanted`` after Registry.hung_after, and its waiting
-                   requests end as above
+States, as this module decides them (`frozen` is the public name of a stalled engine in /stats):
 
-With other processes of this proxy beside it an engine that one of them finds is frozen here too, and what is decided is
-decided once (health/peer_view.py). One task looks at all instances; one more runs for each instance that is suspected.
+    suspected     half of the learnt deadline has passed without output while a leg waits (cluster/progress.py)
+    frozen        the engine's own counters show no progress for the other half either. An engine without counters is
+                  judged by its output alone, if the waiting legs expect output
+    recovering    a frozen decode: prefills of requests that it may wait for are replayed (health/recovery.py)
+    given up      a frozen prefill, or a decode that replays did not free: ``restart_wanted`` is set. Waiting decode
+                  legs end with 504. Requests on a prefill move to another pair with a new id, while their legs
+                  continue, since a prefill is never cancelled
+    freed         it makes progress again: a probe admits it; without replays its circuit breaker is half-open first
+    hung          a process that neither pings nor answers probes for ``Registry.hung_after``, as after SIGSTOP:
+                  given up as above, with its state still LOST or PROBING
+
+Two rules concern pairs. When a second prefill stalls while it sends to the same decode, the KV listener of that decode
+is taken to be dead, and the decode is given up too. When a decode is lost, requests that still prefill for it move to
+another pair at once; these prefills, which block in their sender, get a shorter deadline.
+
+Each worker of this proxy detects stalls from its own requests. What one reports holds for all, and recovery and giving
+up are coordinated (health/peer_view.py). One task checks all instances; each suspected instance has one more.
 """
 
 from __future__ import annotations
@@ -31,37 +36,42 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import EngineFrozen, ProxyError
 from disagg_proxy.health.engine_counters import engine_counters
 from disagg_proxy.health.peer_view import NoPeers, PeerView
-from disagg_proxy.health.recovery import replay_until_it_moves
+from disagg_proxy.health.recovery import replay_until_progress
 from disagg_proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-_LOOKS = 5
-"""How often within the shortest deadline the instances are looked at; at least once a second."""
+_CHECKS = 5
+"""Checks of all instances within the shortest deadline; at least one each second."""
 
 _POLLS = 10
-"""How often an engine is asked for its counters while it is waited for."""
+"""Requests for an engine's counters within the time in which progress is awaited."""
 
-_SENDERS = 2
-"""Prefills that are stalled while they send to one decode process before that one is taken to be the cause."""
+_MIN_BLOCKED_PREFILLS = 2
+"""Prefills that stall while sending to one decode process until that process counts as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
-class ProgressMark:
-    """Where an engine stands: parts of answers so far, and its counters (None: it did not answer)."""
+class ProgressSnapshot:
+    """Progress of an engine so far.
 
-    moves: int
+    Attributes:
+        outputs: chunks of responses, over all workers.
+        counters: see :func:`engine_counters`; None when /metrics did not answer.
+    """
+
+    outputs: int
     counters: tuple[bytes, ...] | None
 
 
 class StallDetector:
-    """Watches every instance of a registry.
+    """Checks every instance of a registry.
 
     Args:
         shortest, longest: bounds on the learnt deadline, in seconds.
-        headers: lines that are sent along with GET /metrics, such as the engines' key.
-        witness: the other processes of this proxy.
-        replayed: told of an instance for which a prefill is repeated.
+        headers: encoded header lines for GET /metrics, such as the engines' key.
+        peer_view: the other workers of this proxy; None without any.
+        replayed: called with an instance for which a prefill is replayed.
     """
 
     def __init__(
@@ -81,190 +91,209 @@ class StallDetector:
         self._headers = headers
         self._peer_view = peer_view or NoPeers()
         self._replayed = replayed
-        self._pause = min(1.0, shortest / _LOOKS)
-        self._looking: asyncio.Task[None] | None = None
+        self._interval = min(1.0, shortest / _CHECKS)
+        self._checking: asyncio.Task[None] | None = None
         self._suspects: dict[Instance, asyncio.Task[None]] = {}
 
     def start(self) -> None:
-        """Begin to look."""
-        self._looking = asyncio.get_running_loop().create_task(self._look_on(), name="watchdog")
+        """Check all instances from now on."""
+        self._checking = asyncio.get_running_loop().create_task(self._check_repeatedly(), name="stall detector")
 
     async def stop(self) -> None:
-        """End all looking."""
-        tasks = [*self._suspects.values(), *([self._looking] if self._looking else [])]
+        """Cancel all tasks."""
+        tasks = [*self._suspects.values(), *([self._checking] if self._checking else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _look_on(self) -> None:
+    async def _check_repeatedly(self) -> None:
         while True:
-            await asyncio.sleep(self._pause)
-            self.look()
+            await asyncio.sleep(self._interval)
+            self.check()
 
-    def look(self) -> None:
-        """Look at all instances now."""
+    def check(self) -> None:
+        """Check all instances now."""
         for instance in self._registry.instances():
-            self._look(instance)
+            self._check(instance)
 
-    def _look(self, instance: Instance) -> None:
+    def _check(self, instance: Instance) -> None:
         now = self._registry.now()
         progress = instance.progress
-        progress.moves_elsewhere = self._peer_view.moves(instance)
-        moved = progress.look(now)
-        if self._hung(instance, now):
+        progress.peer_outputs = self._peer_view.outputs(instance)
+        progressed = progress.poll(now)
+        if self._check_hung(instance, now):
             return
-        blocked = self._leave(instance)
+        blocked = self._move_requests(instance)
         if instance.state is State.READY and instance not in self._suspects and self._peer_view.frozen(instance):
-            self._follow(instance, self._join(instance))
+            self._start(instance, self._join(instance))
             return
-        if moved or instance.state is not State.READY or instance in self._suspects:
+        if progressed or instance.state is not State.READY or instance in self._suspects:
             return
         deadline = (progress.blocked_deadline if blocked else progress.deadline)(self._shortest, self._longest)
         if progress.stalled_for(now) > deadline / 2:
-            self._follow(instance, self._suspect(instance, deadline / 2))
+            self._start(instance, self._suspect(instance, deadline / 2))
 
-    def _leave(self, instance: Instance) -> bool:
-        """Let requests leave a prefill that is lost itself, or whose decode is; True for the latter."""
+    def _move_requests(self, instance: Instance) -> bool:
+        """Move requests away from a prefill that is lost or sends to a lost decode; returns if the latter is so."""
         if instance.role is not Role.PREFILL:
             return False
         blocked = instance.progress.blocked()
-        own = instance.state is not State.READY and instance.silent
-        for pending in instance.progress.waiting() if own else blocked:
+        lost = instance.state is not State.READY and instance.unresponsive
+        for pending in instance.progress.waiting() if lost else blocked:
             pending.move()
         return bool(blocked)
 
-    def _hung(self, instance: Instance, now: float) -> bool:
-        """Whether its process shows no sign of life for too long; its restart is then asked for, once."""
-        if instance.last_answer is None or not instance.silent or instance.state in (State.READY, State.FROZEN):
+    def _check_hung(self, instance: Instance, now: float) -> bool:
+        """Whether its process counts as hung; gives it up when that is new.
+
+        A host that has vanished looks the same: connection attempts time out.
+        """
+        if (
+            instance.last_probe_response is None
+            or not instance.unresponsive
+            or instance.state in (State.READY, State.FROZEN)
+        ):
             return False
-        dead_for = now - max(instance.last_answer, instance.last_ping or 0.0, instance.progress.moved_at)
-        if dead_for < self._registry.hung_after:
+        last_sign = max(instance.last_probe_response, instance.last_ping or 0.0, instance.progress.last_output_at)
+        if now - last_sign < self._registry.hung_after:
             return False
         if not instance.restart_wanted:
             pings = "" if instance.last_ping is None else "no ping and "
-            reason = f"its process hangs: {pings}no answer from /health for {dead_for:.0f} s; restart it"
-            self._registry.want_restart(instance, reason)
-            log.error("%s is given up: %s", instance, reason)
-            self._answer_waiting(instance, "does not answer")
+            reason = f"its process hangs: {pings}no answer from /health for {now - last_sign:.0f} s; restart it"
+            self._registry.request_restart(instance, reason)
+            self._log_given_up(instance, reason, first=self._peer_view.report_hung(instance, last_sign))
+            self._fail_waiting(instance, "does not answer")
         return True
 
-    def _follow(self, instance: Instance, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, instance: Instance, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"suspect {instance}")
         self._suspects[instance] = task
-        task.add_done_callback(lambda ended: self._ended(instance, ended))
+        task.add_done_callback(lambda ended: self._on_done(instance, ended))
 
-    def _ended(self, instance: Instance, task: asyncio.Task[None]) -> None:
+    def _on_done(self, instance: Instance, task: asyncio.Task[None]) -> None:
         del self._suspects[instance]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("watching %s failed", instance, exc_info=error)
+            log.error("Stall detection for %s failed", instance, exc_info=error)
 
-    async def _suspect(self, instance: Instance, rest: float) -> None:
-        """Half of the deadline has passed; the engine's counters decide within the ``rest`` of it."""
+    async def _suspect(self, instance: Instance, remaining: float) -> None:
+        """Half of the deadline has passed; the engine's counters decide within the ``remaining`` seconds."""
         progress = instance.progress
-        if not await self._stands_still(instance, rest):
-            progress.still_since = self._registry.now()
+        if not await self._is_stalled(instance, remaining):
+            progress.idle_since = self._registry.now()
             return
-        silent = progress.stalled_for(self._registry.now())
+        idle = progress.stalled_for(self._registry.now())
         waiting = len(progress.waiting())
-        said = f"stalled: no output and no scheduler step for {silent:.3g} s with {waiting} requests waiting"
-        log.error("%s is frozen: %s", instance, said)
-        self._registry.freeze(instance, said, first=self._peer_view.found(instance))
-        await self._recover(instance, said)
+        reason = f"stalled: no output and no scheduler step for {idle:.3g} s with {waiting} requests waiting"
+        log.error("%s is frozen: %s", instance, reason)
+        self._registry.freeze(instance, reason, first=self._peer_view.report_stall(instance))
+        await self._recover(instance, reason)
 
     async def _join(self, instance: Instance) -> None:
-        """Another process has found it."""
-        said = "another worker found that its engine is stalled"
-        self._registry.freeze(instance, said, first=False)
-        await self._recover(instance, said)
+        """Another worker has found that it is stalled."""
+        reason = "stalled, as another worker found"
+        self._registry.freeze(instance, reason, first=False)
+        await self._recover(instance, reason)
 
-    async def _recover(self, instance: Instance, said: str) -> None:
-        """Set it going again, or give it up."""
+    async def _recover(self, instance: Instance, reason: str) -> None:
+        """Free it by replays, or give it up and wait until it makes progress on its own."""
         progress = instance.progress
         if instance.role is Role.DECODE and not self._peer_view.given_up(instance):
-            helped = await replay_until_it_moves(instance, self, self._peer_view, self._replayed)
+            helped = await replay_until_progress(instance, self, self._peer_view, self._replayed)
             if instance.state in (State.READY, State.PROBING):
                 return
             if helped and instance.state is State.FROZEN:
-                log.warning("%s moves again after %d replayed prefills", instance, instance.replays)
-                self._registry.thaw(instance, "moves again after replayed prefills")
+                log.warning("%s makes progress again after %d replayed prefills", instance, instance.replays)
+                self._registry.unfreeze(instance, "makes progress again after replayed prefills")
                 return
-            said += "; replayed prefills did not help" if progress.unanswered() else "; there is no prefill to replay"
-        self._give_up(instance, f"{said}; restart it")
-        await self._until_it_moves(instance)
+            outcome = "replayed prefills did not help" if progress.replay_candidates() else "no prefill to replay"
+            reason = f"{reason}; {outcome}"
+        self._give_up(instance, f"{reason}; restart it")
+        await self._until_progress(instance)
 
-    async def _stands_still(self, instance: Instance, within: float) -> bool:
-        """An engine that shows no counters is judged by who waits for it."""
-        mark = await self.mark(instance)
-        if mark.counters is None or await self.moved(instance, mark, within) or instance.state is not State.READY:
+    async def _is_stalled(self, instance: Instance, within: float) -> bool:
+        """Whether the engine makes no progress for ``within`` seconds.
+
+        One without counters counts as stalled only if a waiting leg expects output.
+        """
+        before = await self.snapshot(instance)
+        if before.counters is None or await self.progressed(instance, before, within):
             return False
-        return bool(mark.counters) or any(pending.telling for pending in instance.progress.waiting())
+        if instance.state is not State.READY:
+            return False
+        return bool(before.counters) or any(pending.expects_output for pending in instance.progress.waiting())
 
-    async def mark(self, instance: Instance) -> ProgressMark:
-        """Where the engine stands now."""
-        return ProgressMark(_moves(instance), await self._counters(instance))
+    async def snapshot(self, instance: Instance) -> ProgressSnapshot:
+        """The progress of the engine so far."""
+        return ProgressSnapshot(_outputs(instance), await self._counters(instance))
 
-    async def moved(self, instance: Instance, mark: ProgressMark, within: float) -> bool:
-        """Whether the engine has moved since ``mark``, or does so within so many seconds."""
+    async def progressed(self, instance: Instance, snapshot: ProgressSnapshot, within: float) -> bool:
+        """Whether the engine makes progress after ``snapshot``, within that many seconds."""
         end = self._registry.now() + within
         while True:
-            left = end - self._registry.now()
-            await asyncio.sleep(max(0.0, min(within / _POLLS, left)))
+            remaining = end - self._registry.now()
+            await asyncio.sleep(max(0.0, min(within / _POLLS, remaining)))
             counters = await self._counters(instance)
-            instance.progress.moves_elsewhere = self._peer_view.moves(instance)
-            if _moves(instance) != mark.moves:
+            instance.progress.peer_outputs = self._peer_view.outputs(instance)
+            if _outputs(instance) != snapshot.outputs:
                 return True
-            if mark.counters is not None and counters is not None and counters != mark.counters:
+            if counters is not None and snapshot.counters not in (None, counters):
                 return True
-            if left <= 0:
+            if remaining <= 0:
                 return False
 
     async def _counters(self, instance: Instance) -> tuple[bytes, ...] | None:
-        """What changes with every step; empty when the engine shows nothing of it, None without an answer."""
+        """The engine's counters; empty when its /metrics have none, None when they do not answer."""
         try:
             answer = await self._upstream.request(
-                "GET", instance, "/metrics", headers=self._headers, silence=2.0, leg=instance.role.value
+                "GET", instance, "/metrics", headers=self._headers, idle_timeout=2.0, leg=instance.role.value
             )
-            whole = await answer.whole()
+            complete = await answer.read_all()
         except ProxyError:
             return None
-        return engine_counters(whole.body) if whole.status == 200 else ()
+        return engine_counters(complete.body) if complete.status == 200 else ()
 
     def _give_up(self, instance: Instance, reason: str) -> None:
-        """Ask for its restart, and end the waits for it."""
-        self._registry.want_restart(instance, reason)
+        """Request its restart, and fail the legs that wait for it."""
+        self._registry.request_restart(instance, reason)
+        self._log_given_up(instance, reason, first=not self._peer_view.given_up(instance))
         self._peer_view.give_up(instance)
-        log.error("%s is given up: %s", instance, reason)
-        pendings = self._answer_waiting(instance, "is stalled")
+        pendings = self._fail_waiting(instance, "is stalled")
         if instance.role is Role.PREFILL and pendings and (receiver := pendings[0].receiver) is not None:
-            self._blame_receiver(instance, receiver)
+            self._check_receiver(instance, receiver)
 
-    def _answer_waiting(self, instance: Instance, what: str) -> list[PendingResponse]:
-        """Notify all legs on it that nothing will come, which ends them or moves their requests."""
+    def _log_given_up(self, instance: Instance, reason: str, first: bool) -> None:
+        """Log at level ERROR in the first worker that gives it up, at DEBUG in the others."""
+        log.log(logging.ERROR if first else logging.DEBUG, "%s is given up: %s", instance, reason)
+
+    def _fail_waiting(self, instance: Instance, what: str) -> list[PendingResponse]:
+        """Fail all legs on it, which ends their requests or moves them to another pair."""
         error = EngineFrozen(f"The {instance.role.value} instance {what}.")
         return instance.progress.fail(error)
 
-    def _blame_receiver(self, prefill: Instance, receiver: Lease) -> None:
-        # The successor of a process that has ended is not what its prefills wait for.
-        if not receiver.same_process:
+    def _check_receiver(self, prefill: Instance, receiver: Lease) -> None:
+        """Give up the decode of a stalled prefill when it is not the first such prefill."""
+        # A prefill that sent to a process that has ended does not wait for the process after it.
+        if not receiver.still_ready:
             return
         decode = receiver.instance
-        if self._peer_view.blame(prefill, decode) >= _SENDERS:
-            # What it has taken in before it may still answer.
-            first = self._peer_view.found(decode)
+        if self._peer_view.report_blocked_prefill(prefill, decode) >= _MIN_BLOCKED_PREFILLS:
+            # Its waiting legs are not failed: it may still answer requests whose KV it has received.
+            first = self._peer_view.report_stall(decode)
             self._registry.freeze(decode, "prefills that send to it are stalled", first=first)
-            self._registry.want_restart(decode, "prefills that send to it are stalled: it takes in no KV; restart it")
+            reason = "prefills that send to it are stalled: it receives no KV; restart it"
+            self._registry.request_restart(decode, reason)
+            self._log_given_up(decode, reason, first=not self._peer_view.given_up(decode))
             self._peer_view.give_up(decode)
-            log.error("%s is given up: %s", decode, decode.reason)
 
-    async def _until_it_moves(self, instance: Instance) -> None:
-        mark = await self.mark(instance)
+    async def _until_progress(self, instance: Instance) -> None:
+        before = await self.snapshot(instance)
         while instance.state is State.FROZEN:
-            if await self.moved(instance, mark, self._shortest) and instance.state is State.FROZEN:
-                log.warning("%s moves again by itself", instance)
+            if await self.progressed(instance, before, self._shortest) and instance.state is State.FROZEN:
+                log.warning("%s makes progress again without replays", instance)
                 if instance.breaker.trip(self._registry.now()):
-                    self._registry.breaker_moved(instance)
-                self._registry.thaw(instance, "moves again")
+                    self._registry.breaker_changed(instance)
+                self._registry.unfreeze(instance, "makes progress again")
 
 
-def _moves(instance: Instance) -> int:
-    return instance.progress.moves + instance.progress.moves_elsewhere
+def _outputs(instance: Instance) -> int:
+    return instance.progress.outputs + instance.progress.peer_outputs

@@ -1,1 +1,1 @@
-"""HTTP/1.1 on the wire, for both sides of the proxy: headers, heads seen before, chunked framing. Pure."""
+"""HTTP/1.1 for both sides of the proxy: forwarded headers, head writer, head cache, chunked framing. Without I/O."""

@@ -1,8 +1,8 @@
-"""Whole chunks of a chunked body (RFC 9112, 7.1), as the tokens of a stream come: one by one, or several at once.
+"""Recognises complete chunks of a chunked body (RFC 9112, 7.1) without a parser, as a token stream brings them.
 
-Only the form in which vLLM's server writes them counts: lower-case digits, no extensions (uvicorn 0.20 - 0.54,
-``protocols/http/httptools_impl.py``, ``send``), and in each of them whole lines, as vLLM's events are. Everything else
-is left to a parser.
+Only the form that vLLM's server writes is recognised: lower-case digits and no extensions (uvicorn 0.20 - 0.54,
+``protocols/http/httptools_impl.py``, ``send``), and data that ends with a line end, as vLLM's events do. Everything
+else goes to the parser.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Final
 
 _END: Final = b"\n\r\n"
-"""Of a chunk of whole lines."""
+"""Last bytes of a chunk whose data ends with a line end."""
 
-_LONGEST: Final = 4096
-"""Bytes of a single chunk that is recognised at a glance. There is a front for each length."""
+_MAX_LOOKUP: Final = 4096
+"""Bytes of a single chunk that is recognised by a table look-up; the table has one entry for each length."""
 
 _ZERO: Final = ord("0")
 _NINE: Final = ord("9")
@@ -22,31 +22,33 @@ _F: Final = ord("f")
 _CR: Final = ord("\r")
 _LF: Final = ord("\n")
 
-_MOST: Final = 1 << 20
-"""Bytes of a chunk that is followed to its end."""
+_MAX_CHUNK: Final = 1 << 20
+"""Bytes of data; larger chunks go to the parser."""
 
 
-def _fronts() -> list[bytes]:
-    """What stands in front of a chunk's data, by the length of the whole chunk; empty where no chunk is that long."""
-    fronts = [b""] * (_LONGEST + 1)
-    for size in range(1, _LONGEST):
-        front = b"%x\r\n" % size
-        length = len(front) + size + 2
-        if length <= _LONGEST:
-            fronts[length] = front
-    return fronts
+def _size_lines() -> list[bytes]:
+    """The size line of a chunk by the length of the complete chunk; empty where no chunk has that length."""
+    lines = [b""] * (_MAX_LOOKUP + 1)
+    for size in range(1, _MAX_LOOKUP):
+        line = b"%x\r\n" % size
+        length = len(line) + size + 2
+        if length <= _MAX_LOOKUP:
+            lines[length] = line
+    return lines
 
 
-_FRONTS: Final = _fronts()
+_SIZE_LINES: Final = _size_lines()
 
 
-def are_whole(data: bytes) -> bool:
-    """Whether ``data`` is one or more whole chunks of whole lines and nothing else, none of them the last one of its
-    body. The parser must stand between two chunks."""
+def are_complete_chunks(data: bytes) -> bool:
+    """Whether ``data`` is one or more complete chunks, each ending with a line end, without the terminating chunk.
+
+    ``data`` must begin at a chunk boundary.
+    """
     length = len(data)
-    if length <= _LONGEST:
-        front = _FRONTS[length]
-        if front and data.startswith(front) and data.endswith(_END):
+    if length <= _MAX_LOOKUP:
+        size_line = _SIZE_LINES[length]
+        if size_line and data.startswith(size_line) and data.endswith(_END):
             return True
     at = 0
     while at < length:
@@ -61,7 +63,7 @@ def are_whole(data: bytes) -> bool:
                 size = size * 16 + digit - _A + 10
             else:
                 break
-            if size > _MOST:
+            if size > _MAX_CHUNK:
                 return False
             at += 1
         end = at + 2 + size + 2

@@ -1,51 +1,51 @@
-"""Which headers cross the proxy, in each direction. All in the bytes of the wire, with names in lower case.
+"""Which headers are forwarded, in each direction. Bytes as on the wire, names in lower case.
 
-Everything passes but what belongs to one connection (RFC 9110, 7.6.1), what the client library sets itself, and
-what could reach into the KV transfer: the request id is the proxy's own, and X-data-parallel-rank (vLLM 0.14 and
-newer) would pick an engine behind the instance.
+Every header is forwarded except hop-by-hop ones (RFC 9110, 7.6.1), those that the proxy's own HTTP client sets, and
+those that could interfere with the KV transfer: the proxy sets X-Request-Id, and X-data-parallel-rank (vLLM 0.14 and
+newer) would select an engine behind the instance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from http import HTTPStatus
+from collections.abc import Iterable
 
+from disagg_proxy.http1.head_writer import header_lines
 from disagg_proxy.request_id import MARKERS, RequestId
 
 Headers = list[tuple[bytes, bytes]]
-"""Name in lower case and value, in the order of the wire."""
+"""Pairs of lower-case name and value, in the order received."""
 
 
 class ForwardedHeaders(Headers):
-    """Those of an answer on their way to the client, but for Content-Length. Not to be changed: answers with the same
-    head share them.
+    """Headers of a response to the client, without Content-Length. Immutable by convention: responses with the same
+    head share one object.
 
     Attributes:
-        lines: the same as lines of the wire, in any case with a Content-Type.
+        lines: the same as header lines, with a Content-Type in any case.
     """
 
     __slots__ = ("lines",)
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(header for header in headers if header[0] != b"content-length")
-        self.lines = lines_of(self)
+        self.lines = header_lines(self)
         if not value_of(self, b"content-type"):
             self.lines += b"content-type: application/json\r\n"
 
 
 class ResponseHeaders(Headers):
-    """Those of an instance's answer. Not to be changed: answers with the same head share them.
+    """Headers of an instance's response. Immutable by convention: responses with the same head share one object.
 
     Attributes:
-        passed: what goes on to the client, once that was found out; ``stream``: whether the body is one of events.
+        forwarded: cache of :func:`forwarded_response_headers`; None until the first call.
+        stream: whether the body is a stream of server-sent events.
     """
 
-    __slots__ = ("passed", "stream")
+    __slots__ = ("forwarded", "stream")
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(headers)
-        self.passed: ForwardedHeaders | None = None
+        self.forwarded: ForwardedHeaders | None = None
         self.stream = value_of(self, b"content-type").startswith(b"text/event-stream")
 
 
@@ -53,93 +53,76 @@ _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade".split()
 )
-_REQUEST_OWN = _HOP_BY_HOP | frozenset(
+_NOT_TO_ENGINE = _HOP_BY_HOP | frozenset(
     b"host content-length expect accept-encoding x-request-id x-data-parallel-rank".split()
 )
-_ANSWER_OWN = _HOP_BY_HOP | frozenset(b"date server x-request-id".split())
+_NOT_TO_CLIENT = _HOP_BY_HOP | frozenset(b"date server x-request-id".split())
 
-_MAX_ID = 256
+_MAX_ID_BYTES = 256
 
-_MARK = MARKERS[0].encode()
-"""What every internal id begins with."""
+_ID_MARKER = MARKERS[0].encode()
+"""Every internal request id begins with it."""
 
 
 def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """The value of the first header called ``name``; empty when there is none."""
+    """The value of the first header ``name``; empty if there is none."""
     for found, value in headers:
         if found == name:
             return value
     return b""
 
 
-def lines_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """As lines of the wire."""
-    return b"".join([b"%s: %s\r\n" % header for header in headers])
-
-
-@lru_cache(maxsize=128)
-def status_line(status: int) -> bytes:
-    """The first line of an HTTP/1.1 answer."""
-    try:
-        phrase = HTTPStatus(status).phrase
-    except ValueError:
-        phrase = ""
-    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
-
-
-def encode_headers(headers: Mapping[str, str]) -> bytes:
-    """Header lines of a request of the proxy's own."""
-    return b"".join(f"{name}: {value}\r\n".encode() for name, value in headers.items())
-
-
-def request_lines(headers: Headers, engine_api_key: str) -> bytes:
-    """The client's headers as lines for an instance, still without X-Request-Id.
+def forwarded_request_lines(headers: Headers, engine_api_key: str) -> bytes:
+    """The client's headers as header lines for an instance, without X-Request-Id.
 
     Args:
-        engine_api_key: replaces the client's own key when it is set.
+        engine_api_key: replaces the client's key, unless empty.
     """
-    dropped = _dropped(headers, _REQUEST_OWN)
+    dropped = _dropped(headers, _NOT_TO_ENGINE)
     if engine_api_key:
-        # X-Api-Key is where Anthropic's client puts its key.
+        # Anthropic's client sends its key as X-Api-Key.
         dropped |= {b"authorization", b"x-api-key"}
-    lines = [b"%s: %s\r\n" % header for header in headers if header[0] not in dropped]
-    # A compressed answer could not be searched for the internal id.
-    lines.append(b"accept-encoding: identity\r\n")
+    forwarded = [header for header in headers if header[0] not in dropped]
+    # The internal id could not be found in a compressed response.
+    forwarded.append((b"accept-encoding", b"identity"))
     if engine_api_key:
-        lines.append(b"authorization: Bearer %s\r\n" % engine_api_key.encode())
-    return b"".join(lines)
+        forwarded.append((b"authorization", b"Bearer " + engine_api_key.encode()))
+    return header_lines(forwarded)
 
 
-def answer_headers(headers: Headers, request_id: RequestId | None) -> ForwardedHeaders:
-    """An instance's headers as they go to the client, with no trace of the internal id, and without Content-Length."""
-    if isinstance(headers, ResponseHeaders) and headers.passed is not None:
-        return headers.passed
-    dropped = _dropped(headers, _ANSWER_OWN)
+def forwarded_response_headers(headers: Headers, request_id: RequestId | None) -> ForwardedHeaders:
+    """An instance's headers for the client: the internal request id is replaced, Content-Length is left out.
+
+    Args:
+        request_id: None if the request had no internal id.
+    """
+    if isinstance(headers, ResponseHeaders) and headers.forwarded is not None:
+        return headers.forwarded
+    dropped = _dropped(headers, _NOT_TO_CLIENT)
     found = [header for header in headers if header[0] not in dropped]
-    marked = [value for _, value in found if _MARK in value]
-    if not marked:
-        passed = ForwardedHeaders(found)
+    if not any(_ID_MARKER in value for _, value in found):
+        forwarded = ForwardedHeaders(found)
         if isinstance(headers, ResponseHeaders):
-            headers.passed = passed
-        return passed
+            headers.forwarded = forwarded
+        return forwarded
     if request_id is not None:
         internal, public = request_id.internal.encode(), request_id.public.encode()
         found = [(name, value.replace(internal, public)) for name, value in found]
     return ForwardedHeaders(found)
 
 
-def _dropped(headers: Headers, own: frozenset[bytes]) -> frozenset[bytes]:
-    """``own``, and the names that a Connection header declares hop-by-hop."""
+def _dropped(headers: Headers, always: frozenset[bytes]) -> frozenset[bytes]:
+    """``always``, and the names that a Connection header declares hop-by-hop."""
     value = value_of(headers, b"connection")
     if not value or value.lower() == b"keep-alive":
-        return own
-    return own | {token.strip().lower() for token in value.split(b",")}
+        return always
+    return always | {token.strip().lower() for token in value.split(b",")}
 
 
 def client_request_id(headers: Headers) -> str | None:
-    """The client's own X-Request-Id, to be returned to it; None when there is none worth returning."""
+    """The client's X-Request-Id, returned to it; None if it is missing, too long or not printable ASCII."""
     value = value_of(headers, b"x-request-id")
-    if not value or len(value) > _MAX_ID or not value.isascii():
+    if not value or len(value) > _MAX_ID_BYTES or not value.isascii():
         return None
     text = value.decode()
     return text if text.isprintable() else None

@@ -1,1 +1,1 @@
-"""Text rules of vLLM's HTTP side and of its P2P NCCL connector: pure functions on bytes and headers, no I/O."""
+"""Rules of the OpenAI and Anthropic bodies of vLLM: pure functions on bytes, no I/O."""

@@ -1,8 +1,8 @@
-"""What each field of a generation request becomes on the two legs. The reasons, field by field: docs/request-fields.md.
+"""How each field of a generation request is sent on the two legs. The reasons, field by field: docs/request-fields.md.
 
-Principle: prefill gets the client's body with as few changes as possible, so that it refuses whatever decode would
-refuse, before any KV exists; but it must generate exactly one token per choice from exactly decode's prompt.
-Fields that are not named here pass untouched.
+Principle: prefill gets the client's body with as few changes as possible, so that it refuses what decode would refuse
+before any KV exists; but it must generate exactly one token per choice from exactly decode's prompt. Fields that are
+not named here pass unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Route:
 
     Attributes:
         path: the same on the proxy and on the instances.
-        dialect: whose request model it is.
+        dialect: the API whose request model it has.
     """
 
     path: str
@@ -30,23 +30,23 @@ COMPLETIONS = Route("/v1/completions", "completions")
 CHAT = Route("/v1/chat/completions", "chat")
 MESSAGES = Route("/v1/messages", "messages")
 RESPONSES = Route("/v1/responses", "responses")
-"""Only for a decode that computes: no other engine can be told where the KV of such a request goes."""
+"""Only for a decode that computes the prompt: vLLM takes the engine's request id of this route from the body."""
 ROUTES = (COMPLETIONS, CHAT, MESSAGES)
-"""What a pair serves."""
+"""Routes that a pair serves."""
 GENERATION = (*ROUTES, RESPONSES)
 
 _STEERING = ("kv_transfer_params", "request_id")
-"""Fields that steer the KV transfer or name the engine's request; both are the proxy's own."""
+"""Fields that control the KV transfer or name the engine's request. Only the proxy sets them."""
 
 _STEERED = frozenset((*_STEERING, "vllm_xargs"))
-"""Where they may stand."""
+"""Fields that are, or may contain, one of them."""
 
 _NOT_ON_KV_RELEASE = ("echo", "logprobs", "top_logprobs", "prompt_logprobs")
-"""Costly, or garbage on decode, and nobody reads a drain's answer."""
+"""Fields that cost time, or return garbage on decode; the response of a KV release is discarded."""
 
 
 def strip(body: Body) -> bool:
-    """Take out, in place, what may reach neither instance; returns whether anything was there."""
+    """Remove, in place, the fields that must not reach an instance. Returns whether there were any."""
     found = False
     if _STEERED.isdisjoint(body):
         return found
@@ -58,7 +58,7 @@ def strip(body: Body) -> bool:
 
 
 def for_prefill(route: Route, body: Body) -> Body:
-    """The body that makes prefill compute the prompt and one token per choice, and no more."""
+    """Prefill's body: compute the prompt and one token per choice."""
     changed = dict(body)
     if _at_least_one(body.get("max_tokens")) or (route.dialect != "messages" and body.get("max_tokens") is None):
         changed["max_tokens"] = 1
@@ -70,11 +70,11 @@ def for_prefill(route: Route, body: Body) -> Body:
     if route.dialect == "messages" and _has_thinking_budget(body):
         del changed["thinking"]
     if body.get("stream"):
-        # Without a stream both legs refuse stream_options, and prefill shall be the one to say so.
+        # Without a stream both legs refuse stream_options; then prefill must see them, to refuse first.
         changed.pop("stream_options", None)
     changed["stream"] = False
     if forces_tool(route, body):
-        # An answer that is not streamed is parsed, and a tool call that is cut off after one token does not parse.
+        # vLLM parses an unstreamed answer, and a tool call that is cut off after one token does not parse.
         changed["stream"] = True
         if route.dialect == "chat":
             changed["stream_options"] = {"include_usage": True}
@@ -82,9 +82,9 @@ def for_prefill(route: Route, body: Body) -> Body:
 
 
 def for_kv_release(prefill_body: Body) -> Body:
-    """The body that frees prefilled KV on decode: one token of the same prompt, choices and ids."""
+    """The body of a KV release: decode generates one token of the same prompt, choices and ids."""
     kept = {name: value for name, value in prefill_body.items() if name not in _NOT_ON_KV_RELEASE}
-    # 0 goes with echo only.
+    # 0 is only valid with echo.
     return {**kept, "max_tokens": 1}
 
 
@@ -115,7 +115,7 @@ def _has_thinking_budget(body: Body) -> bool:
 
 
 def _at_least_one(limit: Any) -> bool:
-    """Whether pydantic's lax ``int`` may read ``limit`` as 1 or more; strings are left for decode to judge."""
+    """Whether pydantic's lax ``int`` may read ``limit`` as 1 or more; strings are left to decode."""
     if type(limit) is int:
         return bool(limit >= 1)
     if isinstance(limit, str):

@@ -1,9 +1,8 @@
-"""Reads a long request without its text: the rules look at no text, only at its length.
+"""Parses a long request without decoding its text, of which the rules need only the length.
 
-Reading and writing 64 KiB of text cost more than the rest of a request together. So ``prompt``, and ``content`` and
-``text`` within ``messages``, stay as they stand in the body where they are long: :class:`msgspec.Raw`, which is written
-out again byte by byte. The reader has found their ends; whether what is between is well-formed beyond that is left to
-prefill, which reads it before decode does.
+Decoding and encoding 64 KiB of text costs more than the rest of a request. So long values of ``prompt``, and of
+``content`` and ``text`` within ``messages``, stay :class:`msgspec.Raw`, which is encoded again byte by byte. Only their
+ends are found; whether they are valid is left to prefill, which reads them before decode does.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import msgspec
 from disagg_proxy.openai.fields import Body
 
 LONG = 2048
-"""Bytes from which on a text stays unread."""
+"""Longer values, in bytes, are not decoded."""
 
 _QUOTE, _BRACKET = ord('"'), ord("[")
 
@@ -24,10 +23,10 @@ _objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
 
 def read(raw: bytes) -> Body:
-    """A JSON object in which long texts are unread.
+    """A JSON object whose long texts are :class:`msgspec.Raw`.
 
     Raises:
-        msgspec.MsgspecError, ValueError, RecursionError: it is not one that can be read so; ``json`` may take it.
+        msgspec.MsgspecError, ValueError, RecursionError: it cannot be parsed this way; ``json`` may accept it.
     """
     return {name: _value(name, value) for name, value in _object.decode(raw).items()}
 
@@ -44,5 +43,5 @@ def _value(name: str, value: msgspec.Raw) -> Any:
 
 
 def size_of(text: msgspec.Raw) -> int:
-    """Its bytes as they stand in the body, escapes included; 0 for media, as in ``size``."""
+    """Length of an undecoded text in bytes, escapes included; 0 for media, as in :func:`prepare.prompt_size`."""
     return 0 if bytes(memoryview(text)[:6]) == b'"data:' else len(text) - 2

@@ -1,4 +1,4 @@
-"""Whether prefill did its work, read from its whole answer. A 200 alone does not say so.
+"""Whether prefill did its work, read from its complete answer. A 200 alone is no proof.
 
 vLLM 0.9.2 - 0.14 can put an error object into a 200 (docs/request-fields.md, 2g), and an answer that is streamed,
 as those to forced tool calls are, reports a refusal as an event. The first chunk of a stream is sent after the
@@ -30,7 +30,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PrefillResult:
-    """What an answer with status 200 means; for a refusal also its own status and JSON body."""
+    """Verdict on an answer with status 200; for a refusal also its status and JSON body."""
 
     verdict: Verdict
     status: int = 200
@@ -46,7 +46,7 @@ def read_prefill(route: Route, body: bytes, streamed: bool, choices: int) -> Pre
 
     Args:
         streamed: whether it is an event stream.
-        choices: after an error in mid-stream only a single choice is known to be whole.
+        choices: number of choices; after an error in mid-stream only a single one is known to be complete.
     """
     if not streamed:
         return _DONE if _is_answer(route, body) else _judge_object(route, _object(body))
@@ -66,14 +66,14 @@ _Answer: Any = msgspec.defstruct(
     "_Answer",
     [("object", Any, None), ("error", Any, None), ("type", Any, None), ("choices", msgspec.Raw, msgspec.Raw(b"null"))],
 )
-"""What is looked at of an answer; reading no more takes a third of the time. Not a class, which would not be one of
-msgspec's when compiled."""
+"""The fields that are needed of an answer; parsing only these takes a third of the time. Not a class statement, which
+mypyc would not compile to a msgspec struct."""
 
 _answers = msgspec.json.Decoder(_Answer)
 
 
 def _is_answer(route: Route, body: bytes) -> bool:
-    """Whether it is plainly what :func:`_judge_object` takes for DONE; False where that has to look."""
+    """Fast check for the common case of DONE; False: :func:`_judge_object` decides."""
     try:
         answer = _answers.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -114,17 +114,17 @@ def _object(text: bytes) -> dict[str, Any]:
 
 
 _OVER_CONTEXT = "maximum context length"
-"""In vLLM's words for it, 0.9.2 - 0.23."""
+"""Part of vLLM's error message, 0.9.2 - 0.23."""
 
 
 def prompt_tokens(body: bytes) -> int:
-    """The prompts' length in tokens by an answer's usage, cached tokens included; 0 without one."""
+    """Length of the prompts in tokens according to an answer's usage, cached tokens included; 0 without usage."""
     most = 0
     for key in PROMPT:
         at = body.find(key)
         while at >= 0:
             found = COUNT.match(body, at + len(key))
-            # A quote behind a backslash is text that the model wrote.
+            # A quote after a backslash is within text of the model.
             if found and body[at - 1 : at] != b"\\":
                 most = max(most, int(found[1]) + cached_beside(body, at))
             at = body.find(key, at + len(key))

@@ -1,9 +1,9 @@
-"""The beginnings of a prompt, by name, without a tokenizer: what shall meet the KV that was computed for it before.
+"""Hashes of a prompt's prefixes, without a tokenizer, so that a request can be sent where KV of its prefix is cached.
 
-Text is taken in the order in which chat templates put it: tools, system, messages; with the roles between. It is
-named at fixed lengths (``ENDS``), each name a checksum of everything up to there, so two prompts have the same names
-as far as they are the same, whatever route they came by. CRC-32 is enough, and the fastest in the standard library
-(10 us for 32 KiB): a wrong match costs one detour, and whoever forges one harms only his own request.
+Text is taken in the order of chat templates: tools, system, messages, with the roles between. It is hashed at fixed
+lengths (``ENDS``), each hash covering everything up to there, so two prompts share hashes as far as they are equal,
+whatever their route. CRC-32 is sufficient, and the fastest in the standard library (10 us for 32 KiB): a collision
+costs one less suitable instance, and a forged one only harms its own request.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from typing import Any, NamedTuple
 from disagg_proxy.openai.fields import Body, Route
 
 ENDS = (*range(256, 2049, 256), *range(3072, 16385, 1024), *range(20480, 32769, 4096))
-"""Bytes after which a beginning has a name; prompts that differ after the last one are taken to be the same."""
+"""Prefix lengths in bytes that are hashed; prompts that differ only after the last one count as equal."""
 
 MAX_BYTES = ENDS[-1]
 """Bytes of a prompt that are hashed."""
 
 _ID_BYTES = 4
-"""Token ids count as text of so many bytes."""
+"""Bytes that a token id counts as."""
 
 _ID_ENDS = tuple(end // _ID_BYTES for end in ENDS)
 
 _HOME = 1024
-"""Bytes that stand for the conversation where there are no messages to tell."""
+"""Bytes that identify a conversation where the request has no messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class AffinityNeeds:
-    """What a request shall be looked at for; nothing is hashed for what is not."""
+    """What the policies need to know of a request; the rest is not computed."""
 
     prefix: bool = False
     session: bool = False
 
 
 class Affinity(NamedTuple):
-    """What a request has in common with others.
+    """Properties by which requests may share cached KV.
 
     Attributes:
-        prefix: names of its beginnings, the shortest first. size: bytes of its whole prompt.
-        home: name of what stays the same through a conversation: tools, system and first message. None for prompts
-            that are too short for a name, since meeting their KV again saves nothing.
-        user: name of the body's ``user`` (chat, completions) or ``metadata.user_id`` (messages).
+        prefix: hashes of its prefixes, the shortest first. size: bytes of the complete prompt.
+        home: hash of what stays the same through a conversation: tools, system and first message. None for prompts
+            shorter than the shortest prefix, whose KV is not worth finding again.
+        user: hash of the body's ``user`` (chat, completions) or ``metadata.user_id`` (messages).
     """
 
     prefix: tuple[int, ...] = ()
@@ -58,20 +58,20 @@ NO_AFFINITY = Affinity()
 
 
 def affinity(route: Route, body: Body, wanted: AffinityNeeds) -> Affinity:
-    """Look at ``body``; never raises, whatever it holds."""
+    """The affinity of a request. Never raises, whatever ``body`` holds."""
     user = _user(route, body) if wanted.session else None
     if not wanted.prefix:
         return NO_AFFINITY if user is None else Affinity(user=user)
     prompt = body.get("prompt") if route.dialect == "completions" else None
     if isinstance(prompt, str) and len(prompt) < ENDS[0] and prompt.isascii():
-        # Too short to have a name.
+        # Shorter than the shortest prefix.
         return Affinity(size=len(prompt), user=user)
     seed = zlib.crc32(repr((body.get("model"), body.get("cache_salt"))).encode("utf-8", "replace"))
     if route.dialect != "completions":
         return _of_messages(route, body, seed, user)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        # A list of prompts goes to one instance; they mostly share their beginning.
+        # A list of prompts goes to one instance; they mostly share a prefix.
         prompt = prompt[0]
     if isinstance(prompt, str):
         raw = _bytes(prompt[:MAX_BYTES])
@@ -84,7 +84,7 @@ def affinity(route: Route, body: Body, wanted: AffinityNeeds) -> Affinity:
 
 
 def session_name(text: str) -> int:
-    """The name of a session."""
+    """The hash of a session's name."""
     raw = _bytes(text)
     return zlib.crc32(raw) << 32 | zlib.crc32(raw, 1)
 
@@ -103,7 +103,7 @@ def _names(raw: bytes, seed: int) -> tuple[int, ...]:
         if end > size:
             break
         checksum = zlib.crc32(view[start:end], checksum)
-        # Names of different lengths never meet.
+        # Hashes of different lengths never match.
         names.append(checksum << 8 | depth)
         start = end
     return tuple(names)
@@ -113,7 +113,7 @@ def _of_ids(ids: list[Any], seed: int, user: int | None) -> Affinity:
     names = []
     checksum, start, size = seed, 0, len(ids)
     try:
-        # Tuples of numbers hash alike in every process.
+        # Hashes of tuples of numbers are the same in every process.
         for depth, end in enumerate(_ID_ENDS):
             if end > size:
                 break
@@ -159,7 +159,7 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
 
 
 def _text(content: Any) -> str:
-    """Content as one text: texts as they are, so that a longer one begins like a shorter one; the rest dumped."""
+    """Content as one text. Texts stay unchanged, so that a longer one starts with a shorter one; the rest is dumped."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -171,9 +171,9 @@ def _text(content: Any) -> str:
 
 
 def _dumped(value: Any) -> str:
-    """Any JSON value in a form that is the same for the same value; nobody reads it back."""
+    """Any JSON value as text that is equal for equal values. It is never parsed."""
     try:
-        # Version 2 knows no references, which would depend on the identity of objects. Faster than json by far.
+        # Version 2 has no references, which would depend on object identity. Much faster than json.
         return marshal.dumps(value, 2).decode("latin-1")
     except ValueError:
         return ""

@@ -1,9 +1,9 @@
-"""From the client's bytes to the bodies of the legs. Pure; the rules themselves are in ``fields`` and ``refusals``.
+"""From the client's bytes to the bodies of both legs. Pure; the rules are in ``fields`` and ``unsupported``.
 
-The body means the same to the proxy and to both engines: it is read as the standard library's ``json`` reads it, which
-is what vLLM's server does. msgspec reads what it can faster, with the same outcome; whatever it refuses is read once
-more by ``json``, which takes other encodings and lone surrogates, and words the errors. Decode gets the client's own
-bytes unless a field in them must not pass.
+The body means the same to the proxy and to both engines: it is parsed as the standard library's ``json`` does, like
+vLLM's server. msgspec parses most bodies faster, with the same result; what it refuses is parsed again by ``json``,
+which accepts other encodings and lone surrogates, and provides the error messages. Decode gets the client's own bytes
+unless a field must be removed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from disagg_proxy.openai.prefix_hash import NO_AFFINITY, Affinity, AffinityNeeds
 
 @dataclass(slots=True)
 class Prepared:
-    """One request ready for its legs. Not frozen: that costs 2 µs of each request.
+    """One request, ready for its legs. Not frozen: that would cost 2 µs per request.
 
     Attributes:
-        model: the model asked for, None for the instances' default.
+        model: the requested model, None for the instances' default.
         prefill_body, decode_body: JSON for each leg.
         choices: how many choices each prompt gets; 1 when the field holds no number.
-        prefill_answers: prefill's answer is the client's, and decode has nothing to do but to free the KV.
-        streams: whether decode's answer shows its first token when it is there.
+        prefill_answers: prefill's answer is the client's; decode only frees the KV.
+        streams: whether the client requested a stream.
         prompt: token ids and bytes of text in the prompts, for
-            :class:`disagg_proxy.admission.token_estimate.TokenGuess`.
+            :class:`disagg_proxy.admission.token_estimate.TokenEstimator`.
         refusal: why a pair cannot serve it; one engine alone could.
-        affinity: what it has in common with others, as far as that was asked for.
-        limit: tokens that the client asks for at most; 0 when that is no number.
+        affinity: as far as the policies need it.
+        limit: the client's ``max_tokens``; 0 when that is no number.
         prompts: how many prompts there are.
     """
 
@@ -54,29 +54,29 @@ class Prepared:
 
     @property
     def kv_release_body(self) -> bytes:
-        """JSON that decodes one token of the same prompt. Rarely needed, so it is made when it is."""
+        """The body of a KV release. Created on demand, since it is rarely needed."""
         return encode(for_kv_release(json.loads(self.prefill_body)))
 
     def forget_bodies(self) -> None:
         """Drop the bodies once the answer streams, so that a long prompt does not stay in memory until its end.
 
-        Every try of a request shares one object; a try that still has KV to release keeps :meth:`for_release`.
+        All attempts of a request share one object; an attempt that still has KV to release keeps :meth:`for_release`.
         """
         self.prefill_body = self.decode_body = b""
 
     def for_release(self) -> Prepared:
-        """A copy with what the release of a try's KV needs, unaffected by :meth:`forget_bodies`.
+        """A copy for the KV release of an attempt, which :meth:`forget_bodies` does not affect.
 
-        The prefill body is shared, not copied: it gives the drain's body, and a replayed prefill.
+        It shares the prefill body, for :attr:`kv_release_body` and for a replayed prefill.
         """
         return replace(self, decode_body=b"")
 
 
 def prepare(route: Route, raw: bytes, wanted: AffinityNeeds | None = None) -> Prepared:
-    """Read, check and split one request.
+    """Parse and check one request, and create the bodies of its legs.
 
     Args:
-        wanted: what the choice of instances needs to know of it beside its size.
+        wanted: what the policies need to know besides its size.
 
     Raises:
         BadRequest: not JSON, not an object, or a field that no version of vLLM can serve.
@@ -85,7 +85,7 @@ def prepare(route: Route, raw: bytes, wanted: AffinityNeeds | None = None) -> Pr
         try:
             return _prepare(route, raw, read(raw), wanted)
         except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
-            # Whatever is wrong with it is worded by those who read it whole.
+            # Parsing it completely gives the error message.
             pass
     return _prepare(route, raw, parse_object(raw), wanted)
 
@@ -152,12 +152,12 @@ def _read_slowly(raw: bytes) -> object:
 
 
 def _no_constant(name: str) -> NoReturn:
-    """NaN and infinities are no JSON, and pass range checks in vLLM that are meant to stop them."""
+    """NaN and infinities are not JSON, and pass range checks of vLLM that should stop them."""
     raise ValueError(f"{name} is not a JSON value")
 
 
 def _finite(text: str) -> float:
-    """1e999 reads as infinity, which would reach prefill as the word for it, and decode as it was sent."""
+    """1e999 parses as infinity, which would reach prefill as ``Infinity`` and decode as it was sent."""
     value = float(text)
     if not isfinite(value):
         raise ValueError(f"{text[:20]} is beyond the range of numbers")
@@ -165,7 +165,7 @@ def _finite(text: str) -> float:
 
 
 def model_of(body: Body) -> str | None:
-    """The model asked for; vLLM takes its default for an absent, null or empty one."""
+    """The requested model; vLLM uses its default for an absent, null or empty one."""
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise BadRequest(f"model must be a string, not {_json_name(model)}.", param="model")
@@ -187,16 +187,16 @@ def _json_name(value: object) -> str:
     return names.get(type(value), "null")
 
 
-# -- how long the prompts are, without a tokenizer
+# -- the length of the prompts, without a tokenizer
 
 
 def choices_of(body: Body) -> int:
-    """How many choices each prompt gets: ``n`` as vLLM reads it, 1 where that is refused or missing."""
+    """Number of choices for each prompt: ``n`` as vLLM reads it, 1 where it is invalid or missing."""
     return max(1, lax_int(body["n"]) or 1) if "n" in body else 1
 
 
 def prompts_of(body: Body) -> int:
-    """How many prompts there are: a list of texts or of lists of token ids holds several."""
+    """Number of prompts: a list of texts or of lists of token ids holds several."""
     prompt = body.get("prompt")
     return len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
 
@@ -231,7 +231,7 @@ def _measure(value: Any) -> tuple[int, int]:
             else:
                 waiting.extend(item)
         elif isinstance(item, dict):
-            # Templates write the names too; without them a tool's schema has more tokens than bytes.
+            # Chat templates write the names too; without them a tool's schema has more tokens than bytes.
             waiting.extend(item)
             waiting.extend(item.values())
     return tokens, text

@@ -1,7 +1,8 @@
-"""What the proxy refuses with 400 although vLLM would take it: it would stop or stall an instance, or come back wrong.
+"""Requests that the proxy refuses with 400 although vLLM accepts them: they would stop or stall an instance, or return
+wrong results.
 
-Field by field, with the places in vLLM's source: docs/request-fields.md. What prefill or decode refuse by themselves
-is left to them.
+Field by field, with the places in vLLM's source: docs/request-fields.md. What prefill or decode
+refuse themselves is left to them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ _EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
 
 
 def check(route: Route, body: Body) -> None:
-    """Refuse what a pair cannot serve.
+    """Check for what a pair cannot serve.
 
     Raises:
-        BadRequest: vLLM itself would fail on it, but only after the prefill.
-        UnsupportedField: a single engine would serve it.
+        BadRequest: vLLM would fail too, but only after the prefill.
+        UnsupportedField: only a single engine can serve it.
     """
     _limits(route, body)
     if not _CHECKED_TOGETHER.isdisjoint(body):
@@ -74,7 +75,7 @@ def _engine_requests(body: Body) -> None:
 
 
 def _prompt_differs(body: Body) -> None:
-    """Whatever may render another prompt on the second leg than on the first."""
+    """Fields that may render a different prompt on decode than on prefill."""
     keep = body.get("truncate_prompt_tokens")
     if keep is not None and (type(keep) is not int or keep < 0):
         raise UnsupportedField(
@@ -92,7 +93,7 @@ def _prompt_differs(body: Body) -> None:
 
 
 def wants_prompt_logprobs(route: Route, body: Body) -> bool:
-    """Whether the answer holds logprobs of the prompt, which only prefill computes; decode returns garbage."""
+    """Whether the answer contains logprobs of the prompt, which only prefill computes; decode returns garbage."""
     if body.get("prompt_logprobs") is not None:
         return True
     if not body.get("echo"):
@@ -103,7 +104,7 @@ def wants_prompt_logprobs(route: Route, body: Body) -> bool:
 
 
 def prefill_can_answer(route: Route, body: Body) -> bool:
-    """Whether prefill's single token is all that was asked for, so that its answer is the client's."""
+    """Whether the client requests a single token, so that prefill's answer is the client's."""
     if body.get("stream") or forces_tool(route, body):
         return False
     limits = [body.get("max_tokens"), body.get("max_completion_tokens") if route.dialect == "chat" else None]

@@ -125,28 +125,28 @@ def _with(pattern: re.Pattern[bytes], text: bytes, number: int) -> bytes:
 
 _OUTPUT = (b'"completion_tokens"', b'"output_tokens"')
 COUNT = re.compile(rb"\s*:\s*(\d{1,18})(?!\d)")
-"""Behind the key of a number of tokens."""
+"""The number after a key."""
 
 
 def output_tokens(body: bytes) -> int | None:
-    """Tokens that an answer says it has, in its whole body or the last piece that has a usage; None when it does not.
+    """Generated tokens according to usage, in a complete body or the last chunk with usage; None without usage.
 
-    vLLM writes usage behind the text (0.9.2 - 0.23, ``entrypoints/openai/protocol.py``), so the last one counts.
+    vLLM writes usage after the text (0.9.2 - 0.23, ``entrypoints/openai/protocol.py``), so the last one counts.
     """
     for key in _OUTPUT:
         at = body.rfind(key)
-        # A quote behind a backslash is text that the model wrote.
+        # A quote after a backslash is within text of the model.
         if at >= 0 and body[at - 1 : at] != b"\\" and (found := COUNT.match(body, at + len(key))):
             return int(found[1])
     return None
 
 
 PROMPT: Final = (b'"prompt_tokens"', _ANTHROPIC.key)
-"""Keys of the prompt's length, or of what is left of it without :func:`cached_beside`."""
+"""Keys of the prompt's length; the second is without the tokens of :func:`cached_beside`."""
 
 
 def cached_beside(body: bytes, at: int) -> int:
-    """Prompt tokens of a cache that stand beside the key at ``at`` and are not in its number; 0 but on /v1/messages."""
+    """Cached prompt tokens that are counted beside the key at ``at``, not in its number; 0 except on /v1/messages."""
     fields = _ANTHROPIC.fields.match(body, at, at + _WINDOW)
     if fields is None:
         return 0
@@ -171,19 +171,19 @@ class UsageRepair:
         self.use = use
         self.held = b""
 
-    def feed(self, piece: bytes) -> bytes:
-        """What may be passed on now; may be empty."""
-        if not self.held and piece.find(self.key) < 0 and piece.endswith(b"\n"):
-            # Whole events without usage; no beginning of the key ends like that.
-            return piece
-        return self._pass(self.held + piece if self.held else piece, ended=False)
+    def feed(self, chunk: bytes) -> bytes:
+        """The bytes that can be sent now; may be empty."""
+        if not self.held and chunk.find(self.key) < 0 and chunk.endswith(b"\n"):
+            # Complete events without usage; no beginning of the key ends like that.
+            return chunk
+        return self._pass(self.held + chunk if self.held else chunk, ended=False)
 
     def end(self) -> bytes:
-        """What was held back until the body ended."""
+        """The rest of the body that was held back."""
         return self._pass(self.held, ended=True)
 
     def _pass(self, data: bytes, ended: bool) -> bytes:
-        """Everything up to the first key whose object has not ended yet, which is held back."""
+        """The data up to the first key whose object is incomplete; the rest is held back."""
         passed: list[bytes] = []
         at, length = 0, len(self.key)
         while (key := data.find(self.key, at)) >= 0:
@@ -202,7 +202,7 @@ class UsageRepair:
         return b"".join((*passed, data[at:cut])) if passed else data[:cut]
 
     def _beginning(self, data: bytes, at: int) -> int:
-        """Where a tail that is a beginning of the key starts; the length of ``data`` when there is none."""
+        """Offset of a tail that may be the beginning of the key; ``len(data)`` when there is none."""
         start = data.find(b'"', max(at, len(data) - len(self.key) + 1))
         while start >= 0:
             if self.key.startswith(data[start:]):

@@ -1,4 +1,4 @@
-"""The live page: one document, and the feed that keeps every open one up to date.
+"""The live page: one HTML document, and the feed of server-sent events that updates it.
 
 Its routes are in ``server/asgi/page_routes.py``.
 """

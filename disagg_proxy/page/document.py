@@ -1,8 +1,8 @@
-"""The document that a browser gets: the files of ``web/`` joined into one, and the headers that go with it.
+"""The HTML document of the live page: the files of ``web/`` joined into one, and its response headers.
 
-The page holds no data and no key; both come later, over the feed. Its policy (Content Security Policy Level 3) names
-its one script and its one style by their hashes, so that nothing else runs in it whatever text it shows:
-``require-trusted-types-for`` forbids the ways by which text could become markup. All that it may reach is the proxy.
+The document contains no data and no key; data comes over the feed. Its Content Security Policy (Level 3) allows its one
+script and its one style by hash, so that no text it shows can be executed; ``require-trusted-types-for`` disables the
+APIs that turn text into markup. It can connect to the proxy only.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SCRIPTS = (
     "text.js", "dom.js", "model.js", "headline.js", "machine.js", "charts.js", "requests.js", "events.js",
     "stream.js", "ask.js", "main.js",
 )  # fmt: skip
-"""In the order in which they are joined; each uses those before it only."""
+"""In the order in which they are joined; at load time each uses only those before it."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """What is sent for the page.
+    """The response to a request for the page.
 
     Attributes:
         body: the HTML.
-        headers: everything but the length.
+        headers: all but Content-Length.
     """
 
     body: bytes
@@ -38,10 +38,10 @@ class Document:
 
 @cache
 def document() -> Document:
-    """The page, joined once.
+    """The document, built on the first call.
 
     Raises:
-        ValueError: a script or the style would end its element early.
+        ValueError: a script or the style contains text that would end its element early.
     """
     script = "".join(["(() => {\n'use strict';\n", f"const STRINGS = {_strings()};\n", *map(_read, SCRIPTS), "})();\n"])
     style = _read("page.css")
@@ -76,13 +76,13 @@ def document() -> Document:
 
 
 def strings() -> dict[str, dict[str, str]]:
-    """Everything that the page says, by language and key."""
+    """The texts of the page, by language and key."""
     texts: dict[str, dict[str, str]] = json.loads(_read("strings.json"))
     return texts
 
 
 def _strings() -> str:
-    # JSON is JavaScript, but for the "<" that could end the script element.
+    # JSON is valid JavaScript; "<" is escaped since it could end the script element.
     return json.dumps(strings(), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -1,7 +1,7 @@
-"""Is it working? One sentence, what was done about what is not, and the story of the last incident.
+"""The verdict: whether the proxy is serving, what it does about failed engines, and the course of the last incident.
 
-Made from a view, for the page and for ``top`` alike. Nothing here is a text: a sentence is the key of one in
-``web/strings.json`` with what is to be filled in, where ``role`` and ``state`` are words that have texts of their own.
+Computed from a view, for the page and for ``top``. It contains no text: a sentence is a key of ``web/strings.json``
+with the values to fill in, of which ``role`` and ``state`` are translated too.
 """
 
 from __future__ import annotations
@@ -12,68 +12,75 @@ from typing import Any
 View = dict[str, Any]
 Sentence = dict[str, Any]
 
-_TROUBLE = frozenset({"frozen", "lost", "restart_wanted", "breaker_opened"})
-_OVER = frozenset({"admitted", "breaker_closed"})
-_STORY = _TROUBLE | _OVER | {"freed", "replayed", "restarted", "probing"}
+_INCIDENT = frozenset({"frozen", "lost", "restart_wanted", "breaker_opened"})
+_RECOVERY = frozenset({"admitted", "breaker_closed"})
+_SHOWN = _INCIDENT | _RECOVERY | {"freed", "replayed", "restarted", "probing"}
 
 
 def verdict(view: View) -> dict[str, Any]:
-    """``level`` (ok, warn or bad), ``sign`` (a shape), ``head`` (a sentence), ``since`` (Unix time of what it says, or
-    None) and ``details`` (sentences).
+    """The verdict of a view.
 
     Args:
         view: with ``health``.
+
+    Returns:
+        ``level`` (ok, warn or bad), ``sign`` (name of an icon), ``head`` (a sentence), ``since`` (Unix time since when
+        it holds, or None) and ``details`` (sentences).
     """
     instances, health = view["instances"], view["health"]
     pairs = health["pairs"]
     if health["status"] == "stopping":
-        return _said("warn", "warning", _say("head_stopping"))
+        return _verdict("warn", "warning", _sentence("head_stopping"))
     if frozen := [i for i in instances if i["state"] == "frozen"]:
         return _frozen(view, frozen, pairs)
     off = [i for i in instances if state_of(i) != "ready" or i["restart_wanted"]]
     details = [
-        _say("detail_state", role=i["role"], name=i["http_address"], state=state_of(i), reason=i["reason"]) for i in off
+        _sentence("detail_state", role=i["role"], name=i["http_address"], state=state_of(i), reason=i["reason"])
+        for i in off
     ]
     if pairs and off:
-        return _said("warn", "warning", _counted("head_serving_but", pairs), details)
+        return _verdict("warn", "warning", _counted("head_serving_but", pairs), details)
     if pairs:
-        return _said("ok", "ready", _counted("head_serving", pairs))
+        return _verdict("ok", "ready", _counted("head_serving", pairs))
     if health["status"] == "ok":
-        return _said("warn", "warning", _say("head_alone"), details)
-    return _said("bad", "lost", _why_no_pair(instances), details)
+        return _verdict("warn", "warning", _sentence("head_alone"), details)
+    return _verdict("bad", "lost", _why_no_pair(instances), details)
 
 
 def incident(view: View) -> dict[str, Any] | None:
-    """The newest trouble of an instance, from its beginning to its end: ``role``, ``name``, ``steps`` (events) and
-    ``over_after`` in seconds (None while it is not over). None when there was none."""
+    """The last incident of an instance, or None.
+
+    Returns:
+        ``role``, ``name``, ``steps`` (its events) and ``over_after`` (its duration in seconds, None while it lasts).
+    """
     events = view["events"]
-    last = next((e for e in reversed(events) if e["kind"] in _TROUBLE), None)
+    last = next((e for e in reversed(events) if e["kind"] in _INCIDENT), None)
     if last is None:
         return None
-    own = [e for e in events if e["instance"] == last["instance"] and e["kind"] in _STORY]
-    # Troubles that follow each other without an end between them are one.
+    own = [e for e in events if e["instance"] == last["instance"] and e["kind"] in _SHOWN]
+    # Troubles without a recovery in between are one incident.
     start = own.index(last)
-    while start > 0 and own[start - 1]["kind"] not in _OVER:
+    while start > 0 and own[start - 1]["kind"] not in _RECOVERY:
         start -= 1
-    while own[start]["kind"] not in _TROUBLE:
+    while own[start]["kind"] not in _INCIDENT:
         start += 1
-    story = own[start:]
-    end = next((place for place, e in enumerate(story) if e["kind"] in _OVER), None)
-    steps = story if end is None else story[: end + 1]
+    course = own[start:]
+    end = next((place for place, e in enumerate(course) if e["kind"] in _RECOVERY), None)
+    steps = course if end is None else course[: end + 1]
     where = next((i for i in view["instances"] if i["key"] == last["instance"]), None)
     return {
         "role": None if where is None else where["role"],
         "name": last["instance"] if where is None else where["http_address"],
-        "steps": steps[-_MOST_STEPS:],
+        "steps": steps[-_MAX_STEPS:],
         "over_after": None if end is None else round(steps[-1]["time"] - steps[0]["time"], 3),
     }
 
 
-_MOST_STEPS = 6
+_MAX_STEPS = 6
 
 
 def state_of(instance: dict[str, Any]) -> str:
-    """The one word for an instance: an operator's drain hides everything but trouble."""
+    """The state to show for an instance: drained if it would be ready otherwise."""
     return "draining" if instance["draining"] and instance["state"] == "ready" else str(instance["state"])
 
 
@@ -82,22 +89,22 @@ def _frozen(view: View, frozen: list[dict[str, Any]], pairs: int) -> dict[str, A
     begun = []
     for instance in frozen:
         reason = instance["reason"].rstrip(".")
-        details.append(_say("detail_frozen", role=instance["role"], name=instance["http_address"], reason=reason))
+        details.append(_sentence("detail_frozen", role=instance["role"], name=instance["http_address"], reason=reason))
         since, replays = _since_frozen(view["events"], instance["key"])
         if since is not None:
             begun.append(since)
-        details.append(_counted("detail_replayed", replays) if replays else _say("detail_replayed_none"))
-        details.append(_say("detail_restart" if instance["restart_wanted"] else "detail_waiting"))
-    details.append(_counted("detail_others", pairs) if pairs else _say("detail_others_none"))
+        details.append(_counted("detail_replayed", replays) if replays else _sentence("detail_replayed_none"))
+        details.append(_sentence("detail_restart" if instance["restart_wanted"] else "detail_waiting"))
+    details.append(_counted("detail_others", pairs) if pairs else _sentence("detail_others_none"))
     first = frozen[0]
-    head = _say("head_frozen", role=first["role"], name=first["http_address"])
+    head = _sentence("head_frozen", role=first["role"], name=first["http_address"])
     if len(frozen) > 1:
-        head = _say("head_frozen_many", count=len(frozen))
-    return _said("warn" if pairs else "bad", "frozen", head, details, min(begun, default=None))
+        head = _sentence("head_frozen_many", count=len(frozen))
+    return _verdict("warn" if pairs else "bad", "frozen", head, details, min(begun, default=None))
 
 
 def _since_frozen(events: Iterable[dict[str, Any]], key: str) -> tuple[float | None, int]:
-    """When an instance froze, and how many prefills were replayed for it since then."""
+    """Unix time since when an instance is stalled (None if unknown), and the prefills replayed for it since then."""
     since, replays = None, 0
     for event in events:
         if event["instance"] != key:
@@ -113,21 +120,21 @@ def _why_no_pair(instances: list[dict[str, Any]]) -> Sentence:
     for role in ("prefill", "decode"):
         states = [state_of(i) for i in instances if i["role"] == role]
         if not states:
-            return _say(f"head_none_{role}")
+            return _sentence(f"head_none_{role}")
         if "ready" not in states:
-            return _say(f"head_none_ready_{role}")
-    return _say("head_apart")
+            return _sentence(f"head_none_ready_{role}")
+    return _sentence("head_apart")
 
 
-def _said(
+def _verdict(
     level: str, sign: str, head: Sentence, details: list[Sentence] | None = None, since: float | None = None
 ) -> dict[str, Any]:
     return {"level": level, "sign": sign, "head": head, "since": since, "details": details or []}
 
 
-def _say(key: str, **values: Any) -> Sentence:
+def _sentence(key: str, **values: Any) -> Sentence:
     return {"key": key, "values": values}
 
 
 def _counted(stem: str, count: int) -> Sentence:
-    return _say(f"{stem}_{'one' if count == 1 else 'many'}", count=count)
+    return _sentence(f"{stem}_{'one' if count == 1 else 'many'}", count=count)

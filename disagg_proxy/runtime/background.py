@@ -38,13 +38,13 @@ class Background:
         return coroutine
 
     def leg(self, work: Coroutine[Any, Any, Any]) -> InlineCoroutine:
-        """Run ``work``, which does not end with the client, without a task. The caller starts it."""
+        """Run ``work``, which continues after its client has left, without a task. The caller starts it."""
         coroutine = InlineCoroutine(work, self._coroutine_ended)
         self._detached.add(coroutine)
         return coroutine
 
     def detach(self, coroutine: InlineCoroutine) -> None:
-        """The client of this request has left; harmless after its end."""
+        """Count a request as background work from now on, because its client has left. No effect after its end."""
         if coroutine in self._requests:
             self._requests.discard(coroutine)
             self._detached.add(coroutine)
@@ -66,7 +66,7 @@ class Background:
         return len(self._tasks) + len(self._detached)
 
     async def ended(self) -> None:
-        """Wait until all running work has ended, and the work that it starts."""
+        """Wait until all running work has ended, including the work that it starts."""
         while self._tasks or self._requests or self._detached:
             if self._requests or self._detached:
                 self._all_ended = asyncio.Event()
@@ -74,14 +74,16 @@ class Background:
             if self._tasks:
                 await asyncio.wait(self._tasks)
 
-    async def give_up(self) -> None:
-        """Cancel what still runs."""
+    async def cancel_all(self) -> None:
+        """Cancel all running work."""
         running = len(self) + len(self._requests)
         if running:
-            log.warning("%d background requests did not end in time (SHUTDOWN_GRACE) and are given up", running)
+            log.warning(
+                "Cancelled %d background requests: the grace time of the shutdown is over (SHUTDOWN_GRACE)", running
+            )
         for coroutine in [*self._requests, *self._detached]:
             coroutine.cancel()
-        late = set(self._tasks)
-        for task in late:
+        tasks = set(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,7 +1,7 @@
 """Runs a coroutine without a task: each step runs inside the call that provides what the coroutine awaits.
 
-A task costs an event loop iteration to start, one for each wait and one to end; for a small request that is as much as
-its whole JSON parsing. An :class:`InlineCoroutine` starts inside the call that creates it and resumes inside the call
+A task needs one event loop iteration to start, one for each wait and one to end; for a small request that costs as
+much as its JSON parsing. An :class:`InlineCoroutine` starts inside the call that creates it and resumes inside the call
 that sets the :class:`Event` it awaits. It may await asyncio futures and tasks as well, but nothing that needs a current
 task, such as ``asyncio.timeout``.
 """
@@ -68,7 +68,7 @@ class InlineCoroutine:
     def cancel(self) -> None:
         """Raise CancelledError at the await point, within this call where that is an :class:`Event`.
 
-        Harmless after the end.
+        No effect after the end.
         """
         on = self._on
         if self._running:
@@ -84,7 +84,7 @@ class InlineCoroutine:
         self._step(None)
 
     def _future_done(self, future: asyncio.Future[Any]) -> None:
-        # The future raises its own exception when the coroutine asks for the result.
+        # The future raises its own exception when the coroutine reads its result.
         self._step(None)
 
     def _step(self, error: BaseException | None) -> None:
@@ -127,4 +127,4 @@ class InlineCoroutine:
 
 
 def _ignore(coroutine: InlineCoroutine, error: BaseException | None) -> None:
-    """The end has been reported."""
+    """The callback after the end, which has been reported."""

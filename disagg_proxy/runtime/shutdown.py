@@ -1,8 +1,8 @@
-"""The last phase of a running proxy, and the time it may take: SHUTDOWN_GRACE, counted once for everything.
+"""The time budget of a shutdown: SHUTDOWN_GRACE, counted once for all phases.
 
-The first signal begins it, and the next one ends it at once. Requests that were here whole by then are answered, the
-queued ones too; a fifth of the time, at most 5 s, is kept for what the rest leaves on the instances: prefills that run
-to their end, and drains.
+The first signal starts it, the second one expires it. Requests received completely by then are served, queued ones
+included. A fifth of the time, at most 5 s, is reserved for the work that the others leave on the instances: prefills
+that run to their end, and KV releases. docs/server.md has the order.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-_FOR_THE_REST = 0.2
-_MOST_FOR_THE_REST = 5.0
+_RESERVED_FRACTION = 0.2
+_MAX_RESERVED = 5.0
+"""Of the grace time, in seconds, for background work after the last request."""
 
 
 class OpenExchange(Protocol):
-    """Of a client that waits, or reads."""
+    """An HTTP exchange whose client waits for its response or reads it."""
 
-    def cut_off(self) -> None: ...
+    def cut_off(self) -> None:
+        """The grace time is over: end the exchange now."""
 
 
 class OpenExchanges:
-    """Those that are open."""
+    """The set of open exchanges."""
 
     def __init__(self) -> None:
         self.open: set[OpenExchange] = set()
@@ -30,32 +32,32 @@ class OpenExchanges:
         self._none.set()
 
     def begin(self, exchange: OpenExchange) -> None:
-        """It is open."""
+        """Add an exchange."""
         self.open.add(exchange)
         self._none.clear()
 
     def end(self, exchange: OpenExchange) -> None:
-        """It is over; harmless the second time."""
+        """Remove an exchange; further calls have no effect."""
         self.open.discard(exchange)
         if not self.open:
             self._none.set()
 
     async def ended(self) -> None:
-        """Until none is open."""
+        """Wait until no exchange is open."""
         await self._none.wait()
 
 
 class Shutdown:
-    """Whether the end has begun, and what is left of the time.
+    """Whether the proxy is shutting down, and how much time remains.
 
     Args:
-        grace: seconds in all.
+        grace: seconds for all phases together.
         clock: monotonic seconds.
 
     Attributes:
-        begun: nothing new is taken in.
-        hurried: nothing is waited for any more.
-        exchanges: what must end first, and can be told to.
+        begun: set when the shutdown has begun; new requests are refused from then on.
+        expired: set when the grace time was ended early.
+        exchanges: the open exchanges, which end first.
     """
 
     def __init__(self, grace: float, clock: Callable[[], float]) -> None:
@@ -63,38 +65,38 @@ class Shutdown:
         self._clock = clock
         self._end = 0.0
         self.begun = asyncio.Event()
-        self.hurried = asyncio.Event()
+        self.expired = asyncio.Event()
         self.exchanges = OpenExchanges()
 
     def begin(self) -> None:
-        """The time runs from now on; only the first call counts."""
+        """Start the grace time; further calls have no effect."""
         if not self.begun.is_set():
             self._end = self._clock() + self._grace
             self.begun.set()
 
-    def hurry(self) -> None:
-        """The time is over."""
+    def expire(self) -> None:
+        """End the grace time now."""
         self.begin()
         self._end = self._clock()
-        self.hurried.set()
+        self.expired.set()
 
     @property
-    def left(self) -> float:
-        """Seconds until everything must have ended."""
+    def remaining(self) -> float:
+        """Seconds until everything must have ended; the full grace time before the shutdown."""
         return max(0.0, self._end - self._clock()) if self.begun.is_set() else self._grace
 
     @property
-    def left_for_requests(self) -> float:
+    def remaining_for_requests(self) -> float:
         """Seconds until clients that still wait are cut off."""
-        return max(0.0, self.left - min(self._grace * _FOR_THE_REST, _MOST_FOR_THE_REST))
+        return max(0.0, self.remaining - min(self._grace * _RESERVED_FRACTION, _MAX_RESERVED))
 
     async def wait(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
-        """Until ``work`` is done, at most ``seconds``, and not when in a hurry; then ``work`` is cancelled."""
-        await first_of(work, self.hurried.wait(), seconds=seconds)
+        """Run ``work`` for at most ``seconds`` or until the grace time expires early; then cancel it."""
+        await first_of(work, self.expired.wait(), seconds=seconds)
 
 
 async def first_of(*works: Coroutine[Any, Any, Any], seconds: float) -> None:
-    """Until one of ``works`` is done, at most ``seconds``; the others are cancelled."""
+    """Run ``works`` until one of them ends, for at most ``seconds``; then cancel the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)

@@ -1,9 +1,9 @@
-"""What is written in one turn of the event loop: its first write leaves at once, the others together at its end.
+"""Coalesces the writes of one event loop iteration: the first one leaves at once, the others together at its end.
 
-Whoever is written to sleeps, mostly, and waking it costs more than the write. An engine that is given one request after
-another, with the proxy's own work between them, has slept again before each; given several in a row, it wakes once. The
-first one does not wait, so that nothing is later for it while there is little to do. A turn that has much to write lets
-go of it in pieces.
+The receiving process usually sleeps, and waking it costs more than the write itself. An engine that gets several
+requests one by one, with the proxy's own work between them, falls asleep and is woken for each; written together, they
+wake it once. The first write is not delayed, so that batching adds no latency at low load. A long iteration flushes in
+between.
 """
 
 from __future__ import annotations
@@ -11,127 +11,128 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-_MOST = 64
-"""Writes that are held at most: about a millisecond's work."""
+_MAX_WRITES = 64
+"""Batched writes after which the batch is flushed: about a millisecond of work."""
 
-_MOST_BYTES = 256 * 1024
-"""Long prompts are more work than short ones."""
+_MAX_BYTES = 256 * 1024
+"""Batched bytes after which the batch is flushed."""
 
 
 class WriteBatch:
-    """That of one event loop."""
+    """The batched writes of one event loop, for all its transports."""
 
-    __slots__ = ("_bytes", "_turning", "_what", "_who")
+    __slots__ = ("_bytes", "_data", "_started", "_transports")
 
     def __init__(self) -> None:
-        self._who: list[WriteCoalescer] = []
-        self._what: list[bytes] = []
+        self._transports: list[WriteCoalescer] = []
+        self._data: list[bytes] = []
         self._bytes = 0
-        self._turning = False
+        self._started = False  # something was written in this iteration
 
-    def post(self, transport: WriteCoalescer, data: bytes) -> None:
-        """Write ``data``, in this turn, behind what was posted for the same transport before."""
-        if not self._turning:
-            self._turning = True
-            asyncio.get_running_loop().call_soon(self._turn)
-            transport.deliver(data)
+    def write(self, transport: WriteCoalescer, data: bytes) -> None:
+        """Write ``data`` within this iteration, in the order of the writes of one transport."""
+        if not self._started:
+            self._started = True
+            asyncio.get_running_loop().call_soon(self._end_iteration)
+            transport.write_now(data)
             return
-        if len(data) > _MOST_BYTES:
-            # It would leave now anyhow, copied behind its head.
+        if len(data) > _MAX_BYTES:
+            # It would be flushed at once anyway, and would be copied before.
             self.flush()
-            transport.deliver(data)
+            transport.write_now(data)
             return
-        who = self._who
-        if who and who[-1] is transport:
-            self._what[-1] += data
+        transports = self._transports
+        if transports and transports[-1] is transport:
+            self._data[-1] += data
         else:
-            who.append(transport)
-            self._what.append(data)
-            transport.held += 1
+            transports.append(transport)
+            self._data.append(data)
+            transport.batched += 1
         self._bytes += len(data)
-        if self._bytes > _MOST_BYTES or len(who) >= _MOST:
+        if self._bytes > _MAX_BYTES or len(transports) >= _MAX_WRITES:
             self.flush()
 
     def flush(self) -> None:
-        """Let go of what is held."""
-        who, what = self._who, self._what
-        if who:
-            self._who, self._what, self._bytes = [], [], 0
-            for at in range(len(who)):
-                who[at].held -= 1
-                who[at].deliver(what[at])
+        """Write everything that is batched."""
+        transports, data = self._transports, self._data
+        if transports:
+            self._transports, self._data, self._bytes = [], [], 0
+            for i in range(len(transports)):
+                transports[i].batched -= 1
+                transports[i].write_now(data[i])
 
-    def _turn(self) -> None:
-        self._turning = False
+    def _end_iteration(self) -> None:
+        self._started = False
         self.flush()
 
 
 class WriteCoalescer:
-    """A transport whose writes go through an outbox; otherwise as asyncio's (``asyncio.Transport``).
+    """An ``asyncio.Transport`` whose writes go through a :class:`WriteBatch`.
 
     Attributes:
-        held: writes that have not left yet; they never will once it is closed from elsewhere.
+        batched: writes that are still in the batch. They are lost if the transport closes by other means than
+            :meth:`close`.
     """
 
-    __slots__ = ("_transport", "_write", "_write_batch", "held")
+    __slots__ = ("_transport", "_write", "_write_batch", "batched")
 
     def __init__(self, transport: asyncio.Transport, write_batch: WriteBatch) -> None:
         self._transport = transport
         self._write = transport.write
         self._write_batch = write_batch
-        self.held = 0
+        self.batched = 0
 
     def write(self, data: bytes) -> None:
-        """In this turn of the event loop."""
-        self._write_batch.post(self, data)
+        """Write within this event loop iteration."""
+        self._write_batch.write(self, data)
 
-    def deliver(self, data: bytes) -> None:
-        """Now, unless it is closing."""
+    def write_now(self, data: bytes) -> None:
+        """Write past the batch, unless the transport is closing."""
         if not self._transport.is_closing():
             self._write(data)
 
     def close(self) -> None:
-        """Behind what was written before."""
-        if self.held:
+        """Close after everything that was written."""
+        if self.batched:
             self._write_batch.flush()
         self._transport.close()
 
     def write_eof(self) -> None:
-        """Behind what was written before."""
-        if self.held:
+        """Half-close after everything that was written."""
+        if self.batched:
             self._write_batch.flush()
         try:
             self._transport.write_eof()
         except OSError:
-            # Only asyncio's own transports raise: what was just written has found the other side gone.
+            # Only asyncio's own transports raise: the write before has found that the peer has closed.
             self._transport.abort()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Behind what was written before."""
-        if self.held:
+        """Change the protocol after everything that was written."""
+        if self.batched:
             self._write_batch.flush()
         self._transport.set_protocol(protocol)
 
     def abort(self) -> None:
-        """At once; what is held is lost."""
+        """Close at once; batched and buffered data is lost."""
         self._transport.abort()
 
     def is_closing(self) -> bool:
-        """Whether nothing more will be sent."""
+        """Whether further writes have no effect."""
         return self._transport.is_closing()
 
     def pause_reading(self) -> None:
-        """Receive nothing."""
+        """See ``asyncio.ReadTransport``."""
         self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Receive again."""
+        """See ``asyncio.ReadTransport``."""
         self._transport.resume_reading()
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that have left the outbox and wait for the socket."""
+        """Bytes that the socket has not accepted, without those in the batch."""
         return self._transport.get_write_buffer_size()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """What the transport knows of its socket."""
+        """See ``asyncio.BaseTransport``."""
         return self._transport.get_extra_info(name, default)

@@ -1,1 +1,1 @@
-"""The client's side: the HTTP server, the rules of its connections, and both ways into the generation routes."""
+"""The HTTP server for clients: connections, request heads, the fast path of generation, and the application."""

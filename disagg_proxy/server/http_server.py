@@ -1,4 +1,4 @@
-"""The HTTP server around the application: which socket, which ASGI server, and how it ends. Reasons: docs/server.md."""
+"""The HTTP server around the application: socket, uvicorn's configuration, and shutdown. Reasons: docs/server.md."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ import uvicorn
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.server.asgi import create_app
-from disagg_proxy.server.client_connection import Protocol, protocol
+from disagg_proxy.server.client_connection import ClientConnection, connection_class
 from disagg_proxy.services import Services
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 
-_COLLECT = (20_000, 20, 20)
-"""Thresholds of the garbage collector's generations, in objects and collections."""
+_GC_THRESHOLDS = (20_000, 20, 20)
+"""Of the garbage collector: allocations, then collections of the younger generation."""
 
 _KEEP_ALIVE = 75
-"""Seconds an idle client connection is kept; longer than the pools of common clients, so that they close first."""
+"""Seconds for which an idle client connection is kept; longer than in the pools of common clients, so that they close
+first."""
 
-_LAST_WORD = 1.0
-"""Seconds that an exchange gets to end once it was cut off."""
+_CANCEL_TIMEOUT = 1.0
+"""Seconds for which cancelled exchanges are waited for."""
 
-_LOOK = 0.02
-"""Seconds between two looks at who is still connected, at the end."""
+_POLL_INTERVAL = 0.02
+"""Seconds between two checks for open connections during a shutdown."""
 
 
 def listen(config: Config) -> socket.socket:
-    """The HTTP socket, bound and listening before anything else starts.
+    """The HTTP socket, bound and listening. Called before anything else starts.
 
     Raises:
-        BindError: it cannot be bound.
+        BindError: the address cannot be bound.
     """
     host, port = config.http_host, config.http_port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # With the protocol named, asyncio sets TCP_NODELAY on what is accepted; uvloop always does.
+        # asyncio sets TCP_NODELAY on accepted connections only if the protocol is given; uvloop always does.
         family, kind, protocol, _, address = found[0]
         listening = socket.socket(family, kind, protocol)
         try:
@@ -62,22 +63,22 @@ def listen(config: Config) -> socket.socket:
 
 
 def _raise_file_limit() -> None:
-    """Allow this process as many connections as the system lets it have without asking."""
+    """Raise the soft limit of file descriptors to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Some systems refuse what they report as their own limit; the one in force remains.
+    # Some systems refuse the limit that they report; the current one then stays.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def settle_memory() -> None:
-    """Leave what was made at the start out of every later garbage collection, and collect less often.
+def tune_garbage_collector() -> None:
+    """Exclude the objects that exist at startup from garbage collections, and collect less often.
 
-    A request makes hundreds of objects that live for its duration, few of them in cycles; with Python's own thresholds
-    an eighth of its CPU time goes into looking through them.
+    A request allocates hundreds of objects that live as long as it does, few of them in cycles. With Python's default
+    thresholds an eighth of its CPU time is spent on collections.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_COLLECT)
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def server_config(config: Config, services: Services) -> uvicorn.Config:
@@ -86,7 +87,7 @@ def server_config(config: Config, services: Services) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(config, services),
         loop="uvloop",
-        http=protocol(config, services),
+        http=connection_class(config, services),
         ws="none",
         lifespan="on",
         access_log=False,
@@ -100,10 +101,10 @@ def server_config(config: Config, services: Services) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with an end of its own: the port stays open, and says 503, until everything accepted is done.
+    """uvicorn with another shutdown: the port stays open, and answers 503, until accepted requests are complete.
 
-    uvicorn (0.30 - 0.54, ``server.py``) closes the port and all idle connections first, gives the rest its whole time
-    before the application may end what it does in the background, and skips that after a second signal.
+    uvicorn (0.30 - 0.54, ``server.py``) closes the port and idle connections first, gives requests the complete grace
+    time before the application may end its background work, and skips that work after a second signal.
     """
 
     def __init__(self, config: uvicorn.Config, services: Services) -> None:
@@ -112,55 +113,58 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Run until a signal, and the end that it begins."""
+        """Serve until a signal, then shut down."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """The whole life of a process that does nothing else."""
-        settle_memory()
+        """Serve in a process that does nothing else."""
+        tune_garbage_collector()
         super().run(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by Python between any two instructions, so that nothing may be touched here."""
+        """The signal handler. It only schedules :meth:`on_signal`, as Python may run it between any instructions."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.signalled)
+            self._loop.call_soon_threadsafe(self.on_signal)
 
-    def signalled(self) -> None:
-        """The first time the end begins, the next time it is cut short."""
+    def on_signal(self) -> None:
+        """Begin the shutdown; at the second signal, end its grace time."""
         shutdown = self._services.shutdown
         if shutdown.begun.is_set():
             log.warning("Stopping at once")
-            shutdown.hurry()
+            shutdown.expire()
             return
         log.info("Stopping; what was accepted gets %g s (SHUTDOWN_GRACE)", self._services.config.shutdown_grace)
         shutdown.begin()
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Protocol):
-                connection.last_call()
+            if isinstance(connection, ClientConnection):
+                connection.begin_shutdown()
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether the end has begun. With ``should_exit`` set during the start, older versions would skip the end."""
+        """Whether the shutdown has begun.
+
+        ``should_exit`` is not used: if it is set during the startup, older versions of uvicorn skip the shutdown.
+        """
         return await super().on_tick(counter) or self._services.shutdown.begun.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what was accepted, close the port, cut off what is late, then stop the services."""
+        """Complete accepted requests, close the port, cut off the rest, then stop the services."""
         shutdown = self._services.shutdown
         if not shutdown.begun.is_set():
-            self.signalled()
-        await shutdown.wait(self._finished(), shutdown.left_for_requests)
+            self.on_signal()
+        await shutdown.wait(self._finished(), shutdown.remaining_for_requests)
         for server in self.servers:
             server.close()
         for listening in sockets or ():
             listening.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        await shutdown.wait(self._disconnected(), shutdown.left_for_requests)
+        await shutdown.wait(self._disconnected(), shutdown.remaining_for_requests)
         await self._cut_off()
         await self.lifespan.shutdown()
 
     async def _finished(self) -> None:
-        """Until no exchange runs, and nothing in the background."""
+        """Wait until no exchange and no background work runs."""
         exchanges, background = self._services.shutdown.exchanges, self._services.background
         while self.server_state.tasks or exchanges.open or len(background):
             await exchanges.ended()
@@ -169,20 +173,20 @@ class Server(uvicorn.Server):
             await background.ended()
 
     async def _disconnected(self) -> None:
-        """Until every client has taken the rest of its answer."""
+        """Wait until every client has received the rest of its response."""
         while self.server_state.connections:
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL_INTERVAL)
 
     async def _cut_off(self) -> None:
-        """End the exchanges that still run; a client without an answer gets 503."""
-        self._services.recorder.cutting_off = True
-        late = set(self.server_state.tasks)
-        for task in late:
+        """End the exchanges that still run; a client without a response gets 503."""
+        self._services.recorder.force_closing = True
+        tasks = set(self.server_state.tasks)
+        for task in tasks:
             task.cancel()
         for exchange in list(self._services.shutdown.exchanges.open):
             exchange.cut_off()
         for connection in list(self.server_state.connections):
-            if isinstance(connection, Protocol):
-                connection.let_go()
-        if late:
-            await asyncio.wait(late, timeout=_LAST_WORD)
+            if isinstance(connection, ClientConnection):
+                connection.abort_if_blocked()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT)

@@ -1,12 +1,11 @@
-"""What can be seen of the proxy at work: one record for each request, events, and what is made from them.
+"""Telemetry: a record of each request, the event log, and everything derived from them.
 
-``record``, ``recorder``   one request; its opening, its end, what it adds to the totals
-``journal``, ``happenings``   the newest records and events; which changes of instances are events
-``meter``   the last minutes in steps of 5 s
-``news``   the above from all workers of a proxy
-``aggregate``   the totals from all workers of a proxy
-``report``, ``metrics``, ``view``   /stats, /metrics and everything that a page shows; they read the proxy through the
-interface in ``proxy_state``
+``request_record``, ``request_recorder``   the life of one request; totals over all requests
+``stats``, ``timeseries``   counters and histograms since the start; the last ten minutes in 5 s steps
+``event_log``, ``instance_events``   the newest records and events; which changes of instances are events
+``aggregate``, ``page_state``   totals, records and events of all workers, merged
+``stats_report``, ``metrics``, ``page_view``   ``/stats``, ``/metrics`` and the live page, read through ``proxy_state``
+``access_log``, ``tracing``, ``logs``   JSON lines per request, OpenTelemetry spans, the format of log lines
 
-Nothing here is asked by a request's way: it is told. Records hold no prompt, no key and no address of a client.
+Telemetry only observes: no request waits for it. Records hold no prompt, no API key and no client address.
 """

@@ -1,11 +1,11 @@
-"""One line of JSON for each generation request when it has ended: docs/monitoring.md lists the fields.
+"""The access log: one line of JSON per generation request, written when the request ends.
 
-A line is made on the event loop, a few microseconds each, and written by a thread, four times a second, so that a slow
-disk or a reader of a pipe that sleeps holds up nobody. What has not been written is bounded; lines beyond are dropped,
-and a line says how many.
+docs/monitoring.md lists the fields. A line is formatted on the event loop (a few microseconds); a thread writes the
+lines four times a second, so a slow disk or a stalled reader of a pipe does not delay requests. The backlog is bounded:
+further lines are dropped, and a line with the number of dropped ones is written.
 
-A file is opened anew when its name leads to another one, or to none, so that it can be rotated by renaming, without a
-signal. Several workers append to one file: a write of whole lines with O_APPEND is not torn.
+The file is reopened when its path no longer leads to the open file, so renaming it rotates the log without a signal.
+Several workers may append to one file: a single write of complete lines with ``O_APPEND`` is not interleaved.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from disagg_proxy.telemetry.request_record import RequestRecord
 
 log = logging.getLogger(__name__)
 
-_PAUSE = 0.25
+_FLUSH_INTERVAL = 0.25
 """Seconds between two writes."""
 
-_MOST = 8 * 1024 * 1024
-"""Bytes that may wait to be written."""
+_MAX_BACKLOG = 8 * 1024 * 1024
+"""Bytes that may be waiting for the writer thread."""
 
-_END_WITHIN = 2.0
-"""Seconds for the last lines."""
+_FLUSH_TIMEOUT = 2.0
+"""Seconds that shutdown waits for the last lines."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 class AccessLog:
-    """Takes records from the event loop's thread.
+    """Formats records on the event loop and passes them to the writer thread.
 
     Args:
         target: a path, or "-" for standard output.
-        worker: number of this process, where there are several.
+        worker: the number of this worker, None for a single process.
     """
 
     def __init__(self, target: str, worker: int | None = None) -> None:
@@ -56,15 +56,15 @@ class AccessLog:
         self._out = _Writer(target)
 
     def take(self, record: RequestRecord) -> None:
-        """A request has ended."""
-        if self._waiting + self._out.unwritten > _MOST:
+        """Append the line of a request that has ended. A sink of the request recorder."""
+        if self._waiting + self._out.unwritten > _MAX_BACKLOG:
             self._dropped += 1
             return
         line = self._line(record)
         self._lines.append(line)
         self._waiting += len(line)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_PAUSE, self._hand_over)
+            self._timer = asyncio.get_running_loop().call_later(_FLUSH_INTERVAL, self._flush)
 
     def _line(self, record: RequestRecord) -> bytes:
         unix = record.unix
@@ -99,22 +99,25 @@ class AccessLog:
             fields["worker"] = self._worker
         return _encode(fields) + b"\n"
 
-    def _hand_over(self) -> None:
+    def _flush(self) -> None:
         self._timer = None
         if self._dropped:
             self._lines.append(_encode({"dropped": self._dropped}) + b"\n")
-            log.warning("%d lines of the access log were dropped: nothing takes them (ACCESS_LOG)", self._dropped)
+            log.warning(
+                "Dropped %d lines of the access log: its target is too slow (ACCESS_LOG)",
+                self._dropped,
+            )
             self._dropped = 0
         lines, self._lines = self._lines, []
         self._waiting = 0
         self._out.write(lines)
 
     async def stop(self) -> None:
-        """Write what is left, for a moment at most."""
+        """Write the remaining lines, within two seconds."""
         if self._timer is not None:
             self._timer.cancel()
-            self._hand_over()
-        await asyncio.get_running_loop().run_in_executor(None, self._out.end)
+            self._flush()
+        await asyncio.get_running_loop().run_in_executor(None, self._out.close)
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -122,10 +125,10 @@ def _ms(seconds: float | None) -> float | None:
 
 
 class _Writer:
-    """A thread that writes.
+    """The writer thread.
 
     Attributes:
-        unwritten: bytes.
+        unwritten: bytes passed to :meth:`write` and not yet written or discarded.
     """
 
     def __init__(self, target: str) -> None:
@@ -138,57 +141,57 @@ class _Writer:
         self.unwritten = 0
 
     def write(self, lines: list[bytes]) -> None:
-        """Whole lines, in their order."""
+        """Queue complete lines for writing, in order."""
         self.unwritten += sum(map(len, lines))
         self._batches.put(lines)
 
-    def end(self) -> None:
-        """Return when everything is written, or after a moment. Call it from no event loop."""
+    def close(self) -> None:
+        """Block until everything is written, two seconds at most. Not to be called on an event loop."""
         self._batches.put(None)
-        self._thread.join(_END_WITHIN)
+        self._thread.join(_FLUSH_TIMEOUT)
 
     def _run(self) -> None:
         while (lines := self._batches.get()) is not None:
             try:
-                self._open()
-                for piece in self._pieces(lines):
-                    self._write(piece)
+                self._reopen()
+                for chunk in self._chunks(lines):
+                    self._write(chunk)
                 self._failed = False
             except OSError as error:
                 if not self._failed:
-                    log.error("The access log cannot be written (ACCESS_LOG): %s", error)
+                    log.error("Cannot write the access log (ACCESS_LOG): %s", error)
                 self._failed = True
             self.unwritten -= sum(map(len, lines))
         if self._path is not None and self._file >= 0:
             os.close(self._file)
 
-    def _open(self) -> None:
-        """Have the file that the path leads to now."""
+    def _reopen(self) -> None:
+        """Open the file, or reopen it if it was renamed or removed."""
         if self._path is None:
             return
         if self._file >= 0:
-            mine = os.fstat(self._file)
+            opened = os.fstat(self._file)
             try:
-                there = os.stat(self._path)
+                current = os.stat(self._path)
             except FileNotFoundError:
-                there = None
-            if there is not None and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                current = None
+            if current is not None and (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino):
                 return
             os.close(self._file)
             self._file = -1
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
-    def _pieces(self, lines: list[bytes]) -> list[bytes]:
-        """What is written at once: all, but to a pipe no more than it takes whole when others write too."""
+    def _chunks(self, lines: list[bytes]) -> list[bytes]:
+        """What to write at once: everything, or for a pipe at most ``PIPE_BUF`` bytes, which are written atomically."""
         if not stat.S_ISFIFO(os.fstat(self._file).st_mode):
             return [b"".join(lines)]
-        pieces, piece = [], b""
+        chunks, chunk = [], b""
         for line in lines:
-            if piece and len(piece) + len(line) > select.PIPE_BUF:
-                pieces.append(piece)
-                piece = b""
-            piece += line
-        return [*pieces, piece]
+            if chunk and len(chunk) + len(line) > select.PIPE_BUF:
+                chunks.append(chunk)
+                chunk = b""
+            chunk += line
+        return [*chunks, chunk]
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)

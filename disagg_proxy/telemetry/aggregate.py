@@ -1,7 +1,7 @@
-"""The numbers of the whole proxy, put together from those of its processes.
+"""The totals of the whole proxy, merged from those of its processes.
 
-A process publishes its own as one text; whoever is asked for /stats or /metrics adds them up. Counters of workers that
-have died are kept by the supervisor, so that no counter goes back.
+A process publishes its totals as one msgpack text; the process that serves /stats or /metrics adds them up. The
+supervisor keeps the counters of workers that have died, so that no counter decreases.
 """
 
 from __future__ import annotations
@@ -19,29 +19,34 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.telemetry.stats import Histogram, KvReleases, RegistrationCounts, Stats
 
 COUNTED = (
-    "requests_total", "failures_total", "freezes", "replays", "drains", "drains_failed", "kv_missing",
+    "requests_total", "failures_total", "freezes", "replays", "kv_releases", "kv_releases_failed", "kv_missing",
     "prefills_refused",
 )  # fmt: skip
-"""Of each instance: what each process counts for itself."""
+"""Attributes of an instance that each process counts for its own requests: summed over all processes."""
 
 SEEN = ("times_lost", "restarts")
-"""Of each instance: what every process sees by itself."""
+"""Attributes of an instance that every process observes alike: the highest of all processes."""
 
 
 @dataclass(slots=True)
 class Overview:
-    """What /stats and /metrics are made from.
+    """What /stats and /metrics report.
 
     Attributes:
-        instances: by HTTP endpoint, the values of :data:`COUNTED`.
-        seen: the values of :data:`SEEN`, of the process that has seen most; gauges: sums of what there is now. Both by
-            :func:`about`.
-        workers: what /stats says of each worker; empty when the proxy is one process.
+        stats: totals and latencies.
+        registrations: messages at the registration port.
+        refused: refused registrations by reason.
+        in_background: prefills and KV releases running without a client.
+        queued: requests in the admission queue.
+        instances: values of :data:`COUNTED` by the key of the instance.
+        seen: values of :data:`SEEN` by :func:`instance_value`.
+        gauges: current values, summed, by :func:`instance_value`.
+        workers: the entries of ``workers`` in /stats; empty for a single process.
         restarts: workers that were replaced.
     """
 
     stats: Stats
-    traffic: RegistrationCounts
+    registrations: RegistrationCounts
     refused: Counter[str]
     in_background: int
     queued: int
@@ -52,36 +57,40 @@ class Overview:
     restarts: int = 0
 
     def counted(self, instance: Instance) -> Mapping[str, int]:
-        """The values of :data:`COUNTED` of one instance, which may have come after the numbers were put together."""
+        """The values of :data:`COUNTED`; those of this process if ``instance`` registered after the merge."""
         return self.instances.get(instance.key) or _counts(instance)
 
     def tokens_in_flight(self, instance: Instance) -> int:
-        """Estimated tokens of the requests on it."""
-        return self.gauges.get(about(instance, "tokens"), 0)
+        """Prompt tokens of the legs in flight on ``instance``, estimated."""
+        return self.gauges.get(instance_value(instance, "tokens"), 0)
 
     def breakers(self, instance: Instance, state: BreakerState) -> int:
-        """In how many processes its breaker is in that state."""
-        return self.gauges.get(about(instance, state.value), 0)
+        """Number of processes whose circuit breaker for ``instance`` is in ``state``."""
+        return self.gauges.get(instance_value(instance, state.value), 0)
 
-    def has_seen(self, instance: Instance, name: str) -> int:
-        """One of :data:`SEEN`."""
-        return self.seen.get(about(instance, name), 0)
+    def seen_count(self, instance: Instance, name: str) -> int:
+        """The value of one of :data:`SEEN`."""
+        return self.seen.get(instance_value(instance, name), 0)
 
 
-def about(instance: Instance, name: str) -> str:
-    """The name of one number of one instance."""
+def instance_value(instance: Instance, name: str) -> str:
+    """The key under which a value of one instance is published."""
     return f"{name} {instance.key}"
 
 
 def seen_of(instances: Iterable[Instance]) -> dict[str, int]:
-    """What one process has seen of each instance."""
-    return {about(i, name): value for i in instances for name in SEEN if (value := getattr(i, name))}
+    """The non-zero values of :data:`SEEN` of this process."""
+    return {instance_value(i, name): value for i in instances for name in SEEN if (value := getattr(i, name))}
 
 
 def gauges_of(instances: Iterable[Instance], now: float) -> dict[str, int]:
-    """What one process has on each instance now."""
-    found = {about(i, "tokens"): i.tokens_in_flight for i in instances if i.tokens_in_flight}
-    return {**found, **{about(i, i.breaker.state(now).value): 1 for i in instances}}
+    """Tokens in flight and the state of the circuit breaker of each instance in this process.
+
+    Args:
+        now: reading of the registry's clock in seconds.
+    """
+    tokens = {instance_value(i, "tokens"): i.tokens_in_flight for i in instances if i.tokens_in_flight}
+    return {**tokens, **{instance_value(i, i.breaker.state(now).value): 1 for i in instances}}
 
 
 def _counts(instance: Instance) -> dict[str, int]:
@@ -89,24 +98,26 @@ def _counts(instance: Instance) -> dict[str, int]:
 
 
 def counts_of(instances: Iterable[Instance]) -> dict[str, dict[str, int]]:
-    """What one process has counted of each instance."""
+    """The values of :data:`COUNTED` of this process, by the key of the instance."""
     return {i.key: _counts(i) for i in instances}
 
 
 # -- one process
 
 
-OWN_GAUGES = ("in_background", "queued")
-"""Those that are of no instance."""
+PROCESS_GAUGES = ("in_background", "queued")
+"""Gauges of a process, as opposed to those of instances."""
 
 
 @dataclass(slots=True)
-class Part:
+class ProcessTotals:
     """What one process publishes.
 
     Attributes:
-        incarnation: which worker of those that there were in its place.
-        stats, instances: as in :class:`Overview`; ``gauges`` by name: what ends with the process.
+        incarnation: from 1, one more for each replacement of this worker.
+        stats: from :func:`pack_stats`.
+        gauges: current values, which disappear with the process.
+        instances, refused, seen: as in :class:`Overview`.
     """
 
     incarnation: int
@@ -117,8 +128,8 @@ class Part:
     seen: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, own: Overview, incarnation: int) -> Part:
-        """The numbers of one process, for publication."""
+    def from_overview(cls, own: Overview, incarnation: int) -> ProcessTotals:
+        """The totals of this process, ready for :meth:`pack`."""
         return cls(
             incarnation,
             pack_stats(own.stats),
@@ -128,25 +139,24 @@ class Part:
             dict(own.seen),
         )
 
-    def pack(self, most: int) -> bytes:
-        """As at most ``most`` bytes of msgpack: the numbers of single instances and the recent latencies are dropped
-        where they do not fit."""
+    def pack(self, max_bytes: int) -> bytes:
+        """As msgpack. Beyond ``max_bytes`` the values of instances and the recent latencies are omitted."""
         text = bytes(
             msgpack.packb([self.incarnation, self.stats, self.instances, self.gauges, self.refused, self.seen])
         )
-        if len(text) > most:
-            gauges = {name: self.gauges[name] for name in OWN_GAUGES if name in self.gauges}
+        if len(text) > max_bytes:
+            gauges = {name: self.gauges[name] for name in PROCESS_GAUGES if name in self.gauges}
             text = bytes(msgpack.packb([self.incarnation, without_recent(self.stats), {}, gauges, {}, {}]))
         return text
 
 
-def unpack(text: bytes) -> Part | None:
-    """What a process has published, None when it has not yet."""
-    return Part(*msgpack.unpackb(text)) if text else None
+def unpack(text: bytes) -> ProcessTotals | None:
+    """Reverse :meth:`ProcessTotals.pack`; None for an empty text, before the first publication."""
+    return ProcessTotals(*msgpack.unpackb(text)) if text else None
 
 
 def pack_stats(stats: Stats) -> dict[str, Any]:
-    """All that is counted; fields of new kinds come along by themselves."""
+    """All fields of ``stats`` but its clock, as plain values that :func:`add` can sum."""
     packed: dict[str, Any] = {}
     for one in fields(Stats):
         value = getattr(stats, one.name)
@@ -160,7 +170,7 @@ def pack_stats(stats: Stats) -> dict[str, Any]:
 
 
 def without_recent(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts without the recent latencies."""
+    """Packed stats with the histograms but without the recent latencies."""
     return {name: [*value[:3], b""] if _is_latency(value) else value for name, value in stats.items()}
 
 
@@ -169,16 +179,16 @@ def _is_latency(packed: Any) -> bool:
 
 
 def without_gauges(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """What stays counted when the process is gone."""
+    """Packed stats reduced to the counters, which stay valid when the process has ended."""
     kept = {**without_recent(stats), "in_flight": 0}
-    return {**kept, "drains": {**kept["drains"], "waiting": 0}} if "drains" in kept else kept
+    return {**kept, "kv_releases": {**kept["kv_releases"], "waiting": 0}} if "kv_releases" in kept else kept
 
 
-# -- all of them
+# -- all processes
 
 
 def add(one: Any, other: Any) -> Any:
-    """Two packed values together."""
+    """The sum of two packed values: numbers and bytes by ``+``, lists by element, dicts by key."""
     if isinstance(one, dict):
         return {key: add(one[key], other[key]) if key in one and key in other else one.get(key, other.get(key))
                 for key in {**one, **other}}  # fmt: skip
@@ -188,37 +198,44 @@ def add(one: Any, other: Any) -> Any:
 
 
 def unpack_stats(packed: Mapping[str, Any], clock: Callable[[], float], started_at: float) -> Stats:
-    """The sum as what one process would have counted by itself."""
+    """Stats with the values of ``packed``.
+
+    Args:
+        clock: monotonic seconds.
+        started_at: a reading of ``clock``.
+    """
     stats = Stats(clock)
     stats.started_at = started_at
     for one in fields(Stats):
         if one.name not in packed:
             continue
-        value, now = packed[one.name], getattr(stats, one.name)
-        if isinstance(now, Histogram):
-            now.load(value)
+        value, default = packed[one.name], getattr(stats, one.name)
+        if isinstance(default, Histogram):
+            default.load(value)
             continue
-        if isinstance(now, KvReleases):
+        if isinstance(default, KvReleases):
             value = KvReleases(**value)
-        elif isinstance(now, Counter):
+        elif isinstance(default, Counter):
             value = Counter(value)
         setattr(stats, one.name, value)
     return stats
 
 
 def highest(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    """What several processes have seen alike, of which a new one has seen less."""
+    """The maximum of each value: for what all processes observe alike, of which a new one has observed less."""
     return {key: max(one.get(key, 0), other.get(key, 0)) for key in {**one, **other}}
 
 
 @dataclass(slots=True)
 class RetiredTotals:
-    """What the supervisor publishes: its own numbers, and those of workers that have died.
+    """What the supervisor publishes: its own numbers, and the counters of workers that have died.
 
     Attributes:
         started_at: monotonic seconds.
-        merged: of each worker, the last incarnation whose numbers are in ``dead``.
-        workers: of each, its process id, when it was started (Unix time), and how often it was replaced.
+        messages, dropped: registration messages, as in :class:`~disagg_proxy.telemetry.stats.RegistrationCounts`.
+        dead: packed stats, instances, refused and seen of all dead workers; empty before the first death.
+        merged: for each worker the last incarnation that ``dead`` includes.
+        workers: for each worker its number, process id, start (Unix time) and number of restarts.
     """
 
     started_at: float
@@ -229,23 +246,27 @@ class RetiredTotals:
     workers: list[dict[str, Any]]
 
     def pack(self) -> bytes:
-        """The text."""
+        """As msgpack."""
         return bytes(
             msgpack.packb([self.started_at, self.messages, self.dropped, self.dead, self.merged, self.workers])
         )
 
 
-def unpack_ground(text: bytes) -> RetiredTotals | None:
-    """What the supervisor has published, None when it has not yet."""
+def unpack_retired(text: bytes) -> RetiredTotals | None:
+    """Reverse :meth:`RetiredTotals.pack`; None for an empty text, before the first publication."""
     return RetiredTotals(*msgpack.unpackb(text)) if text else None
 
 
-def merge(parts: Iterable[Part | None], ground: RetiredTotals) -> Overview:
-    """The whole. ``parts`` must have been read before ``ground``, or a worker that dies meanwhile is missing."""
-    stats, instances, refused, seen = ground.dead if ground.dead else ({}, {}, {}, {})
+def merge(parts: Iterable[ProcessTotals | None], retired: RetiredTotals) -> Overview:
+    """The totals of the whole proxy.
+
+    Args:
+        parts: by worker number. Must have been read before ``retired``, else a worker that dies in between is missing.
+    """
+    stats, instances, refused, seen = retired.dead if retired.dead else ({}, {}, {}, {})
     gauges: Counter[str] = Counter()
     for number, part in enumerate(parts):
-        if part is None or part.incarnation <= ground.merged[number]:
+        if part is None or part.incarnation <= retired.merged[number]:
             continue
         stats = add(stats, part.stats)
         instances = add(instances, part.instances)
@@ -253,26 +274,30 @@ def merge(parts: Iterable[Part | None], ground: RetiredTotals) -> Overview:
         seen = highest(seen, part.seen)
         gauges.update(part.gauges)
     return Overview(
-        stats=unpack_stats(stats, time.monotonic, ground.started_at),
-        traffic=RegistrationCounts(ground.messages, Counter(ground.dropped)),
+        stats=unpack_stats(stats, time.monotonic, retired.started_at),
+        registrations=RegistrationCounts(retired.messages, Counter(retired.dropped)),
         refused=Counter(refused),
         in_background=gauges["in_background"],
         queued=gauges["queued"],
         instances=instances,
         seen=seen,
         gauges=gauges,
-        workers=[dict(worker) for worker in ground.workers],
-        restarts=sum(worker["restarts"] for worker in ground.workers),
+        workers=[dict(worker) for worker in retired.workers],
+        restarts=sum(worker["restarts"] for worker in retired.workers),
     )
 
 
-def bury(part: Part | None, ground: RetiredTotals, worker: int, incarnation: int) -> None:
-    """Take a dead worker's numbers over."""
-    ground.merged[worker] = incarnation
+def retire(part: ProcessTotals | None, retired: RetiredTotals, worker: int, incarnation: int) -> None:
+    """Add the counters of a dead worker to ``retired``.
+
+    Args:
+        part: what it had published last; ignored if an earlier incarnation published it.
+    """
+    retired.merged[worker] = incarnation
     if part is None or part.incarnation != incarnation:
         return
-    stats, instances, refused, seen = ground.dead if ground.dead else ({}, {}, {}, {})
-    ground.dead = [
+    stats, instances, refused, seen = retired.dead if retired.dead else ({}, {}, {}, {})
+    retired.dead = [
         add(stats, without_gauges(part.stats)),
         add(instances, part.instances),
         highest(refused, part.refused),

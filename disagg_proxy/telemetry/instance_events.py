@@ -1,4 +1,4 @@
-"""Which changes of instances are events, and how they are told to people. The words are listed in docs/observe.md."""
+"""Which changes of instances become events, and the texts that operators read. docs/observe.md lists the kinds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from disagg_proxy.telemetry.event_log import EventLog
 
 log = logging.getLogger(__name__)
 
-SEEN_BY_ALL = frozenset(
+SEEN_BY_EVERY_WORKER = frozenset(
     {"admitted", "probing", "lost", "frozen", "restart_wanted", "freed", "restarted", "drained", "undrained",
      "pair_refused"}
 )  # fmt: skip
-"""Kinds that each worker of a proxy finds out by itself."""
+"""Kinds that every worker detects on its own, so that the page shows each of them once."""
 
 
 @dataclass(slots=True)
-class _Seen:
-    """An instance as it was when it was last looked at."""
+class _Snapshot:
+    """State of an instance at its previous change."""
 
     state: State
     restart_wanted: bool
@@ -29,124 +29,124 @@ class _Seen:
 
 
 class InstanceEvents:
-    """Follows a registry from its creation on, and is told by who recovers and drains.
+    """Turns changes in a registry into events; stall recovery and KV releases report theirs by a call.
 
     Args:
-        logs: whether this process writes the log lines; one of several does.
+        logs: whether this process logs pairs without a common KV format at WARNING; only one worker does.
 
     Attributes:
-        quiet: whether an admission is no news: a worker that takes the place of another meets instances that are known.
+        quiet: suppresses ``admitted``: a replacement worker registers instances that its predecessor has reported.
     """
 
     def __init__(self, registry: Registry, event_log: EventLog, logs: bool = True) -> None:
         self._registry = registry
         self._logs = logs
         self._event_log = event_log
-        self._seen: dict[str, _Seen] = {}
-        self._refused: dict[tuple[str, str], str] = {}
-        self._unpaired: dict[str, str] = {}
+        self._seen: dict[str, _Snapshot] = {}
+        self._pair_refusals: dict[tuple[str, str], str] = {}
+        self._unpaired_reasons: dict[str, str] = {}
         self.quiet = False
-        registry.watch(changed=self._changed, ended=self._ended, breaker=self._breaker)
+        registry.watch(changed=self._on_change, ended=self._on_end, breaker=self._on_breaker)
 
-    def _changed(self, instance: Instance) -> None:
-        now = _Seen(instance.state, instance.restart_wanted, instance.draining)
-        before = self._seen.get(instance.key) or _Seen(State.PROBING, False, instance.draining)
+    def _on_change(self, instance: Instance) -> None:
+        now = _Snapshot(instance.state, instance.restart_wanted, instance.draining)
+        before = self._seen.get(instance.key) or _Snapshot(State.PROBING, False, instance.draining)
         self._seen[instance.key] = now
         if len(self._seen) > 2 * MAX_INSTANCES:
-            self._forget()
+            self._prune()
         if now.draining is not before.draining:
-            said = "is out for maintenance" if now.draining else "is back from maintenance"
-            self._tell("drained" if now.draining else "undrained", instance, said)
+            text = "drained for maintenance" if now.draining else "back in rotation after maintenance"
+            self._add("drained" if now.draining else "undrained", instance, text)
         if now.state is not before.state:
-            self._moved(instance, before.state)
+            self._on_state(instance, before.state)
         if now.restart_wanted and not before.restart_wanted:
-            self._tell("restart_wanted", instance, instance.reason)
+            self._add("restart_wanted", instance, instance.reason)
 
-    def _forget(self) -> None:
+    def _prune(self) -> None:
         known = {i.key for i in self._registry.instances()}
         self._seen = {key: seen for key, seen in self._seen.items() if key in known}
-        self._refused = {keys: why for keys, why in self._refused.items() if known.issuperset(keys)}
-        self._unpaired = {key: why for key, why in self._unpaired.items() if key in known}
+        self._pair_refusals = {keys: why for keys, why in self._pair_refusals.items() if known.issuperset(keys)}
+        self._unpaired_reasons = {key: why for key, why in self._unpaired_reasons.items() if key in known}
 
-    def _moved(self, instance: Instance, before: State) -> None:
+    def _on_state(self, instance: Instance, before: State) -> None:
         state, reason = instance.state, instance.reason
         if state is State.READY:
             if not self.quiet:
-                self._tell("admitted", instance, reason)
-            self._meet(instance)
+                self._add("admitted", instance, reason)
+            self._report_pairs(instance)
         elif state is State.FROZEN:
-            self._tell("frozen", instance, reason)
+            self._add("frozen", instance, reason)
         elif state is State.LOST:
-            self._tell("lost", instance, reason)
+            self._add("lost", instance, reason)
         elif before is State.FROZEN:
-            self._tell("freed", instance, reason)
+            self._add("freed", instance, reason)
         elif before is State.READY:
-            self._tell("probing", instance, reason)
+            self._add("probing", instance, reason)
 
-    def _ended(self, instance: Instance) -> None:
-        self._tell("restarted", instance, "its process has ended, or another one has taken its place")
+    def _on_end(self, instance: Instance) -> None:
+        self._add("restarted", instance, "its process ended or was replaced by another one")
 
-    def _breaker(self, instance: Instance) -> None:
+    def _on_breaker(self, instance: Instance) -> None:
         closed = instance.breaker.state(self._registry.now()) is BreakerState.CLOSED
         if closed:
-            self._tell("breaker_closed", instance, "answers again and gets requests as before")
+            self._add("breaker_closed", instance, "circuit breaker closed: it responds again")
         else:
-            self._tell("breaker_opened", instance, "kept failing and is left alone for a while")
+            self._add("breaker_opened", instance, "circuit breaker open: ejected after repeated failures")
 
-    def _meet(self, instance: Instance) -> None:
-        """Tell of the other role's instances that it cannot work with, once for each reason."""
+    def _report_pairs(self, instance: Instance) -> None:
+        """Report the ready instances of the other role that cannot be paired with ``instance``, once per reason."""
         is_prefill = instance.role is Role.PREFILL
         for other in self._registry.ready(Role.DECODE if is_prefill else Role.PREFILL):
             prefill, decode = (instance, other) if is_prefill else (other, instance)
-            between = (prefill.key, decode.key)
+            pair = (prefill.key, decode.key)
             why = self._registry.kv_compatibility.why_not(prefill, decode)
             if why is None:
-                self._refused.pop(between, None)
-            elif self._refused.get(between) != why:
-                self._refused[between] = why
-                self._tell("pair_refused", prefill, f"gets no request together with {decode}: {why}")
+                self._pair_refusals.pop(pair, None)
+            elif self._pair_refusals.get(pair) != why:
+                self._pair_refusals[pair] = why
+                self._add("pair_refused", prefill, f"cannot be paired with {decode}: {why}")
         for prefill in [instance] if is_prefill else self._registry.ready(Role.PREFILL):
             self._warn_unpaired(prefill)
 
     def _warn_unpaired(self, prefill: Instance) -> None:
-        """Log a prefill that no ready decode of its model can exchange KV with, once for each reason."""
+        """Log a prefill that cannot exchange KV with any ready decode of its model, once per reason."""
         count, reasons = 0, set()
         for decode in self._registry.ready(Role.DECODE):
             if prefill.models.keys().isdisjoint(decode.models):
                 continue
             reason = self._registry.kv_compatibility.why_not(prefill, decode)
             if reason is None:
-                self._unpaired.pop(prefill.key, None)
+                self._unpaired_reasons.pop(prefill.key, None)
                 return
             count += 1
             reasons.add(reason)
         why = "; ".join(sorted(reasons))
-        if why and self._unpaired.get(prefill.key) != why:
-            self._unpaired[prefill.key] = why
+        if why and self._unpaired_reasons.get(prefill.key) != why:
+            self._unpaired_reasons[prefill.key] = why
             log.log(
                 logging.WARNING if self._logs else logging.DEBUG,
                 "%s cannot exchange KV with any of the %d ready decode instances: %s", prefill, count, why,
             )  # fmt: skip
 
-    # -- told by others
+    # -- reported by other components
 
     def replayed(self, instance: Instance) -> None:
-        """A prefill is repeated to free a decode."""
-        self._event_log.count(
+        """A prefill of ``instance``'s requests is replayed to recover it."""
+        self._event_log.add_repeated(
             "replayed", instance.key,
-            "the prefill of a request that it may be waiting for is sent once more",
-            "the prefills of {} requests that it may be waiting for were sent once more",
+            "replayed the prefill of a request whose KV it may be waiting for",
+            "replayed the prefills of {} requests whose KV it may be waiting for",
         )  # fmt: skip
 
-    def drain_ended(self, instance: Instance, failure: str) -> None:
-        """KV of an abandoned request was freed, or was not."""
+    def kv_release_ended(self, instance: Instance, failure: str) -> None:
+        """A KV release on ``instance`` has ended; ``failure`` is the reason where it failed, else empty."""
         if failure:
-            self._tell("drain_failed", instance, f"KV of an abandoned request was not freed: {failure}")
+            self._add("drain_failed", instance, f"could not release the KV of an abandoned request: {failure}")
             return
-        self._event_log.count(
+        self._event_log.add_repeated(
             "kv_drained", instance.key,
-            "KV of an abandoned request was freed", "KV of {} abandoned requests was freed",
+            "released the KV of an abandoned request", "released the KV of {} abandoned requests",
         )  # fmt: skip
 
-    def _tell(self, kind: str, instance: Instance, text: str) -> None:
-        self._event_log.tell(kind, instance.key, text)
+    def _add(self, kind: str, instance: Instance, text: str) -> None:
+        self._event_log.add_event(kind, instance.key, text)

@@ -1,4 +1,4 @@
-"""How log lines look: readable text, or one JSON object a line."""
+"""The format of log lines: readable text, or one JSON object per line (``LOG_FORMAT``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from disagg_proxy.config import Config
 
 
 class JsonLines(logging.Formatter):
-    """time (ISO 8601, UTC), level, logger, message, the number of the worker, and, with an exception, its traceback."""
+    """Keys: time (ISO 8601, UTC), level, logger, message; worker with several workers; exception with its traceback."""
 
     def __init__(self, worker: int | None = None) -> None:
         super().__init__()
@@ -32,17 +32,17 @@ class JsonLines(logging.Formatter):
 
 
 class HideUnfinished(logging.Filter):
-    """Drops uvicorn's line about a response aborted on purpose: server/asgi/exchange_scope.py logs the cause."""
+    """Drops uvicorn's error about a response aborted on purpose; server/asgi/exchange_scope.py logs the cause."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "returned without completing response" not in str(record.msg)
 
 
 def configure_logging(config: Config, worker: int | None = None) -> None:
-    """Send everything to standard error in the configured form.
+    """Log everything to standard error in the configured format.
 
     Args:
-        worker: the number of this process where there are several.
+        worker: the number of this worker, None for a single process.
     """
     handler = logging.StreamHandler(sys.stderr)
     if config.log_format == "json":

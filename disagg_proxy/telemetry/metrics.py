@@ -1,14 +1,13 @@
-"""The Prometheus view: made from the state at each scrape, so that nothing is counted twice. Listed in
-docs/monitoring.md.
+"""The metrics of ``GET /metrics``, collected at each scrape from existing state; docs/monitoring.md lists them.
 
-Names end in their unit, as Prometheus wants it, and are vLLM's own words where it has one. Labels are bounded: routes,
-outcomes and causes by the code, models by what instances serve (telemetry/request_recorder.py), instances by the
-registry.
+Names end in their unit, as Prometheus recommends, and follow vLLM's names where it has the same quantity. Label values
+are bounded: routes, outcomes and causes by the code, models by what instances serve (request_recorder.py), instances by
+the registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -18,15 +17,26 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from disagg_proxy import __version__
+from disagg_proxy.cluster.circuit_breaker import BreakerState
+from disagg_proxy.cluster.instance import Instance, State
+from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.telemetry.aggregate import Overview
-from disagg_proxy.telemetry.instance_metrics import instance_metrics
-from disagg_proxy.telemetry.names import PREFIX
 from disagg_proxy.telemetry.proxy_state import ProxyState
 from disagg_proxy.telemetry.stats import Histogram
 
+PREFIX = "disagg_proxy_"
+
+PING_SECONDS = 3.0
+"""Ping interval of P2pNcclConnector (vLLM 0.9.2 - 0.23, ``p2p_nccl_engine.py``, ``ping``) and of ``disagg_kv``."""
+
+_INSTANCE_LABELS = ["role", "address"]
+"""Not ``instance``: Prometheus sets that label to the scrape target, which is the proxy."""
+
+_Value = Callable[[Instance], float | None]
+
 
 def metrics_registry(proxy: ProxyState, overview: Overview) -> CollectorRegistry:
-    """What one scrape shows, whole from any worker."""
+    """Everything that one scrape returns; with several workers the totals of all of them."""
     registry = CollectorRegistry()
     registry.register(ProxyCollector(proxy, overview))
     if overview.workers:
@@ -46,28 +56,33 @@ def _counter(name: str, text: str, value: float) -> Metric:
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
-    below = list(accumulate(histogram.buckets))
+    cumulative = list(accumulate(histogram.buckets))
     bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
     return HistogramMetricFamily(
-        PREFIX + name, text, buckets=list(zip(bounds, below, strict=True)), sum_value=histogram.sum
+        PREFIX + name, text, buckets=list(zip(bounds, cumulative, strict=True)), sum_value=histogram.sum
     )
 
 
+def _deprecated(new_name: str) -> str:
+    """The help text of a metric that has been renamed."""
+    return f"Deprecated, removed after one release: use {PREFIX}{new_name}"
+
+
 class ProxyCollector(Collector):
-    """Requests, instances, drains and registrations."""
+    """Requests, KV releases, instances and registrations."""
 
     def __init__(self, proxy: ProxyState, overview: Overview) -> None:
         self._proxy = proxy
         self._overview = overview
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the client library at each scrape."""
-        info = GaugeMetricFamily(PREFIX + "build_info", "1, with the version", labels=["version"])
+        """All metric families. Called by prometheus_client at each scrape."""
+        info = GaugeMetricFamily(PREFIX + "build_info", "1, labelled with the version", labels=["version"])
         info.add_metric([__version__], 1)
         yield info
         yield from self._requests()
         yield from self._times()
-        yield from self._kv()
+        yield from self._kv_releases()
         yield from instance_metrics(self._proxy.registry, self._overview)
         yield from self._registrations()
 
@@ -76,10 +91,10 @@ class ProxyCollector(Collector):
         yield _gauge("pairs_ready", "Pairs of prefill and decode that can serve", selection.ready_pairs())
         alone = len(selection.standalone_decodes(None)) if self._proxy.config.decode_alone else 0
         yield _gauge("decodes_alone_ready", "Decodes that can serve without a prefill", alone)
-        yield _gauge("requests_in_flight", "Generation requests that have places on instances", stats.in_flight)
-        yield _gauge("requests_queued", "Generation requests that wait for room", overview.queued)
+        yield _gauge("requests_in_flight", "Generation requests admitted and not finished", stats.in_flight)
+        yield _gauge("requests_queued", "Generation requests waiting in the admission queue", overview.queued)
         yield _gauge(
-            "requests_in_background", "Prefills and drains that go on without a client", overview.in_background
+            "requests_in_background", "Prefills and KV releases running without a client", overview.in_background
         )
         requests = CounterMetricFamily(
             PREFIX + "requests", "Finished generation requests", labels=["route", "model", "outcome", "cause"]
@@ -88,81 +103,162 @@ class ProxyCollector(Collector):
             route, outcome, cause, model = labels.split("\t", 3)
             requests.add_metric([route, model, outcome, cause], count)
         yield requests
-        # By itself, since a rate needs a 0 to begin with, which series with labels do not have.
-        yield _counter("requests_turned_away", "Requests that got 429 from the proxy itself", stats.turned_away)
-        yield _counter("failovers", "Tries on another pair after an instance failed", stats.failovers)
+        # A metric of its own: rate() needs a first sample of 0, which a labelled series does not have.
+        yield _counter("requests_turned_away", "Requests rejected by the proxy with 429", stats.turned_away)
+        yield _counter("failovers", "Attempts on another pair after an instance failed", stats.failovers)
         yield _counter("prompt_tokens", "Prompt tokens of finished requests", stats.prompt_tokens)
         yield _counter(
-            "prompt_tokens_cached", "Prompt tokens that prefill had in its prefix cache", stats.cached_tokens
+            "prompt_tokens_cached", "Prompt tokens found in the prefix cache of prefill", stats.cached_tokens
         )
         yield _counter(
-            "generation_tokens", "Output tokens of finished requests whose answers said how many", stats.output_tokens
+            "generation_tokens", "Output tokens of finished requests that reported usage", stats.output_tokens
         )
-        yield _counter("stream_pieces", "Pieces of streamed answers passed on, mostly a token each", stats.pieces)
+        yield _counter("stream_pieces", "Chunks of streamed responses relayed, mostly one token each", stats.pieces)
 
     def _times(self) -> Iterable[Metric]:
         stats = self._overview.stats
-        yield _histogram("request_queue_time_seconds", "Wait in the queue, of those that had to wait", stats.queued)
-        yield _histogram("request_prefill_time_seconds", "From asking prefill to its answer", stats.prefill)
+        yield _histogram("request_queue_time_seconds", "Time in the admission queue, of queued requests", stats.queued)
+        yield _histogram("request_prefill_time_seconds", "Time from sending a prefill to its response", stats.prefill)
         yield _histogram(
             "time_to_first_token_seconds",
-            "From the complete request to the first byte of a streamed answer, the queue included",
+            "Time from the complete request to the first byte of a streamed response, queueing included",
             stats.ttft,
         )
         yield _histogram(
-            "inter_token_latency_seconds", "Between two pieces of a streamed answer; of 32 one is measured", stats.gap
+            "inter_token_latency_seconds", "Time between two chunks of a streamed response, 1 of 32 sampled", stats.gap
         )
         yield _histogram(
-            "e2e_request_latency_seconds", "From the complete request to the end of the whole answer", stats.total
+            "e2e_request_latency_seconds", "Time from the complete request to the end of its response", stats.total
         )
         yield _histogram("request_prompt_tokens", "Prompt tokens of a request", stats.prompts)
-        yield _histogram(
-            "request_generation_tokens", "Output tokens of a request whose answer said how many", stats.outputs
-        )
+        yield _histogram("request_generation_tokens", "Output tokens of a request that reported usage", stats.outputs)
 
-    def _kv(self) -> Iterable[Metric]:
-        drained = self._overview.stats.drains
-        drains = CounterMetricFamily(PREFIX + "drains", "Drains of prefilled KV by result", labels=["result"])
-        for result in ("started", "done", "failed"):
-            drains.add_metric([result], getattr(drained, result))
-        yield drains
-        yield _gauge("drains_waiting", "Drains that have begun and not ended", drained.waiting)
-        yield _counter("drained_tokens", "Prompt tokens whose KV was freed by drains", drained.tokens)
+    def _kv_releases(self) -> Iterable[Metric]:
+        releases = self._overview.stats.kv_releases
+        by_result = "Releases of abandoned KV by result: started, done, failed"
+        for name, text in (("kv_releases", by_result), ("drains", _deprecated("kv_releases_total"))):
+            family = CounterMetricFamily(PREFIX + name, text, labels=["result"])
+            for result in ("started", "done", "failed"):
+                family.add_metric([result], getattr(releases, result))
+            yield family
+        yield _gauge("kv_releases_waiting", "KV releases in progress", releases.waiting)
+        yield _gauge("drains_waiting", _deprecated("kv_releases_waiting"), releases.waiting)
+        yield _counter("kv_released_tokens", "Prompt tokens whose abandoned KV was released", releases.tokens)
+        yield _counter("drained_tokens", _deprecated("kv_released_tokens_total"), releases.tokens)
 
     def _registrations(self) -> Iterable[Metric]:
         overview = self._overview
-        yield _counter("registrations", "Registration messages received", overview.traffic.messages)
+        yield _counter("registrations", "Registration messages received", overview.registrations.messages)
         dropped = CounterMetricFamily(
-            PREFIX + "registrations_dropped", "Registration messages not used, by kind", labels=["kind"]
+            PREFIX + "registrations_dropped", "Registration messages dropped, by kind", labels=["kind"]
         )
-        for kind, count in overview.traffic.dropped.items():
+        for kind, count in overview.registrations.dropped.items():
             dropped.add_metric([kind], count)
         dropped.add_metric(["refused"], sum(overview.refused.values()))
         yield dropped
         if overview.workers:
-            yield _gauge("workers", "Workers that serve", sum(w["responding"] for w in overview.workers))
-            yield _counter("worker_restarts", "Workers that were replaced", overview.restarts)
+            yield _gauge("workers", "Workers that are serving", sum(w["responding"] for w in overview.workers))
+            yield _counter("worker_restarts", "Workers replaced after they ended", overview.restarts)
+
+
+def instance_metrics(registry: Registry, overview: Overview) -> Iterable[Metric]:
+    """The metrics of each instance: its state as this process sees it, and the counts of all processes."""
+    instances = registry.instances()
+    now = registry.now()
+
+    def age(instance: Instance) -> float | None:
+        return None if instance.last_ping is None else now - instance.last_ping
+
+    def missed(instance: Instance) -> float | None:
+        return None if instance.last_ping is None else max(0, int((now - instance.last_ping) / PING_SECONDS))
+
+    def counted(name: str) -> _Value:
+        return lambda instance: overview.counted(instance)[name]
+
+    def seen(name: str) -> _Value:
+        return lambda instance: overview.seen_count(instance, name)
+
+    gauges: list[tuple[str, str, _Value]] = [
+        ("ready", "1 while it may receive requests", lambda i: i.state is State.READY and not i.draining),
+        ("draining", "1 while drained for maintenance", lambda i: i.draining),
+        ("frozen", "1 while its engine is stalled", lambda i: i.state is State.FROZEN),
+        ("restart_wanted", "1 when only a restart can recover it", lambda i: i.restart_wanted),
+        ("in_flight", "Legs in flight", lambda i: i.in_flight),
+        ("tokens_in_flight", "Prompt tokens of its legs in flight, estimated", overview.tokens_in_flight),
+        ("kv_waiting_prompts", "Prompts sent to prefill whose KV decode has not loaded yet", lambda i: i.kv_waiting),
+        ("kv_waiting_bytes", "KV that decode has not loaded yet, estimated", lambda i: i.kv_waiting_bytes),
+        ("ping_age_seconds", "Time since its last ping", age),
+        ("pings_missed", "Pings missed since its last one", missed),
+    ]
+    counters: list[tuple[str, str, _Value]] = [
+        ("requests", "Legs sent to it", counted("requests_total")),
+        ("failures", "Legs that failed on it", counted("failures_total")),
+        ("freezes", "Times its engine stalled", counted("freezes")),
+        ("replays", "Prefills replayed to recover a decode that waits for KV", counted("replays")),
+        ("kv_releases", "Releases of abandoned KV that succeeded on it", counted("kv_releases")),
+        ("kv_releases_failed", "Releases of abandoned KV that failed on it", counted("kv_releases_failed")),
+        ("drains", _deprecated("instance_kv_releases_total"), counted("kv_releases")),
+        ("drains_failed", _deprecated("instance_kv_releases_failed_total"), counted("kv_releases_failed")),
+        ("kv_missing", "Prefill responses without the location of their KV", counted("kv_missing")),
+        ("prefills_refused", "Prefills it refused of requests that decode accepted", counted("prefills_refused")),
+        ("times_lost", "Times it stopped being ready", seen("times_lost")),
+        ("restarts", "Times its process was seen to end", seen("restarts")),
+    ]
+    for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        for name, text, value in table:
+            family = kind(PREFIX + "instance_" + name, text, labels=_INSTANCE_LABELS)
+            for instance in instances:
+                if (number := value(instance)) is not None:
+                    family.add_metric(_labels(instance), number)
+            yield family
+    yield _states(instances)
+    yield _breakers(instances, overview)
+
+
+def _labels(instance: Instance) -> list[str]:
+    return [instance.role.value, instance.http.text]
+
+
+def _states(instances: Iterable[Instance]) -> Metric:
+    states = GaugeMetricFamily(
+        PREFIX + "instance_state", "1 for its current state, 0 for the others", labels=[*_INSTANCE_LABELS, "state"]
+    )
+    for instance in instances:
+        for state in State:
+            states.add_metric([*_labels(instance), state.value], instance.state is state)
+    return states
+
+
+def _breakers(instances: Iterable[Instance], overview: Overview) -> Metric:
+    family = GaugeMetricFamily(
+        PREFIX + "instance_breaker", "Processes of the proxy whose circuit breaker for it is in the state",
+        labels=[*_INSTANCE_LABELS, "state"],
+    )  # fmt: skip
+    for instance in instances:
+        for state in BreakerState:
+            family.add_metric([*_labels(instance), state.value], overview.breakers(instance, state))
+    return family
 
 
 class WorkersCollector(Collector):
-    """The figures of prometheus_client's ProcessCollector for each worker, with its number as a label.
+    """The metrics of prometheus_client's ProcessCollector for each worker, with the label ``worker``.
 
     Args:
-        pids: of the workers in their order; None where there is none now.
+        pids: process ids by worker number; None or 0 for a worker that is not running.
     """
 
     def __init__(self, pids: Sequence[int | None]) -> None:
         self._pids = pids
 
     def collect(self) -> Iterable[Metric]:
-        """Called by the client library at each scrape."""
-        found: dict[str, Metric] = {}
+        """All metric families. Called by prometheus_client at each scrape."""
+        merged: dict[str, Metric] = {}
         for number, pid in enumerate(self._pids):
             if not pid:
                 continue
             process = ProcessCollector(pid=partial(int, pid), registry=CollectorRegistry())
             for metric in process.collect():
-                whole = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                family = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
                 for sample in metric.samples:
-                    whole.add_sample(sample.name, {**sample.labels, "worker": str(number)}, sample.value)
-        return found.values()
+                    family.add_sample(sample.name, {**sample.labels, "worker": str(number)}, sample.value)
+        return merged.values()

@@ -1,9 +1,9 @@
-"""What a process publishes for the page: its newest records and events, its steps, its flows. And all of them as one.
+"""What each process publishes for the page (records, events, time steps, flows), and the merge over all processes.
 
-What has ended does not change any more, so that it is packed once and decoded once, however often it is looked at.
+Finished entries are immutable, so each is packed once and unpacked once, however often the page reads it.
 
-Where there are several workers each sees the same instances by itself, so that of the events that all of them find out
-(happenings.py) only the first is shown.
+With several workers each one monitors the same instances. Of events that every worker detects (instance_events.py) only
+the first is shown.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from typing import Any, cast
 import msgpack
 
 from disagg_proxy.telemetry.event_log import EVENTS, RECORDS, Event
-from disagg_proxy.telemetry.instance_events import SEEN_BY_ALL
+from disagg_proxy.telemetry.instance_events import SEEN_BY_EVERY_WORKER
 from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.telemetry.request_recorder import Flow, RequestRecorder
 from disagg_proxy.telemetry.timeseries import SECONDS, STEPS, Step
 
-_ALIKE = 15.0
-"""Seconds within which several workers find out the same: three probe intervals at their default."""
+_SAME_EVENT_WITHIN = 15.0
+"""Seconds within which several workers detect the same change: three probe intervals at their default."""
 
-_MOST_ID = 64
+_MAX_ID = 64
 
 Entry = tuple[int, bytes]
-"""The number by which it is ordered, and the packed rest."""
+"""The number that entries are sorted by, and the packed entry."""
 
 
 @dataclass(slots=True)
 class PageState:
-    """One process's, each oldest first.
+    """The state of one process, each list oldest first.
 
     Attributes:
-        records, events: by their sequence numbers. steps: by the beginning of each.
-        flows: prefill, decode, in flight, total.
+        records, events: entries by sequence number.
+        steps: entries by the Unix time of their start.
+        flows: rows of prefill key, decode key, in flight, total.
     """
 
     records: list[Entry] = field(default_factory=list)
@@ -44,12 +45,12 @@ class PageState:
     steps: list[Entry] = field(default_factory=list)
     flows: list[list[Any]] = field(default_factory=list)
 
-    def pack(self, most: int) -> bytes:
-        """As at most so many bytes: the oldest records and events are left out where they do not fit."""
+    def pack(self, max_bytes: int) -> bytes:
+        """As msgpack, at most ``max_bytes``: the oldest records and events are omitted where they do not fit."""
         records, events = self.records, self.events
         while True:
             text = _pack([records, events, self.steps, self.flows])
-            if len(text) <= most:
+            if len(text) <= max_bytes:
                 return text
             if not records and not events:
                 return b""
@@ -57,15 +58,15 @@ class PageState:
 
     @classmethod
     def unpack(cls, text: bytes) -> PageState:
-        """From :meth:`pack`; empty from nothing."""
+        """Reverse :meth:`pack`; an empty text gives an empty state."""
         return cls(*msgpack.unpackb(text, use_list=False)) if text else cls()
 
 
-def news_of(recorder: RequestRecorder) -> PageState:
-    """This process's."""
+def page_state_of(recorder: RequestRecorder) -> PageState:
+    """The current state of this process."""
     event_log, timeseries = recorder.event_log, recorder.timeseries
     records = [*event_log.inherited, *map(_record_entry, event_log.records)][-RECORDS:]
-    steps = [*map(_step_entry, timeseries.before), (timeseries.now.start, _pack(timeseries.now.row()))]
+    steps = [*map(_step_entry, timeseries.past), (timeseries.now.start, _pack(timeseries.now.row()))]
     flows = [[f.prefill, f.decode, f.in_flight, f.total] for f in recorder.flows.values()]
     return PageState(records, [*map(_event_entry, event_log.events)], steps, flows)
 
@@ -87,14 +88,14 @@ def _event_entry(event: Event) -> Entry:
 
 
 def _step_entry(step: Step) -> Entry:
-    """Of one that is over."""
+    # Only for steps that have ended: the packed form is cached.
     if step.packed is None:
         step.packed = _pack(step.row())
     return step.start, step.packed
 
 
 def inherit(recorder: RequestRecorder, left: PageState) -> None:
-    """Go on from what a process has left whose place this one has taken."""
+    """Continue from ``left``, the last published state of the worker that this one replaces."""
     event_log = recorder.event_log
     event_log.inherited = list(left.records)
     event_log.events.extend(_event(packed) for _, packed in left.events)
@@ -109,11 +110,13 @@ def inherit(recorder: RequestRecorder, left: PageState) -> None:
 
 @dataclass(slots=True)
 class MergedPageState:
-    """The news of all processes, each oldest first.
+    """The state of all processes, each list oldest first.
 
     Attributes:
-        records: to be read with :func:`fields_of`.
-        steps: the last ten minutes, each step once, with what the processes have packed of it: see :func:`step_of`.
+        records: packed, for :func:`unpack_record`.
+        events: without those that several workers have detected alike.
+        steps: the last ten minutes: start of each step and its packed parts, for :func:`merge_step`.
+        flows: summed over all processes.
     """
 
     records: list[bytes]
@@ -122,8 +125,8 @@ class MergedPageState:
     flows: list[Flow]
 
 
-def together(parts: Sequence[PageState], now: float) -> MergedPageState:
-    """All processes as one.
+def merge_states(parts: Sequence[PageState], now: float) -> MergedPageState:
+    """Merge the states of all processes.
 
     Args:
         now: Unix time.
@@ -145,18 +148,18 @@ def together(parts: Sequence[PageState], now: float) -> MergedPageState:
 
 
 def _events(parts: Sequence[PageState]) -> list[Event]:
-    whole: list[Event] = []
+    merged: list[Event] = []
     seen: dict[tuple[str, str | None], tuple[int, float]] = {}
-    told = sorted((seq, number, packed) for number, part in enumerate(parts) for seq, packed in part.events)
-    for _, worker, packed in told:
+    entries = sorted((seq, number, packed) for number, part in enumerate(parts) for seq, packed in part.events)
+    for _, worker, packed in entries:
         event = _event(packed)
-        if event.kind in SEEN_BY_ALL:
+        if event.kind in SEEN_BY_EVERY_WORKER:
             first = seen.get((event.kind, event.instance))
-            if first is not None and first[0] != worker and event.time - first[1] < _ALIKE:
+            if first is not None and first[0] != worker and event.time - first[1] < _SAME_EVENT_WITHIN:
                 continue
             seen[event.kind, event.instance] = (worker, event.time)
-        whole.append(event)
-    return whole[-EVENTS:]
+        merged.append(event)
+    return merged[-EVENTS:]
 
 
 @lru_cache(maxsize=4096)
@@ -165,23 +168,23 @@ def _event(packed: bytes) -> Event:
 
 
 def _step(packed: bytes) -> Step:
-    return Step.of(msgpack.unpackb(packed, strict_map_key=False))
+    return Step.from_row(msgpack.unpackb(packed, strict_map_key=False))
 
 
-def step_of(start: int, parts: Sequence[bytes]) -> Step:
-    """One step of all processes."""
-    whole = Step(start)
+def merge_step(start: int, parts: Sequence[bytes]) -> Step:
+    """The step that starts at ``start``, merged over all processes."""
+    merged = Step(start)
     for packed in parts:
-        whole.take(_step(packed))
-    return whole
+        merged.merge(_step(packed))
+    return merged
 
 
-def fields_of(packed: bytes) -> dict[str, Any]:
-    """The fields of a record by their names."""
+def unpack_record(packed: bytes) -> dict[str, Any]:
+    """The fields of a record by name."""
     return dict(zip(FIELDS, cast(list[Any], msgpack.unpackb(packed)), strict=True))
 
 
-# -- records as plain values
+# -- records as rows of plain values
 
 
 def _offset(moment: Callable[[RequestRecord], float | None]) -> Callable[[RequestRecord], float | None]:
@@ -199,9 +202,9 @@ _READ: dict[str, Callable[[RequestRecord], Any]] = {
     "seq": lambda r: r.seq,
     "time": lambda r: round(r.unix, 3),
     "id": lambda r: r.public_id,
-    "client_id": lambda r: r.client_id and r.client_id[:_MOST_ID],
+    "client_id": lambda r: r.client_id and r.client_id[:_MAX_ID],
     "route": lambda r: r.route,
-    "model": lambda r: r.model and r.model[:_MOST_ID],
+    "model": lambda r: r.model and r.model[:_MAX_ID],
     "prefill": lambda r: r.prefill,
     "decode": lambda r: r.decode,
     "tries": lambda r: r.tries,
@@ -221,13 +224,13 @@ _READ: dict[str, Callable[[RequestRecord], Any]] = {
     "gap_max_ms": lambda r: _ms(r.gap_max) if r.gaps else None,
     "ready_at": _offset(lambda r: r.ready),
     "admitted_at": _offset(lambda r: r.admitted),
-    "prefill_asked_at": _offset(lambda r: r.prefill_asked),
-    "prefill_answered_at": _offset(lambda r: r.prefill_answered),
-    "decode_asked_at": _offset(lambda r: r.decode_asked),
+    "prefill_sent_at": _offset(lambda r: r.prefill_sent),
+    "prefill_done_at": _offset(lambda r: r.prefill_done),
+    "decode_sent_at": _offset(lambda r: r.decode_sent),
     "first_byte_at": _offset(lambda r: r.first_byte),
 }
 FIELDS = tuple(_READ)
-"""Names of a record's row."""
+"""Names of the values in the row of a record."""
 
 
 def _row(record: RequestRecord) -> list[Any]:

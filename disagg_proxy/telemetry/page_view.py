@@ -1,7 +1,7 @@
-"""Everything that a page shows of a proxy, as one object for JSON. Its schema is docs/observe.md.
+"""The view: everything that the live page shows, as one JSON object. docs/observe.md has its schema.
 
-All durations in it are milliseconds, all moments Unix time in seconds. Entries of the past are made once and are the
-same objects in every view: they must not be changed.
+Durations are milliseconds, times are Unix seconds. Finished entries are cached and shared by all views: callers must
+not modify them.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Any
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.telemetry.aggregate import Overview
-from disagg_proxy.telemetry.page_state import PageState, fields_of, step_of, together
+from disagg_proxy.telemetry.page_state import PageState, merge_states, merge_step, unpack_record
 from disagg_proxy.telemetry.proxy_state import ProxyState
 from disagg_proxy.telemetry.stats import Latency
 from disagg_proxy.telemetry.stats_report import instance_report
 from disagg_proxy.telemetry.timeseries import SECONDS
 
-SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def view(proxy: ProxyState, overview: Overview, news: Sequence[PageState]) -> dict[str, Any]:
-    """The whole proxy, from any of its workers.
+def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> dict[str, Any]:
+    """The view of the whole proxy, whichever worker makes it.
 
     Args:
-        news: of each process.
+        overview: totals of all processes.
+        states: what each process has published.
     """
     now = time.time()
     stats = overview.stats
-    whole = together(news, now)
+    merged = merge_states(states, now)
     return {
         "now": round(now, 3),
         "version": __version__,
@@ -40,7 +41,7 @@ def view(proxy: ProxyState, overview: Overview, news: Sequence[PageState]) -> di
         "workers": max(1, len(overview.workers)),
         "instances": [_instance(i, proxy, overview) for i in proxy.registry.instances()],
         "flows": [
-            {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in whole.flows
+            {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in merged.flows
         ],
         "totals": {
             "requests": dict(stats.outcomes),
@@ -58,12 +59,12 @@ def view(proxy: ProxyState, overview: Overview, news: Sequence[PageState]) -> di
             "gap": _summary(stats.gap),
             "total": _summary(stats.total),
         },
-        "rates": {"step_s": SECONDS, "steps": [_step(start, parts) for start, parts in whole.steps]},
-        "recent": [_record(packed) for packed in whole.records],
+        "rates": {"step_s": SECONDS, "steps": [_step(start, parts) for start, parts in merged.steps]},
+        "recent": [_record(packed) for packed in merged.records],
         "events": [
             {"seq": e.seq, "time": round(e.time, 3), "kind": e.kind, "instance": e.instance, "text": e.text,
              "count": e.count}
-            for e in whole.events
+            for e in merged.events
         ],
     }  # fmt: skip
 
@@ -73,17 +74,17 @@ def _instance(instance: Instance, proxy: ProxyState, overview: Overview) -> dict
 
 
 def _summary(latency: Latency) -> dict[str, float | int | None]:
-    found = latency.summary()
+    summary = latency.summary()
     shown: dict[str, float | int | None] = {"count": latency.count}
-    for name in SHARES:
-        seconds = found[f"{name}_s"]
+    for name in _QUANTILES:
+        seconds = summary[f"{name}_s"]
         shown[name] = None if seconds is None else round(seconds * 1000, 2)
     return shown
 
 
 @lru_cache(maxsize=1024)
 def _step(start: int, parts: tuple[bytes, ...]) -> dict[str, Any]:
-    step = step_of(start, parts)
+    step = merge_step(start, parts)
     ttft, gap = step.ttft, step.gap
     return {
         "time": step.start,
@@ -91,8 +92,8 @@ def _step(start: int, parts: tuple[bytes, ...]) -> dict[str, Any]:
         "pieces": step.pieces,
         "prompt_tokens": step.prompt_tokens,
         "output_tokens": step.output_tokens,
-        "ttft": {name: _ms(ttft.quantile(share)) for name, share in SHARES.items()},
-        "gap": {name: _ms(gap.quantile(share)) for name, share in SHARES.items()},
+        "ttft": {name: _ms(ttft.quantile(share)) for name, share in _QUANTILES.items()},
+        "gap": {name: _ms(gap.quantile(share)) for name, share in _QUANTILES.items()},
         "kv_waiting_bytes": step.kv_waiting_bytes,
         "in_flight": step.in_flight,
         "queued": step.queued,
@@ -105,30 +106,29 @@ def _ms(seconds: float | None) -> float | None:
 
 @lru_cache(maxsize=1024)
 def _record(packed: bytes) -> dict[str, Any]:
-    """With the bars of a waterfall: from and to, in order, without those that there were not."""
-    record = fields_of(packed)
+    """A record for the page, with ``bars``: start and end in ms since its arrival of each phase that it had."""
+    record = unpack_record(packed)
     end = record["total_ms"]
-    admitted, asked, answered, decode, first = (
-        record.pop(f"{name}_at")
-        for name in ("admitted", "prefill_asked", "prefill_answered", "decode_asked", "first_byte")
+    admitted, sent, done, decode, first = (
+        record.pop(f"{name}_at") for name in ("admitted", "prefill_sent", "prefill_done", "decode_sent", "first_byte")
     )
     ready = record.pop("ready_at")
     bars: dict[str, list[float]] = {}
     if record["queue_ms"]:
         bars["queue"] = [ready, end if admitted is None else admitted]
-    if asked is not None:
-        bars["prefill"] = [asked, _first(answered, first, end)]
-    if decode is not None and (asked is None or answered is not None or first is not None):
-        # Both legs run at once with the project's own connector: what prefill takes is not decode's time.
-        begun = decode if answered is None else max(decode, answered)
+    if sent is not None:
+        bars["prefill"] = [sent, _first_known(done, first, end)]
+    if decode is not None and (sent is None or done is not None or first is not None):
+        # With disagg_kv both legs run at once: the time of prefill is not counted as decode's.
+        begun = decode if done is None else max(decode, done)
         if not record["streamed"] and first is not None:
             bars["decode"] = [min(begun, end), end]
         elif first is None or first > begun:
-            bars["transfer"] = [begun, _first(first, end)]
+            bars["transfer"] = [begun, _first_known(first, end)]
     if first is not None and record["streamed"]:
         bars["decode"] = [first, end]
     return {**record, "bars": bars}
 
 
-def _first(*moments: float | None) -> float:
-    return next(moment for moment in moments if moment is not None)
+def _first_known(*times: float | None) -> float:
+    return next(time for time in times if time is not None)

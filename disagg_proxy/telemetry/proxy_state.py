@@ -1,4 +1,4 @@
-"""What the reports of this folder read from a running proxy."""
+"""The interface through which the reports of this package read a running proxy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from disagg_proxy.runtime.shutdown import Shutdown
 
 
 class ProxyState(Protocol):
-    """The parts of :class:`disagg_proxy.services.Services` that /stats, /metrics and the page show."""
+    """What /stats, /metrics and the page read of :class:`disagg_proxy.services.Services`."""
 
     @property
     def config(self) -> Config: ...
@@ -28,7 +28,7 @@ class ProxyState(Protocol):
 
     @property
     def worker(self) -> int | None:
-        """The number of the answering worker, None where the proxy is a single process."""
+        """The number of the worker that serves this report, None for a single process."""
 
     def idle(self, instance: Instance) -> bool:
-        """Whether ``instance`` could be stopped without loss to any client."""
+        """Whether ``instance`` can be stopped without harm to any client."""

@@ -1,23 +1,22 @@
-"""One generation request, from the moment its body is complete to the end of its HTTP exchange, however that ends.
+"""The record of one generation request, from its complete body to the end of its HTTP exchange, however that ends.
 
-Both ways in (``server/fast_path``, ``server/asgi/generation_routes``) open a record before anything of the request is
-judged, so that refusals, full queues and clients that leave the queue have one too. Requests that are refused before
-their body is complete (401, 408, 413, 415) have none. All times are readings of one monotonic clock, taken here and
-nowhere else:
+Both ways into the proxy (``server/fast_path``, ``server/asgi/generation_routes``) open a record before the request is
+validated, so that rejected requests, and clients that leave the queue, have one too. Requests that are rejected before
+their body is complete (401, 408, 413, 415) have none. All times are readings of one monotonic clock, taken here only:
 
-    arrived           the body is complete
-    ready             it is read and checked, and asks for instances
-    admitted          it has its places on instances; until then it waited in the queue, if ``waited``
-    prefill_asked     a leg to prefill begins, of the last try
-    prefill_answered  prefill's whole answer is here
-    decode_asked      the decode leg begins, of the last try; together with prefill's where the protocol allows it
-    first_byte        the first bytes of the body of decode's answer are here (all of them when it is not streamed)
-    ended             the client's exchange is over
+    arrived        the body is complete
+    ready          the request is parsed and validated, and waits for admission
+    admitted       it has capacity on its instances; if ``waited``, it was queued until then
+    prefill_sent   the prefill leg of the last attempt starts
+    prefill_done   prefill's complete response is here
+    decode_sent    the decode leg of the last attempt starts; at the same time as prefill's where the protocol allows it
+    first_byte     the first bytes of decode's body are here (all of them if the response is not streamed)
+    ended          the exchange with the client is over
 
-**Gaps between tokens** are sampled, since a clock reading for each of them would be felt: of every 32 gaps between two
-pieces of a streamed body one is measured, and the first one that is differs from stream to stream, so that each gap has
-the same chance. A piece is what one read of decode's connection brought, mostly one token. It costs one countdown for
-each piece. Gaps in which the client took nothing are not counted.
+**Gaps between chunks** are sampled, since reading the clock for each would cost too much: of every 32 gaps between two
+chunks of a streamed body one is measured. The first one measured differs from stream to stream, so that each gap is
+equally likely. A chunk is what one read of decode's connection returned, mostly one token; the cost per chunk is one
+countdown. Gaps during which the client did not read are not counted.
 """
 
 from __future__ import annotations
@@ -37,41 +36,47 @@ from disagg_proxy.errors import (
 if TYPE_CHECKING:
     from disagg_proxy.cluster.instance import Instance
     from disagg_proxy.telemetry.request_recorder import Flow, RequestRecorder
-    from disagg_proxy.telemetry.trace_context import TraceContext
+    from disagg_proxy.telemetry.tracing import TraceContext
 
-EVERY = 32
-"""Of so many gaps one is measured."""
+GAP_SAMPLE_INTERVAL = 32
+"""One gap of this many is measured."""
 
 
 class RequestRecord:
-    """Facts of one request; whatever is not known (yet) is None.
+    """The facts of one request; a value that is not known (yet) is None.
 
     Attributes:
-        seq: its place among all records and events (journal.py), 0 until it has ended.
-        unix: Unix time of its arrival, 0 until it has ended.
-        route: path. model: served name, decode's default where the client named none.
-        client_id: the client's own X-Request-Id. public_id: the id in the answer's body.
-        prefill, decode: keys of the instances of the last try; prefill is None where decode serves alone.
-        tries: pairs that it was put on.
-        status: of the answer, None when there was none.
+        seq: sequence number among records and events (event_log.py), 0 until the request has ended.
+        unix: Unix time of its arrival in seconds, 0 until it has ended.
+        route: path of the request.
+        model: served name; decode's default model if the client named none.
+        client_id: the client's X-Request-Id.
+        public_id: the id in the response body.
+        prefill, decode: keys of the instances of the last attempt; prefill is None for a decode alone.
+        flow: the counts of that pair.
+        tries: attempts so far.
+        status: HTTP status of the response, None if none was sent.
         outcome: ok, client_error, client_left, cut, deadline, engine_error, turned_away, no_pair, unavailable or
-            proxy_error. cause: the error's code, ``engine_`` and the status of an engine's refusal, or where a client
-            left: in_queue, before_first_byte, mid_stream.
-        streamed: whether the answer is passed on as it comes.
-        prompt_tokens, cached_tokens: as prefill's answer says. output_tokens: where decode's answer says so.
-        pieces: of a streamed body. gaps: that were measured; gap_sum, gap_max: their seconds.
-        packed: what the page is told of it (news.py), once somebody has asked.
-        trace: its W3C trace context, where traces are on.
+            proxy_error.
+        cause: code of the error; ``engine_`` and the status of an engine's 4xx; or when the client left: in_queue,
+            before_first_byte, mid_stream.
+        streamed: whether the response is relayed as it arrives.
+        prompt_tokens, cached_tokens: as prefill reports them.
+        output_tokens: as decode reports it.
+        pieces: chunks of a streamed body.
+        gaps: gaps measured; gap_sum, gap_max: their sum and maximum in seconds.
+        packed: msgpack of the record, cached by page_state.py.
+        trace: its W3C trace context, if tracing is on.
     """
 
     __slots__ = (
-        "_looked_at", "_recorder", "_step", "admitted", "arrived", "cached_tokens", "cause", "client_id",
-        "decode", "decode_asked", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "model", "outcome",
-        "output_tokens", "packed", "pieces", "prefill", "prefill_answered", "prefill_asked", "prompt_tokens",
+        "_gap_start", "_interval", "_recorder", "admitted", "arrived", "cached_tokens", "cause", "client_id",
+        "decode", "decode_sent", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "model", "outcome",
+        "output_tokens", "packed", "pieces", "prefill", "prefill_done", "prefill_sent", "prompt_tokens",
         "public_id", "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
     )  # fmt: skip
 
-    def __init__(self, recorder: RequestRecorder, route: str, client_id: str | None, step: int) -> None:
+    def __init__(self, recorder: RequestRecorder, route: str, client_id: str | None, interval: int) -> None:
         self._recorder = recorder
         self.arrived: float = recorder.clock()
         self.route: str = route
@@ -80,9 +85,9 @@ class RequestRecord:
         self.unix: float = 0.0
         self.ready: float | None = None
         self.admitted: float | None = None
-        self.prefill_asked: float | None = None
-        self.prefill_answered: float | None = None
-        self.decode_asked: float | None = None
+        self.prefill_sent: float | None = None
+        self.prefill_done: float | None = None
+        self.decode_sent: float | None = None
         self.first_byte: float | None = None
         self.ended: float | None = None
         self.waited = False
@@ -103,142 +108,145 @@ class RequestRecord:
         self.gaps: int = 0
         self.gap_sum: float = 0.0
         self.gap_max: float = 0.0
-        self._looked_at: float | None = None
-        self._step = step
+        self._gap_start: float | None = None
+        self._interval = interval
         self.packed: bytes | None = None
         self.trace: TraceContext | None = None
 
-    # -- its way
+    # -- progress
 
-    def asks(self, model: str | None) -> None:
-        """It is read and checked, and asks for instances."""
+    def on_ready(self, model: str | None) -> None:
+        """The request is parsed and validated, and waits for admission."""
         self.ready = self._recorder.clock()
         self.model = model
 
-    def admit(self) -> None:
-        """It has places on instances: from now on it counts as in flight."""
+    def on_admitted(self) -> None:
+        """The request has capacity on its instances. It counts as in flight from now on."""
         self.admitted = self._recorder.clock()
         self._recorder.stats.in_flight += 1
 
-    def put_on(self, prefill: Instance | None, decode: Instance, public_id: str) -> None:
-        """A try begins on these instances."""
+    def on_attempt(self, prefill: Instance | None, decode: Instance, public_id: str) -> None:
+        """An attempt on these instances starts; ``public_id`` is the id that its response will carry."""
         self.tries += 1
         self.public_id = public_id
         if self.ended is not None:
             return
         self.prefill = None if prefill is None else prefill.key
         self.decode = decode.key
-        self.prefill_asked = self.prefill_answered = self.decode_asked = None
+        self.prefill_sent = self.prefill_done = self.decode_sent = None
         if self.model is None:
             self.model = decode.default_model
-        self._recorder.follow(self)
+        self._recorder.track_flow(self)
 
-    def ask_prefill(self) -> None:
-        """The prefill leg begins."""
-        self.prefill_asked = self._recorder.clock()
+    def on_prefill_sent(self) -> None:
+        """The prefill leg starts."""
+        self.prefill_sent = self._recorder.clock()
 
-    def answer_prefill(self) -> None:
-        """Prefill's answer is here, whatever it says."""
+    def on_prefill_response(self) -> None:
+        """Prefill's complete response is here, whatever its status."""
         now = self._recorder.clock()
-        if self.prefill_asked is not None:
-            self._recorder.stats.prefill.add(now - self.prefill_asked)
+        if self.prefill_sent is not None:
+            self._recorder.stats.prefill.add(now - self.prefill_sent)
         if self.ended is None:
-            self.prefill_answered = now
+            self.prefill_done = now
 
-    def ask_decode(self) -> None:
-        """The decode leg begins."""
-        self.decode_asked = self._recorder.clock()
+    def on_decode_sent(self) -> None:
+        """The decode leg starts."""
+        self.decode_sent = self._recorder.clock()
 
-    def begin_answer(self, streamed: bool) -> None:
-        """The first bytes of the answer are here."""
+    def on_first_byte(self, streamed: bool) -> None:
+        """The first bytes of the response body are here."""
         now = self._recorder.clock()
         self.streamed = streamed
         if self.ended is None:
             self.first_byte = now
         if streamed:
-            self._recorder.answered(now - self.arrived)
+            self._recorder.add_ttft(now - self.arrived)
 
-    # -- its outcome; the last word before the end counts
+    # -- outcome: the last call before end() counts
 
     def complete(self) -> None:
-        """The answer is whole."""
+        """The client has got the complete response."""
         self.outcome, self.cause = "ok", None
         self._recorder.stats.total.add(self._recorder.clock() - self.arrived)
 
     def cut(self, error: ProxyError | None = None) -> None:
-        """The answer broke off, with this error of decode's."""
+        """The response was cut off, because of ``error`` where it is known."""
         if error is not None:
             self.cause = error.code
         self.outcome = "cut"
 
     def refused(self, status: int) -> None:
-        """An engine has found the request itself at fault."""
+        """An engine rejected the request with a 4xx ``status``."""
         self.outcome, self.cause = "client_error", f"engine_{status}"
 
     def fail(self, error: ProxyError) -> None:
-        """The client is told of ``error``."""
+        """The client gets ``error`` as its response."""
         self.outcome, self.cause, self.status = outcome_of(error), error.code, error.status
 
     def end(self) -> None:
-        """The client's exchange is over; only the first call counts."""
+        """The exchange with the client is over. Idempotent."""
         if self.ended is None:
             self.ended = self._recorder.clock()
             if self.outcome == "client_left":
-                self._left()
+                self._on_client_left()
             self._recorder.close(self)
 
-    def _left(self) -> None:
-        """The client is gone without an outcome, or the proxy has ended its exchange."""
-        if self._recorder.cutting_off:
+    def _on_client_left(self) -> None:
+        """There is no outcome: the client left, or the proxy closed the exchange at the end of its shutdown."""
+        if self._recorder.force_closing:
             self.outcome, self.cause = "unavailable" if self.first_byte is None else "cut", "shutdown"
         elif self.admitted is None:
             self.cause = "in_queue"
         else:
             self.cause = "before_first_byte" if self.first_byte is None else "mid_stream"
 
-    # -- its pieces
+    # -- chunks of a streamed body
 
     @property
-    def first_look(self) -> int:
-        """After how many pieces of the body to call :meth:`look`."""
-        return self._step
+    def first_sample(self) -> int:
+        """Number of chunks after which to call :meth:`sample_gap` first."""
+        return self._interval
 
-    def look(self) -> int:
-        """As many pieces have passed as were asked for: a gap begins to be measured, or ends. After how many to call
-        again."""
+    def sample_gap(self) -> int:
+        """Start or end the measurement of a gap, once the requested number of chunks has passed.
+
+        Returns:
+            The number of chunks after which to call again.
+        """
         now = self._recorder.clock()
-        before = self._looked_at
-        if before is None:
-            self._looked_at = now
-            self._step += 1
+        start = self._gap_start
+        if start is None:
+            self._gap_start = now
+            self._interval += 1
             return 1
-        self._looked_at = None
-        gap = now - before
+        self._gap_start = None
+        gap = now - start
         self.gaps += 1
         self.gap_sum += gap
         if gap > self.gap_max:
             self.gap_max = gap
-        self.pieces += self._step
-        self._recorder.measured(gap, self._step)
-        self._step = EVERY - 1
-        return EVERY - 1
+        self.pieces += self._interval
+        self._recorder.add_gap(gap, self._interval)
+        self._interval = GAP_SAMPLE_INTERVAL - 1
+        return GAP_SAMPLE_INTERVAL - 1
 
-    def disturbed(self) -> None:
-        """The client took nothing: the gap that is being measured is not the engine's, but the next one."""
-        self._looked_at = None
+    def skip_gap(self) -> None:
+        """Discard the gap being measured: it includes time during which the client did not read. Measure the next."""
+        self._gap_start = None
 
-    def passed(self, left: int) -> None:
-        """The body is over, ``left`` pieces before the next look."""
-        rest = self._step - left
-        self._step = left
+    def end_of_stream(self, left: int) -> None:
+        """The body is over, ``left`` chunks before the next :meth:`sample_gap`."""
+        rest = self._interval - left
+        self._interval = left
         self.pieces += rest
-        self._recorder.passed(rest)
+        self._recorder.add_chunks(rest)
 
-    # -- what is known in the end, in seconds
+    # -- durations in seconds
 
     @property
     def queue_time(self) -> float:
-        """In the queue, also in vain; 0 without one."""
+        """Time in the admission queue, also of requests that were never admitted; 0 without queueing."""
         if not self.waited or self.ready is None:
             return 0.0
         until = self.admitted if self.admitted is not None else self.ended
@@ -246,24 +254,24 @@ class RequestRecord:
 
     @property
     def prefill_time(self) -> float | None:
-        """From asking prefill to its answer, of the last try."""
-        return _between(self.prefill_asked, self.prefill_answered)
+        """Duration of the prefill leg of the last attempt."""
+        return _between(self.prefill_sent, self.prefill_done)
 
     @property
     def ttft(self) -> float | None:
-        """From the complete request to the first bytes of a streamed answer; a whole one shows no first token."""
+        """From the complete request to the first bytes of a streamed response; None if it is not streamed."""
         if not self.streamed:
             return None
         return _between(self.arrived, self.first_byte)
 
     @property
     def total(self) -> float:
-        """From the complete request to the end."""
+        """From the complete request to the end of the exchange."""
         return (self.arrived if self.ended is None else self.ended) - self.arrived
 
     @property
     def mean_gap(self) -> float | None:
-        """Between two pieces of a whole streamed body, over all of them."""
+        """Mean time between two chunks of a streamed body, over all of them."""
         if self.first_byte is None or self.ended is None or self.pieces < 2:
             return None
         return (self.ended - self.first_byte) / (self.pieces - 1)
@@ -274,7 +282,7 @@ def _between(start: float | None, end: float | None) -> float | None:
 
 
 def outcome_of(error: ProxyError) -> str:
-    """The word for a request that ends with ``error``."""
+    """The outcome of a request that ends with ``error``."""
     if isinstance(error, Overloaded):
         return "turned_away"
     if isinstance(error, NoPair):

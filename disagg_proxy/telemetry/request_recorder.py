@@ -1,4 +1,4 @@
-"""Opens and closes the records of requests, and adds up what they tell: totals, latencies, and who works with whom."""
+"""Opens and closes the records of requests, and adds them up: totals, latencies, and the traffic of each pair."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from disagg_proxy.telemetry.event_log import EventLog
-from disagg_proxy.telemetry.request_record import EVERY, RequestRecord
+from disagg_proxy.telemetry.request_record import GAP_SAMPLE_INTERVAL, RequestRecord
 from disagg_proxy.telemetry.stats import Stats
 from disagg_proxy.telemetry.timeseries import TimeSeries
 
-_MOST_FLOWS = 4096
-_MOST_MODELS = 64
+_MAX_FLOWS = 4096
+_MAX_MODELS = 64
 
 Sink = Callable[[RequestRecord], None]
-"""Told of each request when it has ended; must not block or raise."""
+"""Called with each record when its request has ended; must not block or raise."""
 
 
 @dataclass(slots=True)
 class Flow:
-    """Requests of one prefill and one decode; prefill is None for those that decode serves alone."""
+    """The requests of one pair, by the keys of its instances; prefill is None for a decode alone."""
 
     prefill: str | None
     decode: str
@@ -29,14 +29,14 @@ class Flow:
 
 
 class RequestRecorder:
-    """What records need, and what becomes of them.
+    """Creates the records of one process and adds them to its totals.
 
     Attributes:
         clock: monotonic seconds.
-        cutting_off: whether exchanges are ended by the proxy now, since the time of its shutdown is over.
-        served: whether some instance serves a model; clients may name any.
-        sinks: who else is told of each record in the end.
-        flows: by the keys of the instances.
+        force_closing: whether the proxy is closing exchanges because the grace time of its shutdown is over.
+        served: tells whether some instance serves a model; only such names become label values.
+        sinks: called with each record when its request has ended.
+        flows: by the keys of prefill and decode.
     """
 
     def __init__(self, stats: Stats, event_log: EventLog, timeseries: TimeSeries) -> None:
@@ -46,56 +46,56 @@ class RequestRecorder:
         self.timeseries = timeseries
         self.sinks: list[Sink] = []
         self.flows: dict[tuple[str | None, str], Flow] = {}
-        self.cutting_off = False
+        self.force_closing = False
         self.served: Callable[[str], bool] = lambda model: False
         self._models: set[str] = set()
-        self._turn = 0
+        self._phase = 0
 
     @classmethod
-    def alone(cls, clock: Callable[[], float] = time.monotonic) -> RequestRecorder:
-        """One with nothing around it."""
+    def standalone(cls, clock: Callable[[], float] = time.monotonic) -> RequestRecorder:
+        """A recorder with stats, event log and time series of its own, for tests and benchmarks."""
         return cls(Stats(clock), EventLog(), TimeSeries())
 
     def open(self, route: str, client_id: str | None) -> RequestRecord:
-        """A request's body is complete."""
-        self._turn = turn = self._turn % EVERY + 1
-        return RequestRecord(self, route, client_id, turn)
+        """Open the record of a request whose body is complete."""
+        self._phase = phase = self._phase % GAP_SAMPLE_INTERVAL + 1
+        return RequestRecord(self, route, client_id, phase)
 
-    def follow(self, record: RequestRecord) -> None:
-        """The request was put on the instances that it names, and may have been on others before."""
+    def track_flow(self, record: RequestRecord) -> None:
+        """Count the request for the pair of its current attempt, and no longer for that of the previous one."""
         if record.flow is not None:
             record.flow.in_flight -= 1
         assert record.decode is not None
-        between = (record.prefill, record.decode)
-        flow = self.flows.get(between)
+        pair = (record.prefill, record.decode)
+        flow = self.flows.get(pair)
         if flow is None:
-            if len(self.flows) >= _MOST_FLOWS:
+            if len(self.flows) >= _MAX_FLOWS:
                 self.flows = {key: one for key, one in self.flows.items() if one.in_flight}
-            flow = self.flows[between] = Flow(*between)
+            flow = self.flows[pair] = Flow(*pair)
         flow.in_flight += 1
         flow.total += 1
         record.flow = flow
 
-    def answered(self, seconds: float) -> None:
-        """A streamed answer has begun."""
+    def add_ttft(self, seconds: float) -> None:
+        """Count the time to first token of a streamed response."""
         self.stats.ttft.add(seconds)
         self.timeseries.now.ttft.add(seconds)
 
-    def measured(self, seconds: float, pieces: int) -> None:
-        """A gap between two pieces of an answer, and so many pieces more."""
+    def add_gap(self, seconds: float, chunks: int) -> None:
+        """Count a gap between two chunks of a response, and ``chunks`` relayed since the last call."""
         stats, step = self.stats, self.timeseries.now
-        stats.pieces += pieces
-        step.pieces += pieces
+        stats.pieces += chunks
+        step.pieces += chunks
         stats.gap.add(seconds)
         step.gap.add(seconds)
 
-    def passed(self, pieces: int) -> None:
-        """So many more pieces of an answer."""
-        self.stats.pieces += pieces
-        self.timeseries.now.pieces += pieces
+    def add_chunks(self, chunks: int) -> None:
+        """Count chunks of a response relayed since the last call."""
+        self.stats.pieces += chunks
+        self.timeseries.now.pieces += chunks
 
     def close(self, record: RequestRecord) -> None:
-        """The request has ended."""
+        """Add a request that has ended to the totals, the event log and the sinks."""
         stats, step = self.stats, self.timeseries.now
         if record.admitted is not None:
             stats.in_flight -= 1
@@ -118,10 +118,10 @@ class RequestRecorder:
             sink(record)
 
     def _labels(self, record: RequestRecord) -> str:
-        """Route, outcome, cause and model. Only so many models have a label of their own."""
+        """Route, outcome, cause and model, joined by tabs. At most 64 served models get a label value of their own."""
         model = record.model or "unknown"
         if model not in self._models:
-            if len(self._models) < _MOST_MODELS and record.model and self.served(record.model):
+            if len(self._models) < _MAX_MODELS and record.model and self.served(record.model):
                 self._models.add(model)
             elif record.model:
                 model = "other"

@@ -1,12 +1,13 @@
-"""Counts and recent latencies of the proxy itself: plain numbers that only the event loop changes.
+"""Counters, histograms and recent latencies of one process.
 
-:class:`RegistrationCounts` is the exception: the listener's thread changes it.
+Not thread-safe: only the event loop updates them, but for :class:`RegistrationCounts`, which the listener's thread
+updates.
 """
 
 from __future__ import annotations
 
 import array
-import statistics
+import math
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _RECENT = 2048
-"""Latencies that the percentiles look back on."""
+"""Values that percentiles are computed from."""
 
 
 TTFT: Sequence[float] = (
@@ -28,15 +29,24 @@ TOTAL: Sequence[float] = (
     0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
 TOKENS: Sequence[float] = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
-"""Upper bounds of buckets, after those of vLLM's own histograms of the same quantities (``v1/metrics/loggers.py``), so
-that both fit on one chart; for gaps and totals some more at the lower end."""
+"""Bucket bounds in seconds and tokens. They follow vLLM's own histograms (``v1/metrics/loggers.py``), so that both fit
+on one chart; gaps and totals have a few more at the lower end."""
+
+
+def nearest_rank(count: int, quantile: float) -> int:
+    """The 1-based position of a quantile among ``count`` sorted values (nearest-rank method).
+
+    Args:
+        quantile: from 0 to 1.
+    """
+    return max(1, math.ceil(quantile * count))
 
 
 class Histogram:
     """Counts of values by bucket, and their sum.
 
     Args:
-        bounds: rising upper bounds, each itself inside; what is above the last one counts too.
+        bounds: ascending upper bounds, inclusive; one more bucket holds the values above the last bound.
     """
 
     def __init__(self, bounds: Sequence[float] = TTFT) -> None:
@@ -45,21 +55,25 @@ class Histogram:
         self.sum = 0.0
 
     def add(self, value: float) -> None:
-        """Take in one value."""
+        """Count one value."""
         self.buckets[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
     def pack(self) -> list[Any]:
-        """As plain values that can be added, element by element, to those of another process."""
+        """As plain values, which aggregate.py adds to those of other processes element by element."""
         return [self.sum, list(self.buckets)]
 
     def load(self, packed: list[Any]) -> None:
-        """Take over what :meth:`pack` gave."""
+        """Replace the values by those from :meth:`pack`."""
         self.sum, self.buckets = packed[:2]
 
 
 class Latency(Histogram):
-    """Also percentiles over the last few thousand values, in seconds."""
+    """A histogram of seconds that also keeps the last 2048 values for percentiles.
+
+    Attributes:
+        count: values since the start.
+    """
 
     def __init__(self, bounds: Sequence[float] = TTFT) -> None:
         super().__init__(bounds)
@@ -67,11 +81,11 @@ class Latency(Histogram):
         self.count = 0
 
     def pack(self) -> list[Any]:
-        """The same with the recent values, as bytes."""
+        """As in :class:`Histogram`, with the count and the recent values as bytes."""
         return [*super().pack(), self.count, array.array("d", self._recent).tobytes()]
 
     def load(self, packed: list[Any]) -> None:
-        """Take over what :meth:`pack` gave, or a sum of such."""
+        """Replace the values by those from :meth:`pack`, or by a sum of several."""
         super().load(packed)
         self.count = packed[2]
         recent = array.array("d")
@@ -80,33 +94,33 @@ class Latency(Histogram):
 
     @property
     def recent(self) -> Iterable[float]:
-        """The last few thousand values."""
+        """The last 2048 values, of each process after a merge."""
         return self._recent
 
     def add(self, value: float) -> None:
-        """Take in one value."""
+        """Count one value, in seconds."""
         self.buckets[bisect_left(self.bounds, value)] += 1
         self.sum += value
         self._recent.append(value)
         self.count += 1
 
     def summary(self) -> dict[str, float | int | None]:
-        """count, and p50, p90, p99 and max of the recent values in seconds (None before the first)."""
+        """``count``, and p50, p90, p99 and max of the recent values in seconds (None without a value)."""
         values = sorted(self._recent)
         if not values:
             return {"count": 0, "p50_s": None, "p90_s": None, "p99_s": None, "max_s": None}
-        cuts = values * 99 if len(values) == 1 else statistics.quantiles(values, n=100, method="inclusive")
-        p50, p90, p99, top = (round(v, 6) for v in (cuts[49], cuts[89], cuts[98], values[-1]))
+        p50, p90, p99, top = (round(values[nearest_rank(len(values), q) - 1], 6) for q in (0.5, 0.9, 0.99, 1.0))
         return {"count": self.count, "p50_s": p50, "p90_s": p90, "p99_s": p99, "max_s": top}
 
 
 @dataclass(slots=True)
 class KvReleases:
-    """Prefilled KV whose decode will not come, freed on its decode instance.
+    """Releases of abandoned KV: KV of requests that no decode will load any more.
 
     Attributes:
-        tokens: prompt tokens whose KV was freed.
-        waiting: drains that have begun and not ended.
+        started, done, failed: releases by result.
+        tokens: prompt tokens whose KV was released.
+        waiting: releases in progress.
     """
 
     started: int = 0
@@ -118,7 +132,7 @@ class KvReleases:
 
 @dataclass(slots=True)
 class RegistrationCounts:
-    """Registration messages that the listener has received: how many in all, and those dropped by kind."""
+    """Registration messages received, and the number of dropped ones by kind."""
 
     messages: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -126,23 +140,25 @@ class RegistrationCounts:
 
 @dataclass(slots=True)
 class Stats:
-    """Totals since the start.
+    """Totals since the start of the process.
 
     Attributes:
         clock: monotonic seconds.
-        in_flight: generation requests that have places on instances.
-        outcomes: finished generation requests by how they ended (telemetry/request_record.py).
-        prefill: from sending the prefill to its answer.
-        ttft: from the complete request to the first byte of a streamed answer's body, the queue included.
-        gap: between two pieces of a streamed answer, sampled (telemetry/request_record.py).
-        total: from the complete request to the last byte.
-        failovers: tries on another pair after an instance failed.
-        pieces: of streamed answers.
-        prompts, outputs: lengths in tokens of finished requests, as far as the engines' answers told.
+        started_at: reading of ``clock`` at the start.
+        in_flight: generation requests admitted and not finished.
+        outcomes: finished generation requests by outcome (request_record.py).
+        prefill: seconds from sending a prefill to its response.
+        ttft: seconds from the complete request to the first body byte of a streamed response, queueing included.
+        total: seconds from the complete request to the last byte of a complete response.
+        gap: seconds between two chunks of a streamed response, sampled (request_record.py).
+        pieces: chunks of streamed responses.
+        prompts, outputs: lengths in tokens of finished requests whose engines reported them.
+        prompt_tokens, cached_tokens, output_tokens: sums over finished requests whose engines reported them.
         labelled: finished requests by route, outcome, cause and model, joined by tabs.
-        prompt_tokens, cached_tokens, output_tokens: of finished requests, as far as the engines' answers told.
-        queued: time in the admission queue, of those that had to wait.
-        turned_away: requests that got 429 from the proxy itself.
+        kv_releases: releases of abandoned KV.
+        failovers: attempts on another pair after an instance failed.
+        queued: seconds in the admission queue, of requests that had to wait.
+        turned_away: requests rejected by the proxy with 429.
     """
 
     clock: Callable[[], float]
@@ -160,7 +176,7 @@ class Stats:
     cached_tokens: int = 0
     output_tokens: int = 0
     labelled: Counter[str] = field(default_factory=Counter)
-    drains: KvReleases = field(default_factory=KvReleases)
+    kv_releases: KvReleases = field(default_factory=KvReleases)
     failovers: int = 0
     queued: Latency = field(default_factory=Latency)
     turned_away: int = 0

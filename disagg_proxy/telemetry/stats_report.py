@@ -1,4 +1,4 @@
-"""What /stats says, and each instance as operators and the page see it."""
+"""The body of ``GET /stats``, and the report of one instance that the admin API and the page share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from disagg_proxy.telemetry.proxy_state import ProxyState
 
 
 def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
-    """Everything in numbers. Latencies in seconds over the last 2048 requests, of each worker."""
+    """The body of /stats. Latencies are in seconds, over the last 2048 values of each worker."""
     stats = overview.stats
+    kv_releases = {
+        "started": stats.kv_releases.started,
+        "done": stats.kv_releases.done,
+        "failed": stats.kv_releases.failed,
+        "waiting": stats.kv_releases.waiting,
+        "tokens": stats.kv_releases.tokens,
+    }
     report = {
         "version": __version__,
         "uptime_s": round(stats.clock() - stats.started_at, 3),
@@ -33,16 +40,11 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
             "total": stats.total.summary(),
             "gap": stats.gap.summary(),
         },
-        "drains": {
-            "started": stats.drains.started,
-            "done": stats.drains.done,
-            "failed": stats.drains.failed,
-            "waiting": stats.drains.waiting,
-            "tokens": stats.drains.tokens,
-        },
+        "kv_releases": kv_releases,
+        "drains": kv_releases,  # Its former name, removed after one release.
         "discovery": {
-            "messages": overview.traffic.messages,
-            "dropped": dict(overview.traffic.dropped),
+            "messages": overview.registrations.messages,
+            "dropped": dict(overview.registrations.dropped),
             "refused": dict(overview.refused),
         },
     }
@@ -53,17 +55,17 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
 
 
 def instance_reports(proxy: ProxyState, overview: Overview) -> list[dict[str, Any]]:
-    """All instances as /stats shows them."""
+    """The reports of all instances."""
     return [instance_report(i, proxy, overview) for i in proxy.registry.instances()]
 
 
 def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -> dict[str, Any]:
-    """One instance as /stats shows it: its state as this process sees it, and what all have counted."""
+    """One instance: its state as this process sees it, and the counts of all processes."""
     registry = proxy.registry
     counted = overview.counted(instance)
     now = registry.now()
     decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
-    apart = {d.http.text: why for d in decodes if (why := registry.kv_compatibility.why_not(instance, d))}
+    incompatible = {d.http.text: why for d in decodes if (why := registry.kv_compatibility.why_not(instance, d))}
     return {
         "role": instance.role.value,
         "http_address": instance.http.text,
@@ -83,15 +85,17 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "prefills_refused": counted["prefills_refused"],
         "requests_total": counted["requests_total"],
         "failures_total": counted["failures_total"],
-        "times_lost": overview.has_seen(instance, "times_lost"),
-        "restarts": overview.has_seen(instance, "restarts"),
+        "times_lost": overview.seen_count(instance, "times_lost"),
+        "restarts": overview.seen_count(instance, "restarts"),
         "kv_protocol": instance.kind.protocol,
-        "cannot_exchange_with": list(apart),
-        "cannot_exchange_because": apart,
+        "cannot_exchange_with": list(incompatible),
+        "cannot_exchange_because": incompatible,
         "breaker": instance.breaker.state(now).value,
         "freezes": counted["freezes"],
         "replays": counted["replays"],
-        "drains": counted["drains"],
-        "drains_failed": counted["drains_failed"],
+        "kv_releases": counted["kv_releases"],
+        "kv_releases_failed": counted["kv_releases_failed"],
+        "drains": counted["kv_releases"],  # Former names, removed after one release.
+        "drains_failed": counted["kv_releases_failed"],
         "restart_wanted": instance.restart_wanted,
     }

@@ -1,7 +1,7 @@
-"""The command ``top``: a screen that follows a proxy, or one look printed as text.
+"""The command ``disagg-proxy top``: a live screen of a proxy, or its state printed once.
 
-Exit codes: 0 left by q or Ctrl+C, or printed; 1 no proxy answers (once), or one that this cannot follow; 2 wrong usage,
-or rich is not installed.
+Exit codes: 0 after q, Ctrl+C or ``--once``; 1 if no proxy responds (with ``--once``), or it has no feed or rejects the
+key; 2 for wrong usage, or if rich is not installed.
 """
 
 from __future__ import annotations
@@ -25,27 +25,31 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="disagg-proxy top",
-        description="What the live page shows, in a terminal. q or Ctrl+C leaves.",
+        description="Show the live page of a proxy in the terminal. Quit with q or Ctrl+C.",
         allow_abbrev=False,
     )
     port = os.environ.get("HTTP_PROXY_PORT") or "10001"
     parser.add_argument(
-        "--url", default=f"http://127.0.0.1:{port}", help="of the proxy (default: %(default)s, by HTTP_PROXY_PORT)"
+        "--url",
+        default=f"http://127.0.0.1:{port}",
+        help="URL of the proxy (default: %(default)s)",
     )
-    parser.add_argument("--key", default=os.environ.get("API_KEY", ""), help="its API key (default: API_KEY)")
+    parser.add_argument("--key", default=os.environ.get("API_KEY", ""), help="API key of the proxy (default: API_KEY)")
     parser.add_argument(
-        "--once", action="store_true", help="print the state now and leave; always so where the output is no terminal"
+        "--once",
+        action="store_true",
+        help="print the current state and exit; the default without a terminal",
     )
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run; see the module for the exit codes."""
+    """Run the command. Returns its exit code, see the module docstring."""
     parser = _parser()
     args = parser.parse_args(argv)
     url = args.url.rstrip("/")
     if not url.startswith(("http://", "https://")):
-        parser.error(f"--url must be as http://127.0.0.1:10001, not {args.url!r}")
+        parser.error(f"--url must look like http://127.0.0.1:10001, not {args.url!r}")
     try:
         import rich  # noqa: F401
     except ModuleNotFoundError:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from disagg_proxy.top.follow import FeedError
 
-    # A terminal that cannot move its cursor shows no screen.
+    # A terminal without cursor movement cannot show the screen.
     once = args.once or not sys.stdout.isatty() or os.environ.get("TERM") in (None, "", "dumb")
     try:
         asyncio.run(_print(url, args.key) if once else _watch(url, args.key))
@@ -63,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
-        # Whoever read it has seen enough; the interpreter would complain of it at its end.
+        # The reader has closed the pipe. Without this the interpreter reports the error again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -78,7 +82,7 @@ async def _print(url: str, key: str) -> None:
     seen = views(url, key)
     try:
         async for view in seen:
-            # A pipe has no width of its own, and nothing in it should be cut off.
+            # A pipe has no width; 200 columns avoid truncation.
             console = Console() if sys.stdout.isatty() else Console(width=200)
             console.print(screen(view, Words.of(os.environ)))
             return
@@ -92,7 +96,7 @@ async def _watch(url: str, key: str) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from disagg_proxy.top.follow import View, views_for_ever
+    from disagg_proxy.top.follow import View, views_with_reconnect
     from disagg_proxy.top.screen import screen
     from disagg_proxy.top.words import Words
 
@@ -110,7 +114,7 @@ async def _watch(url: str, key: str) -> None:
             live.update(shown, refresh=True)
 
         async def follow() -> None:
-            async for view in views_for_ever(url, key, show):
+            async for view in views_with_reconnect(url, key, show):
                 seen[:] = [view]
                 show()
 
@@ -128,7 +132,7 @@ async def _watch(url: str, key: str) -> None:
 
 @contextmanager
 def _keys(left: asyncio.Event) -> Iterator[None]:
-    """Set ``left`` at a q, without waiting for Enter; nothing where stdin is no terminal."""
+    """Set ``left`` when q is pressed, without Enter. Does nothing if stdin is not a terminal."""
     if not sys.stdin.isatty():
         yield
         return

@@ -1,4 +1,4 @@
-"""The feed of a proxy, read over HTTP and put together: a view each time there is a newer one."""
+"""Reads the feed of a proxy over HTTP and applies its updates: yields each new view."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ import aiohttp
 from disagg_proxy.page.feed import joined
 
 PATH = "/dashboard/events"
-SILENCE = 15.0
-"""Seconds without a word after which a proxy is taken to be gone: it says something each second."""
+IDLE_TIMEOUT = 15.0
+"""Seconds without data after which the connection counts as dead: the proxy sends an event each second."""
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
+_MIN_PAUSE, _MAX_PAUSE = 0.5, 5.0
 
 View = dict[str, Any]
 
 
 class FeedError(Exception):
-    """There is no feed; the text says why and what to do."""
+    """The feed is not available; the message says why and what to do."""
 
 
 class WrongKey(FeedError):
-    """The proxy asks for another key; waiting will not help."""
+    """The proxy rejected the API key. Retrying does not help."""
 
 
 class NoFeed(FeedError):
-    """Somebody answers who is not this proxy, or an older one; waiting will not help."""
+    """The server is not this proxy, or a version without the feed. Retrying does not help."""
 
 
 async def views(url: str, key: str) -> AsyncIterator[View]:
     """Views until the proxy ends the feed.
 
     Args:
-        url: of the proxy, without a path. key: for Authorization; none where it is empty.
+        url: of the proxy, without a path.
+        key: API key, empty for none.
 
     Raises:
-        FeedError: there are none, or no more.
+        FeedError: the feed is not available, or the connection was lost.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=SILENCE)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=IDLE_TIMEOUT)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, trust_env=False) as http,
@@ -60,21 +61,21 @@ async def views(url: str, key: str) -> AsyncIterator[View]:
                 if view is not None:
                     yield view
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-        raise FeedError(f"{url} does not answer ({error or type(error).__name__})") from error
+        raise FeedError(f"{url} does not respond ({error or type(error).__name__})") from error
 
 
-async def views_for_ever(url: str, key: str, gone: Callable[[str], None]) -> AsyncIterator[View]:
-    """The same, again and again; ``gone`` is told why while there are none.
+async def views_with_reconnect(url: str, key: str, gone: Callable[[str], None]) -> AsyncIterator[View]:
+    """Views, reconnecting whenever the feed ends; ``gone`` is called with the reason before each pause.
 
     Raises:
-        WrongKey, NoFeed: waiting will not help.
+        WrongKey, NoFeed: retrying does not help.
     """
-    pause = _SHORTEST_PAUSE
+    pause = _MIN_PAUSE
     while True:
         why = f"{url} is stopping"
         try:
             async for view in views(url, key):
-                pause = _SHORTEST_PAUSE
+                pause = _MIN_PAUSE
                 yield view
         except (WrongKey, NoFeed):
             raise
@@ -82,16 +83,16 @@ async def views_for_ever(url: str, key: str, gone: Callable[[str], None]) -> Asy
             why = str(error)
         gone(why)
         await asyncio.sleep(pause)
-        pause = min(_LONGEST_PAUSE, 2 * pause)
+        pause = min(_MAX_PAUSE, 2 * pause)
 
 
 async def _check(answer: aiohttp.ClientResponse, url: str) -> None:
     if answer.status == 401:
-        raise WrongKey(f"{url} asks for its API key: give it as --key, or in the environment as API_KEY")
+        raise WrongKey(f"{url} requires its API key: pass --key, or set API_KEY")
     if answer.status == 503:
-        raise FeedError(f"{url} says: {await _message(answer)}")
+        raise FeedError(f"{url} responded: {await _message(answer)}")
     if answer.status != 200 or answer.content_type != "text/event-stream":
-        raise NoFeed(f"{url}{PATH} answers {answer.status}: this is not the proxy, or one without the live page")
+        raise NoFeed(f"{url}{PATH} returned {answer.status}: not disagg-proxy, or a version without the live page")
 
 
 async def _message(answer: aiohttp.ClientResponse) -> str:
@@ -102,10 +103,10 @@ async def _message(answer: aiohttp.ClientResponse) -> str:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str, Any]]:
-    """As page/feed.py writes them: one line of each field."""
+    """Parse events as page/feed.py writes them: one ``event`` and one ``data`` line each."""
     rest = b""
-    async for piece in content.iter_any():
-        *blocks, rest = (rest + piece).split(b"\n\n")
+    async for chunk in content.iter_any():
+        *blocks, rest = (rest + chunk).split(b"\n\n")
         for block in blocks:
             event, _, data = block.partition(b"\n")
             yield event.removeprefix(b"event: ").decode(), json.loads(data.removeprefix(b"data: "))

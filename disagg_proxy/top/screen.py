@@ -1,5 +1,8 @@
-"""A view on a terminal: what the live page shows, in as many lines as there are. Names and reasons are other people's
-text: they get in as plain text, never as rich's markup, and without control characters."""
+"""Renders a view for a terminal, in as many lines as it has.
+
+Names and reasons come from other systems: they are rendered as plain text, never as rich markup, and without control
+characters.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from disagg_proxy.top.words import Words, clock, count, duration, plain, size
 View = dict[str, Any]
 
 _SIGNS = {"ready": "●", "probing": "◐", "frozen": "❄", "lost": "✕", "draining": "‖", "warning": "▲"}
-"""A shape for each state, so that nobody needs the colours."""
+"""A symbol for each state, so that colours are not needed."""
 
 _STATE_STYLES = {
     "ready": "green", "probing": "yellow", "frozen": "bold magenta", "lost": "bold red", "draining": "dim",
@@ -33,17 +36,17 @@ _BAR = 24
 
 
 def screen(view: View, words: Words, height: int | None = None, gone: str = "") -> RenderableType:
-    """Everything.
+    """The complete screen.
 
     Args:
-        height: lines that there are; recent requests and events get what the rest leaves. None: as many as wanted.
-        gone: why ``view`` is old.
+        height: lines of the terminal; recent requests and events share what the rest leaves. None for no limit.
+        gone: why the connection is lost, empty if it is not; ``view`` is the last one then.
     """
     head = _head(view, words, gone)
     parts = [*head, Text(), _latency(view, words), Text(), _instances(view, words), Text(), _flows(view, words)]
     used = 12 + len(head) + len(view["instances"]) + max(1, len(view["flows"]))
-    room = 24 if height is None else max(4, height - used - 6)
-    recent, events = view["recent"][-(room // 2) :], view["events"][-(room - room // 2) :]
+    lines = 24 if height is None else max(4, height - used - 6)
+    recent, events = view["recent"][-(lines // 2) :], view["events"][-(lines - lines // 2) :]
     parts += [Text(), _recent(view, recent, words), Text(), _events(view, events, words)]
     return Group(*parts)
 
@@ -60,10 +63,10 @@ def _head(view: View, words: Words, gone: str) -> list[RenderableType]:
         return [*lines, _text(f"  {gone}"), Text(f"  {words.say('head_gone_detail', time=clock(view['now']))}")]
     verdict = view["verdict"]
     style = _LEVEL_STYLES[verdict["level"]]
-    said = words.sentence(verdict["head"])
+    text = words.sentence(verdict["head"])
     if verdict["since"] is not None:
-        said += " " + words.say("for_age", age=words.age(view["now"] - verdict["since"]))
-    lines.append(_text(f"{_SIGNS[verdict['sign']]} {said}", style))
+        text += " " + words.say("for_age", age=words.age(view["now"] - verdict["since"]))
+    lines.append(_text(f"{_SIGNS[verdict['sign']]} {text}", style))
     lines += [_text(f"  {words.sentence(sentence)}") for sentence in verdict["details"]]
     if incident := view["incident"]:
         lines.append(_incident(incident, words))
@@ -79,7 +82,7 @@ def _incident(incident: dict[str, Any], words: Words) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    """A plain one; a column whose name begins with ">" is a number's. Only the last one gives way."""
+    """A table without borders. Columns named ">..." are right-aligned; only the last column wraps."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for place, name in enumerate(columns):
         last = place == len(columns) - 1
@@ -89,26 +92,26 @@ def _table(*columns: str) -> Table:
 
 def _latency(view: View, words: Words) -> Table:
     steps, step_s = view["rates"]["steps"], view["rates"]["step_s"]
-    whole = [step for step in steps if step["time"] + step_s <= view["now"]]
-    last = whole[-1] if whole else None
+    finished = [step for step in steps if step["time"] + step_s <= view["now"]]
+    last = finished[-1] if finished else None
     totals = view["totals"]
     table = _table("", ">p50", ">p99", "")
     for name, label in (("ttft", "tile_ttft"), ("gap", "tile_gap")):
         found = view["latency"][name]
-        line = _line([step[name]["p50"] for step in whole])
+        line = _line([step[name]["p50"] for step in finished])
         table.add_row(words.say(label), duration(found["p50"]), duration(found["p99"]), line)
-    requests = [sum(step["requests"].values()) / step_s for step in whole]
+    requests = [sum(step["requests"].values()) / step_s for step in finished]
     now = "–" if last is None else count(requests[-1], 1)
     table.add_row(words.say("tile_requests"), now, "", _line(requests))
     now = "–" if last is None else count(last["pieces"] / step_s)
-    table.add_row(words.say("tile_tokens"), now, "", _line([step["pieces"] / step_s for step in whole]))
+    table.add_row(words.say("tile_tokens"), now, "", _line([step["pieces"] / step_s for step in finished]))
     queued = words.say("tile_flight_more", queued=count(totals["queued"]))
     table.add_row(words.say("tile_flight"), count(totals["in_flight"]), "", Text(queued))
     return table
 
 
 def _line(values: Sequence[float | None], width: int = 40) -> Text:
-    """The newest values as small bars, under their highest."""
+    """The newest values as a line of bars, scaled to their maximum."""
     values = values[-width:]
     most = max((v for v in values if v is not None), default=0)
     marks = (" " if v is None or not most else _BARS[round(v / most * (len(_BARS) - 1))] for v in values)
@@ -198,7 +201,7 @@ def _name(view: View, key: str | None) -> str:
 
 
 def _port(view: View, key: str | None) -> str:
-    """Short: where all engines share a host, the port says it all."""
+    """The short name of an instance: only the port if all instances share a host."""
     name = _name(view, key)
     hosts = {i["http_address"].rpartition(":")[0] for i in view["instances"]}
     host, _, port = name.rpartition(":")

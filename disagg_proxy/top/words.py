@@ -1,4 +1,4 @@
-"""Words and numbers for a terminal, from the page's own texts, in the language of the locale."""
+"""Texts and numbers for the terminal: the page's texts, in the language of the locale."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Words:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Words:
-        """As the locale says; like test_single_machine.sh does it."""
+        """Chinese if the locale starts with ``zh``, else English, as in test_single_machine.sh."""
         locale = environ.get("LC_ALL") or environ.get("LC_MESSAGES") or environ.get("LANG") or ""
         return cls("zh" if locale.startswith("zh") else "en")
 
     def say(self, key: str, **values: Any) -> str:
-        """One text."""
+        """The text of ``key`` with ``values`` filled in."""
         return self._texts[key].format(**values)
 
     def word(self, kind: str, value: str) -> str:
-        """A word of the proxy's; as it is where there is no text for it."""
+        """The translation of a value such as a state; the value itself if there is none."""
         return self._texts.get(f"{kind}_{value}", value.replace("_", " "))
 
     def sentence(self, sentence: Mapping[str, Any]) -> str:
-        """One of a verdict's."""
+        """The text of a sentence from page/verdict.py."""
         values = dict(sentence["values"])
         for kind in ("role", "state"):
             if kind in values:
@@ -38,7 +38,7 @@ class Words:
         return self.say(sentence["key"], **values)
 
     def age(self, seconds: float) -> str:
-        """Of something that goes on."""
+        """A duration in seconds, in words."""
         whole = max(0, int(seconds))
         minutes, hours = whole // 60, whole // 3600
         if whole < 60:
@@ -51,7 +51,7 @@ class Words:
 
 
 def duration(ms: float | None) -> str:
-    """Of milliseconds, in three digits or so."""
+    """A duration given in milliseconds, in about three digits."""
     if ms is None:
         return "–"
     if ms < 1000:
@@ -60,12 +60,12 @@ def duration(ms: float | None) -> str:
 
 
 def count(value: float, digits: int = 0) -> str:
-    """With separators."""
+    """A number with thousands separators."""
     return f"{value:,.{digits}f}"
 
 
 def size(value: float) -> str:
-    """Of bytes."""
+    """A size given in bytes."""
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000:
             return f"{value:.{0 if unit == 'B' or value >= 100 else 1}f} {unit}"
@@ -74,10 +74,10 @@ def size(value: float) -> str:
 
 
 def clock(unix: float) -> str:
-    """Local time of day."""
+    """Unix time as local time of day."""
     return time.strftime("%H:%M:%S", time.localtime(unix))
 
 
 def plain(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
+    """Replace control characters, which a terminal would interpret."""
     return "".join(c if c.isprintable() else " " for c in text)

@@ -1,7 +1,6 @@
-"""The way to the instances: pooled HTTP/1.1 connections on asyncio transports.
+"""Towards the instances: an HTTP/1.1 client with pooled connections on asyncio transports, and the KV control channel.
 
-Of its own, since a client library's share of a small request's cost is larger than everything else together
-(docs/performance.md).
+A client library would cost more CPU time for a small request than everything else together (docs/performance.md).
 """
 
 from disagg_proxy.upstream.client import Resend, Upstream

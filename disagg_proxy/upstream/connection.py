@@ -1,8 +1,8 @@
-"""One kept connection to one instance: a request out, an answer in, then the next (HTTP/1.1, no pipelining).
+"""One persistent connection to one instance: a request, its response, then the next (HTTP/1.1, no pipelining).
 
-llhttp (httptools) reads the answer and takes off its framing, but for small answers whose head it has read before
-(``http1/head_cache``) and for the chunks of a stream that come whole (``http1/chunked``). A connection that says
-anything unasked, or anything that is not HTTP, is closed.
+llhttp (httptools) parses responses and removes their framing. Two common cases skip it: small responses whose head is
+in the cache (``http1/head_cache``), and complete chunks of a stream (``http1/chunked``). A connection that receives
+data without a request, or anything that is not HTTP, is closed.
 """
 
 from __future__ import annotations
@@ -14,76 +14,75 @@ from typing import Protocol, cast
 import httptools
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
-from disagg_proxy.http1.chunked import are_whole
+from disagg_proxy.http1.chunked import are_complete_chunks
 from disagg_proxy.http1.head_cache import HeadCache
 from disagg_proxy.http1.headers import Headers, ResponseHeaders
 from disagg_proxy.runtime.write_coalescing import WriteBatch, WriteCoalescer
-from disagg_proxy.upstream.response import Response, closed_early
+from disagg_proxy.upstream.response import Response, disconnected
 
 log = logging.getLogger(__name__)
 
-_MAX_HEAD = 256 * 1024
-"""Bytes of an answer's head, and of what comes before a final status."""
+_MAX_HEAD_BYTES = 256 * 1024
+"""Limit of a response's head, interim (1xx) responses included."""
 
-
-_JOINED = 64 * 1024
-"""Bytes below which copying a body costs less than a second write."""
+_MAX_JOINED_BYTES = 64 * 1024
+"""Bodies below this size are copied behind the head, which costs less than a second write."""
 
 
 class Pool(Protocol):
-    """Whom a connection belongs to.
+    """The pool that a connection belongs to.
 
     Attributes:
-        heads: of answers that were read before, on any connection.
-        outbox: through which requests leave.
+        heads: cache of response heads, shared by all connections.
+        write_batch: batches the requests of all connections.
     """
 
     heads: HeadCache[tuple[int, ResponseHeaders]]
     write_batch: WriteBatch
 
-    def came(self, connection: Connection) -> None:
-        """It is open."""
+    def opened(self, connection: Connection) -> None:
+        """The connection is established."""
 
-    def idle(self, connection: Connection) -> None:
-        """It may carry another request."""
+    def released(self, connection: Connection) -> None:
+        """The connection is idle and can carry another request."""
 
-    def went(self, connection: Connection) -> None:
-        """It is closed."""
+    def closed(self, connection: Connection) -> None:
+        """The connection is closed."""
 
 
 class Connection:
-    """An ``asyncio.Protocol`` by its methods, not by its class: a compiled one then has its attributes in place.
+    """Implements ``asyncio.Protocol`` without inheriting from it: compiled, its attributes are then struct fields.
 
     Args:
         name: the instance, as host:port.
-        keep: whether it may carry another request after this one.
+        keep: whether it may carry another request after the first.
 
     Attributes:
-        idle_since: loop time at which its last answer ended.
+        idle_since: loop time at which its last response ended.
     """
 
     __slots__ = (
-        "_answer",
-        "_between",
+        "_at_chunk_boundary",
+        "_chunks",
         "_clock",
+        "_complete_chunks",
         "_feed",
         "_framed",
-        "_head",
+        "_head_bytes",
         "_headers",
         "_heads",
-        "_heard",
+        "_idle_timeout",
+        "_last_data",
         "_loop",
-        "_over",
+        "_message_complete",
         "_parser",
         "_paused",
-        "_pieces",
         "_pool",
-        "_silence",
-        "_stuffed",
+        "_response",
         "_timer",
         "_transport",
         "_used",
-        "_whole",
+        "_write_paused",
         "idle_since",
         "keep",
         "name",
@@ -99,137 +98,137 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
         self._transport: WriteCoalescer | None = None
-        self._answer: Response | None = None
+        self._response: Response | None = None
         self._headers: Headers = []
-        self._pieces: list[bytes] = []
-        self._whole = 0  # of the pieces, those of a body that is over
-        # Called for each piece of a body; the list's own method costs least.
-        self.on_body = self._pieces.append
+        self._chunks: list[bytes] = []
+        self._complete_chunks = 0  # of _chunks, those that belong to a message that is complete
+        # The parser's callback for body data; the list's own method is the cheapest one.
+        self.on_body = self._chunks.append
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
-        self._head = 0  # bytes received before the present answer's body
+        self._head_bytes = 0  # received of the current response before its status
         self._used = False
-        self._framed = False  # whether the answer says where it ends
-        self._between = False  # the parser stands behind a chunk, and nothing of the next one has come
-        self._over = False
+        self._framed = False  # the response has a length of its own; otherwise it ends with the connection
+        self._at_chunk_boundary = False  # the parser is between two chunks
+        self._message_complete = False
         self._paused = False
-        self._stuffed = False  # part of the request waits to leave
-        self._silence = self._heard = 0.0
+        self._write_paused = False  # the socket has not accepted all of the request
+        self._idle_timeout = self._last_data = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def open(self) -> bool:
-        """Whether a request can be sent on it."""
+        """Whether a request can be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, head: bytes, body: bytes, silence: float, leg: str) -> Response:
-        """Begin an exchange.
+    def send(self, head: bytes, body: bytes, idle_timeout: float, leg: str) -> Response:
+        """Send a request.
 
         Args:
-            silence: seconds that may pass without a byte of the answer while it is read.
+            idle_timeout: seconds that may pass between two reads of the response, not counting time while paused.
         """
-        assert self._transport is not None and self._answer is None
-        answer = self._answer = Response(self, leg, self._used)
+        assert self._transport is not None and self._response is None
+        response = self._response = Response(self, leg, self._used)
         self._used = True
-        self._head = 0
-        self._over = self._framed = self._between = False
-        self._silence, self._heard = silence, self._clock()
-        due = self._heard + silence
+        self._head_bytes = 0
+        self._message_complete = self._framed = self._at_chunk_boundary = False
+        self._idle_timeout, self._last_data = idle_timeout, self._clock()
+        due = self._last_data + idle_timeout
         if self._timer is None or self._timer.when() > due:
-            self._watch(due)
-        if len(body) < _JOINED:
+            self._start_timer(due)
+        if len(body) < _MAX_JOINED_BYTES:
             self._transport.write(head + body)
         else:
             self._transport.write(head)
             self._transport.write(body)
-        return answer
+        return response
 
-    # -- the transport's side
+    # -- called by the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's are no subclasses of asyncio's.
+        # uvloop's transports do not inherit from asyncio's.
         self._transport = WriteCoalescer(cast(asyncio.Transport, transport), self._pool.write_batch)
-        self._pool.came(self)
+        self._pool.opened(self)
 
     def pause_writing(self) -> None:
-        self._stuffed = True
+        self._write_paused = True
 
     def resume_writing(self) -> None:
-        self._stuffed = False
+        self._write_paused = False
 
     def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None:
+        response = self._response
+        if response is None:
             self.abort()
             return
-        self._heard = self._clock()
-        sink = answer.sink
-        if self._between:
-            # Tokens of a stream, mostly. The parser need not know of them.
-            if sink is not None and are_whole(data) and sink.feed_chunks(data):
+        self._last_data = self._clock()
+        sink = response.sink
+        if self._at_chunk_boundary:
+            # Mostly tokens of a stream, which can bypass the parser.
+            if sink is not None and are_complete_chunks(data) and sink.feed_chunks(data):
                 return
-            self._between = False
-        fresh = not self._head and not answer.status
-        if fresh:
-            known = self._heads.meet(data)
+            self._at_chunk_boundary = False
+        first_read = not self._head_bytes and not response.status
+        if first_read:
+            known = self._heads.get(data)
             if known is not None and known[1] + known[2] == len(data):
-                answer.begun(*known[0])
-                self._end(answer, data[known[1] :])
+                response.on_head(*known[0])
+                self._end(response, data[known[1] :])
                 return
         try:
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            log.info("%s: its answer on the %s leg is not HTTP/1.1: %s", self.name, answer.leg, error)
-            if not self._over:
-                self._fail(closed_early(answer.leg, answer.reused))
+            log.info("%s: invalid HTTP/1.1 response on the %s leg: %s", self.name, response.leg, error)
+            if not self._message_complete:
+                self._fail(disconnected(response.leg, response.reused))
                 return
             self.keep = False
-        if not answer.status:
-            self._head += len(data)
-            if self._head > _MAX_HEAD:
-                self._fail(closed_early(answer.leg, answer.reused))
+        if not response.status:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES:
+                self._fail(disconnected(response.leg, response.reused))
             return
-        if self._over:
-            if fresh and self.keep and answer.status < 400:
-                self._heads.learn(data, (answer.status, answer.headers))
-            self._end(answer, self._take())
+        if self._message_complete:
+            if first_read and self.keep and response.status < 400:
+                self._heads.put(data, (response.status, response.headers))
+            self._end(response, self._take())
             return
-        # Within a chunk's head the data could not end like that.
-        self._between = self._between and data.endswith(b"\n\r\n")
-        answer.received(self._take())
+        # Data cannot end like this inside a chunk's size line.
+        self._at_chunk_boundary = self._at_chunk_boundary and data.endswith(b"\n\r\n")
+        response.on_data(self._take())
 
     def _take(self) -> bytes:
-        """What has come of the body."""
-        pieces = self._pieces
-        if self._over:
-            del pieces[self._whole :]
-        piece = b"" if not pieces else pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        return piece
+        """The body data that the parser has produced."""
+        chunks = self._chunks
+        if self._message_complete:
+            del chunks[self._complete_chunks :]
+        data = b"" if not chunks else chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        return data
 
     def eof_received(self) -> None:
         return None
 
     def connection_lost(self, error: Exception | None) -> None:
-        answer = self._answer
-        if answer is not None and answer.status and not self._framed and error is None:
-            # The answer's end is the connection's (RFC 9112, 6.3).
-            self._answer = None
-            answer.ended()
-        elif answer is not None:
-            waits = self._stuffed or (self._transport is not None and self._transport.held > 0)
-            self._fail(closed_early(answer.leg, answer.reused, unsent=waits and not answer.status))
+        response = self._response
+        if response is not None and response.status and not self._framed and error is None:
+            # The response ends with the connection (RFC 9112, 6.3).
+            self._response = None
+            response.on_end()
+        elif response is not None:
+            unsent = self._write_paused or (self._transport is not None and self._transport.batched > 0)
+            self._fail(disconnected(response.leg, response.reused, unsent=unsent and not response.status))
         self._transport = None
-        self._unwatch()
-        # It knows this connection, and would keep it.
+        self._stop_timer()
+        # The parser refers to this connection: break the reference cycle.
         self._parser = self._feed = None  # type: ignore[assignment]
-        self._pool.went(self)
+        self._pool.closed(self)
 
-    # -- the parser's side
+    # -- called by the parser
 
     def on_message_begin(self) -> None:
-        if self._over:
-            # Unasked, right behind the answer; it is no part of it.
+        if self._message_complete:
+            # Data behind the response that belongs to no request; it is ignored.
             self.keep = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -241,91 +240,91 @@ class Connection:
     def on_headers_complete(self) -> None:
         headers, self._headers = self._headers, []
         status = self._parser.get_status_code()
-        if status < 200 or self._answer is None or self._over:
+        if status < 200 or self._response is None or self._message_complete:
             return
         if not self._parser.should_keep_alive():
             self.keep = False
         if status in (204, 304):
             self._framed = True
-        self._answer.begun(status, ResponseHeaders(headers))
+        self._response.on_head(status, ResponseHeaders(headers))
 
     def on_chunk_complete(self) -> None:
-        self._between = True
+        self._at_chunk_boundary = True
 
     def on_message_complete(self) -> None:
-        self._headers = []  # trailers, which nobody reads
-        if self._answer is not None and self._answer.status and not self._over:
-            self._over = True
-            self._whole = len(self._pieces)
+        self._headers = []  # trailers, which are ignored
+        if self._response is not None and self._response.status and not self._message_complete:
+            self._message_complete = True
+            self._complete_chunks = len(self._chunks)
 
     # -- ends
 
-    def _end(self, answer: Response, last: bytes) -> None:
-        """The answer is whole: the connection is free before its reader goes on, who may need one."""
-        self._answer = None
-        # vLLM closes the connection after some 400s without saying so.
-        if self.keep and answer.status < 400 and self.open and not self._stuffed:
+    def _end(self, response: Response, data: bytes) -> None:
+        """The response is complete. Releases the connection before its reader resumes, which may need one."""
+        self._response = None
+        # vLLM closes the connection after some 400s without announcing it.
+        if self.keep and response.status < 400 and self.open and not self._write_paused:
             self.idle_since = self._clock()
-            self._pool.idle(self)
+            self._pool.released(self)
         else:
             self.abort()
-        answer.ended(last)
+        response.on_end(data)
 
     def _fail(self, error: EngineDisconnected | EngineDeadline) -> None:
-        answer, self._answer = self._answer, None
+        response, self._response = self._response, None
         self.abort()
-        if answer is not None:
+        if response is not None:
             log.info("%s: %s", self.name, error.message)
-            answer.broke(error)
+            response.on_error(error)
 
     def close(self) -> None:
-        """The pool ends."""
-        if self._answer is not None:
-            self._fail(closed_early(self._answer.leg, self._answer.reused))
+        """Close, and fail a running response."""
+        if self._response is not None:
+            self._fail(disconnected(self._response.leg, self._response.reused))
         self.abort()
 
     def abort(self) -> None:
-        """Close at once; the instance sees a reset or an end."""
-        self._answer = None
-        self._unwatch()
+        """Close at once, without notifying a running response."""
+        self._response = None
+        self._stop_timer()
         if self._transport is not None:
             self._transport.abort()
 
-    # -- silence, and whom it counts against
+    # -- backpressure and the idle timeout
 
     def pause_reading(self) -> None:
-        """Nobody takes what comes."""
+        """Stop reading; the idle timeout is suspended."""
         if self._transport is not None and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """It is taken again, and the instance has its whole time."""
+        """Read again; the idle timeout starts anew."""
         if self._transport is not None and self._paused:
             self._paused = False
-            self._heard = self._loop.time()
+            self._last_data = self._loop.time()
             self._transport.resume_reading()
 
-    def _watch(self, due: float) -> None:
-        self._unwatch()
-        self._timer = self._loop.call_at(due, self._look)
+    def _start_timer(self, due: float) -> None:
+        self._stop_timer()
+        self._timer = self._loop.call_at(due, self._check_idle)
 
-    def _unwatch(self) -> None:
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
-        """The timer is not moved with every byte: it looks when it fires, and is set again if need be."""
+    def _check_idle(self) -> None:
+        """Fail an idle response. The timer is not moved with each read; it is restarted here while data arrives."""
         self._timer = None
-        answer = self._answer
-        if answer is None:
+        response = self._response
+        if response is None:
             return
         now = self._loop.time()
         if self._paused:
-            self._heard = now
-        due = self._heard + self._silence
+            self._last_data = now
+        due = self._last_data + self._idle_timeout
         if due - now > 0.001:
-            self._watch(due)
+            self._start_timer(due)
         else:
-            self._fail(EngineDeadline(f"The {answer.leg} instance said nothing within its deadline."))
+            self._fail(EngineDeadline(f"The {response.leg} instance sent nothing for {self._idle_timeout:g} s."))

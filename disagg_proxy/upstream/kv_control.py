@@ -1,8 +1,8 @@
-"""Telling an engine of this project's own connector something at its KV address (docs/connector.md): that a transfer is
-over, or which other engine it will work with.
+"""Control messages to the KV ports of engines with this project's connector (docs/connector.md): RELEASE and MEET.
 
-A decode that waits for KV of it computes at once, instead of at the end of its deadline. Rare, so each message has a
-connection of its own; an engine that cannot be reached is left to its deadlines.
+RELEASE ends a transfer, so that a decode that waits for its KV computes the prompt at once, not at its deadline. MEET
+lets a decode connect to a prefill in advance. Both are rare, so each message has a connection of its own. Failures are
+logged and otherwise ignored: the engine's own deadlines apply.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from disagg_proxy.runtime.within import within
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8
-"""Connections to one KV port at the same time. An engine refuses more than its ``max_connections`` (64 by default),
+_MAX_CONNECTIONS = 8
+"""Simultaneous connections to one KV port. An engine refuses more than its ``max_connections`` (64 by default),
 and a lost prefill can have hundreds of transfers to release."""
 
 
@@ -29,8 +29,8 @@ class KvControl:
     """Sends RELEASE and MEET.
 
     Args:
-        secret: shared with the engines; empty without one.
-        timeout: seconds for one connection.
+        secret: shared with the engines; empty if they have none.
+        timeout: seconds for establishing a connection; twice as long for a complete message.
     """
 
     def __init__(self, secret: str, timeout: float) -> None:
@@ -39,35 +39,35 @@ class KvControl:
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def release(self, instance: Instance, transfer_id: str) -> None:
-        """The transfer is over on that instance. Never raises."""
-        await self._say(instance, lambda control: control.release(transfer_id))
+        """End a transfer on an instance. Never raises."""
+        await self._send(instance, lambda control: control.release(transfer_id))
 
     async def meet(self, decode: Instance, prefill: Instance) -> None:
-        """Decode shall connect to prefill, each of its ranks to the same one there. Never raises."""
+        """Let each rank of decode connect to the same rank of prefill. Never raises."""
         kv = prefill.kv
         if kv is not None:
-            await self._say(decode, lambda control: control.meet(kv.text))
+            await self._send(decode, lambda control: control.meet(kv.text))
 
-    async def _say(self, instance: Instance, what: Callable[[Control], Awaitable[None]]) -> None:
-        """To every rank: each waits, holds and connects for itself."""
+    async def _send(self, instance: Instance, message: Callable[[Control], Awaitable[None]]) -> None:
+        """Send to every rank of the instance, each of which has its own KV port and transfers."""
         kv = instance.kv
         if kv is None:
             return
         host = kv.text.rpartition(":")[0]
         for port in range(kv.port, min(kv.port + instance.kind.ranks, 65536)):
-            await self._say_to(f"{host}:{port}", what)
+            await self._send_to(f"{host}:{port}", message)
 
-    async def _say_to(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
-        slots = self._slots.setdefault(address, asyncio.Semaphore(_AT_ONCE))
+    async def _send_to(self, address: str, message: Callable[[Control], Awaitable[None]]) -> None:
+        slots = self._slots.setdefault(address, asyncio.Semaphore(_MAX_CONNECTIONS))
         try:
             async with slots, within(2 * self._timeout):
-                await self._once(address, what)
+                await self._send_once(address, message)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
-            log.info("The KV port %s could not be told something: %s", address, error)
+            log.info("Could not send a control message to KV port %s: %s", address, error)
 
-    async def _once(self, address: str, what: Callable[[Control], Awaitable[None]]) -> None:
+    async def _send_once(self, address: str, message: Callable[[Control], Awaitable[None]]) -> None:
         control = await Control.open(address, self._secret, self._timeout)
         try:
-            await what(control)
+            await message(control)
         finally:
             await control.close()

@@ -1,12 +1,11 @@
-"""One answer of an instance while it comes: head, pieces of the body, end; read whole, or poured on as it arrives.
+"""One response of an instance while it arrives: read until a chosen point, read completely, or piped to a sink.
 
-Whoever waits says how much is enough to go on, so that it is woken once. What arrives together stays together.
+The reader states how much it needs, so that it is resumed once. Data that arrives together is passed on together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Generator
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -15,28 +14,25 @@ from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
 from disagg_proxy.http1.headers import ResponseHeaders
 from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
 
-log = logging.getLogger(__name__)
-
 _READ_AHEAD = 256 * 1024
-"""Bytes of a body that are held for somebody who has not asked for it yet, or only for its beginning."""
-
+"""Bytes of a body that are buffered before it is read or piped; then the connection is paused."""
 
 _NO_HEADERS = ResponseHeaders()
 
 
 class ReadUntil(IntEnum):
-    """How much of an answer must be there."""
+    """How much of a response has arrived, or is needed."""
 
     NOTHING = 0
     HEAD = 1
     """Status and headers."""
-    BEGUN = 2
+    BODY_STARTED = 2
     """The first bytes of the body, or its end."""
-    WHOLE = 3
+    COMPLETE = 3
 
 
 class CompleteResponse(NamedTuple):
-    """An answer that was read to its end."""
+    """A response that was read to its end."""
 
     status: int
     headers: ResponseHeaders
@@ -44,24 +40,27 @@ class CompleteResponse(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where a body is poured."""
+    """Receives a body as it arrives. Either :meth:`end` or :meth:`fail` is called last, once."""
 
-    def feed(self, piece: bytes) -> None:
-        """The next bytes, never none."""
+    def feed(self, data: bytes) -> None:
+        """The next bytes, never empty."""
 
     def feed_chunks(self, chunks: bytes) -> bool:
-        """The next bytes as chunks of HTTP/1.1 with their framing, each of whole lines; False, with nothing taken, when
-        they must come without it."""
+        """The next bytes as complete HTTP/1.1 chunks with their framing, each of complete lines.
+
+        Returns:
+            False if the sink takes none of it and needs the bytes without framing.
+        """
 
     def end(self) -> None:
-        """The body came to its end."""
+        """The body is complete."""
 
-    def broke(self, error: EngineError | EngineDeadline) -> None:
-        """It did not, and nothing more comes."""
+    def fail(self, error: EngineError | EngineDeadline) -> None:
+        """The body ended early."""
 
 
 class FlowControl(Protocol):
-    """The connection under an answer."""
+    """The connection of a response, as the response controls it."""
 
     def pause_reading(self) -> None: ...
 
@@ -87,98 +86,98 @@ class _TaskEvent:
 
 
 class Response:
-    """Fed by its connection, read by one reader.
+    """Filled by its connection, read by one reader.
 
     Args:
-        leg: word for messages, such as "prefill".
-        reused: whether the connection had carried another request before.
+        leg: the leg's name for messages, such as "prefill".
+        reused: whether the connection has carried another request before.
 
     Attributes:
-        status, headers: from :attr:`ReadUntil.HEAD` on.
-        sink: where the body is poured, while it comes.
+        status, headers: valid from :attr:`ReadUntil.HEAD` on; the status is 0 before.
+        sink: receives the body while it is piped.
     """
 
     __slots__ = (
-        "_carrier",
-        "_enough",
+        "_arrived",
+        "_buffered",
+        "_chunks",
+        "_connection",
         "_error",
-        "_have",
-        "_held",
+        "_needed",
         "_paused",
-        "_pieces",
-        "sink",
         "_waiter",
         "headers",
         "leg",
         "reused",
+        "sink",
         "status",
     )
 
-    def __init__(self, carrier: FlowControl, leg: str, reused: bool) -> None:
-        self._carrier: FlowControl | None = carrier
+    def __init__(self, connection: FlowControl, leg: str, reused: bool) -> None:
+        self._connection: FlowControl | None = connection  # None after the end
         self.leg = leg
         self.reused = reused
         self.status = 0
         self.headers = _NO_HEADERS
-        self._have = ReadUntil.NOTHING
-        self._enough = ReadUntil.NOTHING
-        self._pieces: list[bytes] = []
-        self._held = 0
+        self._arrived = ReadUntil.NOTHING
+        self._needed = ReadUntil.NOTHING
+        self._chunks: list[bytes] = []
+        self._buffered = 0
         self._paused = False
         self.sink: Sink | None = None
         self._error: EngineError | EngineDeadline | None = None
         self._waiter: Event | _TaskEvent | None = None
 
-    # -- the connection's side
+    # -- called by the connection
 
-    def begun(self, status: int, headers: ResponseHeaders) -> None:
-        """Status and headers have come."""
+    def on_head(self, status: int, headers: ResponseHeaders) -> None:
+        """Status and headers have arrived."""
         self.status = status
         self.headers = headers
-        self._have = ReadUntil.HEAD
+        self._arrived = ReadUntil.HEAD
 
-    def received(self, piece: bytes) -> None:
-        """What has come in one go, and the answer goes on; maybe nothing of the body."""
+    def on_data(self, data: bytes) -> None:
+        """Everything of the body from one read of the socket, possibly nothing; more follows."""
         sink = self.sink
         if sink is not None:
-            if piece:
-                sink.feed(piece)
+            if data:
+                sink.feed(data)
             return
-        if piece:
-            self._pieces.append(piece)
-            self._held += len(piece)
-            self._have = ReadUntil.BEGUN
-        if self._waiter is not None and self._have >= self._enough:
+        if data:
+            self._chunks.append(data)
+            self._buffered += len(data)
+            self._arrived = ReadUntil.BODY_STARTED
+        if self._waiter is not None and self._arrived >= self._needed:
             self._wake()
-        elif self._held > _READ_AHEAD and self._enough is not ReadUntil.WHOLE and self._carrier is not None:
+        elif self._buffered > _READ_AHEAD and self._needed is not ReadUntil.COMPLETE and self._connection is not None:
             self._paused = True
-            self._carrier.pause_reading()
+            self._connection.pause_reading()
 
-    def ended(self, last: bytes = b"") -> None:
-        """The last of the body has come."""
-        self._carrier = None
-        self._have = ReadUntil.WHOLE
+    def on_end(self, data: bytes = b"") -> None:
+        """The response is complete; ``data`` is the rest of its body."""
+        self._connection = None
+        self._arrived = ReadUntil.COMPLETE
         sink = self.sink
         if sink is not None:
             self.sink = None
-            if last:
-                sink.feed(last)
+            if data:
+                sink.feed(data)
             sink.end()
             return
-        if last:
-            self._pieces.append(last)
+        if data:
+            self._chunks.append(data)
         if self._waiter is not None:
             self._wake()
 
-    def broke(self, error: EngineError | EngineDeadline) -> None:
-        """The connection ended before the answer did."""
-        if self._have is ReadUntil.WHOLE or self._error is not None:
+    def on_error(self, error: EngineError | EngineDeadline) -> None:
+        """The connection ended before the response was complete."""
+        if self._arrived is ReadUntil.COMPLETE or self._error is not None:
             return
-        self._carrier = None
+        self._connection = None
         self._error = error
         sink, self.sink = self.sink, None
         if sink is not None:
-            sink.broke(error)
+            sink.fail(error)
         elif self._waiter is not None:
             self._wake()
 
@@ -186,18 +185,18 @@ class Response:
         if self._waiter is not None:
             self._waiter.set()
 
-    # -- the reader's side
+    # -- called by the reader
 
-    async def until(self, enough: ReadUntil) -> None:
-        """Wait until so much is there. Cancelled, it closes the connection.
+    async def wait_until(self, needed: ReadUntil) -> None:
+        """Wait until ``needed`` has arrived. If cancelled, closes the connection.
 
         Raises:
-            EngineDisconnected: the connection broke before.
-            EngineDeadline: nothing came for too long.
+            EngineDisconnected: the connection ended before.
+            EngineDeadline: the idle timeout expired before, or the instance was found stalled.
         """
-        if self._have < enough and self._error is None:
-            self._enough = enough
-            self._go_on()
+        if self._arrived < needed and self._error is None:
+            self._needed = needed
+            self._resume_reading()
             event: Event | _TaskEvent = Event() if InlineCoroutine.current is not None else _TaskEvent()
             self._waiter = event
             try:
@@ -207,68 +206,68 @@ class Response:
                 raise
             finally:
                 self._waiter = None
-        if self._have < enough and self._error is not None:
+        if self._arrived < needed and self._error is not None:
             raise self._error
 
     def read(self) -> CompleteResponse:
-        """What is there, once it is all that was waited for."""
+        """The response, after :meth:`wait_until` has returned for :attr:`ReadUntil.COMPLETE`."""
         return CompleteResponse(self.status, self.headers, self._take())
 
-    async def whole(self) -> CompleteResponse:
-        """All of it. Raises as :meth:`until` does."""
-        await self.until(ReadUntil.WHOLE)
+    async def read_all(self) -> CompleteResponse:
+        """Wait for the complete response. Raises as :meth:`wait_until` does."""
+        await self.wait_until(ReadUntil.COMPLETE)
         return self.read()
 
-    def pour(self, sink: Sink) -> None:
-        """From now on everything goes to ``sink``: what is held at once, the rest when it comes."""
-        piece = self._take()
-        if self._have is not ReadUntil.WHOLE and self._error is None:
+    def pipe_to(self, sink: Sink) -> None:
+        """Pass the body to ``sink``: what is buffered now, the rest as it arrives."""
+        data = self._take()
+        if self._arrived is not ReadUntil.COMPLETE and self._error is None:
             self.sink = sink
-        # Before the sink gets anything: it may pause at once.
-        self._go_on()
-        if piece:
-            sink.feed(piece)
+        # Before the sink gets anything, because it may pause at once.
+        self._resume_reading()
+        if data:
+            sink.feed(data)
         if self.sink is not None:
             return
-        if self._have is ReadUntil.WHOLE:
+        if self._arrived is ReadUntil.COMPLETE:
             sink.end()
         elif self._error is not None:
-            sink.broke(self._error)
+            sink.fail(self._error)
 
     def pause(self) -> None:
-        """The sink is full. What its instance says meanwhile waits in the sockets."""
-        if self._carrier is not None and not self._paused:
+        """Stop reading from the instance: the sink is full."""
+        if self._connection is not None and not self._paused:
             self._paused = True
-            self._carrier.pause_reading()
+            self._connection.pause_reading()
 
     def resume(self) -> None:
-        """The sink has room again."""
-        self._go_on()
+        """Read from the instance again."""
+        self._resume_reading()
 
     def close(self) -> None:
-        """Give up the rest; the instance sees the connection close and aborts its work. Harmless when read."""
-        if self._carrier is not None:
-            self.fail(closed_early(self.leg, self.reused))
+        """Close the connection, so that the instance aborts the request. No effect once the response is complete."""
+        if self._connection is not None:
+            self.fail(disconnected(self.leg, self.reused))
 
     def fail(self, error: EngineError | EngineDeadline) -> None:
-        """End the answer with ``error``, raised by :meth:`until` or reported to the sink, and close its connection."""
-        if self._carrier is not None:
-            self._carrier.abort()
-        self.broke(error)
+        """Close the connection and end the response with ``error``: :meth:`wait_until` raises it, the sink gets it."""
+        if self._connection is not None:
+            self._connection.abort()
+        self.on_error(error)
 
-    def _go_on(self) -> None:
+    def _resume_reading(self) -> None:
         if self._paused:
             self._paused = False
-            if self._carrier is not None:
-                self._carrier.resume_reading()
+            if self._connection is not None:
+                self._connection.resume_reading()
 
     def _take(self) -> bytes:
-        pieces = self._pieces
-        self._pieces, self._held = [], 0
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        chunks = self._chunks
+        self._chunks, self._buffered = [], 0
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def closed_early(leg: str, reused: bool, unsent: bool = False) -> EngineDisconnected:
-    """The connection ended before the answer did."""
+def disconnected(leg: str, reused: bool, unsent: bool = False) -> EngineDisconnected:
+    """The error of a connection that ended before its response was complete."""
     message = f"The {leg} instance closed the connection without an answer."
     return EngineDisconnected(message, unsent=unsent, reused=reused)

@@ -1,7 +1,7 @@
-"""Several processes behind one port: ``--workers N``. What they share and how: docs/workers.md.
+"""Several processes behind one port: ``--workers N``. docs/workers.md describes what they share and how.
 
-The supervisor serves nothing: it has the ports, starts the workers, replaces those that die, and passes on what
-instances announce. Each worker is a whole proxy with a registry, probes and requests of its own. What must hold for
-the machine as a whole stands in memory that all have mapped, in which every word has exactly one writer: nobody waits
-for a lock, so nobody can be held up by a worker that is slow, stopped or dead.
+The supervisor serves no requests: it owns the ports, starts the workers, replaces those that die, and forwards the
+instances' pings. Each worker is a complete proxy with its own registry, probes and requests. Limits that hold for the
+machine as a whole are enforced through shared memory in which every word has exactly one writer: there are no locks, so
+a slow, stopped or dead worker cannot block another one.
 """

@@ -1,4 +1,4 @@
-"""A worker's process. Only the supervisor starts it: ``python -m disagg_proxy --workers N``."""
+"""Entry point of a worker process. The supervisor starts it; users run ``disagg-proxy serve --workers N``."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from disagg_proxy.config import load
 from disagg_proxy.server.http_server import server_config
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.logs import configure_logging
-from disagg_proxy.workers.worker_env import WorkerEnv
 from disagg_proxy.workers.worker_peers import WorkerPeers
+from disagg_proxy.workers.worker_process import WorkerEnv
 from disagg_proxy.workers.worker_server import WorkerServer
 
 
 def main() -> int:
-    """Serve until the supervisor says otherwise, or a signal does; the exit code."""
+    """Serve until the supervisor or a signal ends the worker. Returns the exit code."""
     try:
-        seat = WorkerEnv.read(os.environ)
+        env = WorkerEnv.read(os.environ)
     except KeyError:
         print("disagg-proxy: workers are started by: python -m disagg_proxy --workers N", file=sys.stderr)
         return 2
     config = load(sys.argv[1:], os.environ)
-    configure_logging(config, seat.worker)
-    # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
+    configure_logging(config, env.worker)
+    # Before the server installs its signal handlers, and after it has removed them, SIGTERM acts like SIGINT.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    member = WorkerPeers(seat)
-    services = Services(config, peers=member)
-    server = WorkerServer(server_config(config, services), services, socket.socket(fileno=seat.listening), member)
+    peers = WorkerPeers(env)
+    services = Services(config, peers=peers)
+    server = WorkerServer(server_config(config, services), services, socket.socket(fileno=env.listening), peers)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     return 0

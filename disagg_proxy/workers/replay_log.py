@@ -1,6 +1,6 @@
-"""What the supervisor remembers for workers that start later: who has announced itself, and who has sent to whom.
+"""The messages that the supervisor keeps for workers that start later: pings, and the history of KV transfers.
 
-It judges nothing: each worker's registry does.
+Nothing is validated here: each worker's registry does that.
 """
 
 from __future__ import annotations
@@ -17,67 +17,63 @@ from disagg_proxy.workers.shared_load import RowIndex
 
 log = logging.getLogger(__name__)
 
-_FORGET_AFTER = 90.0
-"""Seconds without a ping after which a slot may be given to another instance, where none is free. A registry that still
-remembers the one before, as it may be hung, then counts only its own load on it."""
+_EXPIRE_SLOT_AFTER = 90.0
+"""Seconds without a ping after which a slot may be reassigned if none is free. A registry that still keeps the former
+instance, since it may be hung, then counts only its own load on it."""
 
 _SAME_END = 5_000_000_000
-"""Nanoseconds within which several workers notice the same end of a process."""
+"""Nanoseconds within which two workers that report an end mean the same one."""
 
 _MAX_SENT = 65536
 _MAX_ENDED = 4096
 
 
 @dataclass(slots=True)
-class _Known:
+class _Ping:
     slot: int
     text: bytes
     at: float
 
 
 class ReplayLog:
-    """All that is passed on.
-
-    Args:
-        expiry: seconds for which a ping is worth telling.
-    """
+    """The messages for new workers."""
 
     def __init__(self, config: Config, slots: RowIndex) -> None:
         self._expiry = config.instance_expiry
         self._slots = slots
-        self._known: dict[tuple[str, str], _Known] = {}
+        self._pings: dict[tuple[str, str], _Ping] = {}
         self._static: dict[str, int] = {}
         self._sent: dict[tuple[str, str], int] = {}
         self._ended: dict[str, tuple[str, int]] = {}
         for named in (*config.prefill, *config.decode):
             key = parse_address(named.http_address).netloc
-            slot = slots.of(key)
+            slot = slots.slot_of(key)
             if slot is not None:
                 self._static[key] = slot
 
-    def announced(self, announcement: Announcement, now: float) -> Message | None:
-        """What to tell all workers of a ping; None when there are too many instances."""
+    def on_ping(self, announcement: Announcement, now: float) -> Message | None:
+        """Keep a ping. Returns the message for all workers, None if there are too many instances."""
         key = announcement.http.netloc
-        slot = self._slots.of(key)
+        slot = self._slots.slot_of(key)
         if slot is None:
-            self._make_room(now)
-            slot = self._slots.of(key)
+            self._free_slots(now)
+            slot = self._slots.slot_of(key)
         if slot is None:
             log.warning("The registration of %s is not accepted: too many instances", announcement.http.text)
             return None
-        self._known[(key, announcement.kv.text)] = _Known(slot, announcement.raw, now)
+        self._pings[(key, announcement.kv.text)] = _Ping(slot, announcement.raw, now)
         return ["ping", slot, announcement.raw]
 
-    def _make_room(self, now: float) -> None:
-        for name, known in list(self._known.items()):
-            if now - known.at > _FORGET_AFTER:
-                del self._known[name]
-        alive = {key for key, _ in self._known} | self._static.keys()
+    def _free_slots(self, now: float) -> None:
+        for name, ping in list(self._pings.items()):
+            if now - ping.at > _EXPIRE_SLOT_AFTER:
+                del self._pings[name]
+        alive = {key for key, _ in self._pings} | self._static.keys()
         for key in self._slots.keys() - alive:
             self._slots.free(key)
 
-    def heard(self, message: Message) -> Message | None:
-        """What to tell all workers of one worker's message; None when it is known."""
+    def on_message(self, message: Message) -> Message | None:
+        """Keep a ``sent`` or ``ended`` message of a worker. Returns it for the other workers, None if it is known."""
         if message[0] == "sent":
             _, prefill, kv, at = message
             if self._sent.get((prefill, kv), 0) >= at or len(self._sent) >= _MAX_SENT:
@@ -95,26 +91,26 @@ class ReplayLog:
                 del self._sent[(prefill, to)]
         return message
 
-    def all_of_it(self, now: float) -> Iterator[tuple[Message, object]]:
-        """Everything for a worker that starts, each message with its name."""
+    def replay(self, now: float) -> Iterator[tuple[Message, object]]:
+        """All messages for a worker that starts, each with its name; ``synced`` is the last."""
         for key, slot in self._static.items():
             yield ["slot", slot, key], ("slot", slot)
         for key, (kv, at) in self._ended.items():
             yield ["ended", key, kv, at], ("ended", key)
         for (prefill, kv), at in self._sent.items():
             yield ["sent", prefill, kv, at], ("sent", prefill, kv)
-        for name, known in sorted(self._known.items(), key=_slot):
-            if now - known.at < self._expiry:
-                yield ["ping", known.slot, known.text], ("ping", *name)
-        yield ["whole"], ("whole",)
+        for name, ping in sorted(self._pings.items(), key=_slot):
+            if now - ping.at < self._expiry:
+                yield ["ping", ping.slot, ping.text], ("ping", *name)
+        yield ["synced"], ("synced",)
 
 
-def _slot(item: tuple[tuple[str, str], _Known]) -> int:
+def _slot(item: tuple[tuple[str, str], _Ping]) -> int:
     return item[1].slot
 
 
-def name_of(message: Message) -> object:
-    """Under which name a message may be replaced by a newer one."""
+def message_name(message: Message) -> object:
+    """The name of a message: a newer one of the same name replaces it, see :meth:`Channel.send`."""
     if message[0] == "sent":
         return ("sent", message[1], message[2])
     return (message[0], message[1])

@@ -1,8 +1,8 @@
-"""What workers find out about instances and operators ask for them, as words that all look at.
+"""Drains and stalls of instances, shared by all workers as flags in the shared table.
 
-Each fact is the time at which somebody said it, and the newest of contrary ones holds: an engine is frozen when the
-newest FROZEN is later than the newest MOVED, an instance is drained when DRAINED is later than UNDRAINED. So nothing is
-lost with a message, a worker that was stopped catches up by looking, and one that is new knows all at once.
+A flag is the time at which a worker set it, and of two opposite flags the newer one holds: an engine is stalled while
+the newest FROZEN is later than the newest RECOVERED, an instance is drained while DRAINED is later than UNDRAINED. No
+state depends on a message: a worker that was stopped, or is new, only has to read the table.
 """
 
 from __future__ import annotations
@@ -12,178 +12,200 @@ from collections.abc import Callable
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.health.recovery import MOST
+from disagg_proxy.health.recovery import MAX_REPLAYS
 from disagg_proxy.workers.shared_table import FlagColumn, Row, SharedTable, now
 
 NOTHING = 2**62
-"""DISTANCE of a worker that has nothing to replay."""
+"""DISTANCE of a worker without a prefill to replay."""
 
 _BITS = 62
-_LOOK = 0.05
-_JOIN_WITHIN = 1.5
-"""Seconds between two looks at whose turn it is, and those that others get to join a recovery."""
+_POLL_INTERVAL = 0.05
+"""Seconds between two checks whose turn it is to replay."""
+
+_JOIN_TIMEOUT = 1.5
+"""Seconds within which the other workers join a recovery."""
 
 
 class SharedFlags:
-    """One worker's part (:class:`disagg_proxy.health.peer_view.PeerView`).
+    """One worker's flags, and its view of all (:class:`disagg_proxy.health.peer_view.PeerView`).
 
     Args:
-        poke: makes the others look.
+        notify: makes the other workers read the table.
     """
 
-    def __init__(self, table: SharedTable, worker: int, registry: Registry, poke: Callable[[], None]) -> None:
+    def __init__(self, table: SharedTable, worker: int, registry: Registry, notify: Callable[[], None]) -> None:
         self._table = table
         self._worker = worker
         self._own = table.rows[worker]
         self._registry = registry
-        self._poke = poke
-        self._standing: set[Instance] = set()
+        self._notify = notify
+        self._frozen: set[Instance] = set()
         registry.watch(changed=self._on_change, ended=self._on_end)
 
-    # -- drained by an operator
+    # -- drains
 
     def drain(self, instance: Instance, draining: bool) -> None:
-        """Ask it of all."""
+        """Drain or undrain ``instance`` in all workers."""
         self._registry.drain(instance, draining)
         if instance.slot >= 0:
-            preference = max(now(), self._asked(instance.slot) + 1)
-            self._own.set_mark(instance.slot, FlagColumn.DRAINED if draining else FlagColumn.UNDRAINED, preference)
-            self._own.set_mark(instance.slot, FlagColumn.SEEN, preference)
-            self._poke()
+            requested = max(now(), self._drain_requested(instance.slot) + 1)
+            self._own.set_flag(instance.slot, FlagColumn.DRAINED if draining else FlagColumn.UNDRAINED, requested)
+            self._own.set_flag(instance.slot, FlagColumn.DRAIN_APPLIED, requested)
+            self._notify()
 
-    def follow_drain(self, instance: Instance) -> None:
-        """Do what was asked last, by whomever."""
+    def apply_drain(self, instance: Instance) -> None:
+        """Apply the newest drain or undrain of any worker to this one."""
         slot = instance.slot
-        drained, undrained = (
-            self._table.newest(slot, FlagColumn.DRAINED),
-            self._table.newest(slot, FlagColumn.UNDRAINED),
-        )
+        drained = self._table.newest(slot, FlagColumn.DRAINED)
+        undrained = self._table.newest(slot, FlagColumn.UNDRAINED)
         newest = max(drained, undrained)
-        if newest == self._own.mark(slot, FlagColumn.SEEN):
+        if newest == self._own.flag(slot, FlagColumn.DRAIN_APPLIED):
             return
         if instance.draining != (drained > undrained):
             self._registry.drain(instance, drained > undrained)
-        self._own.set_mark(slot, FlagColumn.SEEN, newest)
-        self._poke()
+        self._own.set_flag(slot, FlagColumn.DRAIN_APPLIED, newest)
+        self._notify()
 
-    def all_follow(self, instance: Instance) -> bool:
-        """Whether every worker does what was asked last, those included that do not go round now."""
+    def drain_applied_by_all(self, instance: Instance) -> bool:
+        """Whether every worker has applied the newest drain or undrain, unresponsive ones included."""
         slot = instance.slot
         if slot < 0:
             return True
-        newest = self._asked(slot)
-        return all(row.mark(slot, FlagColumn.SEEN) >= newest or not any(row.head) for row in self._table.workers)
+        newest = self._drain_requested(slot)
+        return all(
+            row.flag(slot, FlagColumn.DRAIN_APPLIED) >= newest or not any(row.head) for row in self._table.workers
+        )
 
-    def _asked(self, slot: int) -> int:
+    def _drain_requested(self, slot: int) -> int:
         return max(self._table.newest(slot, FlagColumn.DRAINED), self._table.newest(slot, FlagColumn.UNDRAINED))
 
     # -- stalled engines
 
-    def follow_thaw(self, instance: Instance) -> None:
-        """Somebody has seen it move again."""
+    def apply_recovery(self, instance: Instance) -> None:
+        """End the stall of ``instance`` here if another worker has seen it recover."""
         if instance.state is State.FROZEN and self._round(instance.slot) and not self.frozen(instance):
-            self._registry.thaw(instance, "moves again, as another worker has seen")
+            self._registry.unfreeze(instance, "makes progress again, as seen by another worker")
 
     def _on_change(self, instance: Instance) -> None:
         if instance.state is State.FROZEN:
-            self._standing.add(instance)
-        elif instance in self._standing:
-            self._standing.discard(instance)
+            self._frozen.add(instance)
+        elif instance in self._frozen:
+            self._frozen.discard(instance)
             if self.frozen(instance):
-                self._own.set_mark(instance.slot, FlagColumn.MOVED, now())
-                self._poke()
+                self._own.set_flag(instance.slot, FlagColumn.RECOVERED, now())
+                self._notify()
 
     def _on_end(self, instance: Instance) -> None:
         if instance.slot >= 0:
-            self._own.set_mark(instance.slot, FlagColumn.BLAMED, 0)
+            self._own.set_flag(instance.slot, FlagColumn.STALLED_SENDERS, 0)
 
-    def moves(self, instance: Instance) -> int:
-        """Parts of answers that the others have got from it; tells them how many came here."""
+    def outputs(self, instance: Instance) -> int:
+        """Publish this worker's chunks from ``instance``. Returns those that the other workers have received."""
         slot = instance.slot
         if slot < 0:
             return 0
-        self._own.set_mark(slot, FlagColumn.MOVES, instance.progress.moves)
-        return sum(row.mark(slot, FlagColumn.MOVES) for row in self._table.workers if row is not self._own)
+        self._own.set_flag(slot, FlagColumn.PROGRESS, instance.progress.outputs)
+        return sum(row.flag(slot, FlagColumn.PROGRESS) for row in self._table.workers if row is not self._own)
 
     def frozen(self, instance: Instance) -> bool:
-        """Whether somebody has found that it is stalled, and nobody has seen it move since."""
+        """Whether a worker has found ``instance`` stalled, and none has seen it recover since."""
         slot = instance.slot
-        return slot >= 0 and self._table.newest(slot, FlagColumn.FROZEN) > self._table.newest(slot, FlagColumn.MOVED)
+        return slot >= 0 and self._table.newest(slot, FlagColumn.FROZEN) > self._table.newest(
+            slot, FlagColumn.RECOVERED
+        )
 
     def _round(self, slot: int) -> int:
         return self._table.newest(slot, FlagColumn.FROZEN)
 
-    def found(self, instance: Instance) -> bool:
-        """It is stalled. Whether nobody has said so before."""
+    def report_stall(self, instance: Instance) -> bool:
+        """Report ``instance`` as stalled. Returns False if it was reported already."""
         if instance.slot < 0:
             return True
         if self.frozen(instance):
             return False
-        self._own.set_mark(instance.slot, FlagColumn.FROZEN, now())
-        self._poke()
+        self._own.set_flag(instance.slot, FlagColumn.FROZEN, now())
+        self._notify()
         return True
 
     def given_up(self, instance: Instance) -> bool:
-        """Whether somebody has decided that nothing but a restart is left."""
+        """Whether a worker has decided that only a restart can recover ``instance``."""
         slot = instance.slot
         return slot >= 0 and 0 < self._round(slot) <= self._table.newest(slot, FlagColumn.GIVEN_UP)
 
     def give_up(self, instance: Instance) -> None:
-        """Nothing but a restart is left."""
+        """Decide for all workers that only a restart can recover ``instance``."""
         if instance.slot >= 0 and not self.given_up(instance):
-            self._own.set_mark(instance.slot, FlagColumn.GIVEN_UP, self._round(instance.slot))
-            self._poke()
+            self._own.set_flag(instance.slot, FlagColumn.GIVEN_UP, self._round(instance.slot))
+            self._notify()
 
-    async def turn(self, instance: Instance, distance: float | None) -> bool:
-        """Whether this worker shall replay its best candidate now, which is so unlikely (in seconds).
+    def report_hung(self, instance: Instance, last_sign: float) -> bool:
+        """Report that its process hangs. Returns whether no other worker has reported that since ``last_sign``."""
+        if instance.slot < 0:
+            return True
+        first = self._table.newest(instance.slot, FlagColumn.HUNG) <= last_sign * 1e9
+        self._own.set_flag(instance.slot, FlagColumn.HUNG, now())
+        return first
 
-        The likeliest of all workers' goes first, one at a time. False when nobody has any left, when there were
-        enough, or when it is decided otherwise.
+    async def may_replay(self, instance: Instance, distance: float | None) -> bool:
+        """Wait for this worker's turn to replay a prefill. The likeliest candidate of all workers goes first.
+
+        Args:
+            distance: of this worker's best candidate in seconds, smaller is likelier; None without one.
+
+        Returns:
+            True to replay that candidate now; False when no worker has one left, when the limit of replays is
+            reached, or when the stall has ended or was given up.
         """
         slot, own = instance.slot, self._own
         if slot < 0:
             return distance is not None
         this_round = self._round(slot)
-        if own.mark(slot, FlagColumn.ROUND) != this_round:
-            own.set_mark(slot, FlagColumn.TRIED, 0)
-        mine = NOTHING if distance is None else min(int(distance * 1e9), NOTHING - 1)
-        own.set_mark(slot, FlagColumn.DISTANCE, mine)
-        own.set_mark(slot, FlagColumn.ROUND, this_round)
-        late = self._registry.now() + _JOIN_WITHIN
+        if own.flag(slot, FlagColumn.ROUND) != this_round:
+            own.set_flag(slot, FlagColumn.REPLAYS, 0)
+        own_distance = NOTHING if distance is None else min(int(distance * 1e9), NOTHING - 1)
+        own.set_flag(slot, FlagColumn.DISTANCE, own_distance)
+        own.set_flag(slot, FlagColumn.ROUND, this_round)
+        deadline = self._registry.now() + _JOIN_TIMEOUT
         while instance.state is State.FROZEN and self._round(slot) == this_round and not self.given_up(instance):
             others = self._others()
-            joined = [row for row in others if row.mark(slot, FlagColumn.ROUND) == this_round]
-            if len(joined) == len(others) or self._registry.now() >= late:
-                if own.mark(slot, FlagColumn.TRIED) + sum(row.mark(slot, FlagColumn.TRIED) for row in joined) >= MOST:
+            joined = [row for row in others if row.flag(slot, FlagColumn.ROUND) == this_round]
+            if len(joined) == len(others) or self._registry.now() >= deadline:
+                if (
+                    own.flag(slot, FlagColumn.REPLAYS) + sum(row.flag(slot, FlagColumn.REPLAYS) for row in joined)
+                    >= MAX_REPLAYS
+                ):
                     return False
-                best = min((row.mark(slot, FlagColumn.DISTANCE) for row in joined), default=NOTHING)
-                if mine == best == NOTHING:
+                best = min((row.flag(slot, FlagColumn.DISTANCE) for row in joined), default=NOTHING)
+                if own_distance == best == NOTHING:
                     return False
-                if mine < best or (mine == best and self._is_first(slot, mine, joined)):
-                    own.set_mark(slot, FlagColumn.TRIED, own.mark(slot, FlagColumn.TRIED) + 1)
+                if own_distance < best or (own_distance == best and self._is_first(slot, own_distance, joined)):
+                    own.set_flag(slot, FlagColumn.REPLAYS, own.flag(slot, FlagColumn.REPLAYS) + 1)
                     return True
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL_INTERVAL)
         return False
 
     def _others(self) -> list[Row]:
         time = now()
-        return [row for row in self._table.workers if row is not self._own and row.lives(time)]
+        return [row for row in self._table.workers if row is not self._own and row.is_alive(time)]
 
-    def _is_first(self, slot: int, mine: int, joined: list[Row]) -> bool:
-        """Whether of those with the same distance this worker has the lowest number."""
+    def _is_first(self, slot: int, distance: int, joined: list[Row]) -> bool:
+        """Whether this worker has the lowest number of those with the same distance."""
         return not any(
-            row in joined and row.mark(slot, FlagColumn.DISTANCE) == mine for row in self._table.rows[: self._worker]
+            row in joined and row.flag(slot, FlagColumn.DISTANCE) == distance
+            for row in self._table.rows[: self._worker]
         )
 
-    def blame(self, prefill: Instance, decode: Instance) -> int:
-        """``prefill`` is stalled while it sends to ``decode``. How many do by now; two workers see the same one."""
+    def report_blocked_prefill(self, prefill: Instance, decode: Instance) -> int:
+        """Report that ``prefill`` stalled while sending to ``decode``. Returns the number of such prefills."""
         if prefill.slot < 0 or decode.slot < 0:
             decode.senders_frozen += 1
             return decode.senders_frozen
         bit = 1 << (prefill.slot % _BITS)
-        self._own.set_mark(decode.slot, FlagColumn.BLAMED, self._own.mark(decode.slot, FlagColumn.BLAMED) | bit)
+        self._own.set_flag(
+            decode.slot, FlagColumn.STALLED_SENDERS, self._own.flag(decode.slot, FlagColumn.STALLED_SENDERS) | bit
+        )
         seen = 0
         for row in self._table.workers:
-            seen |= row.mark(decode.slot, FlagColumn.BLAMED)
+            seen |= row.flag(decode.slot, FlagColumn.STALLED_SENDERS)
         decode.senders_frozen = bin(seen).count("1")
         return decode.senders_frozen

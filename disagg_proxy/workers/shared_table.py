@@ -1,9 +1,8 @@
-"""The words that all processes of one proxy share: layout, and who may write what.
+"""The table of words that all processes of one proxy share: its layout, and who may write what.
 
-One row for each worker and a last one for the supervisor. Only its owner writes to a row; the supervisor clears the
-row of a worker that has died. A word is a signed 64-bit number on an aligned address, so that it is read as it was
-written. In a row: a head, then the load on each instance, then what is known of each instance. Instances have slots,
-which the supervisor gives out.
+One row per worker, and a last one for the supervisor. Only its owner writes to a row; the supervisor clears the row of
+a worker that has died. A word is an aligned signed 64-bit number, so it is never read half-written. A row consists of a
+header, the load on each instance, and the flags of each instance. The supervisor assigns instances to slots.
 """
 
 from __future__ import annotations
@@ -13,114 +12,123 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 SLOTS = 1024
-"""As many as a registry has instances."""
+"""Maximum number of instances, as in the registry."""
 
 LIVE_FOR = 2_000_000_000
-"""Nanoseconds since its last beat after which a worker is not waited for any more."""
+"""Nanoseconds since its last heartbeat after which a worker counts as unresponsive."""
 
 NEVER = 0
-"""Of all words that hold a time: nanoseconds of the machine's monotonic clock."""
+"""Value of a time that is not set. Times are nanoseconds of the machine's monotonic clock."""
 
 
-class SharedTableHeader(IntEnum):
-    """Words of a worker as a whole.
+class RowHeader(IntEnum):
+    """Words about a worker.
 
-    BEAT: when its event loop last went round. PID. INCARNATION: how many there were in its place. WAITING: requests
-    in its queue; OLDEST: since when the first of them waits. CONNECTIONS of clients. WANTED: when it asked the others
-    for their numbers; PUBLISHED: the newest such wish that it has fulfilled. READY: it serves. NEWS: how often it has
-    changed a mark.
+    HEARTBEAT: time of the last iteration of its event loop. PID. INCARNATION: processes started so far. WAITING:
+    requests in its admission queue; OLDEST: time since when the oldest of them waits. CONNECTIONS: clients. REQUESTED:
+    time at which it requested the totals of all processes; PUBLISHED: the newest such request that it has fulfilled.
+    READY: 1 while it serves. FLAG_CHANGES: counter of changes to its flags.
     """
 
-    BEAT = 0
+    HEARTBEAT = 0
     PID = 1
     INCARNATION = 2
     WAITING = 3
     OLDEST = 4
     CONNECTIONS = 5
-    WANTED = 6
+    REQUESTED = 6
     PUBLISHED = 7
     READY = 8
-    NEWS = 9
+    FLAG_CHANGES = 9
 
 
 class FlagColumn(IntEnum):
-    """What a worker says of an instance.
+    """Flags of one worker about one instance.
 
-    MOVES: parts of answers that it has got from it. FROZEN: when it found that its engine is stalled; MOVED: when it
-    saw it move again, or end. ROUND: the FROZEN that it takes part in recovering from; DISTANCE: how unlikely its best
-    candidate for a replay is, in nanoseconds, or NOTHING; TRIED: its replays in that round; GIVEN_UP: the round that it
-    has given up. BLAMED: on a decode, one bit for each prefill that was stalled while sending to it. DRAINED and
-    UNDRAINED: when an operator asked for it there; SEEN: the newest such wish that it acts by.
+    PROGRESS: chunks received from it. FROZEN: time at which it was found stalled; RECOVERED: time at which it was seen
+    to make progress again, or to end. ROUND: the FROZEN time of the recovery that this worker takes part in; DISTANCE:
+    distance in nanoseconds of its best candidate for a replay (smaller is likelier), or NOTHING; REPLAYS: its replays
+    in that round; GIVEN_UP: the round that it has given up. STALLED_SENDERS: on a decode, one bit for each prefill that
+    stalled while sending to it. DRAINED, UNDRAINED: time of the operator's request to this worker; DRAIN_APPLIED: the
+    newest such request of all workers that this worker has applied. HUNG: time at which its process was found hung.
     """
 
-    MOVES = 0
+    PROGRESS = 0
     FROZEN = 1
-    MOVED = 2
+    RECOVERED = 2
     ROUND = 3
     DISTANCE = 4
-    TRIED = 5
+    REPLAYS = 5
     GIVEN_UP = 6
-    BLAMED = 7
+    STALLED_SENDERS = 7
     DRAINED = 8
     UNDRAINED = 9
-    SEEN = 10
+    DRAIN_APPLIED = 10
+    HUNG = 11
 
 
 LOADS = 4
-"""Counts of each instance, in the order of cluster/shared_load.py."""
+"""Load counts of each instance, in the order of cluster/lease.py."""
 
 _WORD = 8
 _HEAD = 16
-_MARKS = 16
-_ROW = _HEAD + SLOTS * (LOADS + _MARKS)
+_FLAGS = 16
+_ROW = _HEAD + SLOTS * (LOADS + _FLAGS)
 
-INHERITED = (FlagColumn.FROZEN, FlagColumn.MOVED, FlagColumn.GIVEN_UP, FlagColumn.DRAINED, FlagColumn.UNDRAINED)
-"""What outlives the worker that said it: the newest of all counts, whoever it is from."""
+INHERITED = (
+    FlagColumn.FROZEN, FlagColumn.RECOVERED, FlagColumn.GIVEN_UP, FlagColumn.DRAINED, FlagColumn.UNDRAINED,
+    FlagColumn.HUNG,
+)  # fmt: skip
+"""Flags that survive the worker that set them. The newest value of any row counts."""
 
 
 class Row:
     """The words of one process.
 
     Attributes:
-        loads: :data:`LOADS` words for each slot, to be read and written as they are.
+        head: indexed by :class:`RowHeader`.
+        loads: :data:`LOADS` words for each slot.
     """
 
-    __slots__ = ("_marks", "_words", "head", "loads")
+    __slots__ = ("_flags", "_words", "head", "loads")
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
         self.head = words[:_HEAD]
         self.loads = words[_HEAD : _HEAD + SLOTS * LOADS]
-        self._marks = words[_HEAD + SLOTS * LOADS :]
+        self._flags = words[_HEAD + SLOTS * LOADS :]
 
-    def mark(self, slot: int, mark: FlagColumn) -> int:
-        """One word about the instance at ``slot``."""
-        return int(self._marks[slot * _MARKS + mark])
+    def flag(self, slot: int, column: FlagColumn) -> int:
+        """A flag of the instance at ``slot``."""
+        return int(self._flags[slot * _FLAGS + column])
 
-    def set_mark(self, slot: int, mark: FlagColumn, value: int) -> None:
-        """Say something about the instance at ``slot``; the owner only."""
-        self._marks[slot * _MARKS + mark] = value
+    def set_flag(self, slot: int, column: FlagColumn, value: int) -> None:
+        """Set a flag of the instance at ``slot``. Only for the owner of the row."""
+        self._flags[slot * _FLAGS + column] = value
 
-    def forget(self, slot: int) -> None:
-        """There is another instance at ``slot`` from now on, or none."""
+    def clear_slot(self, slot: int) -> None:
+        """Zero the load and the flags of ``slot``, before another instance gets it."""
         self.loads[slot * LOADS : (slot + 1) * LOADS] = memoryview(bytes(LOADS * _WORD)).cast("q")
-        self._marks[slot * _MARKS : (slot + 1) * _MARKS] = memoryview(bytes(_MARKS * _WORD)).cast("q")
+        self._flags[slot * _FLAGS : (slot + 1) * _FLAGS] = memoryview(bytes(_FLAGS * _WORD)).cast("q")
 
     def clear(self) -> None:
-        """Everything to 0."""
+        """Zero the row."""
         self._words[:] = memoryview(bytes(len(self._words) * _WORD)).cast("q")
 
-    def lives(self, now: int) -> bool:
-        """Whether its owner is there and goes round."""
-        return now - int(self.head[SharedTableHeader.BEAT]) < LIVE_FOR
+    def is_alive(self, now: int) -> bool:
+        """Whether the event loop of its owner was running within the last 2 s."""
+        return now - int(self.head[RowHeader.HEARTBEAT]) < LIVE_FOR
 
 
 class SharedTable:
     """All rows.
 
     Args:
-        memory: at least :meth:`size` bytes, zero at first.
-        workers: how many; the row after theirs is the supervisor's.
+        memory: at least :meth:`size` bytes, initially zero.
+        workers: number of workers.
+
+    Attributes:
+        rows: of the workers, and the supervisor's last.
     """
 
     def __init__(self, memory: memoryview, workers: int) -> None:
@@ -129,7 +137,7 @@ class SharedTable:
 
     @staticmethod
     def size(workers: int) -> int:
-        """Bytes of the table."""
+        """Size of the table in bytes."""
         return (workers + 1) * _ROW * _WORD
 
     @property
@@ -139,29 +147,29 @@ class SharedTable:
 
     @property
     def supervisor(self) -> Row:
-        """The supervisor's row, which also keeps what dead workers have said."""
+        """The supervisor's row, which also keeps the flags of dead workers."""
         return self.rows[-1]
 
-    def newest(self, slot: int, mark: FlagColumn) -> int:
-        """The newest word of anybody."""
-        return max(row.mark(slot, mark) for row in self.rows)
+    def newest(self, slot: int, column: FlagColumn) -> int:
+        """The highest value of a flag in all rows, which is the newest of a flag that holds a time."""
+        return max(row.flag(slot, column) for row in self.rows)
 
-    def bury(self, worker: int) -> None:
-        """A worker has died: its load is gone, what it has found out is kept. The supervisor only."""
+    def retire(self, worker: int) -> None:
+        """Drop the load of a dead worker and keep its :data:`INHERITED` flags. Only for the supervisor."""
         dead, keeper = self.rows[worker], self.supervisor
         for slot in range(SLOTS):
-            for mark in INHERITED:
-                if (said := dead.mark(slot, mark)) > keeper.mark(slot, mark):
-                    keeper.set_mark(slot, mark, said)
+            for column in INHERITED:
+                if (value := dead.flag(slot, column)) > keeper.flag(slot, column):
+                    keeper.set_flag(slot, column, value)
         dead.clear()
 
-    def unused(self, slot: int) -> bool:
-        """Whether nothing is on the instance at ``slot``, and nobody keeps it drained."""
+    def is_unused(self, slot: int) -> bool:
+        """Whether the instance at ``slot`` has no load in any process and is not drained."""
         if any(any(row.loads[slot * LOADS : (slot + 1) * LOADS]) for row in self.rows):
             return False
         return self.newest(slot, FlagColumn.DRAINED) <= self.newest(slot, FlagColumn.UNDRAINED)
 
 
 def now() -> int:
-    """Nanoseconds of the clock that all processes of the machine share."""
+    """Nanoseconds of the monotonic clock, which all processes of the machine share."""
     return time.monotonic_ns()

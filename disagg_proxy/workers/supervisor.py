@@ -1,7 +1,7 @@
-"""The process that has the ports and the workers. It serves no request, so there is little that can end it.
+"""The process that owns the ports and the workers. It serves no requests, so little can crash it.
 
-Signals: the first begins the end of all workers, the next one cuts it short. A worker that dies before is buried - its
-load released, what it had found out and counted kept - and replaced, at once if it had lived for a while.
+The first signal shuts down all workers, the second one skips the grace time. The supervisor replaces a worker that dies
+otherwise, at once if it ran for a while: it releases the worker's load and keeps its flags and counters.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
 from disagg_proxy.runtime.shutdown import first_of
 from disagg_proxy.server.http_server import listen
-from disagg_proxy.telemetry.aggregate import RetiredTotals, bury, unpack
-from disagg_proxy.workers.channel import Message
-from disagg_proxy.workers.replay_log import ReplayLog, name_of
+from disagg_proxy.telemetry.aggregate import RetiredTotals, retire, unpack
+from disagg_proxy.workers.channel import Message, Wakeups, new_wakeups
+from disagg_proxy.workers.replay_log import ReplayLog, message_name
 from disagg_proxy.workers.shared_load import RowIndex
 from disagg_proxy.workers.shared_memory import SharedMemory
-from disagg_proxy.workers.shared_table import SharedTableHeader, now
-from disagg_proxy.workers.wakeup import Wakeups, new_pokes
+from disagg_proxy.workers.shared_table import RowHeader, now
 from disagg_proxy.workers.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
-_BEAT = 0.25
-_AFTER_GRACE, _AFTER_HURRY = 5.0, 3.0
-"""Seconds that workers get beyond their time before they are killed."""
+_HEARTBEAT = 0.25
+"""Seconds between two publications of the supervisor's totals."""
 
-_VAIN_STARTS = 3
-"""Starts of one worker that may fail before any has served."""
+_AFTER_GRACE, _AFTER_SECOND_SIGNAL = 5.0, 3.0
+"""Seconds after SHUTDOWN_GRACE, and after a second signal, before workers are killed."""
+
+_MAX_FAILED_STARTS = 3
+"""Starts of one worker after which the supervisor gives up if no worker has served yet."""
 
 
 class Supervisor:
-    """Has both ports from its creation on.
+    """Binds both ports on creation.
 
     Raises:
-        BindError: one of them cannot be opened.
+        BindError: one of them cannot be bound.
     """
 
     def __init__(self, config: Config, argv: Sequence[str]) -> None:
         self._config = config
         self._listening: socket.socket = listen(config)
-        self._mailbox = Mailbox(self._announced)
+        self._mailbox = Mailbox(self._on_pings)
         try:
             allow = AllowList(config.allow_register)
             self._listener = Listener(config.zmq_host, config.zmq_port, allow, self._mailbox.put)
@@ -62,40 +63,40 @@ class Supervisor:
         self._forwarder = Forwarder(config.forward_registrations)
         self._memory = SharedMemory.create(config.workers)
         self._row = self._memory.table.supervisor
-        self._files = new_pokes(config.workers + 1)
-        self._pokes = Wakeups(self._files, config.workers)
-        self._book = ReplayLog(config, RowIndex(self._memory.table))
-        self._places = [WorkerProcess(number, argv) for number in range(config.workers)]
-        self._ground = RetiredTotals(time.monotonic(), 0, {}, [], [0] * config.workers, [])
+        self._files = new_wakeups(config.workers + 1)
+        self._wakeups = Wakeups(self._files, config.workers)
+        self._replay_log = ReplayLog(config, RowIndex(self._memory.table))
+        self._workers = [WorkerProcess(number, argv) for number in range(config.workers)]
+        self._retired = RetiredTotals(time.monotonic(), 0, {}, [], [0] * config.workers, [])
         self._shutdown = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._told = self._failed = False
+        self._second_signal = asyncio.Event()
+        self._serving_logged = self._failed = False
 
     async def run(self) -> int:
-        """Until a signal, and the end that it begins. The exit code."""
+        """Run the workers until a signal has ended all of them. Returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
-        self._row.head[SharedTableHeader.PID] = os.getpid()
+        self._row.head[RowHeader.PID] = os.getpid()
         self._mailbox.open()
         self._forwarder.open()
-        self._pokes.open(self._on_poke)
-        beating = loop.create_task(self._beat())
+        self._wakeups.open(self._on_wakeup)
+        heartbeat = loop.create_task(self._heartbeat())
         self._listener.start()
-        ending = loop.create_task(self._end_in_time())
+        killer = loop.create_task(self._kill_in_time())
         try:
-            await asyncio.gather(*(self._keep(place) for place in self._places))
+            await asyncio.gather(*(self._keep_running(worker) for worker in self._workers))
         finally:
-            for task in (beating, ending):
+            for task in (heartbeat, killer):
                 task.cancel()
-            await asyncio.gather(beating, ending, return_exceptions=True)
-            self._pokes.close()
+            await asyncio.gather(heartbeat, killer, return_exceptions=True)
+            self._wakeups.close()
             await loop.run_in_executor(None, self._listener.stop)
             self.close()
         return 1 if self._failed else 0
 
     def close(self) -> None:
-        """Let go of what was opened."""
+        """Close the sockets and descriptors."""
         self._forwarder.close()
         self._listening.close()
         for file in (self._memory.file, *self._files):
@@ -103,125 +104,125 @@ class Supervisor:
 
     # -- workers
 
-    async def _keep(self, place: WorkerProcess) -> None:
-        """One place: a process in it as long as the proxy runs."""
+    async def _keep_running(self, worker: WorkerProcess) -> None:
+        """Start ``worker``, and restart it until the shutdown."""
         while not self._shutdown.is_set():
             try:
-                await place.start(self._memory, self._files, self._listening, partial(self._heard, place))
+                await worker.start(self._memory, self._files, self._listening, partial(self._on_message, worker))
             except OSError as error:
-                log.error("Worker %d cannot be started: %s", place.worker, error)
+                log.error("Cannot start worker %d: %s", worker.worker, error)
             else:
-                for message, name in self._book.all_of_it(time.monotonic()):
-                    place.tell(message, name)
+                for message, name in self._replay_log.replay(time.monotonic()):
+                    worker.send(message, name)
                 self._publish()
-                code = await place.ended()
-                self._bury(place)
+                code = await worker.ended()
+                self._retire(worker)
                 if self._shutdown.is_set():
                     return
-                log.error("Worker %d has ended (%s) and is replaced", place.worker, _how(code))
-            if not any(p.served for p in self._places) and place.incarnation >= _VAIN_STARTS:
-                log.error("The workers do not start; the log has the cause")
+                log.error("Worker %d has ended (%s) and is replaced", worker.worker, _describe(code))
+            if not any(w.served for w in self._workers) and worker.incarnation >= _MAX_FAILED_STARTS:
+                log.error("The workers do not start: see the lines above")
                 self._failed = True
                 self._stop()
                 return
-            await first_of(self._shutdown.wait(), seconds=place.pause())
+            await first_of(self._shutdown.wait(), seconds=worker.restart_pause())
 
-    def _bury(self, place: WorkerProcess) -> None:
-        """Nothing of a dead worker's load is left, and nothing else is lost."""
-        part = unpack(self._memory.areas[place.worker].read())
-        bury(part, self._ground, place.worker, place.incarnation)
+    def _retire(self, worker: WorkerProcess) -> None:
+        """Release the load of a dead worker and keep its counters and flags."""
+        part = unpack(self._memory.totals[worker.worker].read())
+        retire(part, self._retired, worker.worker, worker.incarnation)
         self._publish()
-        self._memory.table.bury(place.worker)
-        self._row.head[SharedTableHeader.NEWS] += 1
-        self._pokes.poke()
+        self._memory.table.retire(worker.worker)
+        self._row.head[RowHeader.FLAG_CHANGES] += 1
+        self._wakeups.wake()
 
-    def _heard(self, place: WorkerProcess, message: Message) -> None:
+    def _on_message(self, worker: WorkerProcess, message: Message) -> None:
         if message[0] == "ready":
-            place.ready = place.served = True
-            if place.incarnation > 1:
-                log.info("Worker %d serves again", place.worker)
-            self._say_serving()
+            worker.ready = worker.served = True
+            if worker.incarnation > 1:
+                log.info("Worker %d serves again", worker.worker)
+            self._log_serving()
             return
-        news = self._book.heard(message)
-        if news is not None:
-            for other in self._places:
-                if other is not place:
-                    other.tell(news, name_of(news))
+        forwarded = self._replay_log.on_message(message)
+        if forwarded is not None:
+            for other in self._workers:
+                if other is not worker:
+                    other.send(forwarded, message_name(forwarded))
 
-    def _say_serving(self) -> None:
-        if self._told or not all(place.ready for place in self._places):
+    def _log_serving(self) -> None:
+        if self._serving_logged or not all(worker.ready for worker in self._workers):
             return
-        self._told = True
+        self._serving_logged = True
         host, port = self._listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        log.info("Serving on http://%s:%d with %d workers", shown, port, len(self._places))
+        log.info("Serving on http://%s:%d with %d workers", shown, port, len(self._workers))
         log.info("Instances may register on %s:%d", self._config.zmq_host, self._listener.port)
 
     # -- instances
 
-    def _announced(self, announcements: list[Announcement]) -> None:
-        self._forwarder.pass_on(announcements)
+    def _on_pings(self, announcements: list[Announcement]) -> None:
+        self._forwarder.forward(announcements)
         for announcement in announcements:
-            message = self._book.announced(announcement, time.monotonic())
+            message = self._replay_log.on_ping(announcement, time.monotonic())
             if message is not None:
-                for place in self._places:
-                    place.tell(message, ("ping", announcement.http.netloc, announcement.kv.text))
+                for worker in self._workers:
+                    worker.send(message, ("ping", announcement.http.netloc, announcement.kv.text))
 
-    # -- numbers
+    # -- totals
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         while True:
-            self._row.head[SharedTableHeader.BEAT] = now()
+            self._row.head[RowHeader.HEARTBEAT] = now()
             self._publish()
-            await asyncio.sleep(_BEAT)
+            await asyncio.sleep(_HEARTBEAT)
 
-    def _on_poke(self) -> None:
+    def _on_wakeup(self) -> None:
         rows = self._memory.table.workers
-        wanted = max(row.head[SharedTableHeader.WANTED] for row in rows)
-        if wanted > self._row.head[SharedTableHeader.PUBLISHED]:
+        requested = max(row.head[RowHeader.REQUESTED] for row in rows)
+        if requested > self._row.head[RowHeader.PUBLISHED]:
             self._publish()
-            self._row.head[SharedTableHeader.PUBLISHED] = wanted
-            self._pokes.poke([i for i, row in enumerate(rows) if row.head[SharedTableHeader.WANTED] == wanted])
+            self._row.head[RowHeader.PUBLISHED] = requested
+            self._wakeups.wake([i for i, row in enumerate(rows) if row.head[RowHeader.REQUESTED] == requested])
 
     def _publish(self) -> None:
-        ground, traffic = self._ground, self._listener.traffic
-        ground.messages, ground.dropped = traffic.messages, dict(traffic.dropped)
-        ground.workers = [
-            {"worker": p.worker, "pid": p.pid, "started": p.started, "restarts": max(0, p.incarnation - 1)}
-            for p in self._places
+        retired, registrations = self._retired, self._listener.traffic
+        retired.messages, retired.dropped = registrations.messages, dict(registrations.dropped)
+        retired.workers = [
+            {"worker": w.worker, "pid": w.pid, "started": w.started, "restarts": max(0, w.incarnation - 1)}
+            for w in self._workers
         ]
-        self._memory.areas[-1].write(ground.pack())
+        self._memory.totals[-1].write(retired.pack())
 
-    # -- the end
+    # -- shutdown
 
     def _signalled(self) -> None:
         if self._shutdown.is_set():
             log.warning("Stopping at once")
-            self._hurry.set()
-            for place in self._places:
-                place.tell(["hurry"])
+            self._second_signal.set()
+            for worker in self._workers:
+                worker.send(["stop_now"])
             return
-        log.info("Stopping; what was accepted gets %g s (SHUTDOWN_GRACE)", self._config.shutdown_grace)
+        log.info("Stopping: requests in flight get %g s to finish (SHUTDOWN_GRACE)", self._config.shutdown_grace)
         self._stop()
 
     def _stop(self) -> None:
         self._shutdown.set()
-        # The workers have it; when the last of them lets go of it, clients find nobody.
+        # The workers keep it open; connections are refused when the last of them has closed it.
         self._listening.close()
-        for place in self._places:
-            place.tell(["stop"])
+        for worker in self._workers:
+            worker.send(["stop"])
 
-    async def _end_in_time(self) -> None:
-        """Kill what does not end."""
+    async def _kill_in_time(self) -> None:
+        """Kill the workers that do not end in time after the shutdown has begun."""
         await self._shutdown.wait()
-        await first_of(self._hurry.wait(), seconds=self._config.shutdown_grace + _AFTER_GRACE)
-        if self._hurry.is_set():
-            await asyncio.sleep(_AFTER_HURRY)
-        for place in self._places:
-            if place.pid:
-                log.error("Worker %d did not end in time and is killed", place.worker)
-                place.kill()
+        await first_of(self._second_signal.wait(), seconds=self._config.shutdown_grace + _AFTER_GRACE)
+        if self._second_signal.is_set():
+            await asyncio.sleep(_AFTER_SECOND_SIGNAL)
+        for worker in self._workers:
+            if worker.pid:
+                log.error("Worker %d did not end in time: killing it", worker.worker)
+                worker.kill()
 
 
-def _how(code: int) -> str:
+def _describe(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,34 +1,85 @@
-"""One worker's process, as the supervisor sees it."""
+"""The process of one worker as the supervisor starts and ends it, and what it inherits."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import disagg_proxy
 from disagg_proxy.workers.channel import Channel, Message
 from disagg_proxy.workers.shared_memory import SharedMemory
-from disagg_proxy.workers.worker_env import WorkerEnv
 
+_VARIABLE = "DISAGG_PROXY_WORKER"
 _ROOT = str(Path(disagg_proxy.__file__).resolve().parents[1])
-_LIVED = 10.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
-"""Seconds after which a worker has lived, and pauses before one that has not is replaced again."""
+
+_STABLE_AFTER = 10.0
+"""Seconds after which a worker that ends is restarted at once."""
+
+_MIN_PAUSE, _MAX_PAUSE = 0.5, 10.0
+"""Seconds before the restart of a worker that keeps ending earlier; doubled each time."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnv:
+    """What a worker process is started with: its number and the descriptors that it inherits.
+
+    Attributes:
+        worker: number of this worker, from 0.
+        workers: number of workers.
+        incarnation: from 1, one more for each restart.
+        memory, listening, channel: descriptors of the shared memory, the HTTP socket and the supervisor's channel.
+        wakeups: descriptors of the wake-ups of each worker, and the supervisor's last.
+    """
+
+    worker: int
+    workers: int
+    incarnation: int
+    memory: int
+    wakeups: tuple[int, ...]
+    listening: int
+    channel: int
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """All inherited descriptors."""
+        return (self.memory, *self.wakeups, self.listening, self.channel)
+
+    def environ(self) -> dict[str, str]:
+        """The environment variable for the worker, which :meth:`read` reads."""
+        return {_VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> WorkerEnv:
+        """Read what the supervisor has passed to this process.
+
+        Raises:
+            KeyError: the process was not started by a supervisor.
+        """
+        given = json.loads(environ[_VARIABLE])
+        return cls(**{**given, "wakeups": tuple(given["wakeups"])})
 
 
 class WorkerProcess:
-    """A place among the workers, taken by one process after another.
+    """One worker: a process, and after its death the next one.
+
+    Args:
+        argv: command line of the proxy.
 
     Attributes:
-        incarnation: how many there were, with the present one.
-        pid, started: of the present one (Unix time); 0 without one.
-        ready: whether the present one serves; served: whether any did.
+        worker: its number, from 0.
+        incarnation: processes started so far.
+        pid: of the current process, 0 without one.
+        started: Unix time of its start.
+        ready: whether the current process serves.
+        served: whether any process has served.
     """
 
     def __init__(self, worker: int, argv: Sequence[str]) -> None:
@@ -39,28 +90,32 @@ class WorkerProcess:
         self._argv = argv
         self._channel: Channel | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._begun = 0.0
-        self._short_lives = 0
+        self._start_time = 0.0
+        self._short_runs = 0
 
     async def start(
-        self, memory: SharedMemory, pokes: Sequence[int], listening: socket.socket, take: Callable[[Message], None]
+        self,
+        memory: SharedMemory,
+        wakeups: Sequence[int],
+        listening: socket.socket,
+        on_message: Callable[[Message], None],
     ) -> None:
-        """Start the next process. It gets the terminal's signals by way of the supervisor only.
+        """Start the next process, in a session of its own: only the supervisor gets the terminal's signals.
 
         Raises:
-            OSError: the system does not let it.
+            OSError: the system cannot start it.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.incarnation += 1
-        files = (memory.file, tuple(pokes), listening.fileno(), theirs.fileno())
-        seat = WorkerEnv(self.worker, len(pokes) - 1, self.incarnation, *files)
+        files = (memory.file, tuple(wakeups), listening.fileno(), theirs.fileno())
+        env = WorkerEnv(self.worker, len(wakeups) - 1, self.incarnation, *files)
         path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
-        self._begun = time.monotonic()
+        self._start_time = time.monotonic()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "disagg_proxy.workers", *self._argv,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **seat.environ()},
-                pass_fds=seat.files, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env.environ()},
+                pass_fds=env.files, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         except OSError:
             ours.close()
@@ -68,14 +123,14 @@ class WorkerProcess:
         finally:
             theirs.close()
         self.pid, self.started = self._process.pid, time.time()
-        self._channel = Channel(ours, take)
+        self._channel = Channel(ours, on_message)
         self._channel.open()
 
     async def ended(self) -> int:
-        """The exit code, once the process is gone."""
+        """Wait for the end of the process. Returns its exit code, negative for a signal."""
         assert self._process is not None
         code = await self._process.wait()
-        # What it said last is read before it is forgotten.
+        # One iteration of the loop, so that its last messages are read.
         await asyncio.sleep(0)
         self.pid, self.ready = 0, False
         if self._channel is not None:
@@ -83,20 +138,20 @@ class WorkerProcess:
             self._channel = None
         return code
 
-    def tell(self, message: Message, name: object = None) -> None:
-        """Send it, now or when the worker takes it."""
+    def send(self, message: Message, name: object = None) -> None:
+        """Send a message, see :meth:`Channel.send`; dropped while there is no process."""
         if self._channel is not None:
             self._channel.send(message, name)
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, if there is one."""
         if self.pid and self._process is not None and self._process.returncode is None:
             self._process.send_signal(signal.SIGKILL)
 
-    def pause(self) -> float:
-        """Seconds before the next start: none for one that has lived."""
-        if time.monotonic() - self._begun >= _LIVED:
-            self._short_lives = 0
-        pause = min(_FIRST_PAUSE * 2 ** (self._short_lives - 1), _LONGEST_PAUSE) if self._short_lives else 0.0
-        self._short_lives += 1
+    def restart_pause(self) -> float:
+        """Seconds before the next start: 0 if the last process ran for at least ten seconds."""
+        if time.monotonic() - self._start_time >= _STABLE_AFTER:
+            self._short_runs = 0
+        pause = min(_MIN_PAUSE * 2 ** (self._short_runs - 1), _MAX_PAUSE) if self._short_runs else 0.0
+        self._short_runs += 1
         return pause

@@ -1,4 +1,4 @@
-"""The command line of a chaos run. Exit codes: 0 every promise kept, 1 not (the reasons are printed), 2 a bad flag."""
+"""The command line of a chaos run. Exit codes: 0 passed, 1 failed (the reasons are printed), 2 invalid option."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import NoReturn
 from disagg_sim.chaos.plan import ALL, KINDS
 from disagg_sim.chaos.run import Options, run
 
-_DESCRIPTION = """A real proxy and simulated engines in one process under a mixed load, with clients that leave and
-engines that fail, by a plan that the seed makes. Every answer is compared with the right one; what is left over in
-the end is counted."""
+_DESCRIPTION = """A real proxy and simulated engines in one process under a mixed load, with clients that disconnect
+and engines that fail, by a plan derived from the seed. Every response is compared with the expected one; leaks are
+counted at the end."""
 
-_EPILOG = """The proxy is not told how large decode's KV buffer is: keep --rate low enough, or --kv-buffer-bytes large
-enough, that a burst and the orphans that injected faults explain fit into it; at the default rate they do for half an
+_EPILOG = """The proxy does not know the size of decode's KV buffer: keep --rate low enough, or --kv-buffer-bytes
+large enough, for a burst and the orphans that injected faults explain; the default rate is low enough for half an
 hour. A killed decode freezes the prefills that sent to it (P2pNcclConnector), so the runner restarts them with it, and
-it restarts what the proxy wants restarted, as test_single_machine.sh does; --no-supervisor shows what happens
-without."""
+it restarts the engines that the proxy reports as frozen, as test_single_machine.sh does; --no-supervisor disables
+that."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,21 +64,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--seconds", type=_positive, default=30.0, help="how long requests come")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed makes the same plan; timing may differ")
+    parser.add_argument("--seconds", type=_positive, default=30.0, help="duration of the load")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same plan; timing may differ")
     parser.add_argument("--prefills", type=_count, default=3, help="prefill engines")
     parser.add_argument("--decodes", type=_count, default=3, help="decode engines")
     parser.add_argument("--rate", type=_positive, default=20.0, help="requests per second")
     parser.add_argument(
-        "--trouble", type=_kinds, default="all", metavar="KIND,KIND", help=f"all, none, or any of: {kinds}"
+        "--trouble",
+        type=_kinds,
+        default="all",
+        metavar="KIND,KIND",
+        help=f"faults to inject: all, none, or any of: {kinds}",
     )
-    parser.add_argument("--every", type=_positive, default=3.0, help="seconds between two troubles on average")
+    parser.add_argument("--every", type=_positive, default=3.0, help="mean seconds between two faults")
     parser.add_argument(
-        "--no-supervisor", action="store_true", help="bring a killed decode back alone, and restart nothing frozen"
+        "--no-supervisor", action="store_true", help="restart a killed decode alone, and no frozen engine"
     )
     parser.add_argument("--kv-buffer-bytes", type=_count, default=8_000_000_000, help="KV buffer of each decode")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
-    parser.add_argument("--show-plan", action="store_true", help="print the troubles of the plan before the run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to this file")
+    parser.add_argument("--show-plan", action="store_true", help="print the planned faults before the run")
     parser.add_argument(
         "--log-level", default="error", choices=("debug", "info", "warning", "error"), help="of proxy and engines"
     )

@@ -1,4 +1,4 @@
-"""Simulated engines that keep a ledger: which ids came, how often, and which were made to fail on purpose."""
+"""Simulated engines with a ledger: which ids arrived, how often, and which failed because of an injected fault."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ ROUTES = (COMPLETIONS, CHAT, MESSAGES)
 _KEY = re.compile(r"_([0-9a-f]{32})")
 _TO = re.compile(r"___decode_addr_(.*?:\d+)_")
 _RECENT = 1.0
-"""Seconds for which a prefill that has arrived counts as unanswered when its engine is killed."""
+"""A prefill that arrived within this time counts as unanswered when its engine is killed."""
 
 
 def key_of(request_id: str) -> str:
-    """The part of an id that is unlike every other, in the proxy's id and in the engine's."""
+    """Return the unique part of an id, which the proxy's and the engine's id share."""
     found = _KEY.search(request_id)
     return found[1] if found else request_id
 
 
 @dataclass
 class Ledger:
-    """What the injected faults account for, and what nothing does; of all engines of one run.
+    """Observations on all engines of one run, and which of them injected faults explain.
 
     Attributes:
-        excused: by key, why KV of that id may stay on its decode: the proxy cannot free it.
-        twice: ids that one decode process was asked for a second time.
-        deaths: KV addresses of engines whose engine or KV listener died, and of what.
+        excused: by key, why KV of that id may stay on its decode: the proxy cannot release it.
+        twice: ids that one decode process received a second time.
+        deaths: KV addresses of engines whose engine or KV listener died, and the cause.
         prefilled: keys of all prefills so far.
-        repeated_to: KV addresses of decodes towards which one was repeated: they count KV that comes again twice.
-        wedged: KV addresses of decodes whose listener waits for a prefill that was killed while it sent.
+        repeated_to: KV addresses of decodes towards which a prefill was repeated; they count its KV twice.
+        wedged: KV addresses of decodes whose listener waits for a prefill that was killed while sending.
     """
 
     excused: dict[str, str] = field(default_factory=dict)
@@ -56,19 +56,19 @@ class _Faults(Faults):
         self._note = note
 
     def injected_for(self, path: str) -> Injected | None:
-        # Probes are spared: what they would see is the kinds' own affair.
+        # Not for probes: the kinds of faults that concern probes inject their own.
         injected = super().injected_for(path) if path in ROUTES else None
         self._note(path, injected)
         return injected
 
     def forget(self) -> None:
-        """Take back what no request has met."""
+        """Remove injected faults that no request has met."""
         self._injected.clear()
         self._cuts.clear()
 
 
 class LedgerEngine(SimEngine):
-    """An engine whose requests go into ``ledger`` instead of its own list, which would grow with their bodies."""
+    """An engine that records requests in ``ledger`` instead of its list, which would grow with the bodies."""
 
     def __init__(self, config: SimConfig, ledger: Ledger) -> None:
         super().__init__(config)
@@ -86,7 +86,7 @@ class LedgerEngine(SimEngine):
         return f"{self.config.role} {self.http_address}"
 
     def forget_faults(self) -> None:
-        """Take back tricks and cuts that no request has met."""
+        """Remove injected faults and cuts that no request has met."""
         self._own_faults.forget()
 
     def _note(self, path: str, injected: Injected | None) -> None:
@@ -126,17 +126,17 @@ class LedgerEngine(SimEngine):
         if isinstance(body, dict) and body.get("user") == REFUSED_BY_DECODE and body.get("max_tokens") != 1:
             self._refusable.add(key)
         if injected is not None and injected.status in (429, 503) and injected.trick == "answer":
-            # Turned away by the API server: a drain may come again.
+            # Rejected by the API server: a KV release may be repeated.
             self._refusable.add(key)
         if injected is not None:
-            self.ledger.excused[key] = f"its decode was made to fail ({injected.trick}) before the engine knew it"
+            self.ledger.excused[key] = f"its decode failed by injection ({injected.trick}) before the engine got it"
 
-    def under_way(self) -> set[str]:
-        """Keys of what this prefill works on, or has answered a moment ago."""
+    def in_progress(self) -> set[str]:
+        """Keys of requests that this prefill computes or answered within the last second."""
         return {*self._arrived, *map(key_of, self.state()["running_ids"])}
 
     async def between_sends(self, seconds: float) -> None:
-        """Let a prefill end the KV transfer it is in, and begin no other; in vain where it is frozen."""
+        """Let a prefill complete its KV transfer and start no other; times out after ``seconds`` if it is frozen."""
         self.faults.hold("forward")
 
         def between(state: dict[str, Any]) -> bool:
@@ -148,20 +148,20 @@ class LedgerEngine(SimEngine):
                 await self.wait_until(between)
 
     async def while_sending(self, seconds: float) -> None:
-        """Wait for a moment at which a prefill has announced a tensor, but not sent it; for so long at most."""
+        """Wait at most ``seconds`` until a prefill has announced a tensor but not sent it."""
         with suppress(asyncio.TimeoutError):
             async with within(seconds):
                 await self.wait_until(lambda state: bool(state["sender"]))
 
-    def note_end(self, how: str) -> None:
-        """Before this process is ended: what it died of already, and which prefills it takes with it."""
+    def record_end(self, how: str) -> None:
+        """Record, before this engine ends, an earlier death and the prefills that end with it."""
         state = self.state()
         died = state["dead"] or (state["listener"] if state["listener"] != "alive" else None)
         if died:
             self.ledger.deaths.append((self.kv_address, f"{self.name}: {died}"))
         if self.config.is_producer:
-            # Some of their KV may be on its way, none of it may be asked for: how much has arrived is unknown.
+            # Parts of their KV may have been sent and will not be requested; how much has arrived is unknown.
             if state["sender"]:
                 self.ledger.wedged.add(state["sender"]["to"])
-            for key in self.under_way():
+            for key in self.in_progress():
                 self.ledger.excused[key] = f"its prefill was {how} before its 200"

@@ -1,8 +1,8 @@
-"""The machine under test: a real proxy and its engines in this process, talking over real sockets.
+"""The system under test: a real proxy and its engines in this process, connected over real sockets.
 
-Also the supervisor's part of ``test_single_machine.sh``: a decode comes back together with every prefill that had
-sent to it, both down before both come up, since such a prefill would freeze (docs/engine-behaviour.md), and so does
-every engine that the proxy wants restarted.
+It also does what the supervisor of ``test_single_machine.sh`` does: it restarts a decode together with every prefill
+that has sent to it (both are down before both start), because such a prefill would freeze
+(docs/engine-behaviour.md), and it restarts engines that the proxy reports as ``restart_wanted``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+from disagg_proxy.cluster.unavailable import missing_roles
 from disagg_proxy.config import Config
 from disagg_proxy.runtime.within import within
 from disagg_proxy.server.http_server import Server, listen, server_config
@@ -23,24 +24,24 @@ from disagg_sim.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_sim.chaos.work import MAX_MODEL_LEN, MODEL
 
 PING, EXPIRY = 0.5, 2.0
-"""Seconds; four pings to an expiry, a bit more than vLLM's three to ten."""
+"""Seconds: four pings per expiry, similar to vLLM's 3 s and 10 s."""
 
 LEG_TIMEOUT = 10.0
-"""Seconds for a prefill, and for a decode's silence."""
+"""Seconds for a prefill, and maximum idle time of a decode's stream."""
 
 FREEZE_AFTER = 3.0
-"""Seconds of a stall after which the proxy takes an engine to be frozen."""
+"""Seconds of a stall after which the proxy counts an engine as frozen."""
 
-_SUPERVISOR_LOOKS = 0.25
-"""Seconds between the supervisor's looks at what the proxy wants restarted."""
+_SUPERVISOR_INTERVAL = 0.25
+"""Seconds between the supervisor's checks of ``restart_wanted``."""
 
 _BIND_TRIES = 50
 
 _DOWN = 0.3
-"""Seconds that a frozen engine is down."""
+"""Seconds that a frozen engine stays down."""
 
 _MOMENT = 1.0
-"""Seconds that the right moment for a prefill's end is waited for."""
+"""Maximum seconds to wait for the right time to end a prefill."""
 
 
 class _Server(Server):
@@ -52,7 +53,7 @@ class _Server(Server):
 
 
 class Slot:
-    """A place for one engine after the other on the same ports; ``lives`` counts them."""
+    """Successive engines on the same ports; ``lives`` counts them."""
 
     def __init__(self, engine: LedgerEngine) -> None:
         self.engine = engine
@@ -60,26 +61,26 @@ class Slot:
         self.up = False
 
     async def start(self) -> None:
-        """Start the engine that is in the slot."""
+        """Start the current engine."""
         await self.engine.start()
         self.up = True
 
     async def end(self, how: Literal["killed", "stopped"], *, while_sending: bool = False) -> None:
-        """Take the engine down.
+        """End the engine.
 
         Args:
-            while_sending: a prefill in the middle of a KV transfer instead of between two. The decode that receives
-                waits indefinitely for the rest, and so do all prefills that send to it.
+            while_sending: end a prefill during a KV transfer instead of between two. The receiving decode waits
+                indefinitely for the rest, and so do all prefills that send to it.
         """
         engine = self.engine
         if engine.config.is_producer:
             await (engine.while_sending(_MOMENT) if while_sending else engine.between_sends(_MOMENT))
         self.up = False
-        self.engine.note_end(how)
+        self.engine.record_end(how)
         await (self.engine.kill() if how == "killed" else self.engine.stop())
 
-    async def come_back(self) -> None:
-        """A new engine on the addresses of the old one."""
+    async def restart(self) -> None:
+        """Start a new engine on the addresses of the old one."""
         old = self.engine
         port, kv_port = (int(address.rpartition(":")[2]) for address in (old.http_address, old.kv_address))
         config = replace(old.config, port=port, kv_port=kv_port)
@@ -89,7 +90,7 @@ class Slot:
                 await self.start()
                 break
             except OSError:
-                # The ports are the kernel's choice, so an outgoing connection may have one of them for a moment.
+                # The kernel chose these ports, so an outgoing connection may use one of them for a short time.
                 if not left:
                     raise
                 await asyncio.sleep(0.2)
@@ -127,16 +128,16 @@ class Machine:
 
     @property
     def slots(self) -> Sequence[Slot]:
-        """All, prefills first."""
+        """All slots, prefills first."""
         return [*self.prefills, *self.decodes]
 
     @property
     def engines(self) -> Sequence[LedgerEngine]:
-        """Those that run now."""
+        """Engines that run now."""
         return [slot.engine for slot in self.slots if slot.up]
 
     async def until_ready(self, seconds: float) -> bool:
-        """Whether every prefill and every decode becomes ready in time."""
+        """Wait until every prefill and decode is ready; False if that takes longer than ``seconds``."""
         return await self._until(
             lambda: self.services.selection.ready_pairs() == len(self.prefills) * len(self.decodes), seconds
         )
@@ -155,14 +156,14 @@ class Machine:
     async def restart_prefill(
         self, slot: Slot, how: Literal["killed", "stopped"], down: float, *, while_sending: bool = False
     ) -> None:
-        """End a prefill and bring it back after ``down`` seconds."""
+        """End a prefill and restart it after ``down`` seconds."""
         async with self._restarting:
             await slot.end(how, while_sending=while_sending)
             await asyncio.sleep(down)
-            await slot.come_back()
+            await slot.restart()
 
     async def kill_decode(self, slot: Slot, down: float, *, supervised: bool) -> int:
-        """Kill a decode and bring it back; how many prefills were restarted with it."""
+        """Kill a decode and restart it; return how many prefills were restarted with it."""
         async with self._restarting:
             return await self._restart_decode(slot, down, supervised=supervised)
 
@@ -171,13 +172,13 @@ class Machine:
         with_it = [p for p in self.prefills if supervised and address in p.engine.sent_to]
         await asyncio.gather(*(one.end("killed") for one in (slot, *with_it)))
         await asyncio.sleep(down)
-        await asyncio.gather(*(one.come_back() for one in (slot, *with_it)))
+        await asyncio.gather(*(one.restart() for one in (slot, *with_it)))
         return len(with_it)
 
     async def supervise(self) -> None:
         """Restart engines that the proxy reports as ``restart_wanted``, until cancelled."""
         while True:
-            await asyncio.sleep(_SUPERVISOR_LOOKS)
+            await asyncio.sleep(_SUPERVISOR_INTERVAL)
             for instance in self.services.registry.instances():
                 slot = next((s for s in self.slots if s.engine.http_address == instance.http.text), None)
                 if slot is None or not instance.restart_wanted:
@@ -191,20 +192,20 @@ class Machine:
                     else:
                         await slot.end("killed")
                         await asyncio.sleep(_DOWN)
-                        await slot.come_back()
-                # The proxy notices the end of the old process without this, some time later.
+                        await slot.restart()
+                # Wait until the proxy has noticed that the old process ended.
                 await self._until(lambda gone=instance: not gone.restart_wanted, 5)  # type: ignore[misc]
 
     def excuse_waiting(self, slot: Slot) -> None:
-        """A decode that refuses connections counts as gone, and what waits there or is on its way as gone with it."""
+        """Excuse KV on a decode that refuses connections: the proxy counts the decode and its KV as lost."""
         if slot not in self.decodes:
             return
-        under_way = [name for prefill in self.prefills if prefill.up for name in prefill.engine.under_way()]
-        for name in (*slot.engine.state()["kv_waiting"], *under_way):
-            self.ledger.excused[key_of(name)] = "its decode refused connections, as one that is gone"
+        in_progress = [name for prefill in self.prefills if prefill.up for name in prefill.engine.in_progress()]
+        for name in (*slot.engine.state()["kv_waiting"], *in_progress):
+            self.ledger.excused[key_of(name)] = "its decode refused connections, as a process that has ended does"
 
     async def until_idle(self, seconds: float) -> list[str]:
-        """Wait until nothing is under way any more; what still is, in words, when it takes too long."""
+        """Wait until no work is in progress; after ``seconds`` return descriptions of what still is."""
         end = asyncio.get_running_loop().time() + seconds
         while busy := self._busy():
             if asyncio.get_running_loop().time() >= end:
@@ -233,11 +234,11 @@ class Machine:
 async def running_machine(
     prefills: int, decodes: int, settings: dict[str, Any], knobs: dict[str, Any]
 ) -> AsyncIterator[Machine]:
-    """A machine that is ready; everything ends with the block.
+    """Run a system that is ready, and end it with the block.
 
     Args:
-        settings: of the proxy, beyond the runner's own.
-        knobs: of the engines.
+        settings: additional settings of the proxy.
+        knobs: settings of the engines.
 
     Raises:
         RuntimeError: it does not become ready.
@@ -264,10 +265,10 @@ async def running_machine(
                 slots.append(Slot(LedgerEngine(SimConfig(role=role, **common), machine.ledger)))  # type: ignore[arg-type]
         await asyncio.gather(*(slot.start() for slot in machine.slots))
         if not await machine.until_ready(10):
-            raise RuntimeError(f"not ready: {machine.services.registry.missing()}")
+            raise RuntimeError(f"not ready: {missing_roles(machine.services.registry)}")
         yield machine
     finally:
-        machine.server.signalled()
+        machine.server.on_signal()
         await asyncio.gather(serving, return_exceptions=True)
         await asyncio.gather(*(slot.engine.stop() for slot in machine.slots))
         machine.socket.close()

@@ -1,6 +1,6 @@
-"""What will be sent and what will go wrong, and when: a pure function of the options and the seed.
+"""The plan of a run: requests and faults with their times, a pure function of the options and the seed.
 
-Requests and troubles have dice of their own, so that other kinds of trouble leave the requests as they were.
+Requests and faults have separate random generators, so that other faults do not change the requests.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from disagg_sim.chaos.work import Work, make_work
 
 LEAVE = "leave"
 KINDS: dict[str, str] = {
-    LEAVE: "every third client leaves: while it sends its body, during the prefill, or in mid-stream",
-    "5xx": "an engine answers its next 1-8 requests 500, 502 or 503 without looking at them",
-    "reset": "an engine reads its next 1-4 requests whole and resets their connections",
+    LEAVE: "every third client disconnects: while it sends its body, during the prefill, or mid-stream",
+    "5xx": "an engine answers its next 1-8 requests with 500, 502 or 503 without processing them",
+    "reset": "an engine reads its next 1-4 requests completely and resets their connections",
     "cut": "a decode resets its next 1-3 streams after some tokens",
-    "refuse": "a prefill takes no new connection for a while",
-    "refuse-decode": "a decode takes no new connection for a while",
-    "slow": "an engine makes a short stop before every step",
+    "refuse": "a prefill refuses new connections for a while",
+    "refuse-decode": "a decode refuses new connections for a while",
+    "slow": "an engine pauses before every step",
     "freeze": "an engine's step hangs for 2-5 s, while /health and pings go on",
-    "hang": "an engine's step hangs for good, while /health and pings go on; it is restarted when the proxy says so",
+    "hang": "an engine's step hangs until the proxy reports the engine and it is restarted; /health and pings go on",
     "lose-kv": "a decode loses the KV of the next 1-3 prompts, and waits for it in its forward pass",
     "pings": "an engine's pings are lost for longer than the expiry",
-    "kill-prefill": "kill -9 of a prefill between two KV transfers, which comes back on its ports",
-    "kill-decode": "kill -9 of a decode, which comes back on its ports together with the prefills that had sent to it",
-    "stop-prefill": "SIGTERM to a prefill, which comes back on its ports",
-    "kill-sending": "kill -9 of a prefill in the middle of a KV transfer, which comes back on its ports",
+    "kill-prefill": "kill -9 of a prefill between two KV transfers, and restart on its ports",
+    "kill-decode": "kill -9 of a decode, and restart on its ports together with the prefills that have sent to it",
+    "stop-prefill": "SIGTERM to a prefill, and restart on its ports",
+    "kill-sending": "kill -9 of a prefill during a KV transfer, and restart on its ports",
 }
-"""Every kind of trouble, in words."""
+"""Kinds of faults and their descriptions."""
 
 ALL = tuple(KINDS)
 
@@ -44,8 +44,8 @@ LeaveWhen = Literal["body", "time", "chunks"]
 
 @dataclass(frozen=True)
 class Leave:
-    """When a client goes: ``amount`` seconds into its body ("body") or after its request ("time"), or after that
-    many pieces of the stream ("chunks")."""
+    """When a client disconnects: after ``amount`` seconds while it sends its body ("body"), or after its request
+    ("time"), or after ``amount`` events of the stream ("chunks")."""
 
     when: LeaveWhen
     amount: float
@@ -53,7 +53,7 @@ class Leave:
 
 @dataclass(frozen=True)
 class PlannedRequest:
-    """One request: ``at`` in seconds after the start, and whether and when its client leaves."""
+    """One request, ``at`` seconds after the start. ``leave``: when its client disconnects, or None."""
 
     number: int
     at: float
@@ -63,9 +63,9 @@ class PlannedRequest:
 
 @dataclass(frozen=True)
 class Trouble:
-    """One fault: on the ``target``-th engine of ``role``, from ``at`` on for ``seconds``.
+    """One fault on the ``target``-th engine of ``role``, from ``at`` on for ``seconds``.
 
-    ``times`` and ``status`` are for the kinds that count requests, ``tokens`` is where streams are cut.
+    ``times`` and ``status`` apply to kinds that count requests; ``tokens``: after how many tokens streams are cut.
     """
 
     at: float
@@ -83,13 +83,13 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run."""
+    """All requests and faults of a run."""
 
     requests: tuple[PlannedRequest, ...]
     troubles: tuple[Trouble, ...]
 
     def to_json(self) -> str:
-        """One text for one plan; equal plans have equal texts."""
+        """JSON text; equal plans have equal texts."""
 
         def plain(value: Any) -> Any:
             return value.__dict__
@@ -107,20 +107,20 @@ def make_plan(
     decodes: int,
     every: float = 3.0,
 ) -> Plan:
-    """The plan of one seed.
+    """Make the plan of one seed.
 
     Args:
-        seconds: requests come for so long; troubles end by then too, but for restarts.
+        seconds: duration of the load; faults end by then too, except for restarts.
         rate: requests per second on average.
         kinds: names out of :data:`KINDS`.
-        every: seconds between two troubles on average.
+        every: mean seconds between two faults.
 
     Raises:
-        ValueError: for a kind that does not exist.
+        ValueError: unknown kind.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise ValueError(f"no such trouble: {', '.join(unknown)}; there are: {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind of trouble: {', '.join(unknown)}; known: {', '.join(KINDS)}")
     requests = _requests(random.Random(f"{seed} requests"), seconds, rate, LEAVE in kinds)
     others = [kind for kind in KINDS if kind in kinds and kind != LEAVE]
     troubles = _troubles(random.Random(f"{seed} troubles"), seconds, others, prefills, decodes, every)
@@ -133,7 +133,7 @@ def _requests(dice: random.Random, seconds: float, rate: float, leaving: bool) -
     while at < seconds:
         number = len(planned)
         work = make_work(dice, number)
-        # Thrown in any case, so that the requests are the same with and without clients that leave.
+        # Drawn in any case, so that the requests are the same with and without clients that disconnect.
         goes, leave = dice.random() < _LEAVING, _leave(dice, work)
         planned.append(PlannedRequest(number, at, work, leave if leaving and goes else None))
         at += dice.expovariate(rate)
@@ -146,7 +146,7 @@ def _leave(dice: random.Random, work: Work) -> Leave:
         return Leave("body", round(dice.uniform(0.0, 0.2), 4))
     if work.stream and pick < 0.5:
         return Leave("chunks", dice.randrange(1, 40))
-    # From less than a loop's turn to a long prefill: every moment of both legs gets its share.
+    # From less than an event loop iteration to a long prefill, so that every phase of both legs is covered.
     return Leave("time", round(10 ** dice.uniform(-3.5, 0.0), 5))
 
 
@@ -171,11 +171,11 @@ def _troubles(
                 kind=kind,
                 role=role,
                 target=dice.randrange(prefills if role == "prefill" else decodes),
-                seconds=round(min(_lasts(dice, kind), max(0.5, seconds - at)), 3),
+                seconds=round(min(_duration(dice, kind), max(0.5, seconds - at)), 3),
                 times=dice.randrange(1, {"5xx": 9, "reset": 5}.get(kind, 4)),
                 status=dice.choice((500, 502, 503)),
-                # Not before the first: decode's 200 comes before its engine has the request, and who is cut there
-                # cannot know whether the KV was taken.
+                # At least 1: decode sends its 200 before its engine has the request, so a cut before the first token
+                # leaves open whether the KV was used.
                 tokens=dice.randrange(1, 30),
             )
         )
@@ -183,7 +183,7 @@ def _troubles(
     return troubles
 
 
-def _lasts(dice: random.Random, kind: str) -> float:
+def _duration(dice: random.Random, kind: str) -> float:
     if kind == "pings":
         return dice.uniform(3.0, 5.0)
     if kind == "freeze":

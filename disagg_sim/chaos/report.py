@@ -1,4 +1,4 @@
-"""What a run has shown, as text and JSON, and the reasons for which it counts as failed."""
+"""The report of a run, as text and JSON, and the reasons causes it failed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from disagg_sim.chaos import clients
 from disagg_sim.chaos.clients import Result
 
-_SHOWN = 5
-"""Examples of one reason."""
+_MAX_EXAMPLES = 5
+"""Maximum number of examples per reason."""
 
 
 @dataclass
@@ -21,15 +21,15 @@ class Report:
     Attributes:
         answers: requests by outcome (:mod:`disagg_sim.chaos.clients`).
         causes: those that were refused, cut, dropped, late or wrong, by cause.
-        longest_s: the longest time from sending to an outcome, of clients that stayed.
-        unexplained_failures: refused or cut although no fault was near.
-        orphans: KV that waits on a living decode in the end: by id, why it may; empty text where nothing explains it.
-        orphan_bytes, buffer_bytes: what it takes, and what the decodes' buffers count.
-        stalled, dead: engines at the end, or that died before; ``stalled_explained``: stalled or dead by an injected
-            fault, so that what follows from that is no failure either.
-        busy: what did not come to rest.
-        afterwards: requests sent when all was quiet, and how many of them were answered rightly.
-        proxy: the proxy's own counts.
+        longest_s: the longest time from sending to an outcome, of clients that did not disconnect.
+        unexplained_failures: refused or cut although no fault was active or recent.
+        orphans: KV left on a running decode at the end, by id: the explanation, or "" without one.
+        orphan_bytes, buffer_bytes: size of that KV, and use of the decodes' buffers.
+        stalled, dead: engines stalled at the end, and engines that died; ``stalled_explained``: by an injected fault,
+            so that the consequences are no failures either.
+        busy: work that did not end.
+        afterwards: requests sent after the run, and how many of them had the right response.
+        proxy: the proxy's counters.
     """
 
     command: dict[str, Any]
@@ -62,7 +62,7 @@ class Report:
     proxy: dict[str, Any] = field(default_factory=dict)
 
     def take(self, results: list[Result]) -> None:
-        """Count the clients' results."""
+        """Add the clients' results."""
         for result in results:
             self.sent += 1
             self.answers[result.outcome] += 1
@@ -76,43 +76,43 @@ class Report:
             self.longest_s = max(self.longest_s, result.seconds)
 
     def reasons(self) -> list[str]:
-        """Why the run counts as failed; empty when the proxy kept its promises."""
+        """Why the run failed; empty if it passed."""
         found: list[str] = []
 
         def reason(what: str, items: list[str]) -> None:
             if items:
-                more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-                found.append(f"{len(items)} {what}: {'; '.join(items[:_SHOWN])}{more}")
+                more = f" and {len(items) - _MAX_EXAMPLES} more" if len(items) > _MAX_EXAMPLES else ""
+                found.append(f"{len(items)} {what}: {'; '.join(items[:_MAX_EXAMPLES])}{more}")
 
-        reason("answers wrong, missing or late", self.examples)
+        reason("responses wrong, missing or late", self.examples)
         reason("failures that no injected fault explains", self.unexplained_failures)
         reason("ids decoded twice on one process", self.decoded_twice)
-        reason("orphans that no injected fault explains", [key for key, why in self.orphans.items() if not why])
+        reason("orphans that no injected fault explains", [key for key, cause in self.orphans.items() if not cause])
         reason("leaks in a decode's count of its KV buffer", self.buffer_leaks)
         reason("engines or listeners died", self.dead)
         reason("engines stalled", self.stalled)
-        asked, right = self.afterwards
+        sent, right = self.afterwards
         if not self.stalled_explained:
-            # Where an injected fault has frozen an engine, none of this can be.
-            reason("things did not come to rest", self.busy)
-            reason("instances not ready in the end", self.not_ready)
-            if right < asked:
-                why = _counts(self.afterwards_causes)
-                found.append(f"only {right} of {asked} requests were right when all was quiet again: {why}")
+            # These are consequences if an injected fault has frozen an engine.
+            reason("activities did not end", self.busy)
+            reason("instances not ready at the end", self.not_ready)
+            if right < sent:
+                causes = _counts(self.afterwards_causes)
+                found.append(f"only {right} of {sent} requests after the run were right: {causes}")
         if self.sent < self.planned:
             found.append(f"{self.planned - self.sent} of {self.planned} requests have no outcome")
         return found
 
     def to_json(self) -> str:
-        """Everything, and the reasons."""
+        """All figures, and the reasons for failure."""
         figures = {one.name: getattr(self, one.name) for one in fields(self)}
         return json.dumps({**figures, "failed_because": self.reasons()}, indent=2, sort_keys=True)
 
     def to_text(self) -> str:
-        """For people."""
-        why = Counter(reason for reason in self.orphans.values())
-        explained = sum(count for reason, count in why.items() if reason)
-        asked, right = self.afterwards
+        """Text for a terminal."""
+        causes = Counter(reason for reason in self.orphans.values())
+        explained = sum(count for reason, count in causes.items() if reason)
+        sent, right = self.afterwards
         lines = [
             f"requests      {self.sent} in {self.seconds:.0f} s: " + _counts(self.answers),
             *(f"                {count:6} {cause}" for cause, count in self.causes.most_common()),
@@ -120,12 +120,12 @@ class Report:
             f"troubles      {_counts(self.troubles)}; {self.prefills_restarted} prefills restarted with a decode; "
             f"{self.injected} requests met a 5xx or reset",
             f"decoded twice {len(self.decoded_twice)}; prefills repeated with the same id: {self.prefills_repeated}",
-            f"orphans       {why['']} unexplained, {explained} explained, {self.orphan_bytes / 1e6:.0f} MB; "
+            f"orphans       {causes['']} unexplained, {explained} explained, {self.orphan_bytes / 1e6:.0f} MB; "
             f"KV buffers count {self.buffer_bytes / 1e6:.0f} MB",
-            *(f"                {count:6} {reason}" for reason, count in why.most_common() if reason),
+            *(f"                {count:6} {reason}" for reason, count in causes.most_common() if reason),
             f"engines       {len(self.dead)} died, {len(self.stalled)} stalled, "
             f"{len(self.stalled_explained)} stalled or dead by an injected fault",
-            f"afterwards    {right} of {asked} right",
+            f"afterwards    {right} of {sent} right",
             f"proxy         {_counts(Counter(self.proxy))}",
             f"tasks         {self.tasks[0]} before, {self.tasks[1]} after; RSS {self.rss_mib[0]:.0f} MiB before, "
             f"{self.rss_mib[1]:.0f} MiB after (proxy, engines and clients together)",

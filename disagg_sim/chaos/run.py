@@ -1,4 +1,4 @@
-"""One run: load and troubles by the plan, then quiet, then a look at what is left."""
+"""One run: load and faults by the plan, then a wait until all work has ended, then an inspection for leaks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from disagg_sim.chaos.trouble import TroubleMaker
 from disagg_sim.chaos.work import make_work
 
 DEADLINE = 4 * LEG_TIMEOUT
-"""Seconds for a client's answer or error: the deadlines of both legs, and as long again for other tries and bodies."""
+"""Seconds for a client's response or error: the deadlines of both legs, and the same for retries and bodies."""
 
 _AFTER_EFFECT = 6.0
-"""Seconds after the end of a trouble in which a failure still counts as its doing: breakers, probes, restarts."""
+"""Seconds after a fault in which failures still count as its consequence: circuit breakers, probes, restarts."""
 
 _WEDGED_TURNS = 4
-"""Rounds of requests after which a decode that takes in no KV must have been found."""
+"""Rounds of requests within which a decode that receives no KV must be detected."""
 
 _QUIET = 3 * LEG_TIMEOUT
-"""Seconds for everything to come to rest: an abandoned prefill has two of its deadlines."""
+"""Seconds for all work to end: an abandoned prefill has twice its deadline."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options:
     knobs: dict[str, Any] = field(default_factory=dict)
 
     def plan(self) -> Plan:
-        """The plan that these options and their seed give."""
+        """The plan for these options."""
         return make_plan(
             self.seed,
             seconds=self.seconds,
@@ -60,7 +60,7 @@ class Options:
 
 
 async def run(options: Options) -> Report:
-    """Carry the plan out and report.
+    """Execute the plan and report.
 
     Raises:
         RuntimeError: the machine does not start.
@@ -75,13 +75,13 @@ async def run(options: Options) -> Report:
         visitors = Clients(machine.url, DEADLINE)
         maker = TroubleMaker(machine, visitors.now, supervised=options.supervisor)
         supervisor = asyncio.ensure_future(machine.supervise() if options.supervisor else asyncio.sleep(0))
-        await _carry_out(plan, visitors, maker)
+        await _execute(plan, visitors, maker)
         report.seconds = visitors.now()
         report.busy = await machine.until_idle(_QUIET)
         if not await machine.until_ready(15):
             report.not_ready = _not_ready(machine, pairs)
         last = Clients(machine.url, DEADLINE)
-        await _find_wedged(machine, warm, options.seed)
+        await _detect_wedged(machine, warm, options.seed)
         right = await _plain(last, options.seed + 1, 2 * pairs)
         report.afterwards = (2 * pairs, right)
         report.afterwards_causes.update(one.cause for one in last.results if one.outcome != RIGHT)
@@ -98,17 +98,17 @@ async def run(options: Options) -> Report:
     return report
 
 
-async def _carry_out(plan: Plan, visitors: Clients, maker: TroubleMaker) -> None:
-    async def at(moment: float, work: Coroutine[Any, Any, Any]) -> None:
+async def _execute(plan: Plan, visitors: Clients, maker: TroubleMaker) -> None:
+    async def at(time: float, work: Coroutine[Any, Any, Any]) -> None:
         try:
-            await asyncio.sleep(moment - visitors.now())
+            await asyncio.sleep(time - visitors.now())
         except BaseException:
             work.close()
             raise
         await work
 
     async def clients() -> None:
-        # A task for each request only when its time has come: a long plan is no crowd of sleepers.
+        # Tasks are created at the time of their request, so a long plan does not create thousands of sleeping tasks.
         running: set[asyncio.Task[Result]] = set()
         for planned in plan.requests:
             await asyncio.sleep(planned.at - visitors.now())
@@ -120,8 +120,8 @@ async def _carry_out(plan: Plan, visitors: Clients, maker: TroubleMaker) -> None
     await asyncio.gather(clients(), *(at(trouble.at, maker.make(trouble)) for trouble in plan.troubles))
 
 
-async def _find_wedged(machine: Machine, clients: Clients, seed: int) -> None:
-    """Requests by which a decode that takes in no KV is noticed, where the run ended before it was."""
+async def _detect_wedged(machine: Machine, clients: Clients, seed: int) -> None:
+    """Send requests until a decode that receives no KV is detected, if the run ended before."""
     for turn in range(_WEDGED_TURNS):
         if not machine.ledger.wedged:
             return
@@ -131,7 +131,7 @@ async def _find_wedged(machine: Machine, clients: Clients, seed: int) -> None:
 
 
 async def _plain(clients: Clients, seed: int, count: int) -> int:
-    """Requests whose clients stay, all at once; how many were right."""
+    """Send ``count`` requests at once without disconnects, and return how many had the right response."""
     dice = random.Random(f"{seed} plain")
     works = [make_work(dice, number) for number in range(count)]
     results = await asyncio.gather(*(clients.visit(PlannedRequest(n, 0.0, w, None)) for n, w in enumerate(works)))
@@ -171,10 +171,10 @@ def _inspect(report: Report, machine: Machine, maker: TroubleMaker) -> None:
         report.buffer_bytes += state["kv_buffer_used"]
         leak = state["kv_buffer_used"] - sum(state["kv_waiting"].values())
         if leak > 0 and not state["dead"] and engine.kv_address not in ledger.repeated_to:
-            report.buffer_leaks.append(f"{engine.name}: {leak} bytes counted that are not there")
+            report.buffer_leaks.append(f"{engine.name}: {leak} bytes counted without KV")
     for address, what in deaths:
         (report.stalled_explained if address in maker.orphaned_prefills else report.dead).append(what)
-    drains = stats.drains
+    drains = stats.kv_releases
     report.proxy = {
         **{f"outcome {name}": count for name, count in stats.outcomes.items()},
         "drains done": drains.done,
@@ -188,12 +188,12 @@ def _inspect(report: Report, machine: Machine, maker: TroubleMaker) -> None:
 
 def _not_ready(machine: Machine, wanted: int) -> list[str]:
     known = machine.services.registry.instances()
-    lacking = [f"{i} is {i.state.value}: {i.reason}" for i in known if i.state is not State.READY]
-    return [f"{machine.services.selection.ready_pairs()} of {wanted} pairs are ready", *lacking]
+    missing = [f"{i} is {i.state.value}: {i.reason}" for i in known if i.state is not State.READY]
+    return [f"{machine.services.selection.ready_pairs()} of {wanted} pairs are ready", *missing]
 
 
 def _rss_mib() -> float:
-    """Resident memory of this process in MiB; 0 where /proc does not tell."""
+    """Resident memory of this process in MiB; 0 without /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -1,4 +1,4 @@
-"""What each kind of trouble does to an engine, and how it is taken back."""
+"""Injects each kind of fault into an engine, and removes it again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from disagg_sim.chaos.plan import Trouble
 log = logging.getLogger(__name__)
 
 _WEDGED = 30.0
-"""Seconds after which a decode whose KV listener hangs has been found and restarted, when there is traffic."""
+"""Seconds within which a decode whose KV listener hangs is detected and restarted under load."""
 
 _STOP, _GO = 0.05, 0.02
-"""Seconds that a slowed engine does not step, and seconds that it then does, in turn."""
+"""Seconds that a slowed engine pauses and runs, alternately."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """When a trouble was really there, on the run's clock."""
+    """When a fault was present, in seconds since the start of the run."""
 
     kind: str
     begun: float
@@ -31,15 +31,15 @@ class Window:
 
 
 class TroubleMaker:
-    """Brings troubles about on ``machine``.
+    """Injects faults into ``machine``.
 
     Args:
         now: the run's clock.
         supervised: whether prefills are restarted together with a killed decode.
 
     Attributes:
-        done: troubles by kind; "kind skipped" where the engine was down, or had that trouble already.
-        orphaned_prefills: KV addresses of decodes that came back while prefills that know them lived on.
+        done: number of faults by kind; "KIND skipped" if the engine was down or had that fault already.
+        orphaned_prefills: KV addresses of decodes that were restarted while prefills that know them kept running.
     """
 
     def __init__(self, machine: Machine, now: Callable[[], float], *, supervised: bool) -> None:
@@ -53,7 +53,7 @@ class TroubleMaker:
         self.prefills_restarted = 0
 
     async def make(self, trouble: Trouble) -> None:
-        """The whole of one trouble; returns when it is over."""
+        """Inject one fault; returns when it is over."""
         machine = self._machine
         slot = (machine.prefills if trouble.role == "prefill" else machine.decodes)[trouble.target]
         begun = self._now()
@@ -69,7 +69,7 @@ class TroubleMaker:
             self._present.discard((trouble.kind, slot))
             self.windows.append(Window(trouble.kind, begun, self._now()))
 
-    # For requests to come; what has met none by the end is forgotten.
+    # For the next requests; removed at the end if there were none.
 
     async def _fail(self, slot: Slot, trouble: Trouble) -> None:
         slot.engine.faults.fail_next(trouble.status, times=trouble.times)
@@ -87,7 +87,7 @@ class TroubleMaker:
         slot.engine.faults.cut_stream_after(trouble.tokens, times=trouble.times)
         await self._clear(slot.engine, trouble.seconds)
 
-    # For a while.
+    # For a limited time.
 
     async def _refuse(self, slot: Slot, trouble: Trouble) -> None:
         engine = slot.engine
@@ -100,7 +100,7 @@ class TroubleMaker:
                 engine.faults.accept_connections()
                 break
             except OSError:
-                # An outgoing connection has the port for a moment: it is one of the kernel's choice.
+                # The kernel chose this port, so an outgoing connection may use it for a short time.
                 await asyncio.sleep(0.1)
 
     async def _slow(self, slot: Slot, trouble: Trouble) -> None:
@@ -120,7 +120,7 @@ class TroubleMaker:
         if not self._supervised:
             await asyncio.sleep(trouble.seconds)
             engine.faults.release("forward")
-        # The proxy notices only when the engine has work.
+        # The proxy detects it only while the engine has work.
         await self._until_healed(engine, slot, lambda: engine.faults.held_at is None, give_up=60.0)
         engine.faults.release("forward")
 
@@ -132,7 +132,7 @@ class TroubleMaker:
         await self._until_healed(engine, slot, lambda: engine.state()["stalled_on"] is None, give_up=60.0)
 
     async def _until_healed(self, engine: LedgerEngine, slot: Slot, healed: Callable[[], bool], give_up: float) -> None:
-        """Until an engine moves, or another one has its place."""
+        """Wait until an engine makes progress or was replaced, at most ``give_up`` seconds."""
         end = self._now() + give_up
         while slot.engine is engine and slot.up and not healed() and self._now() < end:
             await asyncio.sleep(0.1)
@@ -143,14 +143,14 @@ class TroubleMaker:
         await asyncio.sleep(trouble.seconds)
         faults.pings = True
 
-    # For good.
+    # With a restart.
 
     async def _kill_prefill(self, slot: Slot, trouble: Trouble) -> None:
         await self._machine.restart_prefill(slot, "killed", trouble.seconds)
 
     async def _kill_sending(self, slot: Slot, trouble: Trouble) -> None:
         await self._machine.restart_prefill(slot, "killed", trouble.seconds, while_sending=True)
-        # Its receiver is found by the next two prefills that send to it.
+        # The receiver is detected by the next two prefills that send to it.
         wedged = set(self._machine.ledger.wedged)
         end = self._now() + _WEDGED
         while wedged & self._machine.ledger.wedged and self._now() < end:

@@ -14,12 +14,12 @@ MODEL = "sim-model"
 MAX_MODEL_LEN = 16384
 COMPLETIONS, CHAT, MESSAGES = "/v1/completions", "/v1/chat/completions", "/v1/messages"
 REFUSED_BY_DECODE = "chaos-refused-by-decode"
-"""The ``user`` of requests that only decode can refuse: their id comes there twice, the second time as a drain."""
+"""The ``user`` of requests that only decode can refuse: their id arrives there twice, the second time as a release."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A request as it is sent, and the right answer: one text per choice, or the status that must refuse it."""
+    """A request, and the expected response: one text per choice, or the status of the refusal."""
 
     path: str
     body: dict[str, Any]
@@ -28,19 +28,19 @@ class Work:
 
     @property
     def stream(self) -> bool:
-        """Whether the answer comes in events."""
+        """Whether the response is streamed."""
         return bool(self.body.get("stream"))
 
 
 def make_work(dice: random.Random, number: int) -> Work:
-    """A random request: route, stream, n, prompt lists, lengths, and now and then a client's mistake."""
+    """Make a random request: route, stream, n, prompt lists, lengths, and sometimes an invalid request."""
     path = dice.choices((COMPLETIONS, CHAT, MESSAGES), (5, 3, 2))[0]
     limit = dice.choices((1, dice.randrange(2, 12), dice.randrange(12, 60), dice.randrange(60, 150)), (1, 5, 5, 1))[0]
     body: dict[str, Any] = {"model": MODEL, "max_tokens": limit}
     if dice.random() < 0.6:
         body["stream"] = True
     if dice.random() < 0.04:
-        return _mistake(dice, body, number)
+        return _invalid_request(dice, body, number)
     if path == COMPLETIONS:
         return _completion(dice, body, number)
     messages = [{"role": "user", "content": _words(dice, number)}]
@@ -63,17 +63,17 @@ def _completion(dice: random.Random, body: dict[str, Any], number: int) -> Work:
     return Work(COMPLETIONS, body, right)
 
 
-def _mistake(dice: random.Random, body: dict[str, Any], number: int) -> Work:
+def _invalid_request(dice: random.Random, body: dict[str, Any], number: int) -> Work:
     body.pop("stream", None)
     body["prompt"] = _words(dice, number)
     if dice.random() < 0.5:
         return Work(COMPLETIONS, {**body, "temperature": -1}, (), 400)
-    # Prefill is asked for one token and has room for it; decode is asked for more than there is.
+    # Valid on prefill, which gets max_tokens 1; on decode prompt and max_tokens exceed max_model_len.
     return Work(COMPLETIONS, {**body, "max_tokens": MAX_MODEL_LEN, "user": REFUSED_BY_DECODE}, (), 400)
 
 
 def _words(dice: random.Random, number: int) -> str:
-    """A prompt like no other, of 5 to 4000 tokens, most of them short."""
+    """Make a unique prompt of 5 to 4000 tokens; most are short."""
     kind: Callable[[], int] = dice.choices(
         (lambda: dice.randrange(5, 60), lambda: dice.randrange(60, 600), lambda: dice.randrange(600, 4000)), (8, 3, 1)
     )[0]

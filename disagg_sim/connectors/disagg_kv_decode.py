@@ -57,10 +57,10 @@ class _PeerConnection:
         self.peer = peer
         self.ready = False
         self.dead = False
-        self._early: list[bytes] = []
+        self._unsent: list[bytes] = []
         self._liveness = Liveness(loads.config.stall_timeout)
         self._answers_pings = False
-        self._silent = False
+        self._timed_out = False
         self._writer: asyncio.StreamWriter | None = None
         self.task = asyncio.create_task(self._run(), name=f"disagg-kv-connection-{address}")
 
@@ -68,7 +68,7 @@ class _PeerConnection:
         if self.ready and self._writer is not None:
             self._writer.write(message)
         else:
-            self._early.append(message)
+            self._unsent.append(message)
 
     async def _run(self) -> None:
         reason = "closed"
@@ -80,7 +80,7 @@ class _PeerConnection:
             async with within(HANDSHAKE_SECONDS):
                 await self._handshake(reader, writer)
             self.ready = True
-            for message in self._early:
+            for message in self._unsent:
                 writer.write(message)
             self._loads.changed()
             probing = asyncio.create_task(self._probe(writer)) if self._answers_pings else None
@@ -94,7 +94,7 @@ class _PeerConnection:
             reason = f"refused: {refusal}"
         except (OSError, asyncio.TimeoutError, WireError) as error:
             reason = f"{type(error).__name__}: {error}"
-            if self._silent:
+            if self._timed_out:
                 reason = f"the prefill engine did not answer {PROBES} liveness probes"
         finally:
             self.dead = True
@@ -125,7 +125,7 @@ class _PeerConnection:
             while self._loads.wait_for(self.peer):
                 await asyncio.sleep(self._liveness.interval)
                 if not self._liveness.check():
-                    self._silent = True
+                    self._timed_out = True
                     reset(writer.transport)
                     return
                 writer.write(PING)
@@ -177,7 +177,7 @@ class Loads:
         self._connections: dict[str, _PeerConnection] = {}
         self._numbers = itertools.count()
         self._waiting: dict[Key, _Waiting] = {}
-        self._over: OrderedDict[Key, None] = OrderedDict()
+        self._ended_keys: OrderedDict[Key, None] = OrderedDict()
         self._closing = False
 
     async def stop(self) -> None:
@@ -217,7 +217,7 @@ class Loads:
         if key in self._waiting:
             self._waiting[key].requests.append(request)
             return True
-        if key in self._over:
+        if key in self._ended_keys:
             return False
         tokens, config = len(request.prompt_ids), self.config
         if tokens <= config.kv_block_size or request.sampling.prompt_logprobs is not None:
@@ -247,12 +247,12 @@ class Loads:
                 self._collect()
 
     def release(self, transfer: str) -> None:
-        """Take the proxy's RELEASE: the KV of this transfer will not arrive."""
+        """Handle the proxy's RELEASE: the KV of this transfer will not arrive."""
         self._pending.release(transfer)
         self._collect()
 
     def meet(self, address: str) -> None:
-        """Take the proxy's MEET: connect to the prefill engine at ``address`` (``host:port``).
+        """Handle the proxy's MEET: connect to the prefill engine at ``address`` (``host:port``).
 
         Raises:
             WireError: ``address`` is malformed.
@@ -270,13 +270,13 @@ class Loads:
             connection = self._connections[address] = _PeerConnection(self, address, f"{address}#{next(self._numbers)}")
         return connection
 
-    # A connection.
+    # A connection to a prefill engine.
 
     def arrived(self, connection: _PeerConnection, go: Go, rows: list[bytes]) -> None:
-        """Take blocks that arrived on ``connection``.
+        """Handle blocks that arrived on ``connection``.
 
         Raises:
-            WireError: they are not the blocks that were asked for.
+            WireError: they are not the requested blocks.
         """
         load = self._pending.on_go(connection.peer, go)
         if load is not None:
@@ -285,7 +285,7 @@ class Loads:
         self._collect()
 
     def gone(self, connection: _PeerConnection, gone: Gone) -> None:
-        """Take a GONE: the prefill engine will not send these blocks."""
+        """Handle a GONE: the prefill engine will not send these blocks."""
         self._pending.on_gone(connection.peer, gone.key, gone.reason)
         self._collect()
 
@@ -297,9 +297,9 @@ class Loads:
             self._collect()
 
     def _end(self, key: Key) -> None:
-        self._over[key] = None
-        if len(self._over) > _MAX_REMEMBERED:
-            self._over.popitem(last=False)
+        self._ended_keys[key] = None
+        if len(self._ended_keys) > _MAX_REMEMBERED:
+            self._ended_keys.popitem(last=False)
 
     def _collect(self) -> None:
         """Report loads that have ended to the step loop, and send RELEASE for KV that is not needed any more."""

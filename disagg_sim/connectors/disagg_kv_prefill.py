@@ -50,7 +50,7 @@ class Offers:
     def state(self) -> dict[str, Any]:
         """The connector's part of the engine's state.
 
-        ``kv_waiting``: bytes of KV promised or held, by request id. ``kv_wants``: number of WANTs without KV yet.
+        ``kv_waiting``: bytes of KV promised or held, by request id. ``kv_wants``: number of WANTs that wait for KV.
         ``kv_sent``: number of blocks sent.
         """
         return {
@@ -111,12 +111,12 @@ class Offers:
         self._pump()
 
     def want(self, peer: DecodePeer, want: Want) -> None:
-        """Take a decode engine's WANT."""
+        """Handle a decode engine's WANT."""
         self._send_queue.on_want(peer, want)
         self._pump()
 
     def release(self, peer: DecodePeer | None, release: Release) -> None:
-        """Take a RELEASE of a decode engine, or of the proxy (``peer`` None)."""
+        """Handle a RELEASE of a decode engine, or of the proxy (``peer`` None)."""
         self._send_queue.on_release(peer, release)
         self._pump()
 

@@ -66,7 +66,7 @@ class KvServer:
                     if self._faults.kv_answers:
                         send(writer, Kind.PONG, {})
                 else:
-                    raise WireError(f"{kind.name} is not for this connection")
+                    raise WireError(f"unexpected {kind.name} on this connection")
         except Refused as refusal:
             with contextlib.suppress(OSError):
                 send(writer, Kind.REFUSE, {"reason": str(refusal)[:1000]})

@@ -88,7 +88,7 @@ class KvListener:
             self._changed()
 
     async def _receive(self, peer: _Peer, frame: dict[str, Any]) -> None:
-        # The order is vLLM's: the sender hears "0" before the communicator is looked up and before there is room.
+        # The order is vLLM's: the sender gets "0" before the communicator is looked up and before memory is allocated.
         peer.send({"cmd": "ACK", "ret": "0"})
         self._communicators[frame["from"]]
         data = await peer.data.get()

@@ -31,7 +31,7 @@ class BuddyPool:
 
     @property
     def used(self) -> int:
-        """Bytes handed out, rounded up to whole blocks."""
+        """Bytes handed out, rounded up to full blocks."""
         return sum(self._taken.values())
 
     def allocate(self, size: int) -> int:

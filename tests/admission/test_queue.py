@@ -1,4 +1,4 @@
-"""Who gets in, and on which pair."""
+"""Which requests are admitted, in which order, and on which pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import soon
 
 
 class Door:
-    """A gate on instances of the test's making."""
+    """An admission queue over instances that the test registers."""
 
     def __init__(self, **limits: int) -> None:
         self.world = World()
@@ -40,7 +40,7 @@ def pair_of(placement: Placement) -> Pair:
     return Pair(placement.prefill, placement.decode)
 
 
-async def test_where_there_is_room_nothing_is_awaited() -> None:
+async def test_with_capacity_nothing_is_awaited() -> None:
     door = Door(decode=1)
     pair = Pair(door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2))
     first = door.admit()
@@ -52,7 +52,7 @@ async def test_where_there_is_room_nothing_is_awaited() -> None:
     assert pair_of(await soon(queued)) == pair and door.admission_queue.waiting == 0
 
 
-async def test_nobody_overtakes_one_that_waits() -> None:
+async def test_a_waiting_request_is_not_overtaken() -> None:
     door = Door(decode=1)
     door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
     first = door.admit()
@@ -75,7 +75,7 @@ async def test_what_no_wait_can_cure_is_raised_at_once() -> None:
         door.admit("other")
 
 
-async def test_a_full_queue_is_told_when_it_is_awaited() -> None:
+async def test_a_full_queue_is_an_error_when_it_is_awaited() -> None:
     door = Door(decode=1, queue=0)
     door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
     door.admit()
@@ -142,7 +142,7 @@ async def test_a_drained_instance_may_restart_meanwhile() -> None:
     door = Door(decode=1)
     registry = door.world.registry
     prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
-    registry.kv_compatibility.sends_towards(prefill, decode)
+    registry.kv_compatibility.record_send(prefill, decode)
     first = await soon(door.ask())
     queued = door.ask()
     await soon(waiting(door, 1))
@@ -160,7 +160,7 @@ async def test_a_drained_instance_may_restart_meanwhile() -> None:
     assert pair_of(await soon(queued)) == Pair(prefill, decode)
 
 
-async def test_those_that_wait_are_told_when_an_undrained_side_goes() -> None:
+async def test_queued_requests_fail_when_an_undrained_role_goes() -> None:
     door = Door(decode=1)
     prefill, decode = door.world.ready(Role.PREFILL, 1), door.world.ready(Role.DECODE, 2)
     await soon(door.ask())
@@ -173,7 +173,7 @@ async def test_those_that_wait_are_told_when_an_undrained_side_goes() -> None:
 
 
 class Others:
-    """Other processes of the proxy, as the test wants them."""
+    """Other workers of the proxy, as the test wants them."""
 
     pause = 0.001
 
@@ -203,7 +203,7 @@ class Others:
     def waiting(self) -> int:
         return self.elsewhere
 
-    def waits_longer(self, since: float) -> bool:
+    def has_older_waiter(self, since: float) -> bool:
         return self.older
 
 
@@ -219,7 +219,7 @@ def crowded(**limits: int) -> tuple[Door, Others]:
     return door, others
 
 
-async def test_a_claim_that_is_lost_is_tried_again() -> None:
+async def test_a_withdrawn_claim_is_tried_again() -> None:
     door, others = crowded()
     others.lost = 3
     (await soon(door.ask())).release()
@@ -227,7 +227,7 @@ async def test_a_claim_that_is_lost_is_tried_again() -> None:
     assert others.queued[-1] == (0, None)
 
 
-async def test_a_newcomer_queues_behind_those_that_wait_elsewhere_but_not_for_ever() -> None:
+async def test_a_new_request_yields_to_those_in_other_workers_but_only_briefly() -> None:
     door, others = crowded()
     others.elsewhere, others.older = 1, True
     asked = door.ask()
@@ -237,7 +237,7 @@ async def test_a_newcomer_queues_behind_those_that_wait_elsewhere_but_not_for_ev
     assert others.claims == 1
 
 
-async def test_a_place_goes_to_whoever_waits_longer_elsewhere_first() -> None:
+async def test_freed_capacity_goes_to_an_older_request_in_another_worker_first() -> None:
     door, others = crowded(decode=1)
     first = await soon(door.ask())
     queued = door.ask()
@@ -254,7 +254,7 @@ async def test_a_place_goes_to_whoever_waits_longer_elsewhere_first() -> None:
     (await soon(queued)).release()
 
 
-async def test_the_queue_counts_those_that_wait_elsewhere() -> None:
+async def test_the_queue_limit_counts_requests_in_other_workers() -> None:
     door, others = crowded(decode=1, queue=3)
     await soon(door.ask())
     others.elsewhere = 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_proxy.admission.token_estimate import TokenGuess, in_blocks
+from disagg_proxy.admission.token_estimate import TokenEstimator, in_blocks
 from disagg_proxy.openai.prepare import prompt_size
 
 
@@ -46,77 +46,77 @@ DENSITIES = (0.8, 1.0, 1.3, 2.0, 2.7, 3.5, 4.0, 4.6, 6.0, 9.0)
 """Bytes per token: tool schemas, digits, base64, JSON, code, languages, repeated words, escaped scripts."""
 
 
-def taught(*prompts: tuple[int, float], times: int = 1) -> TokenGuess:
+def taught(*prompts: tuple[int, float], times: int = 1) -> TokenEstimator:
     """A guess that has seen texts of these bytes and bytes per token."""
-    guess = TokenGuess()
+    estimator = TokenEstimator()
     for size, density in prompts * times:
-        guess.learn("m", size, ceil(size / density))
-    return guess
+        estimator.observe("m", size, ceil(size / density))
+    return estimator
 
 
 def test_at_first_text_is_likely_four_bytes_a_token_and_at_most_one() -> None:
-    guess = TokenGuess()
-    assert guess.tokens("m", 10, 400) == 110
-    assert guess.at_most("m", 0, 400) == 400
-    assert guess.at_most("m", 0, 400, **CHAT) == 464 == in_blocks(464)
+    estimator = TokenEstimator()
+    assert estimator.tokens("m", 10, 400) == 110
+    assert estimator.upper_bound("m", 0, 400) == 400
+    assert estimator.upper_bound("m", 0, 400, **CHAT) == 464 == in_blocks(464)
 
 
-def test_token_ids_are_exact_but_for_whole_blocks() -> None:
-    guess = taught((20_000, 6.0), times=20)
+def test_token_ids_are_exact_but_for_full_blocks() -> None:
+    estimator = taught((20_000, 6.0), times=20)
     for tokens in (1, 16, 17, 400, 2000):
-        assert guess.tokens("m", tokens, 0) == tokens
-        assert guess.at_most("m", tokens, 0, **CHAT) == in_blocks(tokens) < tokens + 16
+        assert estimator.tokens("m", tokens, 0) == tokens
+        assert estimator.upper_bound("m", tokens, 0, **CHAT) == in_blocks(tokens) < tokens + 16
     # Three prompts of 21 tokens take six blocks, one of 63 takes four.
-    assert guess.at_most("m", 63, 0, prompts=3) == in_blocks(63, 3) >= 3 * in_blocks(21)
+    assert estimator.upper_bound("m", 63, 0, prompts=3) == in_blocks(63, 3) >= 3 * in_blocks(21)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 255])
 def test_a_tiny_prompt_teaches_nothing_of_text(size: int) -> None:
-    guess = TokenGuess()
-    before = guess.tokens("m", 0, 10_000), guess.at_most("m", 0, 10_000)
+    estimator = TokenEstimator()
+    before = estimator.tokens("m", 0, 10_000), estimator.upper_bound("m", 0, 10_000)
     for tokens in (1, size, 200):
-        guess.learn("m", size, tokens)
-        guess.learn("m", size, tokens, **CHAT)
-    assert (guess.tokens("m", 0, 10_000), guess.at_most("m", 0, 10_000)) == before
+        estimator.observe("m", size, tokens)
+        estimator.observe("m", size, tokens, **CHAT)
+    assert (estimator.tokens("m", 0, 10_000), estimator.upper_bound("m", 0, 10_000)) == before
 
 
 def test_one_prompt_however_long_does_not_settle_it() -> None:
-    guess = taught((8000, 2.0), times=200)
-    guess.learn("m", 50_000_000, 4_000_000)
-    assert guess.at_most("m", 0, 10_000) >= 5000
-    assert guess.tokens("m", 0, 10_000) == pytest.approx(5000, rel=0.07)
+    estimator = taught((8000, 2.0), times=200)
+    estimator.observe("m", 50_000_000, 4_000_000)
+    assert estimator.upper_bound("m", 0, 10_000) >= 5000
+    assert estimator.tokens("m", 0, 10_000) == pytest.approx(5000, rel=0.07)
 
 
 @pytest.mark.parametrize("tokens", [5, 10_000])
 def test_what_was_not_all_text_teaches_nothing(tokens: int) -> None:
     """A truncated prompt, base64 of an image; few words beside an image."""
-    guess = taught((8000, 4.0), times=20)
-    before = guess.tokens("m", 0, 10_000), guess.at_most("m", 0, 10_000)
-    guess.learn("m", 1000, tokens)
-    assert (guess.tokens("m", 0, 10_000), guess.at_most("m", 0, 10_000)) == before
+    estimator = taught((8000, 4.0), times=20)
+    before = estimator.tokens("m", 0, 10_000), estimator.upper_bound("m", 0, 10_000)
+    estimator.observe("m", 1000, tokens)
+    assert (estimator.tokens("m", 0, 10_000), estimator.upper_bound("m", 0, 10_000)) == before
 
 
 def test_the_likely_number_follows_all_text_by_its_bytes() -> None:
-    guess = taught((300, 1.5), (9700, 5.0), times=200)
-    assert guess.tokens("m", 0, 10_000) == pytest.approx(300 / 1.5 + 9700 / 5.0, rel=0.02)
+    estimator = taught((300, 1.5), (9700, 5.0), times=200)
+    assert estimator.tokens("m", 0, 10_000) == pytest.approx(300 / 1.5 + 9700 / 5.0, rel=0.02)
     for _ in range(400):
-        guess.learn("m", 10_000, 5000)
-    assert guess.tokens("m", 0, 10_000) == pytest.approx(5000, rel=0.03)
-    assert guess.tokens("other", 0, 400) == 100
+        estimator.observe("m", 10_000, 5000)
+    assert estimator.tokens("m", 0, 10_000) == pytest.approx(5000, rel=0.03)
+    assert estimator.tokens("other", 0, 400) == 100
 
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_the_limit_is_safe_from_the_first_prompt_and_soon_close(density: float) -> None:
-    guess, seen = TokenGuess(), 0
+    estimator, seen = TokenEstimator(), 0
     while seen < 4 * ENOUGH:
         size = 500 + 997 * seen % 16_000
         tokens = ceil(size / density)
-        found = guess.at_most("m", 0, size)
+        found = estimator.upper_bound("m", 0, size)
         assert found >= tokens or (density < 1 and seen < ENOUGH)
         if seen >= ENOUGH:
             # A class of density is 19 % wide, and no text is taken to be less dense than four bytes a token.
             assert found <= max(1.19, density / 4) * tokens + 16
-        guess.learn("m", size, tokens)
+        estimator.observe("m", size, tokens)
         seen += size
 
 
@@ -128,13 +128,13 @@ def test_the_limit_is_safe_from_the_first_prompt_and_soon_close(density: float) 
 def test_a_burst_of_any_kind_that_is_usual_is_never_underestimated(seed: int, kinds: list[tuple[float, float]]) -> None:
     """Usual: at least 1/16 of the bytes of the last mebibyte. Then no prompt of that kind has more tokens than its
     estimate, so neither has any burst, whatever kinds it mixes in whatever order."""
-    chance, guess = random.Random(seed), TokenGuess()
+    chance, estimator = random.Random(seed), TokenEstimator()
     sent: list[tuple[int, float]] = []
     while sum(size for size, _ in sent) < 3 << 20:
         density = chance.choices([kind[0] for kind in kinds], [kind[1] for kind in kinds])[0]
         size = int(chance.lognormvariate(8.5, 1))
         sent.append((size, density))
-        guess.learn("m", size, ceil(size / density))
+        estimator.observe("m", size, ceil(size / density))
     late, left = Counter[float](), 1 << 20
     for size, density in reversed(sent):
         late[density] += size if left > 0 else 0
@@ -143,50 +143,50 @@ def test_a_burst_of_any_kind_that_is_usual_is_never_underestimated(seed: int, ki
     assert usual
     for density in usual:
         for size in (300, 5000, 100_000):
-            assert guess.at_most("m", 0, size) >= ceil(size / density)
+            assert estimator.upper_bound("m", 0, size) >= ceil(size / density)
     # And by no more than the densest asks for.
     densest = min(late)
-    assert guess.at_most("m", 0, 100_000) <= 100_000 / min(densest, 4.0) * 1.19 + 16
+    assert estimator.upper_bound("m", 0, 100_000) <= 100_000 / min(densest, 4.0) * 1.19 + 16
 
 
 def test_a_kind_that_was_never_seen_is_underestimated_four_times_at_most() -> None:
     """Clients can teach the densest text only; a burst of digits after English is bounded by that."""
-    guess = taught((16_000, 16.0), times=1000)
-    assert guess.at_most("m", 0, 100_000) == 25_008 == in_blocks(25_000)
+    estimator = taught((16_000, 16.0), times=1000)
+    assert estimator.upper_bound("m", 0, 100_000) == 25_008 == in_blocks(25_000)
     for _ in range(3):
         # Its first answers are enough.
-        guess.learn("m", 16_000, 16_000)
-    assert guess.at_most("m", 0, 100_000) == 100_000
+        estimator.observe("m", 16_000, 16_000)
+    assert estimator.upper_bound("m", 0, 100_000) == 100_000
 
 
 def test_dense_texts_are_forgotten_when_they_stop() -> None:
-    guess = taught((8000, 1.0), times=300)
+    estimator = taught((8000, 1.0), times=300)
     for _ in range(600):
-        guess.learn("m", 8000, 2000)
-    assert guess.at_most("m", 0, 8000) == 2000
+        estimator.observe("m", 8000, 2000)
+    assert estimator.upper_bound("m", 0, 8000) == 2000
 
 
 def test_a_chat_template_is_learnt_from_tiny_prompts() -> None:
-    guess = taught((8000, 4.0), times=20)
+    estimator = taught((8000, 4.0), times=20)
     for _ in range(200):
-        guess.learn("m", 20, 35, **CHAT)
-        guess.learn("m", 20, 5)
-    assert in_blocks(35) <= guess.at_most("m", 0, 20, **CHAT) <= in_blocks(35) + 16
-    assert guess.at_most("m", 0, 20) == 16
-    assert guess.at_most("m", 0, 80, prompts=4, **CHAT) >= 4 * 35
-    guess.learn("m", 20, 1200, **CHAT)
-    assert guess.at_most("m", 0, 20, **CHAT) <= in_blocks(35) + 16
+        estimator.observe("m", 20, 35, **CHAT)
+        estimator.observe("m", 20, 5)
+    assert in_blocks(35) <= estimator.upper_bound("m", 0, 20, **CHAT) <= in_blocks(35) + 16
+    assert estimator.upper_bound("m", 0, 20) == 16
+    assert estimator.upper_bound("m", 0, 80, prompts=4, **CHAT) >= 4 * 35
+    estimator.observe("m", 20, 1200, **CHAT)
+    assert estimator.upper_bound("m", 0, 20, **CHAT) <= in_blocks(35) + 16
 
 
 @pytest.mark.parametrize(("text", "tokens"), [(0, 10), (10, 0), (-1, 1), (1000, 0)])
 def test_odd_counts_teach_nothing(text: int, tokens: int) -> None:
-    guess = TokenGuess()
-    guess.learn(None, text, tokens)
-    assert guess.tokens(None, 0, 1000) == 250 and guess.at_most(None, 0, 1000) == in_blocks(1000)
+    estimator = TokenEstimator()
+    estimator.observe(None, text, tokens)
+    assert estimator.tokens(None, 0, 1000) == 250 and estimator.upper_bound(None, 0, 1000) == in_blocks(1000)
 
 
 def test_names_made_up_by_clients_do_not_fill_memory() -> None:
-    guess = TokenGuess()
+    estimator = TokenEstimator()
     for i in range(1000):
-        guess.learn(f"m{i}", 100, 50)
-    assert len(guess._texts) == 256
+        estimator.observe(f"m{i}", 100, 50)
+    assert len(estimator._texts) == 256

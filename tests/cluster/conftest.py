@@ -13,7 +13,7 @@ from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 
 @dataclass
 class World:
-    """A registry, its clock, and what its watchers were told."""
+    """A registry, its clock, and what its observers got."""
 
     time: float = 100.0
     changed: list[Instance] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Which two can exchange KV, why others cannot, and who serves a request that has a wish."""
+"""Which instances can exchange KV, why others cannot, and the placement preferences."""
 
 import pytest
 
@@ -6,6 +6,7 @@ from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.kv_kind import KvKind, why_apart
 from disagg_proxy.cluster.policies import round_robin
 from disagg_proxy.cluster.selection import NoCapacity, Pair, PlacementPreference, Selection, SingleEngine
+from disagg_proxy.cluster.unavailable import why_no_pair
 from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.errors import NoPair, UnknownModel
 
@@ -56,13 +57,13 @@ def test_kinds_never_mix(world, selection) -> None:
     assert found == {old, new} and selection.ready_pairs() == 2
 
 
-def test_a_pair_apart_says_why_without_an_address(world, selection) -> None:
+def test_the_reason_of_an_incompatible_pair_names_no_address(world, selection) -> None:
     world.ready(P, 1, kind=OWN)
     world.ready(D, 2, kind=own(dtype="fp8"))
     with pytest.raises(NoPair) as caught:
         selection.choose("m")
     assert "dtype is bfloat16, on decode fp8" in str(caught.value) and "127.0.0.1" not in str(caught.value)
-    assert selection.why_no_pair() == "dtype is bfloat16, on decode fp8" and selection.ready_pairs() == 0
+    assert why_no_pair(world.registry) == "dtype is bfloat16, on decode fp8" and selection.ready_pairs() == 0
 
 
 def test_either(world, selection) -> None:
@@ -82,7 +83,7 @@ def test_a_prefill_of_another_kind_is_as_good_as_none(world, selection) -> None:
 
 def test_only_decodes_that_compute_by_themselves_are_alone(world, selection) -> None:
     old = world.ready(P, 1), world.ready(D, 2)
-    with pytest.raises(NoPair, match="computes by itself"):
+    with pytest.raises(NoPair, match="can serve without a prefill"):
         selection.place("m", PlacementPreference.ALONE)
     assert selection.place("m", PlacementPreference.RATHER_ALONE) == Pair(*old)
     new = world.ready(D, 4, kind=OWN)
@@ -95,13 +96,13 @@ def test_only_decodes_that_compute_by_themselves_are_alone(world, selection) -> 
         selection.place("other", PlacementPreference.ALONE)
 
 
-def test_room_holds_for_alone_too(world, selection) -> None:
+def test_limits_apply_to_a_decode_alone_too(world, selection) -> None:
     first, second = world.ready(D, 2, kind=OWN), world.ready(D, 4, kind=OWN)
     for preference in (PlacementPreference.ALONE, PlacementPreference.RATHER_ALONE, PlacementPreference.EITHER):
-        assert selection.place("m", preference, room=lambda i: i is second) == SingleEngine(second)
+        assert selection.place("m", preference, has_capacity=lambda i: i is second) == SingleEngine(second)
         with pytest.raises(NoCapacity):
-            selection.place("m", preference, room=lambda i: False)
-        assert selection.place("m", preference, without=[second]) == SingleEngine(first)
+            selection.place("m", preference, has_capacity=lambda i: False)
+        assert selection.place("m", preference, excluded=[second]) == SingleEngine(first)
     selection.check("m", PlacementPreference.ALONE)
     with pytest.raises(NoPair):
         selection.check("m", PlacementPreference.PAIR)
@@ -115,7 +116,7 @@ def test_another_boot_id_is_another_process(world) -> None:
     assert (decode.state, decode.epoch, decode.boot, world.probes) == (State.PROBING, 1, "b", [decode])
 
 
-def test_another_boot_id_after_a_silence(world) -> None:
+def test_another_boot_id_after_missing_pings(world) -> None:
     decode = world.ready(D, 2, kind=OWN, boot="a")
     world.time += 11
     world.registry.expire()

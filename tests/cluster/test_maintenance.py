@@ -6,7 +6,8 @@ from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.kv_compatibility import STALE
 from disagg_proxy.cluster.lease import KvClaim, Lease
 from disagg_proxy.cluster.policies import least_loaded
-from disagg_proxy.cluster.selection import DRAINED, Selection
+from disagg_proxy.cluster.selection import Selection
+from disagg_proxy.cluster.unavailable import DRAINED, missing_roles, why_no_pair
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE
@@ -46,19 +47,19 @@ def test_the_others_take_its_place_and_it_comes_back(world, selection, model) ->
 def test_one_engine_routes_avoid_it(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     world.registry.drain(prefill)
-    assert {selection.choose_one("m") for _ in range(4)} == {decode}
+    assert {selection.choose_single("m") for _ in range(4)} == {decode}
     world.registry.drain(decode)
     with pytest.raises(NoPair, match="drained for maintenance"):
-        selection.choose_one("m")
+        selection.choose_single("m")
 
 
 @pytest.mark.parametrize("role", list(Role))
-def test_without_another_the_reason_is_said(world, selection, role) -> None:
+def test_without_another_instance_the_error_names_the_drain(world, selection, role) -> None:
     instances = {P: world.ready(P, 1), D: world.ready(D, 2)}
     world.registry.drain(instances[role])
     expected = f"no {role.value} instance is ready (one is drained for maintenance)"
     assert refusal(selection) == expected + "."
-    assert world.registry.missing() == [expected] and selection.ready_pairs() == 0
+    assert missing_roles(world.registry) == [expected] and selection.ready_pairs() == 0
 
 
 def test_a_model_that_only_a_drained_instance_serves_still_exists(world, selection) -> None:
@@ -83,7 +84,7 @@ def test_instances_that_do_not_fit_say_that_others_are_drained(world, selection)
     world.ready(D, 2, "b")
     other = world.ready(D, 3, "a")
     world.registry.drain(other)
-    assert selection.why_no_pair() == f"no prefill and decode instance serve the same model; {DRAINED}"
+    assert why_no_pair(world.registry) == f"no prefill and decode instance serve the same model; {DRAINED}"
     assert refusal(selection, None).endswith(f"; {DRAINED}.")
     world.registry.drain(other, draining=False)
     assert selection.choose("a").prefill is prefill
@@ -91,24 +92,24 @@ def test_instances_that_do_not_fit_say_that_others_are_drained(world, selection)
 
 def test_stale_prefills_say_that_others_are_drained(world, selection) -> None:
     prefill, fresh, decode = world.ready(P, 1), world.ready(P, 2), world.ready(D, 3)
-    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.registry.kv_compatibility.record_send(prefill, decode)
     restart(world, decode)
     world.registry.drain(fresh)
     assert refusal(selection) == f"{STALE}; {DRAINED}."
-    assert selection.why_no_pair() == f"{STALE}; {DRAINED}"
+    assert why_no_pair(world.registry) == f"{STALE}; {DRAINED}"
 
 
-def test_a_breaker_says_so_too_and_alone_when_no_drain_is_to_blame(world, selection) -> None:
+def test_an_ejected_instance_is_named_beside_the_drain_if_one_matters(world, selection) -> None:
     prefill, decode, other = world.ready(P, 1), world.ready(D, 2), world.ready(D, 3)
     for _ in range(5):
-        decode.breaker.failure(world.time)
+        decode.breaker.record_failure(world.time)
     world.registry.drain(other)
     world.registry.drain(world.ready(D, 4, "another"))
-    failing = "every decode instance has kept failing and is left alone for a while"
+    failing = "every decode instance keeps failing and is ejected for a while (circuit breaker)"
     assert refusal(selection) == f"{failing}; {DRAINED}."
     world.registry.drain(other, draining=False)
     for _ in range(5):
-        other.breaker.failure(world.time)
+        other.breaker.record_failure(world.time)
     assert refusal(selection) == f"{failing}."
     world.registry.drain(other)
     world.registry.suspend(prefill, "refused")
@@ -145,7 +146,7 @@ def test_it_is_not_forgotten_however_long_the_maintenance_takes(world) -> None:
     assert not world.registry.instances() and other.state is State.LOST
 
 
-def test_whoever_comes_to_its_endpoint_is_drained_too(world) -> None:
+def test_a_new_process_at_a_drained_endpoint_is_drained_too(world) -> None:
     decode = world.ready(D, 2, "m")
     world.registry.drain(decode)
     world.registry.suspend(decode, "refused", gone=True)

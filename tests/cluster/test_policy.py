@@ -23,7 +23,7 @@ from disagg_proxy.cluster.policies import (
     round_robin,
     session,
 )
-from disagg_proxy.cluster.policies.affinity import FRESH_WEIGHT
+from disagg_proxy.cluster.policies.affinity import UNCACHED_WEIGHT
 from disagg_proxy.cluster.policies.joint import COLD_TOKENS, REQUEST_TOKENS
 from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 
@@ -75,14 +75,14 @@ def test_power_of_two_draws_every_pair_alike_and_takes_its_lighter_one() -> None
 
 
 def test_a_known_prompt_goes_where_it_is_known_until_the_queue_costs_more() -> None:
-    saved = round(900 * FRESH_WEIGHT)
+    saved = round(900 * UNCACHED_WEIGHT)
     for queue, right in ((0, 1), (250, 1), (saved - 1, 1), (saved + 1, 0)):
-        view = View(holding(0, queue), traits=Traits(tokens=1000), fresh=[1000, 100], bound=4.0)
+        view = View(holding(0, queue), traits=Traits(tokens=1000), uncached=[1000, 100], bound=4.0)
         assert prefix_aware(view) == right, queue
 
 
 def test_an_unknown_prompt_goes_to_the_least_loaded_and_equals_agree_by_its_home() -> None:
-    assert prefix_aware(View(holding(500, 300, 400), traits=Traits(tokens=10, home=7), fresh=[10] * 3)) == 1
+    assert prefix_aware(View(holding(500, 300, 400), traits=Traits(tokens=10, home=7), uncached=[10] * 3)) == 1
     assert [prefix_aware(View(busy(0, 0, 0), turn, Traits(10), [10] * 3)) for turn in range(4)] == [0, 1, 2, 0]
     idle = busy(0, 0, 0, 0)
     homes = [prefix_aware(View(idle, turn, Traits(10, home=7), [10] * 4)) for turn in range(8)]
@@ -96,11 +96,11 @@ def test_nothing_known_of_a_request_is_least_loaded() -> None:
     assert [session(View(busy(1, 0, 0), turn)) for turn in range(3)] == [1, 1, 2]
 
 
-def test_joint_prefers_a_warm_pair_but_not_for_ever() -> None:
+def test_joint_prefers_a_connected_pair_up_to_a_bound() -> None:
     cold_first = [COLD_TOKENS, 0]
-    assert joint(View(holding(0, 0), links=cold_first)) == 1
+    assert joint(View(holding(0, 0), link_costs=cold_first)) == 1
     light, heavy = Busy(0, 0), Busy(4, COLD_TOKENS)
-    assert joint(View([light, heavy], links=cold_first)) == 0
+    assert joint(View([light, heavy], link_costs=cold_first)) == 0
 
 
 def test_joint_counts_context_requests_and_waiting_kv() -> None:
@@ -117,10 +117,10 @@ ALL = {**PREFILL_POLICIES, **DECODE_POLICIES}
 @pytest.mark.parametrize("policy", ALL.values(), ids=ALL)
 @given(loads=loads, turn=st.integers(0, 10**9), data=st.data())
 def test_every_policy_is_pure_and_in_range(policy: Policy, loads: list[int], turn: int, data: st.DataObject) -> None:
-    fresh = data.draw(st.lists(st.integers(0, 9000), min_size=len(loads), max_size=len(loads)))
+    uncached = data.draw(st.lists(st.integers(0, 9000), min_size=len(loads), max_size=len(loads)))
     draw = data.draw(st.floats(0, 1, exclude_max=True))
     traits = Traits(9000, home=data.draw(st.integers()), session=data.draw(st.none() | st.integers()))
-    view = View(holding(*loads), turn, traits, fresh, random=draw)
+    view = View(holding(*loads), turn, traits, uncached, random=draw)
     assert policy(view) == policy(view) and 0 <= policy(view) < len(loads)
 
 
@@ -129,17 +129,17 @@ def test_every_policy_is_pure_and_in_range(policy: Policy, loads: list[int], tur
 def test_the_load_bound_holds(
     policy: Policy, loads: list[int], name: int, tokens: int, bound: float, data: st.DataObject
 ) -> None:
-    fresh = data.draw(st.lists(st.integers(0, tokens), min_size=len(loads), max_size=len(loads)))
-    view = View(holding(*loads), 0, Traits(tokens, home=name, session=name), fresh, bound=bound)
+    uncached = data.draw(st.lists(st.integers(0, tokens), min_size=len(loads), max_size=len(loads)))
+    view = View(holding(*loads), 0, Traits(tokens, home=name, session=name), uncached, bound=bound)
     assert loads[policy(view)] <= bound * sum(loads) / len(loads) + tokens
 
 
 @given(loads=loads, data=st.data())
 def test_a_prefix_never_makes_a_request_wait_longer_than_it_saves(loads: list[int], data: st.DataObject) -> None:
-    fresh = data.draw(st.lists(st.integers(0, 9000), min_size=len(loads), max_size=len(loads)))
-    at = prefix_aware(View(holding(*loads), 0, Traits(9000), fresh))
+    uncached = data.draw(st.lists(st.integers(0, 9000), min_size=len(loads), max_size=len(loads)))
+    at = prefix_aware(View(holding(*loads), 0, Traits(9000), uncached))
     least = loads.index(min(loads))
-    assert loads[at] - loads[least] <= FRESH_WEIGHT * (fresh[least] - fresh[at])
+    assert loads[at] - loads[least] <= UNCACHED_WEIGHT * (uncached[least] - uncached[at])
 
 
 @pytest.mark.parametrize("policy", [prefix_aware, session], ids=["prefix_aware", "session"])

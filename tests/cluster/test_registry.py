@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_proxy.cluster.instance import Role, Source, State
+from disagg_proxy.cluster.unavailable import missing_roles
 from disagg_proxy.config import StaticInstance
 from disagg_proxy.connectors.disagg_kv import KIND as DISAGG_KV
 from disagg_proxy.connectors.p2p_nccl import KIND as P2P
@@ -13,7 +14,7 @@ from disagg_proxy.errors import EngineUnreachable
 P, D = Role.PREFILL, Role.DECODE
 
 
-def test_a_ping_alone_admits_nobody_but_wants_a_probe(world) -> None:
+def test_a_ping_alone_does_not_admit_but_requests_a_probe(world) -> None:
     assert world.ping(P, 1) is None
     assert world.instance(1).state is State.PROBING
     assert world.probes == [world.instance(1)]
@@ -27,7 +28,7 @@ def test_an_admitted_instance_serves_its_models(world) -> None:
     assert instance.default_model == "a"
 
 
-def test_one_lost_ping_ejects_nobody_three_do(world) -> None:
+def test_one_missing_ping_is_tolerated_three_are_not(world) -> None:
     instance = world.ready(P, 1)
     world.time += 6.1
     world.registry.expire()
@@ -48,7 +49,7 @@ def test_every_instance_expires_on_its_own(world) -> None:
     assert (old.state, fresh.state) == (State.LOST, State.READY)
 
 
-def test_a_lost_instance_comes_back_by_itself_as_the_same_process(world) -> None:
+def test_a_lost_instance_returns_as_the_same_process(world) -> None:
     instance = world.ready(P, 1)
     world.time += 11
     world.registry.expire()
@@ -79,14 +80,14 @@ def test_a_lost_instance_is_forgotten_but_not_while_it_is_in_use(world) -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_one_that_may_be_hung_is_remembered_longer(world, wanted: bool) -> None:
-    """Its restart has to be asked for, and seen to be."""
+    """A supervisor must have time to see that its restart is requested."""
     instance = world.ready(Role.DECODE, 2)
     world.time += 10
     world.registry.expire()
     instance.probe_failures = 3
     if wanted:
         world.time += 20
-        world.registry.want_restart(instance, "its process hangs")
+        world.registry.request_restart(instance, "its process hangs")
     world.time += 629
     world.registry.expire()
     assert world.registry.knows(instance) and instance.restart_wanted is wanted
@@ -108,7 +109,7 @@ def test_a_lost_one_that_refuses_connections_is_forgotten_as_before(world) -> No
 
 def test_suspended_is_out_until_a_probe_admits_it_again_and_counts_as_another_process(world) -> None:
     instance = world.ready(D, 1)
-    world.registry.lost_contact(instance, "refused")
+    world.registry.connection_refused(instance, "refused")
     assert world.registry.ready(D) == () and instance.reason == "refused"
     assert world.probes.count(instance) == 2
     world.registry.admit(instance, {"m": {}})
@@ -116,7 +117,7 @@ def test_suspended_is_out_until_a_probe_admits_it_again_and_counts_as_another_pr
     assert instance.epoch == 1
 
 
-def test_a_contradicting_ping_displaces_no_live_instance_but_has_it_probed(world) -> None:
+def test_a_conflicting_ping_does_not_replace_a_live_instance_but_has_it_probed(world) -> None:
     instance = world.ready(P, 1)
     for refusal in (world.ping(P, 1, 7777), world.ping(D, 1)):
         assert refusal is not None and "probed again" in refusal
@@ -126,7 +127,7 @@ def test_a_contradicting_ping_displaces_no_live_instance_but_has_it_probed(world
 
 def test_a_restart_on_a_new_kv_port_gets_in_once_the_old_one_is_found_gone(world) -> None:
     instance = world.ready(P, 1)
-    world.registry.lost_contact(instance, "refused")
+    world.registry.connection_refused(instance, "refused")
     assert world.ping(P, 1, 7777) is None
     assert world.instance(1).kv.port == 7777
     assert world.instance(1) is not instance
@@ -159,9 +160,9 @@ def test_a_stranger_cannot_make_the_registry_grow_without_end(world) -> None:
     assert refused[1023] is None and "1024 instances" in refused[1024]
 
 
-def test_what_is_missing_is_said_without_addresses(world) -> None:
+def test_missing_roles_are_described_without_addresses(world) -> None:
     world.ping(P, 1)
-    missing = world.registry.missing()
+    missing = missing_roles(world.registry)
     assert missing == [
         "no prefill instance is ready (one is probing: not probed yet)",
         "no decode instance is ready (none has registered)",
@@ -171,7 +172,7 @@ def test_what_is_missing_is_said_without_addresses(world) -> None:
 def test_a_new_process_starts_with_a_closed_breaker(world) -> None:
     instance = world.ready(D, 1)
     for _ in range(9):
-        instance.breaker.failure(world.time)
+        instance.breaker.record_failure(world.time)
     assert not instance.breaker.permits(world.time)
     world.registry.suspend(instance, "refused", gone=True)
     world.registry.admit(instance, {"m": {}})

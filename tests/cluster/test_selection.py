@@ -1,4 +1,4 @@
-"""Which instances meet: both ready, both serving the model asked for."""
+"""Which instances are paired: both ready, both serving the requested model."""
 
 import pytest
 
@@ -6,6 +6,7 @@ from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_compatibility import STALE
 from disagg_proxy.cluster.policies import least_loaded, round_robin
 from disagg_proxy.cluster.selection import Selection
+from disagg_proxy.cluster.unavailable import why_no_pair
 from disagg_proxy.errors import NoPair, UnknownModel
 
 P, D = Role.PREFILL, Role.DECODE
@@ -16,7 +17,7 @@ def selection(world):
     return Selection(world.registry, least_loaded, least_loaded)
 
 
-def test_only_instances_of_the_same_model_meet(world, selection) -> None:
+def test_only_instances_of_the_same_model_are_paired(world, selection) -> None:
     a, b = world.ready(P, 1, "a"), world.ready(P, 2, "b")
     c, d = world.ready(D, 3, "b"), world.ready(D, 4, "a")
     assert (selection.choose("a").prefill, selection.choose("a").decode) == (a, d)
@@ -57,7 +58,7 @@ def test_a_model_on_one_side_only_is_no_pair(world, selection) -> None:
         selection.choose("lora")
 
 
-def test_nobody_there_says_what_is_missing_and_when_to_come_back(selection) -> None:
+def test_without_instances_the_error_names_both_roles_and_retry_after(selection) -> None:
     with pytest.raises(NoPair, match=r"no prefill instance is ready.*no decode instance is ready") as caught:
         selection.choose("m")
     assert caught.value.headers() == {"Retry-After": "3"}
@@ -74,14 +75,14 @@ def test_no_model_means_the_same_default_on_both_sides(world, selection) -> None
 
 def test_one_engine_routes_take_either_role(world, selection) -> None:
     with pytest.raises(NoPair):
-        selection.choose_one(None)
+        selection.choose_single(None)
     instance = world.ready(D, 2, "a")
-    assert selection.choose_one("a") is instance
+    assert selection.choose_single("a") is instance
     with pytest.raises(UnknownModel):
-        selection.choose_one("b")
+        selection.choose_single("b")
 
 
-def test_names_that_nobody_serves_are_not_remembered(world, selection) -> None:
+def test_unknown_model_names_are_not_cached(world, selection) -> None:
     world.ready(P, 1)
     world.ready(D, 2)
     for i in range(100):
@@ -90,13 +91,13 @@ def test_names_that_nobody_serves_are_not_remembered(world, selection) -> None:
     assert len(world.registry._serving) <= 4
 
 
-def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_successor(world, selection) -> None:
+def test_a_prefill_that_has_sent_to_an_ended_decode_is_not_paired_with_its_successor(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.registry.kv_compatibility.record_send(prefill, decode)
     assert selection.ready_pairs() == 1
     world.registry.suspend(decode, "refused", gone=True)
     world.registry.admit(decode, {"m": {}})
-    assert selection.ready_pairs() == 0 and selection.why_no_pair() == STALE
+    assert selection.ready_pairs() == 0 and why_no_pair(world.registry) == STALE
     with pytest.raises(NoPair, match="restart the prefill instances"):
         selection.choose("m")
     world.registry.suspend(prefill, "refused", gone=True)
@@ -106,7 +107,7 @@ def test_a_prefill_that_has_sent_towards_a_dead_decode_does_not_meet_its_success
 
 def test_another_prefill_takes_its_place(world, selection) -> None:
     stale, fresh, decode = world.ready(P, 1), world.ready(P, 3), world.ready(D, 2)
-    world.registry.kv_compatibility.sends_towards(stale, decode)
+    world.registry.kv_compatibility.record_send(stale, decode)
     world.registry.suspend(decode, "refused", gone=True)
     world.registry.admit(decode, {"m": {}})
     assert {selection.choose("m").prefill for _ in range(4)} == {fresh}
@@ -117,15 +118,15 @@ def test_another_prefill_takes_its_place(world, selection) -> None:
 
 def test_a_decode_that_was_only_late_is_the_same_process(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.registry.kv_compatibility.record_send(prefill, decode)
     world.registry.suspend(decode, "its /health does not answer in time")
     world.registry.admit(decode, {"m": {}})
     assert selection.choose("m").decode is decode
 
 
-def test_silence_proves_no_death(world, selection) -> None:
+def test_missing_pings_do_not_prove_that_a_process_ended(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.kv_compatibility.sends_towards(prefill, decode)
+    world.registry.kv_compatibility.record_send(prefill, decode)
     world.time += 5
     world.ping(P, 1)
     world.time += 6
@@ -134,10 +135,10 @@ def test_silence_proves_no_death(world, selection) -> None:
     assert selection.choose("m").decode is decode
 
 
-def test_a_refused_connection_proves_no_death_while_the_lifeline_holds(world, selection) -> None:
+def test_a_refused_connection_proves_nothing_while_the_liveness_connection_is_open(world, selection) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
-    world.registry.has_lifeline = lambda instance: True
-    world.registry.kv_compatibility.sends_towards(prefill, decode)
-    world.registry.lost_contact(decode, "refused")
+    world.registry.has_liveness_connection = lambda instance: True
+    world.registry.kv_compatibility.record_send(prefill, decode)
+    world.registry.connection_refused(decode, "refused")
     world.registry.admit(decode, {"m": {}})
     assert selection.choose("m").decode is decode and decode.epoch == 0

@@ -46,7 +46,7 @@ class Upstream:
         async def read() -> CompleteResponse:
             return whole
 
-        return SimpleNamespace(status=outcome, whole=read, read=lambda: whole)
+        return SimpleNamespace(status=outcome, read_all=read, read=lambda: whole)
 
 
 class KvPorts:
@@ -78,7 +78,7 @@ class Bench:
 
     def request(self, **fields: Any) -> Request:
         body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 9, **fields}).encode()
-        record = RequestRecorder.alone().open(COMPLETIONS.path, None)
+        record = RequestRecorder.standalone().open(COMPLETIONS.path, None)
         demand = Demand("m", PlacementPreference.PAIR)
         prepared = prepare(COMPLETIONS, body)
         return Request(COMPLETIONS, b"x-custom: 1\r\n", prepared, record, 3, demand)

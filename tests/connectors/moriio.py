@@ -14,7 +14,7 @@ from disagg_proxy.openai.usage import UsageRepair, cache_use
 from disagg_proxy.request_id import RequestIdRewriter, new_request_id
 from disagg_proxy.upstream import ReadUntil, Resend
 
-KIND = KvKind("moriio", computes=False)
+KIND: KvKind = KvKind("moriio", computes=False)
 
 
 def parse_kv_address(text: str) -> Address:
@@ -67,9 +67,9 @@ class Moriio:
             # 2. Decode: sent once. It reads the KV where prefill's answer says it is.
             attempt.watch_decode(placement.decode_lease.progress.begin(clock, tokens=request.tokens))
             body = for_decode(prepared.decode_body, prefilled.body)
-            answer = await attempt.send_decode(body, enough=ReadUntil.BEGUN, resend=Resend.UNSENT)
+            answer = await attempt.send_decode(body, until=ReadUntil.BODY_STARTED, resend=Resend.UNSENT)
             if answer.status != 200:
-                attempt.refuse(reply, await answer.whole(), "decode")
+                attempt.refuse(reply, await answer.read_all(), "decode")
                 return None
 
             # 3. Answer: streamed to the client, with the public id in place of the engines' addresses.
@@ -80,4 +80,4 @@ class Moriio:
             attempt.release()
 
 
-PROTOCOL = KvProtocol(KIND, Moriio, read)
+PROTOCOL: KvProtocol = KvProtocol(KIND, Moriio, read)

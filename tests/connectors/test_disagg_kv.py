@@ -54,7 +54,7 @@ class Hanging:
     async def _request(self, method: str, instance: Instance, path: str, **options: Any) -> Response:
         answer = self.answers[options["leg"]] = Response(self, options["leg"], reused=False)
         options["pending"].answer = answer
-        await answer.until(options["enough"])
+        await answer.wait_until(options["until"])
         return answer
 
     def abort(self) -> None: ...
@@ -75,7 +75,7 @@ async def test_both_legs_name_one_transfer(own: OwnBench) -> None:
     assert bodies[0]["kv_transfer_params"] == {"transfer_id": transfer} and bodies[0]["max_tokens"] == 1
     assert bodies[1]["kv_transfer_params"] == {"transfer_id": transfer, "from": TO_PREFILL}
     assert len({sent.headers for sent in own.upstream.sent}) == 1
-    attempt.placement.loaded()
+    attempt.placement.release_kv()
     await own.end(attempt)
     assert not own.released
 
@@ -87,7 +87,7 @@ async def test_a_prefill_that_fails_releases_decode(own: OwnBench, outcome: Prox
     await own.ask(attempt)
     await soon(own.background.ended())
     assert [to for to, _ in own.released] == [TO_DECODE] and own.prefill.in_flight == 0
-    attempt.placement.loaded()
+    attempt.placement.release_kv()
     await own.end(attempt)
 
 
@@ -95,7 +95,7 @@ async def test_a_stalled_prefill_releases_decode(own: OwnBench, monkeypatch: pyt
     Hanging(own, monkeypatch)
     attempt = own.own()
     attempt.start_prefill()
-    (pending,) = own.prefill.progress.open
+    (pending,) = own.prefill.progress.pending
     pending.fail(EngineFrozen("stalled"))
     await soon(own.background.ended())
     assert [to for to, _ in own.released] == [TO_DECODE] and attempt.prefilled

@@ -69,7 +69,7 @@ async def test_a_frozen_decode_is_waited_for(bench: Bench, counts: KvReleases, m
     for _ in range(20):
         await asyncio.sleep(0)
     assert not bench.upstream.sent and counts.waiting == 1
-    bench.world.registry.thaw(bench.decode, "moves")
+    bench.world.registry.unfreeze(bench.decode, "moves")
     bench.world.registry.admit(bench.decode, {"m": {}})
     await draining
     assert counts == KvReleases(started=1, done=1, tokens=7)

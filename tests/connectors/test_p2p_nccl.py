@@ -87,11 +87,11 @@ async def test_each_leg_gets_its_own_body_and_the_same_headers(bench: Bench) -> 
     assert [json.loads(sent.body)["max_tokens"] for sent in bench.upstream.sent] == [1, 9]
     assert bench.upstream.sent[0].headers == bench.upstream.sent[1].headers
     assert bench.upstream.sent[0].headers.startswith(b"x-custom: 1\r\n")
-    assert [sent.enough for sent in bench.upstream.sent] == [ReadUntil.WHOLE, ReadUntil.WHOLE]
-    assert bench.upstream.sent[0].silence == 2 * Config().prefill_timeout
+    assert [sent.until for sent in bench.upstream.sent] == [ReadUntil.COMPLETE, ReadUntil.COMPLETE]
+    assert bench.upstream.sent[0].idle_timeout == 2 * Config().prefill_timeout
 
 
 async def test_a_streamed_answer_is_there_when_it_begins(bench: Bench) -> None:
     bench.upstream.outcomes = [200]
     await bench.attempt(stream=True).request_decode()
-    assert bench.upstream.sent[0].enough is ReadUntil.BEGUN
+    assert bench.upstream.sent[0].until is ReadUntil.BODY_STARTED

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.coordinator.coordinator import RequestHead
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import BadRequest, ProxyError, StreamCut
@@ -24,17 +24,17 @@ CONNECTORS = pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
 class Client:
     """Takes the outcome of one request, and its body if that is streamed."""
 
-    pass_on = None
+    write_framed = None
 
     def __init__(self) -> None:
-        self.outcome: asyncio.Future[Refusal | ProxyError] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[ClientResponse | ProxyError] = asyncio.get_running_loop().create_future()
         self.body = b""
         self.over = asyncio.Event()
 
-    def respond(self, outcome: Refusal) -> None:
+    def respond(self, outcome: ClientResponse) -> None:
         self.outcome.set_result(outcome)
         if isinstance(outcome.body, ResponseStream):
-            outcome.body.pour(self)
+            outcome.body.pipe_to(self)
 
     def refuse(self, error: ProxyError) -> None:
         self.outcome.set_result(error)
@@ -70,7 +70,7 @@ async def test_a_long_prompt_is_not_kept_while_its_answer_streams(machine: Machi
     before = sys.getrefcount(body)
     decode.faults.hold("forward", after=2)
     client, reply = start(machine, body)
-    assert isinstance(await soon(client.outcome), Refusal)
+    assert isinstance(await soon(client.outcome), ClientResponse)
     assert not client.over.is_set() and sys.getrefcount(body) == before
     decode.faults.release()
     await soon(client.over.wait())

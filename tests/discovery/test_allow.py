@@ -13,7 +13,7 @@ def test_local_is_this_machine(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "0.0.0.0", "224.0.0.1", "elsewhere", "unknown", ""])
-def test_local_is_nobody_else(host: str) -> None:
+def test_local_permits_no_other_host(host: str) -> None:
     assert not AllowList(["local"]).permits(host)
 
 

@@ -1,4 +1,4 @@
-"""One body on its way to the client: poured into an outlet, and pulled."""
+"""One body on its way to the client: piped to a sink, and iterated."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from disagg_proxy.upstream import Response
 from tests.conftest import soon
 
 ID = new_request_id(parse_address("127.0.0.1:1"), parse_address("127.0.0.1:2"))
-BROKEN = EngineDisconnected("broken", unsent=False, reused=False)
-OVER = None
+DISCONNECTED = EngineDisconnected("broken", unsent=False, reused=False)
+END = None
 
 Script = bytes | EngineDisconnected | None
-"""A piece, a break, or the end."""
+"""A data, a break, or the end."""
 
 
-class Carrier:
+class FakeConnection:
     """The connection under decode's answer: says the next of its script for as long as it is read."""
 
     def __init__(self, *script: Script) -> None:
         self.answer = Response(self, "decode", reused=False)
-        self.answer.begun(200, ResponseHeaders())
+        self.answer.on_head(200, ResponseHeaders())
         self.script = deque(script)
         self.paused = self.aborted = False
 
@@ -43,11 +43,11 @@ class Carrier:
         while self.script and not self.paused and not self.aborted:
             what = self.script.popleft()
             if isinstance(what, bytes):
-                self.answer.received(what)
-            elif what is OVER:
-                self.answer.ended()
+                self.answer.on_data(what)
+            elif what is END:
+                self.answer.on_end()
             else:
-                self.answer.broke(what)
+                self.answer.on_error(what)
 
     def pause_reading(self) -> None:
         self.paused = True
@@ -60,17 +60,17 @@ class Carrier:
         self.aborted = True
 
 
-class Outlet:
+class RecordingSink:
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []
+        self.written: list[bytes] = []
         self.ends: list[str] = []
         self.chunks: list[bytes] = []
-        self.pass_on = self.chunks.append
+        self.write_framed = self.chunks.append
         self.at_end: Callable[[], None] = lambda: None
 
-    def write(self, piece: bytes) -> None:
-        assert piece and not self.ends
-        self.pieces.append(piece)
+    def write(self, data: bytes) -> None:
+        assert data and not self.ends
+        self.written.append(data)
 
     def end(self) -> None:
         self.at_end()
@@ -81,201 +81,201 @@ class Outlet:
 
     @property
     def body(self) -> bytes:
-        return b"".join(self.pieces)
+        return b"".join(self.written)
 
 
-class Relayed:
-    """A relay and what it has reported."""
+class Streamed:
+    """A stream and what it has reported."""
 
     def __init__(self, *script: Script, cached: int | None = 0) -> None:
-        self.carrier = Carrier(*script)
+        self.connection = FakeConnection(*script)
         self.progress = ProgressTracker(0.0)
         self.pending = self.progress.begin(lambda: 0.0)
         self.ended: list[bool] = []
-        self.outlet = Outlet()
-        hider, repair = RequestIdRewriter(ID), UsageRepair(CHAT, None if cached is None else CachedTokens(cached))
-        self.record = RequestRecorder.alone().open("/v1/completions", None)
-        self.relay = ResponseStream(self.carrier.answer, hider, repair, self.pending, self.record)
-        self.pending.answer = self.carrier.answer
+        self.sink = RecordingSink()
+        rewriter, repair = RequestIdRewriter(ID), UsageRepair(CHAT, None if cached is None else CachedTokens(cached))
+        self.record = RequestRecorder.standalone().open("/v1/completions", None)
+        self.stream = ResponseStream(self.connection.answer, rewriter, repair, self.pending, self.record)
+        self.pending.answer = self.connection.answer
         self.work = InlineCoroutine(self._follow(), lambda work, error: None)
         self.work.start()
 
     async def _follow(self) -> None:
-        await self.relay.finished
-        self.ended.append(self.relay.complete)
+        await self.stream.finished
+        self.ended.append(self.stream.complete)
 
-    def pour(self) -> Outlet:
-        self.relay.pour(self.outlet)
-        self.carrier.say()
-        return self.outlet
+    def pipe_to(self) -> RecordingSink:
+        self.stream.pipe_to(self.sink)
+        self.connection.say()
+        return self.sink
 
-    async def pull(self) -> bytes:
-        asyncio.get_running_loop().call_soon(self.carrier.say)
-        return b"".join([piece async for piece in self.relay])
-
-
-async def test_a_body_that_comes_to_its_end() -> None:
-    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
-    outlet = relayed.pour()
-    assert (outlet.pieces, outlet.ends) == ([b"data: 1\n\n", b"data: 2\n\n"], ["end"]), "as it came, unglued"
-    assert (relayed.progress.moves, relayed.ended) == (2, [True])
-    relayed.relay.close()
-    assert (relayed.ended, relayed.carrier.aborted) == ([True], False)
+    async def iterate(self) -> bytes:
+        asyncio.get_running_loop().call_soon(self.connection.say)
+        return b"".join([data async for data in self.stream])
 
 
-async def test_what_had_come_before_it_is_poured_goes_first() -> None:
-    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
-    relayed.carrier.say()
-    assert not relayed.outlet.pieces
+async def test_a_complete_body() -> None:
+    streamed = Streamed(b"data: 1\n\n", b"data: 2\n\n", END)
+    sink = streamed.pipe_to()
+    assert (sink.written, sink.ends) == ([b"data: 1\n\n", b"data: 2\n\n"], ["end"]), "as it came, unglued"
+    assert (streamed.progress.outputs, streamed.ended) == (2, [True])
+    streamed.stream.close()
+    assert (streamed.ended, streamed.connection.aborted) == ([True], False)
+
+
+async def test_data_from_before_the_piping_goes_first() -> None:
+    streamed = Streamed(b"data: 1\n\n", b"data: 2\n\n", END)
+    streamed.connection.say()
+    assert not streamed.sink.written
     outcomes: list[str] = []
-    relayed.outlet.at_end = lambda: outcomes.append(relayed.record.outcome)
-    outlet = relayed.pour()
+    streamed.sink.at_end = lambda: outcomes.append(streamed.record.outcome)
+    sink = streamed.pipe_to()
     assert outcomes == ["ok"], "the end of the exchange closes the record"
-    assert (outlet.body, outlet.ends, relayed.ended) == (b"data: 1\n\ndata: 2\n\n", ["end"], [True])
+    assert (sink.body, sink.ends, streamed.ended) == (b"data: 1\n\ndata: 2\n\n", ["end"], [True])
 
 
-async def test_pulled_it_is_the_same_body() -> None:
-    relayed = Relayed(b"data: 1\n\n", b"data: 2\n\n", OVER)
-    assert await soon(relayed.pull()) == b"data: 1\n\ndata: 2\n\n"
-    assert relayed.ended == [True]
+async def test_iterating_yields_the_same_body() -> None:
+    streamed = Streamed(b"data: 1\n\n", b"data: 2\n\n", END)
+    assert await soon(streamed.iterate()) == b"data: 1\n\ndata: 2\n\n"
+    assert streamed.ended == [True]
 
 
 @pytest.mark.parametrize("size", [1, 3, 50, 1000])
-@pytest.mark.parametrize("pulled", [False, True])
-async def test_the_internal_id_is_hidden_wherever_it_is_split(size: int, pulled: bool) -> None:
+@pytest.mark.parametrize("iterated", [False, True])
+async def test_the_internal_id_is_replaced_wherever_it_is_split(size: int, iterated: bool) -> None:
     body = b'data: {"id": "cmpl-%s-0"}\n\n' % ID.internal.encode() * 3
-    relayed = Relayed(*(body[at : at + size] for at in range(0, len(body), size)), OVER)
-    got = await soon(relayed.pull()) if pulled else relayed.pour().body
+    streamed = Streamed(*(body[at : at + size] for at in range(0, len(body), size)), END)
+    got = await soon(streamed.iterate()) if iterated else streamed.pipe_to().body
     assert got == body.replace(ID.internal.encode(), ID.public.encode())
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-async def test_cached_tokens_are_set_right_wherever_they_are_split(size: int) -> None:
+async def test_cached_tokens_are_corrected_wherever_they_are_split(size: int) -> None:
     body = b'data: {"usage":{"prompt_tokens_details":{"cached_tokens":%d}}}\n\n'
     told = body % 99
-    relayed = Relayed(*(told[at : at + size] for at in range(0, len(told), size)), OVER, cached=3)
-    assert relayed.pour().body == body % 3
+    streamed = Streamed(*(told[at : at + size] for at in range(0, len(told), size)), END, cached=3)
+    assert streamed.pipe_to().body == body % 3
 
 
-async def test_a_piece_that_may_begin_an_id_is_held_back_but_not_lost_at_the_end() -> None:
-    relayed = Relayed(b"data: __", b"_prefill_addr_", OVER)
-    outlet = relayed.pour()
-    assert (outlet.pieces, outlet.ends) == ([b"data: ", b"___prefill_addr_"], ["end"])
+async def test_a_possible_prefix_of_an_id_is_held_and_sent_at_the_end() -> None:
+    streamed = Streamed(b"data: __", b"_prefill_addr_", END)
+    sink = streamed.pipe_to()
+    assert (sink.written, sink.ends) == ([b"data: ", b"___prefill_addr_"], ["end"])
 
 
-async def test_a_break_is_a_cut_and_nothing_is_added() -> None:
-    relayed = Relayed(b"data: 1\n\n___pre", BROKEN)
-    outlet = relayed.pour()
-    assert (outlet.pieces, outlet.ends) == ([b"data: 1\n\n"], ["broken"])
-    assert relayed.ended == [False]
+async def test_a_disconnect_is_a_cut_and_nothing_is_added() -> None:
+    streamed = Streamed(b"data: 1\n\n___pre", DISCONNECTED)
+    sink = streamed.pipe_to()
+    assert (sink.written, sink.ends) == ([b"data: 1\n\n"], ["broken"])
+    assert streamed.ended == [False]
 
 
-async def test_a_break_is_raised_behind_what_came_before_it_where_it_is_pulled() -> None:
-    relayed = Relayed(b"data: 1\n\n", BROKEN)
-    pieces = []
-    relayed.carrier.say()
+async def test_iterating_raises_a_disconnect_after_the_data_before_it() -> None:
+    streamed = Streamed(b"data: 1\n\n", DISCONNECTED)
+    written = []
+    streamed.connection.say()
     with pytest.raises(StreamCut, match="broken"):
-        async for piece in relayed.relay:
-            pieces.append(piece)
-    assert pieces == [b"data: 1\n\n"] and relayed.ended == [False]
+        async for data in streamed.stream:
+            written.append(data)
+    assert written == [b"data: 1\n\n"] and streamed.ended == [False]
 
 
-async def test_an_empty_body_is_whole_but_decode_has_said_nothing() -> None:
-    relayed = Relayed(OVER)
-    outlet = relayed.pour()
-    assert (outlet.pieces, outlet.ends) == ([], ["end"])
-    assert (relayed.pending.begun, relayed.ended) == (False, [True])
+async def test_an_empty_body_is_complete_without_progress_of_decode() -> None:
+    streamed = Streamed(END)
+    sink = streamed.pipe_to()
+    assert (sink.written, sink.ends) == ([], ["end"])
+    assert (streamed.pending.begun, streamed.ended) == (False, [True])
 
 
-async def test_giving_up_closes_the_answer_and_is_reported_once() -> None:
-    relayed = Relayed(b"data: 1\n\n")
-    outlet = relayed.pour()
-    relayed.relay.close()
-    relayed.relay.close()
-    assert (relayed.ended, relayed.carrier.aborted) == ([False], True)
-    assert outlet.ends == [], "its owner knows, and has nobody to tell"
-    relayed.relay.feed(b"late")
-    relayed.relay.end()
-    assert (outlet.body, relayed.ended) == (b"data: 1\n\n", [False])
+async def test_close_closes_the_response_and_is_reported_once() -> None:
+    streamed = Streamed(b"data: 1\n\n")
+    sink = streamed.pipe_to()
+    streamed.stream.close()
+    streamed.stream.close()
+    assert (streamed.ended, streamed.connection.aborted) == ([False], True)
+    assert sink.ends == [], "its owner knows, and has nobody to tell"
+    streamed.stream.feed(b"late")
+    streamed.stream.end()
+    assert (sink.body, streamed.ended) == (b"data: 1\n\n", [False])
 
 
-async def test_a_stalled_decode_cuts_the_stream_and_closes_the_answer() -> None:
-    relayed = Relayed(b"data: 1\n\n")
-    outlet = relayed.pour()
-    relayed.pending.fail(EngineFrozen("stalled"))
-    assert relayed.carrier.aborted and relayed.ended == [False]
-    assert outlet.ends == ["stalled"] and relayed.record.cause == "engine_frozen"
+async def test_a_stalled_decode_cuts_the_stream_and_closes_the_response() -> None:
+    streamed = Streamed(b"data: 1\n\n")
+    sink = streamed.pipe_to()
+    streamed.pending.fail(EngineFrozen("stalled"))
+    assert streamed.connection.aborted and streamed.ended == [False]
+    assert sink.ends == ["stalled"] and streamed.record.cause == "engine_frozen"
 
 
-async def test_a_stall_before_the_body_is_read_cuts_it_when_it_is() -> None:
-    relayed = Relayed()
-    relayed.pending.fail(EngineFrozen("stalled"))
-    assert relayed.ended == []
-    assert relayed.pour().ends == ["stalled"] and relayed.ended == [False]
+async def test_a_stall_before_the_body_is_read_cuts_it_when_it_is_read() -> None:
+    streamed = Streamed()
+    streamed.pending.fail(EngineFrozen("stalled"))
+    assert streamed.ended == []
+    assert streamed.pipe_to().ends == ["stalled"] and streamed.ended == [False]
 
 
-async def test_decode_is_waited_for_unless_the_client_is_behind() -> None:
-    relayed = Relayed(b"data: 1\n\n")
-    outlet = relayed.pour()
-    assert relayed.progress.waiting() == [relayed.pending]
-    relayed.relay.pause()
-    relayed.carrier.script.append(b"data: 2\n\n")
-    relayed.carrier.say()
-    assert relayed.progress.waiting() == [] and relayed.carrier.paused and outlet.body == b"data: 1\n\n"
-    relayed.relay.resume()
-    assert relayed.progress.waiting() == [relayed.pending]
+async def test_decode_is_not_waited_for_while_the_client_does_not_read() -> None:
+    streamed = Streamed(b"data: 1\n\n")
+    sink = streamed.pipe_to()
+    assert streamed.progress.waiting() == [streamed.pending]
+    streamed.stream.pause()
+    streamed.connection.script.append(b"data: 2\n\n")
+    streamed.connection.say()
+    assert streamed.progress.waiting() == [] and streamed.connection.paused and sink.body == b"data: 1\n\n"
+    streamed.stream.resume()
+    assert streamed.progress.waiting() == [streamed.pending]
     await asyncio.sleep(0)
-    assert outlet.body == b"data: 1\n\ndata: 2\n\n"
+    assert sink.body == b"data: 1\n\ndata: 2\n\n"
 
 
-async def test_what_was_read_already_still_passes_while_the_client_is_behind() -> None:
-    relayed = Relayed()
-    outlet = relayed.pour()
-    relayed.relay.pause()
-    relayed.relay.feed(b"data: 1\n\n")
-    assert outlet.body == b"data: 1\n\n"
-    assert relayed.progress.waiting() == [], "nobody waits for decode only because it has spoken"
+async def test_data_already_read_still_passes_while_the_client_does_not_read() -> None:
+    streamed = Streamed()
+    sink = streamed.pipe_to()
+    streamed.stream.pause()
+    streamed.stream.feed(b"data: 1\n\n")
+    assert sink.body == b"data: 1\n\n"
+    assert streamed.progress.waiting() == [], "nobody waits for decode only because it has spoken"
 
 
-async def test_a_client_that_catches_up_after_the_end_wakes_nothing() -> None:
-    relayed = Relayed(OVER)
-    relayed.relay.pause()
-    relayed.carrier.paused = False
-    relayed.pour()
-    relayed.pending.end()
-    relayed.relay.resume()
-    assert relayed.progress.waiting() == [] and relayed.ended == [True]
+async def test_a_resume_after_the_end_has_no_effect() -> None:
+    streamed = Streamed(END)
+    streamed.stream.pause()
+    streamed.connection.paused = False
+    streamed.pipe_to()
+    streamed.pending.end()
+    streamed.stream.resume()
+    assert streamed.progress.waiting() == [] and streamed.ended == [True]
 
 
-async def test_one_that_pulls_slowly_stops_decode_and_gets_everything() -> None:
-    pieces = [b"%d" % n * 10_000 + b"\n" for n in range(10)] * 3
-    relayed = Relayed(*pieces, OVER)
-    pulled = aiter(relayed.relay)
-    waiting = asyncio.ensure_future(anext(pulled))
+async def test_a_slow_iterating_reader_pauses_decode_and_gets_everything() -> None:
+    written = [b"%d" % n * 10_000 + b"\n" for n in range(10)] * 3
+    streamed = Streamed(*written, END)
+    iterated = aiter(streamed.stream)
+    waiting = asyncio.ensure_future(anext(iterated))
     await asyncio.sleep(0)
-    relayed.carrier.say()
-    assert relayed.carrier.paused and relayed.progress.waiting() == [], "64 KiB wait for the reader, not everything"
-    assert len(relayed.carrier.script) > len(pieces) / 2
+    streamed.connection.say()
+    assert streamed.connection.paused and streamed.progress.waiting() == [], "64 KiB are buffered, not everything"
+    assert len(streamed.connection.script) > len(written) / 2
     got = [await soon(waiting)]
-    async for piece in pulled:
-        got.append(piece)
-    assert b"".join(got) == b"".join(pieces) and relayed.ended == [True]
+    async for data in iterated:
+        got.append(data)
+    assert b"".join(got) == b"".join(written) and streamed.ended == [True]
 
 
-async def test_a_reader_that_stops_pulling_leaves_the_end_to_its_owner() -> None:
-    relayed = Relayed(b"data: 1\n\n")
-    waiting = asyncio.ensure_future(relayed.pull())
+async def test_a_reader_that_stops_iterating_leaves_the_stream_open() -> None:
+    streamed = Streamed(b"data: 1\n\n")
+    waiting = asyncio.ensure_future(streamed.iterate())
     for _ in range(3):
         await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert relayed.ended == [] and not relayed.carrier.aborted
-    relayed.relay.close()
-    assert relayed.ended == [False] and relayed.carrier.aborted
+    assert streamed.ended == [] and not streamed.connection.aborted
+    streamed.stream.close()
+    assert streamed.ended == [False] and streamed.connection.aborted
 
 
-def framed(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+def framed(*written: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(data), data) for data in written)
 
 
 _INTERNAL, _PUBLIC = b"data: %b\n\n" % ID.internal.encode(), b"data: %b\n\n" % ID.public.encode()
@@ -290,36 +290,36 @@ _INTERNAL, _PUBLIC = b"data: %b\n\n" % ID.internal.encode(), b"data: %b\n\n" % I
     ],
     ids=["id", "plain", "several"],
 )
-async def test_chunks_go_on_with_their_framing(chunks: bytes, passed: bytes) -> None:
-    relayed = Relayed()
-    outlet = relayed.pour()
-    assert relayed.relay.feed_chunks(chunks)
-    relayed.relay.end()
-    assert (outlet.chunks, outlet.body) == ([passed], b"")
-    assert relayed.progress.moves == 1
+async def test_chunks_are_passed_on_with_their_framing(chunks: bytes, passed: bytes) -> None:
+    streamed = Streamed()
+    sink = streamed.pipe_to()
+    assert streamed.stream.feed_chunks(chunks)
+    streamed.stream.end()
+    assert (sink.chunks, sink.body) == ([passed], b"")
+    assert streamed.progress.outputs == 1
 
 
-async def test_chunks_with_usage_must_come_without_their_framing() -> None:
-    relayed = Relayed()
-    outlet = relayed.pour()
-    assert not relayed.relay.feed_chunks(framed(b"1\n", b'data: {"prompt_tokens_details":null}\n\n'))
-    assert not outlet.chunks and not outlet.pieces and relayed.progress.moves == 0
+async def test_chunks_with_usage_are_needed_without_framing() -> None:
+    streamed = Streamed()
+    sink = streamed.pipe_to()
+    assert not streamed.stream.feed_chunks(framed(b"1\n", b'data: {"prompt_tokens_details":null}\n\n'))
+    assert not sink.chunks and not sink.written and streamed.progress.outputs == 0
 
 
 @pytest.mark.parametrize("tail", [ID.internal[:9].encode(), b'"prompt_tok'], ids=["id", "usage"])
-async def test_so_must_chunks_behind_a_held_tail(tail: bytes) -> None:
-    relayed = Relayed()
-    outlet = relayed.pour()
-    relayed.relay.feed(tail)
-    assert not relayed.relay.feed_chunks(framed(b"\n"))
-    relayed.relay.feed(b"\n")
-    assert (outlet.body, outlet.chunks) == (tail + b"\n", [])
-    assert relayed.relay.feed_chunks(framed(b"\n"))
+async def test_chunks_behind_a_held_tail_are_needed_without_framing(tail: bytes) -> None:
+    streamed = Streamed()
+    sink = streamed.pipe_to()
+    streamed.stream.feed(tail)
+    assert not streamed.stream.feed_chunks(framed(b"\n"))
+    streamed.stream.feed(b"\n")
+    assert (sink.body, sink.chunks) == (tail + b"\n", [])
+    assert streamed.stream.feed_chunks(framed(b"\n"))
 
 
-async def test_after_the_end_chunks_go_nowhere() -> None:
-    relayed = Relayed()
-    outlet = relayed.pour()
-    relayed.relay.close()
-    assert not relayed.relay.feed_chunks(framed(b"1\n"))
-    assert not outlet.chunks and not outlet.pieces
+async def test_chunks_after_the_end_are_not_written() -> None:
+    streamed = Streamed()
+    sink = streamed.pipe_to()
+    streamed.stream.close()
+    assert not streamed.stream.feed_chunks(framed(b"1\n"))
+    assert not sink.chunks and not sink.written

@@ -208,7 +208,7 @@ async def test_kv_that_a_client_left_behind_is_freed_on_a_drained_decode(machine
         assert not (await operator.drain(decode))["idle"]
         waiting = asyncio.create_task(operator.drain(decode, wait=60))
     assert (await soon(waiting))["idle"]
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(*pair)
 
 
@@ -250,7 +250,7 @@ async def test_a_wait_does_not_hold_up_the_shutdown(machine, pair, operator: Ope
     await soon(until(lambda: pair[1].received(PATH)))
     waiting = asyncio.create_task(operator.drain(pair[1], wait=3600))
     await soon(until(lambda: machine.proxy.instance(pair[1].http_address).draining))
-    machine.proxy.server.signalled()
+    machine.proxy.server.on_signal()
     assert not (await soon(waiting))["idle"]
     pair[1].faults.release()
     assert (await soon(request))[0] == 200

@@ -105,7 +105,7 @@ async def test_decode_is_asked_when_prefill_has_answered(machine: Machine, pair)
     await clean(machine, *pair)
     await soon(machine.proxy.until_idle())
     (record,) = machine.proxy.services.event_log.records
-    assert record.prefill_asked < record.prefill_answered <= record.decode_asked, "its times say so too"
+    assert record.prefill_sent < record.prefill_done <= record.decode_sent, "its times say so too"
 
 
 @pytest.mark.parametrize("changes", [{"prompt": [PROMPT, f"{PROMPT} and more"]}, {"n": 2, "temperature": 1.0}])
@@ -283,7 +283,7 @@ async def test_kv_that_nobody_reads_expires(http: aiohttp.ClientSession) -> None
         status, _, _ = await Machine(proxy, stack, http).post(COMPLETIONS, ASK)
         assert status == 400
         await soon(prefill.wait_until(lambda s: not s["kv_waiting"] and not s["running"]))
-        assert proxy.services.stats.drains.started == 0
+        assert proxy.services.stats.kv_releases.started == 0
 
 
 # -- pairs

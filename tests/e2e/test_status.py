@@ -82,7 +82,8 @@ async def test_stats_count_requests_by_their_end_and_time_them(machine, pair) ->
     _, body = await machine.get("/stats")
     assert body["requests"]["outcomes"] == {"ok": 7, "client_error": 1, "engine_error": 1}
     assert (body["requests"]["finished"], body["requests"]["in_flight"], body["requests"]["in_background"]) == (9, 0, 0)
-    assert body["drains"] == {"started": 1, "done": 1, "failed": 0, "waiting": 0, "tokens": 1}
+    assert body["kv_releases"] == {"started": 1, "done": 1, "failed": 0, "waiting": 0, "tokens": 1}
+    assert body["drains"] == body["kv_releases"], "its former name, for one release"
     assert body["latency"]["total"]["count"] == 7
     assert body["latency"]["ttft"]["count"] == 3, "of those that are streamed"
     for name in ("prefill", "ttft", "total"):
@@ -123,7 +124,7 @@ async def test_metrics_are_what_a_prometheus_parser_reads(machine, pair) -> None
         assert found[f"instance_in_flight {where}"] == found[f"instance_failures_total {where}"] == 0
         assert found[f"instance_requests_total {where}"] >= legs
     assert found[f"requests_total  sim-model ok {PATH}"] == 2
-    assert [found[f"drains_total {result}"] for result in ("started", "done", "failed")] == [1, 1, 0]
+    assert [found[f"kv_releases_total {result}"] for result in ("started", "done", "failed")] == [1, 1, 0]
     assert found["requests_in_flight"] == 0 and found["registrations_total"] >= 2
 
 

@@ -37,7 +37,7 @@ async def client(machine, pair, dial) -> AsyncIterator[Wire]:
 
 
 def drains(machine) -> int:
-    return machine.proxy.services.stats.drains.done
+    return machine.proxy.services.stats.kv_releases.done
 
 
 async def test_while_it_sends_the_body(machine, pair, client: Wire) -> None:
@@ -197,7 +197,7 @@ async def test_a_hundred_clients_that_leave_at_random_moments(machine, dial, see
     assert decode.state()["kv_buffer_used"] == 0
     assert prefill.state()["aborted"] == 0
     assert sum(machine.proxy.services.stats.outcomes.values()) == prefill.state()["finished"]
-    assert machine.proxy.services.stats.drains.failed == 0
+    assert machine.proxy.services.stats.kv_releases.failed == 0
     assert [machine.proxy.instance(engine.http_address).in_flight for engine in (prefill, decode)] == [0, 0]
     for path in REQUESTS:
         await machine.check_right(path)

@@ -26,7 +26,7 @@ async def test_a_4xx_of_decode_passes_and_its_kv_is_drained(machine, pair, path:
     refused, drain = decode.received(path)
     assert refused.headers["X-Request-Id"] == drain.headers["X-Request-Id"]
     assert drain.json["max_tokens"] == 1 and drain.json["stream"] is False
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(prefill, decode)
 
 
@@ -92,7 +92,7 @@ async def refused_after_the_prefill(machine, prefill, decode, send):
 async def accepts_again(machine, decode) -> None:
     decode.faults.accept_connections()
     await soon(decode.wait_until(lambda state: state["accepting"]))
-    machine.proxy.services.registry.look_again(machine.proxy.instance(decode.http_address))
+    machine.proxy.services.registry.recheck(machine.proxy.instance(decode.http_address))
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
 
 
@@ -110,7 +110,7 @@ async def test_a_decode_that_refuses_connections_means_a_new_id_and_a_drain_of_t
     await accepts_again(machine, decodes[0])
     await soon(machine.proxy.until_idle())
     assert ids(decodes[0]) == [first] and decodes[0].received(PATH)[0].json["max_tokens"] == 1
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(*prefills, *decodes)
 
 
@@ -121,7 +121,7 @@ async def test_the_only_decode_that_refuses_connections_is_502_and_drained_when_
     check_error(*await machine.send(PATH, ASK), 503, "no_pair")
     await accepts_again(machine, pair[1])
     await soon(machine.proxy.until_idle())
-    assert ids(pair[1]) == ids(pair[0]) and machine.proxy.services.stats.drains.done == 1
+    assert ids(pair[1]) == ids(pair[0]) and machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(*pair)
     await machine.check_right()
 
@@ -166,7 +166,7 @@ async def test_a_decode_that_refuses_the_proxys_own_key_is_no_fault_of_the_clien
     pair[1].faults.fail_next(401, b'{"error": "Unauthorized"}', path=PATH)
     assert "ENGINE_API_KEY" in check_error(*await machine.send(PATH, ASK), 502, "engine_failed")
     await machine.unharmed(*pair)
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
 
 
 @pytest.mark.parametrize("path", REQUESTS)
@@ -175,6 +175,6 @@ async def test_what_only_decode_can_refuse_leaves_no_kv_behind(machine, path) ->
     status, _, answer = await machine.post(path, {**REQUESTS[path], "max_tokens": 1000})
     assert status == 400 and "maximum context length" in answer["error"]["message"]
     await machine.unharmed(*pair)
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     status, _, answer = await machine.post(path, REQUESTS[path])
     assert (status, text_of(answer)) == (200, RIGHT[path])

@@ -37,7 +37,7 @@ async def test_a_server_that_closes_idle_connections_stays_in_and_loses_its_life
     machine, pair, monkeypatch
 ) -> None:
     instance = machine.proxy.instance(pair[0].http_address)
-    liveness = machine.proxy.services.discovery._lifelines
+    liveness = machine.proxy.services.discovery._liveness
     closed = asyncio.Event()
 
     async def closes(_: Instance) -> None:
@@ -120,7 +120,7 @@ async def test_a_decode_killed_while_prefill_sends_is_504_and_the_pair_works_whe
     again = [await machine.restart(engine) for engine in (decode, prefill)]
     await machine.check_right()
     assert ids(again[0]) == ids(again[1]) and len(ids(again[0])) == 1
-    assert machine.proxy.services.stats.drains.started == 0
+    assert machine.proxy.services.stats.kv_releases.started == 0
     await machine.unharmed(*again)
 
 
@@ -143,7 +143,7 @@ async def test_requests_leave_a_prefill_that_freezes_on_a_dead_decode(machine, f
     assert len(set(ids(*decodes))) == len(ids(*decodes)), "no id is decoded twice"
     await machine.kill(prefills[0])
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.started == 0, "what it still had to send is gone with it"
+    assert machine.proxy.services.stats.kv_releases.started == 0, "what it still had to send is gone with it"
     await machine.unharmed(prefills[1], *(decode for decode in decodes if decode is not sent_to))
 
 
@@ -184,7 +184,7 @@ async def test_a_prefill_killed_before_its_answer_is_502_and_decode_is_left_alon
         await machine.kill(prefill)
     assert (await soon(request))[0] == 502
     await soon(machine.proxy.until_idle())
-    assert not decode.received(PATH) and machine.proxy.services.stats.drains.started == 0
+    assert not decode.received(PATH) and machine.proxy.services.stats.kv_releases.started == 0
     # Nobody can know what it had sent. KV that is whole stays; a decode of KV that is not would wait for ever.
     assert list(decode.state()["kv_waiting"]) == [f"cmpl-{id}-0" for id in ids(prefill) if point == "answer"]
     await machine.restart(prefill)

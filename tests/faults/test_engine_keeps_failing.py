@@ -44,7 +44,7 @@ async def test_a_pair_that_is_left_alone_is_503_with_the_reason(machine, pair) -
         status, _, _ = await machine.post(PATH, ASK)
         assert status == 502
     status, headers, body = await machine.post(PATH, ASK)
-    assert status == 503 and "every prefill instance has kept failing" in body["error"]["message"]
+    assert status == 503 and "every prefill instance keeps failing" in body["error"]["message"]
     assert int(headers["Retry-After"]) >= 1
 
 
@@ -65,14 +65,14 @@ async def test_after_the_pause_one_request_decides(machine, pair, monkeypatch, r
     for _ in range(FAILURES_TO_OPEN):
         assert (await machine.post(PATH, ASK))[0] == 502
     assert await shown(machine) == "open"
-    now[0] += circuit_breaker.FIRST_PAUSE
+    now[0] += circuit_breaker.MIN_OPEN_SECONDS
     assert await shown(machine) == "half-open"
     if recovers:
         await machine.check_right()
         assert await shown(machine) == "closed"
         return
     assert (await machine.post(PATH, ASK))[0] == 502
-    now[0] += circuit_breaker.FIRST_PAUSE
+    now[0] += circuit_breaker.MIN_OPEN_SECONDS
     assert await shown(machine) == "open", "the pause is doubled"
     assert (await machine.post(PATH, ASK))[0] == 503
     assert len(prefill.received(PATH)) == FAILURES_TO_OPEN + 1

@@ -146,7 +146,7 @@ async def test_a_restarted_decode_is_not_asked_for_kv_that_it_never_got(machine,
         assert status == 502 and b"went away during the prefill" in body
     await soon(machine.proxy.until_idle())
     assert not again.received(PATH), "it would wait for ever for KV that went with the old process"
-    assert machine.proxy.services.stats.drains.done == 0
+    assert machine.proxy.services.stats.kv_releases.done == 0
     assert machine.proxy.instance(decode.http_address).in_flight == 0
 
 

@@ -145,9 +145,9 @@ async def test_what_still_prefills_for_a_frozen_decode_goes_to_another(machine, 
     assert await soon(asked) == RIGHT[PATH]
     first, second = (r.headers["X-Request-Id"] for r in prefill.received(PATH))
     assert first != second and [r.headers["X-Request-Id"] for r in spare.received(PATH)] == [second]
-    drains = machine.proxy.services.stats.drains
+    drains = machine.proxy.services.stats.kv_releases
     assert (drains.waiting, len(decode.received(PATH))) == (1, 0), "until it moves, or its process ends"
-    registry.thaw(machine.proxy.instance(decode.http_address), "moves")
+    registry.unfreeze(machine.proxy.instance(decode.http_address), "moves")
     await soon(machine.proxy.until_idle())
     assert [r.headers["X-Request-Id"] for r in decode.received(PATH)] == [first] and drains.done == 1
     await machine.unharmed(prefill, decode, spare)
@@ -166,7 +166,7 @@ async def test_kv_that_is_released_after_another_try_has_answered_can_be_replaye
         spare = await machine.engine("decode")
         await soon(machine.proxy.until_state(spare.http_address, State.READY))
     assert await soon(asked) == RIGHT[PATH]
-    registry.thaw(machine.proxy.instance(decode.http_address), "moves")
+    registry.unfreeze(machine.proxy.instance(decode.http_address), "moves")
     await soon(machine.proxy.until_state(decode.http_address, State.FROZEN))
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
     shown = await instance_of(machine, decode)
@@ -189,7 +189,7 @@ async def test_requests_leave_a_frozen_prefill_and_what_it_sends_later_is_draine
         shown = await instance_of(machine, prefill)
         assert (shown["state"], shown["restart_wanted"], shown["in_flight"]) == ("frozen", True, 1)
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 1, (
+    assert machine.proxy.services.stats.kv_releases.done == 1, (
         "the old prefill was not cancelled, and did its work in the end"
     )
     await soon(machine.proxy.until_state(prefill.http_address, State.READY))
@@ -203,7 +203,7 @@ async def test_without_another_prefill_the_client_gets_504(machine, pair) -> Non
         message = check_error(*await soon(machine.send(PATH, ASK), 30), 504, "engine_frozen")
         assert message == "The prefill instance is stalled."
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     assert machine.proxy.services.stats.outcomes == {"deadline": 1}
     await machine.unharmed(prefill, decode)
 
@@ -219,7 +219,7 @@ async def test_a_decode_whose_kv_listener_is_dead_is_found_by_the_prefills_that_
     assert {status for status, _, _ in answers} <= {503, 504}
     await soon(machine.proxy.until_state(decode.http_address, State.FROZEN))
     shown = await instance_of(machine, decode)
-    assert shown["restart_wanted"] and "takes in no KV" in shown["reason"]
+    assert shown["restart_wanted"] and "receives no KV" in shown["reason"]
     assert prefill is not other
 
 

@@ -112,7 +112,7 @@ async def test_requests_leave_a_prefill_that_sends_to_a_stopped_decode(machine, 
     there = machine.proxy.instance(stopped.http_address)
     await soon(machine.proxy.until(lambda: not there.restart_wanted))
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.started == 0, "the KV is gone with the process"
+    assert machine.proxy.services.stats.kv_releases.started == 0, "the KV is gone with the process"
     await machine.unharmed(fine, decode)
 
 
@@ -128,7 +128,7 @@ async def test_kv_that_reaches_a_decode_after_its_stop_is_released(machine, proc
     assert answers == [RIGHT[PATH]] * 4
     stopped.resume()
     await soon(machine.proxy.until_idle())
-    drains = machine.proxy.services.stats.drains
+    drains = machine.proxy.services.stats.kv_releases
     assert (drains.started, drains.done) == (2, 2)
     async with machine.http.get(f"http://{stopped.http_address}/sim/state") as answer:
         state = await answer.json()

@@ -46,7 +46,7 @@ async def test_a_drain_is_one_token_of_the_same_prompt_under_the_same_id(machine
     assert not {"min_tokens", "stream_options", "logprobs", "top_logprobs"} & drain.json.keys()
     for field in ("prompt", "messages", "system", "n", "model"):
         assert drain.json.get(field) == body.get(field)
-    counts = (await machine.get("/stats"))[1]["drains"]
+    counts = (await machine.get("/stats"))[1]["kv_releases"]
     assert counts.pop("tokens") > 0
     assert counts == {"started": 1, "done": 1, "failed": 0, "waiting": 0}
     await machine.unharmed(*pair)
@@ -57,7 +57,7 @@ async def test_24_orphans_of_8000_tokens_go_through_a_buffer_of_8_gb(machine, di
     prefill, decode = await machine.pair(kv_bytes_per_token=147_456, kv_buffer_bytes=8 * 10**9, kv_pool_bytes=2**32)
     for number in range(24):
         await abandon(machine, prefill, dial, PATH, {**ASK, "prompt": [300 + number] * 8000})
-    assert machine.proxy.services.stats.drains.done == 24
+    assert machine.proxy.services.stats.kv_releases.done == 24
     assert decode.state()["kv_buffer_used"] == decode.state()["kv_pool_used"] == 0
     await machine.unharmed(prefill, decode)
     await machine.check_right()
@@ -67,7 +67,7 @@ async def test_a_drain_that_fails_is_counted_and_not_repeated(machine, pair, dia
     prefill, decode = pair
     decode.faults.fail_next(500, path=PATH)
     await abandon(machine, prefill, dial, PATH, ASK)
-    drains = machine.proxy.services.stats.drains
+    drains = machine.proxy.services.stats.kv_releases
     assert (drains.started, drains.done, drains.failed) == (1, 0, 1)
     assert len(decode.received(PATH)) == 1
     assert machine.proxy.instance(decode.http_address).in_flight == 0
@@ -83,7 +83,7 @@ async def test_nothing_is_drained_after_a_failed_prefill(machine, pair, dial) ->
         await machine.left(client)
         await prefill.kill()
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.started == 0 and not decode.received(PATH)
+    assert machine.proxy.services.stats.kv_releases.started == 0 and not decode.received(PATH)
     assert machine.proxy.instance(decode.http_address).in_flight == 0
 
 
@@ -98,7 +98,7 @@ async def test_many_abandoned_prefills_of_one_batch_are_all_drained(machine, pai
             client.leave()
         await soon(machine.proxy.services.shutdown.exchanges.ended())
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 20
+    assert machine.proxy.services.stats.kv_releases.done == 20
     await machine.unharmed(prefill, decode)
 
 
@@ -115,7 +115,7 @@ async def test_a_drain_waits_for_a_place_on_a_busy_decode(machine, dial) -> None
         client.leave()
         await soon(machine.proxy.until_clients(1))
     await soon(decode.wait_until(lambda state: state["waiting"] == 1))
-    drains = machine.proxy.services.stats.drains
+    drains = machine.proxy.services.stats.kv_releases
     assert (drains.started, drains.done, drains.waiting) == (1, 0, 1)
     decode.faults.release()
     assert (await stream.answer())[0] == 200
@@ -149,7 +149,7 @@ async def test_a_drain_that_is_turned_away_is_tried_again(machine, pair, dial, s
     prefill, decode = pair
     decode.faults.fail_next(status, path=PATH)
     await abandon(machine, prefill, dial, PATH, ASK)
-    assert ids(decode) == 2 * ids(prefill) and machine.proxy.services.stats.drains.done == 1
+    assert ids(decode) == 2 * ids(prefill) and machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(prefill, decode)
 
 
@@ -168,7 +168,7 @@ async def test_a_drain_is_tried_again_while_decode_refuses_connections(machine, 
     decode.faults.accept_connections()
     await soon(machine.proxy.until_idle())
     (drain,) = decode.received(PATH)
-    assert drain.headers["X-Request-Id"] in ids(prefill) and machine.proxy.services.stats.drains.done == 1
+    assert drain.headers["X-Request-Id"] in ids(prefill) and machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(prefill, decode)
 
 
@@ -183,7 +183,7 @@ async def test_a_drain_of_a_decode_that_died_is_given_up_at_once(machine, pair, 
         await machine.kill(decode)
     # Much less than the half minute of its tries.
     await soon(machine.proxy.until_idle(), 5)
-    drains = machine.proxy.services.stats.drains
+    drains = machine.proxy.services.stats.kv_releases
     assert (drains.started, drains.done, drains.failed, drains.waiting) == (1, 0, 1, 0)
     assert [machine.proxy.instance(engine.http_address).in_flight for engine in pair] == [0, 0]
 

@@ -106,7 +106,7 @@ async def test_a_stream_that_falls_silent_is_cut_after_the_deadline(machine, pai
     assert len(whole_events(raw)) == 3
     decode.faults.release()
     await soon(machine.proxy.until_idle())
-    check_logged_once(caplog, "The decode instance said nothing within its deadline.")
+    check_logged_once(caplog, "The decode instance sent nothing for 0.2 s.")
     await machine.unharmed(*pair)
 
 

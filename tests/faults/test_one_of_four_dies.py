@@ -107,7 +107,7 @@ async def test_only_the_streams_that_decode_on_it_are_lost(machine, four, victim
     await soon(machine.proxy.until_idle())
     assert len(ids(*decodes)) == len(set(ids(*decodes))), "no id is decoded twice"
     stats = machine.proxy.services.stats
-    assert stats.drains.started == 0 and stats.failovers > 0
+    assert stats.kv_releases.started == 0 and stats.failovers > 0
     assert [machine.proxy.instance(engine.http_address).in_flight for engine in engines] == [0] * 4
     before = len(dies.requests)
     for _ in range(4):

@@ -142,7 +142,7 @@ async def test_sizes_are_learnt_from_prefill(machine, pair) -> None:
     services = machine.proxy.services
     text = " people between" * 200
     for expected in (750, 489):
-        assert services.sizes.guess.tokens("sim-model", 0, len(text)) == expected
+        assert services.sizes.estimator.tokens("sim-model", 0, len(text)) == expected
         assert (await machine.post(COMPLETIONS, {"model": "sim-model", "prompt": text, "max_tokens": 1}))[0] == 200
 
 
@@ -163,7 +163,7 @@ async def test_200_requests_of_64_tokens_at_once_are_all_answered(machine, pair,
     stats = machine.proxy.services.stats
     await soon(machine.proxy.until_clients(0))
     assert stats.queued.count >= waiting
-    assert stats.outcomes == {"ok": 200} and (stats.failovers, stats.drains.started) == (0, 0)
+    assert stats.outcomes == {"ok": 200} and (stats.failovers, stats.kv_releases.started) == (0, 0)
     assert [len(set(ids(engine))) for engine in pair] == [200, 200]
     await machine.unharmed(*pair)
 

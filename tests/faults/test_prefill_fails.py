@@ -28,7 +28,7 @@ async def test_a_4xx_of_prefill_passes_and_decode_is_not_asked(machine, pair, pa
     assert (headers["Retry-After"], headers["X-Why"]) == ("7", "busy")
     assert headers["Content-Type"] == "application/json"
     assert not decode.received(path)
-    assert machine.proxy.services.stats.drains.started == 0
+    assert machine.proxy.services.stats.kv_releases.started == 0
     await machine.unharmed(*pair)
 
 
@@ -200,7 +200,7 @@ async def check_no_decode_and_no_drain(machine, pair, dial, leaves: bool) -> Non
         assert (await client.head())[0] >= 400
     await soon(machine.proxy.until_idle())
     assert not decode.received(PATH), "decode would wait for ever for KV that does not come, and all with it"
-    assert machine.proxy.services.stats.drains.started == 0
+    assert machine.proxy.services.stats.kv_releases.started == 0
     assert [machine.proxy.instance(engine.http_address).in_flight for engine in pair] == [0, 0]
     await machine.unharmed(*pair)
     lift_prefill_timeout(machine.proxy)

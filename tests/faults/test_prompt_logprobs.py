@@ -48,7 +48,7 @@ async def test_prefill_answers_and_its_kv_is_drained(machine, pair, name) -> Non
     assert len(values) >= 2 and all(-5 <= value <= 0 for value in values), values
     assert b"_addr_" not in raw
     await machine.unharmed(*pair)
-    assert (machine.proxy.services.stats.drains.started, machine.proxy.services.stats.drains.done) == (1, 1)
+    assert (machine.proxy.services.stats.kv_releases.started, machine.proxy.services.stats.kv_releases.done) == (1, 1)
     [drain] = decode.received(path)
     assert not {"prompt_logprobs", "echo", "logprobs", "top_logprobs"} & drain.json.keys()
     assert drain.headers["X-Request-Id"] == prefill.received(path)[0].headers["X-Request-Id"]
@@ -96,7 +96,7 @@ async def test_more_than_prefills_one_token_is_refused(machine, pair) -> None:
 async def test_what_prefill_refuses_is_passed_on_and_nothing_drained(machine, pair) -> None:
     status, _, answer = await machine.post(COMPLETIONS, {"prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 99})
     assert status == 400 and "prompt_logprobs" in answer["error"]["message"]
-    assert not pair[1].received(COMPLETIONS) and machine.proxy.services.stats.drains.started == 0
+    assert not pair[1].received(COMPLETIONS) and machine.proxy.services.stats.kv_releases.started == 0
     await machine.unharmed(*pair)
 
 

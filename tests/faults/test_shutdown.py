@@ -29,7 +29,7 @@ class Shutdown:
 
     def begin(self) -> None:
         self._ended = asyncio.create_task(self.proxy.stop())
-        self.proxy.server.signalled()
+        self.proxy.server.on_signal()
 
     async def end(self) -> None:
         await soon(self._ended, 20)
@@ -189,7 +189,7 @@ async def test_drains_finish_before_the_proxy_ends(machine, pair, dial, shutdown
         shutdown.begin()
         assert not decode.received(PATH)
     await shutdown.end()
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     await machine.unharmed(*pair)
 
 
@@ -230,7 +230,7 @@ async def test_a_drain_that_hangs_is_given_up_after_the_grace_time(machine, pair
     await soon(decode.wait_until(lambda state: decode.received(PATH)))
     shutdown.begin()
     await shutdown.end()
-    assert "1 background requests did not end" in caplog.text
+    assert "Cancelled 1 background requests" in caplog.text
 
 
 @pytest.mark.settings(shutdown_grace=2.0)
@@ -253,7 +253,7 @@ async def test_the_grace_time_is_counted_once(machine, pair, dial, shutdown, cap
     await shutdown.end()
     assert b"[DONE]" not in raw
     assert 1.55 < cut_after < 1.95 < clock() - begun < 3.0, "a fifth is kept for what is left on the instances"
-    assert "An answer was cut off" in caplog.text and "1 background requests did not end" in caplog.text
+    assert "An answer was cut off" in caplog.text and "Cancelled 1 background requests" in caplog.text
 
 
 @pytest.mark.settings(shutdown_grace=600.0)
@@ -272,7 +272,7 @@ async def test_a_second_signal_ends_it_at_once(machine, pair, dial, shutdown, ca
         await soon(decode.wait_until(lambda state: decode.received(PATH)))
     shutdown.begin()
     assert (await machine.get("/health"))[1]["status"] == "stopping" and not shutdown.over
-    machine.proxy.server.signalled()
+    machine.proxy.server.on_signal()
     await shutdown.end()
     assert "Stopping at once" in caplog.text and "Traceback" not in caplog.text
     if phase == "requests":
@@ -297,6 +297,6 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_not_waited_for(
     client.writer.transport.pause_reading()
     client.post(PATH, {**STREAM, "max_tokens": 9000, "ignore_eos": True, "logprobs": 20})
     await soon(paused.wait(), 30)
-    monkeypatch.setattr(http_server, "_LAST_WORD", 600.0)
+    monkeypatch.setattr(http_server, "_CANCEL_TIMEOUT", 600.0)
     shutdown.begin()
     await shutdown.end()

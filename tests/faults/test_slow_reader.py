@@ -18,13 +18,13 @@ PATH = "/v1/completions"
 def read_from_decode(monkeypatch) -> list[int]:
     """The sizes of all pieces that the proxy has read from decode."""
     sizes: list[int] = []
-    original = Response.received
+    original = Response.on_data
 
     def received(self: Response, piece: bytes) -> None:
         sizes.append(len(piece))
         original(self, piece)
 
-    monkeypatch.setattr(Response, "received", received)
+    monkeypatch.setattr(Response, "on_data", received)
     return sizes
 
 

@@ -24,7 +24,7 @@ async def test_a_late_prefill_is_504_but_runs_on_and_is_drained(machine, pair, p
     await soon(machine.proxy.until_idle())
     (drain,) = decode.received(path)
     assert drain.headers["X-Request-Id"] == prefill.received(path)[0].headers["X-Request-Id"]
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     assert machine.proxy.services.stats.outcomes == {"deadline": 1}
     assert prefill.state()["aborted"] == 0
     await machine.unharmed(*pair)
@@ -50,7 +50,7 @@ async def test_a_decode_that_says_nothing_is_504(machine, pair, stream: bool) ->
     decode.faults.hang_next(path=PATH)
     answer = await machine.send(PATH, {**ASK, "stream": stream})
     message = check_error(*answer, 504, "engine_deadline")
-    assert message == "The decode instance said nothing within its deadline."
+    assert message == "The decode instance sent nothing for 0.2 s."
     await soon(machine.proxy.until_idle())
     assert len(decode.received(PATH)) == 1
     assert machine.proxy.instance(decode.http_address).in_flight == 0
@@ -100,7 +100,7 @@ async def test_a_first_request_that_is_too_slow_is_drained_and_the_next_one_is_q
     pair = await machine.pair(communicator_seconds=0.3)
     check_error(*await machine.send(PATH, ASK), 504, "engine_deadline")
     await soon(machine.proxy.until_idle())
-    assert machine.proxy.services.stats.drains.done == 1
+    assert machine.proxy.services.stats.kv_releases.done == 1
     lift_prefill_timeout(machine.proxy)
     await machine.check_right()
     await machine.unharmed(*pair)

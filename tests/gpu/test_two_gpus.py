@@ -164,7 +164,7 @@ async def test_first_token_logprobs_are_those_of_a_plain_engine(machine: Machine
 async def test_clients_that_leave_during_long_prefills_leave_nothing(machine: Machine, record: Record) -> None:
     """8,000 tokens are about 1.2 GB of KV: without drains seven of them fill the 8 GB buffer and both engines stop."""
     await healthy(machine)
-    drained = machine.stats()["drains"]["done"]
+    drained = machine.stats()["kv_releases"]["done"]
     clients = 100
 
     async def leave(i: int) -> None:
@@ -186,11 +186,11 @@ async def test_clients_that_leave_during_long_prefills_leave_nothing(machine: Ma
     record(
         f"{clients} clients left during 8,000-token prefills",
         seconds_until_clean=round(time.monotonic() - begun, 1),
-        drained=stats["drains"]["done"] - drained,
-        drains_failed=stats["drains"]["failed"],
+        drained=stats["kv_releases"]["done"] - drained,
+        drains_failed=stats["kv_releases"]["failed"],
     )
-    assert stats["drains"]["failed"] == 0 and stats["requests"]["in_background"] == 0
-    assert stats["drains"]["done"] > drained
+    assert stats["kv_releases"]["failed"] == 0 and stats["requests"]["in_background"] == 0
+    assert stats["kv_releases"]["done"] > drained
     await healthy(machine)
 
 

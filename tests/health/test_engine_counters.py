@@ -1,4 +1,4 @@
-"""What in an engine's /metrics proves that it moves."""
+"""Which lines of an engine's /metrics prove progress."""
 
 from disagg_proxy.health.engine_counters import engine_counters
 

@@ -36,7 +36,7 @@ class Engines:
         async def read() -> Any:
             return whole
 
-        return SimpleNamespace(whole=read)
+        return SimpleNamespace(read_all=read)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ async def hung(world: World, engines: Engines) -> Instance:
     assert [await engines.asked.get() for _ in range(2)] == ["/health", "/v1/models"]
     world.time += 1
     engines.hang = True
-    world.registry.look_again(instance)
+    world.registry.recheck(instance)
     assert await soon(engines.asked.get()) == "/health"
     return instance
 
@@ -80,6 +80,6 @@ async def test_pings_that_are_back_do_not_wait_for_a_probe_that_hangs(world: Wor
 
 async def test_a_probe_in_flight_is_enough_while_nothing_has_changed(world: World, engines: Engines, hung) -> None:
     for _ in range(3):
-        world.registry.look_again(hung)
+        world.registry.recheck(hung)
         await asyncio.sleep(0)
     assert engines.asked.empty()

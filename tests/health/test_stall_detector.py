@@ -1,4 +1,4 @@
-"""What the watchdog decides at one look, on a clock that the test moves."""
+"""What the stall detector decides at one check, on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.errors import ProxyError
+from disagg_proxy.health.peer_view import NoPeers
 from disagg_proxy.health.stall_detector import StallDetector
 from tests.connectors.conftest import Bench
 
@@ -19,7 +20,7 @@ SHORTEST, LONGEST = 20.0, 300.0
 
 
 class Watched(Bench):
-    """One pair, one prefill in flight towards the decode, and a watchdog over it."""
+    """One pair, one prefill in flight towards the decode, and a stall detector over it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Watched(Bench):
         self.moved += 1
 
     def later(self, seconds: float, pinging: Instance | None = None, answering: Instance | None = None) -> None:
-        """Some seconds pass, in which only these give a sign of life; the others' probes time out. Then a look."""
+        """Some seconds pass, in which only these give a sign of life; the others' probes time out. Then a check."""
         self.world.time += seconds
         for instance in (self.prefill, self.decode):
             if instance is pinging:
@@ -49,7 +50,7 @@ class Watched(Bench):
             elif instance.state is not State.FROZEN:
                 instance.probe_failures += 1
         self.world.registry.expire()
-        self.stall_detector.look()
+        self.stall_detector.check()
 
     @property
     def suspects(self) -> set[Instance]:
@@ -81,16 +82,16 @@ async def test_a_request_may_leave_as_soon_as_its_decode_is_lost(watched: Watche
     else:
         decode.probe_failures = 3
         registry.suspend(decode, "its /health does not answer in time")
-    watched.stall_detector.look()
+    watched.stall_detector.check()
     assert watched.moved and not watched.given_up
 
 
-async def test_a_probe_that_was_refused_once_moves_nobody(watched: Watched) -> None:
-    """It is out for a moment; its process lives, and may be asked when prefill is done."""
+async def test_a_refused_probe_moves_no_request(watched: Watched) -> None:
+    """It is suspended briefly; its process runs, and decode may be sent to it when prefill is done."""
     decode = watched.decode
-    watched.world.registry.has_lifeline = lambda instance: True
+    watched.world.registry.has_liveness_connection = lambda instance: True
     watched.world.registry.suspend(decode, "its HTTP port refuses connections", gone=True)
-    watched.stall_detector.look()
+    watched.stall_detector.check()
     assert decode.state is State.PROBING and not watched.moved
 
 
@@ -104,7 +105,7 @@ async def test_a_prefill_whose_decode_is_lost_is_suspected_early_but_not_before_
 ) -> None:
     if known:
         for _ in range(9):
-            watched.prefill.progress.pace.add(known, 512)
+            watched.prefill.progress.baseline.add(known, 512)
     watched.world.registry.freeze(watched.decode, "stalled")
     watched.later(suspected_after, pinging=watched.prefill, answering=watched.prefill)
     assert watched.suspects == set()
@@ -112,9 +113,9 @@ async def test_a_prefill_whose_decode_is_lost_is_suspected_early_but_not_before_
     assert watched.suspects == {watched.prefill}
 
 
-async def test_a_prefill_whose_decode_is_well_has_its_learnt_deadline(watched: Watched) -> None:
+async def test_a_prefill_with_a_healthy_decode_has_its_learnt_deadline(watched: Watched) -> None:
     for _ in range(9):
-        watched.prefill.progress.pace.add(15.0, 512)
+        watched.prefill.progress.baseline.add(15.0, 512)
     for _ in range(37):
         watched.later(1.0, pinging=watched.prefill, answering=watched.prefill)
         watched.world.ping(Role.DECODE, watched.decode.http.port)
@@ -122,7 +123,7 @@ async def test_a_prefill_whose_decode_is_well_has_its_learnt_deadline(watched: W
     assert watched.suspects == set() and not watched.moved
 
 
-async def test_a_process_without_a_sign_of_life_is_named_for_a_restart(watched: Watched) -> None:
+async def test_a_process_without_a_sign_of_life_is_given_up(watched: Watched) -> None:
     decode = watched.decode
     watched.later(10.0, pinging=watched.prefill, answering=watched.prefill)
     watched.later(19.0, pinging=watched.prefill, answering=watched.prefill)
@@ -137,11 +138,38 @@ async def test_a_process_without_a_sign_of_life_is_named_for_a_restart(watched: 
     wait.end()
     changes = len(watched.world.changed)
     watched.later(1.0, pinging=watched.prefill, answering=watched.prefill)
-    assert len(watched.given_up) == 1 and len(watched.world.changed) == changes, "it is asked for once"
+    assert len(watched.given_up) == 1 and len(watched.world.changed) == changes, "its restart is requested once"
+
+
+class _Second(NoPeers):
+    """Another worker has found everything before this one."""
+
+    def report_hung(self, instance: Instance, last_sign: float) -> bool:
+        return False
+
+    def given_up(self, instance: Instance) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("cause", ["hung", "stalled"])
+@pytest.mark.parametrize("first", [True, False])
+async def test_giving_up_is_logged_as_an_error_by_one_worker(watched: Watched, caplog, cause: str, first: bool) -> None:
+    if not first:
+        watched.stall_detector._peer_view = _Second()
+    caplog.set_level("DEBUG", "disagg_proxy.health.stall_detector")
+    if cause == "hung":
+        watched.later(10.0, pinging=watched.prefill, answering=watched.prefill)
+        watched.later(20.0, pinging=watched.prefill, answering=watched.prefill)
+    else:
+        watched.world.registry.freeze(watched.decode, "stalled")
+        watched.stall_detector._give_up(watched.decode, "stalled; restart it")
+    assert watched.decode.restart_wanted
+    levels = [r.levelname for r in caplog.records if "decode" in r.message and "is given up" in r.message]
+    assert levels == ["ERROR" if first else "DEBUG"]
 
 
 @pytest.mark.parametrize("sign", ["ping", "answer", "refusal", "part of an answer", "never ready", "another process"])
-async def test_one_that_shows_any_is_not(watched: Watched, sign: str) -> None:
+async def test_a_process_with_a_sign_of_life_is_not_given_up(watched: Watched, sign: str) -> None:
     registry, decode = watched.world.registry, watched.decode
     if sign == "never ready":
         registry.process_ended(decode)
@@ -154,13 +182,13 @@ async def test_one_that_shows_any_is_not(watched: Watched, sign: str) -> None:
         if sign == "refusal":
             registry.suspend(decode, "its HTTP port refuses connections", gone=True)
         elif sign == "part of an answer":
-            decode.progress.moves += 1
+            decode.progress.outputs += 1
         elif sign == "another process" and decode.state is State.LOST:
             watched.world.ping(Role.DECODE, decode.http.port, boot=str(watched.world.time))
     assert not decode.restart_wanted
 
 
-async def test_the_wish_ends_with_a_sign_of_life_and_with_the_process(watched: Watched) -> None:
+async def test_the_restart_request_ends_with_a_sign_of_life_and_with_the_process(watched: Watched) -> None:
     decode = watched.decode
     for sign in (lambda: watched.world.ping(Role.DECODE, 2), lambda: watched.world.registry.process_ended(decode)):
         watched.later(31.0)
@@ -180,7 +208,7 @@ async def test_requests_leave_a_prefill_that_is_lost_itself(watched: Watched) ->
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-async def test_prefills_that_block_on_a_process_that_has_ended_do_not_condemn_its_successor(replaced: bool) -> None:
+async def test_prefills_that_block_on_an_ended_process_do_not_give_up_its_successor(replaced: bool) -> None:
     watched = Watched()
     registry, decode = watched.world.registry, watched.decode
     other = watched.world.ready(Role.PREFILL, 3)

@@ -1,4 +1,4 @@
-"""Whole chunks that need no parser."""
+"""Complete chunks that need no parser."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.http1.chunked import are_whole
+from disagg_proxy.http1.chunked import are_complete_chunks
 
 
 def chunk(size: int) -> bytes:
@@ -14,9 +14,9 @@ def chunk(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 200, 255, 256, 257, 4000, 0x2000, 0x12345])
-def test_one_alone_or_among_others(size: int) -> None:
-    assert are_whole(chunk(size))
-    assert are_whole(chunk(1) + chunk(size) + chunk(size) + chunk(0xABCDE))
+def test_a_chunk_alone_or_among_others(size: int) -> None:
+    assert are_complete_chunks(chunk(size))
+    assert are_complete_chunks(chunk(1) + chunk(size) + chunk(size) + chunk(0xABCDE))
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,16 @@ def test_one_alone_or_among_others(size: int) -> None:
     ],
     ids=lambda data: str(data[:20]),
 )
-def test_everything_else_is_for_the_parser(data: bytes) -> None:
-    assert not are_whole(data)
+def test_anything_else_goes_to_the_parser(data: bytes) -> None:
+    assert not are_complete_chunks(data)
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=5), st.integers(0, 200), st.binary(max_size=3))
-def test_one_byte_more_less_or_another_is_seen(pieces: list[bytes], at: int, instead: bytes) -> None:
-    whole = b"".join(b"%x\r\n%b\n\r\n" % (len(piece) + 1, piece) for piece in pieces)
-    assert are_whole(whole)
-    changed = whole[:at] + instead + whole[at + 1 :]
-    if not are_whole(changed):
+def test_any_changed_byte_is_noticed(chunks: list[bytes], at: int, instead: bytes) -> None:
+    complete = b"".join(b"%x\r\n%b\n\r\n" % (len(data) + 1, data) for data in chunks)
+    assert are_complete_chunks(complete)
+    changed = complete[:at] + instead + complete[at + 1 :]
+    if not are_complete_chunks(changed):
         return
     rest = changed
     while rest:

@@ -1,4 +1,4 @@
-"""Which headers cross, as pure functions."""
+"""Which headers are forwarded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import pytest
 
 from disagg_proxy.http1.headers import (
     Headers,
-    answer_headers,
     client_request_id,
-    encode_headers,
+    forwarded_request_lines,
+    forwarded_response_headers,
     is_stream,
-    request_lines,
     value_of,
 )
 from disagg_proxy.request_id import RequestId
@@ -34,29 +33,29 @@ HOP_BY_HOP = [
 @pytest.mark.parametrize(
     "name", [*HOP_BY_HOP, b"host", b"content-length", b"expect", b"x-request-id", b"x-data-parallel-rank"]
 )
-def test_what_does_not_reach_an_engine(name: bytes) -> None:
-    assert request_lines([(name, b"x"), (name, b"y")], "") == IDENTITY
+def test_headers_that_are_not_forwarded_to_an_engine(name: bytes) -> None:
+    assert forwarded_request_lines([(name, b"x"), (name, b"y")], "") == IDENTITY
 
 
 @pytest.mark.parametrize("name", [*HOP_BY_HOP, b"date", b"server", b"x-request-id"])
-def test_what_does_not_reach_the_client(name: bytes) -> None:
-    assert answer_headers([(name, b"x"), (name, b"y")], ID) == []
+def test_headers_that_are_not_forwarded_to_the_client(name: bytes) -> None:
+    assert forwarded_response_headers([(name, b"x"), (name, b"y")], ID) == []
 
 
 @pytest.mark.parametrize(
     "name", [b"authorization", b"x-api-key", b"traceparent", b"content-type", b"cookie", b"x-any", b"accept"]
 )
-def test_what_passes_as_it_is(name: bytes) -> None:
-    assert request_lines([(name, b"x"), (name, b"y")], "") == b"%b: x\r\n%b: y\r\n" % (name, name) + IDENTITY
+def test_headers_that_are_forwarded_unchanged(name: bytes) -> None:
+    assert forwarded_request_lines([(name, b"x"), (name, b"y")], "") == b"%b: x\r\n%b: y\r\n" % (name, name) + IDENTITY
 
 
-def test_compression_is_never_asked_for() -> None:
-    assert request_lines([(b"accept-encoding", b"gzip")], "") == IDENTITY
+def test_compression_is_never_requested() -> None:
+    assert forwarded_request_lines([(b"accept-encoding", b"gzip")], "") == IDENTITY
 
 
 def test_the_engines_key_replaces_the_clients_in_every_place() -> None:
     headers = [(b"authorization", b"Bearer a"), (b"authorization", b"Bearer b"), (b"x-api-key", b"c"), (b"x", b"d")]
-    assert request_lines(headers, "key") == b"x: d\r\n" + IDENTITY + b"authorization: Bearer key\r\n"
+    assert forwarded_request_lines(headers, "key") == b"x: d\r\n" + IDENTITY + b"authorization: Bearer key\r\n"
 
 
 @pytest.mark.parametrize(
@@ -73,21 +72,21 @@ def test_headers_that_connection_names_are_dropped_both_ways(value: bytes, dropp
     own = [(b"x-hop", b"1"), (b"x-b", b"2"), (b"x", b"3")]
     headers = [(b"connection", value), *own]
     left = [header for header in own if header[0] not in dropped]
-    assert answer_headers(headers, ID) == left
-    assert request_lines(headers, "") == b"".join(b"%b: %b\r\n" % header for header in left) + IDENTITY
+    assert forwarded_response_headers(headers, ID) == left
+    assert forwarded_request_lines(headers, "") == b"".join(b"%b: %b\r\n" % header for header in left) + IDENTITY
 
 
 @pytest.mark.parametrize("value", ["déjà".encode(), "東".encode(), b"caf\xe9", b"plain", b""])
-def test_bytes_beyond_ascii_pass_both_ways(value: bytes) -> None:
-    assert request_lines([(b"x", value)], "") == b"x: " + value + b"\r\n" + IDENTITY
-    assert answer_headers([(b"x", value)], ID) == [(b"x", value)]
+def test_bytes_beyond_ascii_are_forwarded_both_ways(value: bytes) -> None:
+    assert forwarded_request_lines([(b"x", value)], "") == b"x: " + value + b"\r\n" + IDENTITY
+    assert forwarded_response_headers([(b"x", value)], ID) == [(b"x", value)]
 
 
-def test_the_internal_id_is_hidden_in_any_header_and_repeats_stay() -> None:
+def test_the_internal_id_is_replaced_in_any_header_and_repeated_headers_stay() -> None:
     cookies = [(b"set-cookie", b"a"), (b"set-cookie", b"b")]
-    said = (b"x-note", b"<%b>" % ID.internal.encode())
-    assert answer_headers([said, *cookies], ID) == [(b"x-note", b"<%b>" % ID.public.encode()), *cookies]
-    assert answer_headers([said, *cookies], None) == [said, *cookies]
+    note = (b"x-note", b"<%b>" % ID.internal.encode())
+    assert forwarded_response_headers([note, *cookies], ID) == [(b"x-note", b"<%b>" % ID.public.encode()), *cookies]
+    assert forwarded_response_headers([note, *cookies], None) == [note, *cookies]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_the_clients_request_id(value: bytes, returned: bool) -> None:
     assert client_request_id([(b"x", b"other"), (b"x-request-id", value)]) == (value.decode() if returned else None)
 
 
-def test_no_request_id_of_the_clients() -> None:
+def test_no_request_id_from_the_client() -> None:
     assert client_request_id([]) is None
 
 
@@ -128,8 +127,3 @@ def test_is_stream(headers: Headers, streamed: bool) -> None:
 def test_the_first_of_several_counts() -> None:
     headers = [(b"a", b"1"), (b"b", b"2"), (b"b", b"3")]
     assert [value_of(headers, name) for name in (b"a", b"b", b"c")] == [b"1", b"2", b""]
-
-
-def test_lines_of_the_proxys_own() -> None:
-    assert encode_headers({"a": "1", "authorization": "Bearer k"}) == b"a: 1\r\nauthorization: Bearer k\r\n"
-    assert encode_headers({}) == b""

@@ -10,7 +10,7 @@ from disagg_kv.transport.chunks import split_into_chunks
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 64), st.integers(0, 3000))
-def test_every_row_is_in_one_piece(planes: int, blocks: int, row: int, more: int) -> None:
+def test_every_row_is_in_one_chunk(planes: int, blocks: int, row: int, more: int) -> None:
     staging, rows = row + more, []
     for chunk in split_into_chunks(planes, blocks, row, staging):
         assert chunk.planes * chunk.blocks * row <= staging

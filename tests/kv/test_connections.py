@@ -50,7 +50,7 @@ def test_only_what_is_missing_moves(prefill: Make, decode: Make) -> None:
     assert d.cache.content([0]) == [[bytes(8)]] * 3
 
 
-def test_wanted_before_computed_and_many_pieces(prefill: Make, decode: Make) -> None:
+def test_wanted_before_computed_and_many_chunks(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     blocks = list(range(40))
     d.load(key("t"), p.address, blocks)
@@ -87,7 +87,7 @@ def test_many_transfers_over_one_connection(prefill: Make, decode: Make) -> None
     assert p.server.connections() == 1
 
 
-def test_nobody_listens(decode: Make) -> None:
+def test_connection_refused(decode: Make) -> None:
     d = decode()
     with ExitStack() as hold:
         d.load(key("t"), f"127.0.0.1:{hold_port(hold)}", [1, 2])
@@ -116,7 +116,7 @@ def test_a_restarted_prefill_is_connected_anew(prefill: Make, decode: Make) -> N
     assert d.cache.content([2]) == again.cache.content([2])
 
 
-def test_decode_dies_and_prefill_forgets_its_wishes(prefill: Make, decode: Make) -> None:
+def test_decode_dies_and_prefill_drops_its_wants(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     d.load(key("t"), p.address, [1])
     _wait(lambda: p.send_queue.counts()["wants"] == 1)
@@ -125,7 +125,7 @@ def test_decode_dies_and_prefill_forgets_its_wishes(prefill: Make, decode: Make)
     _wait(lambda: p.server.connections() == 0)
 
 
-def test_a_late_load_is_given_up_and_prefill_told(prefill: Make, decode: Make) -> None:
+def test_a_late_load_is_given_up_and_released_on_prefill(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     d.load(key("t"), p.address, [1], seconds=0.05)
     assert d.result().failed_blocks == {1}
@@ -262,7 +262,7 @@ async def test_the_proxy_releases_a_transfer_on_decode(prefill: Make, decode: Ma
     await control.close()
 
 
-async def test_the_proxy_introduces_two_engines(prefill: Make, decode: Make) -> None:
+async def test_the_proxy_connects_two_engines(prefill: Make, decode: Make) -> None:
     p, d = prefill(), decode()
     control = await Control.open(d.address)
     await control.meet(p.address)
@@ -351,7 +351,7 @@ def test_connections_are_bounded(prefill: Make) -> None:
         sock.close()
 
 
-def test_a_silent_connection_is_ended(prefill: Make) -> None:
+def test_an_idle_handshake_is_closed(prefill: Make) -> None:
     p = prefill(settings={"stall_timeout_s": 0.1})
     with socket.create_connection(("127.0.0.1", p.server.port), timeout=10) as sock:
         assert sock.recv(1) == b""

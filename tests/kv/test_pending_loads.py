@@ -39,7 +39,7 @@ def test_filled_in_two_segments() -> None:
 
 @pytest.mark.parametrize("go", [Go(key("t"), 1, 2, True), Go(key("t"), 0, 4, True), Go(key("t"), 0, 3, False),
                                 Go(key("t"), 0, 2, True)])  # fmt: skip
-def test_blocks_that_were_not_asked_for_break_the_connection(go: Go) -> None:
+def test_unrequested_blocks_break_the_connection(go: Go) -> None:
     pending, load, _ = _pending()
     with pytest.raises(WireError, match="expected 0"):
         pending.on_go("p", go)

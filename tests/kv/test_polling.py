@@ -61,12 +61,12 @@ def test_a_transfer_is_waited_for_on_a_quiet_connection(joined: tuple[Channel, s
     assert time.monotonic() - end < 4
 
 
-def test_a_transfer_whose_peer_goes_is_given_up(joined: tuple[Channel, socket.socket]) -> None:
+def test_a_transfer_whose_peer_disconnects_is_aborted(joined: tuple[Channel, socket.socket]) -> None:
     joined[1].close()
     with pytest.raises(Stalled, match=r"the peer is gone \(here\)"):
         wait_until(lambda: False, joined[0].broken, 60, lambda: "here")
 
 
-def test_a_transfer_that_does_not_end_is_given_up(joined: tuple[Channel, socket.socket]) -> None:
+def test_a_transfer_that_does_not_complete_is_aborted(joined: tuple[Channel, socket.socket]) -> None:
     with pytest.raises(Stalled, match=r"not complete after 0\.\d s \(here\)"):
         wait_until(lambda: False, joined[0].broken, 0.01, lambda: "here")

@@ -133,7 +133,7 @@ def test_the_second_of_two_answers_waits_for_the_first() -> None:
     assert len(plan.loads) == 1 and not plan.releases
 
 
-def test_prompts_of_one_transfer_are_told_apart() -> None:
+def test_prompts_of_one_transfer_have_different_keys() -> None:
     half = _half(True)
     first, second = _decode_request("a", tokens=10), _decode_request("b", tokens=11)
     assert half.num_matched_tokens(first, 0) == (10, True)
@@ -337,7 +337,7 @@ def test_requests_without_params_leave_no_trace() -> None:
     assert half.finished(request) is False
 
 
-def test_a_step_without_work_says_so() -> None:
+def test_an_empty_step_is_marked_idle() -> None:
     half = _half(False)
     assert half.plan(_output()).idle
     assert not half.plan(_output({"r": ([1], 0, 3)})).idle

@@ -1,4 +1,4 @@
-"""Prefill's state machine: either side first, segments in order, every end told once, nothing left over."""
+"""Prefill's state machine: either side first, segments in order, every end notified once, no leaks."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_newest_are_given_up_when_too_much_waits() -> None:
     assert send_queue.collect() == set(), "there is capacity again"
 
 
-def test_what_decode_has_asked_for_is_not_given_up_and_does_not_count() -> None:
+def test_requested_kv_is_not_given_up_and_does_not_count() -> None:
     send_queue, peer, _ = _send_queue(hold_blocks=3)
     for name in "ab":
         send_queue.on_want(peer, Want(key(name), 0, 3))
@@ -229,7 +229,7 @@ def test_aborted_in_the_middle_of_a_segment() -> None:
     assert _gone(send_queue, peer) == "aborted"
 
 
-def test_what_nobody_fetches_expires() -> None:
+def test_unfetched_kv_expires() -> None:
     send_queue, peer, clock = _send_queue(hold=10)
     send_queue.open(key("t"), "r", 1)
     clock.now = 100
@@ -297,7 +297,7 @@ def test_a_lane_cannot_release_what_another_one_waits_for() -> None:
     assert _next(send_queue, peer).last
 
 
-def test_a_dead_decode_leaves_no_kv_behind() -> None:
+def test_a_dead_decodes_kv_is_freed() -> None:
     """What it waited for is computed by decode, or asked for under another transfer id."""
     send_queue, peer, _ = _send_queue()
     for name in ("begun", "later", "not wanted"):

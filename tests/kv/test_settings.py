@@ -20,7 +20,7 @@ def test_values_may_be_texts() -> None:
     assert settings.may_fetch_from("10.1.2.3:5") and not settings.may_fetch_from("127.0.0.2:5")
 
 
-def test_only_loopback_unless_told_otherwise() -> None:
+def test_defaults_allow_only_loopback() -> None:
     settings = Settings.load({}, {})
     assert settings.listen == "127.0.0.1"
     assert settings.may_fetch_from("127.0.0.1:5") and settings.may_fetch_from("[::1]:5")

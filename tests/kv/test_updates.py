@@ -64,7 +64,7 @@ def test_writes_are_known_before_they_happen(engine: EngineCore) -> None:
     "method", ["update_max_model_len", "get_model", "compute_weight_checksums", "save_sharded_state", "check_health",
                "profile", "init_weight_transfer_engine"],
 )  # fmt: skip
-def test_what_leaves_weights_alone_is_no_write(engine: EngineCore, method: str) -> None:
+def test_calls_that_do_not_change_weights_are_no_writes(engine: EngineCore, method: str) -> None:
     seen: list[str] = []
     watch_engine(seen.append, lambda lora: None)
     assert engine.collective_rpc(method) == ["done"] and not seen

@@ -45,7 +45,7 @@ async def with_everything(machine, page) -> None:
     decode.faults.hold("schedule")
     await soon(asyncio.gather(*(machine.send(PATH, ask) for _ in range(2))), 30)
     await machine.send(PATH, ask)
-    await says(page, "#now-details", "Only a restart can")
+    await says(page, "#now-details", "Only a restart can help")
     await says(page, "#requests .outcome", "No pair")
     await says(page, ".card .state-word", "Drained")
     decode.faults.release()

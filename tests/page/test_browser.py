@@ -39,7 +39,7 @@ async def test_a_pair_that_serves(machine, pair, browser) -> None:
         assert await card.locator(".icon").get_attribute("data-shape") == "ready"
     await machine.check_right()
     await says(page, "#requests .outcome", "OK")
-    await says(page, "#flow-list", f"{prefill.http_address} to {decode.http_address}: 0 in flight, 1 in all")
+    await says(page, "#flow-list", f"{prefill.http_address} to {decode.http_address}: 0 in flight, 1 in total")
     await says(page, "#labels", "in flight")
     await says(page, "#events .kind", "Ready")
     assert await page.locator("#requests .bar .seg:visible").count() >= 2
@@ -62,12 +62,14 @@ async def test_a_decode_that_is_frozen_for_good_is_named_with_what_was_done(mach
     asked = asyncio.gather(*(machine.send(PATH, ASK) for _ in range(2)))
     await says(page, "#now-text", f"Decode {decode.http_address} is frozen")
     await says(page, "#now-age", re.compile(r"for \d+ s"))
-    await says(page, "#now-details", "answers pings, but its engine is stalled")
+    await says(page, "#now-details", f"Decode {decode.http_address}: stalled: no output")
     await says(
-        page, "#now-details", re.compile(r"What was done: taken out of service, and (a prefill was|prefills were)")
+        page,
+        "#now-details",
+        re.compile(r"Action taken: out of rotation, and (one prefill was|\d+ prefills were) replayed"),
     )
-    await says(page, "#now-details", "Only a restart can")
-    await says(page, "#now-details", "There is no other pair: new requests get 503 until it is back.")
+    await says(page, "#now-details", "Only a restart can help")
+    await says(page, "#now-details", "There is no other pair: new requests get 503 until it recovers.")
     card = page.locator(".side.decode .card")
     assert await card.locator(".state-word").text_content() == "Frozen"
     assert await card.locator(".icon").get_attribute("data-shape") == "frozen"
@@ -87,12 +89,12 @@ async def test_a_decode_that_was_freed_leaves_its_story(machine, pair, browser) 
     decode.faults.lose_kv()
     await soon(machine.check_right(), 30)
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
-    await says(page, "#incident-end", "over after")
+    await says(page, "#incident-end", "resolved after")
     await says(page, "#now-text", "Serving: 1 pair")
     assert await page.locator("#incident-title").text_content() == f"Last incident: Decode {decode.http_address}"
     steps = await page.locator("#incident-steps .kind").all_text_contents()
-    assert steps == ["Frozen", "Replayed", "Freed", "Ready"]
-    await says(page, ".side.decode .notes", "Froze once so far; prefills replayed: 1")
+    assert steps == ["Frozen", "Replayed", "Recovered", "Ready"]
+    await says(page, ".side.decode .notes", "Froze once; prefills replayed: 1")
 
 
 @pytest.mark.parametrize("route", ["completions", "chat"])
@@ -102,14 +104,14 @@ async def test_a_test_prompt_streams_and_shows_its_route(machine, pair, browser,
     await says(page, "#now-text", "Serving")
     await page.get_by_label("Prompt").fill("Tell me more")
     await page.get_by_label("Route").select_option(label=route.title())
-    await page.get_by_label("Tokens, at most").fill("9")
+    await page.get_by_label("Max tokens").fill("9")
     await page.get_by_role("button", name="Send").click()
     await says(page, "#ask-route", f"Served by prefill {prefill.http_address} and decode {decode.http_address}")
     right = expected_text("Tell me more", 9)
     if route == "chat":
         right = expected_chat_text([{"role": "user", "content": "Tell me more"}], 9)
     assert await page.locator("#ask-answer").text_content() == right
-    await says(page, "#ask-status", re.compile(r"First token after [\d.]+ m?s, all after [\d.]+ m?s, \d+ pieces"))
+    await says(page, "#ask-status", re.compile(r"First token after [\d.]+ m?s, complete after [\d.]+ m?s, \d+ chunks"))
 
 
 async def test_a_test_prompt_can_be_stopped_and_may_fail(machine, browser) -> None:
@@ -141,7 +143,7 @@ async def test_names_are_text_and_nothing_else(machine, browser) -> None:
 @pytest.mark.parametrize("language", ["zh-CN", "zh-TW"])
 async def test_chinese_by_the_browsers_language_and_back(machine, pair, browser, language: str) -> None:
     page = await browser.open(machine.proxy.url, locale=language)
-    await says(page, "#now-text", "服务正常：1 对就绪")
+    await says(page, "#now-text", "服务正常：1 对实例就绪")
     assert await page.locator("html").get_attribute("lang") == "zh-CN"
     assert await page.locator(".card .state-word").all_text_contents() == ["就绪", "就绪"]
     await page.locator("#language").click()
@@ -155,7 +157,7 @@ async def test_dark_by_the_systems_wish_and_by_the_button(machine, browser) -> N
     page = await browser.open(machine.proxy.url, color_scheme="dark")
     background = "getComputedStyle(document.body).backgroundColor"
     dark = await page.evaluate(background)
-    await page.get_by_role("button", name="Switch between the light and the dark look").click()
+    await page.get_by_role("button", name="Switch between the light and the dark theme").click()
     light = await page.evaluate(background)
     assert dark == "rgb(13, 17, 23)" and light == "rgb(243, 245, 248)"
     await page.reload()
@@ -168,12 +170,12 @@ async def test_the_key_is_asked_for_kept_in_the_tab_and_never_in_the_address(mac
     page = await browser.open(machine.proxy.url)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    await says(page, "#key-form", "This proxy asks for a key")
+    await says(page, "#key-form", "This proxy requires an API key")
     assert not await page.locator("#content").is_visible()
-    await page.get_by_label("API key").fill("wrong")
-    await page.get_by_role("button", name="Open").click()
-    await says(page, "#key-wrong", "The proxy did not take that key.")
-    await page.get_by_label("API key").fill("sesame")
+    await page.get_by_label("API key", exact=True).fill("wrong")
+    await page.get_by_role("button", name="Sign in").click()
+    await says(page, "#key-wrong", "The proxy rejected this key.")
+    await page.get_by_label("API key", exact=True).fill("sesame")
     await page.keyboard.press("Enter")
     await says(page, "#now-text", "Not serving: no prefill has registered")
     await page.reload()
@@ -181,7 +183,7 @@ async def test_the_key_is_asked_for_kept_in_the_tab_and_never_in_the_address(mac
     assert not any("sesame" in url for url in [page.url, *asked]) and asked
     assert "sesame" not in await page.evaluate("JSON.stringify(localStorage) + document.cookie")
     await page.get_by_role("button", name="Forget the key").click()
-    await says(page, "#key-form", "This proxy asks for a key")
+    await says(page, "#key-form", "This proxy requires an API key")
     assert "sesame" not in await page.evaluate("JSON.stringify(sessionStorage)")
 
 
@@ -191,7 +193,7 @@ async def test_the_page_outlives_the_proxy(browser) -> None:
         page = await browser.open(proxy.url)
         await says(page, "#link", "Live")
         port = int(proxy.url.rpartition(":")[2])
-    await says(page, "#now-text", "The proxy does not answer")
+    await says(page, "#now-text", "The proxy does not respond")
     async with running_proxy(http_port=port):
         await says(page, "#link", "Live")
         await says(page, "#now-text", "Not serving")
@@ -201,7 +203,7 @@ async def test_older_values_of_a_chart_are_read_by_keys(machine, pair, browser) 
     page = await browser.open(machine.proxy.url)
     await says(page, "#now-text", "Serving")
     chart = page.locator(".chart.load")
-    assert "Left and right arrows" in (await chart.locator("svg").get_attribute("aria-label") or "")
+    assert "left and right arrow keys" in (await chart.locator("svg").get_attribute("aria-label") or "")
     await chart.locator("svg").focus()
     await page.keyboard.press("ArrowLeft")
     await says(page, ".chart.load .readout", re.compile(r"^\d\d:\d\d:\d\d · in flight 0 · queued 0$"))

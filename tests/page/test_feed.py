@@ -79,7 +79,7 @@ def test_changes_say_only_what_is_new_and_joined_makes_the_view_again() -> None:
 
 async def test_a_viewer_gets_the_whole_view_and_then_changes(ended) -> None:
     source = Source()
-    feed = Feed(source, ended, every=0.001)
+    feed = Feed(source, ended, interval=0.001)
     messages = feed.join().messages()
     kind, seen = await read(messages)
     assert (kind, seen) == ("view", view(1))
@@ -92,7 +92,7 @@ async def test_a_viewer_gets_the_whole_view_and_then_changes(ended) -> None:
 
 async def test_one_view_is_made_for_all(ended) -> None:
     source = Source()
-    feed = Feed(source, ended, every=NOT_BY_ITSELF)
+    feed = Feed(source, ended, interval=NOT_BY_ITSELF)
     streams = [feed.join().messages() for _ in range(5)]
     assert [await read(s) for s in streams] == [("view", view(1))] * 5
     assert source.made == 1
@@ -103,7 +103,7 @@ async def test_one_view_is_made_for_all(ended) -> None:
 
 async def test_a_viewer_that_was_away_gets_the_newest_view_whole(ended) -> None:
     source = Source()
-    feed = Feed(source, ended, every=0.001)
+    feed = Feed(source, ended, interval=0.001)
     slow, other = feed.join().messages(), feed.join().messages()
     await read(slow)
     while source.made < 6:
@@ -114,7 +114,7 @@ async def test_a_viewer_that_was_away_gets_the_newest_view_whole(ended) -> None:
 
 async def test_nothing_is_made_while_nobody_looks(ended) -> None:
     source = Source()
-    feed = Feed(source, ended, every=0.001)
+    feed = Feed(source, ended, interval=0.001)
     viewers = [feed.join(), feed.join()]
     await read(viewers[0].messages())
     viewers[0].leave()
@@ -124,15 +124,15 @@ async def test_nothing_is_made_while_nobody_looks(ended) -> None:
     made = source.made
     for _ in range(20):
         await asyncio.sleep(0.001)
-    assert source.made == made and feed.moment is None
+    assert source.made == made and feed.state is None
     assert (await read(feed.join().messages()))[0] == "view", "and it goes on for the next"
 
 
 async def test_there_are_no_more_viewers_than_may_be(ended) -> None:
-    feed = Feed(Source(), ended, every=NOT_BY_ITSELF, most=2)
+    feed = Feed(Source(), ended, interval=NOT_BY_ITSELF, max_viewers=2)
     first = feed.join()
     feed.join()
-    with pytest.raises(Unavailable, match="open 2 times"):
+    with pytest.raises(Unavailable, match="has 2 viewers already"):
         feed.join()
     first.leave()
     feed.join()
@@ -140,7 +140,7 @@ async def test_there_are_no_more_viewers_than_may_be(ended) -> None:
 
 async def test_a_view_that_cannot_be_made_ends_nothing(ended, caplog) -> None:
     source = Source()
-    feed = Feed(source, ended, every=0.001)
+    feed = Feed(source, ended, interval=0.001)
     messages = feed.join().messages()
     await read(messages)
     source.fails = True
@@ -150,11 +150,11 @@ async def test_a_view_that_cannot_be_made_ends_nothing(ended, caplog) -> None:
     source.fails = False
     kind, _ = await read(messages)
     assert kind in ("update", "view")
-    assert "cannot be brought up to date" in caplog.text
+    assert "Could not update the live page" in caplog.text
 
 
 async def test_at_the_end_everybody_is_told(ended) -> None:
-    feed = Feed(Source(), ended, every=NOT_BY_ITSELF)
+    feed = Feed(Source(), ended, interval=NOT_BY_ITSELF)
     messages = feed.join().messages()
     await read(messages)
     ended.set()

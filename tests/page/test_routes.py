@@ -21,7 +21,7 @@ FEED = "/dashboard/events"
 
 @pytest.fixture
 def one_viewer(monkeypatch) -> None:
-    monkeypatch.setattr("disagg_proxy.page.feed.MOST_VIEWERS", 1)
+    monkeypatch.setattr("disagg_proxy.page.feed.MAX_VIEWERS", 1)
 
 
 async def read(answer: aiohttp.ClientResponse) -> tuple[str, Any]:
@@ -125,16 +125,16 @@ async def test_the_feed_ends_with_the_proxy_at_once(machine) -> None:
             pass
         assert event == ("end", {})
         assert await soon(answer.content.read()) == b""
-        assert shutdown.left > 2, "nothing waited for the grace time"
+        assert shutdown.remaining > 2, "nothing waited for the grace time"
 
 
 async def test_a_viewer_that_reads_nothing_holds_up_nobody(machine, dial, monkeypatch) -> None:
     services = machine.proxy.services
 
     async def huge() -> dict[str, Any]:
-        return {**await type(services).view(services), "version": "x" * 20_000_000}
+        return {**await type(services).page_view(services), "version": "x" * 20_000_000}
 
-    monkeypatch.setattr(services, "view", huge)
+    monkeypatch.setattr(services, "page_view", huge)
     wire = await dial(machine.proxy.url)
     wire.writer.transport.pause_reading()
     wire.send(f"GET {FEED} HTTP/1.1\r\nHost: proxy\r\n\r\n")
@@ -147,7 +147,7 @@ async def test_a_viewer_that_reads_nothing_holds_up_nobody(machine, dial, monkey
     async with machine.http.get(machine.proxy.url + FEED) as answer:
         assert await soon(answer.content.readexactly(11)) == b"event: view", "others see the page"
     await soon(machine.proxy.stop())
-    assert services.shutdown.left > 2, "nothing waited for the grace time"
+    assert services.shutdown.remaining > 2, "nothing waited for the grace time"
 
 
 @pytest.mark.settings(freeze_after_min=0.4, freeze_after_max=0.4, probe_interval=0.1)

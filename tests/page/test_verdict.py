@@ -59,11 +59,11 @@ CASES = [
         ["Not serving: no decode is ready", "Decode decode:1: Lost. why it is lost"],
     ),
     (view(P, D), "bad", ["Not serving: no prefill and decode can exchange KV"]),
-    (view(D, status="ok"), "warn", ["Serving without prefill: decode computes the prompts itself"]),
+    (view(D, status="ok"), "warn", ["Serving without prefill: decode computes the prompts"]),
     (
         view(P, D, instance("decode", draining=True, name="other"), pairs=1),
         "warn",
-        ["Serving: 1 pair ready, but not everything is", "Decode other:1: Drained. why it is ready"],
+        ["Serving: 1 pair ready, but some instances are not", "Decode other:1: Drained. why it is ready"],
     ),
 ]
 
@@ -76,8 +76,8 @@ def test_what_is_said(shown: dict[str, Any], level: str, lines: list[str]) -> No
 
 FROZEN = instance("decode", "frozen")
 GIVEN_UP = instance("decode", "frozen", restart_wanted=True)
-ONLY_OUT = "What was done: taken out of service, so nothing new is sent to it."
-TRYING = "The proxy is still trying to free it."
+ONLY_OUT = "Action taken: out of rotation, no new requests are sent to it."
+TRYING = "The proxy is still trying to recover it."
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ TRYING = "The proxy is still trying to free it."
     [
         (view(P, FROZEN, events="decode admitted, decode frozen"), [ONLY_OUT, TRYING]),
         (view(P, FROZEN, events="decode admitted, decode frozen, other replayed 3"), [ONLY_OUT, TRYING]),
-        (view(P, FROZEN, events="x lost, decode frozen, decode replayed"), ["a prefill was replayed once", TRYING]),
+        (view(P, FROZEN, events="x lost, decode frozen, decode replayed"), ["one prefill was replayed", TRYING]),
         (
             view(P, FROZEN, events="x lost, decode frozen, decode replayed 2"),
-            ["prefills were replayed 2 times", TRYING],
+            ["2 prefills were replayed", TRYING],
         ),
         (
             view(P, GIVEN_UP, events="decode replayed 7, decode frozen, decode replayed 2, decode restart_wanted"),
-            ["prefills were replayed 2 times", "Only a restart can"],
+            ["2 prefills were replayed", "Only a restart can"],
         ),
     ],
 )
@@ -101,16 +101,16 @@ def test_a_frozen_decode_is_named_with_what_was_done(shown: dict[str, Any], done
     assert (found["level"], found["sign"], found["since"]) == ("bad", "frozen", 1)
     head, why, *rest, others = said(found)
     assert head == "Decode decode:1 is frozen"
-    assert why == "Decode decode:1 answers pings, but why it is frozen."
+    assert why == "Decode decode:1: why it is frozen."
     assert len(rest) == len(done) and all(part in line for part, line in zip(done, rest, strict=True))
-    assert others == "There is no other pair: new requests get 503 until it is back."
+    assert others == "There is no other pair: new requests get 503 until it recovers."
 
 
 def test_who_goes_on_while_one_is_frozen() -> None:
     found = verdict(view(P, D, FROZEN, pairs=1, events="decode frozen"))
-    assert found["level"] == "warn" and said(found)[-1] == "Requests go on over the other pair."
+    assert found["level"] == "warn" and said(found)[-1] == "Requests continue on the other pair."
     found = verdict(view(P, D, FROZEN, pairs=2))
-    assert said(found)[-1] == "Requests go on over the other 2 pairs." and found["since"] is None
+    assert said(found)[-1] == "Requests continue on the other 2 pairs." and found["since"] is None
     found = verdict(view(FROZEN, instance("prefill", "frozen"), events="prefill frozen, decode frozen"))
     assert said(found)[0] == "2 engines are frozen" and found["since"] == 0
 
@@ -150,7 +150,7 @@ def test_an_incident_of_one_that_is_gone_keeps_its_name() -> None:
 
 def test_every_sentence_has_a_text_in_both_languages() -> None:
     source = (WEB.parent / "verdict.py").read_text(encoding="utf-8")
-    keys = set(re.findall(r'_say\(\s*"(\w+)"', source)) | {
+    keys = set(re.findall(r'_sentence\(\s*"(\w+)"', source)) | {
         "head_none_prefill",
         "head_none_decode",
         "head_none_ready_prefill",

@@ -59,7 +59,7 @@ def test_answers_that_fall_behind_saturate() -> None:
     assert not saturated(behind, None)
 
 
-def test_without_sending_times_nothing_is_said_about_saturation() -> None:
+def test_without_sending_times_saturation_is_unknown() -> None:
     unknown = Measurement(10, 99, tuple(shot(sent=None, ttft=50_000) for _ in range(100)))
     assert not saturated(unknown, 500.0)
 

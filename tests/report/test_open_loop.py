@@ -95,7 +95,7 @@ async def failure(handler: Handler) -> str:
     return error
 
 
-async def test_failures_are_told_apart() -> None:
+async def test_failures_have_different_errors() -> None:
     async def refused(request: web.Request) -> web.StreamResponse:
         return web.json_response({"error": {"message": "queue full"}}, status=429)
 
@@ -116,7 +116,7 @@ async def test_failures_are_told_apart() -> None:
     assert "JSONDecodeError" in await failure(stream("{", "[DONE]"))
 
 
-async def test_nobody_listens() -> None:
+async def test_connection_refused() -> None:
     with ExitStack() as hold:
         url = f"http://127.0.0.1:{hold_port(hold)}"
         found = await OpenLoopClient([url], WORKLOAD).measure(RATE, asyncio.Event(), ignore)
@@ -142,7 +142,7 @@ async def test_answers_that_do_not_come_are_failures_after_a_bounded_time() -> N
     assert [shot.error for shot in found.shots] == ["no complete response within 0.1 s after the last request"] * 8
 
 
-async def test_stopped_it_keeps_what_was_answered_and_leaves_the_rest() -> None:
+async def test_stopped_it_keeps_only_complete_responses() -> None:
     begun, stop = asyncio.Event(), asyncio.Event()
     slow = hanging(begun)
     count = 0
@@ -160,7 +160,7 @@ async def test_stopped_it_keeps_what_was_answered_and_leaves_the_rest() -> None:
     assert found.interrupted and [shot.answered for shot in found.shots] == [True]
 
 
-async def test_warm_up_says_what_failed() -> None:
+async def test_warm_up_reports_failures() -> None:
     async with server(GOOD) as url:
         assert all(shot.answered for shot in await OpenLoopClient([url], WORKLOAD).warm_up(3))
     async with server(stream("[DONE]")) as url:

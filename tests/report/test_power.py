@@ -51,7 +51,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, watts: dict[str, float]) -> Nvml:
     return nvml
 
 
-def test_energy_is_the_integral_between_two_moments() -> None:
+def test_energy_is_the_integral_between_two_times() -> None:
     samples = [(0.0, 100.0), (1.0, 100.0), (2.0, 300.0), (3.0, 300.0)]
     assert energy(samples, 0, 3) == pytest.approx(100 + 200 + 300)
     assert energy(samples, 1.5, 2.5) == pytest.approx((200 + 300) / 2 * 0.5 + 300 * 0.5)
@@ -83,7 +83,7 @@ def test_only_the_window_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("watts", "why"), [({}, "Driver Not Loaded"), ({"1": 5.0}, "Invalid Argument"), ({"0": -1.0}, "Not Supported")]
 )
-def test_gpus_that_do_not_tell(monkeypatch: pytest.MonkeyPatch, watts: dict[str, float], why: str) -> None:
+def test_gpus_that_do_not_report_power(monkeypatch: pytest.MonkeyPatch, watts: dict[str, float], why: str) -> None:
     stand_in(monkeypatch, watts)
     with pytest.raises(NoPower, match=why):
         PowerMeter({"prefill": ["0"]})

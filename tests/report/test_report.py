@@ -48,7 +48,7 @@ def test_a_small_difference_is_none(tmp_path: Path) -> None:
     assert says(tmp_path).startswith("a and b serve equally many requests within the SLO as far as this can tell: 8.00")
 
 
-def test_what_stands_against_the_figure_is_said(tmp_path: Path) -> None:
+def test_reservations_are_part_of_the_verdict(tmp_path: Path) -> None:
     written(tmp_path, {"a": [measured(4, 20)]})
     assert "limit was not reached with a" in says(tmp_path) and "Fewer than 100 requests" in says(tmp_path)
 

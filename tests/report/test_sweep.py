@@ -89,7 +89,7 @@ class Run:
         return read_report(self.folder).setups[0].setup.ended
 
 
-async def test_it_finds_the_limit_and_says_each_rate(tmp_path: Path) -> None:
+async def test_it_finds_the_limit_and_reports_each_rate(tmp_path: Path) -> None:
     meter = Meter()
     run = Run(tmp_path, MadeUp(10), meter=meter)
     assert await run() is Ended.FOUND

@@ -122,7 +122,7 @@ def test_older_versions_leave_out_when_it_was_sent() -> None:
 
 
 @pytest.mark.parametrize("name", ["ttfts", "itls", "errors", "output_lens", "input_lens"])
-def test_another_form_is_an_error_that_says_so(name: str) -> None:
+def test_an_unknown_result_format_is_an_error(name: str) -> None:
     with pytest.raises(ClientFailed, match="unknown format"):
         shots_of({key: value for key, value in RESULT.items() if key != name})
     with pytest.raises(ClientFailed, match="unknown format"):

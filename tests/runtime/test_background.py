@@ -6,7 +6,7 @@ from disagg_proxy.runtime.background import Background
 from tests.conftest import soon
 
 
-async def test_work_goes_on_when_whoever_began_it_is_cancelled() -> None:
+async def test_work_continues_when_the_task_that_started_it_is_cancelled() -> None:
     background, go, done = Background(), asyncio.Event(), []
 
     async def work() -> None:
@@ -38,16 +38,16 @@ async def test_a_failure_is_logged_with_its_name(caplog) -> None:
     assert len(background) == 0
 
 
-async def test_what_is_late_at_the_end_is_given_up(caplog) -> None:
+async def test_cancel_all_cancels_running_work(caplog) -> None:
     background = Background()
     task = background.spawn(asyncio.Event().wait(), "hangs")
-    await background.give_up()
+    await background.cancel_all()
     assert task.cancelled() and len(background) == 0
-    assert "1 background requests did not end in time" in caplog.text
+    assert "Cancelled 1 background requests: the grace time" in caplog.text
     assert "failed" not in caplog.text
 
 
-async def test_the_end_waits_also_for_work_that_the_work_begins() -> None:
+async def test_ended_waits_for_work_started_by_other_work() -> None:
     background, go, done = Background(), asyncio.Event(), []
 
     async def drain() -> None:

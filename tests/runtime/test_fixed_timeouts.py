@@ -1,4 +1,4 @@
-"""Many waits of one length."""
+"""Many timeouts of one length."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
     return loop
 
 
-def test_each_is_called_in_its_time_with_one_timer_for_all(loop: Loop) -> None:
+def test_each_expires_in_time_with_one_timer_for_all(loop: Loop) -> None:
     waits, called = FixedTimeouts(5.0), []
     for number in range(4):
         waits.add(lambda number=number: called.append((number, loop.now)))
@@ -64,7 +64,7 @@ def test_each_is_called_in_its_time_with_one_timer_for_all(loop: Loop) -> None:
     assert len(waits) == 0 and not loop.timers
 
 
-def test_those_of_one_moment_are_called_together(loop: Loop) -> None:
+def test_timeouts_of_one_instant_expire_together(loop: Loop) -> None:
     waits, called = FixedTimeouts(5.0), []
     for number in range(3):
         waits.add(lambda number=number: called.append(number))
@@ -73,7 +73,7 @@ def test_those_of_one_moment_are_called_together(loop: Loop) -> None:
 
 
 @pytest.mark.parametrize("dropped", range(3))
-def test_what_is_dropped_is_not_called_and_delays_nobody(loop: Loop, dropped: int) -> None:
+def test_a_dropped_timeout_is_not_called_and_delays_no_other(loop: Loop, dropped: int) -> None:
     waits, called = FixedTimeouts(5.0), []
     keys = []
     for number in range(3):
@@ -86,7 +86,7 @@ def test_what_is_dropped_is_not_called_and_delays_nobody(loop: Loop, dropped: in
     assert called == [(number, 105.0 + number) for number in range(3) if number != dropped]
 
 
-def test_nothing_is_left_when_all_are_dropped_and_the_next_ones_are_in_time(loop: Loop) -> None:
+def test_no_entry_remains_when_all_are_dropped_and_the_next_are_in_time(loop: Loop) -> None:
     waits, called = FixedTimeouts(5.0), []
     waits.drop(waits.add(lambda: called.append("dropped")))
     loop.pass_time(3.0)
@@ -97,7 +97,7 @@ def test_nothing_is_left_when_all_are_dropped_and_the_next_ones_are_in_time(loop
     assert called == [108.0] and not loop.timers
 
 
-def test_dropping_is_harmless_when_it_was_called_or_never_was(loop: Loop) -> None:
+def test_dropping_an_expired_or_unknown_timeout_has_no_effect(loop: Loop) -> None:
     waits, called = FixedTimeouts(5.0), []
     key = waits.add(lambda: called.append(1))
     loop.pass_time(5.0)
@@ -106,7 +106,7 @@ def test_dropping_is_harmless_when_it_was_called_or_never_was(loop: Loop) -> Non
     assert called == [1] and len(waits) == 0
 
 
-def test_one_that_is_called_may_add_and_drop_others(loop: Loop) -> None:
+def test_a_callback_may_add_and_drop_timeouts(loop: Loop) -> None:
     waits, called = FixedTimeouts(5.0), []
     second: object | None = None
 
@@ -121,7 +121,7 @@ def test_one_that_is_called_may_add_and_drop_others(loop: Loop) -> None:
     assert called == [("first", 105.0), ("third", 110.0)]
 
 
-def test_one_that_fails_takes_no_other_with_it(loop: Loop) -> None:
+def test_a_failing_callback_does_not_stop_the_others(loop: Loop) -> None:
     waits, called = FixedTimeouts(5.0), []
 
     def fail() -> None:

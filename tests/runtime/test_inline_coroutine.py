@@ -13,7 +13,7 @@ from tests.conftest import soon
 
 
 class Run:
-    """What became of one coroutine."""
+    """The recorded end of one coroutine."""
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self.ends: list[BaseException | None] = []
@@ -26,40 +26,40 @@ class Run:
         self.over.set()
 
 
-def begun(work: Coroutine[Any, Any, Any]) -> Run:
+def started(work: Coroutine[Any, Any, Any]) -> Run:
     run = Run(work)
     run.coroutine.start()
     return run
 
 
-async def test_it_begins_at_once_and_goes_on_in_the_very_call() -> None:
+async def test_it_starts_at_once_and_resumes_inside_set() -> None:
     said: list[str] = []
     moment = Event()
 
     async def work() -> None:
-        said.append("begun")
+        said.append("started")
         await moment
-        said.append("came")
+        said.append("resumed")
 
-    run = begun(work())
-    assert said == ["begun"] and not run.ends
+    run = started(work())
+    assert said == ["started"] and not run.ends
     moment.set()
-    assert said == ["begun", "came"] and run.ends == [None]
+    assert said == ["started", "resumed"] and run.ends == [None]
     moment.set()
     assert run.ends == [None]
 
 
-async def test_a_moment_that_has_come_is_not_waited_for() -> None:
+async def test_an_event_that_is_set_is_not_waited_for() -> None:
     moment = Event()
     moment.set()
 
     async def work() -> None:
         await moment
 
-    assert begun(work()).ends == [None]
+    assert started(work()).ends == [None]
 
 
-async def test_what_asyncio_has_can_be_awaited() -> None:
+async def test_asyncio_futures_and_tasks_can_be_awaited() -> None:
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     got: list[Any] = []
 
@@ -69,7 +69,7 @@ async def test_what_asyncio_has_can_be_awaited() -> None:
         got.append(await future)
         got.append(await asyncio.create_task(asyncio.sleep(0, "task")))
 
-    run = begun(work())
+    run = started(work())
     future.set_result(7)
     await soon(run.over.wait())
     assert got == [7, "task"] and run.ends == [None]
@@ -83,7 +83,7 @@ async def test_an_awaited_failure_is_raised_where_it_is_awaited() -> None:
             await future
         raise ValueError("mine")
 
-    run = begun(work())
+    run = started(work())
     future.set_exception(KeyError())
     await soon(run.over.wait())
     assert len(run.ends) == 1 and isinstance(run.ends[0], ValueError)
@@ -97,7 +97,7 @@ def on_a_moment() -> Coroutine[Any, Any, None]:
 
 
 @pytest.mark.parametrize("make", [on_a_moment, lambda: asyncio.sleep(60), asyncio.Event().wait])
-async def test_cancelled_it_ends_where_it_waits(make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+async def test_cancel_raises_at_the_await_point(make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     tidied: list[bool] = []
 
     async def work() -> None:
@@ -106,7 +106,7 @@ async def test_cancelled_it_ends_where_it_waits(make: Callable[[], Coroutine[Any
         finally:
             tidied.append(True)
 
-    run = begun(work())
+    run = started(work())
     run.coroutine.cancel()
     await soon(run.over.wait())
     assert tidied and isinstance(run.ends[0], asyncio.CancelledError)
@@ -114,7 +114,7 @@ async def test_cancelled_it_ends_where_it_waits(make: Callable[[], Coroutine[Any
     assert len(run.ends) == 1
 
 
-async def test_a_moment_that_comes_after_the_cancellation_wakes_nobody() -> None:
+async def test_an_event_set_after_the_cancellation_resumes_nothing() -> None:
     moment, later = Event(), Event()
 
     async def work() -> None:
@@ -123,7 +123,7 @@ async def test_a_moment_that_comes_after_the_cancellation_wakes_nobody() -> None
         except asyncio.CancelledError:
             await later
 
-    run = begun(work())
+    run = started(work())
     run.coroutine.cancel()
     moment.set()
     assert not run.ends
@@ -131,7 +131,7 @@ async def test_a_moment_that_comes_after_the_cancellation_wakes_nobody() -> None
     assert run.ends == [None]
 
 
-async def test_cancelled_by_itself_it_ends_at_its_next_wait() -> None:
+async def test_a_coroutine_that_cancels_itself_ends_at_its_next_await() -> None:
     said: list[str] = []
 
     async def work() -> None:
@@ -145,7 +145,7 @@ async def test_cancelled_by_itself_it_ends_at_its_next_wait() -> None:
     assert said == ["goes on"] and isinstance(run.ends[0], asyncio.CancelledError)
 
 
-async def test_who_is_running_is_known_also_within_another() -> None:
+async def test_current_is_restored_after_a_nested_step() -> None:
     seen: list[InlineCoroutine | None] = []
 
     async def inner() -> None:
@@ -153,10 +153,10 @@ async def test_who_is_running_is_known_also_within_another() -> None:
 
     async def outer() -> None:
         seen.append(InlineCoroutine.current)
-        within = begun(inner())
+        within = started(inner())
         seen.append(within.coroutine)
         seen.append(InlineCoroutine.current)
 
-    run = begun(outer())
+    run = started(outer())
     assert seen == [run.coroutine, seen[2], seen[2], run.coroutine] and seen[2] is not run.coroutine
     assert InlineCoroutine.current is None

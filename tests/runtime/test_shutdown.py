@@ -1,4 +1,4 @@
-"""The time of the last phase is counted once, from its beginning."""
+"""The grace time is counted once, from the beginning of the shutdown."""
 
 import asyncio
 
@@ -14,21 +14,23 @@ def time() -> list[float]:
 
 
 @pytest.mark.parametrize(("grace", "for_requests"), [(30.0, 25.0), (10.0, 8.0), (0.5, 0.4), (600.0, 595.0)])
-def test_a_fifth_and_at_most_five_seconds_are_kept_for_the_rest(time, grace: float, for_requests: float) -> None:
+def test_a_fifth_and_at_most_five_seconds_are_reserved_for_background_work(
+    time, grace: float, for_requests: float
+) -> None:
     shutdown = Shutdown(grace, lambda: time[0])
-    assert shutdown.left == grace and not shutdown.begun.is_set()
+    assert shutdown.remaining == grace and not shutdown.begun.is_set()
     time[0] += 50
     shutdown.begin()
-    assert (shutdown.left, shutdown.left_for_requests) == (grace, pytest.approx(for_requests))
+    assert (shutdown.remaining, shutdown.remaining_for_requests) == (grace, pytest.approx(for_requests))
     time[0] += grace / 2
     shutdown.begin()
-    assert shutdown.left == pytest.approx(grace / 2), "a second beginning adds nothing"
-    assert shutdown.left_for_requests == pytest.approx(for_requests - grace / 2)
+    assert shutdown.remaining == pytest.approx(grace / 2), "a second beginning adds nothing"
+    assert shutdown.remaining_for_requests == pytest.approx(for_requests - grace / 2)
     time[0] += grace
-    assert (shutdown.left, shutdown.left_for_requests) == (0.0, 0.0)
+    assert (shutdown.remaining, shutdown.remaining_for_requests) == (0.0, 0.0)
 
 
-async def test_a_hurry_ends_every_wait_and_leaves_no_time(time) -> None:
+async def test_expiring_early_ends_every_wait(time) -> None:
     shutdown = Shutdown(600.0, lambda: time[0])
     shutdown.begin()
     ended = asyncio.Event()
@@ -39,11 +41,11 @@ async def test_a_hurry_ends_every_wait_and_leaves_no_time(time) -> None:
         finally:
             ended.set()
 
-    waiting = asyncio.create_task(shutdown.wait(work(), shutdown.left))
+    waiting = asyncio.create_task(shutdown.wait(work(), shutdown.remaining))
     await asyncio.sleep(0)
-    shutdown.hurry()
+    shutdown.expire()
     await soon(waiting)
-    assert ended.is_set() and shutdown.left == 0.0
+    assert ended.is_set() and shutdown.remaining == 0.0
 
 
 async def test_a_wait_ends_with_the_work_or_with_the_time(time) -> None:

@@ -1,4 +1,4 @@
-"""A limit on what is awaited, beside cancellation."""
+"""A time limit on an await, together with cancellation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("within", [of_the_proxy, of_the_connector], ids=[
 
 
 @both
-async def test_a_task_that_is_cancelled_as_its_wait_is_over_ends(within) -> None:
+async def test_a_task_that_is_cancelled_as_its_wait_completes_ends(within) -> None:
     loop = asyncio.get_running_loop()
     over, never = loop.create_future(), loop.create_future()
 
@@ -32,7 +32,7 @@ async def test_a_task_that_is_cancelled_as_its_wait_is_over_ends(within) -> None
 
 
 @both
-async def test_what_takes_too_long_is_a_timeout(within) -> None:
+async def test_a_wait_that_takes_too_long_raises_timeout_error(within) -> None:
     with pytest.raises(asyncio.TimeoutError):
         async with within(0.001):
             await asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""What is written in one turn of the event loop."""
+"""Writes within one event loop iteration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.upstream.pool import Pool
 
 
 class Wire:
-    """A transport that notes what it is told, in one list for all."""
+    """A transport that logs its calls, in one list for all transports."""
 
     def __init__(self, name: str, log: list[tuple[str, Any]]) -> None:
         self.name = name
@@ -47,8 +47,8 @@ class Wire:
         self.log.append((self.name, "protocol"))
 
 
-class Desk:
-    """Three transports with one outbox."""
+class Bench:
+    """Three transports with one batch."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, Any]] = []
@@ -58,116 +58,116 @@ class Desk:
 
 
 @pytest.fixture
-async def desk() -> Desk:
-    return Desk()
+async def bench() -> Bench:
+    return Bench()
 
 
-async def turn() -> None:
+async def next_iteration() -> None:
     await asyncio.sleep(0)
 
 
-async def test_the_first_write_leaves_at_once_and_the_others_at_the_end_of_the_turn(desk: Desk) -> None:
-    desk.a.write(b"1")
-    assert desk.log == [("a", b"1")]
-    desk.b.write(b"2")
-    desk.a.write(b"3")
-    desk.c.write(b"4")
-    assert len(desk.log) == 1
-    await turn()
-    assert desk.log == [("a", b"1"), ("b", b"2"), ("a", b"3"), ("c", b"4")]
-    assert desk.a.held == desk.b.held == desk.c.held == 0
+async def test_the_first_write_leaves_at_once_and_the_others_at_the_end_of_the_iteration(bench: Bench) -> None:
+    bench.a.write(b"1")
+    assert bench.log == [("a", b"1")]
+    bench.b.write(b"2")
+    bench.a.write(b"3")
+    bench.c.write(b"4")
+    assert len(bench.log) == 1
+    await next_iteration()
+    assert bench.log == [("a", b"1"), ("b", b"2"), ("a", b"3"), ("c", b"4")]
+    assert bench.a.batched == bench.b.batched == bench.c.batched == 0
 
 
-async def test_so_it_is_in_the_next_turn(desk: Desk) -> None:
+async def test_each_iteration_has_a_first_write(bench: Bench) -> None:
     for number in range(3):
-        desk.a.write(b"%d" % number)
-        assert desk.log.pop() == ("a", b"%d" % number)
-        await turn()
-    assert not desk.log
+        bench.a.write(b"%d" % number)
+        assert bench.log.pop() == ("a", b"%d" % number)
+        await next_iteration()
+    assert not bench.log
 
 
-async def test_what_follows_each_other_for_one_leaves_in_one_write(desk: Desk) -> None:
-    desk.a.write(b"1")
+async def test_consecutive_writes_of_one_transport_are_joined(bench: Bench) -> None:
+    bench.a.write(b"1")
     for data in (b"token", b"end"):
-        desk.b.write(data)
-    desk.c.write(b"2")
-    desk.b.write(b"next")
-    await turn()
-    assert desk.log[1:] == [("b", b"tokenend"), ("c", b"2"), ("b", b"next")]
+        bench.b.write(data)
+    bench.c.write(b"2")
+    bench.b.write(b"next")
+    await next_iteration()
+    assert bench.log[1:] == [("b", b"tokenend"), ("c", b"2"), ("b", b"next")]
 
 
-async def test_a_turn_that_has_much_to_write_lets_go_of_it(desk: Desk) -> None:
-    desk.a.write(b"first")
+async def test_a_batch_is_flushed_after_64_writes(bench: Bench) -> None:
+    bench.a.write(b"first")
     for number in range(64):
-        assert len(desk.log) == 1
-        (desk.a, desk.b)[number % 2].write(b"x")
-    assert len(desk.log) == 65
-    desk.c.write(b"y")
-    assert len(desk.log) == 65
-    await turn()
-    assert len(desk.log) == 66
+        assert len(bench.log) == 1
+        (bench.a, bench.b)[number % 2].write(b"x")
+    assert len(bench.log) == 65
+    bench.c.write(b"y")
+    assert len(bench.log) == 65
+    await next_iteration()
+    assert len(bench.log) == 66
 
 
-async def test_long_prompts_are_not_held(desk: Desk) -> None:
-    desk.a.write(b"first")
-    desk.b.write(b"x" * 200_000)
-    assert len(desk.log) == 1
-    desk.b.write(b"y" * 100_000)
-    assert desk.log[1:] == [("b", b"x" * 200_000 + b"y" * 100_000)]
+async def test_a_batch_is_flushed_after_256_kib(bench: Bench) -> None:
+    bench.a.write(b"first")
+    bench.b.write(b"x" * 200_000)
+    assert len(bench.log) == 1
+    bench.b.write(b"y" * 100_000)
+    assert bench.log[1:] == [("b", b"x" * 200_000 + b"y" * 100_000)]
 
 
-async def test_the_longest_are_not_copied_either(desk: Desk) -> None:
-    desk.a.write(b"first")
+async def test_a_write_above_the_limit_is_not_copied(bench: Bench) -> None:
+    bench.a.write(b"first")
     body = b"x" * 300_000
-    desk.c.write(b"other")
-    desk.b.write(b"head")
-    desk.b.write(body)
-    desk.b.write(b"tail")
-    assert desk.log[1:] == [("c", b"other"), ("b", b"head"), ("b", body)]
-    assert desk.log[-1][1] is body
-    await turn()
-    assert desk.log[4:] == [("b", b"tail")]
+    bench.c.write(b"other")
+    bench.b.write(b"head")
+    bench.b.write(body)
+    bench.b.write(b"tail")
+    assert bench.log[1:] == [("c", b"other"), ("b", b"head"), ("b", body)]
+    assert bench.log[-1][1] is body
+    await next_iteration()
+    assert bench.log[4:] == [("b", b"tail")]
 
 
 @pytest.mark.parametrize(
-    ("end", "said"),
+    ("end", "logged"),
     [("close", "close"), ("write_eof", "eof"), ("set_protocol", "protocol")],
 )
-async def test_what_was_written_before_the_end_goes_before_it(desk: Desk, end: str, said: str) -> None:
-    desk.a.write(b"1")
-    desk.b.write(b"2")
-    desk.a.write(b"3")
-    getattr(desk.a, end)(*([asyncio.Protocol()] if end == "set_protocol" else []))
-    assert desk.log == [("a", b"1"), ("b", b"2"), ("a", b"3"), ("a", said)]
+async def test_batched_writes_leave_before_the_end(bench: Bench, end: str, logged: str) -> None:
+    bench.a.write(b"1")
+    bench.b.write(b"2")
+    bench.a.write(b"3")
+    getattr(bench.a, end)(*([asyncio.Protocol()] if end == "set_protocol" else []))
+    assert bench.log == [("a", b"1"), ("b", b"2"), ("a", b"3"), ("a", logged)]
 
 
-async def test_an_end_for_somebody_who_is_gone_is_an_abort(desk: Desk) -> None:
-    desk.wires[0].gone = True
-    desk.a.write(b"1")
-    desk.a.write_eof()
-    assert desk.log == [("a", b"1"), ("a", "abort")]
+async def test_an_end_after_the_peer_has_closed_is_an_abort(bench: Bench) -> None:
+    bench.wires[0].gone = True
+    bench.a.write(b"1")
+    bench.a.write_eof()
+    assert bench.log == [("a", b"1"), ("a", "abort")]
 
 
-async def test_an_abort_loses_what_is_held_and_nothing_of_others(desk: Desk) -> None:
-    desk.a.write(b"1")
-    for one in (desk.a, desk.b, desk.c):
+async def test_an_abort_loses_batched_writes_of_its_own_transport_only(bench: Bench) -> None:
+    bench.a.write(b"1")
+    for one in (bench.a, bench.b, bench.c):
         one.write(b"2")
-    desk.a.abort()
-    desk.wires[1].closing = True
-    await turn()
-    assert desk.log == [("a", b"1"), ("a", "abort"), ("c", b"2")]
+    bench.a.abort()
+    bench.wires[1].closing = True
+    await next_iteration()
+    assert bench.log == [("a", b"1"), ("a", "abort"), ("c", b"2")]
 
 
-@pytest.mark.parametrize("left", [False, True])
-async def test_a_request_that_has_not_left_when_its_connection_breaks_was_not_sent(desk: Desk, left: bool) -> None:
-    connection = Connection("here:1", True, Pool(desk.write_batch))
-    connection.connection_made(desk.wires[0])  # type: ignore[arg-type]
-    desk.b.write(b"the turn's first")
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_batched_request_counts_as_unsent_when_its_connection_breaks(bench: Bench, sent: bool) -> None:
+    connection = Connection("here:1", True, Pool(bench.write_batch))
+    connection.connection_made(bench.wires[0])  # type: ignore[arg-type]
+    bench.b.write(b"the iteration's first")
     answer = connection.send(b"head", b"body", 60.0, "decode")
-    if left:
-        await turn()
+    if sent:
+        await next_iteration()
     connection.connection_lost(ConnectionResetError())
     with pytest.raises(EngineDisconnected) as caught:
-        await answer.until(ReadUntil.HEAD)
-    assert caught.value.unsent is not left
-    assert (("a", b"headbody") in desk.log) is left
+        await answer.wait_until(ReadUntil.HEAD)
+    assert caught.value.unsent is not sent
+    assert (("a", b"headbody") in bench.log) is sent

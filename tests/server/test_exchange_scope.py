@@ -1,4 +1,4 @@
-"""Whatever way an exchange ends, its flights end with it."""
+"""Resources are released with their exchange, however it ends."""
 
 import asyncio
 import logging
@@ -6,11 +6,11 @@ import logging
 import pytest
 
 from disagg_proxy.errors import StreamCut
-from disagg_proxy.server.asgi.exchange_scope import ExchangeScopeMiddleware, own
+from disagg_proxy.server.asgi.exchange_scope import ExchangeScopeMiddleware, leave_with_exchange
 
 
-class Left:
-    """Stands for a flight."""
+class Resource:
+    """Counts its releases."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -19,10 +19,10 @@ class Left:
         self.times += 1
 
 
-async def run(flights: list[Left], ends_with: BaseException | None = None) -> None:
+async def run(resources: list[Resource], ends_with: BaseException | None = None) -> None:
     async def app(scope, receive, send) -> None:
-        for flight in flights:
-            own(scope, flight)
+        for resource in resources:
+            leave_with_exchange(scope, resource)
         if ends_with is not None:
             raise ends_with
 
@@ -32,30 +32,30 @@ async def run(flights: list[Left], ends_with: BaseException | None = None) -> No
     await ExchangeScopeMiddleware(app)({"type": "http"}, None, send)
 
 
-async def test_flights_end_with_a_finished_exchange() -> None:
-    flights = [Left(), Left()]
-    await run(flights)
-    assert [flight.times for flight in flights] == [1, 1]
+async def test_resources_are_released_with_a_complete_exchange() -> None:
+    resources = [Resource(), Resource()]
+    await run(resources)
+    assert [resource.times for resource in resources] == [1, 1]
 
 
 @pytest.mark.parametrize("cause", [StreamCut("why"), asyncio.CancelledError()], ids=["cut", "shutdown"])
-async def test_a_cut_is_logged_and_leaves_the_response_unfinished(cause: BaseException, caplog) -> None:
-    flight = Left()
-    await run([flight], cause)
-    assert flight.times == 1
-    (said,) = caplog.records
-    assert said.levelno == logging.WARNING and said.exc_info is None
-    assert said.getMessage().startswith("An answer was cut off: ")
+async def test_a_cut_is_logged_and_leaves_the_response_incomplete(cause: BaseException, caplog) -> None:
+    resource = Resource()
+    await run([resource], cause)
+    assert resource.times == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.exc_info is None
+    assert record.getMessage().startswith("An answer was cut off: ")
 
 
-async def test_a_bug_goes_on_to_the_server_after_the_flights_have_ended() -> None:
-    flight = Left()
+async def test_an_unexpected_exception_reaches_the_server_after_the_release() -> None:
+    resource = Resource()
     with pytest.raises(ValueError, match="a bug"):
-        await run([flight], ValueError("a bug"))
-    assert flight.times == 1
+        await run([resource], ValueError("a bug"))
+    assert resource.times == 1
 
 
-async def test_the_lifespan_owns_no_flights() -> None:
+async def test_the_lifespan_has_no_resources() -> None:
     seen = []
 
     async def app(scope, receive, send) -> None:
@@ -65,7 +65,7 @@ async def test_the_lifespan_owns_no_flights() -> None:
     assert seen == [{"type": "lifespan"}]
 
 
-async def test_a_flight_that_comes_after_the_end_ends_at_once() -> None:
+async def test_a_resource_added_after_the_end_is_released_at_once() -> None:
     """Quart's handler runs on when its ASGI call is cancelled."""
     scopes = []
 
@@ -77,7 +77,7 @@ async def test_a_flight_that_comes_after_the_end_ends_at_once() -> None:
         pass
 
     await ExchangeScopeMiddleware(app)({"type": "http"}, None, send)
-    late = Left()
+    late = Resource()
     with pytest.raises(asyncio.CancelledError):
-        own(scopes[0], late)
+        leave_with_exchange(scopes[0], late)
     assert late.times == 1

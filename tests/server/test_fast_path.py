@@ -1,4 +1,4 @@
-"""How the answer of one exchange is written: what is there together leaves together."""
+"""How the response of one exchange is written: what is available together is written together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from disagg_proxy.cluster.progress import ProgressTracker
 from disagg_proxy.coordinator.coordinator import RequestHead
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineDisconnected
@@ -30,7 +30,7 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 class Exchange:
     """A client's connection, and the coordinator that serves it."""
 
-    date = b"date: now\r\n"
+    default_header_lines = b"date: now\r\n"
     wanted = None
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Exchange:
         self.closed = self.complete = False
         self.transport = SimpleNamespace(write=self.writes.append, close=self.close)
         self.answer = Response(SimpleNamespace(abort=lambda: None), "decode", reused=False)
-        self.answer.begun(200, ResponseHeaders())
+        self.answer.on_head(200, ResponseHeaders())
         self.reply: Reply | None = None
 
     @property
@@ -59,12 +59,15 @@ class Exchange:
         head = RequestHead(COMPLETIONS, [], b"", "mine", b"")
         services = SimpleNamespace(shutdown=Shutdown(0.0, lambda: 0.0), coordinator=self)
         one = fast_path.FastPathRequest(self, services, head, True)  # type: ignore[arg-type]
-        one.feed(b"{}")
+        one.on_body(b"{}")
         one.start()
         assert self.reply is not None
-        pending, record = ProgressTracker(0.0).begin(lambda: 0.0), RequestRecorder.alone().open("/v1/completions", None)
+        pending, record = (
+            ProgressTracker(0.0).begin(lambda: 0.0),
+            RequestRecorder.standalone().open("/v1/completions", None),
+        )
         stream = ResponseStream(self.answer, NoRewriting(), UsageRepair(COMPLETIONS, None), pending, record)
-        self.reply.send(Refusal(200, ForwardedHeaders([(b"content-type", b"text/event-stream")]), stream))
+        self.reply.send(ClientResponse(200, ForwardedHeaders([(b"content-type", b"text/event-stream")]), stream))
 
 
 @pytest.fixture
@@ -72,29 +75,29 @@ async def exchange() -> Exchange:
     return Exchange()
 
 
-async def test_the_head_leaves_with_the_first_token(exchange: Exchange) -> None:
-    exchange.answer.received(b"data: 1\n\n")
+async def test_the_head_is_written_with_the_first_token(exchange: Exchange) -> None:
+    exchange.answer.on_data(b"data: 1\n\n")
     await exchange.stream()
-    exchange.answer.received(b"data: 2\n\n")
-    exchange.answer.ended()
+    exchange.answer.on_data(b"data: 2\n\n")
+    exchange.answer.on_end()
     assert exchange.writes == [HEAD + CHUNKED + b"9\r\ndata: 1\n\n\r\n", b"9\r\ndata: 2\n\n\r\n", b"0\r\n\r\n"]
     assert exchange.complete and exchange.left and not exchange.closed
 
 
-async def test_a_head_without_a_token_does_not_wait_for_one(exchange: Exchange) -> None:
+async def test_a_head_does_not_wait_for_a_token(exchange: Exchange) -> None:
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED]
-    exchange.answer.received(b"data: 1\n\n")
+    exchange.answer.on_data(b"data: 1\n\n")
     assert exchange.writes[1:] == [b"9\r\ndata: 1\n\n\r\n"]
 
 
-async def test_it_leaves_with_the_end_of_an_empty_body(exchange: Exchange) -> None:
-    exchange.answer.ended()
+async def test_the_head_is_written_with_the_end_of_an_empty_body(exchange: Exchange) -> None:
+    exchange.answer.on_end()
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED + b"0\r\n\r\n"] and exchange.complete
 
 
-async def test_it_leaves_before_a_cut(exchange: Exchange) -> None:
-    exchange.answer.broke(EngineDisconnected("broken", unsent=False, reused=False))
+async def test_the_head_is_written_before_a_cut(exchange: Exchange) -> None:
+    exchange.answer.on_error(EngineDisconnected("broken", unsent=False, reused=False))
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED] and exchange.closed and not exchange.complete

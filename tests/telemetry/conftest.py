@@ -15,7 +15,7 @@ __all__ = ["machine", "pair", "world"]
 
 
 class Desk:
-    """A recorder, and its times."""
+    """A recorder with a monotonic and a wall clock."""
 
     def __init__(self) -> None:
         self.time = 10.0
@@ -34,8 +34,8 @@ class Desk:
 
     def admitted(self):
         record = self.recorder.open("/v1/completions", None)
-        record.asks("m")
-        record.admit()
+        record.on_ready("m")
+        record.on_admitted()
         return record
 
 

@@ -1,4 +1,4 @@
-"""Reading /metrics, and everything there that names a metric."""
+"""The metrics of a scrape, and those that docs, dashboard and alert rules name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAME = re.compile(r"\b(?:disagg_proxy|process)_\w+")
 
 
 def described(families: Iterable[Metric]) -> dict[str, tuple[str, frozenset[str]]]:
-    """Type and labels by name, as a scrape has it: a counter's ends in _total."""
+    """Type and labels by name; a counter's name ends in _total."""
     found = {}
     for family in families:
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
@@ -28,7 +28,7 @@ def described(families: Iterable[Metric]) -> dict[str, tuple[str, frozenset[str]
 
 
 def listed() -> dict[str, tuple[str, frozenset[str]]]:
-    """The same from the page's tables."""
+    """The same from the tables of docs/monitoring.md."""
     found = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("| `disagg_proxy_") or line.startswith("| `process_") or line.startswith("| `python_"):
@@ -38,12 +38,12 @@ def listed() -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def named_in(text: str) -> set[str]:
-    """Metrics that an expression names, without the endings of a histogram's parts."""
+    """Metrics that an expression names, without the suffixes of a histogram's series."""
     return {re.sub(r"_(?:bucket|sum|count)$", "", name) for name in _NAME.findall(text)}
 
 
 def expressions() -> dict[str, str]:
-    """Every expression of the dashboard and the rules, by where it stands."""
+    """Every expression of the dashboard and the rules, by panel or alert."""
     found = {}
     for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
         for target in panel.get("targets", ()):

@@ -1,4 +1,4 @@
-"""The access log: its lines, rotation, and a reader that sleeps."""
+"""The access log: its lines, rotation, and a reader that stalls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def test_a_line_for_every_request_and_no_secrets(tmp_path, http) -> None:
         await machine.post(PATH, {"prompt": [SECRET, 1], "secret": SECRET}, **key)
         await machine.unharmed(*pair)
         await proxy.until_idle()
-        assert not file.exists() or lines(file), "written behind the requests"
+        assert not file.exists() or lines(file), "written after the responses"
     found = lines(file)
     assert [(one["route"], one["status"], one["outcome"]) for one in found] == [
         *((path, 200, "ok") for path in REQUESTS), (PATH, 400, "client_error"),
@@ -57,7 +57,7 @@ async def test_a_line_for_every_request_and_no_secrets(tmp_path, http) -> None:
     assert "secret" not in file.read_text() and "127.0.0.1:" + proxy.url.rpartition(":")[2] not in file.read_text()
 
 
-async def test_the_page_lists_its_fields(tmp_path, desk) -> None:
+async def test_the_docs_list_its_fields(tmp_path, desk) -> None:
     file = tmp_path / "log"
     out = AccessLog(str(file), worker=3)
     out.take(ended(desk))
@@ -80,7 +80,7 @@ async def test_hostile_ids_stay_in_their_line(tmp_path, desk, hostile: str) -> N
     assert (json.loads(line)["client_id"], json.loads(line)["model"]) == (hostile, hostile)
 
 
-async def test_a_refusal_without_a_flight(tmp_path, desk) -> None:
+async def test_a_rejected_request(tmp_path, desk) -> None:
     file = tmp_path / "log"
     out = AccessLog(str(file))
     record = desk.recorder.open(PATH, None)
@@ -97,8 +97,8 @@ async def written(path: Path, count: int) -> None:
         await asyncio.sleep(0.005)
 
 
-async def test_a_file_that_is_renamed_or_gone_is_opened_anew(tmp_path, desk, monkeypatch) -> None:
-    monkeypatch.setattr(access_log, "_PAUSE", 0.0)
+async def test_a_renamed_or_removed_file_is_reopened(tmp_path, desk, monkeypatch) -> None:
+    monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
     file = tmp_path / "log"
     out = AccessLog(str(file))
     out.take(ended(desk, "one"))
@@ -114,24 +114,24 @@ async def test_a_file_that_is_renamed_or_gone_is_opened_anew(tmp_path, desk, mon
     assert [one["client_id"] for one in lines(file)] == ["three"]
 
 
-async def test_a_disk_that_fails_is_told_once_and_the_log_goes_on(tmp_path, desk, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(access_log, "_PAUSE", 0.0)
+async def test_a_write_error_is_logged_once_and_logging_continues(tmp_path, desk, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
     file = tmp_path / "folder" / "log"
     out = AccessLog(str(file))
     for _ in range(3):
         out.take(ended(desk))
         while out._timer is not None or out._out.unwritten:
             await asyncio.sleep(0.001)
-    assert caplog.text.count("cannot be written (ACCESS_LOG)") == 1
+    assert caplog.text.count("Cannot write the access log (ACCESS_LOG)") == 1
     file.parent.mkdir()
     out.take(ended(desk, "at last"))
     await out.stop()
     assert [one["client_id"] for one in lines(file)] == ["at last"]
 
 
-async def test_a_reader_that_sleeps_holds_up_nobody_and_is_told_what_it_missed(desk, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(access_log, "_PAUSE", 0.0)
-    monkeypatch.setattr(access_log, "_MOST", 100_000)
+async def test_a_stalled_reader_delays_nothing_and_gets_the_number_of_dropped_lines(desk, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
+    monkeypatch.setattr(access_log, "_MAX_BACKLOG", 100_000)
     reader, writer = os.pipe()
     out = AccessLog("-")
     out._out._file = writer
@@ -161,7 +161,7 @@ async def test_a_reader_that_sleeps_holds_up_nobody_and_is_told_what_it_missed(d
     os.close(writer)
 
 
-async def test_lines_that_are_on_their_way_are_written_at_the_end_and_workers_share_a_file(tmp_path, http) -> None:
+async def test_pending_lines_are_written_at_shutdown_and_workers_share_a_file(tmp_path, http) -> None:
     file = tmp_path / "log"
     async with commands() as run, engine_pairs() as engines:
         command = await run("--workers", "2", "--access-log", str(file), LOG_LEVEL="debug")

@@ -46,7 +46,7 @@ def test_an_instance_is_admitted_and_lost_and_back(told) -> None:
     assert (event.instance, event.text) == (new.key, "serves m")
     assert "no ping for 100 s" in told.event_log.events[-1].text
     told.world.ready(Role.DECODE, 3)
-    assert told.kinds[4:] == ["admitted"], "its first probing is no news"
+    assert told.kinds[4:] == ["admitted"], "a new instance is probing first, which is no event"
 
 
 def test_a_probe_that_fails(told) -> None:
@@ -55,18 +55,18 @@ def test_a_probe_that_fails(told) -> None:
     assert told.kinds == ["probing"] and told.event_log.events[0].text == "its /health answers 500"
 
 
-def test_frozen_and_what_became_of_it(told) -> None:
+def test_stall_replays_and_recovery(told) -> None:
     registry = told.world.registry
     registry.freeze(told.decode, "its engine is stalled")
     told.instance_events.replayed(told.decode)
     told.instance_events.replayed(told.decode)
-    registry.thaw(told.decode, "moves again after replayed prefills")
+    registry.unfreeze(told.decode, "makes progress again after replayed prefills")
     told.admit(told.decode)
     assert told.kinds == ["frozen", "replayed", "freed", "admitted"]
-    assert told.event_log.events[1].text.startswith("the prefills of 2 requests")
+    assert told.event_log.events[1].text.startswith("replayed the prefills of 2 requests")
     told.event_log.events.clear()
     registry.freeze(told.prefill, "is stalled")
-    registry.want_restart(told.prefill, "is stalled; restart it")
+    registry.request_restart(told.prefill, "is stalled; restart it")
     registry.process_ended(told.prefill)
     assert told.kinds == ["frozen", "restart_wanted", "restarted", "freed"]
 
@@ -91,7 +91,7 @@ def test_a_breaker_opens_and_closes(told) -> None:
 
 def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> None:
     registry = told.world.registry
-    registry.kv_compatibility.sends_towards(told.prefill, told.decode)
+    registry.kv_compatibility.record_send(told.prefill, told.decode)
     registry.suspend(told.decode, "connections are refused", gone=True)
     told.admit(told.decode)
     assert told.kinds == ["restarted", "probing", "admitted", "pair_refused"]
@@ -99,7 +99,7 @@ def test_a_prefill_that_would_freeze_on_the_new_process_of_a_decode(told) -> Non
     assert refused.instance == told.prefill.key and told.decode.http.text in refused.text
     registry.suspend(told.decode, "x")
     told.admit(told.decode)
-    assert told.kinds[4:] == ["probing", "admitted"], "told once"
+    assert told.kinds[4:] == ["probing", "admitted"], "reported once"
 
 
 def test_a_prefill_that_fits_no_decode_is_logged_once(caplog) -> None:
@@ -132,14 +132,14 @@ def test_a_prefill_that_fits_no_decode_is_logged_once(caplog) -> None:
     assert lines() == []
 
 
-def test_drains(told) -> None:
-    told.instance_events.drain_ended(told.decode, "")
-    told.instance_events.drain_ended(told.decode, "")
-    told.instance_events.drain_ended(told.decode, "it went away")
+def test_kv_releases(told) -> None:
+    told.instance_events.kv_release_ended(told.decode, "")
+    told.instance_events.kv_release_ended(told.decode, "")
+    told.instance_events.kv_release_ended(told.decode, "it went away")
     assert [(e.kind, e.count) for e in told.event_log.events] == [("kv_drained", 2), ("drain_failed", 1)]
 
 
-def test_a_worker_in_anothers_place_admits_nothing_anew(told) -> None:
+def test_a_replacement_worker_reports_no_admissions(told) -> None:
     told.instance_events.quiet = True
     told.world.ready(Role.DECODE, 3)
     assert told.kinds == []

@@ -1,4 +1,4 @@
-"""/metrics: what it shows, that the page lists all of it, and that dashboard and rules ask for nothing else."""
+"""/metrics: its samples, that the docs list all of them, and that dashboard and rules query nothing else."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.metrics import metrics_registry
-from disagg_proxy.telemetry.request_recorder import _MOST_MODELS
+from disagg_proxy.telemetry.request_recorder import _MAX_MODELS
 from disagg_proxy.telemetry.stats import Histogram
 from tests.simulated import REQUESTS
 from tests.telemetry.metrics import DASHBOARD, PAGE, RULES, described, expressions, listed, named_in
 from tests.test_docs import PAGES
 
 PATH = "/v1/completions"
+RENAMED = {
+    "kv_releases_total": "drains_total",
+    "kv_releases_waiting": "drains_waiting",
+    "kv_released_tokens_total": "drained_tokens_total",
+    "instance_kv_releases_total": "instance_drains_total",
+    "instance_kv_releases_failed_total": "instance_drains_failed_total",
+}
+"""New name -> the deprecated one, which has the same samples for one release."""
+
 ASK = REQUESTS[PATH]
 
 
@@ -60,11 +69,11 @@ async def test_requests_by_route_model_outcome_and_cause(machine, pair) -> None:
 
 def test_clients_cannot_make_labels(desk) -> None:
     desk.recorder.served = lambda model: True
-    for number in range(_MOST_MODELS + 10):
+    for number in range(_MAX_MODELS + 10):
         record = desk.recorder.open(PATH, None)
-        record.asks(f"m{number}")
+        record.on_ready(f"m{number}")
         record.end()
-    assert len(desk.recorder.stats.labelled) == _MOST_MODELS + 1
+    assert len(desk.recorder.stats.labelled) == _MAX_MODELS + 1
     assert desk.recorder.stats.labelled[f"{PATH}\tclient_left\tin_queue\tother"] == 10
 
 
@@ -94,7 +103,13 @@ async def test_instances(machine, pair) -> None:
         state: at(found, "instance_state", **where, state=state) for state in ("probing", "ready", "frozen", "lost")
     }
     assert states == {"probing": 0, "ready": 1, "frozen": 0, "lost": 0}
-    assert at(found, "instance_drains_total", **where) == 1 and at(found, "instance_drains_failed_total", **where) == 0
+    assert at(found, "instance_kv_releases_total", **where) == 1
+    assert at(found, "instance_kv_releases_failed_total", **where) == 0
+    assert at(found, "kv_releases_total", result="done") == 1 and at(found, "kv_released_tokens_total") > 0
+    for new, old in RENAMED.items():
+        assert {labels: value for (name, labels), value in found.items() if name == old} == {
+            labels: value for (name, labels), value in found.items() if name == new
+        }
     assert at(found, "instance_ping_age_seconds", **where) < 3 and at(found, "instance_pings_missed", **where) == 0
     assert at(found, "pairs_ready") == 1 and at(found, "instance_breaker", **where, state="closed") == 1
     registry = machine.proxy.services.registry
@@ -113,7 +128,7 @@ async def test_instances(machine, pair) -> None:
     assert at(found, "pairs_ready") == 0
 
 
-def test_a_histogram_is_what_prometheus_means_by_it() -> None:
+def test_bucket_bounds_are_inclusive() -> None:
     histogram = Histogram((1, 2, 5))
     for value in (0.5, 1, 1.5, 5, 7):
         histogram.add(value)
@@ -127,7 +142,8 @@ async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair)
     alone = await services.overview()
     workers = [{"pid": os.getpid(), "responding": True}, {"pid": None, "responding": False}]
     several = Overview(
-        alone.stats, alone.traffic, alone.refused, 0, 0, alone.instances, alone.seen, alone.gauges, workers=workers
+        alone.stats, alone.registrations, alone.refused, 0, 0, alone.instances, alone.seen, alone.gauges,
+        workers=workers,
     )  # fmt: skip
     found: dict[str, tuple[str, frozenset[str]]] = {}
     for overview in (alone, several):
@@ -139,10 +155,11 @@ async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair)
 
 
 @pytest.mark.parametrize("where", expressions())
-def test_dashboard_and_rules_ask_only_for_what_there_is(where: str) -> None:
+def test_dashboard_and_rules_query_existing_metrics_only(where: str) -> None:
     there = listed()
     expression = expressions()[where]
     named = named_in(expression)
+    assert not named & {f"disagg_proxy_{old}" for old in RENAMED.values()}
     assert named <= set(there) and (named or where == "DisaggProxyDown")
     labels = frozenset().union(*(there[name][1] for name in named)) | {"le", "job"}
     for group in re.findall(r"by \(([^)]*)\)", expression):
@@ -152,7 +169,7 @@ def test_dashboard_and_rules_ask_only_for_what_there_is(where: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_metrics_that_other_pages_name_exist(page) -> None:
+def test_metrics_named_in_other_docs_exist(page) -> None:
     # vLLM's example proxies begin with the same word.
     named = re.findall(r"\b(disagg_proxy_(?!p2p_nccl)\w+)", page.read_text(encoding="utf-8"))
     assert set(named) <= set(listed())
@@ -171,7 +188,7 @@ def test_the_dashboard_can_be_imported() -> None:
         taken |= cells
 
 
-def test_every_alert_has_a_line_in_the_page_and_a_test() -> None:
+def test_every_alert_is_documented_and_tested() -> None:
     alerts = set(re.findall(r"- alert: (\w+)", (RULES / "alerts.yml").read_text(encoding="utf-8")))
     page = PAGE.read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(Disagg\w+)` ", page, re.M)) == alerts

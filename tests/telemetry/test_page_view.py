@@ -123,8 +123,8 @@ async def test_the_queue(machine, pair, dial, chunked: bool) -> None:
         client.post(PATH, ASK)
         await soon(queued(machine, 1))
         assert (await machine.post(PATH, ASK))[0] == 429
-        services._look_timer.cancel()
-        services._look()
+        services._sample_timer.cancel()
+        services._sample()
         client.leave()
         await soon(queued(machine, 0))
         second = asyncio.ensure_future(machine.post(PATH, ASK))

@@ -1,4 +1,4 @@
-"""One request's times, its end, and the sampling of its gaps."""
+"""The times and the outcome of one request, and the sampling of its gaps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from disagg_proxy.errors import (
     ProxyError,
     shutting_down,
 )
-from disagg_proxy.telemetry.request_record import EVERY
+from disagg_proxy.telemetry.request_record import GAP_SAMPLE_INTERVAL
 
 BROKEN = EngineDisconnected("broken", unsent=False, reused=False)
 
@@ -28,9 +28,10 @@ def test_times_of_a_streamed_request(desk, world) -> None:
     prefill, decode = world.ready(Role.PREFILL, 1, "m"), world.ready(Role.DECODE, 2, "m")
     record = desk.recorder.open("/v1/completions", "mine")
     for seconds, step in (
-        (1, lambda: record.asks(None)), (2, record.admit), (0, lambda: record.put_on(prefill, decode, "id")),
-        (0, record.ask_prefill), (3, record.answer_prefill), (0, record.ask_decode),
-        (4, lambda: record.begin_answer(True)),
+        (1, lambda: record.on_ready(None)), (2, record.on_admitted),
+        (0, lambda: record.on_attempt(prefill, decode, "id")),
+        (0, record.on_prefill_sent), (3, record.on_prefill_response), (0, record.on_decode_sent),
+        (4, lambda: record.on_first_byte(True)),
     ):  # fmt: skip
         desk.after(seconds)
         step()
@@ -50,26 +51,26 @@ def test_times_of_a_streamed_request(desk, world) -> None:
     assert stats.outcomes == {"ok": 1} and len(desk.event_log.records) == 1, "ended once"
 
 
-def test_a_second_try_takes_the_first_ones_place(desk, world) -> None:
+def test_a_second_attempt_replaces_the_first(desk, world) -> None:
     prefills = [world.ready(Role.PREFILL, port) for port in (1, 3)]
     decode = world.ready(Role.DECODE, 2)
     record = desk.admitted()
-    record.put_on(prefills[0], decode, "one")
-    record.ask_prefill()
+    record.on_attempt(prefills[0], decode, "one")
+    record.on_prefill_sent()
     desk.after(1)
-    record.answer_prefill()
-    record.put_on(prefills[1], decode, "two")
+    record.on_prefill_response()
+    record.on_attempt(prefills[1], decode, "two")
     assert (record.prefill, record.public_id, record.tries) == (prefills[1].key, "two", 2)
-    assert record.prefill_time is None, "that of the last try"
+    assert record.prefill_time is None, "that of the last attempt"
     flows = desk.recorder.flows
     assert [flows[p.key, decode.key].in_flight for p in prefills] == [0, 1]
 
 
-def test_flows_that_rest_make_room(desk, world, monkeypatch) -> None:
-    monkeypatch.setattr("disagg_proxy.telemetry.request_recorder._MOST_FLOWS", 2)
+def test_idle_flows_are_dropped_at_the_limit(desk, world, monkeypatch) -> None:
+    monkeypatch.setattr("disagg_proxy.telemetry.request_recorder._MAX_FLOWS", 2)
     for port in range(2, 7):
         record = desk.admitted()
-        record.put_on(None, world.ready(Role.DECODE, port), "x")
+        record.on_attempt(None, world.ready(Role.DECODE, port), "x")
         if port > 2:
             record.end()
     assert len(desk.recorder.flows) <= 3 and desk.recorder.flows[None, "127.0.0.1:2"].in_flight == 1
@@ -97,7 +98,7 @@ def test_errors_have_an_outcome_and_a_cause(desk, error, outcome) -> None:
 
 def test_where_a_client_left(desk, world) -> None:
     in_queue = desk.recorder.open("/v1/completions", None)
-    in_queue.asks("m")
+    in_queue.on_ready("m")
     in_queue.waited = True
     desk.after(7)
     in_queue.end()
@@ -105,11 +106,11 @@ def test_where_a_client_left(desk, world) -> None:
     before = desk.admitted()
     before.end()
     later = desk.admitted()
-    later.begin_answer(True)
+    later.on_first_byte(True)
     later.end()
     assert (before.cause, later.cause) == ("before_first_byte", "mid_stream")
     broken = desk.admitted()
-    broken.begin_answer(True)
+    broken.on_first_byte(True)
     broken.cut(BROKEN)
     broken.cut()
     broken.end()
@@ -118,70 +119,70 @@ def test_where_a_client_left(desk, world) -> None:
 
 def test_what_comes_after_the_end_changes_nothing(desk) -> None:
     record = desk.admitted()
-    record.ask_prefill()
+    record.on_prefill_sent()
     record.end()
-    record.answer_prefill()
-    assert record.prefill_answered is None and record.outcome == "client_left"
+    record.on_prefill_response()
+    assert record.prefill_done is None and record.outcome == "client_left"
 
 
-def passing(desk, record, gaps: list[float]) -> None:
-    """Let a body of one more piece than gaps pass."""
-    record.begin_answer(True)
-    left = record.first_look
+def relay(desk, record, gaps: list[float]) -> None:
+    """Relay a body of one more chunk than there are gaps."""
+    record.on_first_byte(True)
+    left = record.first_sample
     for gap in [0.0, *gaps]:
         desk.after(gap)
         left -= 1
         if not left:
-            left = record.look()
-    record.passed(left)
+            left = record.sample_gap()
+    record.end_of_stream(left)
 
 
-def test_every_gap_has_the_same_chance(desk) -> None:
+def test_every_gap_is_equally_likely_to_be_sampled(desk) -> None:
     measured: Counter[int] = Counter()
-    for _ in range(EVERY):
+    for _ in range(GAP_SAMPLE_INTERVAL):
         record = desk.admitted()
         before = desk.recorder.stats.gap.count
-        passing(desk, record, [float(n + 1) for n in range(40)])
+        relay(desk, record, [float(n + 1) for n in range(40)])
         assert record.pieces == 41 and record.gaps == desk.recorder.stats.gap.count - before
         for seconds in list(desk.recorder.stats.gap.recent)[before:]:
             measured[round(seconds)] += 1
         record.complete()
         record.end()
     assert measured == {n + 1: 1 for n in range(40)}
-    assert desk.recorder.timeseries.now.pieces == EVERY * 41
+    assert desk.recorder.timeseries.now.pieces == GAP_SAMPLE_INTERVAL * 41
 
 
-def test_gaps_are_what_lay_between_two_pieces(desk) -> None:
+def test_gaps_are_the_times_between_two_chunks(desk) -> None:
     record = desk.admitted()
-    passing(desk, record, [0.5] * 100)
+    relay(desk, record, [0.5] * 100)
     record.complete()
     record.end()
     assert record.gaps in (3, 4) and record.gap_max == 0.5 and record.gap_sum == record.gaps * 0.5
     assert record.mean_gap == 0.5
 
 
-def test_a_gap_in_which_the_client_took_nothing_is_left_out(desk) -> None:
+def test_a_gap_during_which_the_client_did_not_read_is_not_counted(desk) -> None:
     record = desk.admitted()
-    for _ in range(record.first_look):
-        left = record.look()
+    for _ in range(record.first_sample):
+        left = record.sample_gap()
         if left == 1:
             break
-    record.disturbed()
+    record.skip_gap()
     desk.after(1000)
-    assert record.look() == 1, "the next gap is measured instead"
+    assert record.sample_gap() == 1, "the next gap is measured instead"
     desk.after(0.25)
-    assert record.look() == EVERY - 1
+    assert record.sample_gap() == GAP_SAMPLE_INTERVAL - 1
     assert (record.gaps, record.gap_sum) == (1, 0.25)
 
 
-def test_a_body_without_pieces(desk) -> None:
+def test_a_body_without_chunks(desk) -> None:
     record = desk.admitted()
-    record.passed(record.first_look)
+    record.end_of_stream(record.first_sample)
     record.end()
     assert record.pieces == 0 and record.mean_gap is None
 
 
-def test_the_measurement_of_its_cost_measures(monkeypatch, capsys) -> None:
+def test_the_benchmark_of_its_cost_prints_figures(monkeypatch, capsys) -> None:
     monkeypatch.setattr(observe, "_ROUNDS", 1)
     observe.main()
     figures = [float(found) for found in re.findall(r"([\d.]+) µs", capsys.readouterr().out)]

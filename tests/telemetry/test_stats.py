@@ -3,7 +3,7 @@
 from disagg_proxy.telemetry.stats import Latency, Stats
 
 
-def test_nothing_has_no_percentiles() -> None:
+def test_no_values_no_percentiles() -> None:
     assert Latency().summary() == {"count": 0, "p50_s": None, "p90_s": None, "p99_s": None, "max_s": None}
 
 

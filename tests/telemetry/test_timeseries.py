@@ -38,12 +38,12 @@ def test_a_step_has_what_came_in_it_and_the_highest_that_was_seen() -> None:
     clock = Clock()
     timeseries = TimeSeries(clock)
     timeseries.now.outcomes["ok"] += 1
-    timeseries.look(3, 1, 10)
-    timeseries.look(2, 5, 7)
+    timeseries.sample(3, 1, 10)
+    timeseries.sample(2, 5, 7)
     clock.time = 1005.0
-    timeseries.look(1, 0, 0)
+    timeseries.sample(1, 0, 0)
     timeseries.now.outcomes["cut"] += 1
-    (first,), second = timeseries.before, timeseries.now
+    (first,), second = timeseries.past, timeseries.now
     assert (first.start, dict(first.outcomes)) == (1000, {"ok": 1})
     assert (first.in_flight, first.queued, first.kv_waiting_bytes) == (3, 5, 10)
     assert (second.start, dict(second.outcomes), second.in_flight) == (1005, {"cut": 1}, 1)
@@ -55,8 +55,8 @@ def test_no_more_than_ten_minutes_are_kept_and_a_successor_has_them_too() -> Non
     for number in range(200):
         timeseries.now.pieces = number
         clock.time += SECONDS
-        timeseries.look(0, 0, 0)
-    assert [step.pieces for step in timeseries.before] == list(range(200 - STEPS + 1, 200))
+        timeseries.sample(0, 0, 0)
+    assert [step.pieces for step in timeseries.past] == list(range(200 - STEPS + 1, 200))
     heir = TimeSeries(clock)
-    heir.inherit([*timeseries.before, timeseries.now])
-    assert [step.start for step in heir.before] == [step.start for step in timeseries.before], "its own step is another"
+    heir.inherit([*timeseries.past, timeseries.now])
+    assert [step.start for step in heir.past] == [step.start for step in timeseries.past], "its own step is another"

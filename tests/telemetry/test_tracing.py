@@ -164,7 +164,7 @@ async def test_what_the_caller_does_not_sample_is_not_exported_and_the_engines_k
 async def test_sampling_and_names_are_opentelemetrys_own(receiver, http, monkeypatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     traces = SpanExporter()
-    record = RequestRecorder.alone().open(PATH, None)
+    record = RequestRecorder.standalone().open(PATH, None)
     traces.begin(record, [])
     assert record.trace is not None and not record.trace.sampled
     await traces.stop()
@@ -172,7 +172,7 @@ async def test_sampling_and_names_are_opentelemetrys_own(receiver, http, monkeyp
     monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
     traces = SpanExporter(worker=1)
-    record = RequestRecorder.alone().open(PATH, None)
+    record = RequestRecorder.standalone().open(PATH, None)
     traces.begin(record, [])
     record.end()
     traces.take(record)
@@ -184,7 +184,7 @@ async def test_sampling_and_names_are_opentelemetrys_own(receiver, http, monkeyp
 
 async def test_a_receiver_that_is_not_there_holds_up_neither_requests_nor_the_end(http, monkeypatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("disagg_proxy.telemetry.tracing._END_WITHIN", 0.3)
+    monkeypatch.setattr("disagg_proxy.telemetry.tracing._FLUSH_TIMEOUT", 0.3)
     async with running_proxy(traces=True) as proxy, AsyncExitStack() as stack:
         machine = Machine(proxy, stack, http)
         await machine.pair()

@@ -40,12 +40,12 @@ async def test_the_address_and_the_key_come_from_the_environment_and_the_words_f
         code, out, _ = await run(HTTP_PROXY_PORT=port, API_KEY="sesame", LC_ALL="zh_CN.UTF-8", PYTHONUTF8="1")
         assert code == 0 and "无法服务：没有 prefill 注册" in out
         code, out, err = await run("--key", "wrong", HTTP_PROXY_PORT=port)
-        assert (code, out) == (1, "") and "asks for its API key" in err
+        assert (code, out) == (1, "") and "requires its API key" in err
 
 
 async def test_no_proxy_answers() -> None:
     code, out, err = await run("--url", "http://127.0.0.1:9")
-    assert (code, out) == (1, "") and err.startswith("disagg-proxy top: http://127.0.0.1:9 does not answer")
+    assert (code, out) == (1, "") and err.startswith("disagg-proxy top: http://127.0.0.1:9 does not respond")
 
 
 @pytest.mark.parametrize("wrong", [["--url", "127.0.0.1:10001"], ["--no-such"], ["word"]])
@@ -95,9 +95,9 @@ async def test_it_waits_for_a_proxy_and_outlives_it() -> None:
     async with running_proxy() as proxy:
         port = int(proxy.url.rpartition(":")[2])
     terminal = Terminal(proxy.url)
-    await terminal.says("does not answer")
+    await terminal.says("does not respond")
     async with running_proxy(http_port=port):
         await terminal.says("Not serving: no prefill has registered")
-    await terminal.says("The proxy does not answer")
+    await terminal.says("The proxy does not respond")
     terminal.child.send("q")
     assert await terminal.ends() == 0

@@ -41,17 +41,17 @@ async def test_a_pair_that_serves(machine, pair) -> None:
     assert "● Serving: 1 pair ready" in text
     for role, engine in ("Prefill", prefill), ("Decode", decode):
         assert re.search(rf"{role} {engine.http_address} +● Ready +0 +0 +0 +1 +0 +sim-model", text), text
-    assert f"{prefill.http_address} ─▷ {decode.http_address}  0 in flight, 1 in all" in text
+    assert f"{prefill.http_address} ─▷ {decode.http_address}  0 in flight, 1 in total" in text
     path = f":{prefill.http_address.rpartition(':')[2]} → :{decode.http_address.rpartition(':')[2]}"
     assert re.search(rf"\d\d:\d\d:\d\d +completions +{path} .*█ +\S+ ms +OK", text)
-    assert re.search(r"completions +– +\S+ ms +Refused", text)
+    assert re.search(r"completions +– +\S+ ms +Rejected", text)
     assert re.search(rf"Ready {decode.http_address} serves sim-model", text)
 
 
 async def test_nobody_is_there(machine) -> None:
     text = shown(await soon(look(machine)))
     assert "✕ Not serving: no prefill has registered" in text
-    assert "No decode has registered yet." in text and "No request has gone through yet." in text
+    assert "No decode has registered yet." in text and "No requests yet." in text
 
 
 @pytest.mark.settings(freeze_after_min=0.4, freeze_after_max=0.4, probe_interval=0.1)
@@ -61,16 +61,16 @@ async def test_a_frozen_decode_is_named_with_what_was_done(machine, pair) -> Non
     await soon(machine.send(PATH, ASK), 30)
     text = shown(await soon(look(machine)))
     assert re.search(rf"❄ Decode {decode.http_address} is frozen for \d+ s", text)
-    assert "What was done: taken out of service, and a prefill was replayed once" in text
+    assert "Action taken: out of rotation, and one prefill was replayed" in text
     assert "Only a restart can" in text and "new requests get 503" in text
-    assert re.search(r"Last incident: .*\(not over\): [\d:]+ Frozen → [\d:]+ Replayed → [\d:]+ Given up", text)
+    assert re.search(r"Last incident: .*\(ongoing\): [\d:]+ Frozen → [\d:]+ Replayed → [\d:]+ Needs restart", text)
     assert re.search(rf"Decode {decode.http_address} +❄ Frozen", text)
     decode.faults.release()
 
 
 async def test_in_chinese(machine, pair) -> None:
     text = shown(await soon(look(machine)), "zh")
-    assert "● 服务正常：1 对就绪" in text and "● 就绪" in text
+    assert "● 服务正常：1 对实例就绪" in text and "● 就绪" in text
 
 
 async def test_it_fits_the_lines_that_there_are(machine, pair) -> None:
@@ -83,8 +83,8 @@ async def test_it_fits_the_lines_that_there_are(machine, pair) -> None:
 
 async def test_a_view_that_is_old_says_so(machine, pair) -> None:
     text = shown(await soon(look(machine)), gone="http://proxy does not answer (refused)")
-    assert "✕ The proxy does not answer" in text and "refused" in text
-    assert re.search(r"What is below is from \d\d:\d\d:\d\d", text) and "Serving" not in text
+    assert "✕ The proxy does not respond" in text and "refused" in text
+    assert re.search(r"The data below is from \d\d:\d\d:\d\d", text) and "Serving" not in text
 
 
 async def test_names_are_neither_markup_nor_control_characters(machine) -> None:

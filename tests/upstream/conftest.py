@@ -81,8 +81,8 @@ async def upstream() -> AsyncIterator[Upstream]:
 
 @pytest.fixture
 def ask(server: Server, upstream: Upstream) -> Ask:
-    async def send(*, address: str = "", silence: float = 5.0, method: str = "GET", **options: object) -> Response:
-        options = {"leg": "decode", "silence": silence, **options}
+    async def send(*, address: str = "", idle_timeout: float = 5.0, method: str = "GET", **options: object) -> Response:
+        options = {"leg": "decode", "idle_timeout": idle_timeout, **options}
         return await soon(upstream.request(method, server.instance(address), "/x", **options))
 
     return send

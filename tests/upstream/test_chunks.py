@@ -32,9 +32,9 @@ class Sink:
         self.chunks = 0
         self.over = ""
 
-    def feed(self, piece: bytes) -> None:
-        assert piece and not self.over
-        self.body += piece
+    def feed(self, payload: bytes) -> None:
+        assert payload and not self.over
+        self.body += payload
 
     def feed_chunks(self, chunks: bytes) -> bool:
         if b"parse me" in chunks:
@@ -51,7 +51,7 @@ class Sink:
     def end(self) -> None:
         self.over = "end"
 
-    def broke(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         self.over = type(error).__name__
 
 
@@ -67,7 +67,7 @@ class Exchange:
     def receive(self, *reads: bytes) -> Sink:
         """All reads after a head."""
         self.connection.data_received(HEAD)
-        self.answer.pour(self.sink)
+        self.answer.pipe_to(self.sink)
         for data in reads:
             if not self.transport.aborted:
                 self.connection.data_received(data)
@@ -75,11 +75,11 @@ class Exchange:
         return self.sink
 
 
-def chunk(piece: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(piece), piece)
+def chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
-async def test_tokens_that_come_one_by_one_keep_their_framing() -> None:
+async def test_single_chunks_keep_their_framing() -> None:
     exchange = Exchange()
     events = [b"data: %d\n\n" % i for i in range(5)]
     sink = exchange.receive(*map(chunk, events), b"0\r\n\r\n")
@@ -87,7 +87,7 @@ async def test_tokens_that_come_one_by_one_keep_their_framing() -> None:
     assert sink.chunks == 4, "all but the first, behind which the parser first stands between two"
 
 
-async def test_tokens_that_come_together_keep_their_framing() -> None:
+async def test_several_chunks_keep_their_framing() -> None:
     exchange = Exchange()
     events = [b"data: %d\n\n" % i for i in range(7)]
     one, *others = map(chunk, events)
@@ -96,7 +96,7 @@ async def test_tokens_that_come_together_keep_their_framing() -> None:
     assert sink.chunks == 3, "what comes together with the end is parsed"
 
 
-async def test_what_the_sink_does_not_take_with_its_framing_is_parsed() -> None:
+async def test_chunks_that_the_sink_rejects_are_parsed() -> None:
     exchange = Exchange()
     events = [b"1\n", b"parse me\n", b"2\n", b"3\n"]
     sink = exchange.receive(*map(chunk, events), b"0\r\n\r\n")
@@ -113,19 +113,19 @@ async def test_what_the_sink_does_not_take_with_its_framing_is_parsed() -> None:
     ],
     ids=["looks like a chunk in two", "looks like one within one", "a size in two"],
 )
-async def test_what_looks_like_a_chunk_is_data(reads) -> None:
+async def test_data_that_looks_like_a_chunk(reads) -> None:
     exchange = Exchange()
     sink = exchange.receive(*reads)
     plain = Exchange().receive(b"".join(reads))
     assert (sink.body, sink.over) == (plain.body, plain.over) and sink.over == "end"
 
 
-async def test_a_wrong_size_breaks_the_answer() -> None:
+async def test_an_invalid_size_fails_the_response() -> None:
     sink = Exchange().receive(chunk(b"a\n"), chunk(b"b\n"), b"zz\r\nx\r\n")
     assert (sink.body, sink.over) == (b"a\nb\n", "EngineDisconnected")
 
 
-_pieces = st.lists(
+_bodies = st.lists(
     st.one_of(
         st.binary(min_size=1, max_size=30), st.sampled_from([b"\n", b"\r\n", b"\n\r\n1\r\nx\r\n", b"1\r\nx\r\n"])
     ),
@@ -134,25 +134,25 @@ _pieces = st.lists(
 )
 
 
-@given(_pieces, st.lists(st.integers(0, 400), max_size=12), st.booleans())
-async def test_however_it_is_cut(pieces: list[bytes], cuts: list[int], upper: bool) -> None:
+@given(_bodies, st.lists(st.integers(0, 400), max_size=12), st.booleans())
+async def test_any_split_into_reads(bodies: list[bytes], cuts: list[int], upper: bool) -> None:
     form = b"%X\r\n%b\r\n" if upper else b"%x\r\n%b\r\n"
-    wire = b"".join(form % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    wire = b"".join(form % (len(payload), payload) for payload in bodies) + b"0\r\n\r\n"
     ends = sorted({cut for cut in cuts if 0 < cut < len(wire)})
     reads = [wire[a:b] for a, b in zip([0, *ends], [*ends, len(wire)], strict=True)]
     exchange = Exchange()
     sink = exchange.receive(*reads)
-    assert (sink.body, sink.over, exchange.pool.free) == (b"".join(pieces), "end", 1)
+    assert (sink.body, sink.over, exchange.pool.free) == (b"".join(bodies), "end", 1)
 
 
-@given(_pieces, st.data())
-async def test_chunk_by_chunk_with_some_glued_or_torn(pieces: list[bytes], data: st.DataObject) -> None:
+@given(_bodies, st.data())
+async def test_chunks_joined_or_split_across_reads(bodies: list[bytes], data: st.DataObject) -> None:
     reads = [b""]
-    for piece in pieces:
-        for part in (chunk(piece)[:2], chunk(piece)[2:]) if data.draw(st.booleans()) else (chunk(piece),):
+    for payload in bodies:
+        for part in (chunk(payload)[:2], chunk(payload)[2:]) if data.draw(st.booleans()) else (chunk(payload),):
             if data.draw(st.booleans()):
                 reads[-1] += part
             else:
                 reads.append(part)
     sink = Exchange().receive(*filter(None, reads), b"0\r\n\r\n")
-    assert (sink.body, sink.over) == (b"".join(pieces), "end")
+    assert (sink.body, sink.over) == (b"".join(bodies), "end")

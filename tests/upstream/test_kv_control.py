@@ -13,27 +13,27 @@ from disagg_proxy.cluster.kv_kind import MAX_RANKS, KvKind
 from disagg_proxy.upstream.kv_control import KvControl
 from tests.cluster.conftest import World
 
-Said = list[tuple[str, str, str]]
+Sent = list[tuple[str, str, str]]
 
 
 class _Control:
-    def __init__(self, said: Said, address: str) -> None:
-        self._said, self._address = said, address
+    def __init__(self, sent: Sent, address: str) -> None:
+        self._sent, self._address = sent, address
 
     async def release(self, transfer: str) -> None:
-        self._said.append((self._address, "release", transfer))
+        self._sent.append((self._address, "release", transfer))
 
     async def meet(self, prefill: str) -> None:
-        self._said.append((self._address, "meet", prefill))
+        self._sent.append((self._address, "meet", prefill))
 
     async def close(self) -> None:
         pass
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> Said:
-    """What was said to which address; nobody is at a port that ends in 2."""
-    found: Said = []
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What was sent to which address; nobody is at a port that ends in 2."""
+    found: Sent = []
 
     async def open_(address: str, secret: str, timeout: float) -> _Control:
         if address.endswith("2"):
@@ -49,34 +49,34 @@ def instances(tp: int | str) -> tuple[Instance, Instance]:
     return world.ready(Role.PREFILL, 1, kind=kind), world.ready(Role.DECODE, 2, kind=kind)
 
 
-async def test_to_every_rank(said: Said) -> None:
+async def test_messages_go_to_every_rank(sent: Sent) -> None:
     prefill, decode = instances(4)
     control = KvControl("", 1.0)
     await control.release(prefill, "t")
-    assert sorted(said) == [(f"127.0.0.1:{port}", "release", "t") for port in (1001, 1003, 1004)]
-    said.clear()
+    assert sorted(sent) == [(f"127.0.0.1:{port}", "release", "t") for port in (1001, 1003, 1004)]
+    sent.clear()
     await control.meet(decode, prefill)
-    assert sorted(said) == [(f"127.0.0.1:{port}", "meet", "127.0.0.1:1001") for port in (1003, 1004, 1005)]
+    assert sorted(sent) == [(f"127.0.0.1:{port}", "meet", "127.0.0.1:1001") for port in (1003, 1004, 1005)]
 
 
 @pytest.mark.parametrize("tp", [1, 0, -1, MAX_RANKS + 1, "many"])
-async def test_odd_announcements_are_one_rank(said: Said, tp: int | str) -> None:
+async def test_an_invalid_number_of_ranks_counts_as_one(sent: Sent, tp: int | str) -> None:
     await KvControl("", 1.0).release(instances(tp)[0], "t")
-    assert said == [("127.0.0.1:1001", "release", "t")]
+    assert sent == [("127.0.0.1:1001", "release", "t")]
 
 
 Ask = Callable[[KvControl, Instance], Awaitable[None]]
 
 
 @pytest.mark.parametrize("ask", [lambda c, i: c.release(i, "t"), lambda c, i: c.meet(i, i)], ids=["release", "meet"])
-async def test_an_instance_without_a_kv_address_is_told_nothing(said: Said, ask: Ask) -> None:
+async def test_an_instance_without_a_kv_address_gets_no_message(sent: Sent, ask: Ask) -> None:
     instance = instances(1)[0]
     instance.kv = None
     await ask(KvControl("", 1.0), instance)
-    assert not said
+    assert not sent
 
 
-async def test_connections_to_one_port_are_bounded_and_all_is_said(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_to_one_port_are_bounded(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine takes 64 by default, and a lost prefill can have hundreds of transfers to release."""
     now, most = 0, 0
     say = _Control.release
@@ -92,5 +92,5 @@ async def test_connections_to_one_port_are_bounded_and_all_is_said(said: Said, m
     monkeypatch.setattr(_Control, "release", release)
     control, prefill = KvControl("", 1.0), instances(1)[0]
     await asyncio.gather(*(control.release(prefill, str(number)) for number in range(300)))
-    assert len({transfer for _, _, transfer in said}) == 300 and most == 8
+    assert len({transfer for _, _, transfer in sent}) == 300 and most == 8
     assert not control._slots, "addresses of engines that are gone are not kept"

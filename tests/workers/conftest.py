@@ -1,4 +1,4 @@
-"""A proxy of several processes, and doors into each of them."""
+"""A proxy of several processes, and a kept connection to each of them."""
 
 from __future__ import annotations
 

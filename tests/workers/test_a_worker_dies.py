@@ -1,4 +1,4 @@
-"""A worker that is killed, stopped or hangs: the others do not notice, and nothing of it is left."""
+"""A worker that is killed, stopped or hangs: the others continue, and its load is released."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENDLESS = {"max_tokens": 3000, "ignore_eos": True}
 ADMIN = {"Authorization": "Bearer sk-admin"}
 
 
-async def test_one_that_is_killed_in_mid_stream_is_replaced_and_its_load_is_released(fleet, engines) -> None:
+async def test_a_worker_killed_in_mid_stream_is_replaced_and_its_load_is_released(fleet, engines) -> None:
     proxy = await fleet(2)
     _prefill, decode = pair = await engines(proxy.zmq, time_per_output_token=0.002)
     for engine in pair:
@@ -62,7 +62,7 @@ async def test_one_that_is_killed_in_mid_stream_is_replaced_and_its_load_is_rele
     await soon(decode.wait_until(lambda state: not state["running"] and not state["kv_waiting"]))
 
 
-async def test_a_place_of_a_killed_worker_goes_to_who_waits_in_another(fleet, engines) -> None:
+async def test_capacity_of_a_killed_worker_goes_to_a_request_queued_in_another(fleet, engines) -> None:
     proxy = await fleet(2, DECODE_MAX_IN_FLIGHT="1")
     pair = await engines(proxy.zmq)
     for engine in pair:
@@ -82,7 +82,7 @@ async def _queued(door, count: int) -> bool:
     return (await door.get("/stats"))["requests"]["queued"] == count
 
 
-async def test_connections_that_a_dying_worker_has_not_taken_are_served(fleet, engines) -> None:
+async def test_connections_that_a_dying_worker_has_not_accepted_are_served(fleet, engines) -> None:
     proxy = await fleet(2)
     for engine in await engines(proxy.zmq):
         await proxy.until_known(engine)
@@ -97,7 +97,7 @@ async def test_connections_that_a_dying_worker_has_not_taken_are_served(fleet, e
     os.kill(pids[1], signal.SIGCONT)
 
 
-async def test_one_that_is_stopped_holds_up_nobody(fleet, engines) -> None:
+async def test_a_stopped_worker_delays_no_other(fleet, engines) -> None:
     proxy = await fleet(2, ADMIN_KEY="sk-admin")
     _prefill, decode = pair = await engines(proxy.zmq)
     for engine in pair:
@@ -135,7 +135,7 @@ async def _responding(door, expected: list[bool]) -> bool:
     return [worker["responding"] for worker in (await door.get("/stats"))["workers"]] == expected
 
 
-async def test_a_new_worker_knows_what_was_found_and_asked_for_before_it_came(fleet, engines) -> None:
+async def test_a_new_worker_applies_earlier_drains_and_kv_transfers(fleet, engines) -> None:
     """A drain; and a prefill that has sent to a decode process which is gone, and must not meet the next one."""
     proxy = await fleet(2, ADMIN_KEY="sk-admin")
     prefill, decode = pair = await engines(proxy.zmq)

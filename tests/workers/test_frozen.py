@@ -1,4 +1,4 @@
-"""An engine that is stalled, seen by several workers of which each knows its own requests only."""
+"""A stalled engine, seen by several workers that each know their own requests only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_a_decode_is_freed_by_the_worker_that_knows_the_lost_prefill(fleet
     await soon(decode.wait_until(lambda state: not state["running"] and not state["kv_waiting"]))
 
 
-async def test_one_that_nobody_can_free_is_given_up_by_all(fleet, engines, http) -> None:
+async def test_a_stall_that_no_worker_can_end_is_given_up_by_all(fleet, engines, http) -> None:
     proxy = await fleet(2, **SOON)
     prefill, decode = pair = await engines(proxy.zmq)
     for engine in pair:
@@ -79,7 +79,7 @@ async def test_one_that_nobody_can_free_is_given_up_by_all(fleet, engines, http)
         assert not (await door.instance(decode))["restart_wanted"]
 
 
-async def test_one_that_comes_round_by_itself_is_back_for_all(fleet, engines) -> None:
+async def test_an_engine_that_recovers_alone_is_back_for_all(fleet, engines) -> None:
     proxy = await fleet(2, **SOON)
     _, decode = pair = await engines(proxy.zmq)
     for engine in pair:
@@ -93,7 +93,7 @@ async def test_one_that_comes_round_by_itself_is_back_for_all(fleet, engines) ->
         assert (await door.ask())[0] in (200, 503), "one of them tries it first"
 
 
-async def test_what_a_stopped_decode_means_is_known_to_all(fleet, engines) -> None:
+async def test_a_stopped_decode_is_found_hung_by_all(fleet, engines) -> None:
     """Each worker finds the process hung; the prefill that blocks behind it is found by the one whose request waits."""
     proxy = await fleet(2, INSTANCE_EXPIRY="0.8", PROBE_INTERVAL="0.2", FREEZE_AFTER_MIN="0.8")
     (prefill, decode) = await engines(proxy.zmq)

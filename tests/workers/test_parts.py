@@ -1,4 +1,4 @@
-"""The smaller parts: messages, what the supervisor remembers, marks."""
+"""Messages between processes, the replay log, the history of KV transfers, and shared flags."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from disagg_proxy.workers.kv_history import SharedKvHistory
 from disagg_proxy.workers.replay_log import ReplayLog
 from disagg_proxy.workers.shared_flags import SharedFlags
 from disagg_proxy.workers.shared_load import RowIndex, WorkerLoad
-from disagg_proxy.workers.shared_table import FlagColumn, SharedTable, SharedTableHeader, now
-from disagg_proxy.workers.worker_env import WorkerEnv
+from disagg_proxy.workers.shared_table import FlagColumn, RowHeader, SharedTable, now
+from disagg_proxy.workers.worker_process import WorkerEnv
 from tests.cluster.conftest import World
 from tests.conftest import soon
 
@@ -26,7 +26,7 @@ SECOND = 1_000_000_000
 # -- messages
 
 
-async def test_a_side_that_does_not_read_holds_up_nobody_and_misses_nothing_that_counts() -> None:
+async def test_a_side_that_does_not_read_blocks_no_sender_and_gets_the_newest_messages() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     taken: list[object] = []
     done = asyncio.Event()
@@ -49,29 +49,29 @@ async def test_a_side_that_does_not_read_holds_up_nobody_and_misses_nothing_that
     receiver.close()
 
 
-async def test_the_end_of_the_other_side_is_noticed_after_what_it_said() -> None:
+async def test_the_end_of_the_other_side_is_noticed_after_its_last_message() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    heard: list[object] = []
+    received: list[object] = []
     ended = asyncio.Event()
-    receiver, sender = Channel(ours, heard.append, ended.set), Channel(theirs, heard.append)
+    receiver, sender = Channel(ours, received.append, ended.set), Channel(theirs, received.append)
     sender.send(["sent", "a", "b", 1])
     sender.close()
     receiver.open()
     await soon(ended.wait())
-    assert heard == [["sent", "a", "b", 1]]
+    assert received == [["sent", "a", "b", 1]]
     receiver.send(["ping"])
     receiver.close()
 
 
-def test_a_seat_is_read_as_it_was_given() -> None:
-    seat = WorkerEnv(1, 2, 3, 4, (5, 6, 7), 8, 9)
-    assert WorkerEnv.read(seat.environ()) == seat and seat.files == (4, 5, 6, 7, 8, 9)
+def test_a_worker_environment_is_read_as_written() -> None:
+    env = WorkerEnv(1, 2, 3, 4, (5, 6, 7), 8, 9)
+    assert WorkerEnv.read(env.environ()) == env and env.files == (4, 5, 6, 7, 8, 9)
 
 
-# -- what the supervisor remembers
+# -- the replay log
 
 
-def book(**settings) -> tuple[ReplayLog, SharedTable]:
+def replay_log(**settings) -> tuple[ReplayLog, SharedTable]:
     table = SharedTable(memoryview(bytearray(SharedTable.size(2))), 2)
     return ReplayLog(Config(**settings), RowIndex(table)), table
 
@@ -81,113 +81,113 @@ def ping(port: int, kv: int = 0):
     return decode([msgpack.packb(fields)])
 
 
-def test_a_new_worker_is_told_everything_and_then_that_it_was_all() -> None:
-    kept, _ = book(prefill=(StaticInstance("s:1"),))
-    first = kept.announced(ping(1), 0.0)
+def test_a_new_worker_gets_all_messages_and_then_synced() -> None:
+    kept, _ = replay_log(prefill=(StaticInstance("s:1"),))
+    first = kept.on_ping(ping(1), 0.0)
     assert first is not None and first[:2] == ["ping", 1]
-    assert kept.heard(["sent", "h:1", "kv:2", 5]) is not None
-    assert kept.heard(["sent", "h:1", "kv:2", 5]) is None, "known"
-    assert kept.heard(["ended", "h:3", "kv:2", 7]) is not None
-    assert kept.heard(["ended", "h:3", "kv:2", 8]) is None, "another worker has noticed the same"
-    told = [message for message, _ in kept.all_of_it(1.0)]
-    assert told == [["slot", 0, "s:1"], ["ended", "h:3", "kv:2", 7], ["sent", "h:1", "kv:2", 5], first, ["whole"]]
-    assert first not in [message for message, _ in kept.all_of_it(60.0)], "its pings have stopped"
+    assert kept.on_message(["sent", "h:1", "kv:2", 5]) is not None
+    assert kept.on_message(["sent", "h:1", "kv:2", 5]) is None, "known"
+    assert kept.on_message(["ended", "h:3", "kv:2", 7]) is not None
+    assert kept.on_message(["ended", "h:3", "kv:2", 8]) is None, "another worker has noticed the same"
+    replayed = [message for message, _ in kept.replay(1.0)]
+    assert replayed == [["slot", 0, "s:1"], ["ended", "h:3", "kv:2", 7], ["sent", "h:1", "kv:2", 5], first, ["synced"]]
+    assert first not in [message for message, _ in kept.replay(60.0)], "its pings have stopped"
 
 
-def test_a_prefill_process_that_ended_takes_its_contacts_with_it() -> None:
-    kept, _ = book()
-    kept.heard(["sent", "h:1", "kv:2", 5])
-    kept.heard(["ended", "h:1", "kv:1", 6])
-    assert "sent" not in [message[0] for message, _ in kept.all_of_it(0.0)]
+def test_the_history_of_a_prefill_process_ends_with_it() -> None:
+    kept, _ = replay_log()
+    kept.on_message(["sent", "h:1", "kv:2", 5])
+    kept.on_message(["ended", "h:1", "kv:1", 6])
+    assert "sent" not in [message[0] for message, _ in kept.replay(0.0)]
 
 
-def test_slots_of_instances_that_are_long_gone_are_used_again() -> None:
-    kept, table = book()
+def test_slots_of_expired_instances_are_reassigned() -> None:
+    kept, table = replay_log()
     for port in range(1, 1025):
-        assert kept.announced(ping(port), 0.0) is not None
-    assert kept.announced(ping(2000), 10.0) is None
+        assert kept.on_ping(ping(port), 0.0) is not None
+    assert kept.on_ping(ping(2000), 10.0) is None
     table.rows[0].loads[0] = 1
-    again = kept.announced(ping(2000), 1000.0)
+    again = kept.on_ping(ping(2000), 1000.0)
     assert again is not None and again[1] == 1, "something is still on the first"
 
 
-# -- who has sent to whom
+# -- history of KV transfers
 
 
 class Pair:
     def __init__(self) -> None:
         self.world = World()
-        self.said: list[list] = []
+        self.sent: list[list] = []
         self.due: list = []
-        self.contacts = SharedKvHistory(self.world.registry, self.said.append, lambda s, then: self.due.append(then))
+        self.kv_history = SharedKvHistory(self.world.registry, self.sent.append, lambda s, then: self.due.append(then))
         self.prefill, self.decode = self.world.ready(Role.PREFILL, 1), self.world.ready(Role.DECODE, 2)
 
     @property
     def possible(self) -> bool:
-        return self.world.registry.kv_compatibility.possible(self.prefill, self.decode)
+        return self.world.registry.kv_compatibility.compatible(self.prefill, self.decode)
 
 
-def test_the_first_sending_to_a_process_is_told_once() -> None:
+def test_the_first_transfer_to_a_process_is_broadcast_once() -> None:
     here = Pair()
     for _ in range(3):
-        here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
-    assert [m[:3] for m in here.said] == [["sent", here.prefill.key, here.decode.kv.text]]
+        here.world.registry.kv_compatibility.record_send(here.prefill, here.decode)
+    assert [m[:3] for m in here.sent] == [["sent", here.prefill.key, here.decode.kv.text]]
 
 
 def test_what_another_worker_has_sent_counts_here_when_the_decode_ends() -> None:
     here = Pair()
-    here.contacts.heard(["sent", here.prefill.key, here.decode.kv.text, now()])
+    here.kv_history.on_message(["sent", here.prefill.key, here.decode.kv.text, now()])
     assert here.possible
     here.world.registry.process_ended(here.decode)
-    assert not here.possible and here.said[0][0] == "ended"
+    assert not here.possible and here.sent[0][0] == "ended"
 
 
-def test_what_was_sent_before_an_end_that_is_known_here_was_sent_to_the_one_that_is_gone() -> None:
+def test_a_transfer_before_a_known_end_went_to_the_former_process() -> None:
     here = Pair()
     sent = now()
     here.world.registry.process_ended(here.decode)
-    here.contacts.heard(["sent", here.prefill.key, here.decode.kv.text, sent])
+    here.kv_history.on_message(["sent", here.prefill.key, here.decode.kv.text, sent])
     assert not here.possible
     here.world.registry.process_ended(here.prefill)
     assert here.possible
-    here.contacts.heard(["sent", here.prefill.key, here.decode.kv.text, sent])
+    here.kv_history.on_message(["sent", here.prefill.key, here.decode.kv.text, sent])
     assert here.possible, "that was its predecessor"
 
 
-def test_an_end_is_taken_from_others_only_where_it_would_not_be_noticed() -> None:
+def test_an_end_reported_by_another_worker_waits_for_the_own_lifeline() -> None:
     here = Pair()
-    here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
+    here.world.registry.kv_compatibility.record_send(here.prefill, here.decode)
     registry = here.world.registry
-    registry.has_lifeline = lambda instance: True
-    here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
+    registry.has_liveness_connection = lambda instance: True
+    here.kv_history.on_message(["ended", here.decode.key, here.decode.kv.text, now()])
     assert here.possible
     registry.process_ended(here.decode)
     registry.process_ended(here.prefill)
-    registry.kv_compatibility.sends_towards(here.prefill, here.decode)
+    registry.kv_compatibility.record_send(here.prefill, here.decode)
     for believe in here.due:
         believe()
     assert here.possible, "it was noticed here meanwhile"
 
 
-def test_an_end_that_was_not_noticed_here_is_believed() -> None:
+def test_a_reported_end_is_applied_if_the_lifeline_missed_it() -> None:
     """The successor answered the first probe after it."""
     here = Pair()
     registry = here.world.registry
-    registry.kv_compatibility.sends_towards(here.prefill, here.decode)
-    registry.has_lifeline = lambda instance: True
-    here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
+    registry.kv_compatibility.record_send(here.prefill, here.decode)
+    registry.has_liveness_connection = lambda instance: True
+    here.kv_history.on_message(["ended", here.decode.key, here.decode.kv.text, now()])
     here.due[0]()
-    assert not here.possible and [m[0] for m in here.said] == ["sent"], "it is not told again"
+    assert not here.possible and [m[0] for m in here.sent] == ["sent"], "it is not broadcast again"
 
 
-def test_without_a_lifeline_an_end_is_believed_at_once() -> None:
+def test_without_a_lifeline_a_reported_end_is_applied_at_once() -> None:
     here = Pair()
-    here.world.registry.kv_compatibility.sends_towards(here.prefill, here.decode)
-    here.contacts.heard(["ended", here.decode.key, here.decode.kv.text, now()])
+    here.world.registry.kv_compatibility.record_send(here.prefill, here.decode)
+    here.kv_history.on_message(["ended", here.decode.key, here.decode.kv.text, now()])
     assert not here.possible and not here.due
 
 
-# -- marks
+# -- flags
 
 
 class Two:
@@ -196,99 +196,109 @@ class Two:
     def __init__(self) -> None:
         self.table = SharedTable(memoryview(bytearray(SharedTable.size(2))), 2)
         self.worlds = [World(), World()]
-        self.pokes = 0
-        self.marks, self.prefills, self.decodes = [], [], []
+        self.wakeups = 0
+        self.flags, self.prefills, self.decodes = [], [], []
         for number, world in enumerate(self.worlds):
-            ledger = WorkerLoad(self.table, number, world.registry, lambda: None)
-            self.marks.append(SharedFlags(self.table, number, world.registry, self._poked))
+            load = WorkerLoad(self.table, number, world.registry, lambda: None)
+            self.flags.append(SharedFlags(self.table, number, world.registry, self._poked))
             self.prefills.append(world.ready(Role.PREFILL, 1))
             self.decodes.append(world.ready(Role.DECODE, 2))
-            ledger.place(self.prefills[-1], 0)
-            ledger.place(self.decodes[-1], 1)
-            self.table.rows[number].head[SharedTableHeader.BEAT] = now()
+            load.assign_slot(self.prefills[-1], 0)
+            load.assign_slot(self.decodes[-1], 1)
+            self.table.rows[number].head[RowHeader.HEARTBEAT] = now()
 
     def _poked(self) -> None:
-        self.pokes += 1
+        self.wakeups += 1
 
 
-def test_the_last_wish_about_a_drain_holds() -> None:
+def test_the_newest_drain_or_undrain_holds() -> None:
     two = Two()
-    here, there = two.marks
+    here, there = two.flags
     here.drain(two.decodes[0], True)
-    assert not there.all_follow(two.decodes[1])
-    there.follow_drain(two.decodes[1])
-    assert two.decodes[1].draining and there.all_follow(two.decodes[1])
+    assert not there.drain_applied_by_all(two.decodes[1])
+    there.apply_drain(two.decodes[1])
+    assert two.decodes[1].draining and there.drain_applied_by_all(two.decodes[1])
     there.drain(two.decodes[1], False)
-    here.follow_drain(two.decodes[0])
-    assert not two.decodes[0].draining and here.all_follow(two.decodes[0])
+    here.apply_drain(two.decodes[0])
+    assert not two.decodes[0].draining and here.drain_applied_by_all(two.decodes[0])
     here.drain(two.decodes[0], True)
-    there.follow_drain(two.decodes[1])
+    there.apply_drain(two.decodes[1])
     assert two.decodes[1].draining
 
 
-def test_a_drain_outlives_the_worker_it_was_asked_of() -> None:
+def test_a_drain_survives_the_worker_that_received_it() -> None:
     two = Two()
-    two.marks[0].drain(two.decodes[0], True)
-    two.table.bury(0)
-    two.marks[1].follow_drain(two.decodes[1])
+    two.flags[0].drain(two.decodes[0], True)
+    two.table.retire(0)
+    two.flags[1].apply_drain(two.decodes[1])
     assert two.decodes[1].draining
 
 
-def test_a_freeze_is_found_once_and_ends_for_all() -> None:
+def test_a_stall_is_reported_once_and_ends_for_all() -> None:
     two = Two()
-    here, there = two.marks
-    assert here.found(two.decodes[0]) and not there.found(two.decodes[1])
+    here, there = two.flags
+    assert here.report_stall(two.decodes[0]) and not there.report_stall(two.decodes[1])
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.freeze(one, "is stalled")
     assert there.frozen(two.decodes[1]) and not there.given_up(two.decodes[1])
     here.give_up(two.decodes[0])
     assert there.given_up(two.decodes[1])
-    two.worlds[1].registry.thaw(two.decodes[1], "moves")
+    two.worlds[1].registry.unfreeze(two.decodes[1], "moves")
     assert not here.frozen(two.decodes[0])
-    here.follow_thaw(two.decodes[0])
+    here.apply_recovery(two.decodes[0])
     assert two.decodes[0].state is State.PROBING
-    assert there.found(two.decodes[1]), "the next time is another one"
+    assert there.report_stall(two.decodes[1]), "the next time is another one"
     assert not here.given_up(two.decodes[0])
 
 
 async def test_the_likeliest_prefill_of_all_workers_is_replayed_first() -> None:
     two = Two()
-    two.marks[0].found(two.decodes[0])
+    two.flags[0].report_stall(two.decodes[0])
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.freeze(one, "is stalled")
-    unlikely = asyncio.create_task(two.marks[0].turn(two.decodes[0], 0.5))
-    assert await soon(two.marks[1].turn(two.decodes[1], 0.1))
+    unlikely = asyncio.create_task(two.flags[0].may_replay(two.decodes[0], 0.5))
+    assert await soon(two.flags[1].may_replay(two.decodes[1], 0.1))
     assert not unlikely.done()
-    nothing_more = asyncio.create_task(two.marks[1].turn(two.decodes[1], None))
+    nothing_more = asyncio.create_task(two.flags[1].may_replay(two.decodes[1], None))
     assert await soon(unlikely)
     assert not nothing_more.done(), "the other one is still trying"
-    assert not await soon(two.marks[0].turn(two.decodes[0], None))
+    assert not await soon(two.flags[0].may_replay(two.decodes[0], None))
     assert not await soon(nothing_more)
 
 
-async def test_nobody_waits_for_a_worker_that_does_not_go_round() -> None:
+async def test_unresponsive_workers_are_not_waited_for() -> None:
     two = Two()
-    two.table.rows[1].head[SharedTableHeader.BEAT] = 1
-    two.marks[0].found(two.decodes[0])
+    two.table.rows[1].head[RowHeader.HEARTBEAT] = 1
+    two.flags[0].report_stall(two.decodes[0])
     two.worlds[0].registry.freeze(two.decodes[0], "is stalled")
-    assert await soon(two.marks[0].turn(two.decodes[0], 0.5), 1.0)
-    assert not await soon(two.marks[0].turn(two.decodes[0], None), 1.0)
+    assert await soon(two.flags[0].may_replay(two.decodes[0], 0.5), 1.0)
+    assert not await soon(two.flags[0].may_replay(two.decodes[0], None), 1.0)
 
 
-def test_prefills_that_stand_still_are_counted_once_whoever_sees_them() -> None:
+def test_stalled_prefills_are_counted_once_over_all_workers() -> None:
     two = Two()
-    assert two.marks[0].blame(two.prefills[0], two.decodes[0]) == 1
-    assert two.marks[1].blame(two.prefills[1], two.decodes[1]) == 1, "the same one"
+    assert two.flags[0].report_blocked_prefill(two.prefills[0], two.decodes[0]) == 1
+    assert two.flags[1].report_blocked_prefill(two.prefills[1], two.decodes[1]) == 1, "the same one"
     other = two.worlds[1].ready(Role.PREFILL, 3)
     other.slot = 2
-    assert two.marks[1].blame(other, two.decodes[1]) == 2
+    assert two.flags[1].report_blocked_prefill(other, two.decodes[1]) == 2
     for world, one in zip(two.worlds, two.decodes, strict=True):
         world.registry.process_ended(one)
-    assert two.table.rows[1].mark(1, FlagColumn.BLAMED) == 0
+    assert two.table.rows[1].flag(1, FlagColumn.STALLED_SENDERS) == 0
 
 
-def test_moves_of_others_are_added_up() -> None:
+def test_a_hung_process_is_reported_once_until_it_shows_a_sign_of_life() -> None:
     two = Two()
-    two.decodes[0].progress.moves = 7
-    assert two.marks[0].moves(two.decodes[0]) == 0
-    assert two.marks[1].moves(two.decodes[1]) == 7
+    here, there = two.flags
+    last_sign = now() / 1e9
+    assert here.report_hung(two.decodes[0], last_sign) and not there.report_hung(two.decodes[1], last_sign)
+    two.table.bury(0)
+    assert not there.report_hung(two.decodes[1], last_sign), "a report outlives the worker that made it"
+    assert there.report_hung(two.decodes[1], now() / 1e9)
+
+
+def test_progress_of_other_workers_is_added_up() -> None:
+    two = Two()
+    two.decodes[0].progress.outputs = 7
+    assert two.flags[0].outputs(two.decodes[0]) == 0
+    assert two.flags[1].outputs(two.decodes[1]) == 7

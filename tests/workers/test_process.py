@@ -1,4 +1,4 @@
-"""The command with several workers: ports, signals, exit codes, and who is left."""
+"""The command with several workers: ports, signals, exit codes, and processes left over."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_signal_ends_all_with_0(fleet, number: int) -> None:
             again.bind((host, int(port)))
 
 
-async def test_sigterm_lets_running_streams_finish_and_whoever_comes_is_told(fleet, engines) -> None:
+async def test_sigterm_lets_running_streams_finish_and_rejects_new_requests(fleet, engines) -> None:
     proxy = await fleet(2, SHUTDOWN_GRACE="20")
     _prefill, decode = pair = await engines(proxy.zmq)
     for engine in pair:
@@ -80,14 +80,14 @@ async def test_a_second_signal_ends_all_at_once(fleet, engines) -> None:
     pids = await proxy.pids()
     stream = await (await proxy.door()).begin_stream(max_tokens=3000, ignore_eos=True)
     proxy.process.send_signal(signal.SIGTERM)
-    await proxy.until_written("supervisor: Stopping;")
+    await proxy.until_written("supervisor: Stopping:")
     assert await proxy.end(signal.SIGTERM) == 0
     with pytest.raises(aiohttp.ClientError):
         await soon(stream.read())
     assert all(map(gone, pids))
 
 
-async def test_a_worker_that_is_told_directly_ends_in_order_and_is_replaced(fleet) -> None:
+async def test_a_worker_that_is_signalled_directly_ends_gracefully_and_is_replaced(fleet) -> None:
     proxy = await fleet(2)
     pids = await proxy.pids()
     seen = len(proxy.lines)
@@ -104,7 +104,7 @@ async def test_workers_end_when_the_supervisor_is_killed(fleet) -> None:
     await soon(proxy.process.wait())
     # The last of them closes what it writes to.
     await soon(proxy._reading)
-    assert "The supervisor is gone" in proxy.written
+    assert "The supervisor has ended: shutting down" in proxy.written
     assert all(map(gone, proxy.seen))
 
 
@@ -113,7 +113,7 @@ async def test_a_stopped_worker_does_not_keep_the_proxy_from_ending(fleet) -> No
     pids = await proxy.pids()
     os.kill(pids[0], signal.SIGSTOP)
     assert await proxy.end(signal.SIGTERM) == 0
-    assert "Worker 0 did not end in time and is killed" in proxy.written
+    assert "Worker 0 did not end in time: killing it" in proxy.written
     assert all(map(gone, pids))
 
 

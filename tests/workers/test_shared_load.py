@@ -1,4 +1,4 @@
-"""The load table: claims never go over a limit, whatever the order, and nothing is left over."""
+"""The load table: claims never exceed a limit in any order, and nothing is left over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from disagg_proxy.admission.queue import Limits
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import EngineUse, KvClaim, Lease
 from disagg_proxy.workers.shared_load import RowIndex, WorkerLoad
-from disagg_proxy.workers.shared_table import LOADS, FlagColumn, SharedTable, SharedTableHeader, now
+from disagg_proxy.workers.shared_table import LOADS, FlagColumn, RowHeader, SharedTable, now
 from tests.cluster.conftest import World
 
 MOST, BUFFER = 2, 700
@@ -22,33 +22,33 @@ class Worker:
 
     def __init__(self, table: SharedTable, number: int) -> None:
         self.world = World()
-        self.pokes = 0
-        self.ledger = WorkerLoad(table, number, self.world.registry, self._freed)
+        self.wakeups = 0
+        self.load = WorkerLoad(table, number, self.world.registry, self._freed)
         self.prefill = self.world.ready(Role.PREFILL, 1)
         self.decode = self.world.ready(Role.DECODE, 2)
         for slot, instance in enumerate((self.prefill, self.decode)):
-            self.ledger.place(instance, slot)
+            self.load.assign_slot(instance, slot)
         self.limits = Limits(prefill=MOST, decode=MOST, kv_buffer=BUFFER)
-        table.rows[number].head[SharedTableHeader.BEAT] = now()
+        table.rows[number].head[RowHeader.HEARTBEAT] = now()
 
     def _freed(self) -> None:
-        self.pokes += 1
+        self.wakeups += 1
 
     def fits(self, size: int) -> bool:
-        return all(self.limits.has_room(i, size) for i in (self.prefill, self.decode))
+        return all(self.limits.has_capacity(i, size) for i in (self.prefill, self.decode))
 
     def claim(self, size: int) -> bool:
-        self.ledger.refresh()
+        self.load.refresh()
         return self.fits(size) and self.claim_now(size)
 
     def claim_now(self, size: int) -> bool:
-        """When there was room at the last look."""
-        return self.ledger.claim([self.prefill, self.decode], size, lambda: self.fits(size))
+        """Claim without checking for capacity first."""
+        return self.load.claim([self.prefill, self.decode], size, lambda: self.fits(size))
 
     def legs(self, size: int) -> Legs:
-        """What a claim turns into."""
+        """Turn a claim into legs."""
         legs = Legs(self, size)
-        self.ledger.settle()
+        self.load.settle()
         return legs
 
 
@@ -90,10 +90,10 @@ class Load(RuleBasedStateMachine):
 
     @rule(target=legs, first=st.integers(0, 2), second=st.integers(0, 2), size=st.integers(1, 600))
     def begin_both_at_once(self, first: int, second: int, size: int):
-        """Both have found room before either has claimed it."""
+        """Both have found capacity before either has claimed it."""
         one, other = self.workers[first], self.workers[second]
-        one.ledger.refresh()
-        other.ledger.refresh()
+        one.load.refresh()
+        other.load.refresh()
         if one is other or not (one.fits(size) and other.fits(size)):
             return multiple()
         got = []
@@ -101,10 +101,10 @@ class Load(RuleBasedStateMachine):
         def meanwhile() -> bool:
             if other.claim_now(size):
                 got.append((other, other.legs(size)))
-            one.ledger.refresh()
+            one.load.refresh()
             return one.fits(size)
 
-        if one.ledger.claim([one.prefill, one.decode], size, meanwhile):
+        if one.load.claim([one.prefill, one.decode], size, meanwhile):
             got.append((one, one.legs(size)))
         return multiple(*got)
 
@@ -123,7 +123,7 @@ class Load(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 2))
     def die(self, number: int) -> None:
-        self.table.bury(number)
+        self.table.retire(number)
         self.workers[number] = Worker(self.table, number)
 
     @invariant()
@@ -135,9 +135,9 @@ class Load(RuleBasedStateMachine):
     @invariant()
     def everybody_sees_the_same(self) -> None:
         for worker in self.workers:
-            worker.ledger.refresh()
+            worker.load.refresh()
             for instance in (worker.prefill, worker.decode):
-                seen = [instance.in_flight, instance.visits, instance.kv_waiting, instance.kv_waiting_bytes]
+                seen = [instance.in_flight, instance.direct_requests, instance.kv_waiting, instance.kv_waiting_bytes]
                 assert seen == total(self.table, instance) and min(seen) >= 0
 
 
@@ -145,7 +145,7 @@ Load.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadl
 test_load = Load.TestCase
 
 
-def test_of_two_that_claim_the_last_place_at_once_none_gets_too_much() -> None:
+def test_two_simultaneous_claims_of_the_last_capacity_never_both_succeed() -> None:
     table = new_table(2)
     first, second = Worker(table, 0), Worker(table, 1)
     for _ in range(MOST - 1):
@@ -155,16 +155,16 @@ def test_of_two_that_claim_the_last_place_at_once_none_gets_too_much() -> None:
 
     def between() -> bool:
         inner.append(second.claim_now(1))
-        first.ledger.refresh()
+        first.load.refresh()
         return first.fits(1)
 
-    first.ledger.refresh()
-    second.ledger.refresh()
+    first.load.refresh()
+    second.load.refresh()
     assert first.fits(1) and second.fits(1)
-    outer = first.ledger.claim([first.prefill, first.decode], 1, between)
+    outer = first.load.claim([first.prefill, first.decode], 1, between)
     assert (outer, inner) == (True, [False]), "the one that was first in sight of the other"
-    assert second.pokes == 1, "what is taken back is told"
-    assert first.ledger.pause != second.ledger.pause
+    assert second.wakeups == 1, "other queues are notified of a withdrawn claim"
+    assert first.load.pause != second.load.pause
 
 
 def test_a_prompt_larger_than_the_buffer_gets_in_alone() -> None:
@@ -177,82 +177,82 @@ def test_a_prompt_larger_than_the_buffer_gets_in_alone() -> None:
     assert second.claim(1)
 
 
-def test_what_is_claimed_and_not_taken_is_given_back() -> None:
+def test_an_unused_claim_is_released() -> None:
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
     assert worker.claim(10)
     lease = Lease(worker.world.registry, worker.decode)
-    worker.ledger.settle()
+    worker.load.settle()
     assert total(table, worker.prefill) == [0, 0, 0, 0] and total(table, worker.decode) == [1, 0, 0, 0]
-    assert worker.pokes == 1
-    other.ledger.refresh()
+    assert worker.wakeups == 1
+    other.load.refresh()
     assert other.decode.in_flight == 1 and other.decode.elsewhere == (1, 0, 0, 0)
     lease.end()
     assert total(table, worker.decode) == [0, 0, 0, 0]
 
 
-def test_a_visit_counts_elsewhere_and_makes_the_instance_busy() -> None:
+def test_a_visit_counts_in_other_workers_and_makes_the_instance_busy() -> None:
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
     with EngineUse(worker.world.registry, worker.prefill):
-        other.ledger.refresh()
+        other.load.refresh()
         assert not other.prefill.idle
-    other.ledger.refresh()
+    other.load.refresh()
     assert other.prefill.idle
 
 
-def test_a_queue_is_seen_elsewhere_as_long_as_its_worker_goes_round() -> None:
+def test_a_queue_is_seen_by_other_workers_while_its_worker_is_responsive() -> None:
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
-    worker.ledger.queue(3, 5.0)
-    assert other.ledger.waiting() == 3 and worker.ledger.waiting() == 0
-    assert other.ledger.waits_longer(6.0) and not other.ledger.waits_longer(4.0)
-    table.rows[0].head[SharedTableHeader.BEAT] = 1
-    assert other.ledger.waiting() == 0 and not other.ledger.waits_longer(6.0)
+    worker.load.queue(3, 5.0)
+    assert other.load.waiting() == 3 and worker.load.waiting() == 0
+    assert other.load.has_older_waiter(6.0) and not other.load.has_older_waiter(4.0)
+    table.rows[0].head[RowHeader.HEARTBEAT] = 1
+    assert other.load.waiting() == 0 and not other.load.has_older_waiter(6.0)
 
 
 def test_another_process_at_the_same_endpoint_keeps_the_slot_and_the_old_legs_end_there() -> None:
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
     lease = Lease(worker.world.registry, worker.decode)
-    successor = Instance(Role.DECODE, worker.decode.http, worker.decode.kv, worker.decode.source, worker.decode.kind)
-    worker.ledger.place(successor, worker.decode.slot)
-    other.ledger.refresh()
+    successor = Instance(Role.DECODE, worker.decode.http, worker.decode.kv, worker.decode.source)
+    worker.load.assign_slot(successor, worker.decode.slot)
+    other.load.refresh()
     assert other.decode.in_flight == 1
     lease.end()
-    other.ledger.refresh()
+    other.load.refresh()
     assert other.decode.in_flight == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-(2**62), 2**62))))
-def test_a_dead_workers_load_is_gone_and_its_findings_stay(said: list[tuple[int, int]]) -> None:
+def test_a_dead_workers_load_is_released_and_its_flags_are_kept(flags: list[tuple[int, int]]) -> None:
     table = new_table(2)
     row = table.rows[0]
     row.loads[5] = 7
-    for slot, value in said:
-        row.set_mark(slot, FlagColumn.FROZEN, abs(value))
-        row.set_mark(slot, FlagColumn.MOVES, abs(value))
+    for slot, value in flags:
+        row.set_flag(slot, FlagColumn.FROZEN, abs(value))
+        row.set_flag(slot, FlagColumn.PROGRESS, abs(value))
     newest = {slot: table.newest(slot, FlagColumn.FROZEN) for slot in range(6)}
-    table.bury(0)
+    table.retire(0)
     assert {slot: table.newest(slot, FlagColumn.FROZEN) for slot in range(6)} == newest
-    assert not any(row.loads) and not any(row.head) and not any(row.mark(s, FlagColumn.MOVES) for s in range(6))
+    assert not any(row.loads) and not any(row.head) and not any(row.flag(s, FlagColumn.PROGRESS) for s in range(6))
 
 
-def test_slots_are_given_again_only_when_nothing_is_on_them() -> None:
+def test_slots_are_reassigned_only_when_unused() -> None:
     table = new_table(2)
     slots = RowIndex(table)
-    assert [slots.of("a"), slots.of("b"), slots.of("a")] == [0, 1, 0]
+    assert [slots.slot_of("a"), slots.slot_of("b"), slots.slot_of("a")] == [0, 1, 0]
     table.rows[1].loads[2] = 1
     assert not slots.free("a")
     table.rows[1].loads[2] = 0
-    table.rows[1].set_mark(0, FlagColumn.DRAINED, 5)
+    table.rows[1].set_flag(0, FlagColumn.DRAINED, 5)
     assert not slots.free("a"), "an operator keeps it drained"
-    table.rows[0].set_mark(0, FlagColumn.UNDRAINED, 6)
+    table.rows[0].set_flag(0, FlagColumn.UNDRAINED, 6)
     assert slots.free("a") and not slots.free("a")
-    assert [slots.of("c"), slots.of("d")] == [0, 2]
+    assert [slots.slot_of("c"), slots.slot_of("d")] == [0, 2]
     for number in range(3, 1024):
-        assert slots.of(str(number)) == number
-    assert slots.of("one too many") is None
+        assert slots.slot_of(str(number)) == number
+    assert slots.slot_of("one too many") is None
 
 
 @pytest.mark.parametrize("workers", [1, 2, 64])
@@ -260,7 +260,7 @@ def test_rows_do_not_overlap(workers: int) -> None:
     table = new_table(workers)
     for number, row in enumerate(table.rows):
         row.head[15] = row.loads[-1] = number + 1
-        row.set_mark(1023, FlagColumn.SEEN, number + 1)
-    assert [(r.head[15], r.loads[-1], r.mark(1023, FlagColumn.SEEN)) for r in table.rows] == [
+        row.set_flag(1023, FlagColumn.DRAIN_APPLIED, number + 1)
+    assert [(r.head[15], r.loads[-1], r.flag(1023, FlagColumn.DRAIN_APPLIED)) for r in table.rows] == [
         (n + 1,) * 3 for n in range(workers + 1)
     ]

@@ -46,8 +46,8 @@ async def test_both_serve_and_what_was_passed_on_goes_no_further(engines) -> Non
             await door.session.close()
         sent = sum(engine.state()["pings"] for engine in pair)
         assert first.services.discovery.listener.traffic.messages <= sent, "nothing comes back"
-        assert second.services.registry.others_send
-        assert not first.services.registry.others_send
+        assert second.services.registry.other_proxies
+        assert not first.services.registry.other_proxies
 
 
 async def test_a_proxy_of_several_workers_passes_on_to_another(fleet, engines) -> None:
@@ -68,9 +68,9 @@ def test_after_a_decodes_end_other_proxies_prefills_are_kept_from_the_next_one()
     registry = world.registry
     prefill, decode = world.ready(Role.PREFILL, 1), world.ready(Role.DECODE, 2)
     registry.process_ended(decode)
-    assert registry.kv_compatibility.possible(prefill, decode), "nothing was sent, by nobody else"
-    registry.others_send = True
+    assert registry.kv_compatibility.compatible(prefill, decode), "nothing was sent, by nobody else"
+    registry.other_proxies = True
     registry.process_ended(decode)
-    assert not registry.kv_compatibility.possible(prefill, decode)
+    assert not registry.kv_compatibility.compatible(prefill, decode)
     registry.process_ended(prefill)
-    assert registry.kv_compatibility.possible(prefill, decode), "a new process knows nobody"
+    assert registry.kv_compatibility.compatible(prefill, decode), "a new process knows nobody"

@@ -1,4 +1,4 @@
-"""What must hold for the proxy as a whole, whichever worker is asked."""
+"""What must hold for the proxy as a whole, whichever worker serves a request."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_the_queue_is_as_long_as_allowed_over_all_workers(fleet, engines) 
     assert {status for status, _ in await soon(asyncio.gather(*answers))} == {200}
 
 
-async def test_what_waits_in_several_workers_takes_turns(fleet, engines) -> None:
+async def test_queues_of_several_workers_take_turns(fleet, engines) -> None:
     proxy = await fleet(2, DECODE_MAX_IN_FLIGHT="1")
     prefill, decode = await engines(proxy.zmq)
     for engine in (prefill, decode):
@@ -155,7 +155,7 @@ async def test_what_waits_in_several_workers_takes_turns(fleet, engines) -> None
     assert sorted(order) == [0, 1, 2, 3] and order != [3, 2, 1, 0]
 
 
-async def test_stats_and_metrics_are_whole_from_any_worker(fleet, engines) -> None:
+async def test_stats_and_metrics_are_complete_from_any_worker(fleet, engines) -> None:
     proxy = await fleet(2)
     pair = await engines(proxy.zmq)
     for engine in pair:

@@ -1,10 +1,10 @@
-"""How one instance is chosen among equals: pure functions over a snapshot. docs/policies.md has the figures.
+"""Policies: pure functions that choose one of several candidates. docs/policies.md has the measurements.
 
-view        what a policy sees, and what it may ask to be shown
+view        the input of a policy, and which parts of it a policy needs
 load        by load alone: round_robin, least_loaded, power_of_two
-affinity    where the same prompt or the same session was: prefix_aware, session
-joint       a decode for a prefill: waiting KV, warm communicators, distance
-table       which prefill has computed which beginning of a prompt (state; the pairing keeps it)
+affinity    by where the same prefix or session was served before: prefix_aware, session
+joint       a decode for a chosen prefill: load, waiting KV, existing connections, distance
+table       which prefill has computed which prefixes (state, kept by the selection)
 """
 
 from __future__ import annotations

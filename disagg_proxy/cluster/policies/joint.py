@@ -1,34 +1,34 @@
-"""A decode for a prefill: what it holds, what is on its way to it, and what their first meeting would cost."""
+"""The joint policy: chooses a decode for a chosen prefill by load, waiting KV and the cost of a new KV connection."""
 
 from __future__ import annotations
 
 from disagg_proxy.cluster.policies.view import Policy, View
 
 REQUEST_TOKENS = 512
-"""What one more request costs a decode step beside its context, in tokens of context: its output to come and the
-work per sequence. docs/policies.md says where it is from."""
+"""Cost of a request on decode beside its context (future output, work per sequence), in tokens of context. Derived in
+docs/policies.md."""
 
 COLD_TOKENS = 4096
-"""What a first meeting of two engines costs (0.2-1.1 s for an NCCL communicator, measured), as load on decode: a pair
-that has met is preferred until its decode holds so many tokens more. Not more, or a new decode would stay idle."""
+"""Cost of a pair's first KV transfer (0.2-1.1 s to create an NCCL communicator, measured), in tokens of decode load: a
+connected decode is preferred until it holds this many tokens more. A higher value would leave a new decode idle."""
 
 
 def _joint(view: View) -> int:
-    candidates, links, traits = view.candidates, view.links, view.traits
+    candidates, link_costs, traits = view.candidates, view.link_costs, view.traits
     count = len(candidates)
     start = view.turn % count
-    # KV that is on its way counts twice: it will be held, and until then it fills the buffer and the links.
+    # KV in transfer counts twice: decode will hold it, and until then it occupies buffer and network.
     waiting_tokens = traits.tokens / traits.kv_bytes if traits.kv_bytes else 0.0
     best, least = -1, 0.0
-    for at in (*range(start, count), *range(start)):
-        one = candidates[at]
+    for index in (*range(start, count), *range(start)):
+        one = candidates[index]
         cost = one.tokens_in_flight + REQUEST_TOKENS * one.in_flight + waiting_tokens * one.kv_waiting_bytes
-        if links:
-            cost += links[at]
+        if link_costs:
+            cost += link_costs[index]
         if best < 0 or cost < least:
-            best, least = at, cost
+            best, least = index, cost
     return best
 
 
-joint = Policy("joint", _joint, wants_links=True)
-"""The decode with the least context, requests and waiting KV, a warm communicator with the chosen prefill preferred."""
+joint = Policy("joint", _joint, needs_link_costs=True)
+"""The decode with the least context, requests and waiting KV; existing connections to the prefill are preferred."""

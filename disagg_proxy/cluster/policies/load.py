@@ -1,4 +1,4 @@
-"""By load alone. Load is tokens in flight, then requests in flight: ten long prompts weigh more than ten short ones."""
+"""Policies by load alone: tokens in flight, then requests in flight. Ten long prompts outweigh ten short ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def _least_loaded(view: View) -> int:
     best = start
     one = candidates[start]
     tokens, requests = one.tokens_in_flight, one.in_flight
-    for at in (*range(start + 1, count), *range(start)):
-        one = candidates[at]
-        its = one.tokens_in_flight
-        if its < tokens or (its == tokens and one.in_flight < requests):
-            best, tokens, requests = at, its, one.in_flight
+    for index in (*range(start + 1, count), *range(start)):
+        one = candidates[index]
+        load = one.tokens_in_flight
+        if load < tokens or (load == tokens and one.in_flight < requests):
+            best, tokens, requests = index, load, one.in_flight
     return best
 
 
@@ -41,7 +41,7 @@ round_robin = Policy("round_robin", _round_robin)
 """Each in turn."""
 
 least_loaded = Policy("least_loaded", _least_loaded)
-"""The one with the fewest tokens, then requests, in flight; equals take turns."""
+"""The instance with the fewest tokens, then requests, in flight; ties are broken round robin."""
 
-power_of_two = Policy("power_of_two", _power_of_two, wants_random=True)
-"""The less loaded of two that are drawn: several proxies that see only their own load do not run after one another."""
+power_of_two = Policy("power_of_two", _power_of_two, needs_random=True)
+"""The less loaded of two random candidates: avoids herding when several proxies see only their own load."""

@@ -1,8 +1,8 @@
-"""Which prefill has computed which beginning of a prompt, as far as this process has sent it there.
+"""Approximate contents of the prefix caches: which prefill got which prefixes from this process.
 
-A guess, and bounded: engines tell nobody what they hold or drop. At most ``most`` beginnings are remembered, the least
-recently used go first; about 200 bytes each, so 13 MB at the default when full. What is known of an instance holds
-for one process of it: after a restart (its epoch changes) it knows nothing.
+An estimate, since engines do not report what they cache or evict. At most ``capacity`` prefixes are kept, in LRU order;
+about 200 bytes each, so 13 MB at the default when full. Entries are valid for one process of an instance: after a
+restart (its epoch changes) its cache is empty.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from collections.abc import Sequence
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.policies.view import Traits
 
-MOST = 65_536
+MAX_PREFIXES = 65_536
 
-DOUBT = 4
-"""One part in so many of what a prefill is known to have counts as its load nevertheless. Without it one whose cache
-has dropped what it was known for looks idle under work that nobody sees (docs/policies.md)."""
+CACHED_LOAD_DIVISOR = 4
+"""One in this many cached tokens counts as load nevertheless. Otherwise a prefill that has evicted prefixes which are
+recorded here would look idle while it computes them again (docs/policies.md)."""
 
-_PROCESSES = 1024
-"""Engine processes that are told apart; with the next one everything is forgotten."""
+_MAX_PROCESSES = 1024
+"""Engine processes that are distinguished; the table is cleared when there are more."""
 
 
 class PrefixTable:
-    """The beginnings that each prefill got lately.
+    """The prefixes that each prefill got recently.
 
     Args:
-        ends: length of the beginning at each place of a prompt's names; what is the same up to the last one is taken
-            to be the same to the end.
-        most: beginnings that are remembered.
+        ends: length of the prefix behind each hash of :attr:`Traits.prefix`. Prompts that are equal up to the last one
+            are taken to be equal to the end.
+        capacity: bound on the prefixes that are kept.
     """
 
-    def __init__(self, ends: Sequence[int], most: int = MOST) -> None:
+    def __init__(self, ends: Sequence[int], capacity: int = MAX_PREFIXES) -> None:
         self._ends = ends
         self._last = len(ends) - 1
-        self._most = most
+        self._capacity = capacity
         self._holders: OrderedDict[int, int] = OrderedDict()
-        """Name of a beginning -> bits of the processes that have it."""
+        """Hash of a prefix -> bit mask of the processes that have it."""
         self._lengths: dict[int, int] = {}
-        """For beginnings that reach the end of what is hashed: how long the longest such prompt was."""
+        """For prefixes that reach the end of what is hashed: the length of the longest such prompt."""
         self._bits: dict[Instance, tuple[int, int]] = {}
-        """Process (by its epoch) -> its bit; those of processes that have ended are not given again."""
+        """Instance -> epoch of its process and its bit; bits of ended processes are not reused."""
         self._used = 0
 
     def __len__(self) -> int:
         return len(self._holders)
 
-    def fresh(self, traits: Traits, candidates: Sequence[Instance]) -> list[int]:
-        """For each candidate the tokens of the prompt that it has to compute."""
+    def uncached_tokens(self, traits: Traits, candidates: Sequence[Instance]) -> list[int]:
+        """For each candidate the tokens of the prompt that are not in its cache."""
         tokens, prefix, size = traits.tokens, traits.prefix, traits.size
         found = [tokens] * len(candidates)
         holders = self._holders
@@ -56,12 +56,12 @@ class PrefixTable:
             return found
         bits = self._bits
         wanted = 0
-        its = []
+        masks = []
         for instance in candidates:
             epoch, bit = bits.get(instance, (0, 0))
             if epoch != instance.epoch:
                 bit = 0
-            its.append(bit)
+            masks.append(bit)
             wanted |= bit
         for depth in range(len(prefix) - 1, -1, -1):
             name = prefix[depth]
@@ -70,16 +70,16 @@ class PrefixTable:
                 continue
             known = self._ends[depth] if depth < self._last else min(size, self._lengths.get(name, 0))
             left = tokens - tokens * known // size
-            for at, bit in enumerate(its):
+            for index, bit in enumerate(masks):
                 if bit & here:
-                    found[at] = left
+                    found[index] = left
             wanted &= ~here
             if not wanted:
                 break
         return found
 
-    def learn(self, traits: Traits, instance: Instance) -> None:
-        """``instance`` is going to compute this prompt."""
+    def record(self, traits: Traits, instance: Instance) -> None:
+        """``instance`` gets this prompt, and caches it."""
         prefix, holders = traits.prefix, self._holders
         if not prefix:
             return
@@ -87,11 +87,11 @@ class PrefixTable:
         if len(prefix) > self._last:
             name = prefix[self._last]
             self._lengths[name] = max(traits.size, self._lengths.get(name, 0))
-        # Deepest first: a beginning is then never older than what goes on from it, and never dropped before.
+        # Longest first: a prefix is then never older in LRU order than its extensions, so it is not evicted before.
         for name in reversed(prefix):
             holders[name] = holders.get(name, 0) | bit
             holders.move_to_end(name)
-        while len(holders) > self._most:
+        while len(holders) > self._capacity:
             name, _ = holders.popitem(last=False)
             self._lengths.pop(name, None)
 
@@ -99,7 +99,7 @@ class PrefixTable:
         epoch, bit = self._bits.get(instance, (0, 0))
         if bit and epoch == instance.epoch:
             return bit
-        if self._used >= _PROCESSES:
+        if self._used >= _MAX_PROCESSES:
             self._holders.clear()
             self._lengths.clear()
             self._bits.clear()

@@ -1,4 +1,4 @@
-"""What a policy sees: the candidates' loads, the request's traits, and what the pairing knows of both together."""
+"""The input of a policy: the candidates' loads, the request's traits, and what relates the two."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 
 
 class Loaded(Protocol):
-    """What a policy may look at of an instance."""
+    """The part of an instance that a policy may read."""
 
     @property
     def salt(self) -> int:
-        """A number of its endpoint's own, the same in every process."""
+        """Hash of its endpoint, the same in every process."""
 
     @property
     def in_flight(self) -> int:
@@ -20,23 +20,23 @@ class Loaded(Protocol):
 
     @property
     def tokens_in_flight(self) -> int:
-        """Prompt tokens being computed on a prefill, prompt tokens held on a decode; estimates."""
+        """Estimated prompt tokens: to be computed on prefill, held on decode."""
 
     @property
     def kv_waiting_bytes(self) -> int:
-        """KV on its way to a decode."""
+        """Bytes of KV that were computed for a decode and that it has not loaded."""
 
 
 class Traits(NamedTuple):
-    """What is known of one request.
+    """What policies may use of one request.
 
     Attributes:
-        tokens: estimated length of its prompts, in all; 0 when unknown.
-        kv_bytes: what their KV takes on decode; 0 when unknown.
-        prefix: names of ever longer beginnings of its prompt (openai/prefix_hash.py), shortest first.
-        size: length of that prompt in the unit in which the beginnings are measured.
-        home: name of what stays the same through a conversation; None when nothing does.
-        session: name of the client's session, None when it has none.
+        tokens: estimated tokens of all its prompts; 0 when unknown.
+        kv_bytes: bytes of their KV on decode; 0 when unknown.
+        prefix: hashes of prefixes of its prompt of increasing length (openai/prefix_hash.py).
+        size: length of that prompt, in the unit in which the prefixes are measured.
+        home: hash of the part that is constant through a conversation; None without one.
+        session: hash of the client's session; None without one.
     """
 
     tokens: int = 0
@@ -52,46 +52,46 @@ NO_TRAITS = Traits()
 
 @dataclass(slots=True)
 class View:
-    """The snapshot of one choice.
+    """The input of one choice.
 
     Attributes:
         candidates: never empty.
-        turn: counts choices; gives ties and rounds their order.
+        turn: number of the choice, for round robin.
         traits: of the request.
-        fresh: for each candidate the prompt tokens that it has not computed before, as far as is known; empty when the
-            policy did not ask for it: then all are.
-        links: for each candidate what an exchange with the chosen prefill costs beyond the bytes, in tokens of decode
-            load; empty when not asked for.
-        random: a number in [0, 1).
-        bound: how many times the mean load a candidate may have and still be chosen for affinity's sake.
+        uncached: for each candidate the prompt tokens that are not in its cache, as far as is known; empty without
+            ``needs_prefix``: all tokens count as uncached.
+        link_costs: for each candidate the extra cost of a KV transfer from the chosen prefill, in tokens of decode
+            load; empty without ``needs_link_costs``.
+        random: a number in [0, 1), with ``needs_random``.
+        bound: affinity does not apply to candidates with more than this multiple of the mean load.
     """
 
     candidates: Sequence[Loaded]
     turn: int = 0
     traits: Traits = NO_TRAITS
-    fresh: Sequence[int] = ()
-    links: Sequence[int] = ()
+    uncached: Sequence[int] = ()
+    link_costs: Sequence[int] = ()
     random: float = 0.0
     bound: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A pure function from a view to the index of a candidate, and what must be in the view.
+    """A policy: a pure function from a view to the index of a candidate, and the parts of the view that it needs.
 
     Attributes:
-        wants_prefix: fresh tokens, and the names of the prompt's beginnings.
-        wants_session: the session's name.
-        wants_links: the links to the chosen prefill.
-        wants_random: a random number.
+        needs_prefix: ``uncached`` and ``traits.prefix``.
+        needs_session: ``traits.session``.
+        needs_link_costs: ``link_costs``.
+        needs_random: ``random``.
     """
 
     name: str
     pick: Callable[[View], int]
-    wants_prefix: bool = False
-    wants_session: bool = False
-    wants_links: bool = False
-    wants_random: bool = False
+    needs_prefix: bool = False
+    needs_session: bool = False
+    needs_link_costs: bool = False
+    needs_random: bool = False
 
     def __call__(self, view: View) -> int:
         return self.pick(view)

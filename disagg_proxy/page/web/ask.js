@@ -1,4 +1,4 @@
-// A test prompt, streamed through the proxy like any client's, and the route it took.
+// The form that sends a test prompt through the proxy, and the engines that served it.
 
 const asking = { quit: null, id: null, found: true };
 
@@ -51,7 +51,7 @@ const ask = async () => {
   const start = performance.now();
   let first = null;
   let pieces = 0;
-  let whole = false;
+  let complete = false;
   try {
     const answer = await fetch($("ask-api").value, {
       method: "POST",
@@ -66,7 +66,7 @@ const ask = async () => {
     }
     for await (const [, data] of eventsOf(answer.body)) {
       if (data === "[DONE]") {
-        whole = true;
+        complete = true;
         break;
       }
       const text = textOf(JSON.parse(data));
@@ -79,11 +79,11 @@ const ask = async () => {
       written.appendData(text);
       answerBox.scrollTop = answerBox.scrollHeight;
     }
-    if (!whole) throw new Error("cut");
+    if (!complete) throw new Error("cut");
     const total = performance.now() - start;
     put(status, t("ask_done", { ttft: duration(first), total: duration(total), pieces: number(pieces) }));
   } catch (error) {
-    const key = error.name === "AbortError" ? "ask_stopped" : first === null && !whole ? "ask_unreachable" : "ask_cut";
+    const key = error.name === "AbortError" ? "ask_stopped" : first === null && !complete ? "ask_unreachable" : "ask_cut";
     put(status, t(key));
   } finally {
     asking.quit = null;
@@ -93,7 +93,7 @@ const ask = async () => {
   }
 };
 
-// The proxy hides from clients who served them; its record of the request says it, found by the id sent with it.
+// A response does not name its engines. The record of the request in the feed does; it is found by the request id.
 const showRoute = (view) => {
   if (asking.found || !asking.id) return;
   const record = view.recent.findLast((r) => r.client_id === asking.id);

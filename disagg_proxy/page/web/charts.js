@@ -1,4 +1,4 @@
-// Lines over the last ten minutes. A dashed line is the slower or the worse one, so that nobody needs the colours.
+// Line charts of the last ten minutes. The slower or worse series is dashed, so that colours are not needed.
 
 const LONGEST = 600;
 const SHORTEST = 120;
@@ -11,8 +11,8 @@ const CHARTS = [
   { id: "load", show: (v) => number(v), lines: [["series_flight", (s) => s.in_flight], ["series_queued", (s) => s.queued]] },
 ];
 
-// The next of 1, 2, 5, 10, … above: a scale that does not jump with every value.
-const roomy = (value) => {
+// Rounds up to 1, 2, 5, 10, …, so that the scale changes rarely.
+const niceMaximum = (value) => {
   if (!(value > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
   return power * [1, 2, 5, 10].find((part) => part * power >= value * 0.999);
@@ -69,21 +69,21 @@ const pick = (state, time, aloud = false) => {
   readOut(state);
 };
 
-const said = ({ chart, per }, step) =>
+const describe = ({ chart, per }, step) =>
   chart.lines.map(([key, value]) => `${t(key)} ${chart.show(value(step, per))}`).join(" · ");
 
 const readOut = (state) => {
   const { chart, steps, node, plot } = state;
   const step = steps.find((b) => b.time === state.picked) || null;
   const latest = steps.findLast((b) => chart.lines.some(([, value]) => known(value(b, state.per)))) || null;
-  const text = step ? `${clock(step.time)} · ${said(state, step)}` : latest ? said(state, latest) : "";
+  const text = step ? `${clock(step.time)} · ${describe(state, step)}` : latest ? describe(state, latest) : "";
   put(node.querySelector(".readout"), text);
   const x = step && acrossAt(step.time, state);
   attribute(plot.querySelector(".hair"), "d", step ? `M${x} ${SIZE.top}V${SIZE.height - SIZE.bottom}` : "M0 0");
-  attribute(plot, "aria-label", t("chart_keys", { title: t(`chart_${chart.id}`), latest: latest ? said(state, latest) : t("chart_empty") }));
+  attribute(plot, "aria-label", t("chart_keys", { title: t(`chart_${chart.id}`), latest: latest ? describe(state, latest) : t("chart_empty") }));
 };
 
-// A gap in the values is a gap in the line.
+// The line is interrupted where values are missing.
 const strokeOf = (points) => {
   let d = "";
   let drawing = false;
@@ -100,12 +100,12 @@ const strokeOf = (points) => {
 const drawChart = (state, view) => {
   const { chart, plot, node } = state;
   state.now = view.now;
-  // A proxy that has just started has no ten minutes to show.
+  // Shortly after the start the charts cover only the uptime.
   state.span = Math.min(LONGEST, Math.max(SHORTEST, 60 * Math.ceil(view.uptime_s / 60)));
   state.per = view.rates.step_s;
   state.steps = view.rates.steps.filter((s) => s.time > view.now - state.span && s.time + state.per <= view.now);
   const values = chart.lines.map(([, value]) => state.steps.map((s) => value(s, state.per)));
-  const top = roomy(Math.max(0, ...values.flat().filter(known)));
+  const top = niceMaximum(Math.max(0, ...values.flat().filter(known)));
   const points = values.map((line) =>
     line.map((value, place) => [acrossAt(state.steps[place].time, state), known(value) ? gridAt(value / top) : null]));
   const some = values.flat().some(known);

@@ -1,4 +1,4 @@
-// Elements. Text gets in as text only: names of models, reasons and answers are other people's.
+// Helpers for elements. Text is only ever set as text: names of models, reasons and responses are untrusted.
 
 const $ = (id) => document.getElementById(id);
 
@@ -29,7 +29,7 @@ const shown = (node, visible) => {
   return node;
 };
 
-// Make the children of `parent` those of `items`: kept by key, so that focus and movement go on.
+// Reconciles the children of `parent` with `items` by key, so that focus and animations are kept.
 const nodesOf = new WeakMap();
 const keyed = (parent, items, keyOf, make, update) => {
   const old = nodesOf.get(parent) || new Map();
@@ -48,7 +48,7 @@ const keyed = (parent, items, keyOf, make, update) => {
   nodesOf.set(parent, now);
 };
 
-// One shape for each state, so that nobody needs the colours.
+// A shape for each state, so that colours are not needed.
 const SHAPES = {
   ready: ["M8 1.2a6.8 6.8 0 1 1 0 13.6A6.8 6.8 0 0 1 8 1.2Z", "M4.8 8.2l2.2 2.2 4.2-4.6"],
   probing: ["M8 2.2a5.8 5.8 0 0 1 0 11.6Z", "M8 2.2a5.8 5.8 0 1 0 0 11.6"],

@@ -1,4 +1,4 @@
-// What happened, newest first: a shape and a word for its kind, then the reason as the proxy gives it.
+// The events, newest first: icon and name of the kind, then the text from the proxy.
 
 const EVENT_SHAPE = {
   admitted: "ready", freed: "ready", undrained: "ready", breaker_closed: "ready", frozen: "frozen",

@@ -1,10 +1,10 @@
-// Is it working? The proxy's verdict (page/verdict.py) in the reader's words, or that there is no proxy.
+// The verdict (page/verdict.py) in the reader's language, or that the proxy does not respond.
 
 const sentence = ({ key, values }) => {
-  const said = { ...values };
-  if (said.role) said.role = t(`role_${said.role}`);
-  if (said.state) said.state = word("state", said.state);
-  return t(key, said);
+  const translated = { ...values };
+  if (translated.role) translated.role = t(`role_${translated.role}`);
+  if (translated.state) translated.state = word("state", translated.state);
+  return t(key, translated);
 };
 
 const showIncident = (incident) => {
@@ -37,10 +37,10 @@ const showHeadline = (connected) => {
   const shape = $("now-sign");
   if (!shape.firstChild) shape.append(icon(sign));
   drawn(shape.firstChild, sign);
-  const said = sentence(head);
-  put($("now-text"), said);
-  document.title = `${said} · ${t("title")}`;
-  // Apart, so that a screen reader is not told every second.
+  const text = sentence(head);
+  put($("now-text"), text);
+  document.title = `${text} · ${t("title")}`;
+  // A separate element, so that screen readers do not announce it every second.
   put($("now-age"), known(since) ? t("for_age", { age: age(view.now - since) }) : "");
   keyed($("now-details"), details.map(sentence), (text) => text, () => el("li"), put);
   showIncident(view && view.incident);

@@ -1,4 +1,4 @@
-// The machine: prefills left, decodes right, arrows between them; and the figures above it.
+// The engines: prefills left, decodes right, arrows between them; and the figures above them.
 
 const figure = (label, cls) => el("div", { class: cls || null }, el("dt", { "data-text": label }), el("dd"));
 
@@ -73,7 +73,7 @@ const middleOf = (card, lane) => {
   return box.top - lane.top + Math.min(box.height / 2, 90);
 };
 
-// Pairs that could exchange KV are thin dots until something goes over them.
+// Pairs that can exchange KV are dotted until they have traffic.
 const pathsOf = (view) => {
   const paths = new Map();
   for (const p of byRole(view, "prefill"))
@@ -114,7 +114,7 @@ const drawLane = (view) => {
       attribute(head, "d", `M${end - 1} ${to - tip * 0.8}L${end + tip} ${to}L${end - 1} ${to + tip * 0.8}Z`);
     });
   const labelled = paths.filter((flow) => flow.total && (!many || flow.in_flight || flowRate(flow)));
-  // Where there is no room, it is those with little to say that give way.
+  // The busiest flows are labelled first: labels that would overlap are moved.
   labelled.sort((a, b) => b.in_flight + flowRate(b) - a.in_flight - flowRate(a));
   keyed($("labels"), labelled, flowKey,
     () => svg("g", { class: "label" }, svg("rect", { rx: 9 }), svg("text"), svg("text", { class: "more" })),
@@ -136,7 +136,7 @@ const drawLane = (view) => {
     });
 };
 
-// The newest step is still filling; the one before it is whole.
+// The newest step is incomplete; use the one before it.
 const lastOf = (view) => view.rates.steps.findLast((step) => step.time + view.rates.step_s <= view.now) || null;
 
 const TILES = ["requests", "tokens", "ttft", "gap", "flight", "kv"];

@@ -1,4 +1,4 @@
-// Everything joined: the feed into the parts of the page, the buttons, the key.
+// Connects the feed, the parts of the page, the buttons and the API key.
 
 let connected = false;
 
@@ -57,14 +57,14 @@ const dark = () => {
 
 const showTheme = () => put($("theme"), t(dark() ? "theme_light" : "theme_dark"));
 
-const wear = (theme) => {
+const setTheme = (theme) => {
   if (theme === "dark" || theme === "light") document.documentElement.dataset.theme = theme;
   showTheme();
 };
 
 const start = () => {
   translate();
-  wear(remembered("theme"));
+  setTheme(remembered("theme"));
   showLink("wait");
   listenToAsk();
   listenToRequests(paint);
@@ -74,7 +74,7 @@ const start = () => {
   $("theme").addEventListener("click", () => {
     const theme = dark() ? "light" : "dark";
     remember("theme", theme);
-    wear(theme);
+    setTheme(theme);
   });
   $("language").addEventListener("click", () => {
     const untouched = $("ask-prompt").value === t("ask_example");
@@ -91,11 +91,10 @@ const start = () => {
     location.reload();
   });
   new ResizeObserver(() => { if (model.view) drawLane(model.view); }).observe($("stage"));
-  // Ages go on while the proxy is silent.
   follow({
     link,
     keyWanted,
-    news: (event, data) => {
+    onEvent: (event, data) => {
       take(event, data);
       if (!document.hidden) paint();
     },

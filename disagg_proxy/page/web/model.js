@@ -1,17 +1,17 @@
-// What is known: the proxy's view, put together from the feed (the counterpart of joined() in page/feed.py).
+// The current view, assembled from the feed (the counterpart of joined() in page/feed.py).
 
 const model = { view: null, at: 0, rates: new Map() };
 
 const joined = (before, update) => {
-  const { gone, ...whole } = update;
+  const { gone, ...view } = update;
   for (const ring of ["recent", "events"]) {
     const away = new Set(gone[ring]);
-    whole[ring] = [...before[ring].filter((e) => !away.has(e.seq)), ...update[ring]].sort((a, b) => a.seq - b.seq);
+    view[ring] = [...before[ring].filter((e) => !away.has(e.seq)), ...update[ring]].sort((a, b) => a.seq - b.seq);
   }
   const old = before.rates.steps;
   const steps = new Map([...old, ...update.rates.steps].map((step) => [step.time, step]));
-  whole.rates = { ...update.rates, steps: [...steps.values()].sort((a, b) => a.time - b.time).slice(-old.length) };
-  return whole;
+  view.rates = { ...update.rates, steps: [...steps.values()].sort((a, b) => a.time - b.time).slice(-old.length) };
+  return view;
 };
 
 const take = (kind, data) => {
@@ -22,7 +22,7 @@ const take = (kind, data) => {
 
 const flowKey = (flow) => `${flow.prefill || ""} ${flow.decode || ""}`;
 
-// Requests a second of each flow over the last ten seconds.
+// Requests per second of each flow over the last ten seconds.
 const countFlows = (view) => {
   const there = new Set();
   for (const flow of view.flows) {
@@ -46,10 +46,10 @@ const flowRate = (flow) => {
 const byRole = (view, role) =>
   view.instances.filter((i) => i.role === role).sort((a, b) => a.http_address.localeCompare(b.http_address, "en", { numeric: true }));
 
-// The one word for an instance: an operator's drain hides everything but trouble.
+// The state to show for an instance: drained if it would be ready otherwise.
 const stateOf = (instance) => (instance.draining && instance.state === "ready" ? "draining" : instance.state);
 
-// Where all engines share a host, the port says it all.
+// Only the port, if all engines share a host.
 const hostOf = (address) => address.slice(0, address.lastIndexOf(":"));
 
 const shortName = (view, key) => {

@@ -1,10 +1,10 @@
-// Recent requests as bars: where the time of each one went.
+// Recent requests as bars: where the time of each one was spent.
 
 const SEGMENTS = ["queue", "prefill", "transfer", "decode"];
 const FEW = 12;
 const MANY = 60;
 
-const wish = { bad: false, more: false };
+const filter = { bad: false, more: false };
 
 const OUTCOME_SHAPE = { ok: "ready", client_error: "warning", client_left: "draining", turned_away: "draining" };
 
@@ -26,16 +26,16 @@ const makeRequest = () =>
 const showRequest = (view, most) => (node, r) => {
   const [time, route, path, bar, total, outcome, spoken] = node.children;
   const how = word("outcome", r.outcome);
-  const said = SEGMENTS.filter((name) => r.bars[name])
+  const durations = SEGMENTS.filter((name) => r.bars[name])
     .map((name) => `${t(`seg_${name}`)} ${duration(r.bars[name][1] - r.bars[name][0])}`)
     .join(", ");
-  // Of its end, by which they are sorted.
+  // The time of its end: requests are sorted by it.
   put(time, clock(r.time + r.total_ms / 1000));
   put(route, routeName(r.route));
   put(path, pathOf(view, r));
   put(total, duration(r.total_ms));
   attribute(node, "data-outcome", r.outcome);
-  attribute(node, "title", [r.model, said, r.cause].filter(Boolean).join("\n"));
+  attribute(node, "title", [r.model, durations, r.cause].filter(Boolean).join("\n"));
   SEGMENTS.forEach((name, place) => {
     const part = bar.children[place];
     const [from, to] = r.bars[name] || [0, 0];
@@ -45,21 +45,21 @@ const showRequest = (view, most) => (node, r) => {
   });
   drawn(outcome.children[0], OUTCOME_SHAPE[r.outcome] || "lost");
   put(outcome.children[1], how);
-  put(spoken, said);
+  put(spoken, durations);
 };
 
 const showRequests = (view) => {
-  const wanted = wish.bad ? view.recent.filter((r) => r.outcome !== GOOD) : view.recent;
-  const rows = wanted.slice(wish.more ? -MANY : -FEW).reverse();
+  const wanted = filter.bad ? view.recent.filter((r) => r.outcome !== GOOD) : view.recent;
+  const rows = wanted.slice(filter.more ? -MANY : -FEW).reverse();
   const most = Math.max(1, ...rows.map((r) => r.total_ms || 0));
   keyed($("requests"), rows, (r) => r.seq, makeRequest, showRequest(view, most));
   shown($("requests-none"), !rows.length);
-  put($("requests-none"), t(wish.bad && view.recent.length ? "requests_none_bad" : "requests_none"));
+  put($("requests-none"), t(filter.bad && view.recent.length ? "requests_none_bad" : "requests_none"));
   shown($("requests-more"), wanted.length > FEW);
-  put($("requests-more"), t(wish.more ? "requests_less" : "requests_more"));
-  attribute($("requests-more"), "aria-expanded", String(wish.more));
-  attribute($("requests-all"), "aria-pressed", String(!wish.bad));
-  attribute($("requests-bad"), "aria-pressed", String(wish.bad));
+  put($("requests-more"), t(filter.more ? "requests_less" : "requests_more"));
+  attribute($("requests-more"), "aria-expanded", String(filter.more));
+  attribute($("requests-all"), "aria-pressed", String(!filter.bad));
+  attribute($("requests-bad"), "aria-pressed", String(filter.bad));
   keyed($("legend"), SEGMENTS, (name) => name,
     (name) => el("li", {}, el("span", { class: `seg ${name}`, "aria-hidden": "true" }), el("span")),
     (node, name) => put(node.children[1], t(`seg_${name}`)));
@@ -67,7 +67,7 @@ const showRequests = (view) => {
 
 const listenToRequests = (again) => {
   const when = (id, change) => $(id).addEventListener("click", () => { change(); again(); });
-  when("requests-all", () => { wish.bad = false; });
-  when("requests-bad", () => { wish.bad = true; });
-  when("requests-more", () => { wish.more = !wish.more; });
+  when("requests-all", () => { filter.bad = false; });
+  when("requests-bad", () => { filter.bad = true; });
+  when("requests-more", () => { filter.more = !filter.more; });
 };

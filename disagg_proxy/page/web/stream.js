@@ -1,4 +1,4 @@
-// The feed, read with fetch(): EventSource cannot send the key, which must not be in an address.
+// The feed, read with fetch(): EventSource cannot send the API key, which must not be in a URL.
 
 const KEY = "disagg-proxy-key";
 
@@ -18,7 +18,7 @@ const giveKey = (key) => {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
   } catch {
-    // Kept for as long as the page is open.
+    // Without storage the key is kept while the page is open.
   }
 };
 
@@ -47,17 +47,17 @@ async function* eventsOf(body) {
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-// Seconds without a word after which a connection is taken to be dead: the proxy says something each second.
-const SILENCE = 15000;
+// Milliseconds without data after which the connection counts as dead: the proxy sends an event each second.
+const IDLE_TIMEOUT = 15000;
 
-const follow = async ({ news, link, keyWanted }) => {
+const follow = async ({ onEvent, link, keyWanted }) => {
   let wait = 500;
   for (;;) {
     const quit = new AbortController();
     let timer = 0;
     const alive = () => {
       clearTimeout(timer);
-      timer = setTimeout(() => quit.abort(), SILENCE);
+      timer = setTimeout(() => quit.abort(), IDLE_TIMEOUT);
     };
     try {
       alive();
@@ -73,10 +73,10 @@ const follow = async ({ news, link, keyWanted }) => {
         if (event === "end") break;
         link("live");
         wait = 500;
-        news(event, JSON.parse(data));
+        onEvent(event, JSON.parse(data));
       }
     } catch {
-      // Gone, or not there yet: the loop is the remedy.
+      // Not reachable: retry below.
     }
     clearTimeout(timer);
     quit.abort();

@@ -1,4 +1,4 @@
-// Words and numbers in the reader's language. Whatever has a key of STRINGS in data-text is kept in step.
+// Texts and numbers in the reader's language. Elements with a key of STRINGS in data-text are translated.
 
 const remembered = (name) => {
   try {
@@ -12,7 +12,7 @@ const remember = (name, value) => {
   try {
     localStorage.setItem(name, value);
   } catch {
-    // A browser that keeps nothing forgets the choice, no more.
+    // Without storage the choice lasts while the page is open.
   }
 };
 
@@ -24,7 +24,7 @@ const has = (key) => Object.hasOwn(STRINGS[language], key);
 const t = (key, values = {}) =>
   STRINGS[language][key].replace(/\{(\w+)\}/g, (whole, name) => (Object.hasOwn(values, name) ? values[name] : whole));
 
-// A word that the proxy made up later than this page is shown as it is.
+// A value without a translation is shown as it is.
 const word = (prefix, value) => (has(`${prefix}_${value}`) ? t(`${prefix}_${value}`) : String(value).replaceAll("_", " "));
 
 const plural = (stem, count, values = {}) => t(`${stem}_${count === 1 ? "one" : "many"}`, { count: number(count), ...values });
@@ -36,10 +36,10 @@ const number = (value, digits = 0) =>
     ? value.toLocaleString(language === "zh" ? "zh-CN" : "en", { maximumFractionDigits: digits })
     : t("unknown");
 
-// Three digits, and never more than a tenth.
+// At most one decimal.
 const rate = (value) => number(value, value < 100 ? 1 : 0);
 
-// Of milliseconds.
+// A duration in milliseconds.
 const duration = (ms) => {
   if (!known(ms)) return t("unknown");
   if (ms < 1000) return `${number(ms, ms < 1 ? 2 : ms < 10 ? 1 : 0)} ms`;

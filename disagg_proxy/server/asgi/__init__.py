@@ -1,4 +1,4 @@
-"""The Quart application: the only package that knows Quart's request and response."""
+"""The Quart application, the only package that uses Quart: routes, authentication and error responses."""
 
 from disagg_proxy.server.asgi.app import create_app
 

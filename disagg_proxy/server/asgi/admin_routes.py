@@ -1,6 +1,6 @@
-"""The operator's routes: one instance out for maintenance, and back. How they are used: docs/admin.md.
+"""The operator's routes: drain an instance for maintenance, and put it back. Usage: docs/admin.md.
 
-They exist only with an ADMIN_KEY, which the guard asks for.
+They exist only if ADMIN_KEY is set, and require it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from disagg_proxy.server.asgi.error_responses import json_response
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.stats_report import instance_report, instance_reports
 
-_LONGEST_WAIT = 3600.0
+_MAX_WAIT = 3600.0
 """Seconds."""
 
 
@@ -35,7 +35,7 @@ def admin_routes(services: Services) -> Blueprint:
 
     @blueprint.post("/admin/drain")
     async def drain() -> Response:
-        instance, seconds = _named(services.registry), _wait()
+        instance, seconds = _requested_instance(services.registry), _requested_wait()
         await services.drain(instance, True)
         if seconds:
             settled = changes.until(lambda: services.idle(instance) or not instance.draining)
@@ -44,19 +44,19 @@ def admin_routes(services: Services) -> Blueprint:
 
     @blueprint.post("/admin/undrain")
     async def undrain() -> Response:
-        instance = _named(services.registry)
+        instance = _requested_instance(services.registry)
         await services.drain(instance, False)
         return json_response(instance_report(instance, services, await services.overview()))
 
     return blueprint
 
 
-def _named(registry: Registry) -> Instance:
-    """The instance that the query names.
+def _requested_instance(registry: Registry) -> Instance:
+    """The instance in the query string.
 
     Raises:
-        BadRequest: none is named, or several.
-        UnknownInstance: there is no such instance.
+        BadRequest: no instance, or more than one.
+        UnknownInstance: no instance has this address.
     """
     given = request.args.getlist("instance")
     if len(given) != 1 or not given[0]:
@@ -72,35 +72,35 @@ def _named(registry: Registry) -> Instance:
     raise UnknownInstance(given[0], [i.http.text for i in known])
 
 
-def _wait() -> float:
-    """Seconds that the query asks to wait until the instance is idle.
+def _requested_wait() -> float:
+    """Seconds to wait until the instance is idle, from the query string.
 
     Raises:
-        BadRequest: it is no number of seconds.
+        BadRequest: not a number, or out of range.
     """
     raw = request.args.get("wait", "0")
     try:
         seconds = float(raw)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= _LONGEST_WAIT:
-        raise BadRequest(f"wait must be a number of seconds up to {_LONGEST_WAIT:.0f}, not {raw!r}.", param="wait")
+    if not 0 <= seconds <= _MAX_WAIT:
+        raise BadRequest(f"wait must be a number of seconds up to {_MAX_WAIT:.0f}, not {raw!r}.", param="wait")
     return seconds
 
 
 class _Changes:
-    """Waits for what comes about on instances."""
+    """Waits until a condition on instances holds."""
 
     def __init__(self, registry: Registry) -> None:
         self._waiting: set[asyncio.Event] = set()
-        registry.watch(changed=lambda _: self._wake(), freed=self._wake)
+        registry.watch(changed=lambda _: self._notify(), freed=self._notify)
 
-    def _wake(self) -> None:
+    def _notify(self) -> None:
         for event in self._waiting:
             event.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Return when ``condition`` holds."""
+        """Wait until ``condition`` holds; it is checked after each change of an instance."""
         event = asyncio.Event()
         self._waiting.add(event)
         try:

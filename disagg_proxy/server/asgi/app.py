@@ -1,4 +1,4 @@
-"""Putting the application together. Lifespan: the services start before the first request and stop after the last."""
+"""Assembles the application. Its lifespan starts the services before the first request, and stops them at the end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from quart import Quart
 
 from disagg_proxy.config import Config
 from disagg_proxy.server.asgi.admin_routes import admin_routes
-from disagg_proxy.server.asgi.auth import install_guard
-from disagg_proxy.server.asgi.engine_routes import single_routes
+from disagg_proxy.server.asgi.auth import install_auth
+from disagg_proxy.server.asgi.engine_routes import engine_routes
 from disagg_proxy.server.asgi.error_responses import install_error_handlers
 from disagg_proxy.server.asgi.exchange_scope import ExchangeScopeMiddleware
 from disagg_proxy.server.asgi.generation_routes import generation_routes
@@ -20,10 +20,10 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     """The ASGI application.
 
     Args:
-        services: the parts to use; made from ``config`` when left out.
+        services: created from ``config`` if None.
 
     Raises:
-        BindError: ``services`` was left out and the registration port cannot be opened.
+        BindError: ``services`` is None and the registration port cannot be opened.
     """
     parts = services or Services(config)
     app = Quart("disagg_proxy", static_folder=None)
@@ -32,12 +32,12 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.url_map.strict_slashes = False
-    # A redirect would name whatever host the client made up.
+    # A redirect would contain the Host header, which the client chooses.
     app.url_map.merge_slashes = False
-    app = install_guard(app, config)
+    app = install_auth(app, config)
     install_error_handlers(app, config.max_body_bytes)
     app.register_blueprint(generation_routes(parts))
-    app.register_blueprint(single_routes(parts))
+    app.register_blueprint(engine_routes(parts))
     app.register_blueprint(status_routes(parts))
     app.register_blueprint(page_routes(parts))
     if config.admin_key:

@@ -1,4 +1,4 @@
-"""Who may call: the API key, the operator's own key, and the browser origins."""
+"""Authentication: the API key, the operator's admin key, and the origins of browsers (CORS)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from quart_cors import cors
 from disagg_proxy.config import Config
 from disagg_proxy.errors import WrongKey
 from disagg_proxy.http1.headers import Headers, value_of
-from disagg_proxy.server.asgi.request import sent_headers
+from disagg_proxy.server.asgi.request import request_headers
 
 ADMIN = "/admin/"
-"""What the admin key opens, and nothing else does."""
+"""Paths that need the admin key."""
 
 _OPEN_PATHS = frozenset({"/health", "/", "/dashboard"})
-"""The page holds no data: what it shows comes from a path that asks for the key."""
+"""Paths without a key. The page contains no data; its feed needs the key."""
 
 
 class KeyCheck:
-    """The rule itself."""
+    """Checks the key of a request."""
 
     def __init__(self, config: Config) -> None:
         self._api_key = config.api_key.encode()
@@ -29,7 +29,7 @@ class KeyCheck:
     def check(self, path: str, headers: Headers) -> None:
         """
         Raises:
-            WrongKey: the path is not for who sends these headers.
+            WrongKey: the key for this path is missing or wrong.
         """
         admin = bool(self._admin_key) and path.startswith(ADMIN)
         expected = self._admin_key if admin else self._api_key
@@ -38,15 +38,15 @@ class KeyCheck:
             raise WrongKey(f"The {which} key is missing or wrong; send it as Authorization: Bearer KEY.")
 
 
-def install_guard(app: Quart, config: Config) -> Quart:
-    """Check the key before every handler, and answer browsers' preflights, which carry none."""
+def install_auth(app: Quart, config: Config) -> Quart:
+    """Check the key before every handler, except for preflight requests of browsers, which carry none."""
     if config.api_key or config.admin_key:
-        guard = KeyCheck(config)
+        key_check = KeyCheck(config)
 
         @app.before_request
-        async def check_key() -> None:
+        async def authenticate() -> None:
             if request.method != "OPTIONS":
-                guard.check(request.path, sent_headers())
+                key_check.check(request.path, request_headers())
 
     if config.cors_origins:
         app = cors(
@@ -58,7 +58,7 @@ def install_guard(app: Quart, config: Config) -> Quart:
 
 
 def _given_key(path: str, headers: Headers) -> bytes:
-    """The bearer token; on Anthropic's route also its client's own header."""
+    """The bearer token; on Anthropic's route also the X-Api-Key that its client sends."""
     scheme, _, token = value_of(headers, b"authorization").partition(b" ")
     if scheme.lower() == b"bearer" and token:
         return token.strip()

@@ -1,7 +1,7 @@
-"""Routes that one engine answers alone, routes that go to every engine, and those that no pair can serve.
+"""Routes that one engine serves, routes that go to every engine, and routes that a pair cannot serve.
 
-Pooling (embeddings, scores, classes) runs the model's forward pass. An engine with P2pNcclConnector dies of a request
-whose id names no peer, so these go only to engines that compute without one (:attr:`KvKind.computes`).
+Pooling (embeddings, scores, classification) runs a forward pass. An engine with P2pNcclConnector crashes on a request
+whose id names no peer, so these requests go only to engines that need none (:attr:`KvKind.computes`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from quart import Blueprint, Response, request
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import EngineUse
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
-from disagg_proxy.http1.headers import request_lines
+from disagg_proxy.http1.headers import forwarded_request_lines
 from disagg_proxy.openai.fields import RESPONSES, strip
 from disagg_proxy.openai.prepare import encode, model_of, parse_object
-from disagg_proxy.server.asgi.error_responses import json_response, passed_on
-from disagg_proxy.server.asgi.request import read_body, sent_headers
+from disagg_proxy.server.asgi.error_responses import forwarded, json_response
+from disagg_proxy.server.asgi.request import read_body, request_headers
 from disagg_proxy.services import Services
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend
 
@@ -45,44 +45,44 @@ NO_STORE = (
 )
 
 
-def single_routes(services: Services) -> Blueprint:
-    """Everything but generation and the proxy's own state."""
+def engine_routes(services: Services) -> Blueprint:
+    """All routes except generation, state, page and admin."""
     blueprint = Blueprint("single", __name__)
 
-    async def ask(instance: Instance, method: str, path: str, body: bytes) -> CompleteResponse:
+    async def send(instance: Instance, method: str, path: str, body: bytes) -> CompleteResponse:
         with EngineUse(services.registry, instance):
             answer = await services.upstream.request(
                 method,
                 instance,
                 path,
-                headers=request_lines(sent_headers(), services.config.engine_api_key),
+                headers=forwarded_request_lines(request_headers(), services.config.engine_api_key),
                 body=body,
-                silence=services.config.decode_timeout,
+                idle_timeout=services.config.decode_timeout,
                 leg=instance.role.value,
-                enough=ReadUntil.WHOLE,
+                until=ReadUntil.COMPLETE,
                 resend=Resend.REUSED,
             )
             return answer.read()
 
-    async def ask_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
-        """The first engine that can be reached. These routes change nothing, so they may be sent twice."""
+    async def send_to_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
+        """Send to the first engine that is reachable. These requests change nothing, so they may be sent twice."""
         while True:
-            instance = services.selection.choose_one(model, computes=computes)
+            instance = services.selection.choose_single(model, computes=computes)
             try:
-                answer = await ask(instance, method, request.path, body)
+                answer = await send(instance, method, request.path, body)
             except EngineUnreachable as error:
                 if not error.refused:
                     raise
-                services.registry.lost_contact(instance, "its HTTP port refuses connections")
+                services.registry.connection_refused(instance, "its HTTP port refuses connections")
                 continue
-            # 501 says that the model cannot do it.
+            # 501: the model does not support it.
             if answer.status >= 500 and answer.status != 501:
                 raise EngineFailed(f"The engine failed with status {answer.status}.")
-            return passed_on(answer)
+            return forwarded(answer)
 
     async def one_engine() -> Response:
         body = await read_body()
-        return await ask_any(model_of(parse_object(body)), "POST", body)
+        return await send_to_any(model_of(parse_object(body)), "POST", body)
 
     async def pooling() -> Response:
         body = await read_body()
@@ -90,20 +90,22 @@ def single_routes(services: Services) -> Blueprint:
         model = model_of(fields)
         if not any(i.kind.computes for i in services.registry.instances()) and services.registry.instances():
             raise NotServed(f"{request.path} is not served: {_NO_POOLING}.")
-        return await ask_any(model, "POST", encode(fields) if strip(fields) else body, computes=True)
+        return await send_to_any(model, "POST", encode(fields) if strip(fields) else body, computes=True)
 
     async def stored_response(**_: str) -> Response:
         raise NotServed(f"{RESPONSES.path}/ID is not served: {NO_STORE}.")
 
     async def version() -> Response:
-        return await ask_any(None, "GET", b"")
+        return await send_to_any(None, "GET", b"")
 
     async def every_engine() -> Response:
         if not services.config.enable_profiling:
             raise NotFound("Profiling is off; start the proxy with ENABLE_PROFILING=1.")
         body = await read_body()
         instances = [i for i in services.registry.instances() if i.state.value == "ready"]
-        answers = await asyncio.gather(*(ask(i, "POST", request.path, body) for i in instances), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(send(i, "POST", request.path, body) for i in instances), return_exceptions=True
+        )
         results = [
             {"role": i.role.value, "status": a.status if isinstance(a, CompleteResponse) else 502}
             for i, a in zip(instances, answers, strict=True)

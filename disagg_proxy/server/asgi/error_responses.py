@@ -1,4 +1,4 @@
-"""Answers other than an engine's own: errors as OpenAI-style JSON, and an engine's whole answer passed on."""
+"""Quart responses other than generation: errors as OpenAI-style JSON, and an engine's complete response."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from disagg_proxy.errors import (
     ProxyError,
     answer_of,
 )
-from disagg_proxy.http1.headers import Headers, answer_headers, client_request_id
-from disagg_proxy.server.asgi.request import sent_headers
+from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_response_headers
+from disagg_proxy.server.asgi.request import request_headers
 from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
 
+_INTERNAL = "The proxy failed; its log has the cause."
+
 
 def error_parts(error: ProxyError, client_id: str | None) -> tuple[int, Headers, bytes]:
-    """The error's answer for both ways out; one that is the server's fault is logged."""
+    """Status, headers and body of an error response, for the fast path and for Quart. Logs 5xx."""
     if error.status >= 500:
         log.warning("%d %s: %s", error.status, error.code, error.message)
     return answer_of(error, client_id)
 
 
-def from_bug(error: Exception) -> ProxyError:
-    """What the client is told when the proxy itself fails; the log has the rest."""
+def internal_error(error: Exception) -> ProxyError:
+    """Log an unexpected exception; the error for the client does not contain it."""
     log.error("A request failed inside the proxy", exc_info=error)
-    return ProxyError("The proxy failed; its log has the cause.")
+    return ProxyError(_INTERNAL)
 
 
 def error_response(error: ProxyError) -> Response:
-    """The one place where an error becomes Quart's response."""
-    status, headers, body = error_parts(error, client_request_id(sent_headers()))
+    """An error as Quart's response."""
+    status, headers, body = error_parts(error, client_request_id(request_headers()))
     return Response(body, status=status, headers={name.decode(): value.decode() for name, value in headers})
 
 
@@ -50,16 +52,16 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(body, status=status, content_type="application/json")
 
 
-def passed_on(answer: CompleteResponse) -> Response:
-    """An engine's answer to a route that concerns no KV transfer."""
+def forwarded(answer: CompleteResponse) -> Response:
+    """An engine's response to a route without KV transfer."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
-    for name, value in answer_headers(answer.headers, None):
+    for name, value in forwarded_response_headers(answer.headers, None):
         response.headers[name.decode("latin-1")] = value.decode("latin-1")
     return response
 
 
 def install_error_handlers(app: Quart, max_body_bytes: int) -> None:
-    """Every failure of a handler ends in :func:`error_response`."""
+    """Turn every exception of a handler into :func:`error_response`."""
 
     async def on_proxy_error(error: ProxyError) -> Response:
         return error_response(error)
@@ -67,12 +69,12 @@ def install_error_handlers(app: Quart, max_body_bytes: int) -> None:
     async def on_http_error(error: HTTPException) -> Response:
         return error_response(_from_werkzeug(error, max_body_bytes))
 
-    async def on_bug(error: Exception) -> Response:
-        return error_response(from_bug(error))
+    async def on_exception(error: Exception) -> Response:
+        return error_response(internal_error(error))
 
     app.register_error_handler(ProxyError, on_proxy_error)
     app.register_error_handler(HTTPException, on_http_error)
-    app.register_error_handler(Exception, on_bug)
+    app.register_error_handler(Exception, on_exception)
 
 
 def _from_werkzeug(error: HTTPException, max_body_bytes: int) -> ProxyError:
@@ -88,4 +90,4 @@ def _from_werkzeug(error: HTTPException, max_body_bytes: int) -> ProxyError:
         refusal = ClientError(error.description or error.name)
         refusal.status = error.code
         return refusal
-    return ProxyError("The proxy failed; its log has the cause.")
+    return ProxyError(_INTERNAL)

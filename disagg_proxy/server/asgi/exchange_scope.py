@@ -1,8 +1,7 @@
-"""Ownership at the level of one HTTP exchange.
+"""What is bound to one HTTP exchange of the application, and ends with it.
 
-A client that leaves while the response start is pending makes Quart (0.22) drop the handler without running the
-``finally`` of a body generator. What must be given back in every case is therefore tied to the ASGI call itself,
-which always ends.
+If a client leaves before the response has started, Quart (0.22) drops the handler without running the ``finally`` of a
+body generator. Resources are therefore bound to the ASGI call, which always ends.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ from disagg_proxy.errors import StreamCut, answer_of, shutting_down
 
 log = logging.getLogger(__name__)
 
-_KEY = "disagg_proxy.flights"
+_KEY = "disagg_proxy.exchange"
 
-WATCHES = "disagg_proxy.watches"
-"""Key in the scope of an exchange whose client only watches: it may be dropped when the proxy stops."""
+ENDLESS = "disagg_proxy.endless"
+"""Key in the ASGI scope of a response without an end of its own, such as a feed; a shutdown need not wait for it."""
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-class Owned(Protocol):
-    """A flight, or whatever else must be given back."""
+class Resource(Protocol):
+    """What must be released when its exchange ends."""
 
     def leave(self) -> None: ...
 
 
 class ExchangeScopeMiddleware:
-    """ASGI wrapper that ends the flights of an exchange when the exchange ends, however it ends."""
+    """ASGI middleware that releases the resources of an exchange when it ends in any way."""
 
     def __init__(self, app: AsgiApp) -> None:
         self._app = app
@@ -40,62 +39,62 @@ class ExchangeScopeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        owned = scope[_KEY] = _Owned()
+        exchange = scope[_KEY] = _Exchange()
         try:
             await self._app(scope, receive, send)
         except StreamCut as cut:
-            # Returning with an unfinished response makes the server close the connection: a visible cut.
+            # After a return with an incomplete response, the server closes the connection: the client sees the cut.
             log.warning("An answer was cut off: %s", cut)
         except asyncio.CancelledError:
             log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
-            await _say_unavailable(send)
+            await _send_unavailable(send)
         finally:
-            owned.leave()
+            exchange.leave()
 
 
-async def _say_unavailable(send: Any) -> None:
-    """A 503 for a client that has no answer yet; one that has a part of it sees the connection close."""
+async def _send_unavailable(send: Any) -> None:
+    """Send 503, unless the response has begun; then the server closes the connection."""
     status, headers, body = answer_of(shutting_down())
     try:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
     except RuntimeError:
-        # uvicorn's word for a response that has begun.
+        # uvicorn raises it if the response has begun.
         return
 
 
-class _Owned:
-    """The flights of one exchange, and the handler that waits for them."""
+class _Exchange:
+    """The resources of one exchange, and the task of its handler."""
 
     def __init__(self) -> None:
         self.handler: asyncio.Task[Any] | None = None
-        self._flights: list[Owned] = []
-        self._over = False
+        self._resources: list[Resource] = []
+        self._ended = False
 
-    def add(self, flight: Owned) -> None:
-        if self._over:
-            flight.leave()
+    def add(self, resource: Resource) -> None:
+        if self._ended:
+            resource.leave()
             raise asyncio.CancelledError
-        self._flights.append(flight)
+        self._resources.append(resource)
 
     def leave(self) -> None:
-        self._over = True
-        for flight in self._flights:
-            flight.leave()
+        self._ended = True
+        for resource in self._resources:
+            resource.leave()
         if self.handler is not None:
-            # Quart (0.22) lets it run on when the ASGI call is cancelled.
+            # Quart (0.22) does not cancel it when the ASGI call is cancelled.
             self.handler.cancel()
 
 
-def handles(scope: Any) -> None:
-    """The present task ends with the exchange of ``scope`` at the latest."""
+def cancel_with_exchange(scope: Any) -> None:
+    """Cancel the current task when the exchange of ``scope`` ends."""
     scope[_KEY].handler = asyncio.current_task()
 
 
-def own(scope: Any, flight: Owned) -> None:
-    """Make ``flight`` end with the exchange of ``scope``.
+def leave_with_exchange(scope: Any, resource: Resource) -> None:
+    """Call ``resource.leave()`` when the exchange of ``scope`` ends.
 
     Raises:
         CancelledError: the exchange has ended.
     """
-    scope[_KEY].add(flight)
+    scope[_KEY].add(resource)

@@ -1,7 +1,6 @@
-"""The generation routes of the Quart application: from its request to the coordinator, and from the outcome to its
-response.
+"""The generation routes of the Quart application: from a request to the coordinator, and from its outcome to a reply.
 
-Served through uvicorn, it gets what ``direct`` leaves: chunked and compressed bodies, pipelined requests, browsers, and
+They handle what ``fast_path`` does not: chunked and compressed bodies, pipelined requests, requests of browsers, and
 whatever is refused before its body is read.
 """
 
@@ -13,18 +12,17 @@ from collections.abc import Awaitable, Callable
 from quart import Blueprint, Response, request
 
 from disagg_proxy.coordinator.coordinator import read_head
-from disagg_proxy.downstream.refusal import Refusal
+from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.openai.fields import GENERATION, Route
-from disagg_proxy.server.asgi.exchange_scope import handles, own
-from disagg_proxy.server.asgi.request import read_body, sent_headers
-from disagg_proxy.server.generation import answer_head
+from disagg_proxy.server.asgi.exchange_scope import cancel_with_exchange, leave_with_exchange
+from disagg_proxy.server.asgi.request import read_body, request_headers
 from disagg_proxy.services import Services
 
 
 def generation_routes(services: Services) -> Blueprint:
-    """One POST route for each way to generate."""
+    """One POST route for each generation API."""
     blueprint = Blueprint("generate", __name__)
     for route in GENERATION:
         blueprint.add_url_rule(route.path, route.path.replace("/", "_"), _handler(services, route), methods=["POST"])
@@ -33,32 +31,33 @@ def generation_routes(services: Services) -> Blueprint:
 
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
-        handles(request.scope)
-        head = read_head(services.config, services.coordinator.wanted, route, sent_headers())
+        cancel_with_exchange(request.scope)
+        head = read_head(services.config, services.coordinator.wanted, route, request_headers())
         body = await read_body()
         pending = _PendingOutcome()
         reply = Reply(pending)
-        own(request.scope, reply)
+        leave_with_exchange(request.scope, reply)
         services.coordinator.start(head, body, reply)
         outcome = await pending.outcome
         content = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
         response = Response(content, status=outcome.status, content_type="application/json")
-        # An engine may be silent for minutes; DECODE_TIMEOUT decides, not the framework.
+        # No limit of the framework's: an engine may compute for minutes, and DECODE_TIMEOUT applies.
         response.timeout = None
-        for name, value in answer_head(outcome, head.client_id, reply):
+        for name, value in outcome.headers:
             response.headers[name.decode("latin-1")] = value.decode("latin-1")
+        response.headers["x-request-id"] = reply.response_id(head.client_id)
         return response
 
     return handle
 
 
 class _PendingOutcome:
-    """The client of a Quart handler, which awaits ``outcome``: an answer, or the ProxyError it raises."""
+    """Hands the outcome to a Quart handler: ``outcome`` resolves to a response, or raises the ProxyError."""
 
     def __init__(self) -> None:
-        self.outcome: asyncio.Future[Refusal] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[ClientResponse] = asyncio.get_running_loop().create_future()
 
-    def respond(self, outcome: Refusal) -> None:
+    def respond(self, outcome: ClientResponse) -> None:
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 

@@ -1,4 +1,4 @@
-"""The live page and its feed. The page itself is for everybody, what it shows asks for the key: docs/page.md."""
+"""The live page and its feed. The page itself is public; its feed needs the API key: docs/page.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quart import Blueprint, Response, request
 from disagg_proxy.page.document import document
 from disagg_proxy.page.feed import Feed
 from disagg_proxy.page.verdict import incident, verdict
-from disagg_proxy.server.asgi.exchange_scope import WATCHES, handles, own
+from disagg_proxy.server.asgi.exchange_scope import ENDLESS, cancel_with_exchange, leave_with_exchange
 from disagg_proxy.server.asgi.status_routes import health_report
 from disagg_proxy.services import Services
 
@@ -17,7 +17,7 @@ _FEED_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    # nginx would hold events back.
+    # nginx would buffer the events.
     "X-Accel-Buffering": "no",
 }
 
@@ -43,10 +43,10 @@ def page_routes(services: Services) -> Blueprint:
     @blueprint.get("/dashboard/events")
     async def events() -> Response:
         scope = cast(dict[str, Any], request.scope)
-        handles(scope)
+        cancel_with_exchange(scope)
         viewer = feed.join()
-        own(scope, viewer)
-        scope[WATCHES] = True
+        leave_with_exchange(scope, viewer)
+        scope[ENDLESS] = True
         return Response(viewer.messages(), headers=_FEED_HEADERS)
 
     return blueprint

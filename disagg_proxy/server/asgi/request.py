@@ -1,4 +1,4 @@
-"""What Quart knows of the present request, in the bytes of the wire."""
+"""Headers and body of Quart's current request, as bytes. A module of its own because it is compiled (setup.py)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import cast
 from quart import request
 
 from disagg_proxy.http1.headers import Headers
-from disagg_proxy.server.generation import check_encoding
+from disagg_proxy.server.request_head import check_encoding
 
 
-def sent_headers() -> Headers:
-    """As the client sent them; uvicorn has put the names in lower case."""
+def request_headers() -> Headers:
+    """The headers as received; uvicorn has converted the names to lower case."""
     return cast(Headers, request.scope["headers"])
 
 
 async def read_body() -> bytes:
-    """The whole body.
+    """The complete body.
 
     Raises:
-        UnsupportedEncoding: it is compressed.
+        UnsupportedEncoding: the body is compressed.
     """
-    check_encoding(sent_headers())
+    check_encoding(request_headers())
     return cast(bytes, await request.get_data(cache=False, as_text=False))

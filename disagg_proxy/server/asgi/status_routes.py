@@ -1,4 +1,4 @@
-"""What the proxy says of itself: /health, /livez, /stats, /metrics."""
+"""Routes that report the state of the proxy: /health, /livez, /stats, /metrics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from quart import Blueprint, Response
 
 from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.unavailable import missing_roles, why_no_pair
 from disagg_proxy.server.asgi.error_responses import json_response
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.metrics import metrics_registry
@@ -16,7 +17,7 @@ from disagg_proxy.telemetry.stats_report import stats_report
 
 
 def status_routes(services: Services) -> Blueprint:
-    """Routes that are answered from memory."""
+    """Routes that need no engine."""
     blueprint = Blueprint("status", __name__)
 
     @blueprint.get("/livez")
@@ -41,13 +42,13 @@ def status_routes(services: Services) -> Blueprint:
 
 
 def health_report(services: Services) -> dict[str, Any]:
-    """Whether at least one pair can serve, and what is missing if none can. Names no address: it needs no key."""
+    """Whether at least one pair can serve, and what is missing otherwise. Without addresses, because it is public."""
     registry = services.registry
     pairs = services.selection.ready_pairs()
     alone = len(services.selection.standalone_decodes(None)) if services.config.decode_alone else 0
-    missing = registry.missing()
+    missing = missing_roles(registry)
     if not pairs and not missing:
-        missing = [services.selection.why_no_pair()]
+        missing = [why_no_pair(registry)]
     shutdown = services.shutdown.begun.is_set()
     if shutdown:
         missing = ["the proxy is shutting down", *missing]
@@ -57,7 +58,7 @@ def health_report(services: Services) -> dict[str, Any]:
         "pairs": pairs,
         "decodes_that_serve_alone": alone,
         **{
-            role.value: {"ready": len(services.selection.taking(role)), "known": sum(i.role is role for i in known)}
+            role.value: {"ready": len(registry.accepting(role)), "known": sum(i.role is role for i in known)}
             for role in Role
         },
         "missing": missing,

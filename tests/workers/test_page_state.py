@@ -1,4 +1,4 @@
-"""What the page is told is whole from any worker, and outlives one that dies."""
+"""The page shows the complete proxy from any worker, and keeps what a dead worker has published."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.workers.conftest import Door, until
 
 
 async def view(door: Door) -> dict:
-    """The whole that a page gets first."""
+    """The view that a page gets first."""
     async with door.session.get(door._url + "/dashboard/events") as answer:
         while line := await soon(answer.content.readline()):
             if line.startswith(b"data:"):
@@ -49,7 +49,7 @@ async def test_requests_and_events_of_all_workers_are_in_the_view_of_each(fleet,
         assert sum(step["pieces"] for step in steps) == sum(r["pieces"] for r in whole["recent"]) > 5
 
 
-async def test_a_successor_keeps_what_a_dead_worker_knew(fleet, engines) -> None:
+async def test_a_replacement_keeps_what_a_dead_worker_published(fleet, engines) -> None:
     proxy = await fleet(2)
     pair = await engines(proxy.zmq)
     for engine in pair:

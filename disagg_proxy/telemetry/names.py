@@ -1,3 +1,0 @@
-"""How the names of all metrics begin."""
-
-PREFIX = "disagg_proxy_"
