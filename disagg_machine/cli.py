@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagg_machine import ui
+from disagg_machine import signals, ui
 from disagg_machine.messages import MachineError, language, text
 from disagg_machine.table import SETTINGS, WORKED_OUT
 
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(script, words)
     except MachineError as error:
         ui.complain(error.key, *error.arguments)
+        return error.code
+    except signals.Interrupted as error:
+        ui.progress_clear()
         return error.code
     except KeyboardInterrupt:
         ui.progress_clear()

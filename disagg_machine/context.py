@@ -62,9 +62,17 @@ class Context:
         return found | {name: value for name, value in keys.items() if value}
 
 
+def here() -> Path:
+    """Where the user stands; the root where that folder was removed, so that `stop` works there too."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")
+
+
 def checkout() -> Path:
     """The folder that has this package and the script; the current one when the package is installed without it."""
-    return PACKAGE.parent if (PACKAGE.parent / SCRIPT).is_file() else Path.cwd()
+    return PACKAGE.parent if (PACKAGE.parent / SCRIPT).is_file() else here()
 
 
 def load(script: str) -> Context:
@@ -75,4 +83,4 @@ def load(script: str) -> Context:
     """
     root = checkout()
     environ = dict(os.environ)
-    return Context(reading.load(environ, root, Path.cwd()), root, environ, script)
+    return Context(reading.load(environ, root, here()), root, environ, script)

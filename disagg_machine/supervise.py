@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from disagg_machine import engines, files, launch, net, parts, proxy_view, python_environment, start, ui
 from disagg_machine.context import Context
@@ -60,12 +61,20 @@ def cmd_supervise(context: Context, words: Sequence[str]) -> int:
     supervisor = Supervisor(plan.layout, rules, world)
     world.say(text("sup_watching", " ".join(plan.layout.names)))
     while True:
-        supervisor.step()
+        attempt(supervisor.step, world.say)
         plan.children = parts.reap(plan.children)
         if signal.sigtimedwait(ending, TICK) is not None:
             break
     world.say(text("sup_ends"))
     return 0
+
+
+def attempt(step: Callable[[], None], say: Callable[[str], None]) -> None:
+    """One step. A full disk, or no process to be had: what cannot be done now is tried again at the next one."""
+    try:
+        step()
+    except OSError as error:
+        say(text("sup_failed", error))
 
 
 class Machine:
@@ -121,11 +130,13 @@ class Machine:
         return self._plan.launch(place, log, view)
 
     def say(self, line: str) -> None:
-        ui.out(_stamped(line))
+        with contextlib.suppress(OSError):
+            ui.out(_stamped(line))
 
     def show_log(self, name: str) -> None:
-        for line in files.tail(self._plan.log(name), 15):
-            ui.out(f"    {line}")
+        with contextlib.suppress(OSError):
+            for line in files.tail(self._plan.log(name), 15):
+                ui.out(f"    {line}")
 
     def note(self, name: str, state: str, reason: str = "") -> None:
         path = self._run_dir / f"{name}.restarts"

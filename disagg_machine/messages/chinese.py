@@ -245,6 +245,7 @@ TEXTS: dict[str, str] = {
     "sup_why_loop": "共 {} 次，最后一次：{}",
     "sup_port": "{} 等待：端口 {} {}",
     "sup_started": "{} 已重新启动，PID {}",
+    "sup_failed": "暂时无法处理：{}；稍后重试",
     "sup_log_mark": "===== {} 由监护进程重新启动 =====",
     "doctor_ok": "正常",
     "doctor_warning": "警告",

@@ -276,6 +276,7 @@ TEXTS: dict[str, str] = {
     "sup_why_loop": "gone {} times, at last: {}",
     "sup_port": "{} waits: port {} is {}",
     "sup_started": "{} started again, PID {}",
+    "sup_failed": "cannot act now: {}; trying again",
     "sup_log_mark": "===== {} is started again by the supervisor =====",
     "doctor_ok": "ok",
     "doctor_warning": "warning",

@@ -61,6 +61,15 @@ def test_what_needs_the_python_names_it(environ: dict[str, str]) -> None:
     assert done.returncode == 1 and environ["PYTHON"] in done.stderr and "set PYTHON" in done.stderr
 
 
+def test_stop_works_in_a_folder_that_is_gone(environ: dict[str, str], tmp_path: Path) -> None:
+    program = (
+        f"import os, sys; os.mkdir({str(tmp_path / 'gone')!r}); os.chdir({str(tmp_path / 'gone')!r}); "
+        f"os.rmdir({str(tmp_path / 'gone')!r}); os.execv({sys.executable!r}, {[*BARE, 'stop']!r})"
+    )
+    done = run([sys.executable, "-c", program], environ)
+    assert (done.returncode, done.stderr) == (0, "Stopped: proxy\n")
+
+
 def test_no_python_at_all(environ: dict[str, str], tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from disagg_machine import messages
+from disagg_machine import messages, supervise
 from disagg_machine.layout import Layout, Place
 from disagg_machine.parts import ALIVE, DEAD, Part
 from disagg_machine.proxy_view import Engine, ProxyView
@@ -178,6 +178,21 @@ def test_a_proxy_that_hangs_is_asked_less_often(world: FakeWorld) -> None:
     world.engines = None
     run(world, supervisor(world), 60)
     assert world.asked == 60 / LOOK_AGAIN_AFTER_SILENCE
+
+
+def test_what_cannot_be_done_now_is_tried_again(world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = supervisor(world)
+    world.die("proxy")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as change:
+        change.setattr(world, "end", full)
+        supervise.attempt(one.step, world.say)
+        assert world.said == ["cannot act now: [Errno 28] No space left on device; trying again"]
+    run(world, one, 5)
+    assert world.did == ["end proxy", "start proxy"] and not world.locked
 
 
 def test_without_engines_the_proxy_is_not_asked(world: FakeWorld) -> None:
