@@ -87,7 +87,7 @@ def test_every_entry_of_the_menu(machine: Machine, terminal: Terminal) -> None:
     choose("5", "completion", "->", "stream", "chat", "All requests were answered")
     choose("7", "1 pair(s)")
     choose("14", machine.url, "ssh -L")
-    choose("15", "Serving: 1 pair ready", "What happened")
+    choose("15", "Serving: 1 pair ready", "Events")
     choose("8", "supervisor.log")
     menu.sendline("12")
     menu.expect_exact("1 report over request rates")
