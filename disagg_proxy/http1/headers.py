@@ -2,7 +2,9 @@
 
 Every header is forwarded except hop-by-hop ones (RFC 9110, 7.6.1), those that the proxy's own HTTP client sets, and
 those that could interfere with the KV transfer: the proxy sets X-Request-Id, and X-data-parallel-rank (vLLM 0.14 and
-newer) would select an engine behind the instance.
+newer) would select an engine behind the instance. CORS is decided by CORS_ORIGINS alone, although an engine may permit
+more origins (``--allowed-origins``; by default all up to vLLM 0.31, none in 0.32,
+``entrypoints/launchers/cli_args.py``): it gets no Origin, and Access-Control-* is forwarded in neither direction.
 """
 
 from __future__ import annotations
@@ -54,9 +56,12 @@ _HOP_BY_HOP = frozenset(
     b"upgrade".split()
 )
 _NOT_TO_ENGINE = _HOP_BY_HOP | frozenset(
-    b"host content-length expect accept-encoding x-request-id x-data-parallel-rank".split()
+    b"host content-length expect accept-encoding origin x-request-id x-data-parallel-rank".split()
 )
 _NOT_TO_CLIENT = _HOP_BY_HOP | frozenset(b"date server x-request-id".split())
+
+_CORS = b"access-control-"
+"""Every other header of CORS begins with it."""
 
 _MAX_ID_BYTES = 256
 
@@ -82,7 +87,7 @@ def forwarded_request_lines(headers: Headers, engine_api_key: str) -> bytes:
     if engine_api_key:
         # Anthropic's client sends its key as X-Api-Key.
         dropped |= {b"authorization", b"x-api-key"}
-    forwarded = [header for header in headers if header[0] not in dropped]
+    forwarded = [header for header in headers if header[0] not in dropped and not header[0].startswith(_CORS)]
     # The internal id could not be found in a compressed response.
     forwarded.append((b"accept-encoding", b"identity"))
     if engine_api_key:
@@ -99,7 +104,7 @@ def forwarded_response_headers(headers: Headers, request_id: RequestId | None) -
     if isinstance(headers, ResponseHeaders) and headers.forwarded is not None:
         return headers.forwarded
     dropped = _dropped(headers, _NOT_TO_CLIENT)
-    found = [header for header in headers if header[0] not in dropped]
+    found = [header for header in headers if header[0] not in dropped and not header[0].startswith(_CORS)]
     if not any(_ID_MARKER in value for _, value in found):
         forwarded = ForwardedHeaders(found)
         if isinstance(headers, ResponseHeaders):

@@ -149,3 +149,35 @@ async def test_a_star_allows_every_origin(machine, pair) -> None:
 async def test_no_origin_is_allowed_by_default(machine, pair) -> None:
     _, headers = await preflight(machine, "/v1/completions")
     assert not any(name.startswith("Access-Control") for name in headers)
+
+
+PERMITTING = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Expose-Headers": "X-Engine",
+}
+
+
+@pytest.mark.parametrize(
+    "permitted",
+    [
+        pytest.param((), marks=pytest.mark.settings(cors_origins=())),
+        pytest.param((), marks=pytest.mark.settings(cors_origins=("https://other.example",))),
+        pytest.param((ORIGIN,), marks=pytest.mark.settings(cors_origins=(ORIGIN,))),
+    ],
+    ids=["off", "another origin", "this origin"],
+)
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/version"), ("POST", "/tokenize"), *(("POST", p) for p in REQUESTS)]
+)
+async def test_what_an_engine_permits_is_not_passed_on(machine, pair, method: str, path: str, permitted) -> None:
+    for engine in pair:
+        engine.faults.fail_next(400, b"{}", PERMITTING, path=path)
+    body = REQUESTS.get(path, {})
+    async with machine.http.request(method, machine.proxy.url + path, json=body, headers={"Origin": ORIGIN}) as answer:
+        assert answer.status == 400
+        assert answer.headers.getall("Access-Control-Allow-Origin", []) == list(permitted)
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+        assert "X-Engine" not in answer.headers.get("Access-Control-Expose-Headers", "")
+    received = [request for engine in pair for request in engine.received(path)]
+    assert received and not any("Origin" in request.headers for request in received)

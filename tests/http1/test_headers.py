@@ -17,6 +17,16 @@ from disagg_proxy.request_id import RequestId
 ID = RequestId("___prefill_addr_127.0.0.1:1___decode_addr_127.0.0.1:2_00ff", "ab" * 29)
 IDENTITY = b"accept-encoding: identity\r\n"
 
+CORS_REQUEST = [
+    b"origin",
+    *(b"access-control-request-%b" % name for name in (b"method", b"headers", b"private-network")),
+]
+CORS_RESPONSE = [
+    *(b"access-control-allow-%b" % name for name in (b"origin", b"credentials", b"headers", b"methods")),
+    b"access-control-expose-headers",
+    b"access-control-max-age",
+]
+
 HOP_BY_HOP = [
     b"connection",
     b"keep-alive",
@@ -31,13 +41,14 @@ HOP_BY_HOP = [
 
 
 @pytest.mark.parametrize(
-    "name", [*HOP_BY_HOP, b"host", b"content-length", b"expect", b"x-request-id", b"x-data-parallel-rank"]
+    "name",
+    [*HOP_BY_HOP, *CORS_REQUEST, b"host", b"content-length", b"expect", b"x-request-id", b"x-data-parallel-rank"],
 )
 def test_headers_that_are_not_forwarded_to_an_engine(name: bytes) -> None:
     assert forwarded_request_lines([(name, b"x"), (name, b"y")], "") == IDENTITY
 
 
-@pytest.mark.parametrize("name", [*HOP_BY_HOP, b"date", b"server", b"x-request-id"])
+@pytest.mark.parametrize("name", [*HOP_BY_HOP, *CORS_RESPONSE, b"date", b"server", b"x-request-id"])
 def test_headers_that_are_not_forwarded_to_the_client(name: bytes) -> None:
     assert forwarded_response_headers([(name, b"x"), (name, b"y")], ID) == []
 
