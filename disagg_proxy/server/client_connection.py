@@ -205,7 +205,7 @@ class ClientConnection(ConnectionLifecycle):
             self.scope["method"] = self.parser.get_method().decode()
             self._upgrading = True
             return
-        route = ROUTE_OF.get(self.url)
+        route = ROUTE_OF.get(self.url.partition(b"?")[0])
         if route is not None and self._is_fast_path(route):
             needs, keep_alive = self.services.coordinator.wanted, self.parser.should_keep_alive()
             head = read_head(self.limits, needs, route, self.headers)

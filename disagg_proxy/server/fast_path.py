@@ -27,7 +27,7 @@ from disagg_proxy.services import Services
 log = logging.getLogger(__name__)
 
 ROUTE_OF = {route.path.encode(): route for route in GENERATION}
-"""Generation routes by request target."""
+"""Generation routes by path. A query string is ignored, as in vLLM: Anthropic's clients add ``?beta=true``."""
 
 _WITHOUT_BODY = (204, 304)
 
