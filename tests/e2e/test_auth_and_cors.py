@@ -12,7 +12,6 @@ KEY = "sk-the-right-one"
 with_key = pytest.mark.settings(api_key=KEY)
 
 LOCKED = [
-    ("GET", "/livez"),
     ("GET", "/stats"),
     ("GET", "/metrics"),
     ("GET", "/version"),
@@ -20,6 +19,7 @@ LOCKED = [
     ("GET", "/v1/models/sim-model"),
     ("GET", "/nope"),
     ("GET", "/health/x"),
+    ("GET", "/livez/x"),
     ("POST", "/tokenize"),
     ("POST", "/start_profile"),
     ("POST", "/v1/embeddings"),
@@ -42,14 +42,16 @@ WRONG = [
 
 
 @with_key
-async def test_everything_but_health_needs_the_key(machine, pair) -> None:
+async def test_everything_but_probes_and_the_page_needs_the_key(machine, pair) -> None:
     for method, path in LOCKED:
         async with machine.http.request(method, machine.proxy.url + path, json=REQUESTS.get(path, {})) as answer:
             assert (answer.status, answer.content_type) == (401, "application/json"), path
             assert answer.headers["WWW-Authenticate"] == "Bearer"
             error = (await answer.json())["error"]
             assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
-    assert (await machine.get("/health"))[0] == 200
+    for path in ("/health", "/livez", "/", "/dashboard"):
+        async with machine.http.get(machine.proxy.url + path) as answer:
+            assert answer.status == 200, path
     assert not any(engine.received(path) for engine in pair for path in REQUESTS)
 
 
@@ -60,9 +62,19 @@ async def test_the_key_must_be_right_to_the_last_character(machine, pair, path) 
         assert (await machine.send(path, REQUESTS[path], **headers))[0] == 401, headers
     for scheme in ("Bearer", "bearer"):
         assert (await machine.send(path, REQUESTS[path], Authorization=f"{scheme} {KEY}"))[0] == 200
-    # Anthropic's client has a header of its own; it counts on Anthropic's route alone.
-    expected = 200 if path == "/v1/messages" else 401
-    assert (await machine.send(path, REQUESTS[path], **{"X-Api-Key": KEY}))[0] == expected
+
+
+@with_key
+async def test_every_route_takes_the_key_as_anthropics_clients_send_it(machine, pair) -> None:
+    """One base URL serves models, token counts and messages: ``anthropic.Anthropic(api_key=...)`` sends X-Api-Key."""
+    for method, path in LOCKED:
+        for headers, refused in (({"X-Api-Key": KEY}, False), ({"X-Api-Key": f"{KEY}x"}, True)):
+            async with machine.http.request(
+                method, machine.proxy.url + path, json=REQUESTS.get(path, {}), headers=headers
+            ) as answer:
+                assert (answer.status == 401) is refused, path
+    wrong = {"Authorization": "Bearer other", "X-Api-Key": KEY}
+    assert (await machine.send("/v1/messages", REQUESTS["/v1/messages"], **wrong))[0] == 401
 
 
 @with_key

@@ -15,8 +15,8 @@ from disagg_proxy.server.asgi.request import request_headers
 ADMIN = "/admin/"
 """Paths that need the admin key."""
 
-_OPEN_PATHS = frozenset({"/health", "/", "/dashboard"})
-"""Paths without a key. The page contains no data; its feed needs the key."""
+_OPEN_PATHS = frozenset({"/health", "/livez", "/", "/dashboard"})
+"""Paths without a key: for probes, which have none, and the page, which contains no data; its feed needs the key."""
 
 
 class KeyCheck:
@@ -33,9 +33,11 @@ class KeyCheck:
         """
         admin = bool(self._admin_key) and path.startswith(ADMIN)
         expected = self._admin_key if admin else self._api_key
-        if expected and path not in _OPEN_PATHS and not hmac.compare_digest(_given_key(path, headers), expected):
+        if expected and path not in _OPEN_PATHS and not hmac.compare_digest(_given_key(headers), expected):
             which = "admin" if admin else "API"
-            raise WrongKey(f"The {which} key is missing or wrong; send it as Authorization: Bearer KEY.")
+            raise WrongKey(
+                f"The {which} key is missing or wrong; send it as Authorization: Bearer KEY or X-Api-Key: KEY."
+            )
 
 
 def install_auth(app: Quart, config: Config) -> Quart:
@@ -57,9 +59,9 @@ def install_auth(app: Quart, config: Config) -> Quart:
     return app
 
 
-def _given_key(path: str, headers: Headers) -> bytes:
-    """The bearer token; on Anthropic's route also the X-Api-Key that its client sends."""
+def _given_key(headers: Headers) -> bytes:
+    """The bearer token, or the X-Api-Key that Anthropic's clients send."""
     scheme, _, token = value_of(headers, b"authorization").partition(b" ")
     if scheme.lower() == b"bearer" and token:
         return token.strip()
-    return value_of(headers, b"x-api-key") if path.startswith("/v1/messages") else b""
+    return value_of(headers, b"x-api-key")
