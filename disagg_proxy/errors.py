@@ -101,10 +101,17 @@ class UnknownInstance(NotFound):
 
 
 class MethodNotAllowed(ClientError):
-    """The path exists, but not for this HTTP method."""
+    """The path exists, but not for this HTTP method; Allow lists the methods that it has (RFC 9110, 15.5.6)."""
 
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, allowed: list[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__(f"This path does not take that HTTP method, only {self.allowed}.")
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self.allowed}
 
 
 class BodyTimeout(ClientError):
@@ -122,10 +129,13 @@ class BodyTooLarge(ClientError):
 
 
 class UnsupportedEncoding(ClientError):
-    """The body is compressed, which vLLM does not read."""
+    """The body is compressed, which vLLM does not read; Accept-Encoding says what is read (RFC 9110, 12.5.3)."""
 
     status = 415
     code = "unsupported_media_type"
+
+    def headers(self) -> dict[str, str]:
+        return {"Accept-Encoding": "identity"}
 
 
 class HeadTooLarge(ClientError):

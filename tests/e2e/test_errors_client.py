@@ -103,6 +103,7 @@ async def test_a_slow_body_is_408(machine, pair, dial) -> None:
 @pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity"])
 async def test_a_compressed_body_is_415(machine, pair, path: str, encoding: str) -> None:
     answer = await machine.send(path, ASK, **{"Content-Encoding": encoding})
+    assert answer[1]["Accept-Encoding"] == "identity"
     assert "uncompressed" in check_error(*answer, 415, "unsupported_media_type")
 
 
@@ -124,21 +125,31 @@ async def test_an_unknown_model_is_404_and_lists_those_that_exist(machine, pair,
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
+    ("method", "path"),
+    [("GET", "/nowhere"), ("POST", "/sleep"), ("GET", "/v1/completions/../../etc/passwd"), ("GET", "/%00%ff")],
+)
+async def test_a_wrong_path_is_json_too(machine, method: str, path: str) -> None:
+    async with machine.http.request(method, machine.proxy.url + path) as answer:
+        check_error(answer.status, answer.headers, await answer.read(), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
     [
-        ("GET", "/nowhere", 404, "not_found"),
-        ("POST", "/sleep", 404, "not_found"),
-        ("GET", "/v1/completions/../../etc/passwd", 404, "not_found"),
-        ("GET", "/%00%ff", 404, "not_found"),
-        ("GET", COMPLETIONS, 405, "method_not_allowed"),
-        ("DELETE", "/v1/chat/completions", 405, "method_not_allowed"),
-        ("POST", "/health", 405, "method_not_allowed"),
-        ("PATCH", "/tokenize", 405, "method_not_allowed"),
+        ("GET", COMPLETIONS, "OPTIONS, POST"),
+        ("DELETE", "/v1/chat/completions", "OPTIONS, POST"),
+        ("POST", "/health", "GET, HEAD, OPTIONS"),
+        ("PATCH", "/tokenize", "OPTIONS, POST"),
+        ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
+        ("PUT", "/v1/responses/stored", "DELETE, GET, HEAD, OPTIONS, POST"),
     ],
 )
-async def test_a_wrong_path_or_method_is_json_too(machine, method: str, path: str, status: int, code: str) -> None:
+async def test_a_wrong_method_is_json_too_and_lists_the_right_ones(
+    machine, method: str, path: str, allowed: str
+) -> None:
     async with machine.http.request(method, machine.proxy.url + path) as answer:
-        check_error(answer.status, answer.headers, await answer.read(), status, code)
+        message = check_error(answer.status, answer.headers, await answer.read(), 405, "method_not_allowed")
+        assert answer.headers["Allow"] == allowed and allowed in message
 
 
 ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+|localhost|:\d{2,5}\b")

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from quart import Quart, Response
-from werkzeug.exceptions import HTTPException
+from werkzeug import exceptions
 
 from disagg_proxy.errors import (
     BodyTimeout,
@@ -66,22 +66,22 @@ def install_error_handlers(app: Quart, max_body_bytes: int) -> None:
     async def on_proxy_error(error: ProxyError) -> Response:
         return error_response(error)
 
-    async def on_http_error(error: HTTPException) -> Response:
+    async def on_http_error(error: exceptions.HTTPException) -> Response:
         return error_response(_from_werkzeug(error, max_body_bytes))
 
     async def on_exception(error: Exception) -> Response:
         return error_response(internal_error(error))
 
     app.register_error_handler(ProxyError, on_proxy_error)
-    app.register_error_handler(HTTPException, on_http_error)
+    app.register_error_handler(exceptions.HTTPException, on_http_error)
     app.register_error_handler(Exception, on_exception)
 
 
-def _from_werkzeug(error: HTTPException, max_body_bytes: int) -> ProxyError:
+def _from_werkzeug(error: exceptions.HTTPException, max_body_bytes: int) -> ProxyError:
     if error.code == 404:
         return NotFound("There is no such path here.")
-    if error.code == 405:
-        return MethodNotAllowed("This path does not take that HTTP method.")
+    if isinstance(error, exceptions.MethodNotAllowed):
+        return MethodNotAllowed(list(error.valid_methods or ()))
     if error.code == 408:
         return BodyTimeout("The request body did not arrive in time (BODY_TIMEOUT).")
     if error.code == 413:
