@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -49,10 +50,35 @@ async def test_one_engine_is_enough_for_them_and_it_gets_the_clients_bytes(machi
     engine = await machine.engine("prefill")
     await machine.proxy.until(lambda: bool(machine.proxy.services.registry.models()))
     raw = b'{ "prompt" : "caf\\u00e9" }'
-    status, _, _ = await machine.send("/tokenize", raw, **{"X-Custom": "1", "X-Request-Id": "mine"})
+    status, _, _ = await machine.send("/tokenize", raw, **{"X-Custom": "1"})
     [got] = engine.received("/tokenize")
-    assert (status, got.body, got.headers["X-Custom"]) == (200, raw, "1") and "X-Request-Id" not in got.headers
+    assert (status, got.body, got.headers["X-Custom"]) == (200, raw, "1")
     assert await machine.get("/version") == (200, {"version": "0.21.0"})
+
+
+ONE_ENGINE = [
+    ("GET", "/version", None, 200),
+    ("POST", "/tokenize", {"prompt": PROMPT}, 200),
+    ("POST", "/detokenize", {"tokens": "no"}, 400),
+    ("POST", "/v1/messages/count_tokens", {"model": "sim-model", "messages": CHAT}, 200),
+    ("POST", "/v1/embeddings", {"model": "sim-model", "input": PROMPT}, 200),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status"), ONE_ENGINE, ids=[path for _, path, *_ in ONE_ENGINE])
+async def test_they_can_be_followed_by_their_id(machine, method: str, path: str, body, status: int) -> None:
+    """The client's own id comes back, and the engine gets it with a unique end; without one there is a new id."""
+    engine = await machine.engine("prefill", connector="disagg_kv", pooling=True, enable_request_id_headers=True)
+    await machine.proxy.until(lambda: bool(machine.proxy.services.registry.models()))
+    sent = []
+    for own in ("mine-1", "mine-1", None):
+        headers = {"X-Request-Id": own} if own else {}
+        async with machine.http.request(method, machine.proxy.url + path, json=body, headers=headers) as answer:
+            [returned] = answer.headers.getall("X-Request-Id")
+            [received] = engine.received(path)[-1].headers.getall("X-Request-Id")
+            assert answer.status == status and returned == (own or received) and received.startswith(returned)
+            sent.append(received)
+    assert len(set(sent)) == 3 and re.fullmatch("[0-9a-f]{32}", sent[2])
 
 
 async def test_their_errors_are_the_engines(machine, pair) -> None:

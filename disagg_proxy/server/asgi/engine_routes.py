@@ -7,13 +7,14 @@ whose id names no peer, so these requests go only to engines that need none (:at
 from __future__ import annotations
 
 import asyncio
+import secrets
 
 from quart import Blueprint, Response, request
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import EngineUse
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
-from disagg_proxy.http1.headers import forwarded_request_lines
+from disagg_proxy.http1.headers import client_request_id, forwarded_request_lines
 from disagg_proxy.openai.fields import RESPONSES, strip
 from disagg_proxy.openai.prepare import encode, model_of, parse_object
 from disagg_proxy.server.asgi.error_responses import forwarded, json_response
@@ -49,13 +50,18 @@ def engine_routes(services: Services) -> Blueprint:
     """All routes except generation, state, page and admin."""
     blueprint = Blueprint("single", __name__)
 
-    async def send(instance: Instance, method: str, path: str, body: bytes) -> CompleteResponse:
+    async def send(
+        instance: Instance, method: str, path: str, body: bytes, engine_id: str | None = None
+    ) -> CompleteResponse:
+        lines = forwarded_request_lines(request_headers(), services.config.engine_api_key)
+        if engine_id is not None:
+            lines += b"x-request-id: %b\r\n" % engine_id.encode()
         with EngineUse(services.registry, instance):
             answer = await services.upstream.request(
                 method,
                 instance,
                 path,
-                headers=forwarded_request_lines(request_headers(), services.config.engine_api_key),
+                headers=lines,
                 body=body,
                 idle_timeout=services.config.decode_timeout,
                 leg=instance.role.value,
@@ -66,10 +72,11 @@ def engine_routes(services: Services) -> Blueprint:
 
     async def send_to_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
         """Send to the first engine that is reachable. These requests change nothing, so they may be sent twice."""
+        response_id, engine_id = _request_ids(client_request_id(request_headers()))
         while True:
             instance = services.selection.choose_single(model, computes=computes)
             try:
-                answer = await send(instance, method, request.path, body)
+                answer = await send(instance, method, request.path, body, engine_id)
             except EngineUnreachable as error:
                 if not error.refused:
                     raise
@@ -78,7 +85,7 @@ def engine_routes(services: Services) -> Blueprint:
             # 501: the model does not support it.
             if answer.status >= 500 and answer.status != 501:
                 raise EngineFailed(f"The engine failed with status {answer.status}.")
-            return forwarded(answer)
+            return forwarded(answer, response_id)
 
     async def one_engine() -> Response:
         body = await read_body()
@@ -140,3 +147,13 @@ def engine_routes(services: Services) -> Blueprint:
     blueprint.add_url_rule("/v1/models", "models", models, methods=["GET"])
     blueprint.add_url_rule("/v1/models/<path:name>", "model", model, methods=["GET"])
     return blueprint
+
+
+def _request_ids(client_id: str | None) -> tuple[str, str]:
+    """The X-Request-Id of the response and the one for the engine, by which its log can be searched.
+
+    Two requests may have the same id of a client, and vLLM's engine ends at the second one with
+    VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 (0.21; pooling passes the header on to it). Hence a unique end.
+    """
+    unique = secrets.token_hex(16)
+    return (unique, unique) if client_id is None else (client_id, f"{client_id}-{unique[:8]}")

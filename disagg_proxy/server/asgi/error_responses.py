@@ -52,11 +52,12 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(body, status=status, content_type="application/json")
 
 
-def forwarded(answer: CompleteResponse) -> Response:
-    """An engine's response to a route without KV transfer."""
+def forwarded(answer: CompleteResponse, request_id: str) -> Response:
+    """An engine's response to a route without KV transfer; ``request_id`` is its X-Request-Id."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
     for name, value in forwarded_response_headers(answer.headers, None):
         response.headers[name.decode("latin-1")] = value.decode("latin-1")
+    response.headers["x-request-id"] = request_id
     return response
 
 
