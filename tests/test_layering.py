@@ -95,7 +95,7 @@ LIBRARIES = {
     "quart_cors": "server.asgi.auth",
     "werkzeug": "server.asgi.error_responses",
     # The server on the client's side, and the parser of both sides and of the load client.
-    "uvicorn": "server.connection_lifecycle server.http_server workers.worker_server",
+    "uvicorn": "server.closing_cycle server.connection_lifecycle server.http_server workers.worker_server",
     "httptools": "server.client_connection upstream.connection disagg_report.load_client",
     # The registration port; the simulator and the connector are its clients.
     "zmq": "discovery.forward discovery.listener disagg_sim.ping disagg_kv.engine.announce",

@@ -9,7 +9,7 @@ take. The rules here:
 3. **Size**: the framing of a chunked body, trailers included, may have MAX_HEADER_BYTES, and 16 more for each byte of
    the body; 128 requests may be pipelined, and beyond 8 of them nothing more is read.
 4. **Expect: 100-continue** ends the connection after the response: a client whose body was refused may send either the
-   body or its next request.
+   body or its next request. What else applies to the last request of a connection is in ``closing_cycle``.
 5. **During a shutdown** only the routes that report the state of the proxy are still served.
 
 A generation request whose head is in the cache (``http1/head_cache``), with no request in front of it, bypasses the
@@ -32,6 +32,7 @@ from disagg_proxy.http1.headers import value_of
 from disagg_proxy.openai.fields import Route
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.server.asgi.auth import KeyCheck
+from disagg_proxy.server.closing_cycle import ClosingCycle
 from disagg_proxy.server.connection_lifecycle import BODY, HEAD, NOTHING, ConnectionLifecycle, close_after
 from disagg_proxy.server.fast_path import ROUTE_OF, FastPathRequest
 from disagg_proxy.server.request_head import (
@@ -237,10 +238,13 @@ class ClientConnection(ConnectionLifecycle):
 
     def _start_cycle(self) -> None:
         """Start a request through ASGI, or queue it behind the one that is answered."""
-        self.expect_100_continue = self._fields.expects_continue
         super().on_headers_complete()
-        if self.expect_100_continue or self.shutdown_state.begun.is_set():
+        # An HTTP/1.0 client does not understand it (RFC 9110, 10.1.1).
+        expects_continue = self._fields.expects_continue and self.scope["http_version"] == "1.1"
+        if expects_continue or self.shutdown_state.begun.is_set():
             close_after(self.cycle)
+        if not self.cycle.keep_alive:
+            ClosingCycle.adopt(self.cycle, expects_continue)
         if not self.pipeline:
             self._current = self.cycle
         elif len(self.pipeline) <= _READ_AHEAD:

@@ -2,7 +2,8 @@
 
 1. **A refusal is the last response.** Earlier requests are answered first, in order. The proxy then half-closes the
    connection and discards what still arrives for 2 s (lingering close, RFC 9112, 9.6): closing at once would reset the
-   connection, and the client could lose the response. Nothing after the refusal is read as a request.
+   connection, and the client could lose the response. Nothing after the refusal is read as a request. So it is with
+   every last response that precedes the end of its request (``closing_cycle``).
 2. **Timeouts**: a head has HEADER_TIMEOUT from the opening of the connection, or from its own first byte; the rest of a
    body that was answered early has BODY_TIMEOUT (Quart applies it to bodies it reads); an idle connection has the
    keep-alive time; a client that reads nothing of its response has SEND_TIMEOUT, at most twice. Each connection has one
@@ -27,6 +28,7 @@ from disagg_proxy.errors import BodyTimeout, HeadTimeout, ProxyError, Unavailabl
 from disagg_proxy.http1.head_writer import header_lines, status_line
 from disagg_proxy.runtime.write_coalescing import WriteCoalescer
 from disagg_proxy.server.asgi.exchange_scope import ENDLESS
+from disagg_proxy.server.closing_cycle import ClosingCycle
 from disagg_proxy.server.fast_path import FastPathRequest
 from disagg_proxy.services import Services
 
@@ -54,7 +56,7 @@ class ConnectionLifecycle(HttpToolsProtocol):
         self._current: RequestResponseCycle | FastPathRequest | None = None  # the exchange that is answered now
         self._refusal: ProxyError | None = None
         self._discarding = False  # there is a refusal: nothing more is read
-        self._refusal_sent = False
+        self._lingering = False  # the last response has been sent
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
         self._overdue = False  # the deadline had passed at the previous check
@@ -91,6 +93,10 @@ class ConnectionLifecycle(HttpToolsProtocol):
             self._current.resume()
 
     def on_response_complete(self) -> None:
+        if isinstance(self._current, ClosingCycle) and not self.transport.is_closing():
+            self.server_state.total_requests += 1
+            self._linger()
+            return
         if self.pipeline:
             self._current = self.pipeline[-1][0]
             super().on_response_complete()
@@ -100,7 +106,7 @@ class ConnectionLifecycle(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        if self._discarding and not self._refusal_sent:
+        if self._discarding and not self._lingering:
             self._send_refusal()
         else:
             limits = self.limits
@@ -129,12 +135,17 @@ class ConnectionLifecycle(HttpToolsProtocol):
         self._part = NOTHING
 
     def _send_refusal(self) -> None:
-        """Send the refusal, half-close, and linger."""
+        """Send the refusal as the last response."""
         assert self._refusal is not None
-        self._discarding = self._refusal_sent = True
         status, headers, body = answer_of(self._refusal)
         framing = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
         self.transport.write(status_line(status) + header_lines(headers + framing) + b"\r\n" + body)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Half-close, and discard what still arrives, so that the client can read the last response."""
+        self._discarding = self._lingering = True
+        self._part = NOTHING
         self.transport.write_eof()
         self.flow.resume_reading()
         self._set_timer(_LINGER)
@@ -185,7 +196,7 @@ class ConnectionLifecycle(HttpToolsProtocol):
             # is read that arrived in time, and closing with unread data would reset the connection.
             self._overdue = True
             self._timer = self.loop.call_at(self._deadline, self._check_timeouts)
-        elif self._refusal_sent or self._is_blocked():
+        elif self._lingering or self._is_blocked():
             self.transport.abort()
         elif self._part == BODY and isinstance(self.cycle, FastPathRequest):
             self._refuse(BodyTimeout("The request body did not arrive in time (BODY_TIMEOUT)."))

@@ -284,17 +284,6 @@ async def test_connection_close(machine, pair, dial, way: Any, stream: bool) -> 
     assert await soon(wire.reader.read()) == b""
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_http_1_0(machine, pair, dial, taken, stream: bool) -> None:
-    wire = await dial(machine.proxy.url)
-    raw = json.dumps({**ASK, "stream": stream}).encode()
-    wire.send(b"POST %b HTTP/1.0\r\nHost: a\r\n%bContent-Length: %d\r\n\r\n%b" % (PATH.encode(), JSON, len(raw), raw))
-    status, headers, body = await wire.answer()
-    assert status == 200 and headers["Connection"] == "close" and not taken
-    assert (text_of_events(events(body)) if stream else text_of(json.loads(body))) == RIGHT[PATH]
-    assert await soon(wire.reader.read()) == b""
-
-
 async def test_one_after_the_other_on_one_connection_each_in_its_way(machine, pair, dial, taken) -> None:
     wire = await dial(machine.proxy.url)
     for number, way in enumerate([directly, chunked, directly, behind_another, directly, directly]):

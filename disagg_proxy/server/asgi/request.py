@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from quart import request
 
@@ -15,11 +15,18 @@ def request_headers() -> Headers:
     return cast(Headers, request.scope["headers"])
 
 
+SEND_CONTINUE = "disagg_proxy.send_continue"
+"""Key in the ASGI scope of a function that sends 100 (Continue); missing if the client does not wait for it."""
+
+
 async def read_body() -> bytes:
-    """The complete body.
+    """The complete body. A client that waits for 100 (Continue) gets it here, unless the body will be too long.
 
     Raises:
         UnsupportedEncoding: the body is compressed.
     """
     check_encoding(request_headers())
+    send_continue = cast(dict[str, Any], request.scope).get(SEND_CONTINUE)
+    if send_continue is not None and (request.content_length or 0) <= (request.max_content_length or 0):
+        send_continue()
     return cast(bytes, await request.get_data(cache=False, as_text=False))
