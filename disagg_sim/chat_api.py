@@ -20,7 +20,7 @@ from disagg_sim.frontend import Choice, Delta, beam_search, collect, generate, m
 from disagg_sim.prefix_cache import BLOCK
 from disagg_sim.request import EngineDeadError
 from disagg_sim.sampling_rules import check_fields, check_prompt, fit_prompt, format_guide, sampling_of
-from disagg_sim.template import render_chat
+from disagg_sim.template import render_chat, without_billing
 from disagg_sim.tool_choice import ToolChoice, ToolStream, message_of
 from disagg_sim.vocabulary import encode
 
@@ -47,7 +47,7 @@ class ChatRun:
         if body.get("chat_template") is not None:
             raise Refused("Chat template is passed with request, but --trust-request-chat-template is not set.")
         prompt = render_chat(
-            body["messages"],
+            list(map(without_billing, body["messages"])) if config.rules.chat_billing else body["messages"],
             tools=body.get("tools"),
             template_kwargs=body.get("chat_template_kwargs"),
             documents=body.get("documents"),
@@ -72,14 +72,16 @@ class ChatRun:
         self.id = f"chatcmpl-{exchange.request_id or body.get('request_id') or uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = config.models[0]
+        self.fingerprint = shapes.fingerprint(config.vllm_version)
         self.requests = make_requests(self.id, self.prompt_ids, self.sampling, randomize=config.randomize_request_ids)
 
     def _usage(self, completion: int, cached: int | None = None) -> dict[str, Any]:
-        length = len(self.prompt_ids)
-        if cached is None or not self.exchange.config.enable_prompt_tokens_details:
-            return shapes.usage(length, completion)
+        length, config = len(self.prompt_ids), self.exchange.config
+        shown = None if cached is None else config.shown_hits(cached)
+        if shown is None or not config.rules.created_tokens:
+            return shapes.usage(length, completion, shown)
         # What was computed here of the blocks that the prefix cache holds (v1/metrics/stats.py, PrefillStats.finalize).
-        return shapes.usage(length, completion, cached, max(0, length // BLOCK * BLOCK - cached))
+        return shapes.usage(length, completion, shown, max(0, length // BLOCK * BLOCK - shown))
 
     async def full(self) -> dict[str, Any]:
         """The answer in one piece."""
@@ -96,7 +98,7 @@ class ChatRun:
             "model": self.model,
             "choices": [self._choice(index, choice) for index, choice in enumerate(found)],
             "service_tier": None,
-            "system_fingerprint": shapes.FINGERPRINT,
+            "system_fingerprint": self.fingerprint,
             "usage": self._usage(sum(len(choice.ids) for choice in found), found[0].request.cached_tokens),
             "prompt_logprobs": shapes.prompt_logprobs(found[0].request.prompt_logprobs),
             "prompt_token_ids": self.prompt_ids if self.body.get("return_token_ids") else None,
@@ -142,13 +144,13 @@ class ChatRun:
                 total += 1
                 for chunk in self._delta_chunks(delta, tools[delta.choice.request]):
                     if chunk["choices"][0]["finish_reason"] is not None and not include_usage:
-                        chunk["system_fingerprint"] = shapes.FINGERPRINT
+                        chunk["system_fingerprint"] = self.fingerprint
                     if continuous:
                         chunk["usage"] = self._usage(len(delta.choice.ids))
                     yield chunk, 1
         if include_usage:
             final = {**self._head(), "choices": [], "usage": self._usage(total, cached or 0)}
-            yield shapes.without_none({**final, "system_fingerprint": shapes.FINGERPRINT}), 0
+            yield shapes.without_none({**final, "system_fingerprint": self.fingerprint}), 0
 
     def _delta_chunks(self, delta: Delta, tools: ToolStream) -> list[dict[str, Any]]:
         choice = delta.choice

@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument(
         "--model", action="append", metavar="NAME", help="served model name; again for each alias (default: sim-model)"
     )
+    serving.add_argument(
+        "--vllm-version",
+        default="",
+        metavar="VERSION",
+        help="version to imitate where versions differ (default: 0.21.0 with p2p_nccl, 0.33.0 otherwise)",
+    )
     serving.add_argument("--api-key", help="key that /v1 asks for")
     serving.add_argument("--max-model-len", type=int, default=32768, help="tokens of prompt and answer together")
     serving.add_argument("--max-num-seqs", type=int, default=256, help="requests in one batch")
@@ -147,6 +153,7 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             load_timeout=args.load_timeout,
             hold_timeout=args.hold_timeout,
             models=tuple(args.model or ("sim-model",)),
+            version=args.vllm_version,
             api_key=args.api_key,
             startup_seconds=args.startup_seconds,
             prefill_tokens_per_second=args.prefill_tokens_per_second,

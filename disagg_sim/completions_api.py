@@ -33,6 +33,8 @@ class _Run:
             raise Refused("suffix is not currently supported")
         config = exchange.config
         self.max_tokens: int | None = body.get("max_tokens", 16)
+        if self.max_tokens is None and config.rules.null_max_tokens_is_default:
+            self.max_tokens = 16
         self.prompts = [
             fit_prompt(ids, body, self.max_tokens, config.max_model_len) for ids in _prompts(body["prompt"])
         ]
@@ -41,6 +43,7 @@ class _Run:
         self.id = f"cmpl-{exchange.request_id or body.get('request_id') or uuid.uuid4().hex}"
         self.created = int(time.time())
         self.model = config.models[0]
+        self.fingerprint = shapes.fingerprint(config.vllm_version)
         self.samplings = [self._sampling(ids) for ids in self.prompts]
         self.n = self.samplings[0].n
         self.requests = [
@@ -78,8 +81,7 @@ class _Run:
         return found
 
     def usage(self, completion: int, cached: int) -> dict[str, Any]:
-        shown = cached if self.exchange.config.enable_prompt_tokens_details else None
-        return shapes.usage(sum(map(len, self.prompts)), completion, shown)
+        return shapes.usage(sum(map(len, self.prompts)), completion, self.exchange.config.shown_hits(cached))
 
     def shown(
         self, prompt_ids: list[int], text: str, ids: list[int], entries: list[LogprobEntry | None], choice: Choice
@@ -132,7 +134,7 @@ def _full(run: _Run, found: list[Choice]) -> dict[str, Any]:
         "model": run.model,
         "choices": choices,
         "service_tier": None,
-        "system_fingerprint": shapes.FINGERPRINT,
+        "system_fingerprint": run.fingerprint,
         "usage": run.usage(sum(len(choice.ids) for choice in found), found[-1].request.cached_tokens),
         "kv_transfer_params": found[0].request.kv_transfer,
     }
@@ -154,13 +156,13 @@ async def _stream(run: _Run) -> web.StreamResponse:
                 cached = delta.choice.request.cached_tokens if cached is None else cached
                 chunk = _chunk(run, delta, first)
                 if delta.choice.finish_reason is not None and not include_usage:
-                    chunk["system_fingerprint"] = shapes.FINGERPRINT
+                    chunk["system_fingerprint"] = run.fingerprint
                 if continuous:
                     chunk["usage"] = shapes.usage(len(delta.choice.request.prompt_ids), counts[delta.choice])
                 await stream.data(chunk, tokens=1)
         if include_usage:
             last = {**_head(run), "choices": [], "usage": run.usage(sum(counts.values()), cached or 0)}
-            await stream.data(shapes.without_none({**last, "system_fingerprint": shapes.FINGERPRINT}))
+            await stream.data(shapes.without_none({**last, "system_fingerprint": run.fingerprint}))
     except (ApiError, EngineDeadError) as error:
         await stream.data(shapes.stream_error(error))
     return await stream.done()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from disagg_sim.vllm_rules import NEWEST, WITH_P2P_NCCL, VllmRules, parse_version, rules_of
+
 Role = Literal["prefill", "decode"]
 Connector = Literal["p2p_nccl", "disagg_kv", "nixl"]
 CloseAfter400 = Literal["close", "reset", "keep"]
@@ -95,7 +97,9 @@ class SimConfig:
     # HTTP behaviour.
     pooling: bool = False
     """Whether the model embeds texts too."""
-    version: str = "0.21.0"
+    version: str = ""
+    """The vLLM version to imitate where versions differ (:mod:`disagg_sim.vllm_rules`); GET /version shows it. Empty:
+    0.21.0 with P2pNcclConnector, which 0.24 removed, and 0.33.0 otherwise."""
     keepalive_seconds: float = 5.0
     close_after_400: CloseAfter400 = "close"
     """What follows a 400 that vLLM 0.21 raises inside its handler: "close" closes the connection unannounced as
@@ -133,6 +137,27 @@ class SimConfig:
             raise SimConfigError("exit_after_death_seconds must be at least 0")
         if not self.ping_seconds > 0:
             raise SimConfigError("ping_seconds must be above 0")
+        try:
+            number = parse_version(self.vllm_version)
+        except ValueError:
+            raise SimConfigError(f"version must be one of vLLM such as {NEWEST}, not {self.version!r}") from None
+        if self.connector == "p2p_nccl" and number >= (0, 24):
+            raise SimConfigError(f"vLLM {self.version} has no P2pNcclConnector: choose another connector")
+
+    @property
+    def vllm_version(self) -> str:
+        """The version that is imitated."""
+        return self.version or (WITH_P2P_NCCL if self.connector == "p2p_nccl" else NEWEST)
+
+    @property
+    def rules(self) -> VllmRules:
+        """The rules of that version."""
+        return rules_of(self.vllm_version)
+
+    def shown_hits(self, cached: int) -> int | None:
+        """The cached tokens that usage reports; None where it reports none."""
+        shown = self.enable_prompt_tokens_details and (cached > 0 or self.rules.reports_no_hits)
+        return cached if shown else None
 
     @property
     def is_producer(self) -> bool:

@@ -253,7 +253,7 @@ class HttpSide:
         return await exchange.reply(status, b"", content_type="text/plain")
 
     async def _version(self, exchange: Exchange) -> web.StreamResponse:
-        return await exchange.reply_json({"version": self._config.version})
+        return await exchange.reply_json({"version": self._config.vllm_version})
 
     async def _models(self, exchange: Exchange) -> web.StreamResponse:
         cards: list[dict[str, Any]] = [

@@ -1,7 +1,6 @@
-"""/v1/messages and /v1/messages/count_tokens, as vLLM 0.32 ``entrypoints/anthropic``: the chat route translated.
+"""/v1/messages and /v1/messages/count_tokens, as vLLM 0.21 - 0.33 ``entrypoints/anthropic``: the chat route translated.
 
-Newer than the rest of the simulated engine (0.21) in the thinking budget, in the usage, and in the system blocks that
-are left out of the prompt.
+:mod:`disagg_sim.vllm_rules` says where the versions differ: the thinking budget, and the usage.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from disagg_sim.chat_api import ChatRun
 from disagg_sim.exchange import Exchange
 from disagg_sim.request import EngineDeadError
 from disagg_sim.sampling_rules import check_prompt
-
-_BILLING = "x-anthropic-billing-header"
-"""Begins a system block of Claude Code that is not rendered: a part of it changes with every request."""
+from disagg_sim.template import BILLING_HEADER
+from disagg_sim.vllm_rules import VllmRules
 
 _LEAST_BUDGET = 1024
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def to_chat(body: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any]:
+def to_chat(body: Mapping[str, Any], rules: VllmRules, *, counting: bool = False) -> dict[str, Any]:
     """The chat request that an Anthropic request means.
 
     Raises:
@@ -40,7 +38,7 @@ def to_chat(body: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any
         messages.append({"role": "system", "content": system})
     elif system:
         texts = (block.get("text") or "" for block in system if block.get("type") == "text")
-        text = "".join(text for text in texts if not text.startswith(_BILLING))
+        text = "".join(text for text in texts if not text.startswith(BILLING_HEADER))
         messages.append({"role": "system", "content": text})
     for message in _messages(body):
         messages.extend(_convert(message))
@@ -59,7 +57,8 @@ def to_chat(body: Mapping[str, Any], *, counting: bool = False) -> dict[str, Any
             chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     if body.get("kv_transfer_params") is not None:
         chat["kv_transfer_params"] = body["kv_transfer_params"]
-    _thinking(body, chat, counting=counting)
+    if rules.reads_thinking:
+        _thinking(body, chat, counting=counting)
     _tools(body, chat)
     return chat
 
@@ -153,13 +152,14 @@ def _tools(body: Mapping[str, Any], chat: dict[str, Any]) -> None:
 async def messages(exchange: Exchange) -> web.StreamResponse:
     """The route."""
     body = exchange.json()
-    run = ChatRun(exchange, to_chat(body))
+    rules = exchange.config.rules
+    run = ChatRun(exchange, to_chat(body, rules))
     if not body.get("stream"):
-        return await exchange.reply_json(_whole(await run.full()))
+        return await exchange.reply_json(_whole(await run.full(), rules))
     stream = await exchange.open_stream()
     try:
         check_prompt(run.prompt_ids, exchange.config.max_model_len)
-        async with aclosing(run.chunks()) as chunks, aclosing(_events(chunks)) as events:
+        async with aclosing(run.chunks()) as chunks, aclosing(_events(chunks, rules)) as events:
             async for event, tokens in events:
                 await stream.data(event, event=event["type"], tokens=tokens)
     except (ApiError, EngineDeadError) as error:
@@ -170,12 +170,12 @@ async def messages(exchange: Exchange) -> web.StreamResponse:
 
 async def count_tokens(exchange: Exchange) -> web.StreamResponse:
     """The route that only counts."""
-    run = ChatRun(exchange, {**to_chat(exchange.json(), counting=True), "max_tokens": 1})
+    run = ChatRun(exchange, {**to_chat(exchange.json(), exchange.config.rules, counting=True), "max_tokens": 1})
     count = len(run.prompt_ids)
     return await exchange.reply_json({"input_tokens": count, "context_management": {"original_input_tokens": count}})
 
 
-def _whole(chat: dict[str, Any]) -> dict[str, Any]:
+def _whole(chat: dict[str, Any], rules: VllmRules) -> dict[str, Any]:
     choice = chat["choices"][0]
     content: list[dict[str, Any]] = []
     if choice["message"]["content"]:
@@ -193,14 +193,16 @@ def _whole(chat: dict[str, Any]) -> dict[str, Any]:
         "content": content,
         "model": chat["model"],
         "stop_reason": _STOP_REASONS[choice["finish_reason"]],
-        "usage": _usage(chat["usage"]),
+        "usage": _usage(chat["usage"], rules),
     }
 
 
-def _usage(chat: Mapping[str, Any]) -> dict[str, int]:
+def _usage(chat: Mapping[str, Any], rules: VllmRules) -> dict[str, int]:
     """``_build_anthropic_usage``: the prompt is the sum of three; two of them only with prompt token details."""
-    details = chat.get("prompt_tokens_details") or {}
+    details = (chat.get("prompt_tokens_details") if rules.messages_cache else None) or {}
     read, created = details.get("cached_tokens"), details.get("created_cache_tokens")
+    if read is not None and not rules.created_tokens:
+        created = 0
     usage = {
         "input_tokens": max(0, chat["prompt_tokens"] - (read or 0) - (created or 0)),
         "output_tokens": chat["completion_tokens"],
@@ -211,7 +213,7 @@ def _usage(chat: Mapping[str, Any]) -> dict[str, int]:
 
 
 async def _events(
-    chunks: AsyncGenerator[tuple[dict[str, Any], int], None],
+    chunks: AsyncGenerator[tuple[dict[str, Any], int], None], rules: VllmRules
 ) -> AsyncGenerator[tuple[dict[str, Any], int], None]:
     block: str | None = None
     index = 0
@@ -222,13 +224,13 @@ async def _events(
         if first:
             first = False
             start = {"id": chunk["id"], "type": "message", "role": "assistant", "content": [], "model": chunk["model"]}
-            message = {**start, "stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
+            message = {**start, "stop_reason": None, "stop_sequence": None, "usage": _usage(usage, rules)}
             yield {"type": "message_start", "message": message}, tokens
             continue
         if not chunk["choices"]:
             if block is not None:
                 yield {"type": "content_block_stop", "index": index}, 0
-            ended = {"delta": {"stop_reason": _STOP_REASONS[finish]}, "usage": _usage(usage)}
+            ended = {"delta": {"stop_reason": _STOP_REASONS[finish]}, "usage": _usage(usage, rules)}
             yield {"type": "message_delta", **ended}, 0
             continue
         choice = chunk["choices"][0]

@@ -9,11 +9,14 @@ from disagg_sim.api_error import ApiError, Dead
 from disagg_sim.request import EngineDeadError, LogprobEntry
 from disagg_sim.vocabulary import decode
 
-FINGERPRINT = "vllm-0.21.0-sim"
+
+def fingerprint(version: str) -> str:
+    """vLLM's system_fingerprint."""
+    return f"vllm-{version}-sim"
 
 
 def usage(prompt: int, completion: int, cached: int | None = None, created: int | None = None) -> dict[str, Any]:
-    """vLLM's UsageInfo; ``cached`` where prompt token details are on, and ``created`` on the chat route (0.32)."""
+    """vLLM's UsageInfo; ``cached`` where prompt token details are on, and ``created`` on the chat route (0.26)."""
     details = None if cached is None else {"cached_tokens": cached}
     if details is not None and created is not None:
         details["created_cache_tokens"] = created

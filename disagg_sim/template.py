@@ -13,6 +13,26 @@ from typing import Any
 from disagg_sim.api_error import Raised
 from disagg_sim.text import Guide, expected_text
 
+BILLING_HEADER = "x-anthropic-billing-header"
+"""Begins a system text of Claude Code that newer versions leave out: a part of it changes with every request."""
+
+
+def without_billing(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message as the chat route of vLLM 0.32 renders it, without the billing header's line in a system message."""
+    content = message.get("content")
+    if message["role"] != "system" or not content:
+        return message
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    kept = []
+    for part in parts:
+        text = part.get("text") if part.get("type") == "text" else None
+        if isinstance(text, str) and text.startswith(BILLING_HEADER):
+            part = {**part, "text": text.partition("\n")[2]}
+            if not part["text"]:
+                continue
+        kept.append(part)
+    return {**message, "content": kept}
+
 
 def render_chat(
     messages: Sequence[Mapping[str, Any]],

@@ -80,19 +80,33 @@ async def test_text_that_looks_like_usage_is_left_alone(machine) -> None:
     assert cached(body["usage"]) == 0
 
 
-CONNECTORS = pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
+VERSIONS = pytest.mark.parametrize(
+    ("connector", "version"),
+    [
+        ("p2p_nccl", "0.21.0"),
+        ("disagg_kv", "0.21.0"),
+        ("disagg_kv", "0.24.0"),
+        ("disagg_kv", "0.33.0"),
+    ],
+)
+"""Of vLLM: their usage differs (docs/engine-behaviour.md)."""
 
 
-def of_messages(length: int, read: int, created: int, output: int = 5) -> dict[str, int]:
-    """As vLLM 0.32 splits a prompt: what was read from the cache, what was written to it, and the rest."""
+def of_messages(version: str, length: int, read: int, created: int) -> dict[str, int]:
+    """What was read from the cache, what was written to it, and the rest of the prompt."""
+    if version < "0.24":
+        return {"input_tokens": length, "output_tokens": 5}
+    created = created if version >= "0.26" else 0
     cache = {"cache_creation_input_tokens": created, "cache_read_input_tokens": read}
-    return {"input_tokens": length - read - created, "output_tokens": output, **cache}
+    return {"input_tokens": length - read - created, "output_tokens": 5, **cache}
 
 
-@CONNECTORS
+@VERSIONS
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_prompt_of_messages_is_split_as_prefill_split_it(machine, connector: str, stream: bool) -> None:
-    pair = await machine.pair(**ON, connector=connector)
+async def test_the_prompt_of_messages_is_split_as_prefill_split_it(
+    machine, connector: str, version: str, stream: bool
+) -> None:
+    pair = await machine.pair(**ON, connector=connector, version=version)
     body = {"model": "sim-model", "messages": MESSAGES, "max_tokens": 5}
     length = LENGTH["/v1/chat/completions"]
     whole_blocks = length // 16 * 16
@@ -104,19 +118,19 @@ async def test_the_prompt_of_messages_is_split_as_prefill_split_it(machine, conn
             usage = next(event["usage"] for event in found if event["type"] == "message_delta")
         else:
             usage = (await machine.post("/v1/messages", body))[2]["usage"]
-        assert usage == of_messages(length, read, whole_blocks - read)
+        assert usage == of_messages(version, length, read, whole_blocks - read)
     assert machine.proxy.services.stats.prompt_tokens == 4 * length
     await machine.unharmed(*pair)
 
 
-@CONNECTORS
-async def test_created_tokens_of_chat_are_those_that_prefill_wrote(machine, connector: str) -> None:
-    await machine.pair(**ON, connector=connector)
+@VERSIONS
+async def test_created_tokens_of_chat_are_those_that_prefill_wrote(machine, connector: str, version: str) -> None:
+    await machine.pair(**ON, connector=connector, version=version)
     path = "/v1/chat/completions"
     for read in (0, LENGTH[path] // 16 * 16):
         _, _, body = await machine.post(path, BODIES[path])
-        details = {"cached_tokens": read, "created_cache_tokens": LENGTH[path] // 16 * 16 - read}
-        assert body["usage"]["prompt_tokens_details"] == details
+        created = {"created_cache_tokens": LENGTH[path] // 16 * 16 - read} if version >= "0.26" else {}
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": read, **created}
 
 
 async def test_usage_of_messages_where_the_engines_do_not_tell(machine, pair) -> None:

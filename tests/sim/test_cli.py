@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from disagg_sim import expected_text
-from disagg_sim.cli import _parser, main
+from disagg_sim.cli import _configs, _parser, main
 
 from .test_discovery import router
 
@@ -155,3 +155,11 @@ def test_modules_that_are_commands(
     assert exit_info.value.code == 0
     command = "chaos" if name.endswith("chaos") else "sim"
     assert capsys.readouterr().out.startswith(f"usage: disagg-proxy {command} [-h] ")
+
+
+def test_the_version_to_imitate_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--role", "decode", "--vllm-version", "0.24.0"])
+    assert ended.value.code == 2 and "0.24.0 has no P2pNcclConnector" in capsys.readouterr().err
+    flags = _parser().parse_args(["--role", "pair", "--connector", "nixl", "--vllm-version", "0.31.0"])
+    assert [config.vllm_version for config in _configs(_parser(), flags)] == ["0.31.0"] * 2

@@ -8,8 +8,6 @@ import json
 import pytest
 
 from disagg_sim import encode, expected_text, render_chat
-from disagg_sim.api_error import InvalidBody
-from disagg_sim.messages_api import to_chat
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Pair, cancelled, running
 
@@ -171,72 +169,18 @@ async def test_chat_fields_that_change_the_prompt_change_the_kv(pair: Pair) -> N
 
 
 async def test_a_cached_prefix_is_reported_by_prefill_and_all_kv_by_decode() -> None:
+    """Up to 0.23 ``cached_tokens`` is missing where it would be 0."""
     knobs = {"enable_prompt_tokens_details": True}
     async with running(prefill=knobs, decode=knobs) as pair:
         prompt = [7] * 40
         first, decode = await pair.both(COMPLETIONS, {"prompt": prompt, "max_tokens": 2})
-        assert first.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        assert first.json["usage"]["prompt_tokens_details"] is None
         assert decode.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 39}
         again, _ = await pair.both(COMPLETIONS, {"prompt": prompt, "max_tokens": 2})
         assert again.json["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
         stream = {"prompt": prompt, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
         _, streamed = await pair.both(COMPLETIONS, stream)
         assert streamed.events[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 39}
-
-
-async def test_a_prompt_of_messages_is_counted_in_three_numbers() -> None:
-    """vLLM 0.32 ``entrypoints/anthropic/serving.py``, ``_build_anthropic_usage``."""
-    knobs = {"enable_prompt_tokens_details": True}
-    async with running(prefill=knobs, decode=knobs) as pair:
-        body = {"model": "sim-model", "messages": [{"role": "user", "content": "a" * 100}], "max_tokens": 5}
-        length = len(encode(render_chat(body["messages"])))
-        rest = length % 16
-        first, decode = await pair.both(MESSAGES, body)
-        again, streamed = await pair.both(MESSAGES, {**body, "stream": True})
-        assert first.json["usage"] == usage(rest, 1, length - rest, 0)
-        assert decode.json["usage"] == usage(1, 5, 0, length - 1)
-        assert again.json["usage"] == usage(rest, 1, 0, length - rest)
-        assert streamed.events[0]["message"]["usage"] == {"input_tokens": length, "output_tokens": 0}
-        assert streamed.events[-2]["usage"] == usage(1, 5, 0, length - 1)
-
-
-def usage(rest: int, output: int, created: int, read: int) -> dict[str, int]:
-    cache = {"cache_creation_input_tokens": created, "cache_read_input_tokens": read}
-    return {"input_tokens": rest, "output_tokens": output, **cache}
-
-
-@pytest.mark.parametrize(
-    ("thinking", "limit", "refused"),
-    [
-        ({"type": "enabled", "budget_tokens": 1024}, 1025, ""),
-        ({"type": "enabled", "budget_tokens": 1024}, 1024, "must be less than max_tokens"),
-        ({"type": "enabled", "budget_tokens": 1023}, 2000, "1024"),
-        ({"type": "enabled"}, 2000, "thinking"),
-        ({"type": "adaptive"}, 1, ""),
-        ({"type": "disabled"}, 1, ""),
-        ({"type": "odd"}, 1, "thinking"),
-        ("enabled", 1, "thinking"),
-    ],
-)
-def test_a_thinking_budget_is_checked_against_the_limit(thinking, limit: int, refused: str) -> None:
-    """vLLM 0.32 ``entrypoints/anthropic/protocol.py``, ``validate_thinking_budget``; NIXL's prefills are exempt."""
-    body = {"model": "sim-model", "messages": MESSAGE, "max_tokens": limit, "thinking": thinking}
-    if not refused:
-        kwargs = {"enable_thinking": False} if thinking["type"] == "disabled" else None
-        assert to_chat(body).get("chat_template_kwargs") == kwargs
-        return
-    with pytest.raises(InvalidBody, match=refused):
-        to_chat(body)
-    if limit == 1024:
-        to_chat({**body, "kv_transfer_params": {"do_remote_decode": True}})
-        to_chat(body, counting=True)
-
-
-def test_a_billing_header_is_no_part_of_the_prompt() -> None:
-    header = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=7f3"}
-    kept = {"type": "text", "text": "Be brief."}
-    body = {"model": "sim-model", "messages": MESSAGE, "max_tokens": 5}
-    assert to_chat({**body, "system": [header, kept]}) == to_chat({**body, "system": [kept]})
 
 
 async def test_padding_really_travels() -> None:
