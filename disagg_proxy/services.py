@@ -121,7 +121,7 @@ class Services:
         self._stall_detector.start()
         self._sample()
         if self.config.access_log != "off":
-            self._access_log = AccessLog(self.config.access_log, self.worker)
+            self._access_log = AccessLog(self.config.access_log, self.worker, self.stats)
             self.recorder.sinks.append(self._access_log.take)
         if (left := self.peers.predecessor_state()) is not None:
             inherit(self.recorder, left)

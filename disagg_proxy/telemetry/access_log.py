@@ -1,8 +1,9 @@
 """The access log: one line of JSON per generation request, written when the request ends.
 
-docs/monitoring.md lists the fields. A line is formatted on the event loop (a few microseconds); a thread writes the
-lines four times a second, so a slow disk or a stalled reader of a pipe does not delay requests. The backlog is bounded:
-further lines are dropped, and a line with the number of dropped ones is written.
+docs/monitoring.md lists the fields. A line is formatted on the event loop (a few microseconds). A thread writes the
+lines of the last 50 ms, or 16 KB if that is less, so a slow disk or a stalled reader of a pipe does not delay requests,
+and SIGKILL loses no more than that. Lines that cannot be written (disk full, no permission) are kept and retried.
+The backlog is bounded: further lines are dropped and counted, and a line with their number is written.
 
 The file is reopened when its path no longer leads to the open file, so renaming it rotates the log without a signal.
 Several workers may append to one file: a single write of complete lines with ``O_APPEND`` is not interleaved.
@@ -18,15 +19,26 @@ import select
 import stat
 import threading
 import time
+from collections import deque
 
 import msgspec
 
 from disagg_proxy.telemetry.request_record import RequestRecord
+from disagg_proxy.telemetry.stats import Stats
 
 log = logging.getLogger(__name__)
 
-_FLUSH_INTERVAL = 0.25
-"""Seconds between two writes."""
+_FLUSH_INTERVAL = 0.05
+"""Seconds that a line may wait before it is passed to the writer thread."""
+
+_FLUSH_BYTES = 16 * 1024
+"""Bytes of lines that are passed on without waiting for the interval."""
+
+_RETRY_INTERVAL = 1.0
+"""Seconds between two attempts to write to a target that fails."""
+
+_WRITE_BYTES = 64 * 1024
+"""Bytes of lines in one write, except for a line that is longer."""
 
 _MAX_BACKLOG = 8 * 1024 * 1024
 """Bytes that may be waiting for the writer thread."""
@@ -43,28 +55,45 @@ class AccessLog:
     Args:
         target: a path, or "-" for standard output.
         worker: the number of this worker, None for a single process.
+        stats: where dropped lines and failed writes are counted.
     """
 
-    def __init__(self, target: str, worker: int | None = None) -> None:
+    def __init__(self, target: str, worker: int | None = None, stats: Stats | None = None) -> None:
         self._worker = worker
+        self._stats = Stats(time.monotonic) if stats is None else stats
         self._lines: list[bytes] = []
         self._waiting = 0
         self._dropped = 0
         self._timer: asyncio.TimerHandle | None = None
         self._second = -1
         self._date = ""
-        self._out = _Writer(target)
+        self._out = _Writer(target, self._stats)
 
     def take(self, record: RequestRecord) -> None:
         """Append the line of a request that has ended. A sink of the request recorder."""
-        if self._waiting + self._out.unwritten > _MAX_BACKLOG:
+        # Once lines are dropped, half of the backlog must be written before new ones are accepted: one log line each.
+        if self._waiting + self._out.unwritten > (_MAX_BACKLOG // 2 if self._dropped else _MAX_BACKLOG):
+            if not self._dropped:
+                log.warning("Dropping lines of the access log: its target is full or too slow (ACCESS_LOG)")
             self._dropped += 1
+            self._stats.access_log_lines_dropped += 1
             return
-        line = self._line(record)
+        if self._dropped:
+            self._append_dropped()
+        self._append(self._line(record))
+        if self._waiting >= _FLUSH_BYTES:
+            self._flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_FLUSH_INTERVAL, self._flush)
+
+    def _append(self, line: bytes) -> None:
         self._lines.append(line)
         self._waiting += len(line)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_FLUSH_INTERVAL, self._flush)
+
+    def _append_dropped(self) -> None:
+        self._append(_encode({"dropped": self._dropped}) + b"\n")
+        log.warning("Dropped %d lines of the access log (ACCESS_LOG)", self._dropped)
+        self._dropped = 0
 
     def _line(self, record: RequestRecord) -> bytes:
         unix = record.unix
@@ -100,22 +129,18 @@ class AccessLog:
         return _encode(fields) + b"\n"
 
     def _flush(self) -> None:
-        self._timer = None
-        if self._dropped:
-            self._lines.append(_encode({"dropped": self._dropped}) + b"\n")
-            log.warning(
-                "Dropped %d lines of the access log: its target is too slow (ACCESS_LOG)",
-                self._dropped,
-            )
-            self._dropped = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         lines, self._lines = self._lines, []
         self._waiting = 0
         self._out.write(lines)
 
     async def stop(self) -> None:
         """Write the remaining lines, within two seconds."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._dropped:
+            self._append_dropped()
+        if self._lines:
             self._flush()
         await asyncio.get_running_loop().run_in_executor(None, self._out.close)
 
@@ -127,41 +152,64 @@ def _ms(seconds: float | None) -> float | None:
 class _Writer:
     """The writer thread.
 
-    Attributes:
-        unwritten: bytes passed to :meth:`write` and not yet written or discarded.
+    Args:
+        target: a path, or "-" for standard output.
+        stats: where failed writes are counted, and lines that were dropped at the end.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, stats: Stats) -> None:
         self._path = None if target == "-" else target
         self._file = 1 if target == "-" else -1
-        self._failed = False
+        self._stats = stats
+        self._failing = False
+        self._pending: deque[bytes] = deque()
+        self._begun = 0
+        """Bytes of the first pending line that are in the file already."""
+        # Each has one writing thread; one counter of both would lose updates.
+        self._queued = 0
+        self._finished = 0
         self._batches: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
-        self.unwritten = 0
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes passed to :meth:`write` and not yet written."""
+        return self._queued - self._finished
 
     def write(self, lines: list[bytes]) -> None:
         """Queue complete lines for writing, in order."""
-        self.unwritten += sum(map(len, lines))
+        self._queued += sum(map(len, lines))
         self._batches.put(lines)
 
     def close(self) -> None:
         """Block until everything is written, two seconds at most. Not to be called on an event loop."""
         self._batches.put(None)
         self._thread.join(_FLUSH_TIMEOUT)
+        if self.unwritten:
+            self._stats.access_log_lines_dropped += len(self._pending)
+            log.error("Dropped %d bytes of the access log at shutdown (ACCESS_LOG)", self.unwritten)
 
     def _run(self) -> None:
-        while (lines := self._batches.get()) is not None:
+        lines: list[bytes] | None = []
+        while lines is not None:
+            try:
+                lines = self._batches.get(timeout=_RETRY_INTERVAL if self._pending else None)
+                self._pending.extend(lines or ())
+            except queue.Empty:
+                pass
             try:
                 self._reopen()
-                for chunk in self._chunks(lines):
-                    self._write(chunk)
-                self._failed = False
+                while self._pending:
+                    self._write_some()
+                if self._failing:
+                    log.warning("The access log is written again (ACCESS_LOG)")
+                self._failing = False
             except OSError as error:
-                if not self._failed:
-                    log.error("Cannot write the access log (ACCESS_LOG): %s", error)
-                self._failed = True
-            self.unwritten -= sum(map(len, lines))
+                self._stats.access_log_write_errors += 1
+                if not self._failing:
+                    log.error("Cannot write the access log (ACCESS_LOG): %s. Retrying; its lines are kept", error)
+                self._failing = True
         if self._path is not None and self._file >= 0:
             os.close(self._file)
 
@@ -176,27 +224,35 @@ class _Writer:
             except FileNotFoundError:
                 current = None
             if current is not None and (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino):
+                if self._begun and os.lseek(self._file, 0, os.SEEK_CUR) != opened.st_size:
+                    # Another worker has appended to a line that a full disk cut short, or the file was truncated.
+                    self._pending.appendleft(b"\n")
+                    self._finished -= 1
+                    self._begun = 0
                 return
             os.close(self._file)
             self._file = -1
+        self._begun = 0
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
-    def _chunks(self, lines: list[bytes]) -> list[bytes]:
-        """What to write at once: everything, or for a pipe at most ``PIPE_BUF`` bytes, which are written atomically."""
-        if not stat.S_ISFIFO(os.fstat(self._file).st_mode):
-            return [b"".join(lines)]
-        chunks, chunk = [], b""
-        for line in lines:
-            if chunk and len(chunk) + len(line) > select.PIPE_BUF:
-                chunks.append(chunk)
-                chunk = b""
-            chunk += line
-        return [*chunks, chunk]
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[os.write(self._file, left) :]
-            except BlockingIOError:
-                select.select([], [self._file], [])
+    def _write_some(self) -> None:
+        """Write the first pending lines; a pipe gets at most ``PIPE_BUF`` bytes, which are written atomically."""
+        limit = select.PIPE_BUF if stat.S_ISFIFO(os.fstat(self._file).st_mode) else _WRITE_BYTES
+        lines: list[bytes] = []
+        size = 0
+        for line in self._pending:
+            if lines and size + len(line) > limit:
+                break
+            lines.append(line)
+            size += len(line)
+        data = memoryview(b"".join(lines))[self._begun :]
+        try:
+            written = os.write(self._file, data)
+        except BlockingIOError:
+            select.select([], [self._file], [])
+            return
+        self._begun += written
+        while self._pending and self._begun >= (length := len(self._pending[0])):
+            self._pending.popleft()
+            self._begun -= length
+            self._finished += length

@@ -69,7 +69,7 @@ def _deprecated(new_name: str) -> str:
 
 
 class ProxyCollector(Collector):
-    """Requests, KV releases, instances and registrations."""
+    """Requests, KV releases, instances, registrations and the access log."""
 
     def __init__(self, proxy: ProxyState, overview: Overview) -> None:
         self._proxy = proxy
@@ -156,6 +156,10 @@ class ProxyCollector(Collector):
             dropped.add_metric([kind], count)
         dropped.add_metric(["refused"], sum(overview.refused.values()))
         yield dropped
+        stats = overview.stats
+        lines, errors = stats.access_log_lines_dropped, stats.access_log_write_errors
+        yield _counter("access_log_lines_dropped", "Lines of the access log that were dropped", lines)
+        yield _counter("access_log_write_errors", "Failed writes of the access log; its lines are retried", errors)
         if overview.workers:
             yield _gauge("workers", "Workers that are serving", sum(w["responding"] for w in overview.workers))
             yield _counter("worker_restarts", "Workers replaced after they ended", overview.restarts)

@@ -118,7 +118,8 @@ class RequestRecord:
     def on_ready(self, model: str | None) -> None:
         """The request is parsed and validated, and waits for admission."""
         self.ready = self._recorder.clock()
-        self.model = model
+        # JSON can escape a lone surrogate, which neither UTF-8 nor the encoders of logs and the page accept.
+        self.model = model if model is None or model.isascii() else model.encode("utf-8", "replace").decode()
 
     def on_admitted(self) -> None:
         """The request has capacity on its instances. It counts as in flight from now on."""

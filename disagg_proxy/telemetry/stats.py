@@ -1,7 +1,7 @@
 """Counters, histograms and recent latencies of one process.
 
 Not thread-safe: only the event loop updates them, but for :class:`RegistrationCounts`, which the listener's thread
-updates.
+updates, and ``access_log_write_errors``, which the writer thread of the access log updates.
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ class Stats:
         failovers: attempts on another pair after an instance failed.
         queued: seconds in the admission queue, of requests that had to wait.
         turned_away: requests rejected by the proxy with 429.
+        access_log_lines_dropped: lines of the access log that were dropped.
+        access_log_write_errors: failed writes of the access log; their lines are kept and retried.
     """
 
     clock: Callable[[], float]
@@ -180,6 +182,8 @@ class Stats:
     failovers: int = 0
     queued: Latency = field(default_factory=Latency)
     turned_away: int = 0
+    access_log_lines_dropped: int = 0
+    access_log_write_errors: int = 0
 
     def __post_init__(self) -> None:
         self.started_at = self.clock()

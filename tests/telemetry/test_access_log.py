@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -97,6 +98,11 @@ async def written(path: Path, count: int) -> None:
         await asyncio.sleep(0.005)
 
 
+async def until(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
 async def test_a_renamed_or_removed_file_is_reopened(tmp_path, desk, monkeypatch) -> None:
     monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
     file = tmp_path / "log"
@@ -114,19 +120,146 @@ async def test_a_renamed_or_removed_file_is_reopened(tmp_path, desk, monkeypatch
     assert [one["client_id"] for one in lines(file)] == ["three"]
 
 
-async def test_a_write_error_is_logged_once_and_logging_continues(tmp_path, desk, monkeypatch, caplog) -> None:
+async def test_lines_that_cannot_be_written_are_kept_and_the_error_is_logged_once(
+    tmp_path, desk, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
-    file = tmp_path / "folder" / "log"
-    out = AccessLog(str(file))
-    for _ in range(3):
-        out.take(ended(desk))
-        while out._timer is not None or out._out.unwritten:
-            await asyncio.sleep(0.001)
+    monkeypatch.setattr(access_log, "_RETRY_INTERVAL", 0.01)
+    file, stats = tmp_path / "folder" / "log", desk.recorder.stats
+    out = AccessLog(str(file), stats=stats)
+    for name in "abc":
+        errors = stats.access_log_write_errors
+        out.take(ended(desk, name))
+        await soon(until(lambda errors=errors: stats.access_log_write_errors > errors + 1))
     assert caplog.text.count("Cannot write the access log (ACCESS_LOG)") == 1
     file.parent.mkdir()
-    out.take(ended(desk, "at last"))
+    await soon(written(file, 3))
+    out.take(ended(desk, "d"))
     await out.stop()
-    assert [one["client_id"] for one in lines(file)] == ["at last"]
+    assert [one["client_id"] for one in lines(file)] == ["a", "b", "c", "d"]
+    assert caplog.text.count("is written again") == 1 and stats.access_log_lines_dropped == 0
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk with ``free`` bytes; once it is full, ``write`` writes what still fits and then fails."""
+
+    class Disk:
+        free = 1 << 20
+        real = staticmethod(os.write)
+
+        def write(self, fd: int, data: bytes) -> int:
+            if not self.free:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = self.real(fd, bytes(data)[: self.free])
+            self.free -= written
+            return written
+
+    disk = Disk()
+    monkeypatch.setattr(access_log.os, "write", disk.write)
+    return disk
+
+
+@pytest.mark.parametrize("others_append", [False, True])
+async def test_a_full_disk_loses_no_line_and_fails_no_request(tmp_path, http, disk, monkeypatch, others_append) -> None:
+    monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
+    monkeypatch.setattr(access_log, "_RETRY_INTERVAL", 0.01)
+    file = tmp_path / "log"
+    disk.free = 100
+    async with running_proxy(access_log=str(file)) as proxy, AsyncExitStack() as stack:
+        machine = Machine(proxy, stack, http)
+        await machine.pair()
+        for number in range(5):
+            status, *_ = await machine.post(PATH, REQUESTS[PATH], **{"X-Request-Id": f"r{number}"})
+            assert status == 200
+        await soon(until(lambda: proxy.services.stats.access_log_write_errors))
+        async with http.get(proxy.url + "/metrics") as answer:
+            assert re.search(r"access_log_write_errors_total [1-9]", await answer.text())
+        if others_append:
+            with file.open("ab") as other:
+                other.write(b'{"client_id":"other"}\n')
+        disk.free = 1 << 20
+        await soon(written(file, 5))
+    found = [line for line in file.read_bytes().splitlines() if line]
+    if others_append:
+        assert found.pop(0).endswith(b'{"client_id":"other"}'), "the line of another writer ends the torn one"
+    assert [json.loads(line)["client_id"] for line in found] == [f"r{number}" for number in range(5)]
+
+
+async def test_a_target_that_stays_full_drops_counted_lines_with_one_log_line(
+    tmp_path, desk, disk, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 0.0)
+    monkeypatch.setattr(access_log, "_RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(access_log, "_MAX_BACKLOG", 20_000)
+    disk.free, stats, file = 0, desk.recorder.stats, tmp_path / "log"
+    out = AccessLog(str(file), stats=stats)
+    for _ in range(200):
+        out.take(ended(desk))
+    await soon(until(lambda: stats.access_log_write_errors > 2))
+    dropped = stats.access_log_lines_dropped
+    assert 100 < dropped < 200
+    assert caplog.text.count("Dropping lines") == caplog.text.count("Cannot write") == 1
+    disk.free = 1 << 20
+    await soon(until(lambda: not out._out.unwritten))
+    out.take(ended(desk, "after"))
+    await out.stop()
+    *kept, marker, last = lines(file)
+    assert (len(kept), marker, last["client_id"]) == (200 - dropped, {"dropped": dropped}, "after")
+
+
+async def test_lines_that_cannot_be_written_at_shutdown_are_counted(tmp_path, desk, disk, caplog) -> None:
+    disk.free, stats = 0, desk.recorder.stats
+    out = AccessLog(str(tmp_path / "log"), stats=stats)
+    for _ in range(3):
+        out.take(ended(desk))
+    await soon(out.stop())
+    assert stats.access_log_lines_dropped == 3 and re.search(r"Dropped \d+ bytes .* at shutdown", caplog.text)
+
+
+def test_the_docs_state_what_sigkill_can_lose() -> None:
+    bound = f"{access_log._FLUSH_INTERVAL * 1000:.0f} ms or {access_log._FLUSH_BYTES // 1024} KB"
+    assert bound in PAGE.read_text(encoding="utf-8") and access_log._FLUSH_INTERVAL <= 0.1
+
+
+async def test_sigkill_loses_no_line_that_was_flushed(tmp_path, http) -> None:
+    file = tmp_path / "log"
+    async with commands() as run:
+        command = await run("--access-log", str(file))
+        await command.until_ready()
+        for number in range(40):
+            async with http.post(
+                command.url + PATH, json=REQUESTS[PATH], headers={"X-Request-Id": f"r{number}"}
+            ) as answer:
+                assert answer.status == 503
+        await soon(written(file, 40), access_log._FLUSH_INTERVAL + 2)
+        command.process.kill()
+        await command.process.wait()
+    assert [one["client_id"] for one in lines(file)] == [f"r{number}" for number in range(40)]
+
+
+async def test_a_burst_is_flushed_by_size_before_the_interval(tmp_path, desk, monkeypatch) -> None:
+    monkeypatch.setattr(access_log, "_FLUSH_INTERVAL", 3600.0)
+    file = tmp_path / "log"
+    out = AccessLog(str(file))
+    while not out._out.unwritten and not file.exists():
+        out.take(ended(desk))
+        assert out._waiting < access_log._FLUSH_BYTES
+    await soon(until(lambda: not out._out.unwritten))
+    assert file.stat().st_size >= access_log._FLUSH_BYTES
+    await out.stop()
+
+
+async def test_a_name_that_is_no_unicode_fails_no_request(tmp_path, http) -> None:
+    file = tmp_path / "log"
+    async with running_proxy(access_log=str(file)) as proxy:
+        for _ in range(2):
+            async with http.post(
+                proxy.url + PATH, data=b'{"model":"\\ud800","prompt":"x"}', headers={"Content-Type": "application/json"}
+            ) as answer:
+                assert answer.status in (400, 404, 503), await answer.text()
+        await proxy.services.page_view()
+    assert len(lines(file)) == 2
 
 
 async def test_a_stalled_reader_delays_nothing_and_gets_the_number_of_dropped_lines(desk, monkeypatch, caplog) -> None:
