@@ -261,7 +261,8 @@ class HttpSide:
                 "id": name,
                 "object": "model",
                 "created": 1_700_000_000,
-                "owned_by": "vllm",
+                # "vllm" in vLLM's own list: the proxy marks these engines as simulated by it.
+                "owned_by": "disagg_sim",
                 "root": self._config.models[0],
                 "parent": None,
                 "max_model_len": self._config.max_model_len,

@@ -78,6 +78,9 @@ def incident(view: View) -> dict[str, Any] | None:
 
 _MAX_STEPS = 6
 
+CLIENT_OUTCOMES = ("client_error", "client_left")
+"""Outcomes that the client is the cause of; every other one but "ok" is a failure (``CLIENT`` in web/model.js)."""
+
 
 def state_of(instance: dict[str, Any]) -> str:
     """The state to show for an instance: drained if it would be ready otherwise."""

@@ -22,6 +22,11 @@ from disagg_proxy.telemetry.timeseries import SECONDS
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
+_NO_QUANTILES = dict.fromkeys(_QUANTILES)
+
+_COUNTED = ("requests", "pieces", "prompt_tokens", "output_tokens", "kv_waiting_bytes", "in_flight", "queued")
+"""Values of a step that are null where no process has recorded it."""
+
 
 def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> dict[str, Any]:
     """The view of the whole proxy, whichever worker makes it.
@@ -84,6 +89,9 @@ def _summary(latency: Latency) -> dict[str, float | int | None]:
 
 @lru_cache(maxsize=1024)
 def _step(start: int, parts: tuple[bytes, ...]) -> dict[str, Any]:
+    if not parts:
+        # Before the start of the proxy, or while it was stalled: not the same as zero.
+        return {"time": start, **dict.fromkeys(_COUNTED), "ttft": _NO_QUANTILES, "gap": _NO_QUANTILES}
     step = merge_step(start, parts)
     ttft, gap = step.ttft, step.gap
     return {

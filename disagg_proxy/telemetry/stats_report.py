@@ -9,6 +9,9 @@ from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.proxy_state import ProxyState
 
+_SIMULATED = "disagg_sim"
+"""``owned_by`` in the model list of a simulated engine (disagg_sim/http.py); vLLM's own says "vllm"."""
+
 
 def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
     """The body of /stats. Latencies are in seconds, over the last 2048 values of each worker."""
@@ -71,6 +74,7 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "http_address": instance.http.text,
         "kv_address": instance.kv.text if instance.kv else None,
         "models": list(instance.models),
+        "simulated": any(card.get("owned_by") == _SIMULATED for card in instance.models.values()),
         "state": instance.state.value,
         "reason": instance.explanation,
         "draining": instance.draining,

@@ -36,7 +36,7 @@ async def views(url: str, key: str) -> AsyncIterator[View]:
     """Views until the proxy ends the feed.
 
     Args:
-        url: of the proxy, without a path.
+        url: of the proxy, with its path prefix if a reverse proxy adds one, without a trailing slash.
         key: API key, empty for none.
 
     Raises:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from disagg_proxy.page.verdict import state_of
+from disagg_proxy.page.verdict import CLIENT_OUTCOMES, state_of
 from disagg_proxy.top.words import Words, clock, count, duration, plain, size
 
 View = dict[str, Any]
@@ -33,34 +33,88 @@ _EVENT_STYLES = {
 _SEGMENTS = (("queue", "░", "dim"), ("prefill", "▓", "blue"), ("transfer", "▒", "magenta"), ("decode", "█", "yellow"))
 _BARS = " ▁▂▃▄▅▆▇█"
 _BAR = 24
+_WIDE = 110
+"""Columns from which every column is shown."""
+_MOST_FLOWS = 8
 
 
-def screen(view: View, words: Words, height: int | None = None, gone: str = "") -> RenderableType:
+LISTS = ("requests", "events")
+"""Sections that can be shown alone, with all their entries."""
+
+
+def screen(
+    view: View,
+    words: Words,
+    height: int | None = None,
+    gone: str = "",
+    width: int = 160,
+    alone: str = "",
+    above: int = 0,
+) -> RenderableType:
     """The complete screen.
 
     Args:
-        height: lines of the terminal; recent requests and events share what the rest leaves. None for no limit.
+        height: lines of the terminal, None for no limit. The lists get what the other sections leave.
         gone: why the connection is lost, empty if it is not; ``view`` is the last one then.
+        width: columns of the terminal. Below 110, columns are left out, and addresses are shortened before their port.
+        alone: one of :data:`LISTS` to show alone below the verdict, empty for all sections.
+        above: entries of that list to skip, the newest first.
     """
     head = _head(view, words, gone)
-    parts = [*head, Text(), _latency(view, words), Text(), _instances(view, words), Text(), _flows(view, words)]
-    used = 12 + len(head) + len(view["instances"]) + max(1, len(view["flows"]))
-    lines = 24 if height is None else max(4, height - used - 6)
-    recent, events = view["recent"][-(lines // 2) :], view["events"][-(lines - lines // 2) :]
-    parts += [Text(), _recent(view, recent, words), Text(), _events(view, events, words)]
-    return Group(*parts)
+    console = Console(width=width)
+    head_lines = sum(len(line.wrap(console, width)) for line in head)
+    keys = (
+        [] if height is None else [Text(words.say("top_keys_list" if alone else "top_keys"), "reverse", no_wrap=True)]
+    )
+    if alone:
+        lines = 1 << 16 if height is None else max(1, height - head_lines - len(keys) - 1)
+        return Group(*head, _list(alone, view, words, lines, width, above), *keys)
+    count_of = len(view["instances"])
+    # A short terminal has the latencies in one line, no flows and no blank lines.
+    short = height is not None and height < 20 + head_lines + count_of + len(view["flows"])
+    parts: list[RenderableType] = [*head]
+    gap = [] if short else [Text()]
+    parts += [
+        *gap,
+        _summary(view, words) if short else _latency(view, words, width),
+        *gap,
+        _instances(view, words, width),
+    ]
+    used = head_lines + 1 + max(2 if not count_of else 1, count_of) + len(keys) + 2 + (1 if short else 11)
+    if not short:
+        parts += [*gap, _flows(view, words, width)]
+        used += max(1, min(_MOST_FLOWS, len(view["flows"])))
+    lines = 24 if height is None else max(2, height - used)
+    for name, some in (("requests", lines // 2), ("events", lines - lines // 2)):
+        parts += [*gap, _list(name, view, words, some, width)]
+    return Group(*parts, *keys)
+
+
+def length(view: View, name: str) -> int:
+    """Entries of one of :data:`LISTS`."""
+    return len(view["recent" if name == "requests" else "events"])
+
+
+def _list(name: str, view: View, words: Words, lines: int, width: int, above: int = 0) -> RenderableType:
+    entries = view["recent" if name == "requests" else "events"]
+    shown = entries[max(0, len(entries) - above - lines) : max(0, len(entries) - above)][::-1]
+    return _recent(view, shown, words, width) if name == "requests" else _events(view, shown, words, width)
 
 
 def _text(value: str, style: str = "") -> Text:
     return Text(plain(value), style)
 
 
-def _head(view: View, words: Words, gone: str) -> list[RenderableType]:
+def _head(view: View, words: Words, gone: str) -> list[Text]:
     about = words.say("version", version=view["version"], uptime=words.age(view["uptime_s"]))
-    lines: list[RenderableType] = [Text(f"{words.say('title')} · {about} · {clock(view['now'])}", "dim")]
+    lines = [Text(f"{words.say('title')} · {about} · {clock(view['now'])}", "dim")]
     if gone:
         lines.append(Text(f"✕ {words.say('head_gone')}", "bold red"))
         return [*lines, _text(f"  {gone}"), Text(f"  {words.say('head_gone_detail', time=clock(view['now']))}")]
+    instances = view["instances"]
+    if simulated := sum(i["simulated"] for i in instances):
+        some = words.say("simulated_some", count=simulated, all=len(instances))
+        lines.append(Text(words.say("simulated_all") if simulated == len(instances) else some, "bold magenta"))
     verdict = view["verdict"]
     style = _LEVEL_STYLES[verdict["level"]]
     text = words.sentence(verdict["head"])
@@ -82,7 +136,7 @@ def _incident(incident: dict[str, Any], words: Words) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    """A table without borders. Columns named ">..." are right-aligned; only the last column wraps."""
+    """A table without borders. Columns named ">..." are right-aligned; what does not fit is cut off the last column."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for place, name in enumerate(columns):
         last = place == len(columns) - 1
@@ -90,49 +144,83 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _latency(view: View, words: Words) -> Table:
-    steps, step_s = view["rates"]["steps"], view["rates"]["step_s"]
-    finished = [step for step in steps if step["time"] + step_s <= view["now"]]
-    last = finished[-1] if finished else None
+def _steps(view: View) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The steps that have ended, and the newest of them if something is known of it."""
+    steps = [step for step in view["rates"]["steps"] if step["time"] + view["rates"]["step_s"] <= view["now"]]
+    return steps, steps[-1] if steps and steps[-1]["requests"] is not None else None
+
+
+def _per_second(view: View, step: dict[str, Any] | None, name: str) -> float | None:
+    """Requests or chunks per second in a step, None where nothing is known of it."""
+    if step is None or step["requests"] is None:
+        return None
+    number: int = sum(step["requests"].values()) if name == "requests" else step["pieces"]
+    return number / float(view["rates"]["step_s"])
+
+
+def _latency(view: View, words: Words, width: int) -> Table:
+    marks = 40 if width >= _WIDE else 24
+    steps, last = _steps(view)
     totals = view["totals"]
     table = _table("", ">p50", ">p99", "")
     for name, label in (("ttft", "tile_ttft"), ("gap", "tile_gap")):
         found = view["latency"][name]
-        line = _line([step[name]["p50"] for step in finished])
+        line = _line([step[name]["p50"] for step in steps], marks)
         table.add_row(words.say(label), duration(found["p50"]), duration(found["p99"]), line)
-    requests = [sum(step["requests"].values()) / step_s for step in finished]
-    now = "–" if last is None else count(requests[-1], 1)
-    table.add_row(words.say("tile_requests"), now, "", _line(requests))
-    now = "–" if last is None else count(last["pieces"] / step_s)
-    table.add_row(words.say("tile_tokens"), now, "", _line([step["pieces"] / step_s for step in finished]))
+    for name, label, digits in (("requests", "tile_requests", 1), ("pieces", "tile_tokens", 0)):
+        now, line = _per_second(view, last, name), _line([_per_second(view, step, name) for step in steps], marks)
+        table.add_row(words.say(label), "–" if now is None else count(now, digits), "", line)
     queued = words.say("tile_flight_more", queued=count(totals["queued"]))
-    table.add_row(words.say("tile_flight"), count(totals["in_flight"]), "", Text(queued))
+    table.add_row(
+        words.say("tile_flight"), count(totals["in_flight"]), "", _rest(f"{queued}; {_finished(view, words)}")
+    )
     return table
 
 
-def _line(values: Sequence[float | None], width: int = 40) -> Text:
+def _finished(view: View, words: Words) -> str:
+    outcomes = view["totals"]["requests"]
+    client = sum(outcomes.get(name, 0) for name in CLIENT_OUTCOMES)
+    finished = sum(outcomes.values())
+    failed = finished - client - outcomes.get("ok", 0)
+    return words.say("tile_requests_more", count=count(finished), failed=count(failed), client=count(client))
+
+
+def _summary(view: View, words: Words) -> Text:
+    """The figures of :func:`_latency` in one line."""
+    pace = _per_second(view, _steps(view)[1], "requests")
+    ttft, gap = view["latency"]["ttft"], view["latency"]["gap"]
+    parts = (
+        f"{words.say('tile_flight')} {count(view['totals']['in_flight'])}",
+        words.say("per_second", rate="–" if pace is None else count(pace, 1)),
+        f"TTFT {duration(ttft['p50'])}, p99 {duration(ttft['p99'])}",
+        f"ITL {duration(gap['p50'])}, p99 {duration(gap['p99'])}",
+    )
+    return Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
+
+
+def _line(values: Sequence[float | None], width: int) -> Text:
     """The newest values as a line of bars, scaled to their maximum."""
     values = values[-width:]
     most = max((v for v in values if v is not None), default=0)
     marks = (" " if v is None or not most else _BARS[round(v / most * (len(_BARS) - 1))] for v in values)
-    return Text("".join(marks), "cyan")
+    return Text("".join(marks), "cyan", no_wrap=True)
 
 
-def _instances(view: View, words: Words) -> Table:
-    table = _table(
-        words.say("machine"), "", ">" + words.say("in_flight"), ">" + words.say("tokens_in_flight"),
-        ">" + words.say("kv_waiting"), ">" + words.say("served"), ">" + words.say("failed"), "",
-    )  # fmt: skip
+def _instances(view: View, words: Words, width: int) -> Table:
+    narrow = width < _WIDE
+    columns = ["", ">" + words.say("tile_flight")]
+    columns += [] if narrow else [">" + words.say("tokens_in_flight"), ">" + words.say("kv_waiting")]
+    table = _table(words.say("machine"), *columns, ">" + words.say("served"), ">" + words.say("failed"), "")
     order = {"prefill": 0, "decode": 1}
     for i in sorted(view["instances"], key=lambda i: (order[i["role"]], i["http_address"])):
         state = state_of(i)
         kv = size(i["kv_waiting_bytes"]) if i["kv_waiting_bytes"] else count(i["kv_waiting"])
         why = ", ".join(i["models"]) if state == "ready" else i["reason"]
         table.add_row(
-            _text(f"{words.word('role', i['role'])} {i['http_address']}"),
+            _text(f"{words.word('role', i['role'])} {_fitted(i['http_address'], 24 if narrow else 60)}"),
             Text(f"{_SIGNS.get(state, '?')} {words.word('state', state)}", _STATE_STYLES.get(state, "")),
-            count(i["in_flight"]), count(i["tokens_in_flight"]), kv, count(i["requests_total"]),
-            Text(count(i["failures_total"]), "red" if i["failures_total"] else ""), _text(why, "dim"),
+            count(i["in_flight"]), *([] if narrow else [count(i["tokens_in_flight"]), kv]), count(i["requests_total"]),
+            Text(count(i["failures_total"]), "red" if i["failures_total"] else ""), _rest(why),
         )  # fmt: skip
     if not view["instances"]:
         table.add_row(words.say("none_prefill"))
@@ -140,33 +228,54 @@ def _instances(view: View, words: Words) -> Table:
     return table
 
 
-def _flows(view: View, words: Words) -> RenderableType:
+def _rest(value: str) -> Text:
+    """Text of a last column: one line, cut off at the edge of the terminal."""
+    text = _text(value, "dim")
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
+
+
+def _fitted(address: str, width: int) -> str:
+    """An address in ``width`` columns: the end of a long host is left out, never the port."""
+    if len(address) <= width:
+        return address
+    host, _, port = address.rpartition(":")
+    return f"{host[: max(1, width - len(port) - 2)]}…:{port}"
+
+
+def _flows(view: View, words: Words, width: int) -> RenderableType:
     if not view["flows"]:
         return Text(words.say("flow_none"), "dim")
     lines = []
-    for flow in sorted(view["flows"], key=lambda flow: -flow["total"])[:8]:
+    for flow in sorted(view["flows"], key=lambda flow: -flow["total"])[:_MOST_FLOWS]:
         arrow = "═▶" if flow["in_flight"] else "─▷"
-        where = f"{_name(view, flow['prefill']) or words.say('alone')} {arrow} {_name(view, flow['decode'])}"
+        prefill, decode = (
+            _fitted(_name(view, flow[role]), 24 if width < _WIDE else 60) for role in ("prefill", "decode")
+        )
         load = words.say("flow_label", count=flow["in_flight"]), words.say("flow_total", total=count(flow["total"]))
-        lines.append(_text(f"{where}  {', '.join(load)}"))
+        lines.append(_text(f"{prefill or words.say('alone')} {arrow} {decode}  {', '.join(load)}"))
     return Group(*lines)
 
 
-def _recent(view: View, records: Iterable[dict[str, Any]], words: Words) -> RenderableType:
-    shown = list(records)[::-1]
+def _recent(view: View, shown: Sequence[dict[str, Any]], words: Words, width: int) -> RenderableType:
     if not shown:
         return Text(words.say("requests"), "bold")
+    narrow = width < _WIDE
     most = max(r["total_ms"] for r in shown) or 1.0
-    table = _table(words.say("requests"), "", "", _legend(words), ">", "")
+    bars = [] if narrow else [f"{_legend(words)} 0–{duration(most)}"]
+    title = words.say("requests")
+    table = _table(words.say("column_time"), *(("", title) if narrow else (title, "")), *bars, ">", "", "")
     for r in shown:
-        path = f"{_port(view, r['prefill']) or words.say('alone')} → {_port(view, r['decode'])}" if r["decode"] else "–"
+        prefill, decode = (_fitted(_port(view, r[role]), 14 if narrow else 40) for role in ("prefill", "decode"))
+        path = f"{prefill or words.say('alone')} → {decode}" if r["decode"] else "–"
         route = (r["route"] or "").split("/")
-        good = r["outcome"] == "ok"
+        ok, client = r["outcome"] == "ok", r["outcome"] in CLIENT_OUTCOMES
         table.add_row(
             clock(r["time"] + r["total_ms"] / 1000),
             _text(route[2] if len(route) > 2 else "–"),
-            _text(path), _bar(r, most), duration(r["total_ms"]),
-            Text(words.word("outcome", r["outcome"]), "green" if good else "yellow"),
+            _text(path), *([] if narrow else [_bar(r, most)]), duration(r["total_ms"]),
+            Text(words.word("outcome", r["outcome"]), "green" if ok else "yellow" if client else "red"),
+            _rest(r["cause"] or ""),
         )  # fmt: skip
     return table
 
@@ -185,13 +294,14 @@ def _bar(record: dict[str, Any], most: float) -> Text:
     return Text.assemble(*cells)
 
 
-def _events(view: View, events: Iterable[dict[str, Any]], words: Words) -> RenderableType:
+def _events(view: View, events: Iterable[dict[str, Any]], words: Words, width: int) -> RenderableType:
     lines: list[RenderableType] = [Text(words.say("events"), "bold")]
-    for event in reversed(list(events)):
+    for event in events:
         kind = event["kind"]
         line = Text(f"{clock(event['time'])} ", "dim", no_wrap=True, overflow="ellipsis")
         line.append(f"{words.word('event', kind)}", _EVENT_STYLES.get(kind, ""))
-        line.append(plain(f" {_name(view, event['instance'])} "), "none").append(plain(event["text"]), "dim")
+        name = _fitted(_name(view, event["instance"]), 24 if width < _WIDE else 60)
+        line.append(plain(f" {name} "), "none").append(plain(event["text"]), "dim")
         lines.append(line)
     return Group(*lines)
 

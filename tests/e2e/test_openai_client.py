@@ -81,7 +81,7 @@ async def test_a_conversation_with_a_tool(client, pair) -> None:
 
 async def test_models(client, pair) -> None:
     assert [model.id async for model in client.models.list()] == [MODEL]
-    assert (await client.models.retrieve(MODEL)).owned_by == "vllm"
+    assert (await client.models.retrieve(MODEL)).owned_by == "disagg_sim"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("other")
 

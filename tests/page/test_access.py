@@ -115,9 +115,9 @@ async def test_the_keyboard_reaches_everything_in_order_and_shows_where_it_is(ma
     assert [name for name, _ in stops] == [
         "skip",
         "language", "theme",
-        "chart ttft", "chart gap", "chart requests", "chart load",
-        "requests-all", "requests-bad", "events",
         "ask-prompt", "ask-model", "ask-api", "ask-tokens", "ask-send", "ask-answer",
+        "chart ttft", "chart gap", "chart requests", "chart load",
+        "requests-all", "requests-failed", "requests-client", "events",
     ]  # fmt: skip
 
 

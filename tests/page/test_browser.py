@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+import aiohttp
 import pytest
+from aiohttp import web
 
 from disagg_proxy.cluster.instance import State
+from disagg_proxy.telemetry.timeseries import SECONDS, Step
 from disagg_sim import expected_chat_text, expected_text
 from tests.conftest import running_proxy, soon
 from tests.page.browser import needs_browser
@@ -200,13 +206,128 @@ async def test_the_page_outlives_the_proxy(browser) -> None:
 
 
 async def test_older_values_of_a_chart_are_read_by_keys(machine, pair, browser) -> None:
+    series = machine.proxy.services.recorder.timeseries
+    series.past.extend(Step(series.now.start - before * SECONDS) for before in (4, 3, 2, 1))
     page = await browser.open(machine.proxy.url)
     await says(page, "#now-text", "Serving")
     chart = page.locator(".chart.load")
-    assert "left and right arrow keys" in (await chart.locator("svg").get_attribute("aria-label") or "")
-    await chart.locator("svg").focus()
+    assert "left and right arrow keys" in (await chart.locator(".plot").get_attribute("aria-label") or "")
+    await chart.locator(".plot").focus()
     await page.keyboard.press("ArrowLeft")
     await says(page, ".chart.load .readout", re.compile(r"^\d\d:\d\d:\d\d · in flight 0 · queued 0$"))
     first = await chart.locator(".readout").text_content()
     await page.keyboard.press("ArrowLeft")
     assert await chart.locator(".readout").text_content() != first
+
+
+@pytest.mark.settings(probe_interval=60.0)
+async def test_simulated_engines_are_called_simulated(machine, pair, browser) -> None:
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#simulated", "SIMULATED ENGINES: no model runs.")
+    assert await page.locator(".card .state .simulated").all_text_contents() == ["SIMULATED"] * 2
+    for instance in machine.proxy.services.registry.instances():
+        instance.models = {name: {**card, "owned_by": "vllm"} for name, card in instance.models.items()}
+        break
+    await says(page, "#simulated", "1 of 2 engines are SIMULATED")
+
+
+async def test_the_form_comes_first_until_there_is_something_else_to_show(machine, pair, browser) -> None:
+    place = "document.getElementById('ask-panel').parentElement.id || 'aside'"
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#now-text", "Serving")
+    assert await page.evaluate(place) == "content"
+    await page.get_by_role("button", name="Send").click()
+    await says(page, "#ask-route", "Served by prefill")
+    assert await page.evaluate(place) == "content", "it does not move while somebody reads the response"
+    await page.reload()
+    await says(page, "#requests .outcome", "OK")
+    assert await page.evaluate(place) == "aside"
+
+
+async def test_client_errors_are_apart_from_failures_and_causes_are_readable(machine, pair, browser) -> None:
+    await machine.send(PATH, ASK)
+    await machine.send(PATH, {**ASK, "model": "nobody"})
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#tiles", "2 finished: 0 failed, 1 client errors")
+    cause = page.locator('.request[data-outcome="client_error"] .cause')
+    assert await cause.text_content() == "404 · model_not_found · nobody" and await cause.is_visible()
+    await page.get_by_role("button", name="Failed", exact=True).click()
+    await says(page, "#requests-none", "No recent request has failed.")
+    await page.get_by_role("button", name="Client errors").click()
+    assert await page.locator("#requests .outcome").all_text_contents() == ["Rejected"]
+    assert re.fullmatch(r"[\d.]+ m?s", await page.locator("#requests-scale").text_content() or "")
+
+
+async def test_bars_have_a_name_and_a_scale(machine, pair, browser) -> None:
+    page = await browser.open(machine.proxy.url)
+    await says(page, ".side.decode .meter-name", "0 requests in flight")
+    await says(page, ".side.decode .meter-name", "full bar: 8")
+    assert await page.locator(".chart.requests .series li").all_text_contents() == ["OK", "failed", "client errors"]
+    await says(page, ".chart.requests .axis", re.compile(r"^\d+/s$"))
+    await says(page, ".chart.load .axis", "1 request")
+
+
+async def test_gaps_in_the_data_are_gaps_in_the_charts(machine, pair, browser) -> None:
+    view = {"health": {}, **await machine.proxy.services.page_view()}
+    view["verdict"] = {"level": "ok", "sign": "ready", "head": {"key": "head_alone", "values": {}}, "details": []}
+    view["verdict"]["since"] = view["incident"] = None
+    steps = view["rates"]["steps"]
+    unknown = {**steps[0], "requests": None}
+    assert unknown == steps[0], "before the start nothing is known"
+    known = {**unknown, "requests": {"ok": 5}, "in_flight": 1, "queued": 0, "ttft": {"p50": 5, "p99": 9, "p90": 9}}
+    for place in (-12, -11, -10, -5, -4):
+        steps[place] = {**known, "time": steps[place]["time"]}
+    for place in (-9, -8, -7, -6, -3, -2):
+        steps[place] = {**unknown, "time": steps[place]["time"]}
+    page = await browser.open("about:blank")
+    body = f"event: view\ndata: {json.dumps(view)}\n\n"
+    await page.route("**/dashboard/events", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    await page.goto(machine.proxy.url)
+    for chart in ("ttft", "requests", "load"):
+        area = page.locator(f".chart.{chart} .area")
+        await page.wait_for_function(f"document.querySelector('.chart.{chart} .area')?.getAttribute('d')")
+        runs = (await area.get_attribute("d") or "").split("Z")[:-1]
+        assert [run.count("L") for run in runs] == [4, 3], "one area for each run of values"
+        assert (await page.locator(f".chart.{chart} .plot .line.one").get_attribute("d") or "").count("M") == 2
+
+
+@asynccontextmanager
+async def under_prefix(target: str, prefix: str) -> AsyncIterator[str]:
+    """A reverse proxy that serves ``target`` under ``prefix``, which it strips, and nothing elsewhere."""
+
+    async def forward(request: web.Request) -> web.StreamResponse:
+        url = target + request.rel_url.raw_path.removeprefix(prefix)
+        headers = {name: value for name, value in request.headers.items() if name not in ("Host", "Content-Length")}
+        data = await request.read()
+        async with (
+            aiohttp.ClientSession(auto_decompress=False) as http,
+            http.request(request.method, url, headers=headers, data=data, allow_redirects=False) as answer,
+        ):
+            kept = {name: v for name, v in answer.headers.items() if name not in ("Transfer-Encoding", "Connection")}
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            return response
+
+    app = web.Application()
+    app.router.add_route("*", prefix + "/{rest:.*}", forward)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("path", ["/llm/", "/llm/dashboard"])
+async def test_the_page_works_under_a_path_prefix(machine, pair, browser, path: str) -> None:
+    prefill, _ = pair
+    async with under_prefix(machine.proxy.url, "/llm") as outside:
+        page = await browser.open(outside + path)
+        await says(page, "#now-text", "Serving: 1 pair ready")
+        await page.get_by_role("button", name="Send").click()
+        await says(page, "#ask-route", f"Served by prefill {prefill.http_address}")
+        await page.close()

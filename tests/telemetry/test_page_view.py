@@ -36,7 +36,11 @@ async def test_before_anything_has_happened(machine) -> None:
     whole = await view(machine)
     assert whole["instances"] == whole["flows"] == whole["recent"] == whole["events"] == []
     assert whole["latency"]["ttft"] == {"count": 0, "p50": None, "p90": None, "p99": None}
-    assert len(whole["rates"]["steps"]) == 120 and not whole["rates"]["steps"][-1]["requests"]
+    *before, now = whole["rates"]["steps"]
+    assert len(before) == 119 and now["requests"] == {} and now["in_flight"] == 0
+    assert [step["requests"] for step in before[:100]] == [None] * 100, "nothing is known from before the start"
+    assert {before[0][name] for name in ("in_flight", "queued", "pieces", "kv_waiting_bytes")} == {None}
+    assert before[0]["ttft"] == before[0]["gap"] == {"p50": None, "p90": None, "p99": None}
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["direct", "through Quart"])
@@ -63,7 +67,7 @@ async def test_a_streamed_request(machine, pair, dial, path: str, chunked: bool)
     assert whole["flows"] == [{"prefill": keys[0], "decode": keys[1], "in_flight": 0, "total": 1}]
     assert whole["totals"]["requests"] == {"ok": 1} and whole["totals"]["output_tokens"] == 40
     assert whole["latency"]["ttft"]["count"] == 1 and whole["latency"]["gap"]["count"] >= 1
-    steps = whole["rates"]["steps"]
+    steps = [step for step in whole["rates"]["steps"] if step["requests"] is not None]
     assert sum(step["pieces"] for step in steps) == record["pieces"]
     assert sum(step["output_tokens"] for step in steps) == 40
     found = [step["ttft"]["p99"] for step in steps if step["ttft"]["p99"] is not None]
@@ -135,7 +139,7 @@ async def test_the_queue(machine, pair, dial, chunked: bool) -> None:
     assert sorted(ends[:2]) == [("client_left", "in_queue", 0), ("turned_away", "overloaded", 0)]
     assert ends[2:] == [("ok", None, 1)] * 2
     assert next(iter(found[-1]["bars"])) == "queue" and found[-1]["queue_ms"] > 0
-    steps = (await view(machine))["rates"]["steps"]
+    steps = [step for step in (await view(machine))["rates"]["steps"] if step["requests"] is not None]
     assert max(step["queued"] for step in steps) == max(step["in_flight"] for step in steps) == 1
 
 

@@ -64,11 +64,15 @@ def test_without_rich_it_says_what_to_install(monkeypatch, capsys: pytest.Captur
 
 
 class Terminal:
-    """``top`` in a terminal of 120 x 40."""
+    """``top`` in a terminal.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        size: lines and columns.
+    """
+
+    def __init__(self, url: str, size: tuple[int, int] = (40, 120)) -> None:
         self.child = pexpect.spawn(
-            TOP[0], [*TOP[1:], "--url", url], env={**ENVIRON, "TERM": "xterm-256color"}, dimensions=(40, 120),
+            TOP[0], [*TOP[1:], "--url", url], env={**ENVIRON, "TERM": "xterm-256color"}, dimensions=size,
             encoding="utf-8", timeout=20,
         )  # fmt: skip
 
@@ -86,6 +90,20 @@ async def test_a_screen_that_a_key_ends(machine, pair, key: str) -> None:
     terminal = Terminal(machine.proxy.url)
     await terminal.says("Serving: 1 pair ready")
     terminal.child.send(key)
+    assert await terminal.ends() == 0
+
+
+async def test_events_and_requests_are_reached_by_keys_at_80x24(machine, pair) -> None:
+    await machine.check_right()
+    terminal = Terminal(machine.proxy.url, (24, 80))
+    await terminal.says("q quit  r requests  e events")
+    terminal.child.send("e")
+    await terminal.says("serves sim-model")
+    await terminal.says("o overview")
+    terminal.child.send("\x1b[B")
+    terminal.child.send("r")
+    await terminal.says("completions")
+    terminal.child.send("oq")
     assert await terminal.ends() == 0
 
 

@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.page.document import strings
+from disagg_proxy.top.cli import Shown
 from disagg_proxy.top.follow import views
 from disagg_proxy.top.screen import screen
 from disagg_proxy.top.words import Words, count, duration, plain, size
@@ -23,7 +25,7 @@ ASK = REQUESTS[PATH]
 def shown(view: dict[str, Any], language: str = "en", width: int = 160, **how: Any) -> str:
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
-        console.print(screen(view, Words(language), **how))
+        console.print(screen(view, Words(language), width=width, **how))
     return captured.get()
 
 
@@ -44,7 +46,8 @@ async def test_a_pair_that_serves(machine, pair) -> None:
     assert f"{prefill.http_address} ─▷ {decode.http_address}  0 in flight, 1 in total" in text
     path = f":{prefill.http_address.rpartition(':')[2]} → :{decode.http_address.rpartition(':')[2]}"
     assert re.search(rf"\d\d:\d\d:\d\d +completions +{path} .*█ +\S+ ms +OK", text)
-    assert re.search(r"completions +– +\S+ ms +Rejected", text)
+    assert re.search(r"completions +– +\S+ ms +Rejected +model_not_found", text)
+    assert "SIMULATED ENGINES: no model runs." in text and "2 finished: 0 failed, 1 client errors" in text
     assert re.search(rf"Ready {decode.http_address} serves sim-model", text)
 
 
@@ -77,8 +80,73 @@ async def test_it_fits_the_lines_that_there_are(machine, pair) -> None:
     for _ in range(30):
         await machine.check_right()
     view = await soon(look(machine))
-    assert len(shown(view, height=40).splitlines()) <= 40
+    view["events"] += [{**view["events"][0], "text": "a long text " * 30}] * 40
+    view["verdict"]["details"] = [{"key": "detail_waiting", "values": {}}, {"key": "detail_restart", "values": {}}]
+    for height in range(22, 50):
+        for width in 80, 160:
+            found = shown(view, width=width, height=height).splitlines()
+            assert height - 1 <= len(found) <= height and found[-1].startswith("q quit"), (height, width)
     assert len(shown(view, height=24).splitlines()) < len(shown(view, height=60).splitlines())
+
+
+HOST = "engine-with-a-very-long-name.example.internal"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("host", ["127.0.0.1", HOST])
+async def test_80_columns_and_24_lines_show_ports_outcomes_times_events_and_keys(
+    machine, pair, language: str, host: str
+) -> None:
+    await machine.pair()
+    for _ in range(6):
+        await machine.check_right()
+    await machine.send(PATH, {**ASK, "model": "nobody"})
+    view = await soon(look(machine))
+    for place, instance in enumerate(view["instances"]):
+        instance["http_address"] = f"{host}:{instance['http_address'].rpartition(':')[2]}"
+        if place and host == HOST:  # Hosts that differ: requests show them too.
+            instance["http_address"] = f"x{instance['http_address']}"
+    text = shown(view, language, width=80, height=24)
+    found = text.splitlines()
+    texts = Words(language)
+    assert len(found) <= 24 and max(map(cell_len, found)) <= 80
+    ports = [i["http_address"].rpartition(":")[2] for i in view["instances"]]
+    state = texts.word("state", "ready")
+    for port in ports:
+        assert re.search(rf"\S+:{port} +● {state} ", text), text
+    requests = [line for line in found if re.search(r"\d ms|\d s ", line) and re.match(r"\d\d:\d\d:\d\d", line)]
+    assert len(requests) >= 3 and texts.word("outcome", "client_error") in requests[0], text
+    for line in requests[1:]:
+        assert re.search(r":\d+ → \S*:\d+ +[\d.]+ m?s +" + texts.word("outcome", "ok"), line), line
+    assert texts.say("events") in found and f" {state} " in text.partition(texts.say("events"))[2]
+    assert found[-1].strip() == texts.say("top_keys")
+
+
+async def test_a_list_alone_scrolls_to_its_oldest_entry(machine, pair) -> None:
+    for number in range(40):
+        machine.proxy.services.event_log.add_event("replayed", None, f"event {number}.")
+    view = await soon(look(machine))
+    text = shown(view, width=80, height=24, alone="events")
+    assert "event 39." in text and "event 0." not in text and len(text.splitlines()) == 24
+    keys = Shown()
+    assert keys.press(b"e" + b"\x1b[6~" * 9, 24) and keys.alone == "events"
+    above = keys.limit(view)
+    assert above == len(view["events"]) - 1, "the oldest one stays visible"
+    assert view["events"][0]["text"][:20] in shown(view, width=80, height=24, alone="events", above=above)
+    assert keys.press(b"\x1bOA", 24) and keys.limit(view) == above - 1
+    assert keys.press(b"r", 24) and (keys.alone, keys.above) == ("requests", 0)
+    assert keys.press(b"jk\x1b", 24) and keys.alone == "" and not keys.press(b"Q", 24)
+
+
+async def test_steps_without_data_are_neither_zero_nor_an_error(machine, pair) -> None:
+    await machine.check_right()
+    view = await soon(look(machine))
+    view["now"] += 5
+    assert {step["requests"] is None for step in view["rates"]["steps"]} == {True, False}
+    assert "Requests per second" in shown(view)
+    view["rates"]["steps"] = view["rates"]["steps"][:50]
+    assert re.search(r"Requests per second +– *\n", shown(view))
+    assert "–/s" in shown(view, width=80, height=20)
 
 
 async def test_a_view_that_is_old_says_so(machine, pair) -> None:

@@ -44,7 +44,7 @@ async def test_requests_and_events_of_all_workers_are_in_the_view_of_each(fleet,
             ("admitted", engine.http_address)
             for engine in sorted(pair, key=lambda one: [e["instance"] for e in whole["events"]].index(one.http_address))
         ], "each once"
-        steps = whole["rates"]["steps"]
+        steps = [step for step in whole["rates"]["steps"] if step["requests"] is not None]
         assert sum(step["requests"].get("ok", 0) for step in steps) == 5
         assert sum(step["pieces"] for step in steps) == sum(r["pieces"] for r in whole["recent"]) > 5
 

@@ -1,6 +1,6 @@
 // The form that sends a test prompt through the proxy, and the engines that served it.
 
-const asking = { quit: null, id: null, found: true };
+const asking = { quit: null, id: null, found: true, placed: false };
 
 const showModels = (view) => {
   const names = [...new Set(view.instances.flatMap((i) => i.models))].sort();
@@ -103,6 +103,13 @@ const showRoute = (view) => {
     put($("ask-route"), t(record.prefill ? "ask_route" : "ask_route_alone", {
       prefill: record.prefill && nameOf(view, record.prefill), decode: nameOf(view, record.decode),
     }));
+};
+
+// Decided once: the form does not move while somebody types, or reads the response.
+const placeAsk = (view) => {
+  if (asking.placed) return;
+  asking.placed = true;
+  if (!view.recent.length) $("tiles").before($("ask-panel"));
 };
 
 const listenToAsk = () => {

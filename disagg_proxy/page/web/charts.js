@@ -1,14 +1,17 @@
-// Line charts of the last ten minutes. The slower or worse series is dashed, so that colours are not needed.
+// Line charts of the last ten minutes. Each line has a dash pattern of its own, so that colours are not needed.
 
 const LONGEST = 600;
 const SHORTEST = 120;
 const SIZE = { width: 320, height: 132, left: 8, right: 8, top: 14, bottom: 20 };
 
+// Null where the proxy has recorded nothing: before its start, or while it was stalled.
+const perSecond = (kind) => (s, per) => (s.requests ? countOf(s.requests, kind) / per : null);
+
 const CHARTS = [
   { id: "ttft", show: duration, lines: [["series_p50", (s) => s.ttft.p50], ["series_p99", (s) => s.ttft.p99]] },
   { id: "gap", show: duration, lines: [["series_p50", (s) => s.gap.p50], ["series_p99", (s) => s.gap.p99]] },
-  { id: "requests", show: rate, lines: [["series_ok", (s, per) => (s.requests[GOOD] || 0) / per], ["series_bad", (s, per) => failedOf(s.requests) / per]] },
-  { id: "load", show: (v) => number(v), lines: [["series_flight", (s) => s.in_flight], ["series_queued", (s) => s.queued]] },
+  { id: "requests", show: (v) => t("per_second", { rate: rate(v) }), lines: [["series_ok", perSecond("ok")], ["series_failed", perSecond("failed")], ["series_client", perSecond("client")]] },
+  { id: "load", show: (v) => number(v), top: (v) => plural("requests_count", v), lines: [["series_flight", (s) => s.in_flight], ["series_queued", (s) => s.queued]] },
 ];
 
 // Rounds up to 1, 2, 5, 10, …, so that the scale changes rarely.
@@ -22,7 +25,7 @@ const makeChart = (chart) => {
   const { width, height, left, right, bottom } = SIZE;
   const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "plot", tabindex: "0", role: "group" },
     svg("path", { class: "grid", d: [0, 0.5, 1].map((part) => `M${left} ${gridAt(part)}H${width - right}`).join("") }),
-    svg("path", { class: "area" }), svg("path", { class: "line two" }), svg("path", { class: "line one" }),
+    svg("path", { class: "area" }), ...chart.lines.map((_, place) => svg("path", { class: `line ${SERIES[place]}` })).reverse(),
     svg("path", { class: "hair" }),
     svg("text", { class: "axis", x: left, y: SIZE.top - 4 }),
     svg("text", { class: "axis", x: left, y: height - 5 }),
@@ -31,22 +34,26 @@ const makeChart = (chart) => {
     svg("text", { class: "axis empty", x: width / 2, y: (height - bottom) / 2 + 8 }));
   const node = el("figure", { class: `chart ${chart.id}` },
     el("figcaption", {}, el("span", { class: "chart-title" }), el("span", { class: "readout" })),
+    el("ul", { class: "series" }, ...chart.lines.map(([key], place) => el("li", { class: SERIES[place] },
+      svg("svg", { viewBox: "0 0 22 8", "aria-hidden": "true" }, svg("path", { class: `line ${SERIES[place]}`, d: "M1 4H21" })), el("span", { "data-text": key })))),
     plot);
-  const state = { node, plot, picked: null, steps: [], chart };
+  const state = { node, plot, picked: null, steps: [], readable: [], chart };
   charts.set(chart.id, state);
   plot.addEventListener("pointermove", (e) => pick(state, nearest(state, e)));
   plot.addEventListener("pointerleave", () => pick(state, null));
   plot.addEventListener("blur", () => pick(state, null));
   plot.addEventListener("keydown", (e) => {
     const move = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
-    if (!move || !state.steps.length) return;
+    if (!move || !state.readable.length) return;
     e.preventDefault();
-    const last = state.steps.length - 1;
-    const from = state.picked === null ? last + (move < 0 ? 1 : 0) : state.steps.findIndex((b) => b.time === state.picked);
-    pick(state, state.steps[Math.min(last, Math.max(0, from + move))].time, true);
+    const last = state.readable.length - 1;
+    const from = state.picked === null ? last + (move < 0 ? 1 : 0) : state.readable.findIndex((b) => b.time === state.picked);
+    pick(state, state.readable[Math.min(last, Math.max(0, from + move))].time, true);
   });
   return node;
 };
+
+const SERIES = ["one", "two", "three"];
 
 const charts = new Map();
 
@@ -58,7 +65,7 @@ const nearest = (state, event) => {
   const box = state.plot.getBoundingClientRect();
   const x = ((event.clientX - box.left) / box.width) * SIZE.width;
   let best = null;
-  for (const b of state.steps)
+  for (const b of state.readable)
     if (!best || Math.abs(acrossAt(b.time, state) - x) < Math.abs(acrossAt(best.time, state) - x)) best = b;
   return best && best.time;
 };
@@ -70,12 +77,12 @@ const pick = (state, time, aloud = false) => {
 };
 
 const describe = ({ chart, per }, step) =>
-  chart.lines.map(([key, value]) => `${t(key)} ${chart.show(value(step, per))}`).join(" · ");
+  chart.lines.map(([key, value]) => `${t(key)} ${known(value(step, per)) ? chart.show(value(step, per)) : t("unknown")}`).join(" · ");
 
 const readOut = (state) => {
-  const { chart, steps, node, plot } = state;
-  const step = steps.find((b) => b.time === state.picked) || null;
-  const latest = steps.findLast((b) => chart.lines.some(([, value]) => known(value(b, state.per)))) || null;
+  const { chart, readable, node, plot } = state;
+  const step = readable.find((b) => b.time === state.picked) || null;
+  const latest = readable[readable.length - 1] || null;
   const text = step ? `${clock(step.time)} · ${describe(state, step)}` : latest ? describe(state, latest) : "";
   put(node.querySelector(".readout"), text);
   const x = step && acrossAt(step.time, state);
@@ -83,19 +90,26 @@ const readOut = (state) => {
   attribute(plot, "aria-label", t("chart_keys", { title: t(`chart_${chart.id}`), latest: latest ? describe(state, latest) : t("chart_empty") }));
 };
 
-// The line is interrupted where values are missing.
-const strokeOf = (points) => {
-  let d = "";
-  let drawing = false;
-  for (const [x, y] of points) {
-    if (y === null) drawing = false;
-    else {
-      d += `${drawing ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}${drawing ? "" : "h.01"}`;
-      drawing = true;
-    }
+// Runs of points without a missing value in between.
+const runsOf = (points) => {
+  const runs = [];
+  let run = null;
+  for (const point of points) {
+    if (point[1] === null) run = null;
+    else if (run) run.push(point);
+    else runs.push((run = [point]));
   }
-  return d;
+  return runs;
 };
+
+const at = ([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+
+// A single point is drawn as a dot.
+const strokeOf = (points) => runsOf(points).map((run) => `M${run.map(at).join("L")}h.01`).join("");
+
+const areaOf = (points, floor) =>
+  runsOf(points).filter((run) => run.length > 1)
+    .map((run) => `M${at([run[0][0], floor])}L${run.map(at).join("L")}L${at([run[run.length - 1][0], floor])}Z`).join("");
 
 const drawChart = (state, view) => {
   const { chart, plot, node } = state;
@@ -104,24 +118,22 @@ const drawChart = (state, view) => {
   state.span = Math.min(LONGEST, Math.max(SHORTEST, 60 * Math.ceil(view.uptime_s / 60)));
   state.per = view.rates.step_s;
   state.steps = view.rates.steps.filter((s) => s.time > view.now - state.span && s.time + state.per <= view.now);
+  state.readable = state.steps.filter((s) => chart.lines.some(([, value]) => known(value(s, state.per))));
   const values = chart.lines.map(([, value]) => state.steps.map((s) => value(s, state.per)));
   const top = niceMaximum(Math.max(0, ...values.flat().filter(known)));
   const points = values.map((line) =>
     line.map((value, place) => [acrossAt(state.steps[place].time, state), known(value) ? gridAt(value / top) : null]));
   const some = values.flat().some(known);
-  attribute(plot.querySelector(".one"), "d", strokeOf(points[0]));
-  attribute(plot.querySelector(".two"), "d", strokeOf(points[1]));
-  const drawn = points[0].filter(([, y]) => y !== null);
-  const floor = gridAt(0);
-  attribute(plot.querySelector(".area"), "d",
-    drawn.length > 1 ? `M${drawn[0][0]} ${floor}${drawn.map(([x, y]) => `L${x.toFixed(1)} ${y.toFixed(1)}`).join("")}L${drawn[drawn.length - 1][0]} ${floor}Z` : "M0 0");
+  points.forEach((line, place) => attribute(plot.querySelector(`.line.${SERIES[place]}`), "d", strokeOf(line)));
+  attribute(plot.querySelector(".area"), "d", areaOf(points[0], gridAt(0)));
   const [high, old, middle, now, empty] = plot.querySelectorAll("text");
-  put(high, some ? chart.show(top) : "");
+  put(high, some ? (chart.top || chart.show)(top) : "");
   put(old, t("chart_ago", { minutes: number(state.span / 60) }));
   put(middle, t("chart_ago", { minutes: number(state.span / 120, 1) }));
   put(now, t("chart_now"));
   put(empty, some ? "" : t("chart_empty"));
   put(node.querySelector(".chart-title"), t(`chart_${chart.id}`));
+  for (const name of node.querySelectorAll(".series span")) put(name, t(name.dataset.text));
   readOut(state);
 };
 

@@ -30,6 +30,12 @@ const verdictOf = (view, connected) => {
   return { level: "bad", sign: "lost", head: { key: "head_gone" }, details };
 };
 
+const showSimulated = (instances) => {
+  const count = instances.filter((i) => i.simulated).length;
+  shown($("simulated"), count > 0);
+  put($("simulated"), count === instances.length ? t("simulated_all") : t("simulated_some", { count: number(count), all: number(instances.length) }));
+};
+
 const showHeadline = (connected) => {
   const { view } = model;
   const { level, sign, head, since, details } = verdictOf(view, connected);
@@ -44,4 +50,5 @@ const showHeadline = (connected) => {
   put($("now-age"), known(since) ? t("for_age", { age: age(view.now - since) }) : "");
   keyed($("now-details"), details.map(sentence), (text) => text, () => el("li"), put);
   showIncident(view && view.incident);
+  showSimulated(view ? view.instances : []);
 };

@@ -4,12 +4,13 @@ const figure = (label, cls) => el("div", { class: cls || null }, el("dt", { "dat
 
 const makeCard = (instance) =>
   el("li", { class: "card" },
-    el("p", { class: "state" }, icon("dot"), el("span", { class: "state-word" }), el("span", { class: "badge" })),
+    el("p", { class: "state" }, icon("dot"), el("span", { class: "state-word" }), el("span", { class: "simulated" }), el("span", { class: "badge" })),
     el("h4", { class: "address" }),
     el("p", { class: "models quiet" }),
+    el("p", { class: "meter-name" }, el("span"), el("span")),
     el("div", { class: "meter", "aria-hidden": "true" }, el("span")),
     el("dl", { class: "figures" },
-      figure("in_flight"), figure("tokens_in_flight"), figure("kv_waiting"), figure("served"), figure("failed", "failures")),
+      figure("tokens_in_flight"), figure("kv_waiting"), figure("served"), figure("failed", "failures")),
     el("ul", { class: "notes" }));
 
 // Bytes are known only where KV_BYTES_PER_TOKEN is set.
@@ -30,22 +31,24 @@ const showCard = (most) => (node, instance) => {
   const state = stateOf(instance);
   attribute(node, "data-state", state);
   attribute(node, "data-key", instance.key);
-  const [line, address, models, meter, figures, notes] = node.children;
+  const [line, address, models, caption, meter, figures, notes] = node.children;
   drawn(line.children[0], state);
   put(line.children[1], word("state", state));
-  put(line.children[2], instance.restart_wanted ? t("restart_wanted") : "");
+  put(line.children[2], instance.simulated ? t("simulated") : "");
+  put(line.children[3], instance.restart_wanted ? t("restart_wanted") : "");
   put(address, instance.http_address);
   put(models, instance.models.join(", "));
-  attribute(models, "title", instance.models.join(", "));
+  put(caption.firstChild, plural("meter", instance.in_flight));
+  put(caption.lastChild, t("meter_scale", { most: number(most) }));
   meter.firstChild.style.setProperty("width", `${Math.min(100, (100 * instance.in_flight) / most)}%`);
   const kv = kvText(instance.kv_waiting_bytes, instance.kv_waiting);
-  const values = [instance.in_flight, instance.tokens_in_flight, kv, instance.requests_total, instance.failures_total];
+  const values = [instance.tokens_in_flight, kv, instance.requests_total, instance.failures_total];
   values.forEach((value, place) => {
     const [term, data] = figures.children[place].children;
     put(term, t(term.dataset.text));
     put(data, typeof value === "string" ? value : number(value));
   });
-  attribute(figures.children[4], "data-some", instance.failures_total > 0);
+  attribute(figures.children[3], "data-some", instance.failures_total > 0);
   keyed(notes, notesOf(instance), (text) => text, () => el("li"), put);
 };
 
@@ -137,7 +140,7 @@ const drawLane = (view) => {
 };
 
 // The newest step is incomplete; use the one before it.
-const lastOf = (view) => view.rates.steps.findLast((step) => step.time + view.rates.step_s <= view.now) || null;
+const lastOf = (view) => view.rates.steps.findLast((step) => step.requests && step.time + view.rates.step_s <= view.now) || null;
 
 const TILES = ["requests", "tokens", "ttft", "gap", "flight", "kv"];
 
@@ -151,7 +154,7 @@ const tileValues = (view) => {
   const p50 = ({ p50 }) => duration(p50);
   const p99 = ({ p99 }) => t("tile_p99", { p99: duration(p99) });
   return {
-    requests: [t("tile_requests"), perSecond((s) => finishedOf(s.requests)), t("tile_requests_more", { count: number(finished), failed: number(failedOf(totals.requests)) })],
+    requests: [t("tile_requests"), perSecond((s) => finishedOf(s.requests)), t("tile_requests_more", { count: number(finished), failed: number(countOf(totals.requests, "failed")), client: number(countOf(totals.requests, "client")) })],
     tokens: [t("tile_tokens"), perSecond((s) => s.pieces), t("tile_tokens_more")],
     ttft: [t("tile_ttft"), p50(latency.ttft), p99(latency.ttft)],
     gap: [t("tile_gap"), p50(latency.gap), p99(latency.gap)],

@@ -7,6 +7,7 @@ const paint = () => {
   const { view } = model;
   if (!view) return;
   put($("version"), t("version", { version: view.version, uptime: age(view.uptime_s) }));
+  placeAsk(view);
   showTiles(view);
   showMachine(view);
   showCharts(view);

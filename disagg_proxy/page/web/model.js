@@ -62,6 +62,12 @@ const nameOf = (view, key) => view.instances.find((i) => i.key === key)?.http_ad
 
 const GOOD = "ok";
 
-const failedOf = (outcomes) => Object.entries(outcomes).reduce((sum, [name, count]) => sum + (name === GOOD ? 0 : count), 0);
+// What the client is the cause of; every other outcome but "ok" is a failure of the service.
+const CLIENT = ["client_error", "client_left"];
+
+const kindOf = (outcome) => (outcome === GOOD ? "ok" : CLIENT.includes(outcome) ? "client" : "failed");
+
+const countOf = (outcomes, kind) =>
+  Object.entries(outcomes).reduce((sum, [name, count]) => sum + (kindOf(name) === kind ? count : 0), 0);
 
 const finishedOf = (outcomes) => Object.values(outcomes).reduce((sum, count) => sum + count, 0);

@@ -4,7 +4,12 @@ const SEGMENTS = ["queue", "prefill", "transfer", "decode"];
 const FEW = 12;
 const MANY = 60;
 
-const filter = { bad: false, more: false };
+const filter = { kind: null, more: false };
+
+const FILTERS = [
+  ["requests-all", null, "requests_none"], ["requests-failed", "failed", "requests_none_failed"],
+  ["requests-client", "client", "requests_none_client"],
+];
 
 const OUTCOME_SHAPE = { ok: "ready", client_error: "warning", client_left: "draining", turned_away: "draining" };
 
@@ -21,10 +26,10 @@ const makeRequest = () =>
     el("span", { class: "bar", "aria-hidden": "true" }, ...SEGMENTS.map((name) => el("span", { class: `seg ${name}` }))),
     el("span", { class: "total" }),
     el("span", { class: "outcome" }, icon("dot"), el("span")),
-    el("span", { class: "unseen" }));
+    el("span", { class: "unseen" }), el("span", { class: "cause" }));
 
 const showRequest = (view, most) => (node, r) => {
-  const [time, route, path, bar, total, outcome, spoken] = node.children;
+  const [time, route, path, bar, total, outcome, spoken, cause] = node.children;
   const how = word("outcome", r.outcome);
   const durations = SEGMENTS.filter((name) => r.bars[name])
     .map((name) => `${t(`seg_${name}`)} ${duration(r.bars[name][1] - r.bars[name][0])}`)
@@ -35,7 +40,8 @@ const showRequest = (view, most) => (node, r) => {
   put(path, pathOf(view, r));
   put(total, duration(r.total_ms));
   attribute(node, "data-outcome", r.outcome);
-  attribute(node, "title", [r.model, durations, r.cause].filter(Boolean).join("\n"));
+  attribute(node, "title", [r.model, durations].filter(Boolean).join("\n"));
+  put(cause, r.outcome === GOOD ? "" : [r.status, r.cause, r.model].filter(Boolean).join(" · "));
   SEGMENTS.forEach((name, place) => {
     const part = bar.children[place];
     const [from, to] = r.bars[name] || [0, 0];
@@ -49,17 +55,18 @@ const showRequest = (view, most) => (node, r) => {
 };
 
 const showRequests = (view) => {
-  const wanted = filter.bad ? view.recent.filter((r) => r.outcome !== GOOD) : view.recent;
+  const wanted = filter.kind ? view.recent.filter((r) => kindOf(r.outcome) === filter.kind) : view.recent;
   const rows = wanted.slice(filter.more ? -MANY : -FEW).reverse();
   const most = Math.max(1, ...rows.map((r) => r.total_ms || 0));
   keyed($("requests"), rows, (r) => r.seq, makeRequest, showRequest(view, most));
   shown($("requests-none"), !rows.length);
-  put($("requests-none"), t(filter.bad && view.recent.length ? "requests_none_bad" : "requests_none"));
+  shown($("requests-head"), rows.length > 0);
+  put($("requests-scale"), duration(most));
+  put($("requests-none"), t(view.recent.length ? FILTERS.find(([, kind]) => kind === filter.kind)[2] : "requests_none"));
   shown($("requests-more"), wanted.length > FEW);
   put($("requests-more"), t(filter.more ? "requests_less" : "requests_more"));
   attribute($("requests-more"), "aria-expanded", String(filter.more));
-  attribute($("requests-all"), "aria-pressed", String(!filter.bad));
-  attribute($("requests-bad"), "aria-pressed", String(filter.bad));
+  for (const [id, kind] of FILTERS) attribute($(id), "aria-pressed", String(filter.kind === kind));
   keyed($("legend"), SEGMENTS, (name) => name,
     (name) => el("li", {}, el("span", { class: `seg ${name}`, "aria-hidden": "true" }), el("span")),
     (node, name) => put(node.children[1], t(`seg_${name}`)));
@@ -67,7 +74,6 @@ const showRequests = (view) => {
 
 const listenToRequests = (again) => {
   const when = (id, change) => $(id).addEventListener("click", () => { change(); again(); });
-  when("requests-all", () => { filter.bad = false; });
-  when("requests-bad", () => { filter.bad = true; });
+  for (const [id, kind] of FILTERS) when(id, () => { filter.kind = kind; });
   when("requests-more", () => { filter.more = !filter.more; });
 };

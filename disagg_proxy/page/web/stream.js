@@ -1,6 +1,8 @@
 // The feed, read with fetch(): EventSource cannot send the API key, which must not be in a URL.
 
-const KEY = "disagg-proxy-key";
+// Addresses are relative, so that the page works under a path prefix too: from "/llm/" and "/llm/dashboard" alike.
+// Proxies under two prefixes of one origin do not share their key.
+const KEY = `disagg-proxy-key ${location.pathname.replace(/[^/]*$/, "")}`;
 
 const keyGiven = () => {
   try {
@@ -61,7 +63,7 @@ const follow = async ({ onEvent, link, keyWanted }) => {
     };
     try {
       alive();
-      const answer = await fetch("/dashboard/events", { headers: authorized(), cache: "no-store", signal: quit.signal });
+      const answer = await fetch("dashboard/events", { headers: authorized(), cache: "no-store", signal: quit.signal });
       if (answer.status === 401) {
         clearTimeout(timer);
         await keyWanted(Boolean(keyGiven()));
