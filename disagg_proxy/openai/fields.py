@@ -57,6 +57,19 @@ def strip(body: Body) -> bool:
     return found
 
 
+def drop_null_limit(route: Route, body: Body) -> bool:
+    """Remove, in place, a ``max_tokens`` of null from a body for /v1/completions. Returns whether there was one.
+
+    vLLM 0.32 and newer read it as the default of 16 (``entrypoints/openai/completion/protocol.py``,
+    ``normalize_null_max_tokens``). Up to 0.23 an assertion fails after generating; without the field they use the same
+    default.
+    """
+    if route.dialect != "completions" or body.get("max_tokens", 0) is not None:
+        return False
+    del body["max_tokens"]
+    return True
+
+
 def for_prefill(route: Route, body: Body) -> Body:
     """Prefill's body: compute the prompt and one token per choice."""
     changed = dict(body)

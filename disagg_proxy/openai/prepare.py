@@ -17,7 +17,16 @@ import msgspec
 
 from disagg_proxy.errors import BadRequest, NotServed, ProxyError, UnsupportedField
 from disagg_proxy.openai import unsupported
-from disagg_proxy.openai.fields import RESPONSES, Body, Route, for_kv_release, for_prefill, lax_int, strip
+from disagg_proxy.openai.fields import (
+    RESPONSES,
+    Body,
+    Route,
+    drop_null_limit,
+    for_kv_release,
+    for_prefill,
+    lax_int,
+    strip,
+)
 from disagg_proxy.openai.lazy_json import LONG, read, size_of
 from disagg_proxy.openai.prefix_hash import NO_AFFINITY, Affinity, AffinityNeeds, affinity
 
@@ -102,7 +111,8 @@ def _prepare(route: Route, raw: bytes, body: Body, wanted: AffinityNeeds | None)
             raise unsupported.prompt_logprobs_refused(body)
     except UnsupportedField as error:
         refusal = error
-    if strip(body):
+    stripped = strip(body)
+    if drop_null_limit(route, body) or stripped:
         raw = encode(body)
     limit = body.get("max_tokens")
     return Prepared(

@@ -48,8 +48,6 @@ def check(route: Route, body: Body) -> None:
 
 def _limits(route: Route, body: Body) -> None:
     most = body.get("max_tokens")
-    if most is None and route.dialect == "completions" and "max_tokens" in body:
-        raise BadRequest("max_tokens must not be null here; leave it out or give a number.", param="max_tokens")
     least = body.get("min_tokens")
     if least is None:
         return

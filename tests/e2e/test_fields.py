@@ -44,6 +44,13 @@ def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**base, **changes}.items() if value is not GONE}
 
 
+async def test_null_is_the_default_limit_of_completions(machine, pair) -> None:
+    """openai's client sends it for ``max_tokens=None``."""
+    status, _, answer = await machine.send(COMPLETIONS, {**REQUESTS[COMPLETIONS], "max_tokens": None})
+    assert status == 200 and json.loads(answer)["usage"]["completion_tokens"] <= 16
+    await machine.unharmed(*pair)
+
+
 async def test_prefill_gets_one_token_to_generate_and_otherwise_the_same(machine, pair) -> None:
     prefill, decode = pair
     for path, change, on_prefill in ON_PREFILL:

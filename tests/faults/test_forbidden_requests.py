@@ -136,7 +136,6 @@ def user(*parts: dict[str, Any]) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    (COMPLETIONS, {"max_tokens": None}, "max_tokens"),
     (COMPLETIONS, {"min_tokens": 9}, "min_tokens"),
     (COMPLETIONS, {"use_beam_search": True}, "use_beam_search"),
     (COMPLETIONS, {"use_beam_search": 1}, "use_beam_search"),

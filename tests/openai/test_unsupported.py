@@ -80,19 +80,6 @@ def test_a_template_of_the_requests_own(body, right) -> None:
 @pytest.mark.parametrize(
     ("route", "body", "right"),
     [
-        (COMPLETIONS, {"max_tokens": None}, False),
-        (COMPLETIONS, {}, True),
-        (CHAT, {"max_tokens": None}, True),
-        (MESSAGES, {"max_tokens": None}, True),
-    ],
-)
-def test_null_is_no_limit_for_completions(route, body, right) -> None:
-    ask(route, body) if right else refused(route, body, "max_tokens")
-
-
-@pytest.mark.parametrize(
-    ("route", "body", "right"),
-    [
         (COMPLETIONS, {"min_tokens": 9, "max_tokens": 8}, False),
         (COMPLETIONS, {"min_tokens": 8, "max_tokens": 8}, True),
         (COMPLETIONS, {"min_tokens": 9, "max_tokens": 10, "max_completion_tokens": 3}, True),
