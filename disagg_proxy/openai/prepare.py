@@ -119,20 +119,21 @@ def _prepare(route: Route, raw: bytes, body: Body, wanted: AffinityNeeds | None)
         model,
         encode(for_prefill(route, body)),
         raw,
-        choices_of(body),
+        choices_of(route, body),
         prefill_answers,
         limit if type(limit) is int else lax_int(limit) or 0,
         bool(body.get("stream")),
-        prompt_size(body),
+        prompt_size(route, body),
         refusal,
         NO_AFFINITY if wanted is None else affinity(route, body, wanted),
-        prompts_of(body),
+        prompts_of(route, body),
     )
 
 
 def _for_decode_alone(model: str | None, body: Body, raw: bytes) -> Prepared:
     refusal = NotServed(f"{RESPONSES.path} is not served: {unsupported.NO_RESPONSES}.")
-    return Prepared(model, b"", raw, streams=bool(body.get("stream")), prompt=prompt_size(body), refusal=refusal)
+    size = prompt_size(RESPONSES, body)
+    return Prepared(model, b"", raw, streams=bool(body.get("stream")), prompt=size, refusal=refusal)
 
 
 def parse_object(raw: bytes) -> Body:
@@ -199,23 +200,34 @@ def _json_name(value: object) -> str:
 
 # -- the length of the prompts, without a tokenizer
 
+_PROMPT_FIELDS = {
+    "completions": ("prompt",),
+    "chat": ("messages", "tools", "documents"),
+    "messages": ("messages", "system", "tools"),
+    "responses": ("input", "instructions", "tools"),
+}
+"""The fields that vLLM renders into the prompt, by dialect; it ignores those of other dialects."""
 
-def choices_of(body: Body) -> int:
-    """Number of choices for each prompt: ``n`` as vLLM reads it, 1 where it is invalid or missing."""
-    return max(1, lax_int(body["n"]) or 1) if "n" in body else 1
+
+def choices_of(route: Route, body: Body) -> int:
+    """Number of choices for each prompt: ``n`` as vLLM reads it, 1 where it is invalid or missing, or no field of the
+    route's requests."""
+    if "n" not in body or route.dialect not in ("completions", "chat"):
+        return 1
+    return max(1, lax_int(body["n"]) or 1)
 
 
-def prompts_of(body: Body) -> int:
+def prompts_of(route: Route, body: Body) -> int:
     """Number of prompts: a list of texts or of lists of token ids holds several."""
-    prompt = body.get("prompt")
+    prompt = body.get("prompt") if route.dialect == "completions" else None
     return len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
 
 
-def prompt_size(body: Body) -> tuple[int, int]:
+def prompt_size(route: Route, body: Body) -> tuple[int, int]:
     """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
-    factor = choices_of(body)
+    factor = choices_of(route, body)
     tokens = text = 0
-    for name in ("prompt", "messages", "system", "tools", "documents", "input", "instructions"):
+    for name in _PROMPT_FIELDS[route.dialect]:
         value = body.get(name)
         if value is not None:
             more_tokens, more_text = _measure(value)

@@ -1,5 +1,6 @@
 """Prompt sizes without a tokenizer."""
 
+import json
 import random
 from collections import Counter
 from math import ceil
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_proxy.admission.token_estimate import TokenEstimator, in_blocks
-from disagg_proxy.openai.prepare import prompt_size
+from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Route
+from disagg_proxy.openai.prepare import prepare, prompt_size
 
 
 @pytest.mark.parametrize(
@@ -26,19 +28,36 @@ from disagg_proxy.openai.prepare import prompt_size
         ({"prompt": "ab", "n": "many"}, (0, 2)),
         ({"messages": [{"role": "user", "content": "hi"}]}, (0, 17)),
         ({"messages": [{"content": [{"type": "image_url", "image_url": {"url": "data:" + "x" * 999}}]}]}, (0, 32)),
-        ({"tools": [{"properties": {"metres": {"type": "integer"}}}]}, (0, 10 + 6 + 4 + 7)),
+        ({"messages": [], "tools": [{"properties": {"metres": {"type": "integer"}}}]}, (0, 10 + 6 + 4 + 7)),
         ({"documents": [{"text": "abc"}]}, (0, 7)),
         ({}, (0, 0)),
-        ({"prompt": None, "messages": 5}, (0, 0)),
+        ({"messages": 5}, (0, 0)),
+        ({"prompt": None}, (0, 0)),
     ],
 )
 def test_what_counts(body: dict, size: tuple[int, int]) -> None:
-    assert prompt_size(body) == size
+    assert prompt_size(COMPLETIONS if "prompt" in body else CHAT, body) == size
+
+
+ALL_FIELDS = {
+    "prompt": ["x", "yz"], "messages": [], "system": "abc", "tools": ["abcd"], "documents": ["abcde"],
+    "input": "abcdef", "instructions": "abcdefg", "n": 7, "max_tokens": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("route", "choices", "prompts", "text"),
+    [(COMPLETIONS, 7, 2, 7 * 3), (CHAT, 7, 1, 7 * (4 + 5)), (MESSAGES, 1, 1, 3 + 4), (RESPONSES, 1, 1, 4 + 6 + 7)],
+)
+def test_only_the_fields_of_the_route_count(route: Route, choices: int, prompts: int, text: int) -> None:
+    """vLLM ignores unknown fields, ``n`` on /v1/messages among them."""
+    prepared = prepare(route, json.dumps(ALL_FIELDS).encode())
+    assert (prepared.choices, prepared.prompts, prepared.prompt) == (choices, prompts, (0, text))
 
 
 # -- the estimate
 
-CHAT = {"templated": True}
+TEMPLATED = {"templated": True}
 ENOUGH = 64 * 1024
 """Bytes of text after which a guess does not depend on what was assumed at first."""
 
@@ -58,14 +77,14 @@ def test_at_first_text_is_likely_four_bytes_a_token_and_at_most_one() -> None:
     estimator = TokenEstimator()
     assert estimator.tokens("m", 10, 400) == 110
     assert estimator.upper_bound("m", 0, 400) == 400
-    assert estimator.upper_bound("m", 0, 400, **CHAT) == 464 == in_blocks(464)
+    assert estimator.upper_bound("m", 0, 400, **TEMPLATED) == 464 == in_blocks(464)
 
 
 def test_token_ids_are_exact_but_for_full_blocks() -> None:
     estimator = taught((20_000, 6.0), times=20)
     for tokens in (1, 16, 17, 400, 2000):
         assert estimator.tokens("m", tokens, 0) == tokens
-        assert estimator.upper_bound("m", tokens, 0, **CHAT) == in_blocks(tokens) < tokens + 16
+        assert estimator.upper_bound("m", tokens, 0, **TEMPLATED) == in_blocks(tokens) < tokens + 16
     # Three prompts of 21 tokens take six blocks, one of 63 takes four.
     assert estimator.upper_bound("m", 63, 0, prompts=3) == in_blocks(63, 3) >= 3 * in_blocks(21)
 
@@ -76,7 +95,7 @@ def test_a_tiny_prompt_teaches_nothing_of_text(size: int) -> None:
     before = estimator.tokens("m", 0, 10_000), estimator.upper_bound("m", 0, 10_000)
     for tokens in (1, size, 200):
         estimator.observe("m", size, tokens)
-        estimator.observe("m", size, tokens, **CHAT)
+        estimator.observe("m", size, tokens, **TEMPLATED)
     assert (estimator.tokens("m", 0, 10_000), estimator.upper_bound("m", 0, 10_000)) == before
 
 
@@ -169,13 +188,13 @@ def test_dense_texts_are_forgotten_when_they_stop() -> None:
 def test_a_chat_template_is_learnt_from_tiny_prompts() -> None:
     estimator = taught((8000, 4.0), times=20)
     for _ in range(200):
-        estimator.observe("m", 20, 35, **CHAT)
+        estimator.observe("m", 20, 35, **TEMPLATED)
         estimator.observe("m", 20, 5)
-    assert in_blocks(35) <= estimator.upper_bound("m", 0, 20, **CHAT) <= in_blocks(35) + 16
+    assert in_blocks(35) <= estimator.upper_bound("m", 0, 20, **TEMPLATED) <= in_blocks(35) + 16
     assert estimator.upper_bound("m", 0, 20) == 16
-    assert estimator.upper_bound("m", 0, 80, prompts=4, **CHAT) >= 4 * 35
-    estimator.observe("m", 20, 1200, **CHAT)
-    assert estimator.upper_bound("m", 0, 20, **CHAT) <= in_blocks(35) + 16
+    assert estimator.upper_bound("m", 0, 80, prompts=4, **TEMPLATED) >= 4 * 35
+    estimator.observe("m", 20, 1200, **TEMPLATED)
+    assert estimator.upper_bound("m", 0, 20, **TEMPLATED) <= in_blocks(35) + 16
 
 
 @pytest.mark.parametrize(("text", "tokens"), [(0, 10), (10, 0), (-1, 1), (1000, 0)])
