@@ -26,6 +26,11 @@ _ID_BYTES = 4
 
 _ID_ENDS = tuple(end // _ID_BYTES for end in ENDS)
 
+_BILLING = "x-anthropic-billing-header"
+"""Begins a system block of Claude Code of which a part changes with every request. vLLM leaves it out of the prompt
+(0.32, ``entrypoints/anthropic/serving.py``; on chat ``renderers/chat_utils.py``,
+``_strip_claude_code_billing_header``)."""
+
 _HOME = 1024
 """Bytes that identify a conversation where the request has no messages."""
 
@@ -132,7 +137,7 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
     if isinstance(tools, list):
         parts.extend(map(_dumped, tools))
     if route.dialect == "messages" and body.get("system"):
-        parts += "\0system\0", _text(body["system"])
+        parts += "\0system\0", _system_text(route, body["system"])
     messages = body.get("messages")
     length, unread, first = sum(map(len, parts)), 0, 0
     for message in messages if isinstance(messages, list) else ():
@@ -143,7 +148,10 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
             unread += len(content) if isinstance(content, str) else 0
             continue
         role = str(message.get("role"))
-        text = content if isinstance(content, str) else _text(content)
+        if role == "system":
+            text = _system_text(route, content)
+        else:
+            text = content if isinstance(content, str) else _text(content)
         parts += "\0", role, "\0", text
         if len(message) > 2:
             parts.append(_dumped([value for name, value in message.items() if name not in ("role", "content")]))
@@ -164,10 +172,33 @@ def _text(content: Any) -> str:
         return content
     if not isinstance(content, list):
         return "" if content is None else _dumped(content)
-    return "".join(
-        part["text"] if isinstance(part, dict) and isinstance(part.get("text"), str) else _dumped(part)
-        for part in content
-    )
+    return "".join(map(_text_of_part, content))
+
+
+def _text_of_part(part: Any) -> str:
+    if not isinstance(part, dict):
+        return _dumped(part)
+    text = part.get("text")
+    if isinstance(text, str):
+        return text
+    if "cache_control" in part:
+        # Anthropic's clients move this mark to the end of the conversation with every turn; vLLM does not read it.
+        part = {name: value for name, value in part.items() if name != "cache_control"}
+    return _dumped(part)
+
+
+def _system_text(route: Route, content: Any) -> str:
+    """The system prompt's content as one text, without what vLLM does not render."""
+    if isinstance(content, list):
+        return "".join([_without_billing(route, _text_of_part(part)) for part in content])
+    return _without_billing(route, _text(content))
+
+
+def _without_billing(route: Route, text: str) -> str:
+    if not text.startswith(_BILLING):
+        return text
+    # On chat it is only the first line, since gateways may have joined the blocks.
+    return text.partition("\n")[2] if route.dialect == "chat" else ""
 
 
 def _dumped(value: Any) -> str:

@@ -64,6 +64,45 @@ def test_a_conversation_goes_on_from_its_beginning() -> None:
     assert common(before, other) == sum(end <= 3000 for end in ENDS)
 
 
+BILLING = "x-anthropic-billing-header: cc_version=2.1.{0}; cch={0};"
+
+
+@pytest.mark.parametrize("route", [CHAT, MESSAGES])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_billing_header_is_no_part_of_the_prompt(route: Route, joined: bool) -> None:
+    """Claude Code's first system block changes with every request; vLLM 0.32 does not render it."""
+
+    def turn(number: int, *texts: str) -> Affinity:
+        blocks = [BILLING.format(number), TEXT[:2000]]
+        # A gateway that translates to chat may join the blocks.
+        system = [{"type": "text", "text": text} for text in ([f"{blocks[0]}\n{blocks[1]}"] if joined else blocks)]
+        if route is MESSAGES:
+            return look(route, system=system, messages=said(*texts))
+        content: Any = system[0]["text"] if joined else system
+        return look(route, messages=[{"role": "system", "content": content}, *said(*texts)])
+
+    first, second = turn(1, TEXT[:600]), turn(2, TEXT[:600], "ok", "go on")
+    if joined and route is MESSAGES:
+        # There the whole block is left out, whatever follows.
+        assert first.size < 800
+    assert common(first, second) == len(first.prefix) > 0 and first.home == second.home
+    assert look(route, messages=[{"role": "user", "content": BILLING.format(1) + TEXT[:600]}]).size > 600
+
+
+def test_the_mark_of_what_to_cache_is_no_part_of_the_prompt() -> None:
+    def turns(*marked: bool) -> Affinity:
+        results = []
+        for number, mark in enumerate(marked):
+            part = {"type": "tool_result", "tool_use_id": f"t{number}", "content": TEXT[:600]}
+            if mark:
+                part["cache_control"] = {"type": "ephemeral"}  # type: ignore[assignment]
+            results.append({"role": "user", "content": [part]})
+        return look(MESSAGES, messages=results)
+
+    before, after = turns(False, True), turns(False, False, True)
+    assert common(before, after) == len(before.prefix) > 4
+
+
 def test_chat_and_messages_with_the_same_prompt_are_the_same() -> None:
     talk = said(TEXT[:900], TEXT[:400], "and?")
     chat = look(CHAT, messages=[{"role": "system", "content": TEXT[:1500]}, *talk])
