@@ -11,6 +11,9 @@ Two estimates, since errors have different consequences:
 
 Both are weighted by bytes, and one prompt counts at most 1/16 of the window. Prompts below 256 bytes update neither,
 since most of their tokens may be the chat template's; they update the estimate of the template's size.
+
+Images and sound are counted, and have a learnt estimate of their own, since their base64 says little of the tokens that
+a model makes of them. A prompt with media updates nothing of text.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from math import ceil, floor, log2
 from typing import Final
 
 from disagg_proxy.openai.fields import COMPLETIONS, Route
-from disagg_proxy.openai.prepare import Prepared
+from disagg_proxy.openai.prepare import Prepared, PromptSize
 
 _WINDOW: Final = 1 << 20
 """Size in bytes of the exponentially decaying window."""
@@ -44,7 +47,7 @@ _STEPS: Final = 4
 
 _DENSEST: Final = 0.5
 _LOOSEST: Final = 16.0
-"""Bytes per token outside these bounds are ignored: bytes and tokens are not of the same text (media, truncation)."""
+"""Bytes per token outside these bounds are ignored: bytes and tokens are not of the same text (truncation)."""
 
 _CLASSES: Final = 13
 """From _DENSEST to _EXPECTED: the upper bound assumes no looser text, whatever clients send to influence it."""
@@ -54,10 +57,19 @@ _ONE_BYTE: Final = 4
 
 _TEMPLATE: Final = 64.0
 _MAX_TEMPLATE: Final = 256.0
-"""Tokens of a chat template: the initial value, and the bound above which they stem from something else (media)."""
+"""Tokens of a chat template: the initial value, and the bound above which they stem from something else."""
 
 _TEMPLATE_DECAY: Final = 0.98
 """Factor per short prompt."""
+
+_MEDIUM: Final = 1024.0
+_LARGE_MEDIUM: Final = 4096.0
+"""Tokens of one image or sound until prefill has counted some: as expected, and as the upper bound. Vision models make
+256 to 4,096 of an image of usual size, audio models about 25 a second."""
+
+_MEDIUM_WEIGHT: Final = 1 / 16
+_MEDIUM_DECAY: Final = 0.995
+"""Per request with media: the weight of its tokens per medium in the expected value, and the decay of the largest."""
 
 _BLOCK: Final = 16
 """Tokens per KV block; KV is sent in full blocks (vLLM 0.11 - 0.23, ``p2p_nccl_connector.py``)."""
@@ -77,9 +89,12 @@ class _Texts:
         bytes_per_token: of all of them.
         densest: bytes per token of the densest kind.
         template: tokens that the chat template adds to a prompt's text.
+        medium, large_medium: tokens of an image, sound or other medium: as expected, and of the largest ones.
     """
 
-    __slots__ = ("_by_class", "_bytes", "_tokens", "bytes_per_token", "densest", "template")
+    __slots__ = (
+        "_by_class", "_bytes", "_tokens", "bytes_per_token", "densest", "large_medium", "medium", "template",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._by_class: list[float] = [0.0] * _CLASSES
@@ -89,6 +104,17 @@ class _Texts:
         self.bytes_per_token = _EXPECTED
         self.densest = 1.0
         self.template = _TEMPLATE
+        self.medium = _MEDIUM
+        self.large_medium = _LARGE_MEDIUM
+
+    def add_media(self, text: int, media: int, tokens: int) -> None:
+        """Add one prompt with media, unless most of its tokens are of text, whose number is only estimated."""
+        of_text = text / self.bytes_per_token
+        if 2 * of_text > tokens:
+            return
+        each = (tokens - of_text) / media
+        self.medium += _MEDIUM_WEIGHT * (each - self.medium)
+        self.large_medium = max(each, self.large_medium * _MEDIUM_DECAY)
 
     def add(self, text: int, tokens: int, templated: bool) -> None:
         """Add one prompt: its bytes and its tokens."""
@@ -129,36 +155,43 @@ class TokenEstimator:
     def __init__(self) -> None:
         self._texts: dict[str, _Texts] = {}
 
-    def tokens(self, model: str | None, token_ids: int, text_bytes: int) -> int:
+    def tokens(self, model: str | None, size: PromptSize) -> int:
         """Expected tokens of one request."""
-        return token_ids + round(text_bytes / self._of(model).bytes_per_token)
+        texts = self._of(model)
+        tokens = size.token_ids + round(size.text / texts.bytes_per_token)
+        return tokens + round(size.media * texts.medium) if size.media else tokens
 
-    def upper_bound(
-        self, model: str | None, token_ids: int, text_bytes: int, prompts: int = 1, templated: bool = False
-    ) -> int:
+    def upper_bound(self, model: str | None, size: PromptSize, prompts: int = 1, templated: bool = False) -> int:
         """Upper bound of the tokens in full KV blocks that one request takes.
 
         Args:
             prompts: sequences that the tokens belong to: prompts times choices.
             templated: whether a chat template is applied to each.
         """
-        tokens = token_ids
-        if text_bytes:
+        tokens = size.token_ids
+        if size.text or size.media:
             texts = self._of(model)
-            tokens += ceil(text_bytes / texts.densest + (prompts * texts.template if templated else 0.0))
+            tokens += ceil(
+                size.text / texts.densest
+                + size.media * texts.large_medium
+                + (prompts * texts.template if templated else 0.0)
+            )
         return in_blocks(tokens, prompts)
 
-    def observe(self, model: str | None, text_bytes: int, prompt_tokens: int, templated: bool = False) -> None:
-        """Update the estimates with prefill's count for a single prompt that was text only."""
+    def observe(self, model: str | None, size: PromptSize, prompt_tokens: int, templated: bool = False) -> None:
+        """Update the estimates with prefill's count for a single prompt: of text, or with media the one of media."""
         name = model or ""
-        if text_bytes < 1 or prompt_tokens < 1:
+        if size.token_ids or not (size.text or size.media) or prompt_tokens < 1:
             return
         texts = self._texts.get(name)
         if texts is None:
             if len(self._texts) >= _MAX_MODELS:
                 return
             texts = self._texts[name] = _Texts()
-        texts.add(text_bytes, prompt_tokens, templated)
+        if size.media:
+            texts.add_media(size.text, size.media, prompt_tokens)
+        else:
+            texts.add(size.text, prompt_tokens, templated)
 
     def _of(self, model: str | None) -> _Texts:
         return self._texts.get(model or "", _UNKNOWN)
@@ -179,7 +212,7 @@ class PromptSizes:
 
     def tokens(self, prepared: Prepared) -> int:
         """Expected tokens of all prompts of a request."""
-        return self.estimator.tokens(prepared.model, *prepared.prompt)
+        return self.estimator.tokens(prepared.model, prepared.prompt)
 
     def kv_bytes_of(self, tokens: int) -> int:
         """Bytes of KV of ``tokens``; 0 when KV accounting is disabled."""
@@ -191,12 +224,11 @@ class PromptSizes:
             return 0
         sequences = prepared.choices * prepared.prompts
         templated = route is not COMPLETIONS
-        return self._per_token * self.estimator.upper_bound(prepared.model, *prepared.prompt, sequences, templated)
+        return self._per_token * self.estimator.upper_bound(prepared.model, prepared.prompt, sequences, templated)
 
     def record_count(self, route: Route, prepared: Prepared, tokens: int) -> int:
         """Record that prefill counted ``tokens`` (above 0) in the prompts. Returns their bytes of KV on decode."""
         sequences = prepared.choices * prepared.prompts
-        token_ids, text_bytes = prepared.prompt
-        if self._learns and not token_ids and sequences == 1:
-            self.estimator.observe(prepared.model, text_bytes, tokens, route is not COMPLETIONS)
+        if self._learns and sequences == 1:
+            self.estimator.observe(prepared.model, prepared.prompt, tokens, route is not COMPLETIONS)
         return self._per_token * in_blocks(tokens * prepared.choices, sequences)

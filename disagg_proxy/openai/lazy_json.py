@@ -43,5 +43,5 @@ def _value(name: str, value: msgspec.Raw) -> Any:
 
 
 def size_of(text: msgspec.Raw) -> int:
-    """Length of an undecoded text in bytes, escapes included; 0 for media, as in :func:`prepare.prompt_size`."""
-    return 0 if bytes(memoryview(text)[:6]) == b'"data:' else len(text) - 2
+    """Length of an undecoded text in bytes, escapes included."""
+    return len(text) - 2

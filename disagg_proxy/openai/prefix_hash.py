@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from disagg_proxy.openai.fields import Body, Route
+from disagg_proxy.openai.media import is_media, stand_in
 
 ENDS = (*range(256, 2049, 256), *range(3072, 16385, 1024), *range(20480, 32769, 4096))
 """Prefix lengths in bytes that are hashed; prompts that differ only after the last one count as equal."""
@@ -167,7 +168,8 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
 
 
 def _text(content: Any) -> str:
-    """Content as one text. Texts stay unchanged, so that a longer one starts with a shorter one; the rest is dumped."""
+    """Content as one text. Texts stay unchanged, so that a longer one starts with a shorter one; the rest is dumped,
+    media as a text of fixed length."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -176,6 +178,15 @@ def _text(content: Any) -> str:
 
 
 def _text_of_part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "tool_result":
+        inner = part.get("content")
+        if isinstance(inner, list):
+            rest = {name: value for name, value in part.items() if name != "content"}
+            return _text_of_leaf(rest) + "".join(map(_text_of_leaf, inner))
+    return _text_of_leaf(part)
+
+
+def _text_of_leaf(part: Any) -> str:
     if not isinstance(part, dict):
         return _dumped(part)
     text = part.get("text")
@@ -184,7 +195,7 @@ def _text_of_part(part: Any) -> str:
     if "cache_control" in part:
         # Anthropic's clients move this mark to the end of the conversation with every turn; vLLM does not read it.
         part = {name: value for name, value in part.items() if name != "cache_control"}
-    return _dumped(part)
+    return stand_in(_marshalled(part)) if is_media(part) else _dumped(part)
 
 
 def _system_text(route: Route, content: Any) -> str:
@@ -203,11 +214,15 @@ def _without_billing(route: Route, text: str) -> str:
 
 def _dumped(value: Any) -> str:
     """Any JSON value as text that is equal for equal values. It is never parsed."""
+    return _marshalled(value).decode("latin-1")
+
+
+def _marshalled(value: Any) -> bytes:
     try:
         # Version 2 has no references, which would depend on object identity. Much faster than json.
-        return marshal.dumps(value, 2).decode("latin-1")
+        return marshal.dumps(value, 2)
     except ValueError:
-        return ""
+        return b""
 
 
 def _bytes(text: str) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -28,7 +28,24 @@ from disagg_proxy.openai.fields import (
     strip,
 )
 from disagg_proxy.openai.lazy_json import LONG, read, size_of
+from disagg_proxy.openai.media import take_out
 from disagg_proxy.openai.prefix_hash import NO_AFFINITY, Affinity, AffinityNeeds, affinity
+
+
+class PromptSize(NamedTuple):
+    """The size of a request's prompts, for :class:`disagg_proxy.admission.token_estimate.TokenEstimator`. Every choice
+    of ``n`` counts.
+
+    Attributes:
+        token_ids: given as such. text: bytes. media: images, sounds, videos and documents.
+    """
+
+    token_ids: int = 0
+    text: int = 0
+    media: int = 0
+
+
+NO_PROMPT = PromptSize()
 
 
 @dataclass(slots=True)
@@ -41,8 +58,7 @@ class Prepared:
         choices: how many choices each prompt gets; 1 when the field holds no number.
         prefill_answers: prefill's answer is the client's; decode only frees the KV.
         streams: whether the client requested a stream.
-        prompt: token ids and bytes of text in the prompts, for
-            :class:`disagg_proxy.admission.token_estimate.TokenEstimator`.
+        prompt: the size of its prompts.
         refusal: why a pair cannot serve it; one engine alone could.
         affinity: as far as the policies need it.
         limit: the client's ``max_tokens``; 0 when that is no number.
@@ -56,7 +72,7 @@ class Prepared:
     prefill_answers: bool = False
     limit: int = 0
     streams: bool = True
-    prompt: tuple[int, int] = (0, 0)
+    prompt: PromptSize = NO_PROMPT
     refusal: ProxyError | None = None
     affinity: Affinity = NO_AFFINITY
     prompts: int = 1
@@ -223,20 +239,24 @@ def prompts_of(route: Route, body: Body) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and type(prompt[0]) is not int else 1
 
 
-def prompt_size(route: Route, body: Body) -> tuple[int, int]:
-    """(token ids, bytes of text) of a request's prompts; every choice of ``n`` counts."""
+def prompt_size(route: Route, body: Body) -> PromptSize:
+    """The size of a request's prompts."""
     factor = choices_of(route, body)
-    tokens = text = 0
+    tokens = text = media = 0
     for name in _PROMPT_FIELDS[route.dialect]:
         value = body.get(name)
-        if value is not None:
-            more_tokens, more_text = _measure(value)
-            tokens, text = tokens + more_tokens, text + more_text
-    return tokens * factor, text * factor
+        if value is None:
+            continue
+        if name in ("messages", "input") and isinstance(value, list):
+            value, found = take_out(value)
+            media += found
+        more_tokens, more_text = _measure(value)
+        tokens, text = tokens + more_tokens, text + more_text
+    return PromptSize(tokens * factor, text * factor, media * factor)
 
 
 def _measure(value: Any) -> tuple[int, int]:
-    """Lists of numbers count as token ids, strings by their UTF-8 length (media not at all), containers by content."""
+    """Lists of numbers count as token ids, strings by their UTF-8 length, containers by content."""
     tokens = text = 0
     waiting = [value]
     while waiting:
@@ -244,8 +264,6 @@ def _measure(value: Any) -> tuple[int, int]:
         if isinstance(item, msgspec.Raw):
             text += size_of(item)
         elif isinstance(item, str):
-            if item.startswith("data:"):
-                continue
             text += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
         elif isinstance(item, list):
             if item and type(item[0]) is int:

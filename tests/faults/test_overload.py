@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from disagg_proxy.openai.prepare import PromptSize
 from disagg_sim import expected_text
 from tests.conftest import soon
 from tests.faults.conftest import ids
@@ -142,7 +143,7 @@ async def test_sizes_are_learnt_from_prefill(machine, pair) -> None:
     services = machine.proxy.services
     text = " people between" * 200
     for expected in (750, 489):
-        assert services.sizes.estimator.tokens("sim-model", 0, len(text)) == expected
+        assert services.sizes.estimator.tokens("sim-model", PromptSize(0, len(text))) == expected
         assert (await machine.post(COMPLETIONS, {"model": "sim-model", "prompt": text, "max_tokens": 1}))[0] == 200
 
 
