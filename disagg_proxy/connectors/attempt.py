@@ -5,6 +5,7 @@ The connector decides the order of the legs, and what follows from each outcome.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable
 
 from disagg_proxy.cluster.instance import Instance
@@ -16,11 +17,14 @@ from disagg_proxy.downstream.refusal import ClientResponse, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
-from disagg_proxy.http1.headers import forwarded_response_headers
+from disagg_proxy.http1.headers import ResponseHeaders, forwarded_response_headers
+from disagg_proxy.openai.error_answer import begins_with_error, error_in
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.usage import UsageRepair
 from disagg_proxy.request_id import RequestId, RequestIdRewriter
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
+
+log = logging.getLogger(__name__)
 
 
 class Attempt:
@@ -118,6 +122,20 @@ class Attempt:
 
     # -- the answer
 
+    async def refusal(self, answer: Response) -> CompleteResponse | None:
+        """Decode's answer as a refusal, if its status is not 200 or it is nothing but an error; None for any other.
+
+        Raises:
+            EngineError, EngineDeadline: decode broke before the first byte of the body, or within the refusal.
+        """
+        if answer.status != 200:
+            return await answer.read_all()
+        await answer.wait_until(ReadUntil.BODY_STARTED)
+        if not begins_with_error(answer.beginning):
+            return None
+        status, body = error_in((await answer.read_all()).body)
+        return CompleteResponse(status, ResponseHeaders([(b"content-type", b"application/json")]), body)
+
     async def deliver(
         self, reply: Reply, answer: Response, rewriter: RequestIdRewriter, repair: UsageRepair, public: RequestId | None
     ) -> None:
@@ -141,6 +159,13 @@ class Attempt:
         record.on_first_byte(True)
         reply.send(ClientResponse(200, forwarded_response_headers(answer.headers, public), stream))
         await stream.finished
+        if stream.error is not None:
+            status, said = stream.error
+            log.warning(
+                "The decode leg of %s ended with an error in its stream, status %d: %.300r",
+                self.id.public, status, said,
+            )  # fmt: skip
+            self.end_refused(status)
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
 
     def refuse(self, reply: Reply, answer: CompleteResponse, leg: str) -> None:

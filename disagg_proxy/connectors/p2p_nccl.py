@@ -12,6 +12,7 @@ indefinitely (docs/retry.md). So each moment at which a request can end has its 
     decode refused (4xx)            the client gets that answer; the KV is released
     decode unreachable              another pair, else 502. The KV is released unless decode's process has ended
     decode broken before the first byte    502 and no release: a second decode of an id that was received would stall
+    decode's 200 is an error        the error with its own status and no release: the engine may have the KV
     decode stalled                  504 before the first byte of the answer, a cut afterwards
     client leaves before the first byte    decode is aborted after a grace time, when it surely has the request
     client leaves later             decode is aborted at once: vLLM frees everything
@@ -143,15 +144,16 @@ class P2pNccl:
                 self._load_timeouts.drop(load)
 
             # 4. Answer.
-            if answer.status != 200:
-                await self._refused_by_decode(attempt, reply, answer)
-                return None
-            attempt.placement.release_kv()
             try:
-                await self._answer(attempt, reply, answer, use)
+                rejected = await attempt.refusal(answer)
+                if rejected is None:
+                    attempt.placement.release_kv()
+                    await self._answer(attempt, reply, answer, use)
+                    return None
             except ProxyError:
                 attempt.end_decode(failed=True)
                 raise
+            self._refused_by_decode(attempt, reply, rejected, received=answer.status == 200)
             return None
         finally:
             if not attempt.detached:
@@ -182,9 +184,13 @@ class P2pNccl:
             self._release(attempt)
         return Failure(error, attempt.decode)
 
-    async def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, answer: Response) -> None:
-        refused = await answer.read_all()
-        if refused.status < 500:
+    def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, refused: CompleteResponse, received: bool) -> None:
+        """Deliver decode's refusal.
+
+        Args:
+            received: it is an error within a 200, so that the engine may have the request and its KV.
+        """
+        if refused.status < 500 and not received:
             attempt.decoding.end(received=False)
             # The API server rejected it before its engine had it, so the KV still waits there.
             self._release(attempt)

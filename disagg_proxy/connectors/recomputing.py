@@ -23,6 +23,7 @@ from disagg_proxy.downstream.refusal import ClientResponse, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
+from disagg_proxy.openai.error_answer import begins_with_error
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
 from disagg_proxy.request_id import NoRewriting, RequestId
@@ -139,7 +140,7 @@ class RecomputingAttempt(Attempt):
         except ProxyError as error:
             self.blame_decode(error)
             raise
-        if answer.status == 200:
+        if answer.status == 200 and not begins_with_error(answer.beginning):
             self._accepted = True
             self._count_disagreement()
         return answer
@@ -150,12 +151,14 @@ class RecomputingAttempt(Attempt):
         Raises:
             EngineError, EngineDeadline: decode failed, or broke before the first byte of the body.
         """
-        if answer.status != 200:
-            await self._refused(reply, answer)
+        refused = await self.refusal(answer)
+        if refused is not None:
+            # The KV stays claimed: prefill still holds it, and gets a RELEASE at the end of the attempt.
+            end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
+            self.refuse(reply, refused, "decode")
             return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
-            await answer.wait_until(ReadUntil.BODY_STARTED)
             self.placement.release_kv()
             request.prepared.forget_bodies()
             await self.deliver(reply, answer, NoRewriting(), self.repair, None)
@@ -199,9 +202,3 @@ class RecomputingAttempt(Attempt):
                 prefill, self.request.route.path, self.decode, refusal.status, reason,
             )  # fmt: skip
         prefill.prefills_refused += 1
-
-    async def _refused(self, reply: Reply, answer: Response) -> None:
-        refused = await answer.read_all()
-        # The KV stays claimed: prefill still holds it, and gets a RELEASE at the end of the attempt.
-        end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
-        self.refuse(reply, refused, "decode")

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import ClassVar, Final, Protocol
 
 from disagg_proxy.cluster.progress import PendingResponse
-from disagg_proxy.errors import EngineDeadline, EngineError, StreamCut
+from disagg_proxy.errors import EngineDeadline, EngineError, EngineFailed, StreamCut
+from disagg_proxy.openai.error_answer import ErrorAnswer, error_event
 from disagg_proxy.openai.prefill_answer import prompt_tokens
 from disagg_proxy.openai.usage import UsageRepair, output_tokens
 from disagg_proxy.request_id import RequestIdRewriter
@@ -27,6 +28,9 @@ _LINE_END: Final = ord("\n")
 
 _MAX_FINAL_EVENT: Final = 64
 """Bytes of the last event of a stream, which has no token counts: ``[DONE]``, ``message_stop``."""
+
+
+_ENDED_WITH_ERROR: Final = "The decode instance ended its stream with an error."
 
 
 def _discard(data: bytes) -> None:
@@ -63,6 +67,7 @@ class ResponseStream:
     Attributes:
         finished: set when the body has ended in any way.
         complete: whether it is complete; valid once finished.
+        error: the error that decode ended it with, None if there is none; valid once finished.
     """
 
     __slots__ = (
@@ -80,6 +85,7 @@ class ResponseStream:
         "_write",
         "_write_framed",
         "complete",
+        "error",
         "finished",
     )  # fmt: skip
 
@@ -105,6 +111,7 @@ class ResponseStream:
         self._finished = False
         self._paused = False
         self.complete = False
+        self.error: ErrorAnswer | None = None
         self.finished = Event()
 
     # -- decode's side
@@ -159,9 +166,13 @@ class ResponseStream:
         rest = self._repair.feed(self._rewriter.end()) + self._repair.end()
         if rest:
             sink.write(rest)
+        self.error = error_event(self._last)
         # Before the sink's end, which ends the record.
-        self._record.complete()
-        self._finish(complete=True)
+        if self.error is None:
+            self._record.complete()
+        else:
+            self._record.cut(EngineFailed(_ENDED_WITH_ERROR))
+        self._finish(complete=self.error is None)
         sink.end()
 
     def fail(self, error: EngineError | EngineDeadline) -> None:

@@ -209,6 +209,11 @@ class Response:
         if self._arrived < needed and self._error is not None:
             raise self._error
 
+    @property
+    def beginning(self) -> bytes:
+        """The first bytes of the body, after :attr:`ReadUntil.BODY_STARTED` and before anything has taken them."""
+        return self._chunks[0] if self._chunks else b""
+
     def read(self) -> CompleteResponse:
         """The response, after :meth:`wait_until` has returned for :attr:`ReadUntil.COMPLETE`."""
         return CompleteResponse(self.status, self.headers, self._take())

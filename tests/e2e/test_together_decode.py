@@ -54,7 +54,7 @@ def unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @in_turn
-@pytest.mark.parametrize("how", ["500", "503", "reset", "close", "killed"])
+@pytest.mark.parametrize("how", ["500", "503", "reset", "close", "killed", "error in a 200"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_another_decode_with_a_new_transfer(unnoticed, machine: Machine, two, how: str, stream: bool) -> None:
     prefill, decodes = two
@@ -63,6 +63,13 @@ async def test_another_decode_with_a_new_transfer(unnoticed, machine: Machine, t
         victim.faults.fail_next(int(how), b"no", path=COMPLETIONS)
     elif how == "killed":
         await victim.kill()
+    elif how == "error in a 200":
+        error = (
+            b'{"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}'
+        )
+        event = b"data: %b\n\ndata: [DONE]\n\n" % error
+        content = {"Content-Type": "text/event-stream" if stream else "application/json"}
+        victim.faults.fail_next(200, event if stream else error, content, path=COMPLETIONS)
     else:
         (victim.faults.reset_next if how == "reset" else victim.faults.close_next)(path=COMPLETIONS, times=2)
     for _ in range(2):

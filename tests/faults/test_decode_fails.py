@@ -1,6 +1,7 @@
 """Decode fails before the first byte of its answer. What it may have received is never asked again of anybody."""
 
 import asyncio
+import json
 from collections import Counter
 
 import pytest
@@ -60,6 +61,41 @@ async def test_a_5xx_of_decode_is_502(machine, pair, stream: bool, body: bytes) 
     await soon(machine.proxy.until_idle())
     assert len(decode.received(PATH)) == 1, "a decode that may have been received is neither repeated nor drained"
     assert machine.proxy.instance(decode.http_address).failures_total == 1
+    await machine.check_right()
+
+
+def error_in_a_stream(path: str, code: int | None) -> bytes:
+    """What vLLM sends as the only events of a stream; on /v1/messages without a code."""
+    if path == "/v1/messages":
+        return b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"no such grammar"}}\n\n'
+    error = {"message": "no such grammar", "type": "InternalServerError", "param": None, "code": code}
+    return b"data: %b\n\ndata: [DONE]\n\n" % json.dumps({"error": error}).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "code", "status"),
+    [
+        (PATH, True, 500, 502), (PATH, True, 503, 502), (PATH, True, 422, 422), (PATH, False, 500, 502),
+        ("/v1/chat/completions", True, 500, 502), ("/v1/messages", True, None, 502),
+    ],
+)  # fmt: skip
+async def test_a_200_of_decode_that_is_an_error_gets_its_own_status(
+    machine, pair, path: str, stream: bool, code: int | None, status: int
+) -> None:
+    _prefill, decode = pair
+    event, content = error_in_a_stream(path, code), "text/event-stream"
+    if not stream:
+        event, content = b'{"error": {"message": "no such grammar", "code": 500}}', "application/json"
+    decode.faults.fail_next(200, event, {"Content-Type": content}, path=path)
+    decode.faults.split = (20,)
+    got = await machine.send(path, {**REQUESTS[path], "stream": stream})
+    assert got[0] == status and b"no such grammar" in got[2] and got[1]["Content-Type"] == "application/json"
+    await soon(machine.proxy.until_idle())
+    assert len(decode.received(path)) == 1, "the engine may have the request and its KV: neither repeated nor drained"
+    assert machine.proxy.services.stats.outcomes == {"client_error" if status == 422 else "engine_error": 1}
+    there = machine.proxy.instance(decode.http_address)
+    assert (there.in_flight, there.failures_total) == (0, int(status != 422 and path != "/v1/messages"))
+    decode.faults.split = ()
     await machine.check_right()
 
 

@@ -127,7 +127,7 @@ async def test_other_streams_go_on_when_one_is_cut(machine, pair) -> None:
     await machine.unharmed(*pair)
 
 
-async def test_an_error_event_of_the_engine_itself_passes_and_the_stream_ends_properly(machine, pair) -> None:
+async def test_an_error_event_of_the_engine_itself_passes_and_the_stream_ends_properly(machine, pair, caplog) -> None:
     decode = pair[1]
     decode.faults.hold("schedule", after=2)
     async with machine.http.post(machine.proxy.url + PATH, json=STREAM) as answer:
@@ -138,3 +138,8 @@ async def test_an_error_event_of_the_engine_itself_passes_and_the_stream_ends_pr
         assert (await soon(direct)).status == 500, "a request without addresses in its id kills an engine"
         raw = await soon(answer.read())
     assert b'"error"' in raw and raw.endswith(b"data: [DONE]\n\n"), "what vLLM says when its engine dies in mid-stream"
+    await soon(machine.proxy.until_idle())
+    assert machine.proxy.services.stats.outcomes == {"cut": 1}
+    assert machine.proxy.instance(decode.http_address).failures_total == 1
+    logged = [record.getMessage() for record in caplog.records if "an error in its stream" in record.getMessage()]
+    assert len(logged) == 1 and "status 500" in logged[0]
