@@ -16,7 +16,7 @@ from disagg_proxy.http1.headers import (
     value_of,
 )
 from disagg_proxy.openai.fields import MESSAGES, Route
-from disagg_proxy.openai.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
+from disagg_proxy.openai.prefill_answer import Verdict, blames_client, error_message, prompt_tokens, read_prefill
 from disagg_proxy.openai.prepare import Prepared
 from disagg_proxy.request_id import RequestId, hide
 from disagg_proxy.upstream import CompleteResponse
@@ -79,8 +79,7 @@ def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: 
         EngineFailed: for any other status.
     """
     own_key_refused = answer.status in (401, 403) and own_key
-    if answer.status == 500 and is_over_context(answer.body):
-        # On /v1/messages vLLM 0.17 - 0.23 reports this client error as an internal error.
+    if answer.status == 500 and blames_client(answer.body):
         error = BadRequest(error_message(hide(request_id, answer.body)))
         return _from_error(error)
     if 400 <= answer.status < 500 and not own_key_refused:

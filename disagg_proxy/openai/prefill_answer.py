@@ -113,8 +113,9 @@ def _object(text: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-_OVER_CONTEXT = "maximum context length"
-"""Part of vLLM's error message, 0.9.2 - 0.23."""
+_CLIENTS_FAULTS = ("maximum context length", "(s) may be provided in one ")
+"""Parts of vLLM's error messages, 0.9.2 - 0.32: prompt and answer do not fit the model; more images or sounds than the
+model takes, of which a text model takes none."""
 
 
 def prompt_tokens(body: bytes) -> int:
@@ -131,9 +132,13 @@ def prompt_tokens(body: bytes) -> int:
     return most
 
 
-def is_over_context(body: bytes) -> bool:
-    """Whether an error body says that prompt and answer do not fit the model."""
-    return _OVER_CONTEXT in error_message(body)
+def blames_client(body: bytes) -> bool:
+    """Whether an error body is known to be of a client's mistake, whatever its status.
+
+    On /v1/messages vLLM 0.17 - 0.23 answers 500 to every exception, and only the message tells which it was.
+    """
+    message = error_message(body)
+    return any(part in message for part in _CLIENTS_FAULTS)
 
 
 def error_message(body: bytes) -> str:

@@ -63,6 +63,23 @@ async def test_prefill_gets_one_token_to_generate_and_otherwise_the_same(machine
     await machine.unharmed(*pair)
 
 
+IMAGE = {
+    CHATS: {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+    MESSAGES: {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
+}
+
+
+@pytest.mark.parametrize("path", IMAGE)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_image_for_a_text_model_is_the_clients_mistake(machine, pair, path: str, stream: bool) -> None:
+    """On /v1/messages vLLM up to 0.23 answers 500."""
+    body = {**REQUESTS[path], "messages": [{"role": "user", "content": [IMAGE[path]]}], "stream": stream}
+    status, _, answer = await machine.send(path, body)
+    assert status == 400 and b"At most 0 image(s)" in answer
+    assert all(machine.proxy.instance(engine.http_address).failures_total == 0 for engine in pair)
+    await machine.unharmed(*pair)
+
+
 BAD = [
     b"",
     b" ",

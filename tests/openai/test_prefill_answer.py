@@ -7,7 +7,7 @@ import json
 import pytest
 
 from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES
-from disagg_proxy.openai.prefill_answer import Verdict, error_message, is_over_context, prompt_tokens, read_prefill
+from disagg_proxy.openai.prefill_answer import Verdict, blames_client, error_message, prompt_tokens, read_prefill
 
 CHOICES = b'{"id":"cmpl-1","choices":[{"text":"a"}]}'
 MESSAGE = b'{"type":"message","content":[]}'
@@ -97,17 +97,19 @@ MESSAGE_OF_CONTEXT = "This model's maximum context length is 64 tokens. However,
 
 
 @pytest.mark.parametrize(
-    ("body", "over"),
+    ("body", "blamed"),
     [
         ({"type": "error", "error": {"type": "internal_error", "message": MESSAGE_OF_CONTEXT}}, True),
         ({"object": "error", "message": MESSAGE_OF_CONTEXT}, True),
         ({"type": "error", "error": {"type": "internal_error", "message": "Expecting value"}}, False),
+        ({"error": {"message": "At most 0 image(s) may be provided in one prompt."}}, True),
+        ({"error": {"message": "At most 1 audio(s) may be provided in one request."}}, True),
         ({"choices": [{"text": MESSAGE_OF_CONTEXT}]}, False),
         ([], False),
     ],
 )
-def test_what_does_not_fit_the_model_is_known_by_vllms_words(body, over) -> None:
-    assert is_over_context(json.dumps(body).encode()) is over
+def test_a_clients_mistake_is_known_by_vllms_message(body, blamed) -> None:
+    assert blames_client(json.dumps(body).encode()) is blamed
 
 
 @pytest.mark.parametrize(
