@@ -10,7 +10,7 @@ gone, a later ping registers the new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.address import Address, parse_address
@@ -55,6 +55,7 @@ class Registry(InstanceIndex):
         kv_compatibility: which prefill can send KV to which decode.
         has_liveness_connection: whether an idle connection to the instance is held (health/liveness.py). Its close
             then tells that the process has ended, and a refused connection alone does not.
+        refresh_models: reads the models of all ready instances again, for a short time and not too often.
         shared_load: publishes this process's load; None without other workers.
         other_proxies: whether other proxies send requests to the same instances.
     """
@@ -67,6 +68,7 @@ class Registry(InstanceIndex):
         self.kv_compatibility = KvCompatibility(MAX_INSTANCES)
         self._drained: set[str] = set()
         self.has_liveness_connection: Callable[[Instance], bool] = lambda instance: False
+        self.refresh_models: Callable[[], Awaitable[None]] = _no_refresh
         self.shared_load: SharedLoad | None = None
         self.other_proxies = False
         self._on_change: list[Watcher] = []
@@ -337,6 +339,10 @@ def _fail_prefills(instance: Instance, progress: ProgressTracker, reason: str) -
     """
     if instance.role is Role.PREFILL and instance.kind.computes:
         progress.fail(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
+
+
+async def _no_refresh() -> None:
+    """Stands for :attr:`Registry.refresh_models` until there is a prober."""
 
 
 def _removable(instance: Instance) -> bool:

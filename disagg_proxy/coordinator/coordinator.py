@@ -23,7 +23,7 @@ from disagg_proxy.connectors import table
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.errors import ProxyError, Unavailable
+from disagg_proxy.errors import NoPair, ProxyError, Unavailable, UnknownModel
 from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of
 from disagg_proxy.openai.fields import Route
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
@@ -115,7 +115,17 @@ class Coordinator:
             request = self._request(head, lines, prepared, record)
 
             # Admit
-            placement = self._admission_queue.try_acquire(request.demand)
+            placement, refresh = None, False
+            try:
+                placement = self._admission_queue.try_acquire(request.demand)
+            except (UnknownModel, NoPair):
+                if self._served(prepared.model):
+                    raise
+                refresh = True
+            if refresh:
+                # Engines may have loaded an adapter since their last probe.
+                await self._registry.refresh_models()
+                placement = self._admission_queue.try_acquire(request.demand)
             if placement is None:
                 record.waited = True
                 placement = await self._admission_queue.wait(request.demand)
@@ -144,6 +154,10 @@ class Coordinator:
         finally:
             if reply.open:
                 reply.fail(outcome or Unavailable(CLIENT_GIVEN_UP, retry_after=1))
+
+    def _served(self, model: str | None) -> bool:
+        """Whether ready instances of both roles serve ``model``, as far as is known."""
+        return model is None or all(self._registry.accepting(role, model) for role in Role)
 
     def _request(self, head: RequestHead, lines: bytes, prepared: Prepared, record: RequestRecord) -> Request:
         """What connectors and admission need to know of the request.

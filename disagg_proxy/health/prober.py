@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from disagg_proxy.cluster.instance import Instance, State
@@ -27,6 +27,10 @@ refused connection suspends it at once."""
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0
 """Seconds between probes of an instance that is not ready, doubled after each from the first to the last."""
+
+
+_REFRESH_SECONDS = 1.0
+"""Seconds for which :meth:`Prober.refresh_models` lasts at most, and between the beginnings of two."""
 
 
 class _NotServing(Exception):
@@ -55,16 +59,21 @@ class Prober:
         self._wake: dict[Instance, asyncio.Event] = {}
         self._sent_at: dict[Instance, float] = {}
         """Clock reading of the sending of each probe in flight."""
+        self._refresh: asyncio.Task[None] | None = None
+        self._refreshed_at = 0.0
 
     def start(self) -> None:
         """Probe the instances of the registry from now on."""
         self._registry.watch(probe_wanted=self.probe_now)
+        self._registry.refresh_models = self.refresh_models
         for instance in self._registry.instances():
             self.probe_now(instance)
 
     async def stop(self) -> None:
         """End all probes."""
         tasks = list(self._tasks.values())
+        if self._refresh is not None:
+            tasks.append(self._refresh)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -113,6 +122,26 @@ class Prober:
                     await wake.wait()
             except asyncio.TimeoutError:
                 continue
+
+    def refresh_models(self) -> Awaitable[None]:
+        """Probe all ready instances now; the result is complete when they have answered, or after one second.
+
+        Concurrent callers share one refresh, and within a second of its beginning there is no other: clients choose
+        the names of models that do not exist.
+        """
+        now, refresh = self._registry.now(), self._refresh
+        if refresh is None or (refresh.done() and now - self._refreshed_at >= _REFRESH_SECONDS):
+            self._refreshed_at = now
+            refresh = self._refresh = asyncio.get_running_loop().create_task(self._probe_ready(), name="models")
+        return asyncio.shield(refresh)
+
+    async def _probe_ready(self) -> None:
+        ready = [i for i in self._registry.instances() if i.state is State.READY]
+        try:
+            async with within(_REFRESH_SECONDS):
+                await asyncio.gather(*map(self.probe, ready))
+        except asyncio.TimeoutError:
+            return
 
     async def probe(self, instance: Instance) -> None:
         """Probe an instance once and report the result to the registry."""

@@ -83,3 +83,23 @@ async def test_a_probe_in_flight_is_enough_while_nothing_has_changed(world: Worl
         world.registry.recheck(hung)
         await asyncio.sleep(0)
     assert engines.asked.empty()
+
+
+async def test_a_refresh_of_models_is_shared_and_bounded(
+    world: World, engines: Engines, hung, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that names a model which does not exist waits for no engine that hangs."""
+    monkeypatch.setattr("disagg_proxy.health.prober._REFRESH_SECONDS", 0.02)
+    waiting = [asyncio.ensure_future(world.registry.refresh_models()) for _ in range(3)]
+    assert await soon(engines.asked.get()) == "/health"
+    # A client that leaves ends only its own wait.
+    waiting[0].cancel()
+    await soon(asyncio.gather(*waiting[1:]))
+    assert hung.state is State.READY and hung.probe_failures == 0
+    # Not again so soon.
+    await soon(world.registry.refresh_models())
+    assert engines.asked.empty()
+    world.time += 1
+    engines.hang = False
+    await soon(world.registry.refresh_models())
+    assert [await engines.asked.get() for _ in range(2)] == ["/health", "/v1/models"]

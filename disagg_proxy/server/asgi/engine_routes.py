@@ -72,6 +72,8 @@ def engine_routes(services: Services) -> Blueprint:
 
     async def send_to_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
         """Send to the first engine that is reachable. These requests change nothing, so they may be sent twice."""
+        if model is not None:
+            await refresh_unless_known(model)
         response_id, engine_id = _request_ids(client_request_id(request_headers()))
         while True:
             instance = services.selection.choose_single(model, computes=computes)
@@ -86,6 +88,11 @@ def engine_routes(services: Services) -> Blueprint:
             if answer.status >= 500 and answer.status != 501:
                 raise EngineFailed(f"The engine failed with status {answer.status}.")
             return forwarded(answer, response_id)
+
+    async def refresh_unless_known(model: str) -> None:
+        """An engine may have loaded an adapter since its last probe."""
+        if not services.registry.has_model(model):
+            await services.registry.refresh_models()
 
     async def one_engine() -> Response:
         body = await read_body()
@@ -124,6 +131,7 @@ def engine_routes(services: Services) -> Blueprint:
         return json_response({"object": "list", "data": list(services.registry.models().values())})
 
     async def model(name: str) -> Response:
+        await refresh_unless_known(name)
         known = services.registry.models()
         if name not in known:
             raise UnknownModel(name, sorted(known))
