@@ -35,8 +35,8 @@ ROUTES = (COMPLETIONS, CHAT, MESSAGES)
 """Routes that a pair serves."""
 GENERATION = (*ROUTES, RESPONSES)
 
-_STEERING = ("kv_transfer_params", "request_id")
-"""Fields that control the KV transfer or name the engine's request. Only the proxy sets them."""
+_STEERING = ("kv_transfer_params", "ec_transfer_params", "request_id")
+"""Fields that control the transfer of KV or encoder caches, or name the engine's request. Clients must not set them."""
 
 _STEERED = frozenset((*_STEERING, "vllm_xargs"))
 """Fields that are, or may contain, one of them."""
@@ -60,7 +60,7 @@ def strip(body: Body) -> bool:
 def drop_null_limit(route: Route, body: Body) -> bool:
     """Remove, in place, a ``max_tokens`` of null from a body for /v1/completions. Returns whether there was one.
 
-    vLLM 0.32 and newer read it as the default of 16 (``entrypoints/openai/completion/protocol.py``,
+    vLLM 0.24 and newer read it as the default of 16 (``entrypoints/openai/completion/protocol.py``,
     ``normalize_null_max_tokens``). Up to 0.23 an assertion fails after generating; without the field they use the same
     default.
     """

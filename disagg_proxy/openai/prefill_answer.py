@@ -135,7 +135,7 @@ def prompt_tokens(body: bytes) -> int:
 def blames_client(body: bytes) -> bool:
     """Whether an error body is known to be of a client's mistake, whatever its status.
 
-    On /v1/messages vLLM 0.17 - 0.23 answers 500 to every exception, and only the message tells which it was.
+    On /v1/messages vLLM 0.17 - 0.27 answers 500 to every exception, and only the message tells which it was.
     """
     message = error_message(body)
     return any(part in message for part in _CLIENTS_FAULTS)

@@ -194,13 +194,14 @@ def test_steering_is_stripped_from_every_body(route) -> None:
     body = {
         "max_tokens": 3,
         "kv_transfer_params": None,
+        "ec_transfer_params": {"a": 1},
         "request_id": "x",
         "vllm_xargs": {"kv_transfer_params": "x", "request_id": "x", "kept": 1},
     }
     prepared = prepare(route, json.dumps(body).encode())
     assert json.loads(prepared.decode_body) == {"max_tokens": 3, "vllm_xargs": {"kept": 1}}
     for raw in (prepared.prefill_body, prepared.kv_release_body):
-        assert b"kv_transfer_params" not in raw and b"request_id" not in raw
+        assert b"kv_transfer_params" not in raw and b"ec_transfer_params" not in raw and b"request_id" not in raw
 
 
 def test_stripping_looks_at_names_not_at_text() -> None:
