@@ -87,9 +87,7 @@ class Services:
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
             self.connection_warmer = ConnectionWarmer(self.registry, self.background, self.kv_control)
-        self.sizes = PromptSizes(
-            config.kv_bytes_per_token, learns=bool(config.kv_bytes_per_token or config.decode_alone_below)
-        )
+        self.sizes = PromptSizes(learns=bool(config.decode_alone_below), trusts=bool(config.kv_buffer_tokens))
         self.coordinator = Coordinator(
             Engines(
                 lambda: self.upstream, self.registry, config, self.background, self.sizes,
@@ -197,7 +195,7 @@ class Services:
 
     def _sample(self) -> None:
         """Record the current load for the page's charts."""
-        kv = sum(i.kv_waiting_bytes for i in self.registry.instances())
+        kv = self.config.kv_bytes_per_token * sum(i.kv_waiting_tokens for i in self.registry.instances())
         self.recorder.timeseries.sample(self.stats.in_flight, self.admission_queue.waiting, kv)
         self._sample_timer = asyncio.get_running_loop().call_later(_SAMPLE_INTERVAL, self._sample)
 
@@ -215,7 +213,7 @@ def _limits(config: Config) -> Limits:
         in_flight=config.max_in_flight,
         prefill=config.prefill_max_in_flight,
         decode=config.decode_max_in_flight,
-        kv_buffer=config.kv_buffer_bytes,
+        kv_tokens=config.kv_buffer_tokens,
         queue=config.max_queue,
         queue_timeout=config.queue_timeout,
     )

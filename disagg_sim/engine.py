@@ -168,8 +168,10 @@ class SimEngine:
 
     def metrics(self) -> str:
         """The text of /metrics."""
-        running, waiting = len(self._loop.running), self._loop.pending
-        return exposition(self._counters, model=self.config.models[0], running=running, waiting=waiting)
+        running, waiting = self._loop.last_step
+        return exposition(
+            self._counters, model=self.config.models[0], running=running, waiting=waiting, steps=self._loop.steps
+        )
 
     def state(self) -> State:
         """The engine's state as JSON types; /sim/state serves the same.

@@ -29,8 +29,8 @@ class Counters:
         self.success[reason] += 1
 
 
-def exposition(counters: Counters, *, model: str, running: int, waiting: int) -> str:
-    """The complete /metrics text."""
+def exposition(counters: Counters, *, model: str, running: int, waiting: int, steps: int) -> str:
+    """The complete /metrics text. ``running`` and ``waiting`` are those of the end of the last step, as in vLLM."""
     labels = f'engine="0",model_name="{_escape(model)}"'
     lines: list[str] = []
 
@@ -54,6 +54,12 @@ def exposition(counters: Counters, *, model: str, running: int, waiting: int) ->
         },
     )
     family("vllm:generation_tokens", "counter", "Generation tokens processed.", {"": counters.generation_tokens})
+    tokens = counters.prompt_tokens + counters.generation_tokens
+    lines.append("# HELP vllm:iteration_tokens_total Histogram of number of tokens per engine_step.")
+    lines.append("# TYPE vllm:iteration_tokens_total histogram")
+    for name, value in (("_bucket", steps), ("_sum", tokens), ("_count", steps)):
+        bound = ',le="+Inf"' if name == "_bucket" else ""
+        lines.append(f"vllm:iteration_tokens_total{name}{{{labels}{bound}}} {value:.1f}")
     family("vllm:prefix_cache_hits", "counter", "Prefix cache hits, in tokens.", {"": counters.local_cache_hit})
     family("vllm:prefix_cache_queries", "counter", "Prefix cache queries, in tokens.", {"": counters.prompt_tokens})
     family(

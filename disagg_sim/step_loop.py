@@ -37,6 +37,7 @@ class StepLoop:
         loading: requests that wait outside the batch for KV.
         running: the batch.
         steps: number of steps completed, the engine's clock.
+        last_step: requests in the batch and waiting at the end of the last step.
         death: the exception that ended the engine, as text; None while it lives.
     """
 
@@ -63,6 +64,7 @@ class StepLoop:
         self.loading: list[EngineRequest] = []
         self.running: list[EngineRequest] = []
         self.steps = 0
+        self.last_step = (0, 0)
         self.death: str | None = None
         connector.loaded = self._loaded
 
@@ -238,6 +240,7 @@ class StepLoop:
             self._emit(request)
         self.running = [request for request in self.running if not request.finished]
         self.steps += 1
+        self.last_step = len(self.running), len(self.waiting) + len(self.loading)
         self._changed()
 
     def _seconds(self, ready: list[EngineRequest], computed: int) -> float:

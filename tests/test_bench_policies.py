@@ -105,7 +105,7 @@ def test_prefix_aware_finds_more_and_gives_everything_back() -> None:
         trial.run(arrivals("tenants", 1, 20.0, 200_000))
         rates[policy] = trial.figures(10.0)["hit_rate"]
         for instance in trial.registry.instances():
-            assert instance.idle and not instance.tokens_in_flight and not instance.kv_waiting_bytes
+            assert instance.idle and not instance.tokens_in_flight and not instance.kv_waiting_tokens
     assert rates["prefix_aware"] > rates["round_robin"] + 0.1
 
 

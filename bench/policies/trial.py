@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from bench.policies.clock import VirtualLoop
-from bench.policies.engines import CACHE, KV_BYTES, Decode, Job, Prefill
+from bench.policies.engines import CACHE, Decode, Job, Prefill
 from bench.policies.workloads import Ask, Session
 from disagg_proxy.address import parse_address
 from disagg_proxy.admission.queue import AdmissionQueue, Demand, Limits
@@ -103,7 +103,7 @@ class Trial:
         begun = self.loop.time()
         factor = self._rng.uniform(1 / self.setup.guess, self.setup.guess)
         traits = _traits(ask, round(ask.tokens * factor))
-        size = traits.kv_bytes
+        size = traits.tokens
         admission_queue = self.gates[self._rng.randrange(len(self.gates))]
         placement = await admission_queue.acquire(Demand(MODEL, PlacementPreference.PAIR, size, traits))
         lease = placement.prefill_lease
@@ -169,7 +169,7 @@ def _traits(ask: Ask, tokens: int) -> Traits:
         start = stop
     home = hash(ask.blocks[: ask.home]) & 0xFFFFFFFF
     # Here every client names its session.
-    return Traits(tokens, tokens * KV_BYTES, tuple(names), size, home, ask.session)
+    return Traits(tokens, tuple(names), size, home, ask.session)
 
 
 def _weighted(values: list[tuple[float, int]], share: float) -> float:

@@ -38,7 +38,8 @@ class Limits:
     Attributes:
         in_flight: concurrent requests of the proxy.
         prefill, decode: concurrent requests on one instance of that role.
-        kv_buffer: bytes of KV that may wait on one decode of P2pNcclConnector (its kv_buffer_size).
+        kv_tokens: prompt tokens whose KV may wait on one decode with a KV buffer; 0: the length of the longest prompt
+            that it accepts.
         queue: requests that may wait in the queue.
         queue_timeout: seconds for which a request may wait there.
     """
@@ -46,25 +47,23 @@ class Limits:
     in_flight: int = 0
     prefill: int = 0
     decode: int = 0
-    kv_buffer: int = 0
+    kv_tokens: int = 0
     queue: int = 0
     queue_timeout: float = 60.0
 
-    def has_capacity(self, instance: Instance, kv_bytes: int) -> bool:
-        """Whether ``instance`` may get one more request, whose KV takes ``kv_bytes`` on decode.
+    def has_capacity(self, instance: Instance, kv_tokens: int) -> bool:
+        """Whether ``instance`` may get one more request, whose KV takes ``kv_tokens`` on decode.
 
-        A prompt larger than the entire buffer goes to a decode on which no KV waits: waiting longer would not make it
-        fit, and decode's pinned memory pool takes what the buffer does not.
+        One request is admitted where no other's KV waits, whatever its size: waiting longer would not make it fit, and
+        decode's pinned memory pool takes what the buffer does not.
         """
         most = self.prefill if instance.role is Role.PREFILL else self.decode
         if most and instance.in_flight >= most:
             return False
-        if instance.role is Role.PREFILL or not self.kv_buffer or not instance.kv_waiting_bytes:
+        if instance.role is Role.PREFILL or instance.kind.computes or not instance.kv_waiting:
+            # A decode that computes has no KV buffer: KV is loaded directly into the blocks of a scheduled request.
             return True
-        if instance.kind.computes:
-            # It has no KV buffer: KV is loaded directly into the blocks of a scheduled request.
-            return True
-        return instance.kv_waiting_bytes + kv_bytes <= self.kv_buffer
+        return instance.kv_waiting_tokens + kv_tokens <= (self.kv_tokens or instance.max_model_len)
 
 
 class Peers(Protocol):
@@ -73,7 +72,7 @@ class Peers(Protocol):
     def refresh(self) -> None:
         """Update the counts of all instances."""
 
-    def claim(self, instances: Collection[Instance], kv_bytes: int, fits: Callable[[], bool]) -> bool:
+    def claim(self, instances: Collection[Instance], kv_tokens: int, fits: Callable[[], bool]) -> bool:
         """Claim a request's capacity on ``instances``, visible to all workers; withdraw it if it does not fit."""
 
     def settle(self) -> None:
@@ -100,7 +99,7 @@ class Demand:
     Attributes:
         model: served name, None for the instances' default.
         preference: whether a pair, or a decode alone, may serve it.
-        kv_bytes: bytes of the prompt's KV on decode; 0 when unknown.
+        kv_tokens: upper bound of the tokens of its KV on decode; 0 where no decode has a KV buffer.
         traits: what the policies may use of it.
         excluded: instances on which an earlier attempt failed. Such a request was admitted before, so it waits at the
             head of the queue.
@@ -108,7 +107,7 @@ class Demand:
 
     model: str | None
     preference: PlacementPreference
-    kv_bytes: int = 0
+    kv_tokens: int = 0
     traits: Traits = NO_TRAITS
     excluded: Collection[Instance] = ()
 
@@ -265,20 +264,20 @@ class AdmissionQueue:
             return None
 
         def has_capacity(instance: Instance) -> bool:
-            return limits.has_capacity(instance, demand.kv_bytes)
+            return limits.has_capacity(instance, demand.kv_tokens)
 
         try:
             found = self._selection.place(demand.model, demand.preference, demand.excluded, has_capacity, demand.traits)
         except NoCapacity:
             return None
         if peers is None:
-            return Placement(self._registry, found, demand.kv_bytes)
+            return Placement(self._registry, found, demand.kv_tokens)
         taken = [found.decode] if isinstance(found, SingleEngine) else [found.prefill, found.decode]
-        if not peers.claim(taken, demand.kv_bytes, lambda: not self._full() and all(map(has_capacity, taken))):
+        if not peers.claim(taken, demand.kv_tokens, lambda: not self._full() and all(map(has_capacity, taken))):
             self._dispatch_in(peers.pause)
             return None
         try:
-            return Placement(self._registry, found, demand.kv_bytes)
+            return Placement(self._registry, found, demand.kv_tokens)
         finally:
             peers.settle()
 

@@ -7,7 +7,8 @@ Two estimates, since errors have different consequences:
 - :meth:`TokenEstimator.upper_bound`, for the limit on waiting KV: an underestimate overfills decode's buffer, which
   stalls the engines. It uses the bytes per token of the *densest* recent text, so that a kind of text (a language,
   JSON, base64) that is more than 1/32 of the bytes is not underestimated, even when a burst consists of that kind only.
-  Until 32 KiB of text have been seen it is one token per byte, the maximum of a byte-level tokenizer.
+  Until 32 KiB of text have been seen, and always where the size of the buffer is not configured, it is one token per
+  byte, the maximum of a byte-level tokenizer.
 
 Both are weighted by bytes, and one prompt counts at most 1/16 of the window. Prompts below 256 bytes update neither,
 since most of their tokens may be the chat template's; they update the estimate of the template's size.
@@ -161,18 +162,21 @@ class TokenEstimator:
         tokens = size.token_ids + round(size.text / texts.bytes_per_token)
         return tokens + round(size.media * texts.medium) if size.media else tokens
 
-    def upper_bound(self, model: str | None, size: PromptSize, prompts: int = 1, templated: bool = False) -> int:
+    def upper_bound(
+        self, model: str | None, size: PromptSize, prompts: int = 1, templated: bool = False, learnt: bool = True
+    ) -> int:
         """Upper bound of the tokens in full KV blocks that one request takes.
 
         Args:
             prompts: sequences that the tokens belong to: prompts times choices.
             templated: whether a chat template is applied to each.
+            learnt: False: one token per byte, whatever the recent text was.
         """
         tokens = size.token_ids
         if size.text or size.media:
             texts = self._of(model)
             tokens += ceil(
-                size.text / texts.densest
+                size.text / (texts.densest if learnt else 1.0)
                 + size.media * texts.large_medium
                 + (prompts * texts.template if templated else 0.0)
             )
@@ -201,34 +205,29 @@ class PromptSizes:
     """Estimates the sizes of prompts, and updates the estimator with prefill's counts.
 
     Args:
-        kv_bytes_per_token: of the served models; 0 disables the accounting of KV.
-        learns: whether the estimator is updated; False when no setting depends on the estimates.
+        learns: whether the estimator is updated also where no decode has a KV buffer.
+        trusts: whether what was learnt may lower the upper bound of a prompt's KV.
     """
 
-    def __init__(self, kv_bytes_per_token: int, learns: bool) -> None:
-        self._per_token = kv_bytes_per_token
+    def __init__(self, learns: bool, trusts: bool) -> None:
         self._learns = learns
+        self._trusts = trusts
         self.estimator = TokenEstimator()
 
     def tokens(self, prepared: Prepared) -> int:
         """Expected tokens of all prompts of a request."""
         return self.estimator.tokens(prepared.model, prepared.prompt)
 
-    def kv_bytes_of(self, tokens: int) -> int:
-        """Bytes of KV of ``tokens``; 0 when KV accounting is disabled."""
-        return self._per_token * tokens
-
-    def kv_bytes(self, route: Route, prepared: Prepared) -> int:
-        """Upper bound of the bytes of KV that a request's prompts take on decode; 0 when KV accounting is disabled."""
-        if not self._per_token:
-            return 0
+    def kv_tokens(self, route: Route, prepared: Prepared) -> int:
+        """Upper bound of the tokens of the KV that a request's prompts take on decode."""
+        self._learns = True
         sequences = prepared.choices * prepared.prompts
         templated = route is not COMPLETIONS
-        return self._per_token * self.estimator.upper_bound(prepared.model, prepared.prompt, sequences, templated)
+        return self.estimator.upper_bound(prepared.model, prepared.prompt, sequences, templated, self._trusts)
 
     def record_count(self, route: Route, prepared: Prepared, tokens: int) -> int:
-        """Record that prefill counted ``tokens`` (above 0) in the prompts. Returns their bytes of KV on decode."""
+        """Record that prefill counted ``tokens`` (above 0) in the prompts. Returns the tokens of their KV on decode."""
         sequences = prepared.choices * prepared.prompts
         if self._learns and sequences == 1:
             self.estimator.observe(prepared.model, prepared.prompt, tokens, route is not COMPLETIONS)
-        return self._per_token * in_blocks(tokens * prepared.choices, sequences)
+        return in_blocks(tokens * prepared.choices, sequences)

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.circuit_breaker import Breaker
@@ -46,6 +46,13 @@ class Source(Enum):
     STATIC = "static"
 
 
+class Releasable(Protocol):
+    """A claim on an instance (cluster/lease.py)."""
+
+    def release(self) -> None:
+        """Stop counting it."""
+
+
 @dataclass(slots=True, eq=False)
 class Instance:
     """Identity, state and load of one instance.
@@ -59,6 +66,7 @@ class Instance:
         kind: its KV protocol and cache layout.
         boot: id of its process; empty where the connector announces none.
         models: served names in the engine's own order, the first is its default; each with its /v1/models entry.
+        max_model_len: tokens of the longest prompt that one of its models accepts; 0 when unknown.
         salt: hash of its endpoint, the same in every process; rendezvous hashing uses it.
         slot: its row in the memory that the workers of this proxy share; -1 without other workers.
 
@@ -85,9 +93,10 @@ class Instance:
             the prompts.
         direct_requests: requests on it now that go to this engine alone, such as /tokenize.
         kv_waiting: on both roles, prompts that were sent to prefill and whose KV decode has not loaded.
-        kv_waiting_bytes: on decode, the estimated KV of these.
+        kv_waiting_tokens: on decode, the tokens of these, estimated until prefill has counted them, and of orphans.
+        kv_orphans: on decode, the claims of KV that stays in its buffer until its process ends (this process only).
         peer_counts: the share of other workers in ``in_flight``, ``direct_requests``, ``kv_waiting`` and
-            ``kv_waiting_bytes``, as last read.
+            ``kv_waiting_tokens``, as last read.
 
     Totals, named as in /stats:
         requests_total, failures_total: legs sent to it, and those that failed through its fault.
@@ -105,6 +114,7 @@ class Instance:
     kind: KvKind
     boot: str = ""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    max_model_len: int = 0
     salt: int = field(init=False)
     slot: int = -1
 
@@ -127,7 +137,8 @@ class Instance:
     tokens_in_flight: int = 0
     direct_requests: int = 0
     kv_waiting: int = 0
-    kv_waiting_bytes: int = 0
+    kv_waiting_tokens: int = 0
+    kv_orphans: list[Releasable] = field(default_factory=list)
     peer_counts: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     requests_total: int = 0

@@ -12,7 +12,7 @@ from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Pair, SingleEngine
 
-IN_FLIGHT, DIRECT_REQUESTS, KV_WAITING, KV_WAITING_BYTES = range(4)
+IN_FLIGHT, DIRECT_REQUESTS, KV_WAITING, KV_WAITING_TOKENS = range(4)
 """The shared counts, in the order of :attr:`Instance.peer_counts`."""
 
 
@@ -109,48 +109,64 @@ class KvClaim:
     """Counts the KV of one prompt, from before prefill's leg is sent until decode has loaded it.
 
     Args:
-        size: bytes of KV, 0 where decode has no KV buffer.
+        size: tokens, 0 where decode has no KV buffer.
     """
 
-    __slots__ = ("_decode", "_prefill", "_registry", "_size", "released")
+    __slots__ = ("_decode", "_orphaned", "_prefill", "_registry", "_size", "released")
 
     def __init__(self, registry: Registry, prefill: Instance, decode: Instance, size: int) -> None:
         self._registry = registry
         self._prefill = prefill
         self._decode = decode
         self._size = size
-        self.released = False
-        self._count(1)
+        self.released = self._orphaned = False
+        self._count_prompt(1)
+        self._count_tokens(size)
 
     def release(self) -> None:
         """The KV is no longer waiting; only the first call has an effect."""
         if self.released:
             return
         self.released = True
-        self._count(-1)
+        if not self._orphaned:
+            self._count_prompt(-1)
+        self._count_tokens(-self._size)
+        self._registry.freed()
+
+    def orphan(self) -> None:
+        """The KV stays on decode, where nothing will load it: its tokens count until the end of decode's process.
+
+        No effect after :meth:`release`.
+        """
+        if self.released or self._orphaned or not self._size:
+            return
+        self._orphaned = True
+        self._decode.kv_orphans.append(self)
+        self._count_prompt(-1)
         self._registry.freed()
 
     def resize(self, size: int) -> None:
-        """Correct the estimated size, in bytes."""
+        """Correct the estimated size, in tokens."""
         freed = self._size - size
         if self.released or not freed:
             return
         self._size = size
-        self._decode.kv_waiting_bytes -= freed
-        if self._registry.shared_load is not None:
-            self._registry.shared_load.add(self._decode, KV_WAITING_BYTES, -freed)
+        self._count_tokens(-freed)
         if freed > 0:
             self._registry.freed()
 
-    def _count(self, change: int) -> None:
+    def _count_prompt(self, change: int) -> None:
         self._prefill.kv_waiting += change
         self._decode.kv_waiting += change
-        self._decode.kv_waiting_bytes += change * self._size
         shared = self._registry.shared_load
         if shared is not None:
             shared.add(self._prefill, KV_WAITING, change)
             shared.add(self._decode, KV_WAITING, change)
-            shared.add(self._decode, KV_WAITING_BYTES, change * self._size)
+
+    def _count_tokens(self, change: int) -> None:
+        self._decode.kv_waiting_tokens += change
+        if self._registry.shared_load is not None:
+            self._registry.shared_load.add(self._decode, KV_WAITING_TOKENS, change)
 
 
 class EngineUse:
@@ -178,7 +194,7 @@ class Placement:
 
     Args:
         found: a pair, or a decode that computes the prompt without a prefill.
-        kv_bytes: estimated KV of the prompts in bytes; counted only where decode has a KV buffer.
+        kv_tokens: upper bound of the tokens of the prompts' KV; counted only where decode has a KV buffer.
 
     Attributes:
         prefill, decode: the instances; ``prefill`` is None when decode computes the prompt itself.
@@ -187,7 +203,7 @@ class Placement:
 
     __slots__ = ("decode", "decode_lease", "kv", "prefill", "prefill_lease")
 
-    def __init__(self, registry: Registry, found: Pair | SingleEngine, kv_bytes: int = 0) -> None:
+    def __init__(self, registry: Registry, found: Pair | SingleEngine, kv_tokens: int = 0) -> None:
         decode = found.decode
         self.prefill: Instance | None = None
         self.prefill_lease: Lease | None = None
@@ -195,7 +211,7 @@ class Placement:
         if isinstance(found, Pair):
             self.prefill = found.prefill
             self.prefill_lease = Lease(registry, found.prefill, found.prefill_tokens)
-            self.kv = KvClaim(registry, found.prefill, decode, 0 if decode.kind.computes else kv_bytes)
+            self.kv = KvClaim(registry, found.prefill, decode, 0 if decode.kind.computes else kv_tokens)
         self.decode = decode
         self.decode_lease = Lease(registry, decode, found.decode_tokens)
 
@@ -210,6 +226,12 @@ class Placement:
         """Decode has loaded the KV, or will not get it. Further calls have no effect."""
         if self.kv is not None:
             self.kv.release()
+
+    def orphan_kv(self) -> None:
+        """Nothing will load the KV: it counts until the end of decode's process (:meth:`KvClaim.orphan`)."""
+        if self.kv is not None and not self.decode_lease.process_ended:
+            self.kv.orphan()
+            self.kv = None
 
     def release(self) -> None:
         """Give back everything that is still held."""

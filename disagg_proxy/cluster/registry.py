@@ -71,6 +71,7 @@ class Registry(InstanceIndex):
         self.refresh_models: Callable[[], Awaitable[None]] = _no_refresh
         self.shared_load: SharedLoad | None = None
         self.other_proxies = False
+        self.has_kv_buffers = False
         self._on_change: list[Watcher] = []
         self._on_probe_wanted: list[Watcher] = []
         self._on_freed: list[Callable[[], None]] = []
@@ -116,6 +117,7 @@ class Registry(InstanceIndex):
             instance.times_lost += 1
         if state is not instance.state:
             instance.restart_wanted = False
+        self.has_kv_buffers |= not instance.kind.computes
         instance.state, instance.reason, instance.changed_at = state, reason, self._clock()
         self._serving.clear()
         self.version += 1
@@ -209,14 +211,14 @@ class Registry(InstanceIndex):
         if instance.state in (State.LOST, State.FROZEN):
             return
         if instance.kv is None and instance.kind.needs_address:
-            instance.models = models
+            _set_models(instance, models)
             self.suspend(
                 instance,
                 "its KV address is unknown: configure it as URL,KV_ADDRESS (or URL,nixl), or let it ping this proxy",
             )
             return
         same = list(instance.models) == list(models)
-        instance.models = models
+        _set_models(instance, models)
         if instance.state is not State.READY or not same:
             self._set_state(instance, State.READY, f"serves {', '.join(models)}")
 
@@ -267,6 +269,9 @@ class Registry(InstanceIndex):
         if self.other_proxies and instance.role is Role.DECODE:
             self.kv_compatibility.assume_sent((i for i in self._instances.values() if i.role is Role.PREFILL), instance)
         self.kv_compatibility.process_ended(instance)
+        orphans, instance.kv_orphans = instance.kv_orphans, []
+        for claim in orphans:
+            claim.release()
         for watcher in self._on_ended:
             watcher(instance)
         self.unfreeze(instance, "its process has ended")
@@ -330,6 +335,13 @@ class Registry(InstanceIndex):
     def now(self) -> float:
         """The registry's clock."""
         return self._clock()
+
+
+def _set_models(instance: Instance, models: Mapping[str, Mapping[str, Any]]) -> None:
+    # An adapter has no length of its own (vLLM 0.9.2 - 0.33, ``entrypoints/openai/serving_models.py``: null).
+    lengths = [entry.get("max_model_len") for entry in models.values()]
+    instance.models = models
+    instance.max_model_len = max((length for length in lengths if isinstance(length, int)), default=0)
 
 
 def _fail_prefills(instance: Instance, progress: ProgressTracker, reason: str) -> None:

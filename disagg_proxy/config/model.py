@@ -73,3 +73,10 @@ class Config:
     log_format: Literal["text", "json"] = "text"
     access_log: str = "off"
     traces: bool = False
+
+    @property
+    def kv_buffer_tokens(self) -> int:
+        """Prompt tokens that fit into the configured KV buffer of one decode; 0 when its size is not known."""
+        if not self.kv_buffer_bytes or not self.kv_bytes_per_token:
+            return 0
+        return max(1, self.kv_buffer_bytes // self.kv_bytes_per_token)

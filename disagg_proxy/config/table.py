@@ -122,8 +122,10 @@ SETTINGS: tuple[Setting, ...] = (
             "单个 decode 同时处理的请求数（从 prefill 开始计）；取 vLLM 的 --max-num-seqs，使 KV 到达即加载；"
             "0 表示不限"),
     Setting("kv_buffer_bytes", "KV_BUFFER_BYTES", "--kv-buffer-bytes", "0", values.size_or_none,
-            "bytes of KV that may wait on one decode, its kv_buffer_size; further prompts queue; 0: no limit",
-            "单个 decode 上可等待的 KV 字节数（即其 kv_buffer_size），超出的请求排队；0 表示不限"),
+            "bytes of KV that may wait on one decode of P2pNcclConnector, its kv_buffer_size; further prompts queue; "
+            "0, or no KV_BYTES_PER_TOKEN: as many prompt tokens as its max_model_len",
+            "使用 P2pNcclConnector 时单个 decode 上可等待的 KV 字节数（即其 kv_buffer_size），超出的请求排队；"
+            "0 或未设 KV_BYTES_PER_TOKEN 时：提示词 token 数不超过其 max_model_len"),
     Setting("kv_bytes_per_token", "KV_BYTES_PER_TOKEN", "--kv-bytes-per-token", "0", values.size_or_none,
             "bytes of KV of one prompt token, 2 x layers x KV heads x head size x bytes of the data type; needed for "
             "KV_BUFFER_BYTES; 0: unknown",

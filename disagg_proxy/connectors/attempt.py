@@ -117,7 +117,7 @@ class Attempt:
         request = self.request
         request.record.prompt_tokens = tokens or None
         if tokens:
-            request.demand.kv_bytes = self._engines.sizes.record_count(request.route, request.prepared, tokens)
+            request.demand.kv_tokens = self._engines.sizes.record_count(request.route, request.prepared, tokens)
         return tokens
 
     # -- the answer
@@ -180,15 +180,18 @@ class Attempt:
 
     # -- ends
 
-    def end_decode(self, *, failed: bool | None = None, received: bool = True) -> None:
+    def end_decode(self, *, failed: bool | None = None, received: bool = True, keeps_kv: bool = False) -> None:
         """End the decode leg. Further calls have no effect.
 
-        The arguments are those of :meth:`Lease.end` and :meth:`PendingResponse.end`.
+        Args:
+            failed, received: those of :meth:`Lease.end` and :meth:`PendingResponse.end`.
+            keeps_kv: decode still holds the KV, which a release frees.
         """
         if self._decoding is not None:
             self._decoding.end(received=received)
         self.placement.decode_lease.end(failed=failed)
-        self.placement.release_kv()
+        if not keeps_kv:
+            self.placement.release_kv()
 
     def end_refused(self, status: int) -> None:
         """End the decode leg after an answer with ``status``, not 200."""

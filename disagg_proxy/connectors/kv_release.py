@@ -69,7 +69,10 @@ class KvReleaser:
         self._slots: dict[str, asyncio.Semaphore] = {}
 
     async def release(self, held: HeldKv) -> None:
-        """Free the KV that waits on decode for ``held``, then its leases. Raises no ProxyError."""
+        """Free the KV that waits on decode for ``held``, then its leases. Raises no ProxyError.
+
+        The KV counts against decode's limit meanwhile; after a failure until the end of decode's process.
+        """
         self._counts.started += 1
         instance = held.placement.decode
         slot = self._slots.setdefault(instance.key, asyncio.Semaphore(_MAX_CONCURRENT))
@@ -79,6 +82,8 @@ class KvReleaser:
             async with slot:
                 failure = await self._retry(held)
         finally:
+            if failure:
+                held.placement.orphan_kv()
             held.release()
             self._counts.waiting -= 1
             self._ended(instance, failure)

@@ -14,7 +14,8 @@ indefinitely (docs/retry.md). So each moment at which a request can end has its 
     decode broken before the first byte    502 and no release: a second decode of an id that was received would stall
     decode's 200 is an error        the error with its own status and no release: the engine may have the KV
     decode stalled                  504 before the first byte of the answer, a cut afterwards
-    client leaves before the first byte    decode is aborted after a grace time, when it surely has the request
+    client leaves before the first byte    decode is aborted once it has loaded the KV: vLLM counts the KV of a request
+                                           that is aborted earlier in its buffer indefinitely
     client leaves later             decode is aborted at once: vLLM frees everything
     decode breaks in mid-answer     the client's connection is cut
 """
@@ -37,6 +38,7 @@ from disagg_proxy.connectors.base import (
     text_field,
 )
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
+from disagg_proxy.connectors.p2p_nccl_loads import LoadWatch, WatchedLeg
 from disagg_proxy.downstream.refusal import ClientResponse, forwarded, over_context, prefill_refusal, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
@@ -47,14 +49,6 @@ from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
 from disagg_proxy.upstream import CompleteResponse, Response
 
 KIND: KvKind = KvKind("p2p_nccl", computes=False)
-
-ABORT_GRACE = 5.0
-"""Seconds before decode's leg is aborted when its client leaves before the first byte. An abort while the API server
-still tokenizes would leave the KV on the instance; a later one frees it."""
-
-_LOADED_AFTER = 0.5
-"""Seconds after which decode counts as having loaded the KV of an unstreamed request, whose answer shows nothing before
-its end. A decode with a free slot loads in its next step."""
 
 
 def read(fields: Fields) -> Announced | None:
@@ -72,7 +66,7 @@ class P2pNccl:
         self._releaser = engines.kv_releaser
         self._own_key = bool(engines.config.engine_api_key)
         self._prefill_timeouts = FixedTimeouts(engines.config.prefill_timeout)
-        self._load_timeouts = FixedTimeouts(_LOADED_AFTER)
+        self._loads = LoadWatch(engines)
 
     async def run(self, request: Request, placement: Placement, reply: Reply) -> Failure | None:
         """One attempt: see :class:`disagg_proxy.connectors.base.Connector`."""
@@ -80,7 +74,6 @@ class P2pNccl:
         record, prefill, decode = request.record, attempt.prefill_lease.instance, attempt.decode
         try:
             # 1. Prefill: one token. The leg runs to its end, even if the request does not wait for it.
-            reply.abort_grace = 0.0
             leg = PrefillLeg(attempt, self._release, self._prefill_timeouts.seconds)
             timeout = self._prefill_timeouts.add(leg.expire)
             self._engines.background.leg(leg.run()).start()
@@ -126,31 +119,32 @@ class P2pNccl:
 
             # 3. Decode: sent once, never again after it may have been received.
             record.on_decode_sent()
-            reply.abort_grace = ABORT_GRACE
-            load = None
-            if not request.prepared.streams:
-                load = self._load_timeouts.add(attempt.placement.release_kv)
+            reply.abortable = False
+            watched = None if request.prepared.streams else self._watch_load(attempt, reply)
             try:
                 answer = await attempt.request_decode()
             except NotSent as failure:
+                reply.abortable = True
                 return self._not_sent(attempt, failure.error)
-            except EngineFrozen:
-                attempt.end_decode()
-                raise
-            except ProxyError:
-                attempt.end_decode(failed=True)
+            except ProxyError as error:
+                attempt.placement.orphan_kv()
+                attempt.end_decode(failed=None if isinstance(error, EngineFrozen) else True)
                 raise
             finally:
-                self._load_timeouts.drop(load)
+                if watched is not None:
+                    self._loads.end(watched)
 
             # 4. Answer.
             try:
                 rejected = await attempt.refusal(answer)
                 if rejected is None:
                     attempt.placement.release_kv()
+                    reply.allow_abort()
                     await self._answer(attempt, reply, answer, use)
                     return None
             except ProxyError:
+                # No effect where the KV is loaded.
+                attempt.placement.orphan_kv()
                 attempt.end_decode(failed=True)
                 raise
             self._refused_by_decode(attempt, reply, rejected, received=answer.status == 200)
@@ -176,11 +170,20 @@ class P2pNccl:
 
     # -- decode
 
+    def _watch_load(self, attempt: P2pAttempt, reply: Reply) -> WatchedLeg:
+        """Notice that decode has loaded the KV, although its answer shows nothing before its end."""
+
+        def loaded() -> None:
+            attempt.placement.release_kv()
+            reply.allow_abort()
+
+        return self._loads.begin(attempt.decode, loaded)
+
     def _not_sent(self, attempt: P2pAttempt, error: EngineError) -> Failure:
         unreachable = isinstance(error, EngineUnreachable)
-        attempt.end_decode(failed=True if unreachable else None, received=False)
-        attempt.release()
-        if not attempt.placement.decode_lease.process_ended:
+        gone = attempt.placement.decode_lease.process_ended
+        attempt.end_decode(failed=True if unreachable else None, received=False, keeps_kv=not gone)
+        if not gone:
             self._release(attempt)
         return Failure(error, attempt.decode)
 
@@ -195,6 +198,7 @@ class P2pNccl:
             # The API server rejected it before its engine had it, so the KV still waits there.
             self._release(attempt)
         else:
+            attempt.placement.orphan_kv()
             attempt.end_refused(refused.status)
         attempt.refuse(reply, refused, "decode")
 

@@ -102,7 +102,7 @@ class P2pAttempt(Attempt):
         request, record = self.request, self.request.record
         tokens = self.take_count(prompt_tokens(prefilled.body))
         if tokens and self.placement.kv is not None:
-            self.placement.kv.resize(request.demand.kv_bytes)
+            self.placement.kv.resize(request.demand.kv_tokens)
         use = cache_use(request.route, prefilled.body)
         record.cached_tokens = use.cached
         return use

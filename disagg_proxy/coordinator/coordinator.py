@@ -166,13 +166,14 @@ class Coordinator:
             ProxyError: no instance of this proxy can serve it.
         """
         record.on_ready(prepared.model)
-        tokens, kv_bytes = self._sizes.tokens(prepared), self._sizes.kv_bytes(head.route, prepared)
+        tokens = self._sizes.tokens(prepared)
+        kv_tokens = self._sizes.kv_tokens(head.route, prepared) if self._registry.has_kv_buffers else 0
         shared = prepared.affinity
         name = shared.user
         if head.session and self.wanted.session:
             name = session_name(head.session.decode("latin-1"))
-        traits = Traits(tokens, self._sizes.kv_bytes_of(tokens), shared.prefix, shared.size, shared.home, name)
-        demand = Demand(prepared.model, self._preference(prepared, tokens), kv_bytes, traits)
+        traits = Traits(tokens, shared.prefix, shared.size, shared.home, name)
+        demand = Demand(prepared.model, self._preference(prepared, tokens), kv_tokens, traits)
         return Request(head.route, lines, prepared, record, tokens, demand)
 
     def _preference(self, prepared: Prepared, tokens: int) -> PlacementPreference:

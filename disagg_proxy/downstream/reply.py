@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
 from disagg_proxy.downstream.refusal import ClientResponse
@@ -32,19 +31,19 @@ class Reply:
     Attributes:
         open: the client still waits for a response or an error.
         gone: the client's exchange has ended.
-        abort_grace: seconds for which the request continues after the client has left before the first byte of its
-            response. An attempt sets it while an immediate abort would leave KV on an engine.
+        abortable: whether the request ends when the client leaves before the first byte of its response. An attempt
+            clears it while an abort would leave KV on an engine.
         record: the request's record; None until its body is complete.
     """
 
-    __slots__ = ("_background", "_downstream", "_stream", "_work", "abort_grace", "gone", "open", "record")
+    __slots__ = ("_background", "_downstream", "_stream", "_work", "abortable", "gone", "open", "record")
 
     def __init__(self, downstream: Downstream) -> None:
         self._downstream: Downstream | None = downstream
         self._background: Background | None = None
         self._stream: ResponseStream | None = None
         self._work: InlineCoroutine | None = None
-        self.abort_grace = 0.0
+        self.abortable = True
         self.gone = False
         self.open = True
         self.record: RequestRecord | None = None
@@ -90,6 +89,13 @@ class Reply:
         self.open = False
         return downstream
 
+    def allow_abort(self) -> None:
+        """Make the request abortable, and end it if its client has left."""
+        self.abortable = True
+        if self.gone and self._work is not None:
+            work, self._work = self._work, None
+            work.cancel()
+
     def leave(self) -> None:
         """The client's HTTP exchange has ended, completed or not. Further calls have no effect."""
         if self.gone:
@@ -102,9 +108,9 @@ class Reply:
             background.detach(work)
             if self._stream is not None:
                 self._stream.close()
-            elif waited and self.abort_grace:
-                asyncio.get_running_loop().call_later(self.abort_grace, work.cancel)
-            elif waited:
+            elif waited and self.abortable:
                 work.cancel()
+            elif waited:
+                self._work = work
         if record is not None:
             record.end()

@@ -83,7 +83,7 @@ class ProxyCollector(Collector):
         yield from self._requests()
         yield from self._times()
         yield from self._kv_releases()
-        yield from instance_metrics(self._proxy.registry, self._overview)
+        yield from instance_metrics(self._proxy.registry, self._overview, self._proxy.config.kv_bytes_per_token)
         yield from self._registrations()
 
     def _requests(self) -> Iterable[Metric]:
@@ -165,7 +165,7 @@ class ProxyCollector(Collector):
             yield _counter("worker_restarts", "Workers replaced after they ended", overview.restarts)
 
 
-def instance_metrics(registry: Registry, overview: Overview) -> Iterable[Metric]:
+def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token: int) -> Iterable[Metric]:
     """The metrics of each instance: its state as this process sees it, and the counts of all processes."""
     instances = registry.instances()
     now = registry.now()
@@ -190,7 +190,12 @@ def instance_metrics(registry: Registry, overview: Overview) -> Iterable[Metric]
         ("in_flight", "Legs in flight", lambda i: i.in_flight),
         ("tokens_in_flight", "Prompt tokens of its legs in flight, estimated", overview.tokens_in_flight),
         ("kv_waiting_prompts", "Prompts sent to prefill whose KV decode has not loaded yet", lambda i: i.kv_waiting),
-        ("kv_waiting_bytes", "KV that decode has not loaded yet, estimated", lambda i: i.kv_waiting_bytes),
+        ("kv_waiting_tokens", "Tokens of KV in a decode's buffer or on the way to it", lambda i: i.kv_waiting_tokens),
+        (
+            "kv_waiting_bytes",
+            "The same in bytes; 0 without KV_BYTES_PER_TOKEN",
+            lambda i: i.kv_waiting_tokens * kv_bytes_per_token,
+        ),
         ("ping_age_seconds", "Time since its last ping", age),
         ("pings_missed", "Pings missed since its last one", missed),
     ]

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Set
 
 from disagg_proxy.cluster.instance import Instance, Role
-from disagg_proxy.cluster.lease import IN_FLIGHT, KV_WAITING_BYTES
+from disagg_proxy.cluster.lease import IN_FLIGHT, KV_WAITING, KV_WAITING_TOKENS
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.workers.shared_table import LOADS, SLOTS, RowHeader, SharedTable, now
 
@@ -82,15 +82,16 @@ class WorkerLoad:
         else:
             self._pending[word] = self._pending.get(word, 0) + change
 
-    def claim(self, instances: Collection[Instance], kv_bytes: int, fits: Callable[[], bool]) -> bool:
+    def claim(self, instances: Collection[Instance], kv_tokens: int, fits: Callable[[], bool]) -> bool:
         """Claim capacity visibly to all workers, then check ``fits``; if it returns False, withdraw the claim."""
         claimed: dict[int, int] = {}
         for instance in instances:
             if instance.slot < 0:
                 continue
             claimed[instance.slot * LOADS + IN_FLIGHT] = 1
-            if kv_bytes and instance.role is Role.DECODE and not instance.kind.computes:
-                claimed[instance.slot * LOADS + KV_WAITING_BYTES] = kv_bytes
+            if instance.role is Role.DECODE and not instance.kind.computes:
+                claimed[instance.slot * LOADS + KV_WAITING] = 1
+                claimed[instance.slot * LOADS + KV_WAITING_TOKENS] = kv_tokens
         for word, size in claimed.items():
             self._own[word] += size
         # The lock is a memory barrier between the writes above and the reads below.
@@ -150,12 +151,12 @@ class WorkerLoad:
 
 
 def _own(instance: Instance) -> tuple[int, int, int, int]:
-    in_flight, direct_requests, kv_waiting, kv_bytes = instance.peer_counts
+    in_flight, direct_requests, kv_waiting, kv_tokens = instance.peer_counts
     return (
         instance.in_flight - in_flight,
         instance.direct_requests - direct_requests,
         instance.kv_waiting - kv_waiting,
-        instance.kv_waiting_bytes - kv_bytes,
+        instance.kv_waiting_tokens - kv_tokens,
     )
 
 
@@ -164,7 +165,7 @@ def _set_elsewhere(instance: Instance, new: tuple[int, ...]) -> None:
     instance.in_flight += new[0] - old[0]
     instance.direct_requests += new[1] - old[1]
     instance.kv_waiting += new[2] - old[2]
-    instance.kv_waiting_bytes += new[3] - old[3]
+    instance.kv_waiting_tokens += new[3] - old[3]
     instance.peer_counts = (new[0], new[1], new[2], new[3])
 
 

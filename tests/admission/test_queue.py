@@ -8,7 +8,7 @@ import pytest
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand, Limits
 from disagg_proxy.cluster.instance import Role
-from disagg_proxy.cluster.lease import Placement
+from disagg_proxy.cluster.lease import KvClaim, Placement
 from disagg_proxy.cluster.policies import round_robin
 from disagg_proxy.cluster.selection import Pair, PlacementPreference, Selection
 from disagg_proxy.errors import NoPair, Overloaded, UnknownModel
@@ -170,6 +170,27 @@ async def test_queued_requests_fail_when_an_undrained_role_goes() -> None:
     door.world.registry.suspend(prefill, "refused", gone=True)
     with pytest.raises(NoPair, match=r"no prefill instance is ready.*; no decode instance is ready \(one is drained"):
         await soon(queued)
+
+
+@pytest.mark.parametrize(
+    ("configured", "longest", "fits"),
+    [(0, 1000, True), (0, 999, False), (0, 0, False), (1000, 50, True), (999, 5000, False)],
+)
+def test_waiting_kv_is_limited_by_the_longest_prompt_unless_the_buffer_is_configured(
+    configured: int, longest: int, fits: bool
+) -> None:
+    world = World()
+    prefill, decode = world.ready(Role.PREFILL, 1), world.ready(Role.DECODE, 2)
+    world.registry.admit(decode, {"m": {"max_model_len": longest or None}, "adapter": {"max_model_len": None}})
+    limits = Limits(kv_tokens=configured)
+    assert limits.has_capacity(decode, 10**9), "one is admitted where none waits"
+    claim = KvClaim(world.registry, prefill, decode, 600)
+    assert limits.has_capacity(decode, 400) is fits and not limits.has_capacity(decode, 401)
+    assert limits.has_capacity(prefill, 10**9)
+    claim.orphan()
+    assert limits.has_capacity(decode, 10**9), "an orphan alone does not stop the decode"
+    KvClaim(world.registry, prefill, decode, 1)
+    assert limits.has_capacity(decode, 399) is fits and not limits.has_capacity(decode, 400)
 
 
 class Others:

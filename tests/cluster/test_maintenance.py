@@ -187,13 +187,26 @@ def test_kv_counts_at_its_true_size_once_that_is_known(world) -> None:
     prefill, decode = world.ready(P, 1), world.ready(D, 2)
     kv, other = (KvClaim(world.registry, prefill, decode, size) for size in (900, 100))
     freed: list[int] = []
-    world.registry.watch(freed=lambda: freed.append(decode.kv_waiting_bytes))
+    world.registry.watch(freed=lambda: freed.append(decode.kv_waiting_tokens))
     for size in (400, 400, 700):
         kv.resize(size)
-        assert decode.kv_waiting_bytes == size + 100
+        assert decode.kv_waiting_tokens == size + 100
     assert freed == [500], "only what frees room is announced, once"
     kv.release()
     kv.resize(5)
-    assert decode.kv_waiting_bytes == 100
+    assert decode.kv_waiting_tokens == 100
     other.release()
-    assert decode.kv_waiting_bytes == decode.kv_waiting == 0
+    assert decode.kv_waiting_tokens == decode.kv_waiting == 0
+
+
+def test_an_orphan_counts_until_decodes_process_ends(world) -> None:
+    prefill, decode = world.ready(P, 1), world.ready(D, 2)
+    orphan, live = (KvClaim(world.registry, prefill, decode, size) for size in (900, 100))
+    orphan.orphan()
+    orphan.orphan()
+    assert (decode.kv_waiting, prefill.kv_waiting, decode.kv_waiting_tokens) == (1, 1, 1000)
+    live.release()
+    live.orphan()
+    assert (decode.kv_waiting, decode.kv_waiting_tokens) == (0, 900) and decode.idle
+    world.registry.process_ended(decode)
+    assert (decode.kv_waiting, prefill.kv_waiting, decode.kv_waiting_tokens) == (0, 0, 0)

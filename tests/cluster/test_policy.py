@@ -32,7 +32,7 @@ from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 class Busy:
     in_flight: int = 0
     tokens_in_flight: int = 0
-    kv_waiting_bytes: int = 0
+    kv_waiting_tokens: int = 0
     salt: int = 0
 
 
@@ -105,9 +105,8 @@ def test_joint_prefers_a_connected_pair_up_to_a_bound() -> None:
 
 def test_joint_counts_context_requests_and_waiting_kv() -> None:
     assert joint(View([Busy(1, 3000), Busy(8, 100)])) == (0 if 100 + 7 * REQUEST_TOKENS > 3000 else 1)
-    asked = Traits(tokens=1000, kv_bytes=1000 * 100)
-    assert joint(View([Busy(1, 500, kv_waiting_bytes=50_000), Busy(1, 900)], traits=asked)) == 1
-    assert joint(View([Busy(1, 500, kv_waiting_bytes=50_000), Busy(1, 900)])) == 0
+    assert joint(View([Busy(1, 500, kv_waiting_tokens=500), Busy(1, 900)])) == 1
+    assert joint(View([Busy(1, 500, kv_waiting_tokens=300), Busy(1, 900)])) == 0
 
 
 loads = st.lists(st.integers(0, 50_000), min_size=1, max_size=12)

@@ -46,7 +46,7 @@ class Upstream:
         async def read() -> CompleteResponse:
             return whole
 
-        return SimpleNamespace(status=outcome, read_all=read, read=lambda: whole)
+        return SimpleNamespace(status=outcome, beginning=whole.body, read_all=read, read=lambda: whole)
 
 
 class KvPorts:
@@ -69,7 +69,7 @@ class Bench:
             self.world.ready(role, port, kind=kind) for role, port in ((Role.PREFILL, 1), (Role.DECODE, 2))
         )
         self.world.probes.clear()
-        sizes = PromptSizes(0, learns=False)
+        sizes = PromptSizes(learns=False, trusts=False)
         self.kv_control = KvPorts()
         self.engines = Engines(
             lambda: self.upstream, self.world.registry, Config(), self.background, sizes,  # type: ignore[arg-type,return-value]

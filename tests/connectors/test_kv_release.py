@@ -45,6 +45,19 @@ async def test_it_is_tried_again_when_it_cannot_have_been_taken_in(bench: Bench,
     assert counts == KvReleases(started=1, done=1, tokens=7)
 
 
+@pytest.mark.parametrize(("outcome", "left"), [(200, 0), (400, 7), (LATE, 7)])
+async def test_kv_that_is_not_released_counts_until_decodes_process_ends(
+    bench: Bench, counts: KvReleases, outcome, left: int
+) -> None:
+    attempt = bench.attempt()
+    attempt.placement.kv.resize(7)
+    bench.upstream.outcomes = [outcome]
+    await KvReleaser(counts).release(attempt)
+    assert (bench.decode.kv_waiting, bench.decode.kv_waiting_tokens) == (0, left)
+    bench.world.registry.process_ended(bench.decode)
+    assert bench.decode.kv_waiting_tokens == 0
+
+
 async def test_it_is_given_up_after_some_tries(bench: Bench, counts: KvReleases) -> None:
     bench.upstream.outcomes = [REFUSED] * 5
     await KvReleaser(counts).release(bench.attempt())

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from disagg_proxy.connectors import p2p_nccl
+from disagg_proxy.connectors import p2p_nccl_loads
 from tests.conftest import Wire, soon
 from tests.simulated import REQUESTS
 
@@ -65,12 +65,18 @@ async def test_during_the_prefill(machine, pair, client: Wire, point: str, strea
     assert machine.proxy.services.stats.outcomes == {"client_left": 1}
 
 
+@pytest.fixture
+def proven_soon(machine, pair, monkeypatch) -> None:
+    """A decode that is slow enough for its counters to show that it has loaded the KV of an unstreamed request."""
+    object.__setattr__(pair[1].config, "time_per_output_token", 0.005)
+    monkeypatch.setattr(p2p_nccl_loads, "POLL_INTERVAL", 0.02)
+    machine.proxy.services.coordinator._connectors["p2p_nccl"]._loads._timeouts.seconds = 0.05
+
+
 @pytest.mark.interpreted
 @KINDS
-async def test_between_the_legs(machine, pair, client: Wire, monkeypatch, stream: bool) -> None:
-    monkeypatch.setattr(p2p_nccl, "ABORT_GRACE", 0.1)
+async def test_between_the_legs(machine, pair, client: Wire, monkeypatch, proven_soon, stream: bool) -> None:
     decode = pair[1]
-    decode.faults.hold("schedule", after=3)
     upstream = machine.proxy.services.upstream
     original, gone = upstream.request, []
 
@@ -82,10 +88,8 @@ async def test_between_the_legs(machine, pair, client: Wire, monkeypatch, stream
 
     monkeypatch.setattr(upstream, "request", request)
     client.post(PATH, {**LONG, "stream": stream})
-    await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
-    await soon(machine.proxy.until_idle())
-    decode.faults.release()
     await soon(decode.wait_until(lambda state: state["aborted"] == 1))
+    await soon(machine.proxy.until_idle())
     assert gone and drains(machine) == 0 and len(decode.received(PATH)) == 1
 
 
@@ -96,32 +100,38 @@ async def test_before_the_first_byte(machine, pair, client: Wire, point: str) ->
         client.post(PATH, {**LONG, "stream": True})
         await soon(decode.wait_until(lambda state: state["held_at"] == point))
         await machine.left(client)
-        assert len(machine.proxy.services.background) == 1, "decode is aborted only when it surely has the request"
+        assert len(machine.proxy.services.background) == 1, "decode is aborted only when it has loaded the KV"
     await soon(decode.wait_until(lambda state: state["aborted"] == 1))
 
 
-async def test_before_the_first_byte_of_a_decode_that_says_nothing(machine, pair, client: Wire, monkeypatch) -> None:
-    monkeypatch.setattr(p2p_nccl, "ABORT_GRACE", 0.1)
+@pytest.mark.interpreted
+@KINDS
+async def test_decode_is_not_aborted_before_it_has_loaded_the_kv(
+    machine, pair, client: Wire, proven_soon, stream: bool
+) -> None:
     decode = pair[1]
     with decode.faults.held():
-        client.post(PATH, {**LONG, "stream": True})
+        client.post(PATH, {**LONG, "stream": stream})
         await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
         await machine.left(client)
-        await soon(machine.proxy.until_idle())
+        counted = len(decode.received("/metrics"))
+        while not stream and len(decode.received("/metrics")) < counted + 3:
+            await asyncio.sleep(0.01)
+        assert decode.state()["kv_waiting"] and machine.proxy.instance(decode.http_address).kv_waiting_tokens
     await soon(decode.wait_until(lambda state: state["aborted"] == 1))
+    assert decode.state()["kv_buffer_used"] == 0, "the KV of a request that is aborted earlier counts indefinitely"
+    assert decode.state()["steps"] < 1000
 
 
-async def test_while_decode_makes_a_whole_answer(machine, pair, client: Wire, monkeypatch) -> None:
-    monkeypatch.setattr(p2p_nccl, "ABORT_GRACE", 0.1)
+@pytest.mark.interpreted
+async def test_while_decode_makes_a_whole_answer(machine, pair, client: Wire, proven_soon) -> None:
     decode = pair[1]
-    decode.faults.hold("schedule", after=3)
     client.post(PATH, LONG)
-    await soon(decode.wait_until(lambda state: state["held_at"] == "schedule"))
+    await soon(decode.wait_until(lambda state: state["running"] == 1))
     await machine.left(client)
     await soon(machine.proxy.until_idle())
-    decode.faults.release()
     await soon(decode.wait_until(lambda state: state["aborted"] == 1))
-    assert decode.state()["steps"] < 100
+    assert decode.state()["steps"] < 1000
 
 
 @pytest.mark.parametrize("path", REQUESTS)

@@ -59,8 +59,7 @@ async def test_a_decode_that_waits_for_lost_kv_is_freed_by_replays(machine, pair
 
 
 @SOON
-async def test_the_kv_of_a_request_whose_client_has_left_is_replayed_too(machine, pair, dial, monkeypatch) -> None:
-    monkeypatch.setattr("disagg_proxy.connectors.p2p_nccl.ABORT_GRACE", 0.05)
+async def test_the_kv_of_a_request_whose_client_has_left_is_replayed_too(machine, pair, dial) -> None:
     _, decode = pair
     decode.faults.lose_kv()
     client = await dial(machine.proxy.url)
@@ -68,6 +67,7 @@ async def test_the_kv_of_a_request_whose_client_has_left_is_replayed_too(machine
     await soon(decode.wait_until(lambda state: state["stalled_on"] is not None))
     await machine.left(client)
     await soon(machine.proxy.until_idle())
+    await soon(machine.proxy.until_state(decode.http_address, State.READY))
     status, _, body = await soon(machine.post(PATH, ASK), 30)
     assert (status, text_of(body)) == (200, RIGHT[PATH])
     assert (await instance_of(machine, decode))["replays"] == 1

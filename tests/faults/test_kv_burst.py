@@ -43,7 +43,7 @@ async def full(machine: Machine, decodes: list[SimEngine], requests: int) -> Non
         assert all(state["listener"] == "alive" for state in states), "more KV than the buffer holds"
         counts = [instance.in_flight for instance in instances]
         arrived = [(state["kv_received"] - before) // 4 for state, before in zip(states, received, strict=True)]
-        counted = [instance.kv_waiting_bytes // (LENGTH * PER_TOKEN) for instance in instances]
+        counted = [instance.kv_waiting_tokens // LENGTH for instance in instances]
         everybody = machine.proxy.services.admission_queue.waiting + sum(counts) == requests
         steady = steady + 1 if everybody and counts == arrived == counted else 0
 

@@ -100,11 +100,11 @@ async def test_a_burst_of_long_prompts_never_fills_the_decode_buffer(machine) ->
     decode.faults.hold("schedule")
     requests = [ask(machine, prompt=prompt) for prompt in prompts]
     await waiting(machine, 10)
-    assert machine.proxy.instance(decode.http_address).kv_waiting_bytes == 800_000
+    assert machine.proxy.instance(decode.http_address).kv_waiting_tokens == 800
     decode.faults.release()
     assert [(await soon(request))[0] for request in requests] == [200] * 12
     assert decode.state()["listener"] == "alive" and not decode.state()["kv_waiting"]
-    assert machine.proxy.instance(decode.http_address).kv_waiting_bytes == 0
+    assert machine.proxy.instance(decode.http_address).kv_waiting_tokens == 0
 
 
 @pytest.mark.settings(kv_buffer_bytes=1000, kv_bytes_per_token=1000)
@@ -195,7 +195,7 @@ async def test_what_a_dead_decode_leaves_behind_waits_for_room_on_the_other(mach
     for prefill in prefills:
         prefill.faults.release()
     await waiting(machine, 2)
-    assert machine.proxy.instance(decodes[1].http_address).kv_waiting_bytes == 928_000
+    assert machine.proxy.instance(decodes[1].http_address).kv_waiting_tokens == 928
     decodes[1].faults.release()
     for prompt, events in zip(prompts, await soon(asyncio.gather(*requests)), strict=True):
         assert text_of_events(events) == expected_text(prompt, 3)

@@ -117,12 +117,12 @@ async def test_instances(machine, pair) -> None:
     for _ in range(FAILURES_TO_OPEN):
         Lease(registry, instance, 100).end(failed=True)
     Lease(registry, instance, 100)
-    instance.kv_waiting_bytes = 5000
+    instance.kv_waiting_tokens = 5000
     registry.process_ended(instance)
     for _ in range(FAILURES_TO_OPEN):
         Lease(registry, instance).end(failed=True)
     found = await scrape(machine)
-    assert at(found, "instance_pings_missed", **where) == 2 and at(found, "instance_kv_waiting_bytes", **where) == 5000
+    assert at(found, "instance_pings_missed", **where) == 2 and at(found, "instance_kv_waiting_tokens", **where) == 5000
     assert at(found, "instance_tokens_in_flight", **where) == 100 and at(found, "instance_restarts_total", **where) == 1
     assert at(found, "instance_breaker", **where, state="open") == 1
     assert at(found, "pairs_ready") == 0

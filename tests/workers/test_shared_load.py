@@ -28,7 +28,7 @@ class Worker:
         self.decode = self.world.ready(Role.DECODE, 2)
         for slot, instance in enumerate((self.prefill, self.decode)):
             self.load.assign_slot(instance, slot)
-        self.limits = Limits(prefill=MOST, decode=MOST, kv_buffer=BUFFER)
+        self.limits = Limits(prefill=MOST, decode=MOST, kv_tokens=BUFFER)
         table.rows[number].head[RowHeader.HEARTBEAT] = now()
 
     def _freed(self) -> None:
@@ -137,7 +137,7 @@ class Load(RuleBasedStateMachine):
         for worker in self.workers:
             worker.load.refresh()
             for instance in (worker.prefill, worker.decode):
-                seen = [instance.in_flight, instance.direct_requests, instance.kv_waiting, instance.kv_waiting_bytes]
+                seen = [instance.in_flight, instance.direct_requests, instance.kv_waiting, instance.kv_waiting_tokens]
                 assert seen == total(self.table, instance) and min(seen) >= 0
 
 
@@ -186,7 +186,7 @@ def test_an_unused_claim_is_released() -> None:
     assert total(table, worker.prefill) == [0, 0, 0, 0] and total(table, worker.decode) == [1, 0, 0, 0]
     assert worker.wakeups == 1
     other.load.refresh()
-    assert other.decode.in_flight == 1 and other.decode.elsewhere == (1, 0, 0, 0)
+    assert other.decode.in_flight == 1 and other.decode.peer_counts == (1, 0, 0, 0)
     lease.end()
     assert total(table, worker.decode) == [0, 0, 0, 0]
 
@@ -215,7 +215,7 @@ def test_another_process_at_the_same_endpoint_keeps_the_slot_and_the_old_legs_en
     table = new_table(2)
     worker, other = Worker(table, 0), Worker(table, 1)
     lease = Lease(worker.world.registry, worker.decode)
-    successor = Instance(Role.DECODE, worker.decode.http, worker.decode.kv, worker.decode.source)
+    successor = Instance(Role.DECODE, worker.decode.http, worker.decode.kv, worker.decode.source, worker.decode.kind)
     worker.load.assign_slot(successor, worker.decode.slot)
     other.load.refresh()
     assert other.decode.in_flight == 1

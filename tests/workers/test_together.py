@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
 from disagg_sim import expected_text
 from tests.conftest import soon
-from tests.workers.conftest import ASK, samples
+from tests.workers.conftest import ASK, PATH, Door, samples
 
 RIGHT = expected_text(ASK["prompt"], 8)
 
@@ -108,6 +109,45 @@ async def test_the_kv_buffer_never_overflows(fleet, engines) -> None:
     assert {status for status, _ in answers} == {200}
     assert 100 * per_token < await most.end() <= 800 * per_token
     assert decode.state()["listener"] == "alive" and decode.state()["dead"] is None
+
+
+async def test_bursts_over_three_workers_never_overflow_a_buffer_of_two_longest_prompts(fleet, engines) -> None:
+    """Without any setting: random lengths, streamed or not, and a third of the clients leaves."""
+    longest, per_token = 400, 1000
+    proxy = await fleet(3)
+    knobs = {
+        "max_model_len": longest, "kv_bytes_per_token": per_token, "kv_buffer_bytes": 2 * longest * per_token,
+        "kv_pool_bytes": 1, "max_num_seqs": 4, "prefill_tokens_per_second": 40_000.0,
+    }  # fmt: skip
+    prefill, decode = await engines(proxy.zmq, **knobs)
+    for engine in (prefill, decode):
+        await proxy.until_known(engine, workers=3)
+    doors = [door for _ in range(10) for door in await proxy.doors(3)]
+    assert {door.worker for door in doors} == {0, 1, 2}
+    for seed in range(3):
+        chance = random.Random(seed)
+
+        async def one(door: Door, chance: random.Random = chance) -> int | None:
+            tokens, output = chance.randrange(2, longest - 10), chance.randrange(1, 10)
+            prompt = [5 + chance.randrange(100)] * tokens
+            if chance.random() < 0.5:
+                prompt = "x7" * (tokens // 2)
+            stays = 30.0 if chance.random() < 0.67 else chance.uniform(0, 0.3)
+            request = door.session.post(
+                f"{proxy.url}{PATH}",
+                json={**ASK, "prompt": prompt, "max_tokens": output, "stream": chance.random() < 0.5},
+            )
+            try:
+                answer = await asyncio.wait_for(request, stays)
+                await asyncio.wait_for(answer.read(), stays)
+                return answer.status
+            except asyncio.TimeoutError:
+                return None
+
+        found = await soon(asyncio.gather(*(one(door) for door in doors for _ in range(3))), 50)
+        assert set(found) <= {200, None} and found.count(200) > len(found) / 3
+        assert decode.state()["listener"] == "alive" and decode.state()["dead"] is None
+    await soon(decode.wait_until(lambda state: not state["kv_waiting"] and not state["kv_buffer_used"]))
 
 
 async def test_the_queue_is_as_long_as_allowed_over_all_workers(fleet, engines) -> None:

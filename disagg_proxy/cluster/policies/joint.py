@@ -14,15 +14,14 @@ connected decode is preferred until it holds this many tokens more. A higher val
 
 
 def _joint(view: View) -> int:
-    candidates, link_costs, traits = view.candidates, view.link_costs, view.traits
+    candidates, link_costs = view.candidates, view.link_costs
     count = len(candidates)
     start = view.turn % count
     # KV in transfer counts twice: decode will hold it, and until then it occupies buffer and network.
-    waiting_tokens = traits.tokens / traits.kv_bytes if traits.kv_bytes else 0.0
-    best, least = -1, 0.0
+    best, least = -1, 0
     for index in (*range(start, count), *range(start)):
         one = candidates[index]
-        cost = one.tokens_in_flight + REQUEST_TOKENS * one.in_flight + waiting_tokens * one.kv_waiting_bytes
+        cost = one.tokens_in_flight + REQUEST_TOKENS * one.in_flight + one.kv_waiting_tokens
         if link_costs:
             cost += link_costs[index]
         if best < 0 or cost < least:

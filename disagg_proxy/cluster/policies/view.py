@@ -23,8 +23,8 @@ class Loaded(Protocol):
         """Estimated prompt tokens: to be computed on prefill, held on decode."""
 
     @property
-    def kv_waiting_bytes(self) -> int:
-        """Bytes of KV that were computed for a decode and that it has not loaded."""
+    def kv_waiting_tokens(self) -> int:
+        """Prompt tokens whose KV a decode with a KV buffer has not loaded."""
 
 
 class Traits(NamedTuple):
@@ -32,7 +32,6 @@ class Traits(NamedTuple):
 
     Attributes:
         tokens: estimated tokens of all its prompts; 0 when unknown.
-        kv_bytes: bytes of their KV on decode; 0 when unknown.
         prefix: hashes of prefixes of its prompt of increasing length (openai/prefix_hash.py).
         size: length of that prompt, in the unit in which the prefixes are measured.
         home: hash of the part that is constant through a conversation; None without one.
@@ -40,7 +39,6 @@ class Traits(NamedTuple):
     """
 
     tokens: int = 0
-    kv_bytes: int = 0
     prefix: tuple[int, ...] = ()
     size: int = 0
     home: int | None = None
