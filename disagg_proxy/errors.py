@@ -243,6 +243,14 @@ class EngineFailed(EngineError):
     code = "engine_failed"
 
 
+class EngineBusy(EngineError):
+    """An instance rejects requests because its queue is full (vLLM 0.33: ``--max-num-queued-reqs``)."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "engine_busy"
+
+
 class EngineDeadline(ProxyError):
     """An instance did not answer within its deadline."""
 

@@ -332,16 +332,21 @@ class Selection:
         compatible = self._registry.kv_compatibility.compatible
         return [p for p in prefills if any(compatible(p, d) for d in decodes)]
 
-    def choose_single(self, model: str | None, *, computes: bool = False) -> Instance:
+    def choose_single(
+        self, model: str | None, *, computes: bool = False, avoided: Collection[Instance] = ()
+    ) -> Instance:
         """Choose an instance for a route that a single engine answers, such as /tokenize.
 
         Args:
             computes: the route runs the model: only instances that need no pair for that, prefills first.
+            avoided: chosen only where there are no others.
         """
         ready = [*self._registry.accepting(Role.PREFILL, model), *self._registry.accepting(Role.DECODE, model)]
         if computes:
-            able = [i for i in ready if i.kind.computes]
-            ready = [i for i in able if i.role is Role.PREFILL] or able
+            ready = [i for i in ready if i.kind.computes]
+        ready = [i for i in ready if i not in avoided] or ready
+        if computes:
+            ready = [i for i in ready if i.role is Role.PREFILL] or ready
         if not ready:
             raise no_candidates(self._registry, model, (), ())
         self._turn += 1

@@ -13,10 +13,10 @@ from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.connectors.base import Engines, Request
-from disagg_proxy.downstream.refusal import ClientResponse, refusal
+from disagg_proxy.downstream.refusal import BUSY_STATUSES, ClientResponse, refusal
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
-from disagg_proxy.errors import EngineError, EngineUnreachable, ProxyError
+from disagg_proxy.errors import EngineBusy, EngineError, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import ResponseHeaders, forwarded_response_headers
 from disagg_proxy.openai.error_answer import begins_with_error, error_in
 from disagg_proxy.openai.fields import MESSAGES, Route
@@ -172,7 +172,7 @@ class Attempt:
         """Deliver an instance's answer other than 200.
 
         Raises:
-            EngineFailed: the status is not the client's fault.
+            EngineBusy, EngineFailed: the status is not the client's fault.
         """
         outcome = refusal(answer, leg, self.id, bool(self._engines.config.engine_api_key))
         self.request.record.refused(answer.status)
@@ -210,16 +210,17 @@ class Attempt:
 def is_failure(route: Route, status: int) -> bool:
     """Whether an instance that answers ``status`` failed, so that another one may do better."""
     # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
-    return status >= 500 and not (route is MESSAGES and status == 500)
+    return status >= 500 and status not in BUSY_STATUSES and not (route is MESSAGES and status == 500)
 
 
 def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> None:
     """Give back a lease after an answer with ``status``.
 
     Every version of vLLM answers some malformed requests with 500, and a client could have a healthy instance ejected
-    that way. So a 500 triggers a probe, which finds a dead engine, but does not open the circuit breaker.
+    that way. So a 500 triggers a probe, which finds a dead engine, but does not open the circuit breaker. A busy
+    instance has neither failed nor shown that it can serve.
     """
-    lease.end(failed=is_failure(route, status), certain=status != 500)
+    lease.end(failed=None if status in BUSY_STATUSES else is_failure(route, status), certain=status != 500)
     if status == 500:
         registry.recheck(lease.instance)
 
@@ -229,5 +230,5 @@ def blame(registry: Registry, instance: Instance, error: ProxyError) -> None:
     probe, since a busy server may time out too."""
     if isinstance(error, EngineUnreachable) and error.refused:
         registry.connection_refused(instance, "its HTTP port cannot be reached")
-    elif isinstance(error, EngineError):
+    elif isinstance(error, EngineError) and not isinstance(error, EngineBusy):
         registry.recheck(instance)

@@ -27,6 +27,7 @@ from disagg_proxy.connectors.base import (
 from disagg_proxy.connectors.kv_transfer_params import with_params
 from disagg_proxy.connectors.recomputing import RecomputingAttempt
 from disagg_proxy.downstream.reply import Reply
+from disagg_proxy.errors import EngineBusy
 from disagg_proxy.openai.usage import tells_cache_use
 from disagg_proxy.runtime.background import Background
 from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
@@ -137,6 +138,13 @@ class DisaggKvAttempt(RecomputingAttempt):
         answer = None
         try:
             answer = await self.prefill(for_prefill(self.request.prepared.prefill_body, self._transfer_id))
+        except EngineBusy as busy:
+            # Ends this attempt, and aborts decode's leg, unless decode has begun to answer. Prefill holds no KV: a
+            # RELEASE would only make decode compute the prompt before the abort.
+            if self._decoding is not None and not self._decoding.begun:
+                self.placement.release_kv()
+                self._decoding.fail(busy)
+                return
         finally:
             self._leg = None
             self._prefill_ended()

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.lease import Lease, Placement
+from disagg_proxy.downstream.refusal import BUSY_STATUSES
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, ProxyError
 from disagg_proxy.openai.prefill_answer import prompt_tokens
 from disagg_proxy.request_id import RequestId
@@ -30,9 +31,6 @@ _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 0.0)
 
 _FROZEN_CHECK_INTERVAL = 1.0
 """Seconds between two checks of a frozen decode."""
-
-_BUSY = (429, 503)
-"""Statuses of an API server that rejects a request before its engine has it."""
 
 
 class HeldKv(Protocol):
@@ -126,7 +124,7 @@ class KvReleaser:
             ProxyError: it may have been, and must not be repeated.
         """
         answer = await held.send_release()
-        if answer.status in _BUSY:
+        if answer.status in BUSY_STATUSES:
             raise EngineUnreachable(f"it is busy ({answer.status})", refused=False)
         if answer.status != 200:
             raise EngineFailed(f"it answered {answer.status}")

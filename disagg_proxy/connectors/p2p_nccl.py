@@ -5,11 +5,13 @@ indefinitely (docs/retry.md). So each moment at which a request can end has its 
 
     prefill refused (4xx)           the client gets that answer; decode is not sent the request
     prefill failed (5xx, broken)    another pair, else 502. Decode is not sent the request, there is no KV to release
+    prefill busy (429, 503)         the same, with 503
     prefill timeout                 504; the leg runs on, then its KV is released
     client leaves during prefill    the leg runs on, then its KV is released: a prefill that was sent is never cancelled
     prefill stalled                 another pair, else 504. The leg runs on, then its KV is released
     prefill or decode lost during the prefill    another pair; without one the request waits for its leg
     decode refused (4xx)            the client gets that answer; the KV is released
+    decode busy (429, 503)          another pair, else 503. The KV is released
     decode unreachable              another pair, else 502. The KV is released unless decode's process has ended
     decode broken before the first byte    502 and no release: a second decode of an id that was received would stall
     decode's 200 is an error        the error with its own status and no release: the engine may have the KV
@@ -39,10 +41,18 @@ from disagg_proxy.connectors.base import (
 )
 from disagg_proxy.connectors.p2p_nccl_legs import NotSent, P2pAttempt, PrefillLeg
 from disagg_proxy.connectors.p2p_nccl_loads import LoadWatch, WatchedLeg
-from disagg_proxy.downstream.refusal import ClientResponse, forwarded, over_context, prefill_refusal, refusal
+from disagg_proxy.downstream.refusal import (
+    BUSY_STATUSES,
+    ClientResponse,
+    forwarded,
+    over_context,
+    prefill_refusal,
+    refusal,
+)
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.errors import EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
+from disagg_proxy.errors import EngineBusy, EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
+from disagg_proxy.openai.fields import Route
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
 from disagg_proxy.request_id import RequestIdRewriter, hide
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
@@ -100,10 +110,10 @@ class P2pNccl:
             prefilled = leg.answer
             assert prefilled is not None
             try:
-                if prefilled.status >= 500 and is_failure(request.route, prefilled.status):
-                    refusal(prefilled, "prefill", attempt.id, self._own_key)
                 refused = prefill_refusal(request.route, prefilled, request.prepared.choices)
-            except EngineFailed as error:
+                if refused is not None and _leads_to_another(request.route, refused.status):
+                    refusal(refused, "prefill", attempt.id, self._own_key)
+            except (EngineBusy, EngineFailed) as error:
                 return Failure(error, prefill)
             if refused is not None:
                 attempt.end_decode()
@@ -147,8 +157,7 @@ class P2pNccl:
                 attempt.placement.orphan_kv()
                 attempt.end_decode(failed=True)
                 raise
-            self._refused_by_decode(attempt, reply, rejected, received=answer.status == 200)
-            return None
+            return self._refused_by_decode(attempt, reply, rejected, received=answer.status == 200)
         finally:
             if not attempt.detached:
                 attempt.release()
@@ -187,20 +196,29 @@ class P2pNccl:
             self._release(attempt)
         return Failure(error, attempt.decode)
 
-    def _refused_by_decode(self, attempt: P2pAttempt, reply: Reply, refused: CompleteResponse, received: bool) -> None:
-        """Deliver decode's refusal.
+    def _refused_by_decode(
+        self, attempt: P2pAttempt, reply: Reply, refused: CompleteResponse, received: bool
+    ) -> Failure | None:
+        """Deliver decode's refusal, or let another pair serve the request if decode is busy.
 
         Args:
             received: it is an error within a 200, so that the engine may have the request and its KV.
         """
-        if refused.status < 500 and not received:
+        if not received and (refused.status < 500 or refused.status in BUSY_STATUSES):
             attempt.decoding.end(received=False)
             # The API server rejected it before its engine had it, so the KV still waits there.
             self._release(attempt)
         else:
             attempt.placement.orphan_kv()
             attempt.end_refused(refused.status)
-        attempt.refuse(reply, refused, "decode")
+        try:
+            attempt.refuse(reply, refused, "decode")
+        except EngineBusy as error:
+            if received:
+                raise
+            attempt.release()
+            return Failure(error, attempt.decode)
+        return None
 
     async def _answer(self, attempt: P2pAttempt, reply: Reply, answer: Response, use: CachedTokens) -> None:
         request, record = attempt.request, attempt.request.record
@@ -225,6 +243,11 @@ class P2pNccl:
         attempt.detached = True
         attempt.keep_for_release()
         self._engines.background.spawn(self._releaser.release(attempt), "KV release")
+
+
+def _leads_to_another(route: Route, status: int) -> bool:
+    """Whether another prefill may do better than one that answers ``status``."""
+    return status in BUSY_STATUSES or is_failure(route, status)
 
 
 PROTOCOL: KvProtocol = KvProtocol(KIND, P2pNccl, read)

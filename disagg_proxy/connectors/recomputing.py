@@ -1,7 +1,9 @@
 """What the connectors share whose decode computes the prompt where it gets no KV for it (``disagg_kv``, ``nixl``).
 
     prefill refused or failed      decode computes; the client notices nothing
+    prefill busy (429, 503)        another pair, else 503: decodes do not take over the work of prefills that are busy
     decode refused (4xx)           the client gets that answer
+    decode busy (429, 503)         another decode, else 503
     decode failed (5xx, broken, unreachable, stalled) before the first byte    another decode, bounded attempts
     decode breaks in mid-answer    the client's connection is cut
     client leaves                  both legs are aborted at once; vLLM and the connector free everything
@@ -19,9 +21,9 @@ from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.progress import PendingResponse
 from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failure
 from disagg_proxy.connectors.base import Engines, Failure, Request
-from disagg_proxy.downstream.refusal import ClientResponse, prefill_refusal
+from disagg_proxy.downstream.refusal import BUSY_STATUSES, ClientResponse, engine_busy, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.errors import EngineDeadline, EngineError, ProxyError
+from disagg_proxy.errors import EngineBusy, EngineDeadline, EngineError, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.error_answer import begins_with_error
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
@@ -50,6 +52,7 @@ class RecomputingAttempt(Attempt):
         super().__init__(engines, request, placement, RequestId(name, name))
         self.repair = UsageRepair(request.route, None)
         self._refusal: CompleteResponse | None = None
+        self._prefill_busy: EngineBusy | None = None
         self._accepted = False
 
     async def run(self, reply: Reply) -> Failure | None:
@@ -59,8 +62,12 @@ class RecomputingAttempt(Attempt):
             await self.serve(reply)
             return None
         except (EngineError, EngineDeadline) as error:
-            # Decode failed before the first byte.
-            self.placement.decode_lease.end(failed=True)
+            # Before the first byte.
+            prefill = self.placement.prefill
+            if prefill is not None and error is self._prefill_busy:
+                self.placement.decode_lease.end()
+                return Failure(error, prefill)
+            self.placement.decode_lease.end(failed=None if isinstance(error, EngineBusy) else True)
             return Failure(error, self.decode)
         finally:
             self.release()
@@ -74,7 +81,11 @@ class RecomputingAttempt(Attempt):
         raise NotImplementedError
 
     async def prefill(self, body: bytes) -> CompleteResponse | None:
-        """Send prefill's leg. Returns its 200, or None when it failed or refused. Raises no ProxyError."""
+        """Send prefill's leg. Returns its 200, or None when it failed or refused.
+
+        Raises:
+            EngineBusy: it is busy, so that another pair is to serve the request.
+        """
         lease, registry, record = self.placement.prefill_lease, self._engines.registry, self.request.record
         if lease is None:
             return None
@@ -100,8 +111,11 @@ class RecomputingAttempt(Attempt):
         if answer is None:
             return None
         end_lease(registry, lease, self.request.route, answer.status)
+        if answer.status in BUSY_STATUSES:
+            self._prefill_busy = engine_busy(answer, "prefill")
+            raise self._prefill_busy
         if answer.status != 200:
-            if answer.status != 429 and not is_failure(self.request.route, answer.status):
+            if not is_failure(self.request.route, answer.status):
                 self._refusal = answer
                 self._count_disagreement()
             return None

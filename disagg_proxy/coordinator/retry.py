@@ -12,13 +12,13 @@ import logging
 from collections.abc import Collection
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
-from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.cluster.selection import Selection
+from disagg_proxy.cluster.selection import PlacementPreference, Selection
 from disagg_proxy.connectors.base import Failure
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.errors import ProxyError
+from disagg_proxy.errors import EngineBusy, ProxyError
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,11 @@ class Retry:
         self._failed |= {failure.instance}
         if not _waits(reply) or self._left <= 0 or self._excluded(failure.suspect) is None:
             return None
+        if isinstance(failure.error, EngineBusy) and failure.instance.role is Role.PREFILL:
+            # A decode alone would take over the work of prefills that are busy, at the cost of all its streams.
+            self._demand.preference = PlacementPreference.PAIR
+            if self._excluded(None) is None:
+                return None
         self._left -= 1
         await asyncio.sleep(self._pause)
         self._pause *= 2

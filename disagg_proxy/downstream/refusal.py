@@ -1,4 +1,5 @@
-"""Responses to the client from an engine's response: its 4xx is passed on, other errors are the instance's failure."""
+"""Responses to the client from an engine's response: its 4xx is passed on, 429 and 503 mean that it is busy, other
+errors are the instance's failure."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.downstream.response_stream import ResponseStream
-from disagg_proxy.errors import BadRequest, EngineFailed, ProxyError, answer_of
+from disagg_proxy.errors import BadRequest, EngineBusy, EngineFailed, ProxyError, answer_of
 from disagg_proxy.http1.headers import (
     ForwardedHeaders,
     ResponseHeaders,
@@ -22,6 +23,13 @@ from disagg_proxy.request_id import RequestId, hide
 from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
+
+BUSY_STATUSES = (429, 503)
+"""Statuses of an API server that rejects a request before its engine has it, because it has too many. They say nothing
+against its health."""
+
+_BUSY_RETRY_AFTER = 2
+"""Seconds for Retry-After where a busy instance names none."""
 
 
 class ClientResponse(NamedTuple):
@@ -76,8 +84,11 @@ def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: 
         own_key: whether the proxy sent its own key (ENGINE_API_KEY), so that a 401 is not the client's mistake.
 
     Raises:
+        EngineBusy: for 429 and 503.
         EngineFailed: for any other status.
     """
+    if answer.status in BUSY_STATUSES:
+        raise engine_busy(answer, leg)
     own_key_refused = answer.status in (401, 403) and own_key
     if answer.status == 500 and blames_client(answer.body):
         error = BadRequest(error_message(hide(request_id, answer.body)))
@@ -91,9 +102,20 @@ def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: 
         raise EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
     detail = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
     failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{detail and ': ' + detail}")
-    if (wait := value_of(answer.headers, b"retry-after")).isdigit():
-        failure.retry_after = int(wait)
+    failure.retry_after = _retry_after(answer)
     raise failure
+
+
+def engine_busy(answer: CompleteResponse, leg: str) -> EngineBusy:
+    """The error for an answer with one of :data:`BUSY_STATUSES`."""
+    wait = _retry_after(answer) or _BUSY_RETRY_AFTER
+    return EngineBusy(f"The {leg} instance is busy (status {answer.status}).", retry_after=wait)
+
+
+def _retry_after(answer: CompleteResponse) -> int | None:
+    """The seconds of its Retry-After, None without that."""
+    wait = value_of(answer.headers, b"retry-after")
+    return int(wait) if wait.isdigit() else None
 
 
 def prefill_refusal(route: Route, answer: CompleteResponse, choices: int) -> CompleteResponse | None:

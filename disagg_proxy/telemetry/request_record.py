@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from disagg_proxy.errors import (
     ClientError,
+    EngineBusy,
     EngineDeadline,
     EngineError,
     NoPair,
@@ -288,7 +289,7 @@ def outcome_of(error: ProxyError) -> str:
         return "turned_away"
     if isinstance(error, NoPair):
         return "no_pair"
-    if isinstance(error, Unavailable):
+    if isinstance(error, (Unavailable, EngineBusy)):
         return "unavailable"
     if isinstance(error, ClientError):
         return "client_error"

@@ -182,13 +182,11 @@ async def test_a_refusal_in_the_stream_of_a_prefill_frees_decode(machine: Machin
     await clean(machine, *pair)
 
 
-async def test_what_both_refuse_and_a_busy_prefill_are_no_such_refusals(machine: Machine, pair) -> None:
+async def test_what_both_refuse_is_no_such_refusal(machine: Machine, pair) -> None:
     refused = b'{"error": {"message": "no"}}'
     for engine in pair:
         engine.faults.fail_next(400, refused, path=COMPLETIONS)
     assert (await machine.post(COMPLETIONS, ASK))[0] == 400
-    pair[0].faults.fail_next(429, refused, path=COMPLETIONS)
-    await right(machine.post(COMPLETIONS, ASK))
     assert machine.proxy.instance(pair[0].http_address).prefills_refused == 0
 
 
@@ -196,7 +194,7 @@ async def test_what_both_refuse_and_a_busy_prefill_are_no_such_refusals(machine:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("how", ["429", "500", "503", "reset", "close"])
+@pytest.mark.parametrize("how", ["400", "500", "502", "reset", "close"])
 async def test_a_prefill_that_fails_costs_the_client_nothing(machine: Machine, pair, how: str, stream: bool) -> None:
     prefill, decode = pair
     if how.isdigit():

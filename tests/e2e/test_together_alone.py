@@ -148,7 +148,7 @@ async def test_a_retry_stays_with_its_protocol(machine: Machine) -> None:
     second = await machine.engine("decode", **OWN)
     await machine.proxy.until_state(second.http_address, State.READY)
     for decode in (first, second):
-        decode.faults.fail_next(503, b"busy", path=COMPLETIONS)
+        decode.faults.fail_next(502, b"broken", path=COMPLETIONS)
         for _ in range(6):
             await right(machine.post(COMPLETIONS, ASK))
         decode.faults.injected_for(COMPLETIONS)

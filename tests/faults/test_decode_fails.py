@@ -20,9 +20,9 @@ REFUSAL = b'{"error": {"message": "slow down", "type": "BadRequestError", "param
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_a_4xx_of_decode_passes_and_its_kv_is_drained(machine, pair, path: str, stream: bool) -> None:
     prefill, decode = pair
-    decode.faults.fail_next(429, REFUSAL, {"Retry-After": "7"}, path=path)
+    decode.faults.fail_next(422, REFUSAL, {"Retry-After": "7"}, path=path)
     status, headers, raw = await machine.send(path, {**REQUESTS[path], "stream": stream})
-    assert (status, headers["Retry-After"], raw) == (429, "7", REFUSAL)
+    assert (status, headers["Retry-After"], raw) == (422, "7", REFUSAL)
     await soon(machine.proxy.until_idle())
     refused, drain = decode.received(path)
     assert refused.headers["X-Request-Id"] == drain.headers["X-Request-Id"]
@@ -178,9 +178,9 @@ async def test_a_decode_that_failed_after_it_was_asked_is_not_replaced(machine, 
         (lambda faults: faults.close_next(path=PATH), "engine_disconnected"),
         (lambda faults: faults.hang_next(path=PATH), "engine_deadline"),
         (lambda faults: faults.fail_next(500, path=PATH), "engine_failed"),
-        (lambda faults: faults.fail_next(503, headers={"Retry-After": "1"}, path=PATH), "engine_failed"),
+        (lambda faults: faults.fail_next(502, headers={"Retry-After": "1"}, path=PATH), "engine_failed"),
     ],
-    ids=["reset", "close", "hang", "500", "503"],
+    ids=["reset", "close", "hang", "500", "502"],
 )
 @pytest.mark.settings(probe_interval=60.0, decode_timeout=0.3)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

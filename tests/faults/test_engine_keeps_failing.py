@@ -28,7 +28,7 @@ async def test_a_clients_own_mistake_is_neither_retried_nor_held_against_anyone(
 async def test_a_prefill_that_keeps_failing_is_left_alone(machine, four, how: str) -> None:
     prefills, _ = four
     if how == "5xx":
-        prefills[0].faults.fail_next(503, b"", path=PATH, times=100)
+        prefills[0].faults.fail_next(502, b"", path=PATH, times=100)
     else:
         prefills[0].faults.reset_next(path=PATH, times=100)
     for _ in range(3 * FAILURES_TO_OPEN):
@@ -39,7 +39,7 @@ async def test_a_prefill_that_keeps_failing_is_left_alone(machine, four, how: st
 
 
 async def test_a_pair_that_is_left_alone_is_503_with_the_reason(machine, pair) -> None:
-    pair[0].faults.fail_next(503, b"", path=PATH, times=100)
+    pair[0].faults.fail_next(502, b"", path=PATH, times=100)
     for _ in range(FAILURES_TO_OPEN):
         status, _, _ = await machine.post(PATH, ASK)
         assert status == 502
@@ -61,7 +61,7 @@ async def test_after_the_pause_one_request_decides(machine, pair, monkeypatch, r
     prefill = pair[0]
     now = [0.0]
     monkeypatch.setattr(machine.proxy.services.registry, "_clock", lambda: now[0])
-    prefill.faults.fail_next(503, b"", path=PATH, times=FAILURES_TO_OPEN + (not recovers))
+    prefill.faults.fail_next(502, b"", path=PATH, times=FAILURES_TO_OPEN + (not recovers))
     for _ in range(FAILURES_TO_OPEN):
         assert (await machine.post(PATH, ASK))[0] == 502
     assert await shown(machine) == "open"

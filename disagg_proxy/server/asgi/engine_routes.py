@@ -13,7 +13,8 @@ from quart import Blueprint, Response, request
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import EngineUse
-from disagg_proxy.errors import EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
+from disagg_proxy.downstream.refusal import BUSY_STATUSES, engine_busy
+from disagg_proxy.errors import EngineBusy, EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
 from disagg_proxy.http1.headers import client_request_id, forwarded_request_lines
 from disagg_proxy.openai.fields import RESPONSES, strip
 from disagg_proxy.openai.prepare import encode, model_of, parse_object
@@ -71,18 +72,25 @@ def engine_routes(services: Services) -> Blueprint:
             return answer.read()
 
     async def send_to_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
-        """Send to the first engine that is reachable. These requests change nothing, so they may be sent twice."""
+        """Send to the first engine that is reachable and not busy. These requests change nothing, so they may be sent
+        twice."""
         if model is not None:
             await refresh_unless_known(model)
         response_id, engine_id = _request_ids(client_request_id(request_headers()))
+        busy: dict[Instance, EngineBusy] = {}
         while True:
-            instance = services.selection.choose_single(model, computes=computes)
+            instance = services.selection.choose_single(model, computes=computes, avoided=busy)
+            if instance in busy:
+                raise busy[instance]
             try:
                 answer = await send(instance, method, request.path, body, engine_id)
             except EngineUnreachable as error:
                 if not error.refused:
                     raise
                 services.registry.connection_refused(instance, "its HTTP port refuses connections")
+                continue
+            if answer.status in BUSY_STATUSES:
+                busy[instance] = engine_busy(answer, instance.role.value)
                 continue
             # 501: the model does not support it.
             if answer.status >= 500 and answer.status != 501:
