@@ -3,6 +3,9 @@
 CLOSED: requests pass. After :data:`FAILURES_TO_OPEN` failures in a row OPEN: no requests for ``MIN_OPEN_SECONDS``,
 doubled at each further opening. Then HALF_OPEN: one trial request passes and decides. Errors that the client caused do
 not count as failures.
+
+An instance that says it is busy is not ejected: for :data:`BUSY_SECONDS`, or until it serves a request, it gets only
+what no other instance can serve.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from enum import Enum
 
 FAILURES_TO_OPEN = 5
 MIN_OPEN_SECONDS, MAX_OPEN_SECONDS = 2.0, 60.0
+BUSY_SECONDS = 2.0
 
 
 class BreakerState(Enum):
@@ -24,18 +28,19 @@ class BreakerState(Enum):
 class Breaker:
     """The circuit breaker of one instance. All times are readings of one monotonic clock, in seconds."""
 
-    __slots__ = ("_failures", "_open_seconds", "_open_until", "_trial_in_flight")
+    __slots__ = ("_busy_until", "_failures", "_open_seconds", "_open_until", "_trial_in_flight")
 
     def __init__(self) -> None:
         self._failures = 0
         self._open_seconds = 0.0
         self._open_until = 0.0
         self._trial_in_flight = False
+        self._busy_until = 0.0
 
     @property
     def healthy(self) -> bool:
-        """Closed, with no failure since the last success. Then only :meth:`record_failure` changes anything."""
-        return not self._failures and not self._open_seconds
+        """Closed, neither failed nor busy since the last success. Then :meth:`record_success` changes nothing."""
+        return not self._failures and not self._open_seconds and not self._busy_until
 
     def state(self, now: float) -> BreakerState:
         """The state at ``now``."""
@@ -47,6 +52,14 @@ class Breaker:
         """Whether a request may be sent. :meth:`record_sent` must follow when it is: it starts the trial."""
         return not self._open_seconds or (now >= self._open_until and not self._trial_in_flight)
 
+    def busy(self, now: float) -> bool:
+        """Whether it has just said that it is busy."""
+        return now < self._busy_until
+
+    def record_busy(self, now: float) -> None:
+        """The instance rejected a request because it has too many."""
+        self._busy_until = now + BUSY_SECONDS
+
     def record_sent(self, now: float) -> None:
         """A request is being sent; in the half-open state it is the trial."""
         if self._open_seconds and now >= self._open_until:
@@ -56,7 +69,7 @@ class Breaker:
         """The instance answered, or failed through no fault of its own. Returns whether that closes the breaker."""
         closes = self._open_seconds > 0
         self._failures = 0
-        self._open_seconds = 0.0
+        self._open_seconds = self._busy_until = 0.0
         self._trial_in_flight = False
         return closes
 

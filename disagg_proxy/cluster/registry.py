@@ -327,6 +327,12 @@ class Registry(InstanceIndex):
         for watcher in self._on_freed:
             watcher()
 
+    def able(self, role: Role, *, busy: bool = False) -> Sequence[Instance]:
+        """Instances of one role that can serve a request now: accepting, not ejected, and not busy unless ``busy``."""
+        now = self._clock()
+        able = [i for i in self.accepting(role) if i.breaker.permits(now)]
+        return able if busy else [i for i in able if not i.breaker.busy(now)]
+
     def breaker_changed(self, instance: Instance) -> None:
         """Its circuit breaker has opened or closed."""
         for watcher in self._on_breaker:

@@ -197,7 +197,10 @@ class Selection:
         if has_capacity is not None and not has_capacity(instance):
             return False
         breaker = instance.breaker
-        return breaker.healthy or breaker.permits(self._registry.now())
+        if breaker.healthy:
+            return True
+        now = self._registry.now()
+        return breaker.permits(now) and not breaker.busy(now)
 
     def _plan(self, model: str | None) -> _Plan | None:
         try:
@@ -305,6 +308,8 @@ class Selection:
             if isinstance(error, UnknownModel) or missing_roles(self._registry):
                 raise error
             raise NoPair([NO_STANDALONE_DECODE], drained=error.drained)
+        now = self._registry.now()
+        able = [i for i in able if not i.breaker.busy(now)] or able
         if has_capacity is not None:
             able = [i for i in able if has_capacity(i)]
             if not able:
@@ -325,7 +330,18 @@ class Selection:
         partnered = self._with_partner(prefills, decodes)
         if not partnered:
             raise incompatible(self._registry, model, prefills, decodes)
-        return partnered, decodes
+        return self._rather(partnered, decodes, lambda i: not i.breaker.busy(now))
+
+    def _rather(
+        self, prefills: Sequence[Instance], decodes: Sequence[Instance], wanted: Callable[[Instance], bool]
+    ) -> tuple[Sequence[Instance], Sequence[Instance]]:
+        """Those that are ``wanted``, where they form pairs, else all; each of ``prefills`` has a partner."""
+        better = [i for i in prefills if wanted(i)]
+        prefills = better or prefills
+        partners = [i for i in decodes if wanted(i)]
+        if better := self._with_partner(prefills, partners):
+            return better, partners
+        return prefills, decodes
 
     def _with_partner(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> list[Instance]:
         """Those of ``prefills`` that can send KV to one of ``decodes``."""
@@ -372,8 +388,17 @@ class Selection:
         defaults = [instance.default_model for instance in self._registry.accepting(Role.PREFILL)]
         return next((name for name in defaults if name in decodes), None)
 
-    def ready_pairs(self) -> int:
-        """How many combinations of prefill and decode accept requests, share a model and can exchange KV."""
-        prefills, decodes = (self._registry.accepting(role) for role in (Role.PREFILL, Role.DECODE))
+    def ready_alone(self) -> int:
+        """How many decodes can serve a request now without a prefill."""
+        return sum(i.kind.computes for i in self._registry.able(Role.DECODE))
+
+    def ready_pairs(self, *, busy: bool = False) -> int:
+        """How many combinations of prefill and decode can serve a request now: they accept requests, are neither
+        ejected nor busy, share a model and can exchange KV. /health, the metrics and the page use this definition.
+
+        Args:
+            busy: count busy instances too.
+        """
+        prefills, decodes = (self._registry.able(role, busy=busy) for role in (Role.PREFILL, Role.DECODE))
         compatible = self._registry.kv_compatibility.compatible
         return sum(1 for p in prefills for d in decodes if share_a_model(p, d) and compatible(p, d))

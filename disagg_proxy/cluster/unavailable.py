@@ -12,6 +12,10 @@ DRAINED = "others are drained for maintenance"
 
 NO_STANDALONE_DECODE = "no decode instance that can serve without a prefill is ready"
 
+_EJECTED = "every %s instance keeps failing and is ejected for a while (circuit breaker)"
+
+_BUSY = "every %s instance is busy or ejected"
+
 _MAX_NAMED = 3
 """Instances of one role whose states are named."""
 
@@ -54,8 +58,7 @@ def ejected(registry: Registry, model: str | None, prefills: bool, decodes: bool
     Args:
         prefills, decodes: whether some of that role are left.
     """
-    roles = [role.value for role, left in ((Role.PREFILL, prefills), (Role.DECODE, decodes)) if not left]
-    why = [f"every {role} instance keeps failing and is ejected for a while (circuit breaker)" for role in roles]
+    why = [_EJECTED % role.value for role, left in ((Role.PREFILL, prefills), (Role.DECODE, decodes)) if not left]
     return no_pair(registry, model, why)
 
 
@@ -74,12 +77,18 @@ def no_pair(registry: Registry, model: str | None, why: list[str]) -> NoPair:
 
 def why_no_pair(registry: Registry) -> str:
     """Why no pair can serve although both roles have ready instances."""
-    prefills, decodes = registry.accepting(Role.PREFILL), registry.accepting(Role.DECODE)
+    if unable := [role for role in Role if not registry.able(role)]:
+        return "; ".join(_why_unable(registry, role) for role in unable)
+    prefills, decodes = registry.able(Role.PREFILL), registry.able(Role.DECODE)
     common = [(p, d) for p in prefills for d in decodes if share_a_model(p, d)]
     why = "no prefill and decode instance serve the same model"
     if common:
         why = "; ".join(_reasons(registry, common))
     return f"{why}; {DRAINED}" if _drained_pair(registry, share_a_model) else why
+
+
+def _why_unable(registry: Registry, role: Role) -> str:
+    return (_BUSY if registry.able(role, busy=True) else _EJECTED) % role.value
 
 
 def share_a_model(prefill: Instance, decode: Instance) -> bool:

@@ -220,6 +220,8 @@ def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> No
     that way. So a 500 triggers a probe, which finds a dead engine, but does not open the circuit breaker. A busy
     instance has neither failed nor shown that it can serve.
     """
+    if status in BUSY_STATUSES:
+        lease.instance.breaker.record_busy(registry.now())
     lease.end(failed=None if status in BUSY_STATUSES else is_failure(route, status), certain=status != 500)
     if status == 500:
         registry.recheck(lease.instance)

@@ -214,6 +214,7 @@ class P2pNccl:
         try:
             attempt.refuse(reply, refused, "decode")
         except EngineBusy as error:
+            attempt.decode.breaker.record_busy(self._engines.registry.now())
             if received:
                 raise
             attempt.release()

@@ -44,7 +44,7 @@ def verdict(view: View) -> dict[str, Any]:
         return _verdict("ok", "ready", _counted("head_serving", pairs))
     if health["status"] == "ok":
         return _verdict("warn", "warning", _sentence("head_alone"), details)
-    return _verdict("bad", "lost", _why_no_pair(instances), details)
+    return _verdict("bad", "lost", _why_no_pair(instances, health), details)
 
 
 def incident(view: View) -> dict[str, Any] | None:
@@ -119,13 +119,15 @@ def _since_frozen(events: Iterable[dict[str, Any]], key: str) -> tuple[float | N
     return since, replays
 
 
-def _why_no_pair(instances: list[dict[str, Any]]) -> Sentence:
+def _why_no_pair(instances: list[dict[str, Any]], health: dict[str, Any]) -> Sentence:
     for role in ("prefill", "decode"):
         states = [state_of(i) for i in instances if i["role"] == role]
         if not states:
             return _sentence(f"head_none_{role}")
         if "ready" not in states:
             return _sentence(f"head_none_ready_{role}")
+        if not health[role]["ready"]:
+            return _sentence(f"head_none_able_{role}")
     return _sentence("head_apart")
 
 

@@ -88,8 +88,8 @@ class ProxyCollector(Collector):
 
     def _requests(self) -> Iterable[Metric]:
         overview, stats, selection = self._overview, self._overview.stats, self._proxy.selection
-        yield _gauge("pairs_ready", "Pairs of prefill and decode that can serve", selection.ready_pairs())
-        alone = len(selection.standalone_decodes(None)) if self._proxy.config.decode_alone else 0
+        yield _gauge("pairs_ready", "Pairs of prefill and decode that can serve a request now", selection.ready_pairs())
+        alone = selection.ready_alone() if self._proxy.config.decode_alone else 0
         yield _gauge("decodes_alone_ready", "Decodes that can serve without a prefill", alone)
         yield _gauge("requests_in_flight", "Generation requests admitted and not finished", stats.in_flight)
         yield _gauge("requests_queued", "Generation requests waiting in the admission queue", overview.queued)

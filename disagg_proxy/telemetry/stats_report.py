@@ -7,6 +7,7 @@ from typing import Any
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.telemetry.aggregate import Overview
+from disagg_proxy.telemetry.health_report import health_report
 from disagg_proxy.telemetry.proxy_state import ProxyState
 
 _SIMULATED = "disagg_sim"
@@ -26,6 +27,7 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
     report = {
         "version": __version__,
         "uptime_s": round(stats.clock() - stats.started_at, 3),
+        "health": health_report(proxy),
         "instances": instance_reports(proxy, overview),
         "requests": {
             "in_flight": stats.in_flight,

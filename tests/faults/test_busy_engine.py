@@ -93,3 +93,34 @@ async def test_one_engine_routes_try_the_others_then_say_503(machine, pair, stat
     pair[0].faults.fail_next(status, BUSY, path="/tokenize")
     for _ in range(2):
         assert (await machine.post("/tokenize", {"prompt": "x"}))[0] == 200
+
+
+@connectors
+@roles
+async def test_health_is_503_while_every_instance_of_a_role_is_busy(machine, connector, role) -> None:
+    engines = await machine.pair(connector=connector)
+    engines[role].faults.fail_next(503, BUSY, path=PATH)
+    check_error(*await soon(machine.send(PATH, ASK)), 503, "engine_busy")
+    status, health = await machine.get("/health")
+    name = ("prefill", "decode")[role]
+    assert (status, health["pairs"]) == (503, 0) and health["missing"] == [f"every {name} instance is busy or ejected"]
+    await soon(machine.proxy.until_idle())
+    await machine.check_right()
+    assert (await machine.get("/health"))[0] == 200, "it has served a request"
+
+
+@in_turn
+@connectors
+@roles
+async def test_one_that_said_it_is_busy_gets_no_requests_for_a_while(machine, connector, role, monkeypatch) -> None:
+    pairs = [await machine.pair(connector=connector), await machine.pair(connector=connector)]
+    registry, busy = machine.proxy.services.registry, pairs[0][role]
+    machine.proxy.instance(busy.http_address).breaker.record_busy(registry.now() + 3600.0)
+    for _ in range(4):
+        await machine.check_right()
+    assert not busy.received(PATH)
+    later = registry.now() + 7200.0
+    monkeypatch.setattr(registry, "_clock", lambda: later)
+    for _ in range(4):
+        await machine.check_right()
+    assert busy.received(PATH)

@@ -5,6 +5,7 @@ import pytest
 
 from disagg_proxy.cluster import circuit_breaker
 from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
+from disagg_proxy.page.verdict import verdict
 from tests.faults.conftest import in_turn
 from tests.simulated import REQUESTS
 
@@ -46,6 +47,26 @@ async def test_a_pair_that_is_left_alone_is_503_with_the_reason(machine, pair) -
     status, headers, body = await machine.post(PATH, ASK)
     assert status == 503 and "every prefill instance keeps failing" in body["error"]["message"]
     assert int(headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("role", [0, 1], ids=["prefill", "decode"])
+async def test_health_stats_metrics_and_page_say_that_nothing_can_be_served(machine, pair, monkeypatch, role) -> None:
+    registry, failing = machine.proxy.services.registry, machine.proxy.instance(pair[role].http_address)
+    later = registry.now() + 3600.0
+    for _ in range(FAILURES_TO_OPEN):
+        failing.breaker.record_failure(registry.now())
+    status, health = await machine.get("/health")
+    name = failing.role.value
+    assert (status, health["status"], health["pairs"], health[name]["ready"]) == (503, "unavailable", 0, 0)
+    assert health["missing"] == [f"every {name} instance keeps failing and is ejected for a while (circuit breaker)"]
+    assert (await machine.get("/stats"))[1]["health"] == health
+    async with machine.http.get(f"{machine.proxy.url}/metrics") as answer:
+        assert "disagg_proxy_pairs_ready 0.0" in await answer.text()
+    shown = {**await machine.proxy.services.page_view(), "health": health}
+    assert (verdict(shown)["level"], verdict(shown)["head"]["key"]) == ("bad", f"head_none_able_{name}")
+    # Half-open: the next request decides, so a balancer has to send it.
+    monkeypatch.setattr(registry, "_clock", lambda: later)
+    assert (await machine.get("/health"))[0] == 200
 
 
 async def test_500s_that_a_client_may_have_caused_leave_nobody_alone(machine, pair) -> None:

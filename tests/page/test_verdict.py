@@ -24,7 +24,12 @@ def view(*instances: dict[str, Any], pairs: int = 0, status: str = "", events: s
     told = [line.split() for line in events.split(", ") if line]
     return {
         "instances": list(instances),
-        "health": {"pairs": pairs, "status": status or ("ok" if pairs else "unavailable")},
+        "health": {
+            "pairs": pairs,
+            "status": status or ("ok" if pairs else "unavailable"),
+            "prefill": {"ready": 1},
+            "decode": {"ready": 1},
+        },
         "events": [
             {"seq": at, "time": at, "instance": key, "kind": kind, "text": "", "count": int(count[0]) if count else 1}
             for at, (key, kind, *count) in enumerate(told)

@@ -10,8 +10,8 @@ from disagg_proxy.page.document import document
 from disagg_proxy.page.feed import Feed
 from disagg_proxy.page.verdict import incident, verdict
 from disagg_proxy.server.asgi.exchange_scope import ENDLESS, cancel_with_exchange, leave_with_exchange
-from disagg_proxy.server.asgi.status_routes import health_report
 from disagg_proxy.services import Services
+from disagg_proxy.telemetry.health_report import health_report
 
 _FEED_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
