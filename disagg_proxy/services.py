@@ -114,7 +114,7 @@ class Services:
         shortest, longest = self.config.freeze_after_min, self.config.freeze_after_max
         self._stall_detector = StallDetector(
             self.registry, self._upstream, shortest, longest, self.discovery.headers, self.peers.peer_view,
-            self.instance_events.replayed,
+            self.instance_events.replayed, lambda: self.admission_queue.waiting,
         )  # fmt: skip
         self._stall_detector.start()
         self._sample()
@@ -160,6 +160,10 @@ class Services:
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Take an instance out of rotation for maintenance, or put it back."""
         await self.peers.drain(instance, draining)
+
+    def not_serving(self) -> str:
+        """Why nothing is answered although requests wait; empty while the proxy serves."""
+        return "" if self._stall_detector is None else self._stall_detector.serving.not_serving()
 
     def idle(self, instance: Instance) -> bool:
         """Whether the instance's process could end now without losing a request."""

@@ -84,6 +84,7 @@ class Instance:
 
     Stalls:
         progress: the responses that are awaited from its engine, and when the engine last made progress.
+        suspect: ready, but may be stalled (health/suspicion.py): it gets only what no other instance can serve.
         restart_wanted: frozen or hung, and only a restart can help.
         senders_frozen: on decode, prefills that stalled while sending KV to its current process.
 
@@ -130,6 +131,7 @@ class Instance:
     breaker: Breaker = field(default_factory=Breaker)
 
     progress: ProgressTracker = field(default_factory=lambda: ProgressTracker(0.0))
+    suspect: bool = False
     restart_wanted: bool = False
     senders_frozen: int = 0
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 
+from disagg_proxy.cluster.steps import StepClock
 from disagg_proxy.errors import EngineDeadline, EngineError
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ class LatencyBaseline:
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=_SAMPLES)
         self._per_token: deque[float] = deque(maxlen=_SAMPLES)
+
+    @property
+    def learnt(self) -> bool:
+        """Whether there are enough samples."""
+        return len(self._seconds) >= _MIN_SAMPLES
+
+    def compute_seconds(self, tokens: int) -> float:
+        """Predicted seconds to compute prompts of ``tokens``; 0 without samples."""
+        return _quantile(self._per_token, 0.5) * tokens if self._per_token else 0.0
 
     def add(self, seconds: float, tokens: int) -> None:
         """Add a sample: seconds to the first byte, and the prompt tokens that were computed (0 on decode)."""
@@ -191,12 +201,14 @@ class ProgressTracker:
             the KV of one of them.
         idle_since: clock reading from which the time without output is measured: the last output, or a later one.
         last_output_at: clock reading at which the last output was noticed.
+        steps: the time without a change of output or counters, and the recent steps.
     """
 
     def __init__(self, now: float) -> None:
         self.outputs = 0
         self.peer_outputs = 0
         self.baseline = LatencyBaseline()
+        self.steps = StepClock()
         self.pending: dict[PendingResponse, None] = {}
         self.abandoned: list[PendingResponse] = []
         self.idle_since = self.last_output_at = now
@@ -265,6 +277,10 @@ class ProgressTracker:
     def blocked_deadline(self, shortest: float, longest: float) -> float:
         """The same for a prefill that sends to a lost decode; see :meth:`LatencyBaseline.blocked_deadline`."""
         return self.baseline.blocked_deadline(self._tokens(), shortest, longest)
+
+    def compute_seconds(self) -> float:
+        """Predicted seconds to compute the prompts of the waiting legs."""
+        return self.baseline.compute_seconds(self._tokens())
 
     def _tokens(self) -> int:
         return sum(pending.tokens for pending in self.pending if pending.waiting)

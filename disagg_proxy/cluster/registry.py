@@ -116,7 +116,7 @@ class Registry(InstanceIndex):
         if instance.state is State.READY and state is not State.READY:
             instance.times_lost += 1
         if state is not instance.state:
-            instance.restart_wanted = False
+            instance.restart_wanted = instance.suspect = False
         self.has_kv_buffers |= not instance.kind.computes
         instance.state, instance.reason, instance.changed_at = state, reason, self._clock()
         self._serving.clear()
@@ -234,6 +234,14 @@ class Registry(InstanceIndex):
             self.process_ended(instance)
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._set_state(instance, State.PROBING, reason)
+
+    def suspect(self, instance: Instance, suspect: bool) -> None:
+        """It may be stalled: send it only what no other instance can serve; or not any more."""
+        if instance.suspect is not suspect:
+            instance.suspect = suspect
+            self.version += 1
+            if not suspect:
+                self.freed()
 
     def freeze(self, instance: Instance, reason: str, *, first: bool = True) -> None:
         """Its engine is stalled: send it no requests until it makes progress again, or its process has ended.

@@ -203,6 +203,8 @@ class Selection:
         return breaker.permits(now) and not breaker.busy(now)
 
     def _plan(self, model: str | None) -> _Plan | None:
+        decodes: Sequence[Instance]
+        prefills: Sequence[Instance]
         try:
             found, decodes = self._candidates(model)
         except (NoPair, UnknownModel):
@@ -212,6 +214,7 @@ class Selection:
         prefills = self._with_partner(found, decodes)
         if not prefills:
             return None
+        prefills, decodes = self._rather(prefills, decodes, lambda i: not i.suspect)
         partners = {p: tuple(d for d in decodes if kv_compatibility.compatible(p, d)) for p in prefills}
         connected = {p: all(kv_compatibility.connected(p, d) for d in partners[p]) for p in prefills}
         version = self._registry.version
@@ -309,7 +312,7 @@ class Selection:
                 raise error
             raise NoPair([NO_STANDALONE_DECODE], drained=error.drained)
         now = self._registry.now()
-        able = [i for i in able if not i.breaker.busy(now)] or able
+        able = [i for i in able if not i.suspect and not i.breaker.busy(now)] or able
         if has_capacity is not None:
             able = [i for i in able if has_capacity(i)]
             if not able:
@@ -330,7 +333,7 @@ class Selection:
         partnered = self._with_partner(prefills, decodes)
         if not partnered:
             raise incompatible(self._registry, model, prefills, decodes)
-        return self._rather(partnered, decodes, lambda i: not i.breaker.busy(now))
+        return self._rather(partnered, decodes, lambda i: not i.suspect and not i.breaker.busy(now))
 
     def _rather(
         self, prefills: Sequence[Instance], decodes: Sequence[Instance], wanted: Callable[[Instance], bool]
@@ -360,7 +363,7 @@ class Selection:
         ready = [*self._registry.accepting(Role.PREFILL, model), *self._registry.accepting(Role.DECODE, model)]
         if computes:
             ready = [i for i in ready if i.kind.computes]
-        ready = [i for i in ready if i not in avoided] or ready
+        ready = [i for i in ready if i not in avoided and not i.suspect] or ready
         if computes:
             ready = [i for i in ready if i.role is Role.PREFILL] or ready
         if not ready:

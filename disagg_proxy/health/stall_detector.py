@@ -2,7 +2,7 @@
 
 States, as this module decides them (`frozen` is the public name of a stalled engine in /stats):
 
-    suspected     half of the learnt deadline has passed without output while a leg waits (cluster/progress.py)
+    examined      half of the learnt deadline has passed without output while a leg waits (cluster/progress.py)
     frozen        the engine's own counters show no progress for the other half either. An engine without counters is
                   judged by its output alone, if the waiting legs expect output
     recovering    a frozen decode: prefills of requests that it may wait for are replayed (health/recovery.py)
@@ -18,7 +18,8 @@ is taken to be dead, and the decode is given up too. When a decode is lost, requ
 another pair at once; these prefills, which block in their sender, get a shorter deadline.
 
 Each worker of this proxy detects stalls from its own requests. What one reports holds for all, and recovery and giving
-up are coordinated (health/peer_view.py). One task checks all instances; each suspected instance has one more.
+up are coordinated (health/peer_view.py). One task checks all instances; each examined instance has one more.
+Much earlier an instance is *suspect* (:mod:`disagg_proxy.health.suspicion`), which only concerns new requests.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from disagg_proxy.errors import EngineFrozen, ProxyError
 from disagg_proxy.health.engine_counters import engine_counters
 from disagg_proxy.health.peer_view import NoPeers, PeerView
 from disagg_proxy.health.recovery import replay_until_progress
+from disagg_proxy.health.serving import ServingMonitor
+from disagg_proxy.health.suspicion import Suspicion
 from disagg_proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,10 @@ class StallDetector:
         headers: encoded header lines for GET /metrics, such as the engines' key.
         peer_view: the other workers of this proxy; None without any.
         replayed: called with an instance for which a prefill is replayed.
+        queued: requests that wait for capacity.
+
+    Attributes:
+        serving: whether anything is answered.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class StallDetector:
         headers: bytes,
         peer_view: PeerView | None = None,
         replayed: Callable[[Instance], None] = lambda instance: None,
+        queued: Callable[[], int] = lambda: 0,
     ) -> None:
         self._registry = registry
         self._upstream = upstream
@@ -94,6 +102,8 @@ class StallDetector:
         self._interval = min(1.0, shortest / _CHECKS)
         self._checking: asyncio.Task[None] | None = None
         self._suspects: dict[Instance, asyncio.Task[None]] = {}
+        self.serving = ServingMonitor(registry, queued, shortest, longest)
+        self._suspicion = Suspicion(registry, self._counters, self.serving.progressed)
 
     def start(self) -> None:
         """Check all instances from now on."""
@@ -105,6 +115,7 @@ class StallDetector:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._suspicion.stop()
 
     async def _check_repeatedly(self) -> None:
         while True:
@@ -115,12 +126,14 @@ class StallDetector:
         """Check all instances now."""
         for instance in self._registry.instances():
             self._check(instance)
+        self.serving.check()
 
     def _check(self, instance: Instance) -> None:
         now = self._registry.now()
         progress = instance.progress
         progress.peer_outputs = self._peer_view.outputs(instance)
         progressed = progress.poll(now)
+        self._suspicion.check(instance, progressed)
         if self._check_hung(instance, now):
             return
         blocked = self._move_requests(instance)

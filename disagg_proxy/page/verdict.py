@@ -31,6 +31,10 @@ def verdict(view: View) -> dict[str, Any]:
     pairs = health["pairs"]
     if health["status"] == "stopping":
         return _verdict("warn", "warning", _sentence("head_stopping"))
+    if health["status"] == "not_serving":
+        return _verdict(
+            "bad", "frozen", _sentence("head_not_serving"), [_sentence("detail_text", text=health["missing"][0])]
+        )
     if frozen := [i for i in instances if i["state"] == "frozen"]:
         return _frozen(view, frozen, pairs)
     off = [i for i in instances if state_of(i) != "ready" or i["restart_wanted"]]

@@ -19,12 +19,15 @@ def health_report(proxy: ProxyState) -> dict[str, Any]:
     missing = missing_roles(registry)
     if not pairs and not missing:
         missing = [why_no_pair(registry)]
+    stalled = proxy.not_serving() if serves else ""
+    if stalled:
+        missing = [stalled, *missing]
     shutdown = proxy.shutdown.begun.is_set()
     if shutdown:
         missing = ["the proxy is shutting down", *missing]
     known = registry.instances()
     return {
-        "status": "stopping" if shutdown else "ok" if serves else "unavailable",
+        "status": "stopping" if shutdown else "not_serving" if stalled else "ok" if serves else "unavailable",
         "pairs": pairs,
         "decodes_that_serve_alone": alone,
         **{

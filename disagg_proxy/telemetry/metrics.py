@@ -91,6 +91,11 @@ class ProxyCollector(Collector):
         yield _gauge("pairs_ready", "Pairs of prefill and decode that can serve a request now", selection.ready_pairs())
         alone = selection.ready_alone() if self._proxy.config.decode_alone else 0
         yield _gauge("decodes_alone_ready", "Decodes that can serve without a prefill", alone)
+        yield _gauge(
+            "not_serving",
+            "1 while requests wait and no decode has made progress for longer than the learnt time",
+            bool(self._proxy.not_serving()),
+        )
         yield _gauge("requests_in_flight", "Generation requests admitted and not finished", stats.in_flight)
         yield _gauge("requests_queued", "Generation requests waiting in the admission queue", overview.queued)
         yield _gauge(
@@ -186,6 +191,7 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
         ("ready", "1 while it may receive requests", lambda i: i.state is State.READY and not i.draining),
         ("draining", "1 while drained for maintenance", lambda i: i.draining),
         ("frozen", "1 while its engine is stalled", lambda i: i.state is State.FROZEN),
+        ("suspect", "1 while it may be stalled and gets only what no other can serve", lambda i: i.suspect),
         ("restart_wanted", "1 when only a restart can recover it", lambda i: i.restart_wanted),
         ("in_flight", "Legs in flight", lambda i: i.in_flight),
         ("tokens_in_flight", "Prompt tokens of its legs in flight, estimated", overview.tokens_in_flight),

@@ -30,5 +30,8 @@ class ProxyState(Protocol):
     def worker(self) -> int | None:
         """The number of the worker that serves this report, None for a single process."""
 
+    def not_serving(self) -> str:
+        """Why nothing is answered although requests wait; empty while the proxy serves."""
+
     def idle(self, instance: Instance) -> bool:
         """Whether ``instance`` can be stopped without harm to any client."""

@@ -104,5 +104,6 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "kv_releases_failed": counted["kv_releases_failed"],
         "drains": counted["kv_releases"],  # Former names, removed after one release.
         "drains_failed": counted["kv_releases_failed"],
+        "suspect": instance.suspect,
         "restart_wanted": instance.restart_wanted,
     }
