@@ -78,6 +78,7 @@ class Instance:
         last_probe_response: clock reading of the last response to a probe from a process that has been ready; None
             before it was ready, and once its port refuses connections.
         probe_failures: failed probes in a row.
+        gone: its port refuses connections and its process has ended; until it announces itself or a probe succeeds.
         epoch: how often its process ended, or may have ended; KV from an earlier epoch is gone.
         kv_peers: on prefill, by KV address of each decode that it has sent KV to: which process of that decode it was.
         breaker: ejects it while it keeps failing.
@@ -126,6 +127,7 @@ class Instance:
     last_ping: float | None = None
     last_probe_response: float | None = None
     probe_failures: int = 0
+    gone: bool = False
     epoch: int = 0
     kv_peers: dict[str, int] = field(default_factory=dict)
     breaker: Breaker = field(default_factory=Breaker)

@@ -136,6 +136,8 @@ class Registry(InstanceIndex):
     def announce(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str = "") -> str | None:
         """Process one ping. Returns why it was rejected, None if it was accepted."""
         known = self._instances.get(http.netloc)
+        if known is not None and known.gone and (taken := self._kv_taken(kv, http)):
+            return taken
         same = known is not None and (known.role, known.kv, known.kind) == (role, kv, kind)
         if known is not None and known.state is State.LOST and same:
             # It did not ping for a while, which does not prove that its process ended.
@@ -153,6 +155,7 @@ class Registry(InstanceIndex):
         if known.role is not role or not (same or restarted or (known.kv is None and known.kind.needs_address)):
             return self._reject_conflict(known, role, kv, kind, boot)
         known.last_ping = self._clock()
+        known.gone = False
         if known.boot != boot:
             if known.boot:
                 known.kind = kind
@@ -166,13 +169,32 @@ class Registry(InstanceIndex):
         return None
 
     def _register(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str) -> str | None:
-        owner = next((i for i in self._instances.values() if i.kv == kv and i.state is not State.LOST), None)
-        if owner is not None and owner.key != http.netloc:
-            return f"the KV address {kv.text} belongs to {owner}"
+        if taken := self._kv_taken(kv, http):
+            return taken
+        owner = self._kv_owner(kv, http)
+        if owner is not None and owner.source is Source.PING and _removable(owner):
+            self._remove(owner)
         if http.netloc not in self._instances and not self._make_capacity():
             return f"{MAX_INSTANCES} instances are registered already"
         self._add(Instance(role, http, kv, Source.PING, kind, boot, last_ping=self._clock()))
         return None
+
+    def _kv_owner(self, kv: Address | None, http: Address) -> Instance | None:
+        """The instance at another HTTP address that has this KV address: one whose process has not ended, else any."""
+        owners = [
+            i
+            for i in self._instances.values()
+            if kv is not None and i.kv == kv and i.http != http and i.state is not State.LOST
+        ]
+        return next((i for i in owners if not i.gone), owners[0] if owners else None)
+
+    def _kv_taken(self, kv: Address, http: Address) -> str | None:
+        """Why an instance at ``http`` cannot have this KV address, None if it can; probes an owner that may be gone."""
+        owner = self._kv_owner(kv, http)
+        if owner is None or owner.gone:
+            return None
+        self._request_probe(owner)
+        return f"the KV address {kv.text} belongs to {owner}; it is probed again"
 
     def _make_capacity(self) -> bool:
         """Whether another instance can be added; removes a lost one if need be."""
@@ -210,6 +232,11 @@ class Registry(InstanceIndex):
         instance.last_probe_response = self._clock()
         if instance.state in (State.LOST, State.FROZEN):
             return
+        owner = self._kv_owner(instance.kv, instance.http) if instance.gone else None
+        if owner is not None and not owner.gone:
+            self.suspend(instance, f"its KV address belongs to another {owner.role.value} instance now")
+            return
+        instance.gone = False
         if instance.kv is None and instance.kind.needs_address:
             _set_models(instance, models)
             self.suspend(
@@ -230,8 +257,11 @@ class Registry(InstanceIndex):
         """
         if gone:
             instance.last_probe_response = None
-        if gone and instance.state in (State.READY, State.FROZEN) and not self.has_liveness_connection(instance):
-            self.process_ended(instance)
+        if gone and not self.has_liveness_connection(instance):
+            if instance.state in (State.READY, State.FROZEN):
+                self.process_ended(instance)
+            # vLLM pings before its HTTP server answers, so a new instance may refuse connections too.
+            instance.gone = instance.source is Source.STATIC or instance.restarts > 0
         if instance.state is State.READY or (instance.state is State.PROBING and instance.reason != reason):
             self._set_state(instance, State.PROBING, reason)
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Role, Source, State
 from disagg_proxy.cluster.unavailable import missing_roles
 from disagg_proxy.config import StaticInstance
@@ -199,3 +200,36 @@ def test_legs_on_a_prefill_that_will_not_answer_end_where_decode_can_compute(wor
         world.registry.suspend(instance, "its HTTP port refuses connections", gone=True)
     assert len(errors) == (2 if role is Role.PREFILL and kind.computes else 0)
     assert not any(isinstance(error, EngineUnreachable) and error.refused for error in errors)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["pings", "static"])
+def test_an_engine_on_another_http_port_gets_in_when_the_owner_of_its_kv_address_is_gone(world, static) -> None:
+    registry, kv = world.registry, parse_address("127.0.0.1:2001")
+    if static:
+        old = registry.add_static(D, StaticInstance("127.0.0.1:1001", kv.text), P2P)
+        registry.admit(old, {"m": {"id": "m"}})
+    else:
+        old = world.ready(D, 1001)
+    world.probes.clear()
+    assert "belongs to" in (world.ping(D, 1002, 2001) or "") and world.probes == [old]
+    registry.suspend(old, "its HTTP port refuses connections", gone=True)
+    assert world.ping(D, 1002, 2001) is None
+    new = world.instance(1002)
+    registry.admit(new, {"m": {"id": "m"}})
+    assert new.state is State.READY and registry.knows(old) is static
+
+    # The old one comes back with the KV address that another one has now.
+    if static:
+        registry.admit(old, {"m": {"id": "m"}})
+        assert old.state is State.PROBING and "belongs to another decode" in old.reason
+    assert "belongs to" in (world.ping(D, 1001, 2001) or "")
+    registry.suspend(new, "its HTTP port refuses connections", gone=True)
+    assert world.ping(D, 1001, 2001) is None
+    registry.admit(world.instance(1001), {"m": {"id": "m"}})
+    assert world.instance(1001).state is State.READY
+
+
+def test_a_new_engine_whose_http_server_does_not_answer_yet_keeps_its_kv_address(world) -> None:
+    assert world.ping(D, 1001) is None
+    world.registry.suspend(world.instance(1001), "its HTTP port refuses connections", gone=True)
+    assert "belongs to" in (world.ping(D, 1002, 2001) or "")
