@@ -9,7 +9,8 @@ States, as this module decides them (`frozen` is the public name of a stalled en
     given up      a frozen prefill, or a decode that replays did not free: ``restart_wanted`` is set. Waiting decode
                   legs end with 504. Requests on a prefill move to another pair with a new id, while their legs
                   continue, since a prefill is never cancelled
-    freed         it makes progress again: a probe admits it; without replays its circuit breaker is half-open first
+    freed         it makes progress again, while it is idle with a request for one token: a probe admits it; without
+                  replays its circuit breaker is half-open first
     hung          a process that neither pings nor answers probes for ``Registry.hung_after``, as after SIGSTOP:
                   given up as above, with its state still LOST or PROBING
 
@@ -25,6 +26,7 @@ Much earlier an instance is *suspect* (:mod:`disagg_proxy.health.suspicion`), wh
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ from disagg_proxy.health.peer_view import NoPeers, PeerView
 from disagg_proxy.health.recovery import replay_until_progress
 from disagg_proxy.health.serving import ServingMonitor
 from disagg_proxy.health.suspicion import Suspicion
-from disagg_proxy.upstream import Upstream
+from disagg_proxy.upstream import ReadUntil, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -205,9 +207,9 @@ class StallDetector:
         """Another worker has found that it is stalled."""
         reason = "stalled, as another worker found"
         self._registry.freeze(instance, reason, first=False)
-        await self._recover(instance, reason)
+        await self._recover(instance, reason, found_here=False)
 
-    async def _recover(self, instance: Instance, reason: str) -> None:
+    async def _recover(self, instance: Instance, reason: str, found_here: bool = True) -> None:
         """Free it by replays, or give it up and wait until it makes progress on its own."""
         progress = instance.progress
         if instance.role is Role.DECODE and not self._peer_view.given_up(instance):
@@ -221,7 +223,7 @@ class StallDetector:
             outcome = "replayed prefills did not help" if progress.replay_candidates() else "no prefill to replay"
             reason = f"{reason}; {outcome}"
         self._give_up(instance, f"{reason}; restart it")
-        await self._until_progress(instance)
+        await self._until_progress(instance, found_here)
 
     async def _is_stalled(self, instance: Instance, within: float) -> bool:
         """Whether the engine makes no progress for ``within`` seconds.
@@ -298,14 +300,38 @@ class StallDetector:
             self._log_given_up(decode, reason, first=not self._peer_view.given_up(decode))
             self._peer_view.give_up(decode)
 
-    async def _until_progress(self, instance: Instance) -> None:
+    async def _until_progress(self, instance: Instance, found_here: bool) -> None:
+        # Where another worker has given up a decode whose KV listener is dead, steps would prove nothing.
         before = await self.snapshot(instance)
         while instance.state is State.FROZEN:
-            if await self.progressed(instance, before, self._shortest) and instance.state is State.FROZEN:
+            moved = await self.progressed(instance, before, self._shortest)
+            if found_here and not moved and not instance.progress.pending and instance.state is State.FROZEN:
+                await self._request_step(instance)
+            if moved and instance.state is State.FROZEN:
                 log.warning("%s makes progress again without replays", instance)
                 if instance.breaker.trip(self._registry.now()):
                     self._registry.breaker_changed(instance)
                 self._registry.unfreeze(instance, "makes progress again")
+
+    async def _request_step(self, instance: Instance) -> None:
+        """Have an idle engine generate one token, since only a step shows that it makes progress.
+
+        One prompt token is safe with every protocol: a decode of P2pNcclConnector waits for the KV of all tokens but
+        the last (vLLM 0.9.2 - 0.23, ``p2p_nccl_connector.py``, ``get_num_new_matched_tokens``). A prefill of
+        P2pNcclConnector needs a decode to send to. Its legs are never cancelled, so it is not idle while it is stalled.
+        """
+        if instance.role is Role.PREFILL and not instance.kind.computes:
+            return
+        body = json.dumps({"model": instance.default_model, "prompt": [1], "max_tokens": 1}).encode()
+        try:
+            answer = await self._upstream.request(
+                "POST", instance, "/v1/completions", headers=self._headers + b"content-type: application/json\r\n",
+                body=body, idle_timeout=self._shortest, leg=instance.role.value, until=ReadUntil.COMPLETE,
+            )  # fmt: skip
+        except ProxyError:
+            return
+        # An engine without counters shows it by its answer alone.
+        instance.progress.outputs += answer.status == 200
 
 
 def _outputs(instance: Instance) -> int:

@@ -257,3 +257,23 @@ async def test_metrics_tell_of_it(machine, pair) -> None:
         assert any(line.startswith(f"disagg_proxy_instance_{name}_total") and line.endswith("1.0") for line in lines), (
             where
         )
+
+
+@pytest.mark.settings(freeze_after_min=0.4, freeze_after_max=0.4, probe_interval=0.1, max_tries=1)
+@pytest.mark.parametrize("connector", ["p2p_nccl", "disagg_kv"])
+async def test_an_idle_decode_that_was_given_up_and_moves_again_serves(machine, connector: str) -> None:
+    engines = await machine.pair(connector=connector)
+    with engines[1].faults.held("schedule"):
+        check_error(*await soon(machine.send(PATH, {**ASK, "stream": True}), 30), 504, "engine_frozen")
+        await soon(machine.proxy.until_idle())
+        await asyncio.sleep(1.0)
+        assert (await instance_of(machine, engines[1]))["restart_wanted"], "a request without an answer proves nothing"
+    await soon(machine.proxy.until_state(engines[1].http_address, State.READY))
+    assert not (await instance_of(machine, engines[1]))["restart_wanted"]
+    # Half-open: one request decides.
+    instance = machine.proxy.instance(engines[1].http_address)
+    assert not instance.breaker.healthy
+    instance.breaker.record_success()
+    await machine.check_right()
+    await soon(machine.proxy.until_idle())
+    await machine.unharmed(*engines)
