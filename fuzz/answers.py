@@ -12,8 +12,8 @@ from disagg_proxy.address import parse_address
 from disagg_proxy.openai.fields import CHAT, MESSAGES, ROUTES, Route
 from disagg_proxy.openai.prefill_answer import (
     Verdict,
+    blames_client,
     error_message,
-    is_over_context,
     prompt_tokens,
     read_prefill,
 )
@@ -105,7 +105,7 @@ def check_reading(decisions: Source, body: bytes) -> str:
         assert 400 <= found.status < 600 and "error" in json.loads(found.body)
     assert cache_use(route, body).cached >= 0 and prompt_tokens(body) >= 0
     assert isinstance(repair_usage(route, body, cache_use(route, body)), bytes)
-    assert isinstance(error_message(body), str) and is_over_context(body) in (True, False)
+    assert isinstance(error_message(body), str) and blames_client(body) in (True, False)
     return found.verdict.name.lower()
 
 

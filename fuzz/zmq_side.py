@@ -87,5 +87,5 @@ def _sizes(live: Live) -> Iterator[tuple[str, int]]:
     yield "instances", len(services.registry.instances()) * _REMEMBERED // MAX_INSTANCES
     yield "refused endpoints", len(discovery.refused)
     yield "waiting announcements", len(discovery.mailbox)
-    yield "blamed senders", len(discovery.listener._blamed)
+    yield "blamed senders", len(discovery.listener._warned)
     yield "tasks", len(asyncio.all_tasks())

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -88,10 +88,11 @@ class Proxy:
         self.socket.close()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something that a change in the registry brings about."""
+        """Wait for something that a change in the registry brings about, or time alone, as a breaker's half-open."""
         while not condition():
             self._changed.clear()
-            await self._changed.wait()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 0.05)
 
     async def until_pairs(self, count: int = 1) -> None:
         await self.until(lambda: self.services.selection.ready_pairs() >= count)

@@ -91,8 +91,9 @@ async def test_error_classes(client, pair, stream) -> None:
         await ask(messages=[{"role": "user", "content": "a" * 40_000}])
     no = json.dumps({"type": "error", "error": {"type": "rate_limit_error", "message": "No"}})
     pair[0].faults.fail_next(429, no, path="/v1/messages")
-    with pytest.raises(anthropic.RateLimitError, match="No"):
+    with pytest.raises(anthropic.APIStatusError, match="busy") as failed:
         await ask()
+    assert failed.value.status_code == 503
     pair[0].faults.fail_next(500, path="/v1/messages")
     with pytest.raises(anthropic.InternalServerError) as failed:
         await ask()

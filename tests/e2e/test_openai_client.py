@@ -120,9 +120,7 @@ async def test_error_classes_of_what_an_engine_refuses(client, pair) -> None:
         403: openai.PermissionDeniedError,
         409: openai.ConflictError,
         422: openai.UnprocessableEntityError,
-        429: openai.RateLimitError,
         500: openai.InternalServerError,
-        503: openai.InternalServerError,
     }
     for status, kind in kinds.items():
         error = {"error": {"message": "Not now", "type": "T", "param": None, "code": status}}
@@ -131,6 +129,11 @@ async def test_error_classes_of_what_an_engine_refuses(client, pair) -> None:
             await client.completions.create(model=MODEL, prompt=PROMPT)
         assert "Not now" in failed.value.message and failed.value.response.headers["Retry-After"] == "7"
         assert failed.value.status_code == (status if status < 500 else 502)
+    for status in (429, 503):
+        pair[0].faults.fail_next(status, b"{}", {"Retry-After": "7"}, path="/v1/completions")
+        with pytest.raises(openai.InternalServerError, match="busy") as failed:
+            await client.completions.create(model=MODEL, prompt=PROMPT)
+        assert failed.value.status_code == 503 and failed.value.response.headers["Retry-After"] == "7"
 
 
 async def test_no_pair_is_an_internal_server_error(client) -> None:

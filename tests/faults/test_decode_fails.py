@@ -75,7 +75,7 @@ def error_in_a_stream(path: str, code: int | None) -> bytes:
 @pytest.mark.parametrize(
     ("path", "stream", "code", "status"),
     [
-        (PATH, True, 500, 502), (PATH, True, 503, 502), (PATH, True, 422, 422), (PATH, False, 500, 502),
+        (PATH, True, 500, 502), (PATH, True, 422, 422), (PATH, False, 500, 502),
         ("/v1/chat/completions", True, 500, 502), ("/v1/messages", True, None, 502),
     ],
 )  # fmt: skip

@@ -292,7 +292,7 @@ def test_a_hung_process_is_reported_once_until_it_shows_a_sign_of_life() -> None
     here, there = two.flags
     last_sign = now() / 1e9
     assert here.report_hung(two.decodes[0], last_sign) and not there.report_hung(two.decodes[1], last_sign)
-    two.table.bury(0)
+    two.table.retire(0)
     assert not there.report_hung(two.decodes[1], last_sign), "a report outlives the worker that made it"
     assert there.report_hung(two.decodes[1], now() / 1e9)
 
