@@ -67,7 +67,7 @@ def proxy(
         program: the words that start it.
         tensor_parallel: GPUs of each decode engine, each of which has a KV buffer of its own.
         kv_bytes_per_token: bytes of KV of one prompt token; 0, when the model is not on this machine yet, leaves the
-            KV buffers without a limit.
+            proxy's own limit: `max_model_len` unloaded prompt tokens on one decode.
         environ: what the user has set himself wins.
     """
     environ = environ or {}
