@@ -250,7 +250,7 @@ def test_a_short_run_on_simulated_engines(connector: str, tmp_path: Path, monkey
     monkeypatch.setattr(plan, "DRAIN", 0.2)
     arguments = [
         "--engines", "sim", "--connector", connector, "--out", str(tmp_path),
-        "--limit", "50", "--least", "0.8", "--most", "1.5",
+        "--limit", "50", "--least", "0.8", "--most", "4",
         "--tokens", "300", "--answer", "4", "--rates", "20", "--clients", "4",
         "--engine-argument=--time-per-output-token", "--engine-argument=0.002",
     ]  # fmt: skip

@@ -117,14 +117,14 @@ async def test_bursts_over_three_workers_never_overflow_a_buffer_of_two_longest_
     proxy = await fleet(3)
     knobs = {
         "max_model_len": longest, "kv_bytes_per_token": per_token, "kv_buffer_bytes": 2 * longest * per_token,
-        "kv_pool_bytes": 1, "max_num_seqs": 4, "prefill_tokens_per_second": 40_000.0,
+        "kv_pool_bytes": 1, "max_num_seqs": 4, "prefill_tokens_per_second": 40_000.0, "time_per_output_token": 0.002,
     }  # fmt: skip
     prefill, decode = await engines(proxy.zmq, **knobs)
     for engine in (prefill, decode):
         await proxy.until_known(engine, workers=3)
     doors = [door for _ in range(10) for door in await proxy.doors(3)]
     assert {door.worker for door in doors} == {0, 1, 2}
-    for seed in range(3):
+    for seed in range(2):
         chance = random.Random(seed)
 
         async def one(door: Door, chance: random.Random = chance) -> int | None:
@@ -144,7 +144,7 @@ async def test_bursts_over_three_workers_never_overflow_a_buffer_of_two_longest_
             except asyncio.TimeoutError:
                 return None
 
-        found = await soon(asyncio.gather(*(one(door) for door in doors for _ in range(3))), 50)
+        found = await soon(asyncio.gather(*map(one, doors)), 50)
         assert set(found) <= {200, None} and found.count(200) > len(found) / 3
         assert decode.state()["listener"] == "alive" and decode.state()["dead"] is None
     await soon(decode.wait_until(lambda state: not state["kv_waiting"] and not state["kv_buffer_used"]))
