@@ -1,8 +1,8 @@
 """Reads bodies as vLLM's API server does, without an engine: run by the Python of an environment with vLLM, which has
 nothing of this project's.
 
-Standard input: one JSON list of ``[dialect, body]``, each body as text. Standard output: ``{"errors": [...], "fields":
-{...}}``: for each body why vLLM refuses it, null where it does not, and the fields of each dialect's request model.
+Standard input: one JSON list of ``[dialect, body]``, each body as text. The last line of standard output: ``{"errors": [...],
+"fields": {...}}``: for each body why vLLM refuses it, null where it does not, and the fields of each dialect's request model.
 """
 
 import inspect
@@ -37,4 +37,4 @@ def refused(dialect: str, body: str) -> str | None:
 if __name__ == "__main__":
     errors = [refused(dialect, body) for dialect, body in json.load(sys.stdin)]
     fields = {dialect: sorted(model.model_fields) for dialect, model in MODELS.items()}
-    json.dump({"errors": errors, "fields": fields}, sys.stdout)
+    print("\n" + json.dumps({"errors": errors, "fields": fields}))

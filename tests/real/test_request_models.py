@@ -107,7 +107,8 @@ def combinations(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def ask_vllm(bodies: list[tuple[str, str]]) -> dict[str, Any]:
     done = subprocess.run([str(PYTHON), str(_SCRIPT)], input=json.dumps(bodies), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
+    # The last line: vLLM 0.27.1 logs to the standard output while it is imported.
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
