@@ -1,8 +1,9 @@
 """Reads bodies as vLLM's API server does, without an engine: run by the Python of an environment with vLLM, which has
 nothing of this project's.
 
-Standard input: one JSON list of ``[dialect, body]``, each body as text. The last line of standard output: ``{"errors": [...],
-"fields": {...}}``: for each body why vLLM refuses it, null where it does not, and the fields of each dialect's request model.
+Standard input: one JSON list of ``[dialect, body]``, each body as text. The last line of standard output:
+``{"errors": [...], "fields": {...}}``: for each body why vLLM refuses it, null where it does not, and the fields of
+each dialect's request model.
 """
 
 import inspect
