@@ -2,7 +2,7 @@
 
 The engine's own counters prove it: once the request has been received, a whole scheduler step of the engine has begun
 and ended, and no request waited after it. Every request in the batch of a step loads its KV in that step (vLLM 0.9.2 -
-0.33, ``p2p_nccl_connector.py``, ``start_load_kv``). Without counters (--disable-log-stats) only the answer proves it.
+0.23, ``p2p_nccl_connector.py``, ``start_load_kv``). Without counters (--disable-log-stats) only the answer proves it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.connectors.base import Engines
-from disagg_proxy.errors import ProxyError
 from disagg_proxy.http1.head_writer import header_lines
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
+from disagg_proxy.upstream.engine_metrics import read_metrics
 
 RECEIVED_AFTER = 0.1
 SECONDS_PER_TOKEN = 1e-5
@@ -31,7 +31,7 @@ _WAITING = re.compile(rb"^vllm:num_requests_waiting(?:{.*})? (\S+)", re.MULTILIN
 
 
 class StepStats(NamedTuple):
-    """An engine's /metrics, as of the end of its last step (vLLM 0.9.2 - 0.33, ``v1/metrics/loggers.py``).
+    """An engine's /metrics, as of the end of its last step (vLLM 0.9.2 - 0.23, ``v1/metrics/loggers.py``).
 
     Attributes:
         steps: scheduler steps so far. Of several engines behind one API server: of the one with the fewest.
@@ -118,14 +118,8 @@ class LoadWatch:
         leg.loaded()
 
     async def _stats(self, decode: Instance) -> StepStats | None:
-        try:
-            answer = await self._engines.upstream().request(
-                "GET", decode, "/metrics", headers=self._headers, idle_timeout=2.0, leg="decode"
-            )
-            complete = await answer.read_all()
-        except ProxyError:
-            return None
-        return step_stats(complete.body) if complete.status == 200 else None
+        metrics = await read_metrics(self._engines.upstream(), decode, self._headers)
+        return None if metrics is None else step_stats(metrics)
 
 
 def _proves(leg: WatchedLeg, stats: StepStats) -> bool:

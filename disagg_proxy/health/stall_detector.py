@@ -43,6 +43,7 @@ from disagg_proxy.health.recovery import replay_until_progress
 from disagg_proxy.health.serving import ServingMonitor
 from disagg_proxy.health.suspicion import Suspicion
 from disagg_proxy.upstream import ReadUntil, Upstream
+from disagg_proxy.upstream.engine_metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -258,14 +259,8 @@ class StallDetector:
 
     async def _counters(self, instance: Instance) -> tuple[bytes, ...] | None:
         """The engine's counters; empty when its /metrics have none, None when they do not answer."""
-        try:
-            answer = await self._upstream.request(
-                "GET", instance, "/metrics", headers=self._headers, idle_timeout=2.0, leg=instance.role.value
-            )
-            complete = await answer.read_all()
-        except ProxyError:
-            return None
-        return engine_counters(complete.body) if complete.status == 200 else ()
+        metrics = await read_metrics(self._upstream, instance, self._headers)
+        return None if metrics is None else engine_counters(metrics)
 
     def _give_up(self, instance: Instance, reason: str) -> None:
         """Request its restart, and fail the legs that wait for it."""
