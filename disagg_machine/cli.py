@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ui.progress_clear()
         return 130
     except BrokenPipeError:
-        # Whoever read the output is gone; nothing is left to flush.
+        # The reader of the output has closed the pipe; there is nothing to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

@@ -92,7 +92,7 @@ def _run(plan: launch.Plan, place: Place, held: Lock) -> int:
         with _impatient(part.pid if part else 0):
             parts.stop_parts(context.run_dir, context.settings.stop_timeout, [place.name])
         return ended.code
-    # A part that ended by itself may have left children.
+    # A part that has exited may have left child processes.
     parts.stop_parts(context.run_dir, 5, [place.name])
     if status:
         # As a shell counts them.

@@ -85,7 +85,7 @@ class Layout:
 
 
 class _Ports:
-    """Ports that are given away, and to whom."""
+    """Ports that are assigned, and the parts that they are assigned to."""
 
     def __init__(self) -> None:
         self.taken: dict[int, str] = {}
