@@ -88,8 +88,8 @@ class SimEngine:
         if not self._started:
             return
         self.ready = False
-        await self._http.settle()
         self._http.refuse()
+        await self._http.settle()
         await self._loop.stop()
         await self._http.stop()
         await self._end_worker()
@@ -100,8 +100,8 @@ class SimEngine:
         if not self._started:
             return
         self.ready = False
-        await self._http.settle()
         self._http.refuse()
+        await self._http.settle()
         self._http.close_connections()
         await self._end_worker()
         await self._http.stop()
@@ -147,6 +147,7 @@ class SimEngine:
             raise RuntimeError("the engine has not been started")
         if refuse:
             self._http.refuse()
+            self._spawn(self._http.settle())
         else:
             self._spawn(self._http.listen(_bound(*split_address(self.http_address))))
 

@@ -22,7 +22,7 @@ from disagg_sim.completions_api import completions
 from disagg_sim.config import SimConfig
 from disagg_sim.exchange import Exchange, RecordedRequest, StreamCutError
 from disagg_sim.faults import Faults, Injected
-from disagg_sim.kv_wire import reset
+from disagg_sim.kv_wire import close_server, reset, stop_listening
 from disagg_sim.messages_api import count_tokens, messages
 from disagg_sim.pooling_api import embeddings
 from disagg_sim.request import EngineDeadError
@@ -72,6 +72,7 @@ class HttpSide:
         self._poisoned: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
         self._runner: web.ServerRunner | None = None
         self._listener: asyncio.Server | None = None
+        self._refusing: list[asyncio.Server] = []
         self.profiling = False
         self.requests: list[RecordedRequest] = []
         self.requests_total = 0
@@ -139,6 +140,7 @@ class HttpSide:
     async def stop(self) -> None:
         """Stop listening and end every connection. Safe to call twice."""
         self.refuse()
+        await self.settle()
         if self._runner is not None:
             runner, self._runner = self._runner, None
             server = runner.server
@@ -146,18 +148,18 @@ class HttpSide:
                 await server.shutdown(0.05)
             await runner.cleanup()
 
-    async def settle(self) -> None:
-        """Let what was accepted just now become connections: a listener that closes in between loses their sockets
-        (Python 3.11, ``asyncio/base_events.py``, ``Server._attach``)."""
-        for _ in range(4):
-            await asyncio.sleep(0)
-
     def refuse(self) -> None:
-        """Stop taking new connections; open ones stay."""
+        """Refuse new connections; open ones stay. To be followed by :meth:`settle`."""
         if self._listener is not None:
-            self._listener.close()
+            stop_listening(self._listener)
+            self._refusing.append(self._listener)
             self._listener = None
             self._changed()
+
+    async def settle(self) -> None:
+        """Return when all that was accepted before :meth:`refuse` is among the open connections."""
+        while self._refusing:
+            await close_server(self._refusing.pop())
 
     # One request.
 

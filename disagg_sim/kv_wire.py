@@ -34,6 +34,24 @@ async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any] | None:
         return None
 
 
+def stop_listening(server: asyncio.Server) -> None:
+    """Refuse new connections at once. :func:`close_server` does the rest."""
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener)
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+async def close_server(server: asyncio.Server) -> None:
+    """Close a server that no longer listens, when each connection that it has accepted has its protocol.
+
+    A server that is closed before leaves the accepted socket open (Python 3.11, ``asyncio/base_events.py``,
+    ``Server._attach``).
+    """
+    for _ in range(5):
+        await asyncio.sleep(0)
+    server.close()
+
+
 def reset(transport: asyncio.BaseTransport) -> None:
     """Close a connection at once with a TCP reset and drop what was not sent."""
     sock = transport.get_extra_info("socket")

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 
-from disagg_sim.kv_wire import reset
+from disagg_sim.kv_wire import close_server, reset, stop_listening
 
 
 class KvPort:
@@ -28,7 +28,8 @@ class KvPort:
     async def stop(self) -> None:
         """Reset every connection and end. Safe to call twice."""
         if self._server is not None:
-            self._server.close()
+            stop_listening(self._server)
+            await close_server(self._server)
         connections = dict(self._connections)
         for task, writer in connections.items():
             reset(writer.transport)
