@@ -23,3 +23,15 @@ def hold_port(hold: ExitStack, host: str = "127.0.0.1", port: int = 0) -> int:
     one.bind((host, port))
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return int(one.getsockname()[1])
+
+
+def may_listen(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether nobody listens on a held port."""
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            again.bind((host, port))
+            again.listen()
+        except OSError:
+            return False
+    return True

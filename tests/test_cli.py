@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
@@ -19,6 +20,7 @@ from disagg_proxy.config.table import SETTINGS
 from disagg_sim import expected_text
 from tests.command import SCRIPT, Engines, Run, commands, engine_pairs
 from tests.conftest import soon
+from tests.ports import hold_port, may_listen
 
 ASK = {"model": "sim-model", "prompt": "San Francisco is a", "max_tokens": 8}
 
@@ -152,16 +154,15 @@ async def test_a_port_in_use_is_one_line_and_exit_1(run: Run, port: str, says: s
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_a_signal_ends_it_with_0_and_nothing_is_left(run: Run, number: int) -> None:
-    command = await (await run()).until_ready()
-    children = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
-    assert not children.exists() or not children.read_text()
-    assert await command.end(number) == 0
-    assert command.written.count("\n") == 3 and "Stopping" in command.written.splitlines()[2], command.written
-    for address in (command.url.removeprefix("http://"), command.zmq):
-        host, _, port = address.rpartition(":")
-        with socket.socket() as again:
-            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            again.bind((host, int(port)))
+    with ExitStack() as hold:
+        ports = hold_port(hold), hold_port(hold)
+        command = await run(HTTP_PROXY_PORT=str(ports[0]), PROXY_PORT=str(ports[1]))
+        await command.until_ready()
+        children = Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children")
+        assert not children.exists() or not children.read_text()
+        assert await command.end(number) == 0
+        assert command.written.count("\n") == 3 and "Stopping" in command.written.splitlines()[2], command.written
+        assert all(map(may_listen, ports))
 
 
 async def test_it_runs_from_another_directory_and_serves(run: Run, engines, http, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import ExitStack
 
 import aiohttp
 import pytest
@@ -15,6 +16,7 @@ from disagg_proxy.config import Config
 from disagg_proxy.workers.supervisor import Supervisor
 from tests.command import commands
 from tests.conftest import LOCAL, soon
+from tests.ports import hold_port, may_listen
 
 
 def gone(pid: int) -> bool:
@@ -41,16 +43,14 @@ async def test_a_port_in_use_is_one_line_and_exit_1(port: str, says: str) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_a_signal_ends_all_with_0(fleet, number: int) -> None:
-    proxy = await fleet(2, LOG_LEVEL="info")
-    pids = await proxy.pids()
-    assert await proxy.end(number) == 0
-    assert all(map(gone, pids)), proxy.written
-    assert "Traceback" not in proxy.written and " ERROR " not in proxy.written
-    for address in (proxy.url.removeprefix("http://"), proxy.zmq):
-        host, _, port = address.rpartition(":")
-        with socket.socket() as again:
-            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            again.bind((host, int(port)))
+    with ExitStack() as hold:
+        ports = hold_port(hold), hold_port(hold)
+        proxy = await fleet(2, LOG_LEVEL="info", HTTP_PROXY_PORT=str(ports[0]), PROXY_PORT=str(ports[1]))
+        pids = await proxy.pids()
+        assert await proxy.end(number) == 0
+        assert all(map(gone, pids)), proxy.written
+        assert "Traceback" not in proxy.written and " ERROR " not in proxy.written
+        assert all(map(may_listen, ports))
 
 
 async def test_sigterm_lets_running_streams_finish_and_rejects_new_requests(fleet, engines) -> None:
