@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,28 +25,26 @@ class Command:
     Attributes:
         arguments: as `help` shows them.
         module: has ``cmd_NAME(context, words)``, which returns the exit code; imported when the command is called.
-        changes: whether it changes what runs, so that a reader of its output who goes away must not end it.
     """
 
     name: str
     arguments: str
     module: str
-    changes: bool = False
 
 
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
         Command("menu", "", "menu"),
-        Command("proxy", "", "foreground", changes=True),
-        Command("prefill", "[N]", "foreground", changes=True),
-        Command("decode", "[N]", "foreground", changes=True),
-        Command("all", "[--supervise|--no-supervise]", "up", changes=True),
+        Command("proxy", "", "foreground"),
+        Command("prefill", "[N]", "foreground"),
+        Command("decode", "[N]", "foreground"),
+        Command("all", "[--supervise|--no-supervise]", "up"),
         Command("test", "", "service"),
         Command("status", "", "look"),
         Command("logs", "[NAME...] [-f] [-n LINES]", "look"),
-        Command("stop", "[NAME...]", "down", changes=True),
-        Command("restart", "NAME...", "restart", changes=True),
+        Command("stop", "[NAME...]", "down"),
+        Command("restart", "NAME...", "restart"),
         Command("config", "[--markdown [en|zh]]", "show"),
         Command("doctor", "", "doctor"),
         Command("bench", "[--ratio] [--against-plain] [--once]", "bench"),
@@ -59,7 +56,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 HIDDEN = {
-    "__supervise": Command("supervise", "", "supervise", changes=True),
+    "__supervise": Command("supervise", "", "supervise"),
     "__menu": Command("menu_texts", "", "menu"),
 }
 """Commands that other commands start."""
@@ -117,8 +114,6 @@ def _run(script: str, words: list[str]) -> int:
         return show_help()
     if name == "config" and words and words[0] == "--markdown":
         return show_markdown(words[1] if len(words) > 1 else language())
-    if not command.changes:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     from disagg_machine import context
 
     function = getattr(importlib.import_module(f"disagg_machine.{command.module}"), f"cmd_{command.name}")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from disagg_machine import files, gpus, parts, proxy_view, ui
+from disagg_machine import files, gpus, parts, proxy_view, signals, ui
 from disagg_machine.context import Context
 from disagg_machine.messages import die, text
 from disagg_machine.parts import Part
@@ -122,6 +122,7 @@ def cmd_logs(context: Context, words: Sequence[str]) -> int:
             names.append(word)
     found = [str(path) for path in _logs(context.settings.log_dir, names)]
     options = ["-n", lines, "-F"] if follow else ["-n", lines] if len(found) == 1 else ["-v", "-n", lines]
+    signals.restore_sigpipe()
     os.execvp("tail", ["tail", *options, "--", *found])
 
 

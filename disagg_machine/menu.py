@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from disagg_machine import ui
+from disagg_machine import signals, ui
 from disagg_machine.context import SCRIPT, Context
 from disagg_machine.messages import text
 
@@ -20,6 +20,7 @@ def cmd_menu(context: Context, words: Sequence[str]) -> int:
     """The menu, where the script is; else what there is to type."""
     script = context.root / SCRIPT
     if script.is_file():
+        signals.restore_sigpipe()
         os.execvp("bash", ["bash", str(script), "menu"])
     from disagg_machine import cli
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from disagg_machine import net, proxy_view, python_environment, ui
+from disagg_machine import net, proxy_view, python_environment, signals, ui
 from disagg_machine.context import Context
 from disagg_machine.messages import die, text
 from disagg_machine.service_client import Answer, Failed, Service, Silent
@@ -171,6 +171,7 @@ def cmd_top(context: Context, words: Sequence[str]) -> int:
     ensure_rich(context, python)
     program = [python, "-m", "disagg_proxy", "top", "--url", context.url, *words]
     os.chdir(context.root)
+    signals.restore_sigpipe()
     os.execve(python, program, context.child_environment())
 
 

@@ -56,3 +56,8 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def restore_sigpipe() -> None:
+    """To be called before this process becomes another program, which would inherit that Python ignores SIGPIPE."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -140,6 +141,14 @@ async def running_proxy(**settings: Any) -> AsyncIterator[Proxy]:
         yield proxy
     finally:
         await proxy.stop()
+
+
+@pytest.fixture(autouse=True)
+def _sigpipe_stays_ignored() -> Iterator[None]:
+    """Otherwise a later write to a closed connection ends this process, and with it an innocent test."""
+    yield
+    handler = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    assert handler is signal.SIG_IGN, "the test has changed the handler of SIGPIPE"
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from disagg_machine import ui, vllm_facts
+from disagg_machine import signals, ui, vllm_facts
 from disagg_machine.bench import load
 from disagg_machine.bench.report import running_kind
 from disagg_machine.context import Context
@@ -27,6 +27,7 @@ def run(context: Context) -> int:
         if settings.api_key:
             environment["OPENAI_API_KEY"] = settings.api_key
         words = vllm_words(settings, facts, context.url)
+        signals.restore_sigpipe()
         os.execvpe(words[0], words, environment)
     ui.warn("bench_simulated")
     service = Service(context.url, settings.api_key)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_machine import gpus, look, messages, net, proc
+from disagg_machine import gpus, look, messages, net, proc, signals
 from disagg_machine.context import Context
 from disagg_machine.gpus import Gpu
 from disagg_machine.messages import MachineError
@@ -120,8 +120,9 @@ def test_memory_of_the_gpus(
 
 @pytest.fixture
 def tail(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The words that `tail` would have been called with."""
+    """What became of SIGPIPE, then the words that `tail` would have been called with."""
     called: list[str] = []
+    monkeypatch.setattr(signals, "restore_sigpipe", lambda: called.append("SIGPIPE"))
     monkeypatch.setattr(os, "execvp", lambda program, words: called.extend(words))
     return called
 
@@ -141,7 +142,7 @@ def test_logs(context: Context, tail: list[str], words: list[str], options: list
     for name in ("proxy", "decode"):
         (folder / f"{name}.log").write_text("x\n")
     look.cmd_logs(context, words)
-    assert tail == ["tail", *options, "--", *(str(folder / f"{name}.log") for name in names)]
+    assert tail == ["SIGPIPE", "tail", *options, "--", *(str(folder / f"{name}.log") for name in names)]
 
 
 @pytest.mark.parametrize(
