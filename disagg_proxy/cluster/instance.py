@@ -102,6 +102,7 @@ class Instance:
 
     Totals, named as in /stats:
         requests_total, failures_total: legs sent to it, and those that failed through its fault.
+        rejections_total: legs that it rejected because it is busy.
         times_lost: how often it stopped being ready. restarts: how often its process was seen to have ended.
         freezes, replays: how often it stalled, and prefills that were replayed to free it.
         kv_releases, kv_releases_failed: on decode, KV releases of abandoned requests that succeeded, and that failed.
@@ -147,6 +148,7 @@ class Instance:
 
     requests_total: int = 0
     failures_total: int = 0
+    rejections_total: int = 0
     times_lost: int = 0
     restarts: int = 0
     freezes: int = 0

@@ -371,6 +371,11 @@ class Registry(InstanceIndex):
         able = [i for i in self.accepting(role) if i.breaker.permits(now)]
         return able if busy else [i for i in able if not i.breaker.busy(now)]
 
+    def rejected(self, instance: Instance) -> None:
+        """It has rejected a leg because it is busy: for a while it gets only what no other instance can serve."""
+        instance.rejections_total += 1
+        instance.breaker.record_busy(self._clock())
+
     def breaker_changed(self, instance: Instance) -> None:
         """Its circuit breaker has opened or closed."""
         for watcher in self._on_breaker:

@@ -221,7 +221,7 @@ def end_lease(registry: Registry, lease: Lease, route: Route, status: int) -> No
     instance has neither failed nor shown that it can serve.
     """
     if status in BUSY_STATUSES:
-        lease.instance.breaker.record_busy(registry.now())
+        registry.rejected(lease.instance)
     lease.end(failed=None if status in BUSY_STATUSES else is_failure(route, status), certain=status != 500)
     if status == 500:
         registry.recheck(lease.instance)

@@ -214,9 +214,9 @@ class P2pNccl:
         try:
             attempt.refuse(reply, refused, "decode")
         except EngineBusy as error:
-            attempt.decode.breaker.record_busy(self._engines.registry.now())
             if received:
                 raise
+            self._engines.registry.rejected(attempt.decode)
             attempt.release()
             return Failure(error, attempt.decode)
         return None

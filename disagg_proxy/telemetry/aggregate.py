@@ -20,7 +20,7 @@ from disagg_proxy.telemetry.stats import Histogram, KvReleases, RegistrationCoun
 
 COUNTED = (
     "requests_total", "failures_total", "freezes", "replays", "kv_releases", "kv_releases_failed", "kv_missing",
-    "prefills_refused",
+    "prefills_refused", "rejections_total",
 )  # fmt: skip
 """Attributes of an instance that each process counts for its own requests: summed over all processes."""
 
@@ -68,6 +68,14 @@ class Overview:
         """Number of processes whose circuit breaker for ``instance`` is in ``state``."""
         return self.gauges.get(instance_value(instance, state.value), 0)
 
+    def suspect(self, instance: Instance) -> bool:
+        """Whether any process suspects ``instance`` to be stalled."""
+        return self.gauges.get(instance_value(instance, "suspect"), 0) > 0
+
+    def busy(self, instance: Instance) -> bool:
+        """Whether ``instance`` has just rejected a request of any process because it is busy."""
+        return self.gauges.get(instance_value(instance, "busy"), 0) > 0
+
     def seen_count(self, instance: Instance, name: str) -> int:
         """The value of one of :data:`SEEN`."""
         return self.seen.get(instance_value(instance, name), 0)
@@ -84,13 +92,16 @@ def seen_of(instances: Iterable[Instance]) -> dict[str, int]:
 
 
 def gauges_of(instances: Iterable[Instance], now: float) -> dict[str, int]:
-    """Tokens in flight and the state of the circuit breaker of each instance in this process.
+    """Tokens in flight of each instance in this process, and what the process thinks of it: the state of its circuit
+    breaker, whether it is suspect or busy.
 
     Args:
         now: reading of the registry's clock in seconds.
     """
     tokens = {instance_value(i, "tokens"): i.tokens_in_flight for i in instances if i.tokens_in_flight}
-    return {**tokens, **{instance_value(i, i.breaker.state(now).value): 1 for i in instances}}
+    suspects = {instance_value(i, "suspect"): 1 for i in instances if i.suspect}
+    busy = {instance_value(i, "busy"): 1 for i in instances if i.breaker.busy(now)}
+    return {**tokens, **suspects, **busy, **{instance_value(i, i.breaker.state(now).value): 1 for i in instances}}
 
 
 def _counts(instance: Instance) -> dict[str, int]:

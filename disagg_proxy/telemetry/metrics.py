@@ -191,7 +191,8 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
         ("ready", "1 while it may receive requests", lambda i: i.state is State.READY and not i.draining),
         ("draining", "1 while drained for maintenance", lambda i: i.draining),
         ("frozen", "1 while its engine is stalled", lambda i: i.state is State.FROZEN),
-        ("suspect", "1 while it may be stalled and gets only what no other can serve", lambda i: i.suspect),
+        ("suspect", "1 while it may be stalled and gets only what no other can serve", overview.suspect),
+        ("busy", "1 for 2 s after it rejected a leg because it is busy, unless it serves one", overview.busy),
         ("restart_wanted", "1 when only a restart can recover it", lambda i: i.restart_wanted),
         ("in_flight", "Legs in flight", lambda i: i.in_flight),
         ("tokens_in_flight", "Prompt tokens of its legs in flight, estimated", overview.tokens_in_flight),
@@ -208,6 +209,7 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
     counters: list[tuple[str, str, _Value]] = [
         ("requests", "Legs sent to it", counted("requests_total")),
         ("failures", "Legs that failed on it", counted("failures_total")),
+        ("rejections", "Legs that it rejected because it is busy (429, 503)", counted("rejections_total")),
         ("freezes", "Times its engine stalled", counted("freezes")),
         ("replays", "Prefills replayed to recover a decode that waits for KV", counted("replays")),
         ("kv_releases", "Releases of abandoned KV that succeeded on it", counted("kv_releases")),

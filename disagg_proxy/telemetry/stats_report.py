@@ -92,6 +92,7 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "prefills_refused": counted["prefills_refused"],
         "requests_total": counted["requests_total"],
         "failures_total": counted["failures_total"],
+        "rejections_total": counted["rejections_total"],
         "times_lost": overview.seen_count(instance, "times_lost"),
         "restarts": overview.seen_count(instance, "restarts"),
         "kv_protocol": instance.kind.protocol,
@@ -104,6 +105,7 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "kv_releases_failed": counted["kv_releases_failed"],
         "drains": counted["kv_releases"],  # Former names, removed after one release.
         "drains_failed": counted["kv_releases_failed"],
-        "suspect": instance.suspect,
+        "suspect": overview.suspect(instance),
+        "busy": overview.busy(instance),
         "restart_wanted": instance.restart_wanted,
     }

@@ -35,6 +35,9 @@ async def test_the_only_one_is_503_with_retry_after_and_stays_in_rotation(machin
         await soon(machine.proxy.until_idle())
     assert breakers(machine) == {(BreakerState.CLOSED, 0)}
     assert machine.proxy.services.stats.outcomes == {"unavailable": FAILURES_TO_OPEN + 1}
+    shown = {i["http_address"]: i for i in (await machine.get("/stats"))[1]["instances"]}
+    rejections = [(shown[e.http_address]["rejections_total"], shown[e.http_address]["busy"]) for e in engines]
+    assert sorted(rejections) == [(0, False), (FAILURES_TO_OPEN + 1, True)]
     await machine.check_right()
     await soon(machine.proxy.until_idle())
     await machine.unharmed(*engines)
