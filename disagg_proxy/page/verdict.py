@@ -1,7 +1,7 @@
 """The verdict: whether the proxy is serving, what it does about failed engines, and the course of the last incident.
 
 Computed from a view, for the page and for ``top``. It contains no text: a sentence is a key of ``web/strings.json``
-with the values to fill in, of which ``role`` and ``state`` are translated too.
+with the values to fill in, of which ``role``, ``state`` and ``why`` are translated too.
 """
 
 from __future__ import annotations
@@ -31,23 +31,22 @@ def verdict(view: View) -> dict[str, Any]:
     pairs = health["pairs"]
     if health["status"] == "stopping":
         return _verdict("warn", "warning", _sentence("head_stopping"))
+    details = [_state(i) for i in instances if state_of(i) != "ready" or i["restart_wanted"]]
     if health["status"] == "not_serving":
-        return _verdict(
-            "bad", "frozen", _sentence("head_not_serving"), [_sentence("detail_text", text=health["missing"][0])]
-        )
+        why = _sentence("detail_text", text=health["missing"][0])
+        return _verdict("bad", "frozen", _sentence("head_not_serving"), [why, *details])
     if frozen := [i for i in instances if i["state"] == "frozen"]:
         return _frozen(view, frozen, pairs)
-    off = [i for i in instances if state_of(i) != "ready" or i["restart_wanted"]]
-    details = [
-        _sentence("detail_state", role=i["role"], name=i["http_address"], state=state_of(i), reason=i["reason"])
-        for i in off
-    ]
-    if pairs and off:
-        return _verdict("warn", "warning", _counted("head_serving_but", pairs), details)
+    if pairs and details:
+        only_suspect = {sentence["values"]["state"] for sentence in details} == {"suspect"}
+        head = _counted("head_serving_suspect", pairs) if only_suspect else _counted("head_serving_but", pairs)
+        return _verdict("warn", "warning", head, details)
     if pairs:
         return _verdict("ok", "ready", _counted("head_serving", pairs))
     if health["status"] == "ok":
         return _verdict("warn", "warning", _sentence("head_alone"), details)
+    if busy := next((role for role in ("prefill", "decode") if _all_busy(instances, role)), None):
+        return _verdict("warn", "busy", _sentence(f"head_busy_{busy}"), details)
     return _verdict("bad", "lost", _why_no_pair(instances, health), details)
 
 
@@ -87,8 +86,32 @@ CLIENT_OUTCOMES = ("client_error", "client_left")
 
 
 def state_of(instance: dict[str, Any]) -> str:
-    """The state to show for an instance: drained if it would be ready otherwise."""
-    return "draining" if instance["draining"] and instance["state"] == "ready" else str(instance["state"])
+    """The state to show for an instance: if it is ready, what keeps requests from it (``stateOf`` in web/model.js)."""
+    if instance["state"] != "ready":
+        return str(instance["state"])
+    if instance["draining"]:
+        return "draining"
+    if instance["breaker"] == "open":
+        return "ejected"
+    return "suspect" if instance["suspect"] else "busy" if instance["busy"] else "ready"
+
+
+def _state(instance: dict[str, Any]) -> Sentence:
+    """State and cause of an instance. That of a ready one is not its ``reason``, which says why it became ready."""
+    state = state_of(instance)
+    about = {"role": instance["role"], "name": instance["http_address"], "state": state}
+    if state in KEPT_FROM:
+        return _sentence("detail_why", **about, why=state)
+    return _sentence("detail_state", **about, reason=instance["reason"])
+
+
+KEPT_FROM = frozenset({"ejected", "suspect", "busy"})
+"""States to show of a ready instance that gets fewer requests, each with its cause in the texts (``why_...``)."""
+
+
+def _all_busy(instances: list[dict[str, Any]], role: str) -> bool:
+    states = [state_of(i) for i in instances if i["role"] == role and i["state"] == "ready" and not i["draining"]]
+    return bool(states) and set(states) == {"busy"}
 
 
 def _frozen(view: View, frozen: list[dict[str, Any]], pairs: int) -> dict[str, Any]:
@@ -103,6 +126,7 @@ def _frozen(view: View, frozen: list[dict[str, Any]], pairs: int) -> dict[str, A
         details.append(_counted("detail_replayed", replays) if replays else _sentence("detail_replayed_none"))
         details.append(_sentence("detail_restart" if instance["restart_wanted"] else "detail_waiting"))
     details.append(_counted("detail_others", pairs) if pairs else _sentence("detail_others_none"))
+    details += [_state(i) for i in view["instances"] if state_of(i) not in ("ready", "frozen")]
     first = frozen[0]
     head = _sentence("head_frozen", role=first["role"], name=first["http_address"])
     if len(frozen) > 1:
@@ -125,10 +149,10 @@ def _since_frozen(events: Iterable[dict[str, Any]], key: str) -> tuple[float | N
 
 def _why_no_pair(instances: list[dict[str, Any]], health: dict[str, Any]) -> Sentence:
     for role in ("prefill", "decode"):
-        states = [state_of(i) for i in instances if i["role"] == role]
-        if not states:
+        known = [i for i in instances if i["role"] == role]
+        if not known:
             return _sentence(f"head_none_{role}")
-        if "ready" not in states:
+        if not any(i["state"] == "ready" and not i["draining"] for i in known):
             return _sentence(f"head_none_ready_{role}")
         if not health[role]["ready"]:
             return _sentence(f"head_none_able_{role}")

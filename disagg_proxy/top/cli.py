@@ -26,7 +26,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="disagg-proxy top",
-        description="Show the live page of a proxy in the terminal. Keys: r requests, e events, o overview, q quit.",
+        description="Show the live page of a proxy in the terminal. "
+        "Keys: r requests, e events, i instances, o overview, q quit.",
         allow_abbrev=False,
     )
     port = os.environ.get("HTTP_PROXY_PORT") or "10001"
@@ -174,8 +175,8 @@ class Shown:
                 return False
             if name in moves:
                 self.above = max(0, self.above + moves[name])
-            elif name in (b"r", b"e", b"o", b"\x1b"):
-                self.alone, self.above = {b"r": "requests", b"e": "events"}.get(name, ""), 0
+            elif name in (b"r", b"e", b"i", b"o", b"\x1b"):
+                self.alone, self.above = {b"r": "requests", b"e": "events", b"i": "instances"}.get(name, ""), 0
         return True
 
     def limit(self, view: dict[str, Any]) -> int:

@@ -13,16 +13,20 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from disagg_proxy.page.verdict import CLIENT_OUTCOMES, state_of
+from disagg_proxy.page.verdict import CLIENT_OUTCOMES, KEPT_FROM, state_of
 from disagg_proxy.top.words import Words, clock, count, duration, plain, size
 
 View = dict[str, Any]
 
-_SIGNS = {"ready": "●", "probing": "◐", "frozen": "❄", "lost": "✕", "draining": "‖", "warning": "▲"}
+_SIGNS = {
+    "ready": "●", "probing": "◐", "frozen": "❄", "lost": "✕", "draining": "‖", "ejected": "⊘", "suspect": "?",
+    "busy": "⧗", "warning": "▲",
+}  # fmt: skip
 """A symbol for each state, so that colours are not needed."""
 
 _STATE_STYLES = {
     "ready": "green", "probing": "yellow", "frozen": "bold magenta", "lost": "bold red", "draining": "dim",
+    "ejected": "bold red", "suspect": "yellow", "busy": "yellow",
 }  # fmt: skip
 _LEVEL_STYLES = {"ok": "bold green", "warn": "bold yellow", "bad": "bold red"}
 _EVENT_STYLES = {
@@ -38,8 +42,11 @@ _WIDE = 110
 _MOST_FLOWS = 8
 
 
-LISTS = ("requests", "events")
-"""Sections that can be shown alone, with all their entries."""
+LISTS = {"requests": "recent", "events": "events", "instances": "instances"}
+"""Sections that can be shown alone, with all their entries, by the key of these in a view."""
+
+_LEAST_BELOW_HEAD = 12
+"""Lines of a terminal that the head leaves to the other sections."""
 
 
 def screen(
@@ -54,15 +61,16 @@ def screen(
     """The complete screen.
 
     Args:
-        height: lines of the terminal, None for no limit. The lists get what the other sections leave.
+        height: lines of the terminal, None for no limit. The lists get what the other sections leave; of causes and
+            instances for which there is no line, the number is shown.
         gone: why the connection is lost, empty if it is not; ``view`` is the last one then.
         width: columns of the terminal. Below 110, columns are left out, and addresses are shortened before their port.
         alone: one of :data:`LISTS` to show alone below the verdict, empty for all sections.
         above: entries of that list to skip, the newest first.
     """
-    head = _head(view, words, gone)
-    console = Console(width=width)
-    head_lines = sum(len(line.wrap(console, width)) for line in head)
+    # Above a list alone there is one cause only, so that half a screen, which a page scrolls, shows every entry.
+    head = _head(view, words, gone, width, None if height is None else 0 if alone else height - _LEAST_BELOW_HEAD)
+    head_lines = _lines(head, width)
     keys = (
         [] if height is None else [Text(words.say("top_keys_list" if alone else "top_keys"), "reverse", no_wrap=True)]
     )
@@ -78,9 +86,14 @@ def screen(
         *gap,
         _summary(view, words) if short else _latency(view, words, width),
         *gap,
-        _instances(view, words, width),
     ]
-    used = head_lines + 1 + max(2 if not count_of else 1, count_of) + len(keys) + 2 + (1 if short else 11)
+    # One for the figures and one for the titles of each list, and at least one entry in the latter two.
+    room = count_of if height is None else max(1, height - head_lines - len(keys) - (6 if short else 16))
+    shown, more = _ordered(view, whole=count_of <= room), ""
+    if count_of > room:
+        shown, more = shown[: room - 1], words.say("top_more", count=count_of - room + 1)
+    parts.append(_instances(shown, words, width, more))
+    used = head_lines + 1 + (2 if not count_of else min(count_of, room)) + len(keys) + 2 + (1 if short else 11)
     if not short:
         parts += [*gap, _flows(view, words, width)]
         used += max(1, min(_MOST_FLOWS, len(view["flows"])))
@@ -92,11 +105,13 @@ def screen(
 
 def length(view: View, name: str) -> int:
     """Entries of one of :data:`LISTS`."""
-    return len(view["recent" if name == "requests" else "events"])
+    return len(view[LISTS[name]])
 
 
 def _list(name: str, view: View, words: Words, lines: int, width: int, above: int = 0) -> RenderableType:
-    entries = view["recent" if name == "requests" else "events"]
+    if name == "instances":
+        return _instances(_ordered(view)[above : above + lines], words, width)
+    entries = view[LISTS[name]]
     shown = entries[max(0, len(entries) - above - lines) : max(0, len(entries) - above)][::-1]
     return _recent(view, shown, words, width) if name == "requests" else _events(view, shown, words, width)
 
@@ -105,26 +120,39 @@ def _text(value: str, style: str = "") -> Text:
     return Text(plain(value), style)
 
 
-def _head(view: View, words: Words, gone: str) -> list[Text]:
+def _lines(texts: Iterable[Text], width: int) -> int:
+    """Lines that texts take in a terminal of ``width`` columns."""
+    console = Console(width=width)
+    return sum(len(text.wrap(console, width)) for text in texts)
+
+
+def _head(view: View, words: Words, gone: str, width: int, most: int | None) -> list[Text]:
+    """What the proxy does, with the causes that fit into ``most`` lines, at least one of them; None for no limit."""
     about = words.say("version", version=view["version"], uptime=words.age(view["uptime_s"]))
     lines = [Text(f"{words.say('title')} · {about} · {clock(view['now'])}", "dim")]
     if gone:
         lines.append(Text(f"✕ {words.say('head_gone')}", "bold red"))
         return [*lines, _text(f"  {gone}"), Text(f"  {words.say('head_gone_detail', time=clock(view['now']))}")]
-    instances = view["instances"]
-    if simulated := sum(i["simulated"] for i in instances):
-        some = words.say("simulated_some", count=simulated, all=len(instances))
-        lines.append(Text(words.say("simulated_all") if simulated == len(instances) else some, "bold magenta"))
+    # What an engine is becomes known with its models.
+    known = [i["simulated"] for i in view["instances"] if i["models"]]
+    if simulated := sum(known):
+        some = words.say("simulated_some", count=simulated, all=len(known))
+        lines.append(Text(words.say("simulated_all") if simulated == len(known) else some, "bold magenta"))
     verdict = view["verdict"]
     style = _LEVEL_STYLES[verdict["level"]]
     text = words.sentence(verdict["head"])
     if verdict["since"] is not None:
         text += " " + words.say("for_age", age=words.age(view["now"] - verdict["since"]))
     lines.append(_text(f"{_SIGNS[verdict['sign']]} {text}", style))
-    lines += [_text(f"  {words.sentence(sentence)}") for sentence in verdict["details"]]
-    if incident := view["incident"]:
-        lines.append(_incident(incident, words))
-    return lines
+    details = [_text(f"  {words.sentence(sentence)}") for sentence in verdict["details"]]
+    last = [_incident(view["incident"], words)] if view["incident"] else []
+    if most is not None and _lines([*lines, *details, *last], width) > most:
+        fitting = details
+        while len(fitting) > 1 and _lines([*lines, *fitting, *last], width) + 1 > most:
+            fitting = fitting[:-1]
+        if left := len(details) - len(fitting):
+            details = [*fitting, Text(f"  {words.say('top_more', count=left)}")]
+    return [*lines, *details, *last]
 
 
 def _incident(incident: dict[str, Any], words: Words) -> Text:
@@ -206,23 +234,34 @@ def _line(values: Sequence[float | None], width: int) -> Text:
     return Text("".join(marks), "cyan", no_wrap=True)
 
 
-def _instances(view: View, words: Words, width: int) -> Table:
+def _ordered(view: View, whole: bool = True) -> list[dict[str, Any]]:
+    """Instances by role and address; unless all of them are shown, those that are not ready come first."""
+    return sorted(
+        view["instances"],
+        key=lambda i: (not whole and state_of(i) == "ready", i["role"] != "prefill", i["http_address"]),
+    )
+
+
+def _instances(shown: Sequence[dict[str, Any]], words: Words, width: int, more: str = "") -> Table:
     narrow = width < _WIDE
     columns = ["", ">" + words.say("tile_flight")]
     columns += [] if narrow else [">" + words.say("tokens_in_flight"), ">" + words.say("kv_waiting")]
     table = _table(words.say("machine"), *columns, ">" + words.say("served"), ">" + words.say("failed"), "")
-    order = {"prefill": 0, "decode": 1}
-    for i in sorted(view["instances"], key=lambda i: (order[i["role"]], i["http_address"])):
+    for i in shown:
         state = state_of(i)
         kv = size(i["kv_waiting_bytes"]) if i["kv_waiting_bytes"] else count(i["kv_waiting"])
-        why = ", ".join(i["models"]) if state == "ready" else i["reason"]
+        why = words.say(f"why_{state}") if state in KEPT_FROM else i["reason"]
+        if state == "ready":
+            why = ", ".join(i["models"])
         table.add_row(
             _text(f"{words.word('role', i['role'])} {_fitted(i['http_address'], 24 if narrow else 60)}"),
             Text(f"{_SIGNS.get(state, '?')} {words.word('state', state)}", _STATE_STYLES.get(state, "")),
             count(i["in_flight"]), *([] if narrow else [count(i["tokens_in_flight"]), kv]), count(i["requests_total"]),
             Text(count(i["failures_total"]), "red" if i["failures_total"] else ""), _rest(why),
         )  # fmt: skip
-    if not view["instances"]:
+    if more:
+        table.add_row(more)
+    elif not shown:
         table.add_row(words.say("none_prefill"))
         table.add_row(words.say("none_decode"))
     return table

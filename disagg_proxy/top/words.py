@@ -32,7 +32,7 @@ class Words:
     def sentence(self, sentence: Mapping[str, Any]) -> str:
         """The text of a sentence from page/verdict.py."""
         values = dict(sentence["values"])
-        for kind in ("role", "state"):
+        for kind in ("role", "state", "why"):
             if kind in values:
                 values[kind] = self.word(kind, values[kind])
         return self.say(sentence["key"], **values)

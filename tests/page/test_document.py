@@ -50,6 +50,12 @@ def test_nothing_is_fetched_from_elsewhere_and_nothing_is_inline_but_what_the_po
     assert not re.search(r"\s(?:style|on\w+)=", markup)
 
 
+def test_the_markup_has_no_text_in_one_language_only() -> None:
+    markup = re.sub(r"<(title|style|script)>.*?</\1>", "", (WEB / "index.html").read_text(encoding="utf-8"), flags=re.S)
+    assert re.findall(r">[^<>]*\w[^<>]*<", markup) == []
+    assert not re.findall(r"\b(?:aria-label|placeholder|title|alt)=", markup)
+
+
 def test_text_never_becomes_markup() -> None:
     script = inline("script")
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "eval(", "new Function"):
@@ -77,7 +83,7 @@ def test_every_text_that_the_page_asks_for_is_there_and_none_is_left_over() -> N
     texts = set(strings()["en"])
     assert asked <= texts
     # The rest is asked for by a name that is put together: a word of the proxy's, or one of a table in the page.
-    stems = {"role", "state", "event", "outcome", "seg", "chart", "series", "head", "detail", "ask", "top"}
+    stems = {"role", "state", "why", "event", "outcome", "seg", "chart", "series", "head", "detail", "ask", "top"}
     rest = {text for text in texts - asked if text.partition("_")[0] not in stems}
     assert all(f'"{text}"' in sources for text in rest), rest
 

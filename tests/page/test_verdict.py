@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 
 from disagg_proxy.page.document import WEB, strings
-from disagg_proxy.page.verdict import incident, verdict
+from disagg_proxy.page.verdict import KEPT_FROM, incident, verdict
 
 
 def instance(role: str, state: str = "ready", **more: Any) -> dict[str, Any]:
     name = more.pop("name", role)
     return {
         "key": name, "http_address": f"{name}:1", "role": role, "state": state, "reason": f"why it is {state}",
-        "draining": False, "restart_wanted": False, **more,
+        "draining": False, "restart_wanted": False, "breaker": "closed", "suspect": False, "busy": False, **more,
     }  # fmt: skip
 
 
-def view(*instances: dict[str, Any], pairs: int = 0, status: str = "", events: str = "") -> dict[str, Any]:
+def view(
+    *instances: dict[str, Any], pairs: int = 0, status: str = "", events: str = "", able: dict[str, int] | None = None
+) -> dict[str, Any]:
     """``events``: "decode frozen, decode replayed 2", one second after the other."""
     told = [line.split() for line in events.split(", ") if line]
     return {
@@ -27,8 +29,8 @@ def view(*instances: dict[str, Any], pairs: int = 0, status: str = "", events: s
         "health": {
             "pairs": pairs,
             "status": status or ("ok" if pairs else "unavailable"),
-            "prefill": {"ready": 1},
-            "decode": {"ready": 1},
+            "missing": ["3 requests wait"],
+            **{role: {"ready": (able or {}).get(role, 1)} for role in ("prefill", "decode")},
         },
         "events": [
             {"seq": at, "time": at, "instance": key, "kind": kind, "text": "", "count": int(count[0]) if count else 1}
@@ -43,7 +45,7 @@ def said(shown: dict[str, Any], language: str = "en") -> list[str]:
     lines = []
     for sentence in (shown["head"], *shown["details"]):
         values = {
-            name: texts[f"{name}_{value}"] if name in ("role", "state") else value
+            name: texts[f"{name}_{value}"] if name in ("role", "state", "why") else value
             for name, value in sentence["values"].items()
         }
         lines.append(texts[sentence["key"]].format(**values))
@@ -51,6 +53,8 @@ def said(shown: dict[str, Any], language: str = "en") -> list[str]:
 
 
 P, D = instance("prefill"), instance("decode")
+SUSPECT, BUSY = instance("decode", suspect=True, name="s"), instance("decode", busy=True, name="b")
+EJECTED = instance("decode", breaker="open", name="e")
 
 CASES = [
     (view(P, D, pairs=1), "ok", ["Serving: 1 pair ready"]),
@@ -70,13 +74,49 @@ CASES = [
         "warn",
         ["Serving: 1 pair ready, but some instances are not", "Decode other:1: Drained. why it is ready"],
     ),
-]
+    (
+        view(P, D, SUSPECT, pairs=2),
+        "warn",
+        ["Serving: 2 pairs ready, but some instances may be stalled", "Decode s:1: Suspect. {why_suspect}"],
+    ),
+    (
+        view(P, D, SUSPECT, BUSY, EJECTED, pairs=2),
+        "warn",
+        [
+            "Serving: 2 pairs ready, but some instances are not",
+            "Decode s:1: Suspect. {why_suspect}", "Decode b:1: Busy. {why_busy}", "Decode e:1: Ejected. {why_ejected}",
+        ],
+    ),
+    (
+        view(P, BUSY),
+        "warn",
+        ["Saturated: every decode is busy, requests may get 503", "Decode b:1: Busy. {why_busy}"],
+    ),
+    (
+        view(P, BUSY, EJECTED, able={"prefill": 1, "decode": 0}),
+        "bad",
+        [
+            "Not serving: every decode keeps failing or is busy",
+            "Decode b:1: Busy. {why_busy}", "Decode e:1: Ejected. {why_ejected}",
+        ],
+    ),
+    (
+        view(P, SUSPECT, instance("decode", "frozen"), pairs=1, status="not_serving"),
+        "bad",
+        [
+            "Not serving: requests wait and nothing is answered", "3 requests wait.",
+            "Decode s:1: Suspect. {why_suspect}", "Decode decode:1: Frozen. why it is frozen",
+        ],
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shown", "level", "lines"), CASES)
 def test_what_is_said(shown: dict[str, Any], level: str, lines: list[str]) -> None:
     found = verdict(shown)
+    lines = [line.format(**strings()["en"]) for line in lines]
     assert (found["level"], said(found), found["since"]) == (level, lines, None)
+    assert said(found, "zh")
 
 
 FROZEN = instance("decode", "frozen")
@@ -118,6 +158,8 @@ def test_who_goes_on_while_one_is_frozen() -> None:
     assert said(found)[-1] == "Requests continue on the other 2 pairs." and found["since"] is None
     found = verdict(view(FROZEN, instance("prefill", "frozen"), events="prefill frozen, decode frozen"))
     assert said(found)[0] == "2 engines are frozen" and found["since"] == 0
+    found = verdict(view(P, D, FROZEN, BUSY, instance("decode", "lost"), pairs=1))
+    assert [line.split(". ")[0] for line in said(found)[-2:]] == ["Decode b:1: Busy", "Decode decode:1: Lost"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +202,12 @@ def test_every_sentence_has_a_text_in_both_languages() -> None:
         "head_none_decode",
         "head_none_ready_prefill",
         "head_none_ready_decode",
+        "head_none_able_prefill",
+        "head_none_able_decode",
+        "head_busy_prefill",
+        "head_busy_decode",
     }
+    keys |= {f"{kind}_{state}" for state in KEPT_FROM for kind in ("state", "why")}
     keys |= set(re.findall(r'"(detail_restart|detail_waiting)"', source))
     keys |= {f"{stem}_{n}" for stem in re.findall(r'_counted\(\s*"(\w+)"', source) for n in ("one", "many")}
     assert len(keys) > 15

@@ -107,6 +107,26 @@ async def test_events_and_requests_are_reached_by_keys_at_80x24(machine, pair) -
     assert await terminal.ends() == 0
 
 
+async def test_pages_are_scrolled_by_keys_at_80x24(machine, pair) -> None:
+    for number in range(40):
+        machine.proxy.services.event_log.add_event("replayed", None, f"event {number}.")
+    terminal = Terminal(machine.proxy.url, (24, 80))
+    await terminal.says("q quit")
+    terminal.child.send("e")
+    await terminal.says(r"event 39\.")
+    await terminal.says("PgUp PgDn")
+    assert "event 9." not in terminal.child.before
+    terminal.child.send("\x1b[6~")
+    await terminal.says(r"event 9\.")
+    assert "event 39." not in terminal.child.before
+    terminal.child.send("\x1b[5~")
+    await terminal.says(r"event 39\.")
+    terminal.child.send("i")
+    await terminal.says(rf"Decode {pair[1].http_address}.*Ready")
+    terminal.child.send("q")
+    assert await terminal.ends() == 0
+
+
 async def test_it_waits_for_a_proxy_and_outlives_it() -> None:
     from tests.conftest import running_proxy
 

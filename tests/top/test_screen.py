@@ -11,6 +11,7 @@ from rich.console import Console
 
 from disagg_proxy.cluster.instance import State
 from disagg_proxy.page.document import strings
+from disagg_proxy.page.verdict import verdict
 from disagg_proxy.top.cli import Shown
 from disagg_proxy.top.follow import views
 from disagg_proxy.top.screen import screen
@@ -120,6 +121,56 @@ async def test_80_columns_and_24_lines_show_ports_outcomes_times_events_and_keys
         assert re.search(r":\d+ → \S*:\d+ +[\d.]+ m?s +" + texts.word("outcome", "ok"), line), line
     assert texts.say("events") in found and f" {state} " in text.partition(texts.say("events"))[2]
     assert found[-1].strip() == texts.say("top_keys")
+
+
+def with_more_instances(view: dict[str, Any], count: int) -> list[int]:
+    """Add instances to a view: one of each bad state, the others ready. Returns all ports."""
+    ready = next(i for i in view["instances"] if i["role"] == "decode")
+    bad: list[dict[str, Any]] = [
+        {"state": "lost", "reason": "no ping for 11 s"}, {"breaker": "open"}, {"suspect": True}, {"busy": True},
+    ]  # fmt: skip
+    more = [{**ready, **(bad[number] if number < len(bad) else {}), "key": str(number),
+             "http_address": f"127.0.0.1:{40000 + number}"} for number in range(count)]  # fmt: skip
+    view["instances"] += more
+    shown = {**view, "health": {"status": "ok", "pairs": 1, "missing": []}}
+    view["verdict"] = verdict(shown)
+    return [int(i["http_address"].rpartition(":")[2]) for i in view["instances"]]
+
+
+async def test_states_of_a_ready_instance_are_shown_with_their_cause(machine, pair) -> None:
+    view = await soon(look(machine))
+    with_more_instances(view, 4)
+    text = shown(view)
+    for port, state in (40001, "⊘ Ejected"), (40002, "? Suspect"), (40003, "⧗ Busy"):
+        why = strings()["en"][f"why_{state[2:].lower()}"]
+        assert re.search(rf"Decode 127.0.0.1:{port} +{re.escape(state)} .*{re.escape(why[:30])}", text), text
+        assert re.sub(r"\s+", " ", f"Decode 127.0.0.1:{port}: {state[2:]}. {why}") in re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("width", [80, 160])
+async def test_many_instances_fit_those_in_need_first_and_all_are_reached_by_scrolling(
+    machine, pair, language: str, width: int
+) -> None:
+    await machine.check_right()
+    view = await soon(look(machine))
+    ports = with_more_instances(view, 30)
+    words = Words(language)
+    for height in 24, 40:
+        text = shown(view, language, width=width, height=height)
+        found = text.splitlines()
+        assert height - 1 <= len(found) <= height and found[-1].strip() == words.say("top_keys"), text
+        assert re.search(r"127\.0\.0\.1:40000 +✕", text) and words.say("events") in found, text
+        named = len(re.findall(r"^(?:Prefill|Decode) 127", text, re.M))
+        assert f"\n{words.say('top_more', count=len(ports) - named)}" in text
+    keys, seen = Shown(), ""
+    assert keys.press(b"i", 24)
+    for _ in range(4):
+        text = shown(view, language, width=width, height=24, alone="instances", above=keys.limit(view))
+        seen += text
+        assert len(text.splitlines()) <= 24
+        assert keys.press(b"\x1b[6~", 24)
+    assert all(f":{port} " in seen for port in ports)
 
 
 async def test_a_list_alone_scrolls_to_its_oldest_entry(machine, pair) -> None:

@@ -4,6 +4,7 @@ const sentence = ({ key, values }) => {
   const translated = { ...values };
   if (translated.role) translated.role = t(`role_${translated.role}`);
   if (translated.state) translated.state = word("state", translated.state);
+  if (translated.why) translated.why = word("why", translated.why);
   return t(key, translated);
 };
 
@@ -31,9 +32,11 @@ const verdictOf = (view, connected) => {
 };
 
 const showSimulated = (instances) => {
-  const count = instances.filter((i) => i.simulated).length;
+  // What an engine is becomes known with its models.
+  const known = instances.filter((i) => i.models.length);
+  const count = known.filter((i) => i.simulated).length;
   shown($("simulated"), count > 0);
-  put($("simulated"), count === instances.length ? t("simulated_all") : t("simulated_some", { count: number(count), all: number(instances.length) }));
+  put($("simulated"), count === known.length ? t("simulated_all") : t("simulated_some", { count: number(count), all: number(known.length) }));
 };
 
 const showHeadline = (connected) => {

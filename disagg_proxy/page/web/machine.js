@@ -19,9 +19,10 @@ const kvText = (size, prompts) => (size ? bytes(size) : plural("prompts", prompt
 const notesOf = (instance) => {
   const notes = [];
   const state = stateOf(instance);
-  if (state !== "ready" && instance.reason) notes.push(instance.reason);
-  if (instance.breaker === "open") notes.push(t("breaker_open"));
+  if (KEPT_FROM.includes(state)) notes.push(t(`why_${state}`));
+  else if (state !== "ready" && instance.reason) notes.push(instance.reason);
   if (instance.breaker === "half-open") notes.push(t("breaker_half"));
+  if (instance.rejections_total) notes.push(plural("rejections", instance.rejections_total));
   if (instance.freezes) notes.push(plural("froze", instance.freezes, { replays: instance.replays }));
   if (instance.cannot_exchange_with?.length) notes.push(t("apart", { names: instance.cannot_exchange_with.join(", ") }));
   return notes;
@@ -76,12 +77,15 @@ const middleOf = (card, lane) => {
   return box.top - lane.top + Math.min(box.height / 2, 90);
 };
 
+// A suspect or busy one still gets what no other can serve.
+const takesRequests = (instance) => ["ready", "suspect", "busy"].includes(stateOf(instance));
+
 // Pairs that can exchange KV are dotted until they have traffic.
 const pathsOf = (view) => {
   const paths = new Map();
   for (const p of byRole(view, "prefill"))
     for (const d of byRole(view, "decode"))
-      if (stateOf(p) === "ready" && stateOf(d) === "ready" && !(p.cannot_exchange_with || []).includes(d.http_address)) {
+      if (takesRequests(p) && takesRequests(d) && !(p.cannot_exchange_with || []).includes(d.http_address)) {
         const flow = { prefill: p.key, decode: d.key, in_flight: 0, total: 0 };
         paths.set(flowKey(flow), flow);
       }

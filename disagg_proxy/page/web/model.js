@@ -46,8 +46,16 @@ const flowRate = (flow) => {
 const byRole = (view, role) =>
   view.instances.filter((i) => i.role === role).sort((a, b) => a.http_address.localeCompare(b.http_address, "en", { numeric: true }));
 
-// The state to show for an instance: drained if it would be ready otherwise.
-const stateOf = (instance) => (instance.draining && instance.state === "ready" ? "draining" : instance.state);
+// The state to show for an instance: if it is ready, what keeps requests from it (state_of in page/verdict.py).
+const stateOf = (instance) => {
+  if (instance.state !== "ready") return instance.state;
+  if (instance.draining) return "draining";
+  if (instance.breaker === "open") return "ejected";
+  return instance.suspect ? "suspect" : instance.busy ? "busy" : "ready";
+};
+
+// Those that have their cause in the texts.
+const KEPT_FROM = ["ejected", "suspect", "busy"];
 
 // Only the port, if all engines share a host.
 const hostOf = (address) => address.slice(0, address.lastIndexOf(":"));

@@ -26,10 +26,10 @@ const makeRequest = () =>
     el("span", { class: "bar", "aria-hidden": "true" }, ...SEGMENTS.map((name) => el("span", { class: `seg ${name}` }))),
     el("span", { class: "total" }),
     el("span", { class: "outcome" }, icon("dot"), el("span")),
-    el("span", { class: "unseen" }), el("span", { class: "cause" }));
+    el("span", { class: "cause" }));
 
 const showRequest = (view, most) => (node, r) => {
-  const [time, route, path, bar, total, outcome, spoken, cause] = node.children;
+  const [time, route, path, bar, total, outcome, cause] = node.children;
   const how = word("outcome", r.outcome);
   const durations = SEGMENTS.filter((name) => r.bars[name])
     .map((name) => `${t(`seg_${name}`)} ${duration(r.bars[name][1] - r.bars[name][0])}`)
@@ -40,8 +40,7 @@ const showRequest = (view, most) => (node, r) => {
   put(path, pathOf(view, r));
   put(total, duration(r.total_ms));
   attribute(node, "data-outcome", r.outcome);
-  attribute(node, "title", [r.model, durations].filter(Boolean).join("\n"));
-  put(cause, r.outcome === GOOD ? "" : [r.status, r.cause, r.model].filter(Boolean).join(" · "));
+  put(cause, [...(r.outcome === GOOD ? [] : [r.status, r.cause, r.model]), durations].filter(Boolean).join(" · "));
   SEGMENTS.forEach((name, place) => {
     const part = bar.children[place];
     const [from, to] = r.bars[name] || [0, 0];
@@ -51,7 +50,6 @@ const showRequest = (view, most) => (node, r) => {
   });
   drawn(outcome.children[0], OUTCOME_SHAPE[r.outcome] || "lost");
   put(outcome.children[1], how);
-  put(spoken, durations);
 };
 
 const showRequests = (view) => {
