@@ -31,6 +31,11 @@ async def read(answer: aiohttp.ClientResponse) -> tuple[str, Any]:
     return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
+async def test_a_slash_at_the_end_leads_to_the_page_whose_addresses_are_relative(machine) -> None:
+    async with machine.http.get(machine.proxy.url + "/dashboard/", allow_redirects=False) as answer:
+        assert (answer.status, answer.headers["Location"]) == (308, "../dashboard")
+
+
 @pytest.mark.parametrize("path", ["/", "/dashboard", "/dashboard/"])
 async def test_the_page_is_there_with_its_headers(machine, path: str) -> None:
     async with machine.http.get(machine.proxy.url + path) as answer:

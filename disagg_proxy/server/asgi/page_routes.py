@@ -36,6 +36,9 @@ def page_routes(services: Services) -> Blueprint:
     @blueprint.get("/")
     @blueprint.get("/dashboard")
     async def show() -> Response:
+        if request.path.endswith("/dashboard/"):
+            # The addresses in the page are relative to its own, also under the path prefix of a reverse proxy.
+            return Response(b"", status=308, headers={"Location": "../dashboard"})
         if page.headers["ETag"].strip('"') in request.if_none_match:
             return Response(b"", status=304, headers=page.headers)
         return Response(page.body, headers=page.headers)
