@@ -324,6 +324,7 @@ async def test_bars_have_a_name_a_scale_and_their_values_as_text(machine, pair, 
     assert await page.locator(".chart.requests .series li").all_text_contents() == ["OK", "failed", "client errors"]
     await says(page, ".chart.requests .axis", re.compile(r"^[\d.]+/s$"))
     await says(page, ".chart.load .axis", "1 request")
+    await says(page, ".chart.load .axis", re.compile("^0$"))
 
 
 async def test_gaps_in_the_data_are_gaps_in_the_charts(machine, pair, browser) -> None:

@@ -31,7 +31,8 @@ const makeChart = (chart) => {
     svg("text", { class: "axis", x: left, y: height - 5 }),
     svg("text", { class: "axis middle", x: (width - left - right) / 2 + left, y: height - 5 }),
     svg("text", { class: "axis end", x: width - right, y: height - 5 }),
-    svg("text", { class: "axis empty", x: width / 2, y: (height - bottom) / 2 + 8 }));
+    svg("text", { class: "axis empty", x: width / 2, y: (height - bottom) / 2 + 8 }),
+    svg("text", { class: "axis", x: left, y: gridAt(0) - 3 }, "0"));
   const node = el("figure", { class: `chart ${chart.id}` },
     el("figcaption", {}, el("span", { class: "chart-title" }), el("span", { class: "readout" })),
     el("ul", { class: "series" }, ...chart.lines.map(([key], place) => el("li", { class: SERIES[place] },
