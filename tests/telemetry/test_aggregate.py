@@ -8,9 +8,13 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_proxy.address import parse_address
+from disagg_proxy.cluster.instance import Instance, Role, Source
+from disagg_proxy.connectors.p2p_nccl import KIND as P2P
 from disagg_proxy.telemetry.aggregate import (
     ProcessTotals,
     RetiredTotals,
+    gauges_of,
     merge,
     pack_stats,
     retire,
@@ -66,6 +70,22 @@ def test_sums_and_percentiles_are_those_of_one_process() -> None:
 def test_what_each_worker_observes_alike_is_not_added_up() -> None:
     parts = [part_of(counted(0), refused={"a": 2, "b": 1}), part_of(counted(0), refused={"a": 3})]
     assert merge(parts, retired_totals()).refused == Counter(a=3, b=1)
+
+
+def test_an_instance_is_suspect_and_busy_as_long_as_one_process_says_so() -> None:
+    mine, others = (Instance(Role.DECODE, parse_address("h:1"), None, Source.STATIC, P2P) for _ in range(2))
+
+    def seen() -> tuple[bool, bool]:
+        parts = [part_of(counted(1), gauges=gauges_of([one], 100.0)) for one in (mine, others)]
+        merged = merge(parts, retired_totals())
+        return merged.suspect(mine), merged.busy(mine)
+
+    assert seen() == (False, False)
+    others.suspect = True
+    assert seen() == (True, False)
+    mine.breaker.record_busy(100.0)
+    mine.suspect, others.suspect = True, False
+    assert seen() == (True, True)
 
 
 def test_gauges_end_with_their_worker_and_counters_stay() -> None:

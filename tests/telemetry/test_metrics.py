@@ -113,6 +113,12 @@ async def test_instances(machine, pair) -> None:
     assert at(found, "instance_ping_age_seconds", **where) < 3 and at(found, "instance_pings_missed", **where) == 0
     assert at(found, "pairs_ready") == 1 and at(found, "instance_breaker", **where, state="closed") == 1
     registry = machine.proxy.services.registry
+    assert at(found, "instance_suspect", **where) == at(found, "instance_busy", **where) == 0
+    registry.rejected(instance)
+    registry.suspect(instance, True)
+    found = await scrape(machine)
+    assert at(found, "instance_busy", **where) == at(found, "instance_rejections_total", **where) == 1
+    assert at(found, "instance_suspect", **where) == 1 and at(found, "pairs_ready") == 0
     instance.last_ping = registry.now() - 7
     for _ in range(FAILURES_TO_OPEN):
         Lease(registry, instance, 100).end(failed=True)

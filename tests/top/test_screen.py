@@ -145,6 +145,9 @@ async def test_states_of_a_ready_instance_are_shown_with_their_cause(machine, pa
         why = strings()["en"][f"why_{state[2:].lower()}"]
         assert re.search(rf"Decode 127.0.0.1:{port} +{re.escape(state)} .*{re.escape(why[:30])}", text), text
         assert re.sub(r"\s+", " ", f"Decode 127.0.0.1:{port}: {state[2:]}. {why}") in re.sub(r"\s+", " ", text)
+    health = {"status": "not_serving", "pairs": 1, "missing": ["3 requests wait"]}
+    view["verdict"] = verdict({**view, "health": health})
+    assert re.search(r"❄ Not serving: requests wait and nothing is answered *\n +3 requests wait\. *\n", shown(view))
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
