@@ -15,6 +15,7 @@ from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.config import Config
+from disagg_proxy.config.reload import Reloads
 from disagg_proxy.connectors.base import Engines
 from disagg_proxy.connectors.disagg_kv import ConnectionWarmer
 from disagg_proxy.connectors.kv_release import KvReleaser
@@ -63,6 +64,7 @@ class Services:
         self.config = config
         self.peers = peers or SingleProcess()
         self.worker = self.peers.worker
+        self.reloads = Reloads(quiet=bool(self.worker))
         self.stats = Stats(clock)
         self.event_log = EventLog(self.worker or 0)
         self.recorder = RequestRecorder(self.stats, self.event_log, TimeSeries())
