@@ -84,4 +84,10 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
 def test_packages_that_are_missing() -> None:
     lines = "# comment\npytest>=1.0\nno-such-package[extra]>=2 # why\npytest>=999.1,<1000\n\n"
     assert missing(lines) == ["no-such-package", "pytest>=999.1"]
+
+
+def test_packages_for_older_pythons_only() -> None:
+    now, next_one = (f"{sys.version_info.major}.{sys.version_info.minor + more}" for more in (0, 1))
+    assert missing(f'no-such-package>=2.0; python_version < "{now}"') == []
+    assert missing(f'no-such-package>=2.0; python_version < "{next_one}"') == ["no-such-package"]
     assert numbers("1.26.0rc1") == (1, 26, 0) and numbers("2.x") == (2,)
