@@ -80,6 +80,8 @@ def proxy(
         "SHUTDOWN_GRACE": str(max(1, settings.stop_timeout - 3)),
         "DECODE_MAX_IN_FLIGHT": str(settings.max_num_seqs),
     }
+    if settings.config_file:
+        variables["CONFIG_FILE"] = settings.config_file
     # This project's connector has no buffer that could fill.
     if not engines.own_connector:
         variables["KV_BUFFER_BYTES"] = str(settings.kv_buffer_size.whole() * tensor_parallel)

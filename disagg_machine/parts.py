@@ -131,7 +131,8 @@ def spawn(
 ) -> int:
     """Start a program in a session of its own, and return its PID.
 
-    Ctrl+C here does not reach it, and its children can be signalled with it. The child writes its own PID file before
+    Ctrl+C here does not reach it, and its children can be signalled with it. It ignores SIGHUP unless it handles it, as
+    the proxy does once it serves. The child writes its own PID file before
     it becomes the program, so that it is known from its first moment on, even if this process is killed.
 
     Args:
@@ -163,8 +164,9 @@ def _become(
     log: Path | None,
 ) -> NoReturn:
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.chdir(folder)
     stat = proc.read_stat(os.getpid())

@@ -98,6 +98,7 @@ class Settings:
     venv_dir: Path
     allow_shared_gpu: bool
     config: str
+    config_file: str
 
     @property
     def served_names(self) -> list[str]:
@@ -240,6 +241,8 @@ def _work_out(
         texts[name] = absolute(texts[name], folder)
     if "/" in texts["PYTHON"]:
         texts["PYTHON"] = absolute(texts["PYTHON"], folder)
+    if texts["CONFIG_FILE"]:
+        texts["CONFIG_FILE"] = absolute(texts["CONFIG_FILE"], folder)
 
 
 def _gpus(texts: Mapping[str, str], visible: str) -> dict[str, str]:

@@ -250,7 +250,11 @@ SETTINGS: tuple[Setting, ...] = (
             "1：允许 prefill 与 decode 共用一块 GPU，已知的 NCCL 会拒绝"),
     Setting("CONFIG", values.path, "",
             "file with NAME=value lines; the environment wins over it",
-            "含 NAME=value 的文件；环境变量优先"),)
+            "含 NAME=value 的文件；环境变量优先"),
+    Setting("CONFIG_FILE", values.path, "",
+            "TOML file of the proxy's own settings, its --config; settings that the script passes on win over it",
+            "代理自身的 TOML 配置文件，即其 --config；脚本传递的设置优先"),
+)
 # fmt: on
 
 BY_ENV = {setting.env: setting for setting in SETTINGS}

@@ -231,6 +231,12 @@ def test_what_the_user_has_set_for_the_proxy_wins(make_context: MakeContext) -> 
     assert {name: command.environment[name] for name in names} == mine
 
 
+def test_the_proxys_own_file_is_passed_on(make_context: MakeContext) -> None:
+    command = commands.proxy(make_context(CONFIG_FILE="/etc/proxy.toml").settings, Engines(SIM), ["p"])
+    assert command.environment["CONFIG_FILE"] == "/etc/proxy.toml"
+    assert "CONFIG_FILE" not in commands.proxy(make_context().settings, Engines(SIM), ["p"]).environment
+
+
 def test_a_line_can_be_pasted_into_a_shell() -> None:
     command = commands.Command(("a b", "it's", "", "x=1"), {"NAME": "two words"})
     assert shlex.split(command.line()) == ["NAME=two words", "a b", "it's", "", "x=1"]

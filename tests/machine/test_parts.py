@@ -83,12 +83,13 @@ def test_order_of_names(tmp_path: Path) -> None:
 
 
 def test_what_is_spawned_is_known_from_its_first_moment(tmp_path: Path) -> None:
-    """In a session of its own, with default signals, in its folder, its output added to the log."""
+    """In a session of its own, with default signals but SIGHUP, in its folder, its output added to the log."""
     log = tmp_path / "log"
     log.write_text("before\n")
     report = (
         "import os, signal, sys; print(os.getcwd(), os.environ['NAME'], os.getsid(0) == os.getpid(), "
-        "signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.pthread_sigmask(signal.SIG_BLOCK, ()), "
+        "signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ()), "
         "open(sys.argv[1]).read().split()[0], flush=True); signal.pause()"
     )
     pid_file = tmp_path / "proxy.pid"
@@ -107,7 +108,7 @@ def test_what_is_spawned_is_known_from_its_first_moment(tmp_path: Path) -> None:
         assert pid_file.stat().st_mode & 0o777 == 0o600
         while len(log.read_text().splitlines()) < 2:
             time.sleep(0.01)
-        assert log.read_text() == f"before\n{tmp_path} value True True set() pid={pid}\n"
+        assert log.read_text() == f"before\n{tmp_path} value True True True set() pid={pid}\n"
     finally:
         parts.stop_parts(tmp_path, 5, ["proxy"])
     assert os.waitpid(pid, 0)[1] == signal.SIGTERM and not pid_file.exists()

@@ -122,6 +122,11 @@ def test_a_file_that_is_not_there() -> None:
     assert (refused.value.code, refused.value.arguments) == (2, (HERE / "nowhere",))
 
 
+def test_the_file_of_the_proxy_is_seen_from_where_the_user_stands() -> None:
+    assert read(CONFIG_FILE="proxy.toml").config_file == str(HERE / "proxy.toml")
+    assert read().config_file == ""
+
+
 def test_what_runs_is_remembered_without_secrets(tmp_path: Path) -> None:
     first = read(RUN_DIR=str(tmp_path), API_KEY="secret", MODEL="mine", HTTP_PROXY_PORT="7")
     settings.write_running(first)

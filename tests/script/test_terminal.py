@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pexpect
 import pytest
@@ -168,6 +171,26 @@ def test_closed_terminal_stops_it(machine: Machine, terminal: Terminal) -> None:
     proxy.expect_exact("Serving on")
     proxy.close(force=False)
     wait_for(lambda: machine.leftovers() == {})
+
+
+def test_what_all_has_started_outlives_its_terminal_and_hangups(
+    machine: Machine, terminal: Terminal, tmp_path: Path
+) -> None:
+    file = tmp_path / "proxy.toml"
+    file.write_text("MAX_QUEUE = 7")
+    starting = terminal("all", CONFIG_FILE=str(file))
+    starting.expect_exact("Everything is ready")
+    starting.expect(pexpect.EOF)
+    starting.close(force=False)
+    names = ("proxy", "prefill", "decode", "supervisor")
+    pids = {name: machine.pid(name) for name in names}
+    file.write_text("MAX_QUEUE = 8")
+    for pid in pids.values():
+        os.kill(pid, signal.SIGHUP)
+    log = machine.log_dir / "proxy.log"
+    wait_for(lambda: f"Reloaded {file}: MAX_QUEUE 8 (was 7)" in log.read_text())
+    machine.ok("test")
+    assert {name: machine.pid(name) for name in names} == pids
 
 
 def test_a_foreground_part_that_fails(machine: Machine) -> None:
