@@ -1,15 +1,17 @@
-"""Loads the settings: a flag takes precedence over the environment, which takes precedence over the default."""
+"""Loads the settings; the order of precedence is flag, environment, configuration file, default."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from disagg_proxy import __version__, compiled
 from disagg_proxy.config import values
 from disagg_proxy.config.commands import COMMANDS, SERVE
+from disagg_proxy.config.file import CONFIG_FILE, FileError, read_file
 from disagg_proxy.config.model import Config
 from disagg_proxy.config.table import SETTINGS, Setting
 
@@ -25,6 +27,7 @@ _METAVARS: dict[values.Reader, str] = {
     values.key: "KEY",
     values.limit: "N",
     values.origins: "ORIGIN,...",
+    values.path: "FILE",
     values.port: "PORT",
     values.registrants: "ADDRESS,...",
     values.seconds: "SECONDS",
@@ -40,23 +43,93 @@ class ConfigError(Exception):
     """A setting has a bad value; one line with its name and what it must be."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The settings, and where each comes from.
+
+    Attributes:
+        file: the settings in the configuration file as text, by the names of their environment variables.
+        texts: the text of each setting, by its field of :class:`Config`.
+        sources: the flag, ``the environment`` or the path of the file; no entry for a default.
+    """
+
+    config: Config
+    file: Mapping[str, str]
+    texts: Mapping[str, str]
+    sources: Mapping[str, str]
+
+
+ENVIRONMENT = "the environment"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Read all settings, with the configuration file that they name. Raises as :func:`load_all` does."""
+    return load_all(argv, environ).config
+
+
+def load_all(argv: Sequence[str], environ: Mapping[str, str], file: Mapping[str, str] | None = None) -> Loaded:
     """Read all settings.
 
+    Args:
+        file: the content of the configuration file, see :attr:`Loaded.file`; None reads the file that is named.
+
     Raises:
-        ConfigError: for the first setting that has a bad value, or an unknown flag; for keys that must differ.
+        ConfigError: for the first setting that has a bad value, or an unknown flag; for a configuration file that
+            cannot be used; for keys that must differ.
         SystemExit: after ``--help`` and ``--version``, with code 0.
     """
     given = vars(_parser().parse_args(argv))
-    config = Config(**{setting.name: _value(setting, given[setting.name], environ) for setting in SETTINGS})
+    path = _given_path(given, environ)
+    if file is None:
+        try:
+            file = read_file(path) if path else {}
+        except FileError as error:
+            raise ConfigError(str(error)) from None
+    found: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for setting in SETTINGS:
+        raw, source, value = setting.default, "", None
+        if setting.env in file:
+            # Read also where something else wins, so that a bad value is not found only when that is gone.
+            raw, source = file[setting.env], path
+            value = _value(setting, raw, f"{path}: {setting.env}")
+        flag = given[setting.name]
+        if flag is not None:
+            raw, source = " ".join(flag) if isinstance(flag, list) else flag, setting.flag
+            value = _value(setting, raw, setting.flag)
+        elif environ.get(setting.env):
+            raw, source = environ[setting.env], ENVIRONMENT
+            value = _value(setting, raw, setting.env)
+        found[setting.name] = value if source else _value(setting, raw, setting.env)
+        texts[setting.name] = raw
+        if source:
+            sources[setting.name] = source
+    config = Config(**found)
+    _check(config)
+    return Loaded(config, file, texts, sources)
+
+
+def _given_path(given: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """The path of the configuration file; empty for none."""
+    if given["config_file"] == "":
+        raise ConfigError("--config: must be the path of a TOML file, not ''")
+    return values.path(given["config_file"] or environ.get(CONFIG_FILE) or "")
+
+
+def _check(config: Config) -> None:
+    """Check what concerns more than one setting.
+
+    Raises:
+        ConfigError: keys that must differ do not.
+    """
     if config.admin_key and config.admin_key == config.api_key:
         raise ConfigError("ADMIN_KEY: must differ from API_KEY, which every client has")
-    return config
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         description="One OpenAI-compatible endpoint in front of vLLM prefill and decode engines.\n\ncommands:\n"
         + "\n".join(f"  {name:<8}{text}" for name, text in commands.items())
         + "\n\n%(prog)s COMMAND --help lists the options of a command; the options below are those of the proxy.",
-        epilog="Each option can be set by the environment variable in brackets; the option wins.",
+        epilog="Each option can be set by the environment variable in brackets, or under that name in the TOML file "
+        "of --config.\nThe option wins over the environment, which wins over the file. SIGHUP reads the file again: "
+        "docs/config-file.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -87,15 +162,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _value(setting: Setting, flag: str | list[str] | None, environ: Mapping[str, str]) -> Any:
-    if flag is not None:
-        raw, source = " ".join(flag) if isinstance(flag, list) else flag, setting.flag
-    elif environ.get(setting.env):
-        raw, source = environ[setting.env], setting.env
-    else:
-        raw, source = setting.default, setting.env
+def _value(setting: Setting, raw: str, shown: str) -> Any:
+    """The value of a setting.
+
+    Args:
+        shown: where it was given, for the error.
+
+    Raises:
+        ConfigError: the value is bad.
+    """
     try:
         return setting.read(raw)
     except ValueError as error:
-        shown = "the given value" if setting.secret else repr(raw)
-        raise ConfigError(f"{source}: {error}, not {shown}") from None
+        value = "the given value" if setting.secret else repr(raw)
+        raise ConfigError(f"{shown}: {error}, not {value}") from None

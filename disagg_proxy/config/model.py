@@ -27,6 +27,7 @@ class StaticInstance:
 class Config:
     """All settings. Meanings, units and defaults: ``disagg_proxy/config/table.py``."""
 
+    config_file: str = ""
     http_host: str = "0.0.0.0"
     http_port: int = 10001
     workers: int = 1

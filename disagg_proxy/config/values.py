@@ -135,6 +135,11 @@ def policy(options: Sequence[str], elsewhere: Mapping[str, str]) -> Reader:
     return read
 
 
+def path(raw: str) -> str:
+    """The absolute path of a file; empty for none. The file itself is checked where it is read."""
+    return os.path.abspath(raw) if raw else ""
+
+
 def header_name(raw: str) -> str:
     """The name of an HTTP header."""
     if not raw.isascii() or not raw.replace("-", "").replace("_", "").isalnum():
