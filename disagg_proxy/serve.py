@@ -1,5 +1,8 @@
 """The proxy as a process: settings, log, listening socket, signals; apart from the command, whose others start faster.
 
+SIGHUP reloads the configuration file (config/reload.py). A terminal that closes sends it too, so it never ends the
+proxy: it is ignored before and after the server handles it, and a log that cannot be written any more is dropped.
+
 Exit codes: 0 stopped by signals, 1 a port is taken or no worker starts, 2 a bad setting.
 """
 
@@ -14,7 +17,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from disagg_proxy.config import Config, ConfigError, load
+from disagg_proxy.config import ConfigError
+from disagg_proxy.config.reload import LiveSettings
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.server.http_server import Server, listen, server_config
 from disagg_proxy.services import Services
@@ -27,16 +31,25 @@ log = logging.getLogger(__name__)
 def run(argv: Sequence[str]) -> int:
     """Run the proxy with these flags until SIGINT or SIGTERM, and return the exit code."""
     try:
-        config = load(argv, os.environ)
+        return _run(argv)
+    finally:
+        _forget_lost_terminal()
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        settings = LiveSettings(argv, os.environ)
     except ConfigError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2
+    config = settings.config
     configure_logging(config)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Before the server takes signals over, and after it has given them back, SIGTERM too is an interrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if config.workers > 1:
-            return asyncio.run(Supervisor(config, argv).run())
+            return asyncio.run(Supervisor(settings, argv).run())
         listening = listen(config)
         services = Services(config)
     except BindError as error:
@@ -45,17 +58,31 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 0
     with contextlib.suppress(KeyboardInterrupt):
-        _serve(config, services, listening)
+        _serve(settings, services, listening)
     return 0
 
 
-def _serve(config: Config, services: Services, listening: socket.socket) -> None:
+def _serve(settings: LiveSettings, services: Services, listening: socket.socket) -> None:
+    services.reloads.on_config(configure_logging)
+
+    def reload() -> None:
+        settings.reload(lambda: services.reloads.run(settings.config))
+
     host, port = listening.getsockname()[:2]
     log.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    server = Server(server_config(config, services), services)
+    server = Server(server_config(settings.config, services), services, reload)
     try:
         server.run(sockets=[listening])
     finally:
         listening.close()
     if not server.started:
         raise RuntimeError("the proxy did not start; its log has the cause")
+
+
+def _forget_lost_terminal() -> None:
+    """Python ends with code 120 if it cannot write what is left for a terminal or a pipe that is closed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -65,6 +65,7 @@ class Services:
         self.peers = peers or SingleProcess()
         self.worker = self.peers.worker
         self.reloads = Reloads(quiet=bool(self.worker))
+        self.reloads.on_config(self._reconfigure)
         self.stats = Stats(clock)
         self.event_log = EventLog(self.worker or 0)
         self.recorder = RequestRecorder(self.stats, self.event_log, TimeSeries())
@@ -90,13 +91,11 @@ class Services:
         if not self.worker:
             self.connection_warmer = ConnectionWarmer(self.registry, self.background, self.kv_control)
         self.sizes = PromptSizes(learns=bool(config.decode_alone_below), trusts=bool(config.kv_buffer_tokens))
-        self.coordinator = Coordinator(
-            Engines(
-                lambda: self.upstream, self.registry, config, self.background, self.sizes,
-                KvReleaser(self.stats.kv_releases, self.instance_events.kv_release_ended), self.kv_control,
-            ),
-            self.selection, self.admission_queue, self.recorder, self.traces,
+        self.engines = Engines(
+            lambda: self.upstream, self.registry, config, self.background, self.sizes,
+            KvReleaser(self.stats.kv_releases, self.instance_events.kv_release_ended), self.kv_control,
         )  # fmt: skip
+        self.coordinator = Coordinator(self.engines, self.selection, self.admission_queue, self.recorder, self.traces)
         self._upstream: Upstream | None = None
         self._stall_detector: StallDetector | None = None
         self._access_log: AccessLog | None = None
@@ -147,6 +146,24 @@ class Services:
         if self._upstream is not None:
             await self._upstream.close()
         self.peers.stop()
+
+    def _reconfigure(self, config: Config) -> None:
+        """Use the settings of a reload (config/reload.py): in requests from now on, and in timers that start later."""
+        self.config = self.engines.config = config
+        self.registry.set_expiry(config.instance_expiry)
+        self.selection.set_policies(
+            PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy], config.load_bound
+        )
+        self.coordinator.policies_changed()
+        self.sizes.configure(learns=bool(config.decode_alone_below), trusts=bool(config.kv_buffer_tokens))
+        self.admission_queue.set_limits(_limits(config))
+        self.shutdown.grace = config.shutdown_grace
+        self.discovery.reconfigure(config)
+        self.kv_control.timeout = config.connect_timeout
+        if self._upstream is not None:
+            self._upstream.connect_timeout = config.connect_timeout
+        if self._stall_detector is not None:
+            self._stall_detector.set_bounds(config.freeze_after_min, config.freeze_after_max)
 
     # -- what /stats, /metrics and operators see: all processes of the proxy together
 

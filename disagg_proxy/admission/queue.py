@@ -143,6 +143,11 @@ class AdmissionQueue:
         self._dispatch_scheduled = False
         registry.watch(changed=lambda _: self._dispatch_soon(), freed=self._dispatch_soon)
 
+    def set_limits(self, limits: Limits) -> None:
+        """Apply other limits from now on. Requests that wait already keep their timeout, and their place."""
+        self._limits = limits
+        self._dispatch_soon()
+
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
@@ -193,7 +198,8 @@ class AdmissionQueue:
                 raise self._queue_full()
             # Capacity that was freed before the other workers could know that a request waits here.
             self._dispatch_soon()
-        timer = asyncio.get_running_loop().call_later(self._limits.queue_timeout, self._on_timeout, waiter)
+        seconds = self._limits.queue_timeout
+        timer = asyncio.get_running_loop().call_later(seconds, self._on_timeout, waiter, seconds)
         try:
             return await waiter.admitted
         except asyncio.CancelledError:
@@ -207,11 +213,10 @@ class AdmissionQueue:
             self._stats.queued.add(self._stats.clock() - waiter.since)
             self._dispatch_soon()
 
-    def _on_timeout(self, waiter: _Waiter) -> None:
+    def _on_timeout(self, waiter: _Waiter, seconds: float) -> None:
         if not waiter.admitted.done():
             self._stats.turned_away += 1
-            waited = f"{self._limits.queue_timeout:g} s"
-            waiter.admitted.set_exception(Overloaded(f"No instance had capacity within {waited} (QUEUE_TIMEOUT)."))
+            waiter.admitted.set_exception(Overloaded(f"No instance had capacity within {seconds:g} s (QUEUE_TIMEOUT)."))
 
     def _remove(self, waiter: _Waiter) -> None:
         queue = self._queues.get(waiter.demand.model)

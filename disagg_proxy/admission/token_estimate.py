@@ -210,9 +210,14 @@ class PromptSizes:
     """
 
     def __init__(self, learns: bool, trusts: bool) -> None:
-        self._learns = learns
-        self._trusts = trusts
+        self._learns = False
+        self.configure(learns, trusts)
         self.estimator = TokenEstimator()
+
+    def configure(self, learns: bool, trusts: bool) -> None:
+        """Change the arguments of the constructor. What is already learnt stays, and learning does not stop again."""
+        self._learns = self._learns or learns
+        self._trusts = trusts
 
     def tokens(self, prepared: Prepared) -> int:
         """Expected tokens of all prompts of a request."""

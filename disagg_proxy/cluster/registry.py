@@ -63,8 +63,7 @@ class Registry(InstanceIndex):
     def __init__(self, clock: Callable[[], float], expiry: float) -> None:
         super().__init__()
         self._clock = clock
-        self._expiry = expiry
-        self.hung_after = _HUNG_EXPIRIES * expiry
+        self.set_expiry(expiry)
         self.kv_compatibility = KvCompatibility(MAX_INSTANCES)
         self._drained: set[str] = set()
         self.has_liveness_connection: Callable[[Instance], bool] = lambda instance: False
@@ -77,6 +76,11 @@ class Registry(InstanceIndex):
         self._on_freed: list[Callable[[], None]] = []
         self._on_ended: list[Watcher] = []
         self._on_breaker: list[Watcher] = []
+
+    def set_expiry(self, seconds: float) -> None:
+        """Take an instance for LOST after this time without a ping from now on."""
+        self._expiry = seconds
+        self.hung_after = _HUNG_EXPIRIES * seconds
 
     # -- observers
 

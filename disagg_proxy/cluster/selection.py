@@ -108,14 +108,19 @@ class Selection:
         random: Callable[[], float] = randomness.random,
     ) -> None:
         self._registry = registry
-        self._prefill_policy = prefill_policy
-        self._decode_policy = decode_policy
-        self._table = table if prefill_policy.needs_prefix else None
-        self._bound = bound
+        self._prefixes = table
+        self.set_policies(prefill_policy, decode_policy, bound)
         self._random = random
         self._turn = 0
         self._plans: dict[str | None, _Plan] = {}
         self.distance: Callable[[Instance, Instance], int] | None = None
+
+    def set_policies(self, prefill: Policy, decode: Policy, bound: float) -> None:
+        """Choose by these policies from now on; arguments as for the constructor."""
+        self._prefill_policy = prefill
+        self._decode_policy = decode
+        self._table = self._prefixes if prefill.needs_prefix else None
+        self._bound = bound
 
     @property
     def needs_prefix(self) -> bool:

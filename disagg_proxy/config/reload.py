@@ -1,23 +1,26 @@
 """Reload: what SIGHUP changes in a running proxy, and how its parts get it.
 
-``Config`` stays immutable. A reload makes a new one, in which settings that need a restart keep their running values
-Every part that uses a reloadable setting gets it through a callable that was registered with
-:meth:`Reloads.on_config` (``services.py`` registers for most of them), and replaces the reference or the value that it
-holds. The hot path reads the same attributes as before. All callables run in one event loop iteration, and none of them
-can fail, so no request sees a mixture.
+``Config`` stays immutable. A reload reads the configuration file again and makes a new ``Config``, in which settings
+that need a restart keep their running values (:class:`LiveSettings`). Every part that uses a reloadable setting gets it
+through a callable that was registered with :meth:`Reloads.on_config` (``services.py`` registers one for most of them),
+and replaces the reference or the value that it holds. The hot path reads the same attributes as before. All callables
+run in one event loop iteration, and none of them can fail, so no request sees a mixture.
 
 A part with a file of its own, such as API keys, registers with :meth:`Reloads.on_reload` instead and reads it again.
 
-With several workers the supervisor reads the configuration file and sends its values to the workers
-(``workers/supervisor.py``); files of parts are read by each worker.
+With several workers the supervisor reads the configuration file and sends its values to the workers, also to those that
+start later (``workers/supervisor.py``); files of parts are read by each worker.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from disagg_proxy.config.file import FileError, read_file
+from disagg_proxy.config.load import ConfigError, Loaded, load_all
 from disagg_proxy.config.model import Config
+from disagg_proxy.config.table import SETTINGS, Setting
 
 log = logging.getLogger(__name__)
 
@@ -62,3 +65,104 @@ class Reloads:
             else:
                 if changed:
                     log.log(self._level, "Reloaded: %s", changed)
+
+
+class LiveSettings:
+    """The settings of a running proxy.
+
+    Args:
+        argv, environ: flags and environment of this process, which do not change.
+        file: the content of the configuration file, see :attr:`disagg_proxy.config.load.Loaded.file`; None reads it.
+
+    Raises:
+        ConfigError: see :func:`disagg_proxy.config.load.load_all`.
+    """
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str], file: Mapping[str, str] | None = None) -> None:
+        self._argv = argv
+        self._environ = environ
+        self._loaded = load_all(argv, environ, file)
+
+    @property
+    def config(self) -> Config:
+        """The settings in use."""
+        return self._loaded.config
+
+    @property
+    def file(self) -> Mapping[str, str]:
+        """Those in the configuration file that are in use, as text."""
+        return self._loaded.file
+
+    def use(self, file: Mapping[str, str]) -> Config:
+        """Use the values of the configuration file that the supervisor has read. Returns the settings in use."""
+        try:
+            self._loaded = load_all(self._argv, self._environ, file)
+        except ConfigError as error:
+            log.error("Not reloaded: %s; the former settings stay in use", error)
+        return self.config
+
+    def reload(self, take: Callable[[], None]) -> None:
+        """Read the configuration file again, have ``take`` pass the settings on, and log one line about it.
+
+        ``take`` is called also where the settings stay as they are, for the parts that read files of their own.
+        """
+        path, line = self.config.config_file, "SIGHUP: there is no configuration file (--config); the settings stay"
+        if path:
+            try:
+                line = f"Reloaded {path}: {self._read_again(path)}"
+            except ReloadError as error:
+                line = ""
+                log.error("Not reloaded: %s; the former settings stay in use", error)
+        # The line is shown if either the former or the new LOG_LEVEL shows it.
+        first = log.isEnabledFor(logging.INFO)
+        if first and line:
+            log.info("%s", line)
+        take()
+        if line and not first:
+            log.info("%s", line)
+
+    def _read_again(self, path: str) -> str:
+        """Read the file and use what can change without a restart. Returns what has changed.
+
+        Raises:
+            ReloadError: the file cannot be used; nothing has changed.
+        """
+        before = self._loaded
+        try:
+            file = read_file(path)
+            wanted = load_all(self._argv, self._environ, file)
+            places = {setting.env: file if setting.reload else before.file for setting in SETTINGS}
+            usable = {env: place[env] for env, place in places.items() if env in place}
+            self._loaded = load_all(self._argv, self._environ, usable)
+        except (FileError, ConfigError) as error:
+            raise ReloadError(str(error)) from None
+        return "; ".join(_changes(before, self._loaded, wanted)) or "nothing has changed"
+
+
+def _changes(before: Loaded, now: Loaded, wanted: Loaded) -> Iterator[str]:
+    """What a reload has changed, what needs a restart, and what has no effect, as phrases for the log.
+
+    Args:
+        wanted: what the proxy would use if it were started again.
+    """
+    changed, restart, hidden = [], [], []
+    for setting in SETTINGS:
+        old, new, later = (getattr(loaded.config, setting.name) for loaded in (before, now, wanted))
+        if old != new:
+            changed.append(f"{setting.env} {_shown(setting, now)} (was {_shown(setting, before)})")
+        if new != later:
+            restart.append(setting.env)
+        source = wanted.sources.get(setting.name, "")
+        if before.file.get(setting.env) != wanted.file.get(setting.env) and source not in ("", now.config.config_file):
+            hidden.append(f"{setting.env} (set by {source})")
+    if changed:
+        yield ", ".join(changed)
+    if restart:
+        yield "needs a restart: " + ", ".join(restart)
+    if hidden:
+        yield "without effect: " + ", ".join(hidden)
+
+
+def _shown(setting: Setting, loaded: Loaded) -> str:
+    text = loaded.texts[setting.name]
+    return "***" if setting.secret else text if text.isprintable() and text else repr(text)

@@ -82,11 +82,13 @@ class Connector(Protocol):
         """
 
 
-class Engines(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Engines:
     """What a connector works with.
 
     Attributes:
         upstream: returns the client pool, which exists while the proxy runs.
+        config: replaced by a reload, so it is read where it is used.
         sizes: learns from prefill's counts of prompt tokens.
         kv_releaser: releases KV that no decode fetches (P2pNcclConnector).
         kv_control: sends control messages to KV ports (this project's connector).

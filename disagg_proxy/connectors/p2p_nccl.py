@@ -84,8 +84,9 @@ class P2pNccl:
         record, prefill, decode = request.record, attempt.prefill_lease.instance, attempt.decode
         try:
             # 1. Prefill: one token. The leg runs to its end, even if the request does not wait for it.
-            leg = PrefillLeg(attempt, self._release, self._prefill_timeouts.seconds)
-            timeout = self._prefill_timeouts.add(leg.expire)
+            timeouts = self._current_timeouts()
+            leg = PrefillLeg(attempt, self._release, timeouts.seconds)
+            timeout = timeouts.add(leg.expire)
             self._engines.background.leg(leg.run()).start()
             try:
                 await leg.settled
@@ -93,7 +94,7 @@ class P2pNccl:
                 leg.abandon()
                 raise
             finally:
-                self._prefill_timeouts.drop(timeout)
+                timeouts.drop(timeout)
             if leg.overdue is not None:
                 leg.abandon()
                 if leg.expired:
@@ -163,6 +164,13 @@ class P2pNccl:
                 attempt.release()
 
     # -- prefill
+
+    def _current_timeouts(self) -> FixedTimeouts:
+        """Those of the current PREFILL_TIMEOUT; legs that were sent before a reload keep theirs."""
+        seconds = self._engines.config.prefill_timeout
+        if seconds != self._prefill_timeouts.seconds:
+            self._prefill_timeouts = FixedTimeouts(seconds)
+        return self._prefill_timeouts
 
     def _settled_by_prefill(self, attempt: P2pAttempt, prefilled: CompleteResponse) -> ClientResponse | None:
         """The client's answer where prefill's answer already decides it, so that decode only has to release the KV."""

@@ -77,7 +77,7 @@ class Coordinator:
         recorder: RequestRecorder,
         traces: SpanExporter | None = None,
     ) -> None:
-        self._config: Config = engines.config
+        self._engines = engines
         self._registry = engines.registry
         self._background = engines.background
         self._selection = selection
@@ -87,8 +87,12 @@ class Coordinator:
         self._stats: Stats = recorder.stats
         self._connectors = table.connectors(engines)
         self._sizes = engines.sizes
-        self._wanted = AffinityNeeds(selection.needs_prefix, selection.needs_session)
-        self._wanted_of_one = AffinityNeeds(False, selection.needs_session)
+        self.policies_changed()
+
+    def policies_changed(self) -> None:
+        """The selection has other policies, which may need to know something else of a request."""
+        self._wanted = AffinityNeeds(self._selection.needs_prefix, self._selection.needs_session)
+        self._wanted_of_one = AffinityNeeds(False, self._selection.needs_session)
 
     @property
     def wanted(self) -> AffinityNeeds:
@@ -106,9 +110,9 @@ class Coordinator:
         outcome: ProxyError | None = None
         try:
             # Prepare
-            lines = head.lines
+            lines, config = head.lines, self._engines.config
             if self._traces is not None:
-                lines = forwarded_request_lines(self._traces.begin(record, head.headers), self._config.engine_api_key)
+                lines = forwarded_request_lines(self._traces.begin(record, head.headers), config.engine_api_key)
             prepared = prepare(head.route, body, self.wanted)
             # This frame lives until the answer ends; a long prompt must be freed before.
             body = b""
@@ -134,7 +138,7 @@ class Coordinator:
             # Attempt and retry
             computes = placement.decode.kind.computes
             retry = Retry(
-                self._admission_queue, self._selection, self._registry, request.demand, computes, self._config.max_tries
+                self._admission_queue, self._selection, self._registry, request.demand, computes, config.max_tries
             )
             request.others = retry
             while True:
@@ -182,6 +186,7 @@ class Coordinator:
             if not any(i.kind.computes and i.role is Role.DECODE for i in self._registry.instances()):
                 raise prepared.refusal
             return PlacementPreference.ALONE
-        if tokens < self._config.decode_alone_below:
+        config = self._engines.config
+        if tokens < config.decode_alone_below:
             return PlacementPreference.RATHER_ALONE
-        return PlacementPreference.EITHER if self._config.decode_alone else PlacementPreference.PAIR
+        return PlacementPreference.EITHER if config.decode_alone else PlacementPreference.PAIR

@@ -58,7 +58,7 @@ class Listener:
 
     def __init__(self, host: str, port: int, allow: AllowList, deliver: Callable[[list[Announcement]], None]) -> None:
         self.traffic = RegistrationCounts()
-        self._allow = allow
+        self.allow = allow
         self._deliver = deliver
         self._warned: set[tuple[str, str]] = set()
         self._context = zmq.Context()
@@ -141,7 +141,7 @@ class Listener:
         try:
             announcement = decode([frame.bytes for frame in frames])
             for host in (sender, announcement.http.host, announcement.kv.host):
-                if not self._allow.permits(host):
+                if not self.allow.permits(host):
                     raise BadAnnouncement("forbidden", f"{host} may not register (ALLOW_REGISTER)")
         except BadAnnouncement as error:
             self.drop(error.kind, sender, str(error))

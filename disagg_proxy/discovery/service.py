@@ -110,6 +110,17 @@ class Discovery:
         if self._liveness:
             await self._liveness.stop()
 
+    def reconfigure(self, config: Config) -> None:
+        """Use ALLOW_REGISTER, INSTANCE_EXPIRY, PROBE_INTERVAL and CONNECT_TIMEOUT of a reload."""
+        before, self._config = self._config, config
+        # Made only where it changes, since looking up this machine's names can take seconds.
+        if isinstance(self.listener, Listener) and config.allow_register != before.allow_register:
+            self.listener.allow = AllowList(config.allow_register)
+        if self._prober is not None:
+            self._prober.set_interval(config.probe_interval)
+        if self._liveness is not None:
+            self._liveness.connect_timeout = config.connect_timeout
+
     def take(self, announcements: list[Announcement]) -> None:
         """Process announcements: forward them to other proxies, and register the instances."""
         self._forwarder.forward(announcements)

@@ -35,7 +35,7 @@ class LivenessConnections:
         self, registry: Registry, connect_timeout: float, probe: Callable[[Instance], Awaitable[None]]
     ) -> None:
         self._registry = registry
-        self._connect_timeout = connect_timeout
+        self.connect_timeout = connect_timeout
         self._probe = probe
         self._held: dict[Instance, asyncio.Task[None]] = {}
 
@@ -77,7 +77,7 @@ class LivenessConnections:
     async def _until_closed(self, instance: Instance) -> None:
         """Return when the connection is closed, or cannot be opened."""
         try:
-            async with within(self._connect_timeout):
+            async with within(self.connect_timeout):
                 reader, writer = await asyncio.open_connection(instance.http.host, instance.http.port)
         except (OSError, asyncio.TimeoutError):
             return

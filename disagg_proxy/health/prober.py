@@ -78,6 +78,13 @@ class Prober:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def set_interval(self, seconds: float) -> None:
+        """Probe at this interval, beginning now."""
+        if seconds != self._interval:
+            self._interval = seconds
+            for wake in self._wake.values():
+                wake.set()
+
     def probe_now(self, instance: Instance) -> None:
         """Probe an instance now, without waiting for the interval.
 

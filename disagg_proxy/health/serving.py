@@ -23,9 +23,13 @@ class ServingMonitor:
     def __init__(self, registry: Registry, queued: Callable[[], int], shortest: float, longest: float) -> None:
         self._registry = registry
         self._queued = queued
+        self.set_bounds(shortest, longest)
+        self._since: float | None = None
+
+    def set_bounds(self, shortest: float, longest: float) -> None:
+        """Use these bounds from now on."""
         self._shortest = shortest
         self._longest = longest
-        self._since: float | None = None
 
     def progressed(self, instance: Instance) -> None:
         """An instance has sent output, or its counters have changed."""

@@ -97,16 +97,20 @@ class StallDetector:
     ) -> None:
         self._registry = registry
         self._upstream = upstream
-        self._shortest = shortest
-        self._longest = longest
         self._headers = headers
         self._peer_view = peer_view or NoPeers()
         self._replayed = replayed
-        self._interval = min(1.0, shortest / _CHECKS)
         self._checking: asyncio.Task[None] | None = None
         self._suspects: dict[Instance, asyncio.Task[None]] = {}
         self.serving = ServingMonitor(registry, queued, shortest, longest)
         self._suspicion = Suspicion(registry, self._counters, self.serving.progressed)
+        self.set_bounds(shortest, longest)
+
+    def set_bounds(self, shortest: float, longest: float) -> None:
+        """Use these bounds on the learnt deadline from now on, in seconds."""
+        self._shortest, self._longest = shortest, longest
+        self._interval = min(1.0, shortest / _CHECKS)
+        self.serving.set_bounds(shortest, longest)
 
     def start(self) -> None:
         """Check all instances from now on."""

@@ -55,13 +55,14 @@ class Shutdown:
         clock: monotonic seconds.
 
     Attributes:
+        grace: the same; a change has no effect on a shutdown that has begun.
         begun: set when the shutdown has begun; new requests are refused from then on.
         expired: set when the grace time was ended early.
         exchanges: the open exchanges, which end first.
     """
 
     def __init__(self, grace: float, clock: Callable[[], float]) -> None:
-        self._grace = grace
+        self.grace = grace
         self._clock = clock
         self._end = 0.0
         self.begun = asyncio.Event()
@@ -71,7 +72,7 @@ class Shutdown:
     def begin(self) -> None:
         """Start the grace time; further calls have no effect."""
         if not self.begun.is_set():
-            self._end = self._clock() + self._grace
+            self._end = self._clock() + self.grace
             self.begun.set()
 
     def expire(self) -> None:
@@ -83,12 +84,12 @@ class Shutdown:
     @property
     def remaining(self) -> float:
         """Seconds until everything must have ended; the full grace time before the shutdown."""
-        return max(0.0, self._end - self._clock()) if self.begun.is_set() else self._grace
+        return max(0.0, self._end - self._clock()) if self.begun.is_set() else self.grace
 
     @property
     def remaining_for_requests(self) -> float:
         """Seconds until clients that still wait are cut off."""
-        return max(0.0, self.remaining - min(self._grace * _RESERVED_FRACTION, _MAX_RESERVED))
+        return max(0.0, self.remaining - min(self.grace * _RESERVED_FRACTION, _MAX_RESERVED))
 
     async def wait(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
         """Run ``work`` for at most ``seconds`` or until the grace time expires early; then cancel it."""

@@ -66,6 +66,12 @@ def connection_class(config: Config, parts: Services) -> type[ClientConnection]:
         default_lines = CachedHeaderLines()
         max_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
+    def reconfigure(config: Config) -> None:
+        ConfiguredConnection.limits = config
+        # Heads were read and checked under the former settings and keys.
+        ConfiguredConnection.heads = HeadCache()
+
+    parts.reloads.on_config(reconfigure)
     return ConfiguredConnection
 
 

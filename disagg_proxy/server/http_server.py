@@ -8,15 +8,18 @@ import gc
 import logging
 import resource
 import socket
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
 
 from disagg_proxy.config import Config
 from disagg_proxy.discovery.listener import BindError
+from disagg_proxy.runtime.hangup import on_hangup
 from disagg_proxy.server.asgi import create_app
 from disagg_proxy.server.client_connection import ClientConnection, connection_class
 from disagg_proxy.services import Services
+from disagg_proxy.telemetry.logs import uvicorn_level
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def server_config(config: Config, services: Services) -> uvicorn.Config:
         lifespan="on",
         access_log=False,
         log_config=None,
-        log_level=max(logging.WARNING, logging.getLevelName(config.log_level.upper())),
+        log_level=uvicorn_level(config),
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
@@ -105,11 +108,15 @@ class Server(uvicorn.Server):
 
     uvicorn (0.30 - 0.54, ``server.py``) closes the port and idle connections first, gives requests the complete grace
     time before the application may end its background work, and skips that work after a second signal.
+
+    Args:
+        reload: called on SIGHUP; None leaves that signal alone.
     """
 
-    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+    def __init__(self, config: uvicorn.Config, services: Services, reload: Callable[[], None] | None = None) -> None:
         super().__init__(config)
         self._services = services
+        self._reload = reload
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -121,6 +128,15 @@ class Server(uvicorn.Server):
         """Serve in a process that does nothing else."""
         tune_garbage_collector()
         super().run(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Within, SIGTERM and SIGINT shut down, and SIGHUP reloads."""
+        with contextlib.ExitStack() as stack:
+            if self._reload is not None:
+                stack.enter_context(on_hangup(self._reload))
+            stack.enter_context(super().capture_signals())
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal handler. It only schedules :meth:`on_signal`, as Python may run it between any instructions."""

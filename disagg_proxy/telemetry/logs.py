@@ -38,8 +38,16 @@ class HideUnfinished(logging.Filter):
         return "returned without completing response" not in str(record.msg)
 
 
+_HIDE_UNFINISHED = HideUnfinished()
+
+
+def uvicorn_level(config: Config) -> int:
+    """The level of uvicorn's logger: its informational lines are not shown at any LOG_LEVEL."""
+    return max(logging.WARNING, int(logging.getLevelName(config.log_level.upper())))
+
+
 def configure_logging(config: Config, worker: int | None = None) -> None:
-    """Log everything to standard error in the configured format.
+    """Log everything to standard error in the configured format. A further call replaces what the former did.
 
     Args:
         worker: the number of this worker, None for a single process.
@@ -51,5 +59,7 @@ def configure_logging(config: Config, worker: int | None = None) -> None:
         which = "" if worker is None else f"worker {worker} "
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {which}%(name)s: %(message)s"))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.error").addFilter(HideUnfinished())
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.setLevel(uvicorn_level(config))
+    uvicorn.addFilter(_HIDE_UNFINISHED)
     logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -59,7 +59,7 @@ class Upstream:
     """
 
     def __init__(self, connect_timeout: float, write_batch: WriteBatch) -> None:
-        self._connect_timeout = connect_timeout
+        self.connect_timeout = connect_timeout
         self.write_batch = write_batch
         self._loop = asyncio.get_running_loop()
         self.heads: HeadCache[tuple[int, ResponseHeaders]] = HeadCache(ids=False)
@@ -181,7 +181,7 @@ class Upstream:
         connecting = self._loop.create_task(self._loop.create_connection(protocol, address.host, address.port))
         try:
             # Not wait_for, which before Python 3.12 loses a cancellation that comes together with the connection.
-            await asyncio.wait((connecting,), timeout=self._connect_timeout)
+            await asyncio.wait((connecting,), timeout=self.connect_timeout)
             if not connecting.done():
                 raise asyncio.TimeoutError
             return cast(Connection, connecting.result()[1])

@@ -35,7 +35,7 @@ class KvControl:
 
     def __init__(self, secret: str, timeout: float) -> None:
         self._secret = secret
-        self._timeout = timeout
+        self.timeout = timeout
         self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def release(self, instance: Instance, transfer_id: str) -> None:
@@ -60,13 +60,13 @@ class KvControl:
     async def _send_to(self, address: str, message: Callable[[Control], Awaitable[None]]) -> None:
         slots = self._slots.setdefault(address, asyncio.Semaphore(_MAX_CONNECTIONS))
         try:
-            async with slots, within(2 * self._timeout):
+            async with slots, within(2 * self.timeout):
                 await self._send_once(address, message)
         except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
             log.info("Could not send a control message to KV port %s: %s", address, error)
 
     async def _send_once(self, address: str, message: Callable[[Control], Awaitable[None]]) -> None:
-        control = await Control.open(address, self._secret, self._timeout)
+        control = await Control.open(address, self._secret, self.timeout)
         try:
             await message(control)
         finally:

@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 
-from disagg_proxy.config import load
+from disagg_proxy.config.reload import LiveSettings
 from disagg_proxy.server.http_server import server_config
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.logs import configure_logging
@@ -24,13 +25,19 @@ def main() -> int:
     except KeyError:
         print("disagg-proxy: workers are started by: python -m disagg_proxy --workers N", file=sys.stderr)
         return 2
-    config = load(sys.argv[1:], os.environ)
-    configure_logging(config, env.worker)
+    settings = LiveSettings(sys.argv[1:], os.environ, env.settings)
+    configure_logging(settings.config, env.worker)
+    # The supervisor gets it and sends what has changed; a terminal that closes reaches no worker.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Before the server installs its signal handlers, and after it has removed them, SIGTERM acts like SIGINT.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     peers = WorkerPeers(env)
-    services = Services(config, peers=peers)
-    server = WorkerServer(server_config(config, services), services, socket.socket(fileno=env.listening), peers)
+    services = Services(settings.config, peers=peers)
+    services.reloads.on_config(partial(configure_logging, worker=env.worker))
+    peers.on_settings = lambda file: services.reloads.run(settings.use(file))
+    server = WorkerServer(
+        server_config(settings.config, services), services, socket.socket(fileno=env.listening), peers
+    )
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     return 0

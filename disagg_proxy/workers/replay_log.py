@@ -36,10 +36,14 @@ class _Ping:
 
 
 class ReplayLog:
-    """The messages for new workers."""
+    """The messages for new workers.
+
+    Attributes:
+        expiry: seconds after which a ping is not repeated.
+    """
 
     def __init__(self, config: Config, slots: RowIndex) -> None:
-        self._expiry = config.instance_expiry
+        self.expiry = config.instance_expiry
         self._slots = slots
         self._pings: dict[tuple[str, str], _Ping] = {}
         self._static: dict[str, int] = {}
@@ -100,7 +104,7 @@ class ReplayLog:
         for (prefill, kv), at in self._sent.items():
             yield ["sent", prefill, kv, at], ("sent", prefill, kv)
         for name, ping in sorted(self._pings.items(), key=_slot):
-            if now - ping.at < self._expiry:
+            if now - ping.at < self.expiry:
                 yield ["ping", ping.slot, ping.text], ("ping", *name)
         yield ["synced"], ("synced",)
 

@@ -2,6 +2,8 @@
 
 The first signal shuts down all workers, the second one skips the grace time. The supervisor replaces a worker that dies
 otherwise, at once if it ran for a while: it releases the worker's load and keeps its flags and counters.
+
+SIGHUP reloads: the supervisor reads the configuration file and sends the settings to the workers.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from disagg_proxy.config import Config
+from disagg_proxy.config.reload import LiveSettings
 from disagg_proxy.discovery.allow import AllowList
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
+from disagg_proxy.runtime.hangup import on_hangup
 from disagg_proxy.runtime.shutdown import first_of
 from disagg_proxy.server.http_server import listen
 from disagg_proxy.telemetry.aggregate import RetiredTotals, retire, unpack
+from disagg_proxy.telemetry.logs import configure_logging
 from disagg_proxy.workers.channel import Message, Wakeups, new_wakeups
 from disagg_proxy.workers.replay_log import ReplayLog, message_name
 from disagg_proxy.workers.shared_load import RowIndex
@@ -50,8 +54,9 @@ class Supervisor:
         BindError: one of them cannot be bound.
     """
 
-    def __init__(self, config: Config, argv: Sequence[str]) -> None:
-        self._config = config
+    def __init__(self, settings: LiveSettings, argv: Sequence[str]) -> None:
+        self._settings = settings
+        config = self._config = settings.config
         self._listening: socket.socket = listen(config)
         self._mailbox = Mailbox(self._on_pings)
         try:
@@ -85,7 +90,8 @@ class Supervisor:
         self._listener.start()
         killer = loop.create_task(self._kill_in_time())
         try:
-            await asyncio.gather(*(self._keep_running(worker) for worker in self._workers))
+            with on_hangup(partial(self._settings.reload, self._reconfigure)):
+                await asyncio.gather(*(self._keep_running(worker) for worker in self._workers))
         finally:
             for task in (heartbeat, killer):
                 task.cancel()
@@ -108,7 +114,9 @@ class Supervisor:
         """Start ``worker``, and restart it until the shutdown."""
         while not self._shutdown.is_set():
             try:
-                await worker.start(self._memory, self._files, self._listening, partial(self._on_message, worker))
+                await worker.start(
+                    self._memory, self._files, self._listening, partial(self._on_message, worker), self._settings.file
+                )
             except OSError as error:
                 log.error("Cannot start worker %d: %s", worker.worker, error)
             else:
@@ -167,6 +175,19 @@ class Supervisor:
             if message is not None:
                 for worker in self._workers:
                     worker.send(message, ("ping", announcement.http.netloc, announcement.kv.text))
+
+    # -- reload
+
+    def _reconfigure(self) -> None:
+        """Use the settings of a reload here, and have each worker use them and read the files of its parts again."""
+        before, config = self._config, self._settings.config
+        self._config = config
+        configure_logging(config)
+        self._replay_log.expiry = config.instance_expiry
+        if config.allow_register != before.allow_register:
+            self._listener.allow = AllowList(config.allow_register)
+        for worker in self._workers:
+            worker.send(["settings", dict(self._settings.file)])
 
     # -- totals
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from disagg_proxy.cluster.instance import NOT_PROBED, Instance
 from disagg_proxy.cluster.registry import Registry
@@ -63,6 +63,9 @@ class WorkerPeers:
 
     Args:
         env: what the supervisor has passed to this process.
+
+    Attributes:
+        on_settings: called with the configuration file's settings at each reload.
     """
 
     def __init__(self, env: WorkerEnv) -> None:
@@ -83,6 +86,7 @@ class WorkerPeers:
         self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._stop_server: Callable[[bool], None] = lambda at_once: None
         self._clients: Callable[[], int] = lambda: 0
+        self.on_settings: Callable[[Mapping[str, str]], None] = lambda file: None
         self._own.head[RowHeader.PID] = os.getpid()
         self._own.head[RowHeader.INCARNATION] = env.incarnation
         self._own.head[RowHeader.HEARTBEAT] = now()
@@ -150,6 +154,8 @@ class WorkerPeers:
             self._kv_history.on_message(message)
         elif message[0] == "synced":
             self._synced.set()
+        elif message[0] == "settings":
+            self.on_settings(message[1])
         elif message[0] in ("stop", "stop_now"):
             self._stop_server(message[0] == "stop_now")
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import disagg_proxy
@@ -37,6 +37,7 @@ class WorkerEnv:
         incarnation: from 1, one more for each restart.
         memory, listening, channel: descriptors of the shared memory, the HTTP socket and the supervisor's channel.
         wakeups: descriptors of the wake-ups of each worker, and the supervisor's last.
+        settings: the configuration file's settings that are in use, as text; the file may contain others by now.
     """
 
     worker: int
@@ -46,6 +47,7 @@ class WorkerEnv:
     wakeups: tuple[int, ...]
     listening: int
     channel: int
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[int, ...]:
@@ -99,6 +101,7 @@ class WorkerProcess:
         wakeups: Sequence[int],
         listening: socket.socket,
         on_message: Callable[[Message], None],
+        settings: Mapping[str, str],
     ) -> None:
         """Start the next process, in a session of its own: only the supervisor gets the terminal's signals.
 
@@ -108,7 +111,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.incarnation += 1
         files = (memory.file, tuple(wakeups), listening.fileno(), theirs.fileno())
-        env = WorkerEnv(self.worker, len(wakeups) - 1, self.incarnation, *files)
+        env = WorkerEnv(self.worker, len(wakeups) - 1, self.incarnation, *files, settings=dict(settings))
         path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
         self._start_time = time.monotonic()
         try:

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 import aiohttp
 import pytest
 
-from disagg_proxy.config import Config
+from disagg_proxy.config.reload import LiveSettings
 from disagg_proxy.workers.supervisor import Supervisor
-from tests.command import commands
-from tests.conftest import LOCAL, soon
+from tests.command import LOCAL, commands
+from tests.conftest import soon
 from tests.ports import hold_port, may_listen
 
 
@@ -119,7 +119,7 @@ async def test_a_stopped_worker_does_not_keep_the_proxy_from_ending(fleet) -> No
 
 async def test_workers_that_do_not_start_end_the_proxy_with_1(monkeypatch, caplog) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    supervisor = Supervisor(Config(**LOCAL, workers=2), [])
+    supervisor = Supervisor(LiveSettings([], {**LOCAL, "WORKERS": "2"}), [])
     assert await soon(supervisor.run(), 20) == 1
     assert "The workers do not start" in caplog.text
     loop = asyncio.get_running_loop()

@@ -27,15 +27,20 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     """
     parts = services or Services(config)
     app = Quart("disagg_proxy", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
-    app.config["BODY_TIMEOUT"] = config.body_timeout
+
+    def reconfigure(config: Config) -> None:
+        app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+        app.config["BODY_TIMEOUT"] = config.body_timeout
+
+    reconfigure(config)
+    parts.reloads.on_config(reconfigure)
     app.config["RESPONSE_TIMEOUT"] = None
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.url_map.strict_slashes = False
     # A redirect would contain the Host header, which the client chooses.
     app.url_map.merge_slashes = False
     app = install_auth(app, config)
-    install_error_handlers(app, config.max_body_bytes)
+    install_error_handlers(app)
     app.register_blueprint(generation_routes(parts))
     app.register_blueprint(engine_routes(parts))
     app.register_blueprint(status_routes(parts))

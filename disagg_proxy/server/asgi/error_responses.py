@@ -61,14 +61,14 @@ def forwarded(answer: CompleteResponse, request_id: str) -> Response:
     return response
 
 
-def install_error_handlers(app: Quart, max_body_bytes: int) -> None:
+def install_error_handlers(app: Quart) -> None:
     """Turn every exception of a handler into :func:`error_response`."""
 
     async def on_proxy_error(error: ProxyError) -> Response:
         return error_response(error)
 
     async def on_http_error(error: exceptions.HTTPException) -> Response:
-        return error_response(_from_werkzeug(error, max_body_bytes))
+        return error_response(_from_werkzeug(error, app.config["MAX_CONTENT_LENGTH"]))
 
     async def on_exception(error: Exception) -> Response:
         return error_response(internal_error(error))
