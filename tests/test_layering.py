@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "workers": "address cluster config discovery health peer_group runtime server services telemetry",
     "top": "page",
     "serve": "config discovery server services telemetry workers",
+    "check": "config",
     "cli": "config serve",
     "__main__": "cli",
     # Reports of the benchmarks are made without the proxy; the load client is in there.
@@ -113,7 +114,7 @@ LIBRARIES = {
     "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's. The machine asks with the standard library alone.
-    "socket": "serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
+    "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
     "disagg_kv.transport.channel disagg_machine.net",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
     "disagg_kv disagg_report.power disagg_machine.bench.load",
