@@ -1,4 +1,5 @@
-"""Where vLLM versions differ in what a simulated engine imitates. Read in the sources of 0.21 - 0.28 and 0.30 - 0.32.
+"""Where vLLM versions differ in what a simulated engine imitates. Read in the sources of 0.21 - 0.28 and 0.30 - 0.33;
+/v1/responses in 0.19 too.
 
 docs/engine-behaviour.md has the same table. Everything else is as in 0.21.
 """
@@ -28,6 +29,11 @@ class VllmRules:
         created_tokens: chat reports ``created_cache_tokens``, /v1/messages ``cache_creation_input_tokens`` (0.26).
         reads_thinking: /v1/messages reads ``thinking`` and checks its budget (0.31, ``anthropic/protocol.py``,
             ``validate_thinking_budget``); before, the field is ignored.
+        responses_transfer_kv: /v1/responses takes ``kv_transfer_params`` (0.19, ``openai/responses/protocol.py``);
+            before, they are an unknown field.
+        responses_cache_writes: its usage has ``cache_write_tokens`` (0.31).
+        responses_incomplete: an answer that ``max_output_tokens`` ends is streamed to ``response.incomplete`` (0.33,
+            ``openai/responses/serving.py``); before, to ``response.completed``.
         chat_billing: chat leaves Claude Code's billing header out of system messages (0.32,
             ``renderers/chat_utils.py``, ``_strip_claude_code_billing_header``); /v1/messages does so in all versions.
     """
@@ -37,6 +43,9 @@ class VllmRules:
     messages_cache: bool
     created_tokens: bool
     reads_thinking: bool
+    responses_transfer_kv: bool
+    responses_cache_writes: bool
+    responses_incomplete: bool
     chat_billing: bool
 
 
@@ -63,5 +72,8 @@ def rules_of(version: str) -> VllmRules:
         messages_cache=since_24,
         created_tokens=number >= (0, 26),
         reads_thinking=number >= (0, 31),
+        responses_transfer_kv=number >= (0, 19),
+        responses_cache_writes=number >= (0, 31),
+        responses_incomplete=number >= (0, 33),
         chat_billing=number >= (0, 32),
     )
