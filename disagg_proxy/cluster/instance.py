@@ -67,6 +67,8 @@ class Instance:
         boot: id of its process; empty where the connector announces none.
         models: served names in the engine's own order, the first is its default; each with its /v1/models entry.
         max_model_len: tokens of the longest prompt that one of its models accepts; 0 when unknown.
+        version: its vLLM version as /version says it, empty where it does not; None until it was read. Read before it
+            becomes ready, and only where ``kind.computes``.
         salt: hash of its endpoint, the same in every process; rendezvous hashing uses it.
         slot: its row in the memory that the workers of this proxy share; -1 without other workers.
 
@@ -118,6 +120,7 @@ class Instance:
     boot: str = ""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_model_len: int = 0
+    version: str | None = None
     salt: int = field(init=False)
     slot: int = -1
 

@@ -1,4 +1,4 @@
-"""Readiness probes: an instance may serve when its /health and its /v1/models answer 200.
+"""Readiness probes: an instance may serve when its /health and its /v1/models answer 200. /version is read too.
 
 Pings start about 2 s before vLLM's HTTP server answers, and continue when it hangs, so a ping alone admits no instance.
 One task per instance; it ends when the instance is removed, or is LOST and its process has ended. An instance that only
@@ -155,6 +155,8 @@ class Prober:
         try:
             await self._get(instance, "/health")
             models = _models(await self._get(instance, "/v1/models"))
+            if instance.kind.computes and (instance.state is not State.READY or instance.version is None):
+                instance.version = await self._version(instance)
         except _NotServing as refusal:
             instance.probe_failures += 1
             if not refusal.tolerable and instance.last_probe_response is not None:
@@ -163,6 +165,13 @@ class Prober:
                 self._registry.suspend(instance, str(refusal), gone=refusal.gone)
         else:
             self._registry.admit(instance, models)
+
+    async def _version(self, instance: Instance) -> str | None:
+        """What its /version says; empty where it says nothing of the kind, None where it does not answer now."""
+        try:
+            return _version(await self._get(instance, "/version"))
+        except _NotServing as refusal:
+            return None if refusal.tolerable else ""
 
     async def _get(self, instance: Instance, path: str) -> CompleteResponse:
         try:
@@ -183,6 +192,14 @@ class Prober:
         if complete.status != 200:
             raise _NotServing(f"its {path} answers {complete.status}")
         return complete
+
+
+def _version(answer: CompleteResponse) -> str:
+    try:
+        version = json.loads(answer.body)["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return version if isinstance(version, str) else ""
 
 
 def _models(answer: CompleteResponse) -> dict[str, Mapping[str, Any]]:
