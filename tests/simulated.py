@@ -36,6 +36,8 @@ def text_of(answer: dict[str, Any]) -> str:
     """The text of a whole answer, of any route."""
     if "content" in answer:
         return "".join(block["text"] for block in answer["content"])
+    if "output" in answer:
+        return "".join(part["text"] for item in answer["output"] for part in item["content"])
     choice = answer["choices"][0]
     return choice["text"] if "text" in choice else choice["message"]["content"]
 
@@ -46,6 +48,8 @@ def text_of_events(stream: list[Any], index: int = 0) -> str:
     for event in stream:
         if event.get("type") == "content_block_delta":
             text += event["delta"]["text"]
+        if event.get("type") == "response.output_text.delta":
+            text += event["delta"]
         for choice in event.get("choices", ()):
             if choice["index"] == index:
                 text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
@@ -155,12 +159,15 @@ def _idle(state: dict[str, Any]) -> bool:
     )
 
 
+_LAST_TYPES = (b'"message_stop"', b'"response.completed"', b'"response.incomplete"')
+
+
 def events(stream: bytes) -> list[Any]:
     """The JSON of every data line; the stream's own end mark is checked and left out."""
     data = [line.removeprefix(b"data: ") for line in stream.splitlines() if line.startswith(b"data: ")]
     if data[-1] == b"[DONE]":
         return [json.loads(line) for line in data[:-1]]
-    assert b'"message_stop"' in data[-1], data[-1]
+    assert any(end in data[-1] for end in _LAST_TYPES), data[-1]
     return [json.loads(line) for line in data]
 
 

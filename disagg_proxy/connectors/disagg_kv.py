@@ -43,8 +43,8 @@ OPTIONAL = ("kv_digest",)
 """Fields that must be equal where both sides announce them. Engines of older releases do not, so that neither the
 engines nor the proxies must be updated first."""
 
-_USAGE_WAIT = 1.0
-"""Seconds for which an unstreamed answer waits for prefill's count of cached tokens."""
+_PREFILL_WAIT = 1.0
+"""Seconds for which decode's outcome waits for prefill's answer, where it depends on that."""
 
 
 def read(fields: Fields) -> Announced | None:
@@ -162,8 +162,12 @@ class DisaggKvAttempt(RecomputingAttempt):
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Prefill's own answer may arrive a moment after decode's."""
-        if self._leg is not None and tells_cache_use(self.request.route, whole.body):
-            timer = asyncio.get_running_loop().call_later(_USAGE_WAIT, self._leg_ended.set)
+        if tells_cache_use(self.request.route, whole.body):
+            await self.prefill_settled()
+
+    async def prefill_settled(self) -> None:
+        if self._leg is not None:
+            timer = asyncio.get_running_loop().call_later(_PREFILL_WAIT, self._leg_ended.set)
             try:
                 await self._leg_ended
             finally:

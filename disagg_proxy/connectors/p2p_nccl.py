@@ -52,7 +52,8 @@ from disagg_proxy.downstream.refusal import (
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineBusy, EngineError, EngineFailed, EngineFrozen, EngineUnreachable, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
-from disagg_proxy.openai.fields import Route
+from disagg_proxy.openai.fields import RESPONSES, Route
+from disagg_proxy.openai.prepare import responses_refusal
 from disagg_proxy.openai.usage import CachedTokens, UsageRepair, output_tokens, repair_usage
 from disagg_proxy.request_id import RequestIdRewriter, hide
 from disagg_proxy.runtime.fixed_timeouts import FixedTimeouts
@@ -80,6 +81,10 @@ class P2pNccl:
 
     async def run(self, request: Request, placement: Placement, reply: Reply) -> Failure | None:
         """One attempt: see :class:`disagg_proxy.connectors.base.Connector`."""
+        if request.route is RESPONSES:
+            # Sent to a pair of another protocol, while instances of this one registered.
+            placement.release()
+            raise responses_refusal()
         attempt = P2pAttempt(self._engines, request, placement)
         record, prefill, decode = request.record, attempt.prefill_lease.instance, attempt.decode
         try:

@@ -23,10 +23,12 @@ from disagg_proxy.connectors.attempt import Attempt, blame, end_lease, is_failur
 from disagg_proxy.connectors.base import Engines, Failure, Request
 from disagg_proxy.downstream.refusal import BUSY_STATUSES, ClientResponse, engine_busy, prefill_refusal
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.errors import EngineBusy, EngineDeadline, EngineError, ProxyError
+from disagg_proxy.errors import EngineBusy, EngineDeadline, EngineDisconnected, EngineError, ProxyError
 from disagg_proxy.http1.headers import forwarded_response_headers, is_stream
 from disagg_proxy.openai.error_answer import begins_with_error
+from disagg_proxy.openai.fields import RESPONSES
 from disagg_proxy.openai.prefill_answer import error_message, prompt_tokens
+from disagg_proxy.openai.responses_stream import has_output
 from disagg_proxy.openai.usage import UsageRepair, cache_use, output_tokens, repair_usage
 from disagg_proxy.request_id import NoRewriting, RequestId
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
@@ -67,6 +69,11 @@ class RecomputingAttempt(Attempt):
             if prefill is not None and error is self._prefill_busy:
                 self.placement.decode_lease.end()
                 return Failure(error, prefill)
+            if await self._refused_by_both(error):
+                assert self._refusal is not None
+                self.placement.decode_lease.end(failed=None)
+                self.refuse(reply, self._refusal, "prefill")
+                return None
             self.placement.decode_lease.end(failed=None if isinstance(error, EngineBusy) else True)
             return Failure(error, self.decode)
         finally:
@@ -154,6 +161,13 @@ class RecomputingAttempt(Attempt):
         except ProxyError as error:
             self.blame_decode(error)
             raise
+        if self.request.route is RESPONSES and answer.status == 200 and is_stream(answer.headers):
+            # Its first events say nothing of the engine; until it has begun, another decode may serve the request.
+            try:
+                await answer.wait_for_body(has_output)
+            except ProxyError as error:
+                self.blame_decode(error)
+                raise
         if answer.status == 200 and not begins_with_error(answer.beginning):
             self._accepted = True
             self._count_disagreement()
@@ -194,6 +208,20 @@ class RecomputingAttempt(Attempt):
                 repair_usage(request.route, whole.body, self.repair.use),
             )
         )
+
+    async def _refused_by_both(self, error: ProxyError) -> bool:
+        """Whether decode's ``error`` stands for a refusal that prefill has answered properly.
+
+        A stream of /v1/responses has begun before the engine checks the request, and vLLM breaks it off
+        (``openai/responses_stream.py``). Without this a client could have healthy instances ejected that way.
+        """
+        if self.request.route is not RESPONSES or not isinstance(error, EngineDisconnected):
+            return False
+        await self.prefill_settled()
+        return self._refusal is not None
+
+    async def prefill_settled(self) -> None:
+        """Wait a moment for prefill's answer, where it is not awaited before decode's."""
 
     async def prompt_counted(self, whole: CompleteResponse) -> None:
         """Wait until :attr:`repair` knows the cached tokens, if they are to be corrected in ``whole``."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
-from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.selection import PlacementPreference, Selection
 from disagg_proxy.config import Config
@@ -25,9 +25,9 @@ from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import NoPair, ProxyError, Unavailable, UnknownModel
 from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of
-from disagg_proxy.openai.fields import Route
+from disagg_proxy.openai.fields import RESPONSES, Route, responses_transfer_kv
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
-from disagg_proxy.openai.prepare import Prepared, prepare
+from disagg_proxy.openai.prepare import Prepared, prepare, responses_refusal
 from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.telemetry.stats import Stats
@@ -177,14 +177,24 @@ class Coordinator:
         if head.session and self.wanted.session:
             name = session_name(head.session.decode("latin-1"))
         traits = Traits(tokens, shared.prefix, shared.size, shared.home, name)
-        demand = Demand(prepared.model, self._preference(prepared, tokens), kv_tokens, traits)
+        demand = Demand(prepared.model, self._preference(head.route, prepared, tokens), kv_tokens, traits)
         return Request(head.route, lines, prepared, record, tokens, demand)
 
-    def _preference(self, prepared: Prepared, tokens: int) -> PlacementPreference:
-        if prepared.refusal is not None:
+    def _pairs_respond(self) -> bool:
+        """Whether any pair of instances may serve /v1/responses, in whatever order they become ready."""
+        return all(
+            i.kind.computes and (i.state is not State.READY or responses_transfer_kv(i.version))
+            for i in self._registry.instances()
+        )
+
+    def _preference(self, route: Route, prepared: Prepared, tokens: int) -> PlacementPreference:
+        refusal = prepared.refusal
+        if refusal is None and route is RESPONSES and not self._pairs_respond():
+            refusal = responses_refusal()
+        if refusal is not None:
             # Where only such a decode is down, the same request may succeed later.
             if not any(i.kind.computes and i.role is Role.DECODE for i in self._registry.instances()):
-                raise prepared.refusal
+                raise refusal
             return PlacementPreference.ALONE
         config = self._engines.config
         if tokens < config.decode_alone_below:

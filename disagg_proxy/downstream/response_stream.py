@@ -30,6 +30,10 @@ _MAX_FINAL_EVENT: Final = 64
 """Bytes of the last event of a stream, which has no token counts: ``[DONE]``, ``message_stop``."""
 
 
+_MAX_LINE: Final = 4096
+"""Bytes that are kept of an event that arrives in several reads, as the last one of /v1/responses: it repeats the whole
+answer, with usage behind it."""
+
 _ENDED_WITH_ERROR: Final = "The decode instance ended its stream with an error."
 
 
@@ -74,6 +78,7 @@ class ResponseStream:
         "_answer",
         "_finished",
         "_last",
+        "_line",
         "_paused",
         "_pending",
         "_progress",
@@ -104,7 +109,7 @@ class ResponseStream:
         self._progress = pending.progress
         self._record = record
         self._unseen = record.first_sample
-        self._last = b""
+        self._last = self._line = b""
         self._sink: StreamSink | None = None
         self._write: Callable[[bytes], None] = _discard
         self._write_framed: Callable[[bytes], None] | None = None
@@ -130,6 +135,8 @@ class ResponseStream:
         if data[-1] == _LINE_END and not rewriter.held and not repair.held and data.find(repair.key) < 0:
             self._write(data.replace(rewriter.internal, rewriter.public) if rewriter.internal else data)
             return
+        if data[-1] != _LINE_END:
+            self._line = (self._line + data)[-_MAX_LINE:]
         data = repair.feed(rewriter.feed(data))
         if data:
             self._write(data)
@@ -227,7 +234,8 @@ class ResponseStream:
         self._finished = True
         # Break the reference cycles, so that a finished stream is freed without the garbage collector.
         self._write, self._sink, self._write_framed = _discard, None, None
-        record, last, self._last = self._record, self._last, b""
+        record, last = self._record, self._line + self._last
+        self._line = self._last = b""
         record.end_of_stream(self._unseen)
         record.output_tokens = output_tokens(last)
         if record.prompt_tokens is None:

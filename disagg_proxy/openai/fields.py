@@ -7,6 +7,7 @@ not named here pass unchanged.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,10 +31,15 @@ COMPLETIONS = Route("/v1/completions", "completions")
 CHAT = Route("/v1/chat/completions", "chat")
 MESSAGES = Route("/v1/messages", "messages")
 RESPONSES = Route("/v1/responses", "responses")
-"""Only for a decode that computes the prompt: vLLM takes the engine's request id of this route from the body."""
+"""Never for P2pNcclConnector: vLLM takes the engine's request id of this route from the body, not from X-Request-Id."""
 ROUTES = (COMPLETIONS, CHAT, MESSAGES)
-"""Routes that a pair serves."""
+"""Routes that every pair serves."""
 GENERATION = (*ROUTES, RESPONSES)
+
+_RESPONSES_TRANSFER = (0, 19)
+"""The first vLLM whose /v1/responses takes ``kv_transfer_params`` (``entrypoints/openai/responses/protocol.py``)."""
+
+_VERSION = re.compile(r"(\d+)\.(\d+)")
 
 _STEERING = ("kv_transfer_params", "ec_transfer_params", "request_id")
 """Fields that control the transfer of KV or encoder caches, or name the engine's request. Clients must not set them."""
@@ -57,6 +63,16 @@ def strip(body: Body) -> bool:
     return found
 
 
+def responses_transfer_kv(version: str | None) -> bool:
+    """Whether /v1/responses of an engine takes ``kv_transfer_params``. Older ones ignore the field.
+
+    Args:
+        version: of vLLM, such as 0.33.0; None or any other text where it is not known.
+    """
+    found = _VERSION.match(version or "")
+    return found is not None and (int(found[1]), int(found[2])) >= _RESPONSES_TRANSFER
+
+
 def drop_null_limit(route: Route, body: Body) -> bool:
     """Remove, in place, a ``max_tokens`` of null from a body for /v1/completions. Returns whether there was one.
 
@@ -73,6 +89,14 @@ def drop_null_limit(route: Route, body: Body) -> bool:
 def for_prefill(route: Route, body: Body) -> Body:
     """Prefill's body: compute the prompt and one token per choice."""
     changed = dict(body)
+    if route.dialect == "responses":
+        # Never streamed: its first events precede the engine's output, and no answer is parsed strictly (vLLM 0.19 and
+        # newer, ``entrypoints/openai/responses/serving.py``).
+        changed |= {"stream": False, "store": False}
+        changed.pop("background", None)
+        if body.get("max_output_tokens") is None or _at_least_one(body["max_output_tokens"]):
+            changed["max_output_tokens"] = 1
+        return changed
     if _at_least_one(body.get("max_tokens")) or (route.dialect != "messages" and body.get("max_tokens") is None):
         changed["max_tokens"] = 1
     # vLLM up to 0.14 reads `max_completion_tokens or max_tokens`, later versions whichever is not None.

@@ -32,6 +32,13 @@ _BILLING = "x-anthropic-billing-header"
 (0.32, ``entrypoints/anthropic/serving.py``; on chat ``renderers/chat_utils.py``,
 ``_strip_claude_code_billing_header``)."""
 
+_SYSTEM = {"messages": "system", "responses": "instructions"}
+"""The field of the system prompt where it is none of the messages, by dialect."""
+
+_RENDERED = ("role", "content")
+_RENDERED_OF_ITEM = (*_RENDERED, "type")
+"""Fields of a message that are hashed as such, and that of an input item. The others follow them."""
+
 _HOME = 1024
 """Bytes that identify a conversation where the request has no messages."""
 
@@ -51,7 +58,7 @@ class Affinity(NamedTuple):
         prefix: hashes of its prefixes, the shortest first. size: bytes of the complete prompt.
         home: hash of what stays the same through a conversation: tools, system and first message. None for prompts
             shorter than the shortest prefix, whose KV is not worth finding again.
-        user: hash of the body's ``user`` (chat, completions) or ``metadata.user_id`` (messages).
+        user: hash of the body's ``user`` (chat, completions, responses) or ``metadata.user_id`` (messages).
     """
 
     prefix: tuple[int, ...] = ()
@@ -137,9 +144,15 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
     tools = body.get("tools")
     if isinstance(tools, list):
         parts.extend(map(_dumped, tools))
-    if route.dialect == "messages" and body.get("system"):
-        parts += "\0system\0", _system_text(route, body["system"])
+    system = body.get(_SYSTEM.get(route.dialect, ""))
+    if system:
+        parts += "\0system\0", _system_text(route, system)
     messages = body.get("messages")
+    if route.dialect == "responses":
+        messages = body.get("input")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+    rendered = _RENDERED_OF_ITEM if route.dialect == "responses" else _RENDERED
     length, unread, first = sum(map(len, parts)), 0, 0
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
@@ -154,8 +167,8 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
         else:
             text = content if isinstance(content, str) else _text(content)
         parts += "\0", role, "\0", text
-        if len(message) > 2:
-            parts.append(_dumped([value for name, value in message.items() if name not in ("role", "content")]))
+        if len(message) > 2 and (rest := [v for name, v in message.items() if name not in rendered]):
+            parts.append(_dumped(rest))
         length += len(text)
         if not first and role not in ("system", "developer"):
             first = len(parts)

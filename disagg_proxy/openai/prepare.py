@@ -118,7 +118,7 @@ def prepare(route: Route, raw: bytes, wanted: AffinityNeeds | None = None) -> Pr
 def _prepare(route: Route, raw: bytes, body: Body, wanted: AffinityNeeds | None) -> Prepared:
     model = model_of(body)
     if route is RESPONSES:
-        return _for_decode_alone(model, body, encode(body) if strip(body) else raw)
+        return _responses(model, body, encode(body) if strip(body) else raw, wanted)
     prefill_answers = unsupported.wants_prompt_logprobs(route, body)
     refusal: UnsupportedField | None = None
     try:
@@ -146,10 +146,28 @@ def _prepare(route: Route, raw: bytes, body: Body, wanted: AffinityNeeds | None)
     )
 
 
-def _for_decode_alone(model: str | None, body: Body, raw: bytes) -> Prepared:
-    refusal = NotServed(f"{RESPONSES.path} is not served: {unsupported.NO_RESPONSES}.")
-    size = prompt_size(RESPONSES, body)
-    return Prepared(model, b"", raw, streams=bool(body.get("stream")), prompt=size, refusal=refusal)
+def _responses(model: str | None, body: Body, raw: bytes, wanted: AffinityNeeds | None) -> Prepared:
+    refusal: ProxyError | None = None
+    try:
+        unsupported.check(RESPONSES, body)
+    except UnsupportedField as error:
+        refusal = responses_refusal(error.message)
+    limit = body.get("max_output_tokens")
+    return Prepared(
+        model,
+        encode(for_prefill(RESPONSES, body)),
+        raw,
+        limit=limit if type(limit) is int else lax_int(limit) or 0,
+        streams=bool(body.get("stream")),
+        prompt=prompt_size(RESPONSES, body),
+        refusal=refusal,
+        affinity=NO_AFFINITY if wanted is None else affinity(RESPONSES, body, wanted),
+    )
+
+
+def responses_refusal(why: str = "") -> NotServed:
+    """The 501 where no engine can serve a request for /v1/responses; ``why`` a pair cannot, as a sentence."""
+    return NotServed(f"{RESPONSES.path} is not served: {unsupported.NO_RESPONSES}.{why and ' ' + why}")
 
 
 def parse_object(raw: bytes) -> Body:

@@ -23,6 +23,8 @@ NO_RESPONSES = (
     "use /v1/chat/completions, or engines of this project's connector (docs/connector.md)"
 )
 
+_STATEFUL = "needs one engine that keeps its state"
+
 _EMBEDDINGS = ("prompt_embeds", "image_embeds", "audio_embeds")
 
 
@@ -33,17 +35,44 @@ def check(route: Route, body: Body) -> None:
         BadRequest: vLLM would fail too, but only after the prefill.
         UnsupportedField: only a single engine can serve it.
     """
-    _limits(route, body)
+    if route.dialect == "responses":
+        _one_engine(body)
+    else:
+        _limits(route, body)
     if not _CHECKED_TOGETHER.isdisjoint(body):
         _engine_requests(body)
         _prompt_differs(body)
-    messages = body.get("messages")
+    messages = body.get("input" if route.dialect == "responses" else "messages")
     if messages is None:
         return
     for part in _content_parts(messages):
         _media(part)
         if route.dialect == "messages" and part.get("type") == "tool_use" and not part.get("id"):
             raise BadRequest("Every tool_use block needs its id.", param="messages")
+
+
+def _one_engine(body: Body) -> None:
+    """Requests for /v1/responses that depend on what one engine stores, or that become several engine requests.
+
+    A built-in tool makes vLLM send the engine one request for each call, all with the ``kv_transfer_params`` of the
+    first (0.33, ``entrypoints/openai/responses/serving.py``, ``_generate_with_builtin_tools``).
+    """
+    for name in ("background", "previous_response_id"):
+        if body.get(name) not in (None, False):
+            raise UnsupportedField(f"{name} {_STATEFUL}.", param=name)
+    tools = body.get("tools")
+    for tool in tools if isinstance(tools, list) else ():
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise UnsupportedField(f"A built-in tool {_STATEFUL}; functions need none.", param="tools")
+    if body.get("truncation", "disabled") != "disabled":
+        # As a negative truncate_prompt_tokens (``build_tok_params``); null counts as "auto".
+        raise UnsupportedField(
+            "truncation depends on max_output_tokens, which is not the same for prefill and decode.", param="truncation"
+        )
+    given = body.get("input")
+    for item in given if isinstance(given, list) else ():
+        if isinstance(item, dict) and item.get("type") == "item_reference":
+            raise UnsupportedField(f"An item_reference {_STATEFUL}.", param="input")
 
 
 def _limits(route: Route, body: Body) -> None:
@@ -122,7 +151,10 @@ def prompt_logprobs_refused(body: Body) -> UnsupportedField:
 
 def _content_parts(messages: Any) -> Iterator[dict[str, Any]]:
     for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(message, dict):
+            continue
+        # The second is that of a tool's result on /v1/responses.
+        content = message.get("content", message.get("output"))
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict):
                 yield part

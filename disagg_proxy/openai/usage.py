@@ -1,7 +1,7 @@
 """Correcting the cached prompt tokens in ``usage``.
 
 With ``--enable-prompt-tokens-details`` vLLM reports how much of the prompt came from a cache. Decode counts the KV that
-came from prefill as cached, so its figures are about the whole prompt; the true ones are prefill's. Two spellings:
+came from prefill as cached, so its figures are about the whole prompt; the true ones are prefill's. Three spellings:
 
 - completions and chat: ``prompt_tokens_details``, an object with ``cached_tokens`` and, on chat (0.32, 0.33),
   ``created_cache_tokens``, the tokens that were written to the prefix cache. Up to 0.23 there is none when nothing was
@@ -9,6 +9,8 @@ came from prefill as cached, so its figures are about the whole prompt; the true
 - messages (0.32, 0.33, ``entrypoints/anthropic/serving.py``, ``_build_anthropic_usage``): ``cache_read_input_tokens``
   and ``cache_creation_input_tokens`` beside ``input_tokens``, which is the *rest* of the prompt. Up to 0.23
   ``input_tokens`` is the whole prompt and the others are never set. vLLM writes ``input_tokens`` first.
+- responses (0.19 - 0.33, ``entrypoints/openai/responses/protocol.py``): ``input_tokens_details``, always there, with
+  ``cached_tokens``, the same once more in ``cached_tokens_per_turn`` and, from 0.31 on, ``cache_write_tokens``.
 
 The text of a key can only be that key: within a JSON string its quotes would be escaped. In a complete answer to
 /v1/messages the arguments of a tool call are JSON that the model wrote, so only the last key counts there: ``usage``
@@ -46,6 +48,7 @@ class _Spelling(NamedTuple):
     Attributes:
         key: what is searched for. fields: the flat part of its object behind it, as the only group.
         cached, created, rest: one number each; ``rest`` is what the prompt has beyond the other two.
+        turn: ``cached`` as the only number of a list.
     """
 
     key: bytes
@@ -53,6 +56,7 @@ class _Spelling(NamedTuple):
     cached: re.Pattern[bytes]
     created: re.Pattern[bytes]
     rest: re.Pattern[bytes] | None = None
+    turn: re.Pattern[bytes] | None = None
 
 
 _OPENAI: Final = _Spelling(
@@ -70,8 +74,18 @@ _ANTHROPIC: Final = _Spelling(
 )
 
 
+_RESPONSES: Final = _Spelling(
+    b'"input_tokens_details"',
+    re.compile(rb'"input_tokens_details"\s*:\s*\{([^{}]*)[{}]'),
+    re.compile(rb'"cached_tokens' + _NUMBER),
+    re.compile(rb'"cache_write_tokens' + _NUMBER),
+    turn=re.compile(rb'"cached_tokens_per_turn"\s*:\s*\[\s*(\d{1,18})\s*\]'),
+)
+_OTHERS: Final = {"messages": _ANTHROPIC, "responses": _RESPONSES}
+
+
 def _spelling(route: Route) -> _Spelling:
-    return _ANTHROPIC if route.dialect == "messages" else _OPENAI
+    return _OTHERS.get(route.dialect, _OPENAI)
 
 
 def _found(pattern: re.Pattern[bytes], text: bytes) -> int | None:
@@ -98,7 +112,9 @@ def repair_usage(route: Route, body: bytes, use: CachedTokens | None) -> bytes:
     """Decode's complete answer with its cache figures replaced by prefill's; unchanged where ``use`` is None."""
     if use is None:
         return body
-    at = max(0, body.rfind(_ANTHROPIC.key)) if route.dialect == "messages" else 0
+    # Before the usage of these two there may be JSON of the model's, or of the client's tools.
+    other = _OTHERS.get(route.dialect)
+    at = 0 if other is None else max(0, body.rfind(other.key))
     repair = UsageRepair(route, use)
     return b"".join((body[:at], repair.feed(body[at:]), repair.end()))
 
@@ -111,6 +127,8 @@ def _corrected(spelling: _Spelling, fields: bytes, use: CachedTokens) -> bytes:
     now = (created or 0) if use.created is None or created is None else use.created
     rest = None if spelling.rest is None else _found(spelling.rest, fields)
     fields = _with(spelling.cached, fields, use.cached)
+    if spelling.turn is not None:
+        fields = _with(spelling.turn, fields, use.cached)
     if created is not None:
         fields = _with(spelling.created, fields, now)
     if spelling.rest is not None and rest is not None:

@@ -21,6 +21,7 @@ from tests.e2e.together import (
     COMPLETIONS,
     PROMPT,
     REQUESTS,
+    RESPONSES,
     RIGHT,
     ROUTES,
     TOKENS,
@@ -86,7 +87,8 @@ async def test_every_route(machine: Machine, pair, path: str, stream: bool) -> N
         assert text_of(answer) == RIGHT[path] and not answer.get("kv_transfer_params")
     assert external(decode) >= TOKENS - 1 and computed(decode) == 1
     (to_prefill,), (to_decode,) = transfers(prefill, path), transfers(decode, path)
-    assert to_prefill["do_remote_decode"] is True and prefill.received(path)[0].json["max_tokens"] == 1
+    assert to_prefill["do_remote_decode"] is True
+    assert prefill.received(path)[0].json["max_output_tokens" if path == RESPONSES else "max_tokens"] == 1
     assert to_decode["do_remote_prefill"] is True and to_decode["remote_port"] == int(
         prefill.kv_address.rpartition(":")[2]
     )

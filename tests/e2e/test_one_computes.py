@@ -1,4 +1,4 @@
-"""Routes that only an engine can serve that computes without a pair: pooling, and /v1/responses."""
+"""Routes that only an engine can serve that computes without a pair: pooling."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from disagg_sim import SimEngine, expected_chat_text
+from disagg_sim import SimEngine
 from disagg_sim.pooling_api import embedding
 from tests.conftest import soon
-from tests.e2e.together import OWN, clean, settings
-from tests.simulated import Machine, events
+from tests.e2e.together import OWN, RESPONSES, clean, settings
+from tests.simulated import Machine
 
-EMBEDDINGS, RESPONSES = "/v1/embeddings", "/v1/responses"
+EMBEDDINGS = "/v1/embeddings"
 EMBED: dict[str, Any] = {"model": "sim-model", "input": ["one", "two"]}
-RESPOND: dict[str, Any] = {"model": "sim-model", "input": "Where is it?", "max_output_tokens": 8}
-RIGHT = expected_chat_text([{"role": "user", "content": "Where is it?"}], 8)
 
 
 @pytest.fixture
@@ -95,38 +93,6 @@ async def test_keys(machine: Machine) -> None:
 async def test_clients_cannot_steer_the_engine(machine: Machine, pair) -> None:
     steering = {"kv_transfer_params": {"transfer_id": "x", "from": "127.0.0.1:1"}, "request_id": "x"}
     assert (await embed(machine, {**EMBED, **steering}))[0] == 200
-    await soon(machine.post(RESPONSES, {**RESPOND, **steering}))
+    await soon(machine.post(RESPONSES, {"model": "sim-model", "input": "x", "background": True, **steering}))
     for engine, path in zip(pair, (EMBEDDINGS, RESPONSES), strict=True):
         assert not steering.keys() & engine.received(path)[0].json.keys()
-
-
-# -- responses
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_decode_responds_alone(machine: Machine, pair, stream: bool) -> None:
-    prefill, decode = pair
-    if stream:
-        _, headers, raw = await machine.send(RESPONSES, {**RESPOND, "stream": True})
-        assert headers["Content-Type"].startswith("text/event-stream")
-        lines = [line for line in raw.splitlines() if line.startswith(b"data: ")]
-        deltas = [event.get("delta", "") for event in events(b"\n".join([*lines, b"data: [DONE]"]))]
-        assert "".join(deltas) == RIGHT
-    else:
-        status, _, answer = await machine.post(RESPONSES, RESPOND)
-        assert status == 200 and answer["output"][0]["content"][0]["text"] == RIGHT
-    assert decode.received(RESPONSES) and not prefill.received(RESPONSES)
-    await clean(machine, *pair)
-
-
-async def test_responses_wait_for_such_a_decode(machine: Machine, pair) -> None:
-    """A 501 would say that it can never be served."""
-    await machine.kill(pair[1])
-    status, _, answer = await machine.post(RESPONSES, RESPOND)
-    assert status == 503, answer
-
-
-@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-async def test_stored_responses_are_not_served(machine: Machine, pair, method: str) -> None:
-    async with machine.http.request(method, f"{machine.proxy.url}{RESPONSES}/resp_1") as answer:
-        assert answer.status == 501 and "whole conversation" in (await answer.json())["error"]["message"]

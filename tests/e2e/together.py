@@ -15,12 +15,13 @@ OWN = {"connector": "disagg_kv"}
 PROMPT = " ".join(f"word{n}" for n in range(20))
 TOKENS = len(encode(PROMPT))
 CHAT = [{"role": "user", "content": PROMPT}]
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
 ASK: dict[str, Any] = {"model": "sim-model", "prompt": PROMPT, "max_tokens": 8}
 REQUESTS: dict[str, dict[str, Any]] = {
     COMPLETIONS: ASK,
     "/v1/chat/completions": {"model": "sim-model", "messages": CHAT, "max_tokens": 8},
     "/v1/messages": {"model": "sim-model", "messages": CHAT, "max_tokens": 8},
+    RESPONSES: {"model": "sim-model", "input": PROMPT, "max_output_tokens": 8},
 }
 RIGHT = {
     path: expected_text(PROMPT, 8) if "prompt" in body else expected_chat_text(CHAT, 8)
