@@ -53,17 +53,32 @@ async def test_what_the_model_cannot_do_harms_nobody(trio, proxy, path: str) -> 
     assert (await ask(proxy, COMPLETIONS, {"prompt": trio.prompt(40), "max_tokens": 3}))[0] == 200
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_responses_are_decodes_alone(trio, proxy, stream: bool) -> None:
+async def test_responses(trio, proxy, stream: bool, alone: bool) -> None:
+    """The prompt is new each time, so that decode's own cache has nothing of it."""
     before = await external(trio)
-    body = {"input": "Where is San Francisco?", "max_output_tokens": 8, "stream": stream}
+    text = (
+        f"{stream} {alone}: where is San Francisco, and how far is it from there to Los Angeles by train and on foot?"
+    )
+    body = {"input": text, "max_output_tokens": 8, "stream": stream, "truncation": "auto" if alone else "disabled"}
     status, _, answer = await ask(proxy, "/v1/responses", body)
     assert status == 200, answer
     if stream:
-        assert (b"response.output_text.delta" in answer and b"response.completed" in answer) or b"incomplete" in answer
-    else:
-        assert answer["usage"]["output_tokens"] == 8 or answer["status"] == "completed"
-    assert await external(trio) == before
+        events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith(b"data: ")]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert events[-1]["type"] in ("response.completed", "response.incomplete")
+        answer = events[-1]["response"]
+    usage = answer["usage"]
+    assert usage["output_tokens"] == 8 and usage["input_tokens_details"]["cached_tokens"] < usage["input_tokens"] - 1
+    message = {"model": "tiny", "temperature": 0, "ignore_eos": True, **body, "stream": False}
+    assert _said(await trio.plain.post(message, "/v1/responses")) == _said(answer)
+    loaded = await external(trio) - before
+    assert loaded == 0 if alone else loaded >= usage["input_tokens"] - 32
+
+
+def _said(answer: Any) -> list[str]:
+    return [part["text"] for item in answer["output"] for part in item.get("content") or ()]
 
 
 @pytest.mark.parametrize("length", [3, 32, 33, 100, 300, 700])

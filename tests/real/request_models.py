@@ -14,8 +14,14 @@ from typing import Any
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-MODELS = {"completions": CompletionRequest, "chat": ChatCompletionRequest, "messages": AnthropicMessagesRequest}
+MODELS = {
+    "completions": CompletionRequest,
+    "chat": ChatCompletionRequest,
+    "messages": AnthropicMessagesRequest,
+    "responses": ResponsesRequest,
+}
 LIMIT = 100
 """Output tokens where the request does not limit them."""
 
@@ -26,8 +32,10 @@ def refused(dialect: str, body: str) -> str | None:
         request = MODELS[dialect].model_validate(json.loads(body))
         sampling = getattr(request, "to_sampling_params", None)
         if sampling is not None:
-            limit = getattr(request, "max_completion_tokens", None) or request.max_tokens or LIMIT
-            given: dict[str, Any] = {"max_tokens": limit, "default_sampling_params": {}}
+            names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+            limit = next((found for name in names if (found := getattr(request, name, None))), LIMIT)
+            # The second is the name on /v1/responses.
+            given: dict[str, Any] = {"max_tokens": limit, "default_max_tokens": LIMIT, "default_sampling_params": {}}
             needed = inspect.signature(sampling).parameters.items()
             sampling(**{n: given.get(n) for n, p in needed if n in given or p.default is inspect.Parameter.empty})
     except Exception as error:

@@ -16,7 +16,7 @@ import pytest
 
 from disagg_proxy.connectors import disagg_kv, nixl
 from disagg_proxy.errors import BadRequest
-from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES, Route
+from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Route
 from disagg_proxy.openai.prepare import Prepared, prepare
 from tests.real.conftest import PYTHON
 
@@ -32,7 +32,18 @@ _TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "o
 _SCHEMA = {"type": "object"}
 
 CHANGED = frozenset(
-    ("stream", "stream_options", "max_tokens", "max_completion_tokens", "min_tokens", "thinking", "tool_choice")
+    (
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "min_tokens",
+        "thinking",
+        "tool_choice",
+        "max_output_tokens",
+        "store",
+        "background",
+    )
 )
 """Fields that are changed on a leg, or decide about one that is."""
 
@@ -81,11 +92,37 @@ _MESSAGES: dict[str, list[Any]] = {
     "stop_sequences": [["a"]], "temperature": [0.5], "top_k": [3], "top_p": [0.5], "metadata": [{"user_id": "u"}],
     "cache_salt": ["x" * 43], "vllm_xargs": [{"a": 1}], "chat_template_kwargs": [{"a": 1}],
 }  # fmt: skip
+_FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": True}
+_RESPONSES: dict[str, list[Any]] = {
+    "stream": [True, False, None], "max_output_tokens": [1, 64, None], "store": [True, False, None],
+    "background": [True, False, None], "truncation": ["auto", "disabled", None], "previous_response_id": ["resp_1"],
+    "instructions": ["s"], "temperature": [0, 1.5, None], "top_p": [0.5], "top_k": [5], "min_p": [0.1],
+    "presence_penalty": [1], "frequency_penalty": [1], "repetition_penalty": [1.1], "seed": [1, None],
+    "stop": ["a", ["a", "b"], None], "stop_token_ids": [[1]], "ignore_eos": [True], "logit_bias": [{"1": 3}],
+    "include": [["message.output_text.logprobs"]], "top_logprobs": [5, 0], "max_tool_calls": [3],
+    "metadata": [{"a": "b"}], "user": ["u"], "priority": [0, 5], "cache_salt": ["x" * 43], "vllm_xargs": [{"a": 1}],
+    "tools": [[_FUNCTION], [{"type": "web_search_preview"}]], "parallel_tool_calls": [False],
+    "tool_choice": ["auto", "none", "required", {"type": "function", "name": "f"}], "watermarking": [True],
+    "reasoning": [{"effort": "low"}], "include_reasoning": [False], "service_tier": ["auto"], "session_id": ["s"],
+    "text": [{"format": {"type": "json_schema", "name": "x", "schema": _SCHEMA}}, {"format": {"type": "text"}}],
+    "structured_outputs": [{"json": _SCHEMA}], "skip_special_tokens": [False], "include_stop_str_in_output": [True],
+    "chat_template_kwargs": [{"a": 1}], "mm_processor_kwargs": [{"a": 1}], "enable_response_messages": [True],
+    "media_io_kwargs": [{"image": {"a": 1}}], "prompt_cache_key": ["k"], "request_id": ["resp_2"],
+    "input": [
+        [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        [
+            {"role": "user", "content": "hi"},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+    ],
+}  # fmt: skip
 _USER = [{"role": "user", "content": "hi"}]
 ROUTES: list[tuple[Route, dict[str, Any], dict[str, list[Any]]]] = [
     (COMPLETIONS, {"model": "m", "prompt": "x"}, _COMPLETIONS),
     (CHAT, {"model": "m", "messages": _USER}, _CHAT),
     (MESSAGES, {"model": "m", "messages": _USER, "max_tokens": 2000}, _MESSAGES),
+    (RESPONSES, {"model": "m", "input": "x"}, _RESPONSES),
 ]
 _PARAMS = (
     b'{"kv_transfer_params":{"do_remote_prefill":true,"remote_engine_id":"e","remote_request_id":"r",'
@@ -112,16 +149,15 @@ def ask_vllm(bodies: list[tuple[str, str]]) -> dict[str, Any]:
     return found
 
 
-def legs(prepared: Prepared) -> dict[str, bytes]:
-    """The bodies of each connector's legs by name."""
+def legs(route: Route, prepared: Prepared) -> dict[str, bytes]:
+    """The bodies of each connector's legs by name; engines of P2pNcclConnector never get /v1/responses."""
     prefill, decode = prepared.prefill_body, prepared.decode_body
     bodies = {
-        "prefill (p2p_nccl)": prefill,
-        "decode": decode,
         "prefill (disagg_kv)": disagg_kv.for_prefill(prefill, "t"),
         "decode (disagg_kv)": disagg_kv.for_decode(decode, "t", "127.0.0.1:1"),
-        "KV release": prepared.kv_release_body,
     }
+    if route is not RESPONSES:
+        bodies |= {"prefill (p2p_nccl)": prefill, "decode": decode, "KV release": prepared.kv_release_body}
     if nixl.fits(prepared):
         bodies |= {"prefill (nixl)": nixl.for_prefill(prefill), "decode (nixl)": nixl.for_decode(decode, _PARAMS)}
     return bodies
@@ -156,7 +192,7 @@ def test_both_legs_of_what_vllm_accepts_are_accepted() -> None:
                 continue
             if prepared.refusal is None:
                 served += 1
-                for leg, body in legs(prepared).items():
+                for leg, body in legs(route, prepared).items():
                     sent.setdefault((route.dialect, body.decode()), f"{leg} of {changed}")
         assert served > len(list(combinations(fields))) / 3
     errors = ask_vllm(list(sent))["errors"]

@@ -149,3 +149,16 @@ def test_p2p_nccl_ends_with_0_23() -> None:
     SimConfig(version="0.23.1")
     with pytest.raises(SimConfigError, match=r"0\.24\.0 has no P2pNcclConnector"):
         SimConfig(version="0.24.0")
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"])
+async def test_responses(version: str) -> None:
+    assert rules_of(version).responses_transfer_kv is (version >= "0.19")
+    body = {"model": "sim-model", "input": "a" * 100, "max_output_tokens": 3}
+    async with engine(version) as post:
+        _, answer = await post("/v1/responses", body)
+        _, again = await post("/v1/responses", body)
+    assert answer["status"] == "incomplete" and answer["kv_transfer_params"] is None
+    details = [one["usage"]["input_tokens_details"] for one in (answer, again)]
+    assert details[0]["cached_tokens"] == 0 < details[1]["cached_tokens"]
+    assert [d.get("cache_write_tokens") for d in details] == ([LENGTH - REST, 0] if version >= "0.31" else [None, None])
