@@ -28,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and not argv[0].startswith("-"):
         command, argv = argv[0], argv[1:]
         if command in COMMANDS:
-            return int(importlib.import_module(COMMANDS[command].module).main(argv))
+            try:
+                module = importlib.import_module(COMMANDS[command].module)
+            except KeyboardInterrupt:
+                # Imports take a second; later the command itself decides.
+                return 130
+            return int(module.main(argv))
         if command != SERVE:
             there = ", ".join((SERVE, *COMMANDS))
             print(f"disagg-proxy: no such command: {command!r}; commands: {there} (see --help)", file=sys.stderr)

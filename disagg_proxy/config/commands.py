@@ -27,5 +27,6 @@ COMMANDS: dict[str, Command] = {
     "sim": Command("disagg_sim.cli", "simulated vLLM engines that need no GPU"),
     "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
     "bench": Command("disagg_report.cli", "latency and goodput at rising request rates, as a report"),
+    "demo": Command("disagg_sim.chaos.demo", "a minute of it without a GPU: proxy, simulated engines, load, a freeze"),
     "chaos": Command("disagg_sim.chaos.cli", "a proxy and simulated engines under load and injected faults"),
 }

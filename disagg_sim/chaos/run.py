@@ -75,7 +75,7 @@ async def run(options: Options) -> Report:
         visitors = Clients(machine.url, DEADLINE)
         maker = TroubleMaker(machine, visitors.now, supervised=options.supervisor)
         supervisor = asyncio.ensure_future(machine.supervise() if options.supervisor else asyncio.sleep(0))
-        await _execute(plan, visitors, maker)
+        await execute(plan, visitors, maker)
         report.seconds = visitors.now()
         report.busy = await machine.until_idle(_QUIET)
         if not await machine.until_ready(15):
@@ -98,7 +98,9 @@ async def run(options: Options) -> Report:
     return report
 
 
-async def _execute(plan: Plan, visitors: Clients, maker: TroubleMaker) -> None:
+async def execute(plan: Plan, visitors: Clients, maker: TroubleMaker) -> None:
+    """Send the requests and inject the faults of ``plan`` at their times; returns when all have ended."""
+
     async def at(time: float, work: Coroutine[Any, Any, Any]) -> None:
         try:
             await asyncio.sleep(time - visitors.now())
