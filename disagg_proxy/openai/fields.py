@@ -89,14 +89,6 @@ def drop_null_limit(route: Route, body: Body) -> bool:
 def for_prefill(route: Route, body: Body) -> Body:
     """Prefill's body: compute the prompt and one token per choice."""
     changed = dict(body)
-    if route.dialect == "responses":
-        # Never streamed: its first events precede the engine's output, and no answer is parsed strictly (vLLM 0.19 and
-        # newer, ``entrypoints/openai/responses/serving.py``).
-        changed |= {"stream": False, "store": False}
-        changed.pop("background", None)
-        if body.get("max_output_tokens") is None or _at_least_one(body["max_output_tokens"]):
-            changed["max_output_tokens"] = 1
-        return changed
     if _at_least_one(body.get("max_tokens")) or (route.dialect != "messages" and body.get("max_tokens") is None):
         changed["max_tokens"] = 1
     # vLLM up to 0.14 reads `max_completion_tokens or max_tokens`, later versions whichever is not None.
@@ -115,6 +107,19 @@ def for_prefill(route: Route, body: Body) -> Body:
         changed["stream"] = True
         if route.dialect == "chat":
             changed["stream_options"] = {"include_usage": True}
+    return changed
+
+
+def responses_for_prefill(body: Body) -> Body:
+    """Prefill's body for /v1/responses.
+
+    Never streamed: the first events precede the engine's output, and no answer is parsed strictly (vLLM 0.19 and newer,
+    ``entrypoints/openai/responses/serving.py``).
+    """
+    changed = {**body, "stream": False, "store": False}
+    changed.pop("background", None)
+    if body.get("max_output_tokens") is None or _at_least_one(body["max_output_tokens"]):
+        changed["max_output_tokens"] = 1
     return changed
 
 

@@ -32,12 +32,8 @@ _BILLING = "x-anthropic-billing-header"
 (0.32, ``entrypoints/anthropic/serving.py``; on chat ``renderers/chat_utils.py``,
 ``_strip_claude_code_billing_header``)."""
 
-_SYSTEM = {"messages": "system", "responses": "instructions"}
-"""The field of the system prompt where it is none of the messages, by dialect."""
-
-_RENDERED = ("role", "content")
-_RENDERED_OF_ITEM = (*_RENDERED, "type")
-"""Fields of a message that are hashed as such, and that of an input item. The others follow them."""
+_RENDERED = ("role", "content", "type")
+"""Fields of a message, or an input item of /v1/responses, that are hashed as such or say nothing of the prompt."""
 
 _HOME = 1024
 """Bytes that identify a conversation where the request has no messages."""
@@ -144,15 +140,11 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
     tools = body.get("tools")
     if isinstance(tools, list):
         parts.extend(map(_dumped, tools))
-    system = body.get(_SYSTEM.get(route.dialect, ""))
-    if system:
-        parts += "\0system\0", _system_text(route, system)
     messages = body.get("messages")
-    if route.dialect == "responses":
-        messages = body.get("input")
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-    rendered = _RENDERED_OF_ITEM if route.dialect == "responses" else _RENDERED
+    if route.dialect != "chat":
+        system, messages = _system_and_messages(route, body)
+        if system:
+            parts += "\0system\0", _system_text(route, system)
     length, unread, first = sum(map(len, parts)), 0, 0
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
@@ -167,7 +159,7 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
         else:
             text = content if isinstance(content, str) else _text(content)
         parts += "\0", role, "\0", text
-        if len(message) > 2 and (rest := [v for name, v in message.items() if name not in rendered]):
+        if len(message) > 2 and (rest := [value for name, value in message.items() if name not in _RENDERED]):
             parts.append(_dumped(rest))
         length += len(text)
         if not first and role not in ("system", "developer"):
@@ -178,6 +170,14 @@ def _of_messages(route: Route, body: Body, seed: int, user: int | None) -> Affin
     names = _names(raw, seed)
     home = zlib.crc32(_bytes("".join(parts[: first or None])[:MAX_BYTES]), seed) if names else None
     return Affinity(names, size, home, user)
+
+
+def _system_and_messages(route: Route, body: Body) -> tuple[Any, Any]:
+    """The system prompt beside the messages, and the messages, on /v1/messages and /v1/responses."""
+    if route.dialect == "messages":
+        return body.get("system"), body.get("messages")
+    given = body.get("input")
+    return body.get("instructions"), [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
 def _text(content: Any) -> str:

@@ -25,6 +25,7 @@ from disagg_proxy.openai.fields import (
     for_kv_release,
     for_prefill,
     lax_int,
+    responses_for_prefill,
     strip,
 )
 from disagg_proxy.openai.lazy_json import LONG, read, size_of
@@ -149,13 +150,13 @@ def _prepare(route: Route, raw: bytes, body: Body, wanted: AffinityNeeds | None)
 def _responses(model: str | None, body: Body, raw: bytes, wanted: AffinityNeeds | None) -> Prepared:
     refusal: ProxyError | None = None
     try:
-        unsupported.check(RESPONSES, body)
+        unsupported.check_responses(body)
     except UnsupportedField as error:
         refusal = responses_refusal(error.message)
     limit = body.get("max_output_tokens")
     return Prepared(
         model,
-        encode(for_prefill(RESPONSES, body)),
+        encode(responses_for_prefill(body)),
         raw,
         limit=limit if type(limit) is int else lax_int(limit) or 0,
         streams=bool(body.get("stream")),

@@ -35,20 +35,29 @@ def check(route: Route, body: Body) -> None:
         BadRequest: vLLM would fail too, but only after the prefill.
         UnsupportedField: only a single engine can serve it.
     """
-    if route.dialect == "responses":
-        _one_engine(body)
-    else:
-        _limits(route, body)
+    _limits(route, body)
     if not _CHECKED_TOGETHER.isdisjoint(body):
         _engine_requests(body)
         _prompt_differs(body)
-    messages = body.get("input" if route.dialect == "responses" else "messages")
+    messages = body.get("messages")
     if messages is None:
         return
     for part in _content_parts(messages):
         _media(part)
         if route.dialect == "messages" and part.get("type") == "tool_use" and not part.get("id"):
             raise BadRequest("Every tool_use block needs its id.", param="messages")
+
+
+def check_responses(body: Body) -> None:
+    """:func:`check` for /v1/responses.
+
+    Raises:
+        UnsupportedField: only a single engine can serve it.
+    """
+    _one_engine(body)
+    _prompt_differs(body)
+    for part in _content_parts(body.get("input")):
+        _media(part)
 
 
 def _one_engine(body: Body) -> None:

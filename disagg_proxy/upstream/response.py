@@ -195,30 +195,26 @@ class Response:
             EngineDeadline: the idle timeout expired before, or the instance was found stalled.
         """
         if self._arrived < needed and self._error is None:
-            await self._wait(needed)
+            self._needed = needed
+            self._resume_reading()
+            event: Event | _TaskEvent = Event() if InlineCoroutine.current is not None else _TaskEvent()
+            self._waiter = event
+            try:
+                await event
+            except asyncio.CancelledError:
+                self.close()
+                raise
+            finally:
+                self._waiter = None
         if self._arrived < needed and self._error is not None:
             raise self._error
-
-    async def _wait(self, needed: ReadUntil) -> None:
-        self._needed = needed
-        self._resume_reading()
-        event: Event | _TaskEvent = Event() if InlineCoroutine.current is not None else _TaskEvent()
-        self._waiter = event
-        try:
-            await event
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        finally:
-            self._waiter = None
 
     async def wait_for_body(self, enough: Callable[[bytes], bool]) -> None:
         """Wait until what has arrived of the body is ``enough``, or complete. Raises as :meth:`wait_until` does."""
         while self._arrived is not ReadUntil.COMPLETE and not enough(b"".join(self._chunks)):
-            if self._error is None:
-                await self._wait(ReadUntil.BODY_STARTED)
-            if self._error is not None:
-                raise self._error
+            # The next bytes are awaited as the first were.
+            self._arrived = ReadUntil.HEAD
+            await self.wait_until(ReadUntil.BODY_STARTED)
 
     @property
     def beginning(self) -> bytes:
