@@ -61,23 +61,32 @@ class RecomputingAttempt(Attempt):
         """The attempt from its start to the release of all leases: see
         :class:`disagg_proxy.connectors.base.Connector`."""
         try:
-            await self.serve(reply)
-            return None
-        except (EngineError, EngineDeadline) as error:
-            # Before the first byte.
-            prefill = self.placement.prefill
-            if prefill is not None and error is self._prefill_busy:
-                self.placement.decode_lease.end()
-                return Failure(error, prefill)
-            if await self._refused_by_both(error):
-                assert self._refusal is not None
-                self.placement.decode_lease.end(failed=None)
-                self.refuse(reply, self._refusal, "prefill")
-                return None
-            self.placement.decode_lease.end(failed=None if isinstance(error, EngineBusy) else True)
-            return Failure(error, self.decode)
+            error = await self._failure(reply)
+            # Nothing is awaited while an exception is handled (tests/test_compilable.py).
+            return None if error is None else await self._outcome(reply, error)
         finally:
             self.release()
+
+    async def _failure(self, reply: Reply) -> EngineError | EngineDeadline | None:
+        try:
+            await self.serve(reply)
+        except (EngineError, EngineDeadline) as error:
+            return error
+        return None
+
+    async def _outcome(self, reply: Reply, error: EngineError | EngineDeadline) -> Failure | None:
+        """What becomes of an attempt that failed before the first byte."""
+        prefill = self.placement.prefill
+        if prefill is not None and error is self._prefill_busy:
+            self.placement.decode_lease.end()
+            return Failure(error, prefill)
+        if await self._refused_by_both(error):
+            assert self._refusal is not None
+            self.placement.decode_lease.end(failed=None)
+            self.refuse(reply, self._refusal, "prefill")
+            return None
+        self.placement.decode_lease.end(failed=None if isinstance(error, EngineBusy) else True)
+        return Failure(error, self.decode)
 
     async def serve(self, reply: Reply) -> None:
         """The legs and the answer, in the order that the protocol needs.
