@@ -1,14 +1,16 @@
 """The admission queue: requests get instances within the limits, or wait in a bounded queue.
 
 A burst of long prompts that went straight to the engines would overfill decode's KV buffer and stall prefill and
-decode, so it waits here instead. Requests of one model are FIFO; models are served round robin, so that a model whose
-instances are busy does not block another. When an operator drains the last instance that could serve them, queued
+decode, so it waits here instead. Requests of one model are FIFO, but each level of priority counts like an earlier
+arrival by :data:`PRIORITY_SECONDS`: a request is overtaken only by those that arrive within that time for each level
+between them, so no priority starves another. Models are served round robin, so that a model whose instances are busy
+does not block another. When an operator drains the last instance that could serve them, queued
 requests wait on, and new ones get the error. Requests that wait too long, or find the queue full, get 429.
 
 With other workers of the same proxy (:class:`Peers`) a request first claims its capacity, visible to all workers, and
 then checks that the limits still hold. Of two workers that claim the last slot at the same time at least one sees the
-other's claim and withdraws its own. The request that has waited longest over all workers goes first, within
-:data:`_YIELD_SECONDS`.
+other's claim and withdraws its own. The request that has waited longest over all workers, its priority counted, goes
+first, within :data:`_YIELD_SECONDS`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,15 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import NoCapacity, PlacementPreference, Selection, SingleEngine
 from disagg_proxy.errors import NoPair, Overloaded, ProxyError
 from disagg_proxy.telemetry.stats import Stats
+
+PRIORITY_SECONDS = 5.0
+"""Seconds of waiting that one level of priority is worth."""
+
+_MAX_PRIORITY = 9
+"""Only so that ranks stay positive."""
+
+_FIRST = 1e-9
+"""Rank of a request that was admitted before."""
 
 _YIELD_SECONDS = 0.01
 """Time for which a request in another worker that has waited longer goes first."""
@@ -79,13 +90,13 @@ class Peers(Protocol):
         """The leases that the claim stood for are counted now: replace it."""
 
     def queue(self, waiting: int, oldest: float | None) -> None:
-        """Publish how many requests wait here, and since when the oldest waits (clock reading in seconds)."""
+        """Publish how many requests wait here, and the lowest rank (:class:`_Waiter`) of them in seconds."""
 
     def waiting(self) -> int:
         """Requests that wait in other workers."""
 
     def has_older_waiter(self, since: float) -> bool:
-        """Whether a request in another worker has waited since before ``since``."""
+        """Whether a request in another worker has a lower rank than ``since``."""
 
     @property
     def pause(self) -> float:
@@ -103,6 +114,7 @@ class Demand:
         traits: what the policies may use of it.
         excluded: instances on which an earlier attempt failed. Such a request was admitted before, so it waits at the
             head of the queue.
+        priority: higher ones leave the queue earlier; from 0 to 9.
     """
 
     model: str | None
@@ -110,14 +122,23 @@ class Demand:
     kv_tokens: int = 0
     traits: Traits = NO_TRAITS
     excluded: Collection[Instance] = ()
+    priority: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """A queued request; ``admitted`` is resolved with a placement that holds its leases already."""
+    """A queued request.
+
+    Attributes:
+        since: clock reading when it began to wait.
+        rank: the queue is sorted by it; ``since``, later by :data:`PRIORITY_SECONDS` for each level of priority below
+            the highest.
+        admitted: resolved with a placement that holds its leases already.
+    """
 
     demand: Demand
     since: float
+    rank: float
     admitted: asyncio.Future[Placement]
 
 
@@ -186,11 +207,17 @@ class AdmissionQueue:
         Raises:
             ProxyError: see :meth:`acquire`.
         """
-        waiter = _Waiter(demand, self._stats.clock(), asyncio.Future())
+        now = self._stats.clock()
+        rank = now + PRIORITY_SECONDS * (_MAX_PRIORITY - demand.priority)
+        waiter = _Waiter(demand, now, rank, asyncio.Future())
         if self.waiting + self._waiting_in_peers() >= self._limits.queue:
             raise self._queue_full()
         queue = self._queues.setdefault(demand.model, deque())
-        (queue.appendleft if demand.excluded else queue.append)(waiter)
+        if demand.excluded:
+            waiter.rank = _FIRST
+            queue.appendleft(waiter)
+        else:
+            _insert(queue, waiter)
         if self._peers is not None:
             self._publish()
             if self.waiting + self._peers.waiting() > self._limits.queue:
@@ -232,7 +259,7 @@ class AdmissionQueue:
         """Publish this worker's queue to the others."""
         if self._peers is not None:
             waiting = self.waiting
-            self._peers.queue(waiting, min(q[0].since for q in self._queues.values() if q) if waiting else None)
+            self._peers.queue(waiting, min(q[0].rank for q in self._queues.values() if q) if waiting else None)
 
     def _dispatch_in(self, seconds: float) -> None:
         """Dispatch after ``seconds``, without waiting for freed capacity."""
@@ -244,7 +271,7 @@ class AdmissionQueue:
         """Whether an older request in another worker goes first; only briefly, since it may need other instances."""
         if self._peers is None or not self._queues:
             return False
-        oldest = min((q[0].since for q in self._queues.values() if q), default=0.0)
+        oldest = min((q[0].rank for q in self._queues.values() if q), default=0.0)
         now = self._stats.clock()
         if not self._peers.has_older_waiter(oldest) or (
             self._yield_until is not None and now > self._yield_until - 0.001
@@ -325,3 +352,13 @@ class AdmissionQueue:
                     self._queues.move_to_end(model)
                     admitted = True
         self._publish()
+
+
+def _insert(queue: deque[_Waiter], waiter: _Waiter) -> None:
+    """Queue ``waiter`` behind all of its rank or a lower one; the last place is looked at first."""
+    place = len(queue)
+    for other in reversed(queue):
+        if other.rank <= waiter.rank:
+            break
+        place -= 1
+    queue.insert(place, waiter)

@@ -133,7 +133,7 @@ class WorkerLoad:
     # -- queues
 
     def queue(self, waiting: int, oldest: float | None) -> None:
-        """Publish the length of this worker's queue, and since when its oldest request waits (monotonic seconds)."""
+        """Publish the length of this worker's queue, and the lowest rank in it (monotonic seconds)."""
         self._head[RowHeader.OLDEST] = 0 if oldest is None else int(oldest * 1e9)
         self._head[RowHeader.WAITING] = waiting
 
@@ -145,7 +145,7 @@ class WorkerLoad:
         return sum(row.head[RowHeader.WAITING] for row in self._others if row.is_alive(time))
 
     def has_older_waiter(self, since: float) -> bool:
-        """Whether a request in another responsive worker has been queued since before ``since``."""
+        """Whether a request in another responsive worker has a lower rank than ``since``."""
         time, own = now(), int(since * 1e9)
         return any(0 < row.head[RowHeader.OLDEST] < own and row.is_alive(time) for row in self._others)
 

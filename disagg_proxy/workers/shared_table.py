@@ -25,9 +25,9 @@ class RowHeader(IntEnum):
     """Words about a worker.
 
     HEARTBEAT: time of the last iteration of its event loop. PID. INCARNATION: processes started so far. WAITING:
-    requests in its admission queue; OLDEST: time since when the oldest of them waits. CONNECTIONS: clients. REQUESTED:
-    time at which it requested the totals of all processes; PUBLISHED: the newest such request that it has fulfilled.
-    READY: 1 while it serves. FLAG_CHANGES: counter of changes to its flags.
+    requests in its admission queue; OLDEST: the lowest rank of them (admission/queue.py), as a time. CONNECTIONS:
+    clients. REQUESTED: time at which it requested the totals of all processes; PUBLISHED: the newest such request that
+    it has fulfilled. READY: 1 while it serves. FLAG_CHANGES: counter of changes to its flags.
     """
 
     HEARTBEAT = 0

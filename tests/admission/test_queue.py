@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from disagg_proxy.admission.queue import AdmissionQueue, Demand, Limits
+from disagg_proxy.admission.queue import PRIORITY_SECONDS, AdmissionQueue, Demand, Limits
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.lease import KvClaim, Placement
 from disagg_proxy.cluster.policies import round_robin
@@ -287,3 +287,83 @@ async def test_the_queue_limit_counts_requests_in_other_workers() -> None:
     with pytest.raises(Overloaded):
         await soon(door.ask())
     queued.cancel()
+
+
+# -- priorities
+
+
+class Line:
+    """Requests of given priorities that wait for one slot, at times of a clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.door = Door(decode=1)
+        self.door.world.ready(Role.PREFILL, 1), self.door.world.ready(Role.DECODE, 2)
+        self.served: list[str] = []
+        first = self.door.admit()
+        assert first is not None
+        self._held = first
+
+    async def arrive(self, name: str, priority: int, seconds: float = 0.0) -> None:
+        self.door.world.time += seconds
+        before = self.door.admission_queue.waiting
+        self._task = asyncio.create_task(self._wait(name, priority))
+        await soon(waiting(self.door, before + 1))
+
+    async def _wait(self, name: str, priority: int) -> None:
+        demand = Demand("m", PlacementPreference.PAIR, priority=priority)
+        placement = await self.door.admission_queue.acquire(demand)
+        self.served.append(name)
+        placement.release()
+
+    async def serve_all(self) -> list[str]:
+        self._held.release()
+        await soon(waiting(self.door, 0))
+        await asyncio.sleep(0)
+        return self.served
+
+
+async def test_a_higher_priority_leaves_the_queue_earlier_and_equals_keep_their_order() -> None:
+    line = Line()
+    for name, priority in (("a0", 0), ("b5", 5), ("c0", 0), ("d9", 9), ("e5", 5), ("f9", 9)):
+        await line.arrive(name, priority, 0.1)
+    assert await line.serve_all() == ["d9", "f9", "b5", "e5", "a0", "c0"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 9), (3, 5)])
+async def test_nobody_is_overtaken_by_those_that_arrive_later_than_the_bound(low: int, high: int) -> None:
+    """However many of a higher priority keep coming: the bound is 5 s for each level between them."""
+    bound = PRIORITY_SECONDS * (high - low)
+    line = Line()
+    await line.arrive("low", low)
+    await line.arrive("just within", high, bound - 0.1)
+    await line.arrive("at the bound", high, 0.1)
+    for number in range(3):
+        await line.arrive(f"later {number}", high, 0.1)
+    assert await line.serve_all() == ["just within", "low", "at the bound", "later 0", "later 1", "later 2"]
+
+
+async def test_a_request_that_was_admitted_before_is_overtaken_by_none() -> None:
+    line = Line()
+    await line.arrive("waits", 9)
+    demand = Demand("m", PlacementPreference.PAIR, excluded={line.door.world.ready(Role.PREFILL, 3)})
+    again = asyncio.create_task(line.door.admission_queue.acquire(demand))
+    await soon(waiting(line.door, 2))
+    await line.arrive("new", 9)
+    line._held.release()
+    (await soon(again)).release()
+    assert await line.serve_all() == ["waits", "new"]
+
+
+async def test_other_workers_get_the_rank_of_the_first_in_line() -> None:
+    door, others = crowded(decode=1)
+    first = await soon(door.ask())
+    asked = []
+    for count, priority in enumerate((0, 9, 4), 1):
+        demand = Demand("m", PlacementPreference.PAIR, priority=priority)
+        asked.append(asyncio.create_task(door.admission_queue.acquire(demand)))
+        await soon(waiting(door, count))
+    ranks = [rank for _, rank in others.queued if rank is not None]
+    assert ranks[0] - ranks[-1] == pytest.approx(9 * PRIORITY_SECONDS, abs=1)
+    first.release()
+    for one in (asked[1], asked[2], asked[0]):
+        (await soon(one)).release()
