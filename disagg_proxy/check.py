@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 
-from disagg_proxy.config import Config, ConfigError
+from disagg_proxy.config import Config, ConfigError, check_keys_file
 from disagg_proxy.config.load import Loaded, load_all
 from disagg_proxy.config.table import SETTINGS, Setting
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     _, options = parser.parse_known_args(argv)
     try:
         loaded = load_all(options, os.environ)
+        check_keys_file(loaded.config)
         _resolve(loaded.config)
     except ConfigError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)

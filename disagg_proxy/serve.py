@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from disagg_proxy.config import ConfigError
+from disagg_proxy.config import ConfigError, check_keys_file
 from disagg_proxy.config.reload import LiveSettings
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.server.http_server import Server, listen, server_config
@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     try:
         settings = LiveSettings(argv, os.environ)
+        check_keys_file(settings.config)
     except ConfigError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from disagg_proxy import __version__, compiled
 from disagg_proxy.config import values
 from disagg_proxy.config.commands import COMMANDS, SERVE
 from disagg_proxy.config.file import CONFIG_FILE, FileError, read_file
+from disagg_proxy.config.keys_file import KeysFileError, keys_of
 from disagg_proxy.config.model import Config
 from disagg_proxy.config.table import SETTINGS, Setting
 
@@ -130,6 +131,18 @@ def _check(config: Config) -> None:
     """
     if config.admin_key and config.admin_key == config.api_key:
         raise ConfigError("ADMIN_KEY: must differ from API_KEY, which every client has")
+
+
+def check_keys_file(config: Config) -> None:
+    """Read API_KEYS_FILE, so that a bad one is found before anything starts; a running proxy reads it on its own.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    try:
+        keys_of(config)
+    except KeysFileError as error:
+        raise ConfigError(f"API_KEYS_FILE: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

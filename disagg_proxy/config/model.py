@@ -65,6 +65,7 @@ class Config:
     session_header: str = "X-Session-Id"
     load_bound: float = 2.0
     api_key: str = ""
+    api_keys_file: str = ""
     engine_api_key: str = ""
     admin_key: str = ""
     kv_secret: str = ""

@@ -167,6 +167,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("api_key", "API_KEY", "--api-key", "", values.key,
             "key that clients must send as Authorization: Bearer or X-Api-Key, except to /health and /livez",
             "客户端须以 Authorization: Bearer 或 X-Api-Key 携带的密钥（/health 与 /livez 除外）", secret=True),
+    Setting("api_keys_file", "API_KEYS_FILE", "--api-keys-file", "", values.path,
+            "TOML file of several keys, each with a name and optional limits, models and priority; read again on "
+            "SIGHUP; API_KEY stays valid beside it",
+            "包含多个密钥的 TOML 文件，每个密钥有名称，可设限额、模型与优先级；收到 SIGHUP 时重新读取；"
+            "API_KEY 仍然有效", reload=True),
     Setting("engine_api_key", "ENGINE_API_KEY", "--engine-api-key", "", values.key,
             "key that the instances ask for (vllm serve --api-key); replaces the client's Authorization",
             "实例自身的密钥（vllm serve --api-key）；会替换客户端的 Authorization", secret=True),

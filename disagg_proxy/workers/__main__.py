@@ -9,6 +9,7 @@ import socket
 import sys
 from functools import partial
 
+from disagg_proxy.config import ConfigError, check_keys_file
 from disagg_proxy.config.reload import LiveSettings
 from disagg_proxy.server.http_server import server_config
 from disagg_proxy.services import Services
@@ -25,7 +26,13 @@ def main() -> int:
     except KeyError:
         print("disagg-proxy: workers are started by: python -m disagg_proxy --workers N", file=sys.stderr)
         return 2
-    settings = LiveSettings(sys.argv[1:], os.environ, env.settings)
+    try:
+        settings = LiveSettings(sys.argv[1:], os.environ, env.settings)
+        check_keys_file(settings.config)
+    except ConfigError as error:
+        # The file of keys may have changed since the supervisor read it.
+        print(f"disagg-proxy: {error}", file=sys.stderr)
+        return 2
     configure_logging(settings.config, env.worker)
     # The supervisor gets it and sends what has changed; a terminal that closes reaches no worker.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
