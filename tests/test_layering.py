@@ -51,15 +51,16 @@ MAY_IMPORT = {
     "downstream": "cluster errors http1 openai request_id runtime telemetry upstream",
     "connectors": "address admission cluster config downstream errors http1 openai request_id runtime telemetry "
     "upstream",
+    "keys": "admission config telemetry",
     "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
     "discovery": "address cluster config connectors health http1 telemetry upstream",
     "peer_group": "admission cluster discovery health telemetry",
-    "services": "admission cluster config connectors coordinator discovery health openai peer_group runtime "
-    "telemetry upstream",
+    "services": "admission cluster config connectors coordinator discovery health keys openai peer_group "
+    "runtime telemetry upstream",
     "page": "errors runtime",
-    "server": "address cluster config coordinator discovery downstream errors http1 openai page runtime services "
-    "telemetry upstream",
+    "server": "address admission cluster config coordinator discovery downstream errors http1 keys openai page runtime "
+    "services telemetry upstream",
     "workers": "address cluster config discovery health peer_group runtime server services telemetry",
     "top": "page",
     "serve": "config discovery server services telemetry workers",

@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "machine": Command("disagg_machine.cli", "proxy and engines on this machine: start, stop, supervise, measure"),
     "sim": Command("disagg_sim.cli", "simulated vLLM engines that need no GPU"),
     "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
+    "key": Command("disagg_proxy.keys.cli", "new keys for API_KEYS_FILE"),
     "bench": Command("disagg_report.cli", "latency and goodput at rising request rates, as a report"),
     "demo": Command("disagg_sim.chaos.demo", "a minute of it without a GPU: proxy, simulated engines, load, a freeze"),
     "chaos": Command("disagg_sim.chaos.cli", "a proxy and simulated engines under load and injected faults"),
