@@ -72,6 +72,30 @@ class WrongKey(ClientError):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class NotPermitted(ClientError):
+    """The API key is valid, but does not open this path."""
+
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
+class RateLimited(ClientError):
+    """The API key has reached one of its limits per minute.
+
+    Args:
+        kind: the limit, ``requests`` or ``tokens``: OpenAI's ``type`` of this error; Anthropic's is rate_limit_error.
+    """
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, kind: str, anthropic: bool, retry_after: int) -> None:
+        super().__init__(message, retry_after=max(1, retry_after))
+        self.kind = kind
+        self.type = "rate_limit_error" if anthropic else kind
+
+
 class NotFound(ClientError):
     """No such path."""
 
@@ -86,6 +110,7 @@ class UnknownModel(NotFound):
     code = "model_not_found"
 
     def __init__(self, model: str, known: list[str]) -> None:
+        self.model = model
         there = ", ".join(known) or "none yet"
         super().__init__(f"The model {model!r} does not exist here. Models that exist: {there}.", param="model")
 

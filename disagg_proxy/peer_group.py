@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from disagg_proxy.admission.client_key import SharedUsage
 from disagg_proxy.admission.queue import Peers
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
@@ -45,6 +46,10 @@ class PeerGroup(Protocol):
     @property
     def admission_peers(self) -> Peers | None:
         """The load and the queues of the others; from :meth:`join` on."""
+
+    @property
+    def key_usage(self) -> SharedUsage | None:
+        """What the others use of the limits of client keys."""
 
     @property
     def pings(self) -> PingSource | None:
@@ -84,6 +89,7 @@ class SingleProcess:
 
     worker = None
     admission_peers = None
+    key_usage = None
     pings = None
     peer_view = None
 

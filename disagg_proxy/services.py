@@ -23,6 +23,7 @@ from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.service import Discovery
 from disagg_proxy.health.stall_detector import StallDetector
+from disagg_proxy.keys.key_table import KeyTable
 from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.peer_group import PeerGroup, SingleProcess
 from disagg_proxy.runtime.background import Background
@@ -56,6 +57,7 @@ class Services:
 
     Raises:
         BindError: the registration port cannot be opened.
+        KeysFileError: API_KEYS_FILE cannot be used.
     """
 
     def __init__(
@@ -67,10 +69,14 @@ class Services:
         self.reloads = Reloads(quiet=bool(self.worker))
         self.reloads.on_config(self._reconfigure)
         self.stats = Stats(clock)
+        self.keys = KeyTable(config, self.stats, self.peers.key_usage)
+        self.reloads.on_config(self.keys.configure)
+        self.reloads.on_reload(self.keys.reload)
         self.event_log = EventLog(self.worker or 0)
         self.recorder = RequestRecorder(self.stats, self.event_log, TimeSeries())
         self.registry = Registry(clock, config.instance_expiry)
         self.recorder.served = self.registry.has_model
+        self.recorder.settle_key = self.keys.settle
         self.traces = _traces(config, self.worker)
         if self.traces is not None:
             self.recorder.sinks.append(self.traces.take)

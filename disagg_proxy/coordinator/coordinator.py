@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from disagg_proxy.admission.client_key import ClientKey
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.policies import Traits
@@ -24,7 +25,7 @@ from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
 from disagg_proxy.coordinator.retry import Retry
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import NoPair, ProxyError, Unavailable, UnknownModel
-from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of
+from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_request_lines, value_of, without_key
 from disagg_proxy.openai.fields import RESPONSES, Route, responses_transfer_kv
 from disagg_proxy.openai.prefix_hash import AffinityNeeds, session_name
 from disagg_proxy.openai.prepare import Prepared, prepare, responses_refusal
@@ -44,6 +45,7 @@ class RequestHead(NamedTuple):
         lines: the same as lines for the instances, without X-Request-Id.
         client_id: the client's own X-Request-Id, None without one.
         session: value of the SESSION_HEADER; empty where no policy needs it.
+        key: the client's key; None without API_KEYS_FILE.
     """
 
     route: Route
@@ -51,13 +53,23 @@ class RequestHead(NamedTuple):
     lines: bytes
     client_id: str | None
     session: bytes
+    key: ClientKey | None = None
 
 
-def read_head(config: Config, wanted: AffinityNeeds, route: Route, headers: Headers) -> RequestHead:
+def read_head(
+    config: Config, wanted: AffinityNeeds, route: Route, headers: Headers, key: ClientKey | None = None
+) -> RequestHead:
     """Read the head of a request; ``wanted`` says whether a policy needs the session."""
     session = value_of(headers, config.session_header.lower().encode()) if wanted.session else b""
+    if key is not None and key.from_file:
+        headers = without_key(headers)
     return RequestHead(
-        route, headers, forwarded_request_lines(headers, config.engine_api_key), client_request_id(headers), session
+        route,
+        headers,
+        forwarded_request_lines(headers, config.engine_api_key),
+        client_request_id(headers),
+        session,
+        key,
     )
 
 
@@ -102,6 +114,8 @@ class Coordinator:
     def start(self, head: RequestHead, body: bytes, reply: Reply) -> None:
         """Serve one request and deliver the outcome to ``reply``, possibly within this call. Raises no ProxyError."""
         record = self._recorder.open(head.route.path, head.client_id)
+        if head.key is not None:
+            record.key = head.key.name
         work = self._background.request(self._run(head, body, record, reply))
         reply.begin(record, work, self._background)
         work.start()
@@ -117,6 +131,8 @@ class Coordinator:
             # This frame lives until the answer ends; a long prompt must be freed before.
             body = b""
             request = self._request(head, lines, prepared, record)
+            if head.key is not None:
+                self._check_key(head.key, request, reply)
 
             # Admit
             placement, refresh = None, False
@@ -151,7 +167,7 @@ class Coordinator:
                     raise failed.error
                 self._stats.failovers += 1
         except ProxyError as error:
-            outcome = error
+            outcome = error if head.key is None else head.key.visible(error, self._registry)
         except Exception:
             outcome = ProxyError("The proxy failed; its log has the cause.")
             raise
@@ -178,7 +194,24 @@ class Coordinator:
             name = session_name(head.session.decode("latin-1"))
         traits = Traits(tokens, shared.prefix, shared.size, shared.home, name)
         demand = Demand(prepared.model, self._preference(head.route, prepared, tokens), kv_tokens, traits)
+        if head.key is not None:
+            demand.priority = head.key.priority
         return Request(head.route, lines, prepared, record, tokens, demand)
+
+    def _check_key(self, key: ClientKey, request: Request, reply: Reply) -> None:
+        """Charge the request to its client's key.
+
+        Raises:
+            ProxyError: the key may not use the model, or has reached a limit.
+        """
+        key.check_model(request.prepared.model, self._registry)
+        anthropic = request.route.dialect == "messages"
+        refusal = key.admit(request.tokens, self._stats, anthropic)
+        reply.headers = key.headers(self._stats.clock(), anthropic)
+        if refusal is not None:
+            raise refusal
+        if key.tokens is not None:
+            request.record.charged, request.record.stream_events = request.tokens, 0
 
     def _pairs_respond(self) -> bool:
         """Whether any pair of instances may serve /v1/responses, in whatever order they become ready."""

@@ -7,6 +7,7 @@ from typing import Protocol
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
+from disagg_proxy.http1.headers import Headers
 from disagg_proxy.runtime.background import Background
 from disagg_proxy.runtime.inline_coroutine import InlineCoroutine
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -34,9 +35,10 @@ class Reply:
         abortable: whether the request ends when the client leaves before the first byte of its response. An attempt
             clears it while an abort would leave KV on an engine.
         record: the request's record; None until its body is complete.
+        headers: headers for the response, whatever it will be, besides those of the outcome; None for none.
     """
 
-    __slots__ = ("_background", "_downstream", "_stream", "_work", "abortable", "gone", "open", "record")
+    __slots__ = ("_background", "_downstream", "_stream", "_work", "abortable", "gone", "headers", "open", "record")
 
     def __init__(self, downstream: Downstream) -> None:
         self._downstream: Downstream | None = downstream
@@ -47,6 +49,7 @@ class Reply:
         self.gone = False
         self.open = True
         self.record: RequestRecord | None = None
+        self.headers: Headers | None = None
 
     def begin(self, record: RequestRecord, work: InlineCoroutine, background: Background) -> None:
         """Attach ``work``, which serves the request. The caller starts it."""

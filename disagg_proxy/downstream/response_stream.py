@@ -41,6 +41,16 @@ def _discard(data: bytes) -> None:
     """Stands for the sink's ``write`` before :meth:`ResponseStream.pipe_to` and after the end."""
 
 
+def _count_events(record: RequestRecord, write: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """``write`` that also counts events, which end with an empty line; text of a model has its line ends escaped."""
+
+    def counted(data: bytes) -> None:
+        record.stream_events = (record.stream_events or 0) + data.count(b"\n\n")
+        write(data)
+
+    return counted
+
+
 class StreamSink(Protocol):
     """Receives a stream, and calls its ``pause`` and ``resume``. Either :meth:`end` or :meth:`cut` is called last."""
 
@@ -196,6 +206,10 @@ class ResponseStream:
     def pipe_to(self, sink: StreamSink) -> None:
         """Write to ``sink`` until its ``end`` or ``cut`` is called."""
         self._sink, self._write, self._write_framed = sink, sink.write, sink.write_framed
+        if self._record.stream_events is not None:
+            self._write = _count_events(self._record, self._write)
+            if self._write_framed is not None:
+                self._write_framed = _count_events(self._record, self._write_framed)
         self._pending.waiting = not self._paused
         self._answer.pipe_to(self)
 

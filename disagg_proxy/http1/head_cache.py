@@ -41,6 +41,11 @@ class HeadCache(Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Forget all heads: what was read from them is no longer valid."""
+        self._entries.clear()
+        self._exact.clear()
+
     def get(self, data: bytes) -> tuple[T, int, int, bytes] | None:
         """Look up the head at the beginning of ``data``.
 

@@ -77,6 +77,15 @@ def value_of(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return b""
 
 
+_KEYS = frozenset({b"authorization", b"x-api-key"})
+"""Anthropic's client sends its key as X-Api-Key."""
+
+
+def without_key(headers: Headers) -> Headers:
+    """``headers`` without the client's key."""
+    return [header for header in headers if header[0] not in _KEYS]
+
+
 def forwarded_request_lines(headers: Headers, engine_api_key: str) -> bytes:
     """The client's headers as header lines for an instance, without X-Request-Id.
 
@@ -85,8 +94,7 @@ def forwarded_request_lines(headers: Headers, engine_api_key: str) -> bytes:
     """
     dropped = _dropped(headers, _NOT_TO_ENGINE)
     if engine_api_key:
-        # Anthropic's client sends its key as X-Api-Key.
-        dropped |= {b"authorization", b"x-api-key"}
+        dropped |= _KEYS
     forwarded = [header for header in headers if header[0] not in dropped and not header[0].startswith(_CORS)]
     # The internal id could not be found in a compressed response.
     forwarded.append((b"accept-encoding", b"identity"))

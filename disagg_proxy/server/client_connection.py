@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import httptools
 
+from disagg_proxy.admission.client_key import ClientKey
 from disagg_proxy.config import Config
 from disagg_proxy.coordinator.coordinator import RequestHead, read_head
 from disagg_proxy.errors import BadRequest, ProxyError, shutting_down
@@ -61,7 +62,7 @@ def connection_class(config: Config, parts: Services) -> type[ClientConnection]:
         limits = config
         services = parts
         shutdown_state = parts.shutdown
-        key_check = KeyCheck(config)
+        key_check = KeyCheck(config, parts.keys)
         heads = HeadCache()
         default_lines = CachedHeaderLines()
         max_connections = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
@@ -72,6 +73,8 @@ def connection_class(config: Config, parts: Services) -> type[ClientConnection]:
         ConfiguredConnection.heads = HeadCache()
 
     parts.reloads.on_config(reconfigure)
+    # A head is kept with the key that was found for it.
+    parts.keys.watch(lambda: ConfiguredConnection.heads.clear())
     return ConfiguredConnection
 
 
@@ -92,6 +95,7 @@ class ClientConnection(ConnectionLifecycle):
         self._overhead = 0  # bytes received in calls that contained nothing else, minus what the body allows
         self._fields = HeadFields()
         self._upgrading = False
+        self._client_key: ClientKey | None = None  # of the current head, if it is on the fast path
         self._received: FastPathRequest | None = None  # its body was completed in the current call
 
     # -- called by the transport
@@ -215,7 +219,7 @@ class ClientConnection(ConnectionLifecycle):
         route = ROUTE_OF.get(self.url.partition(b"?")[0])
         if route is not None and self._is_fast_path(route):
             needs, keep_alive = self.services.coordinator.wanted, self.parser.should_keep_alive()
-            head = read_head(self.limits, needs, route, self.headers)
+            head = read_head(self.limits, needs, route, self.headers, self._client_key)
             self.cycle = self._current = FastPathRequest(self, self.services, head, keep_alive)
             if self._head_data is not None and self._head_data.startswith(b"POST "):
                 self.heads.put(self._head_data, (head, keep_alive))
@@ -237,7 +241,7 @@ class ClientConnection(ConnectionLifecycle):
             return False
         try:
             check_encoding(self.headers)
-            self.key_check.check(route.path, self.headers)
+            self._client_key = self.key_check.check(route.path, self.headers)
         except ProxyError:
             return False
         return not (self.limits.cors_origins and value_of(self.headers, b"origin"))

@@ -110,6 +110,8 @@ class FastPathRequest:
         """Send a complete response, or a head and then the body as it arrives."""
         response_id = self._reply.response_id(self._request_head.client_id).encode()
         lines = b"%bx-request-id: %b\r\n" % (outcome.headers.lines, response_id)
+        if self._reply.headers is not None:
+            lines += header_lines(self._reply.headers)
         body = outcome.body
         if isinstance(body, bytes):
             self._send_response(outcome.status, lines, body)
@@ -123,7 +125,7 @@ class FastPathRequest:
     def refuse(self, error: ProxyError) -> None:
         """Send an error."""
         status, headers, body = error_parts(error, self._request_head.client_id)
-        self._send_response(status, header_lines(headers), body)
+        self._send_response(status, header_lines(headers + (self._reply.headers or [])), body)
 
     def _send_response(self, status: int, lines: bytes, body: bytes) -> None:
         """Write a complete response."""

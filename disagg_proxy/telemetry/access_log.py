@@ -105,6 +105,7 @@ class AccessLog:
             "time": f"{self._date}.{int(unix % 1 * 1000):03d}Z",
             "id": record.public_id,
             "client_id": record.client_id,
+            "key": record.key,
             "route": record.route,
             "model": record.model,
             "prefill": record.prefill,

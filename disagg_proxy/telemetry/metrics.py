@@ -2,7 +2,7 @@
 
 Names end in their unit, as Prometheus recommends, and follow vLLM's names where it has the same quantity. Label values
 are bounded: routes, outcomes and causes by the code, models by what instances serve (request_recorder.py), instances by
-the registry.
+the registry, keys by API_KEYS_FILE.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ PING_SECONDS = 3.0
 
 _INSTANCE_LABELS = ["role", "address"]
 """Not ``instance``: Prometheus sets that label to the scrape target, which is the proxy."""
+
+_TURNED_AWAY = "Requests rejected with 429 because the queue was full or the wait too long"
 
 _Value = Callable[[Instance], float | None]
 
@@ -81,6 +83,7 @@ class ProxyCollector(Collector):
         info.add_metric([__version__], 1)
         yield info
         yield from self._requests()
+        yield from self._keys()
         yield from self._times()
         yield from self._kv_releases()
         yield from instance_metrics(self._proxy.registry, self._overview, self._proxy.config.kv_bytes_per_token)
@@ -109,7 +112,7 @@ class ProxyCollector(Collector):
             requests.add_metric([route, model, outcome, cause], count)
         yield requests
         # A metric of its own: rate() needs a first sample of 0, which a labelled series does not have.
-        yield _counter("requests_turned_away", "Requests rejected by the proxy with 429", stats.turned_away)
+        yield _counter("requests_turned_away", _TURNED_AWAY, stats.turned_away)
         yield _counter("failovers", "Attempts on another pair after an instance failed", stats.failovers)
         yield _counter("prompt_tokens", "Prompt tokens of finished requests", stats.prompt_tokens)
         yield _counter(
@@ -119,6 +122,20 @@ class ProxyCollector(Collector):
             "generation_tokens", "Output tokens of finished requests that reported usage", stats.output_tokens
         )
         yield _counter("stream_pieces", "Chunks of streamed responses relayed, mostly one token each", stats.pieces)
+
+    def _keys(self) -> Iterable[Metric]:
+        stats = self._overview.stats
+        tables = (
+            ("requests", "Finished generation requests by key of API_KEYS_FILE", "outcome", stats.key_requests),
+            ("tokens", "Tokens of these requests that engines reported: prompt, generation", "kind", stats.key_tokens),
+            ("refusals", "Requests refused with 429 by a limit of their key: requests, tokens", "limit",
+             stats.key_refusals),
+        )  # fmt: skip
+        for name, text, label, counts in tables:
+            family = CounterMetricFamily(PREFIX + "key_" + name, text, labels=["key", label])
+            for labels, count in counts.items():
+                family.add_metric(labels.split("\t"), count)
+            yield family
 
     def _times(self) -> Iterable[Metric]:
         stats = self._overview.stats

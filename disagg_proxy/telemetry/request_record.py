@@ -52,6 +52,9 @@ class RequestRecord:
         route: path of the request.
         model: served name; decode's default model if the client named none.
         client_id: the client's X-Request-Id.
+        key: name of the client's key in API_KEYS_FILE, None without a file.
+        charged: estimated prompt tokens charged to the key, None if it has no limit of tokens.
+        stream_events: events of a streamed body, None if they are not counted.
         public_id: the id in the response body.
         prefill, decode: keys of the instances of the last attempt; prefill is None for a decode alone.
         flow: the counts of that pair.
@@ -71,10 +74,11 @@ class RequestRecord:
     """
 
     __slots__ = (
-        "_gap_start", "_interval", "_recorder", "admitted", "arrived", "cached_tokens", "cause", "client_id",
-        "decode", "decode_sent", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "model", "outcome",
-        "output_tokens", "packed", "pieces", "prefill", "prefill_done", "prefill_sent", "prompt_tokens",
-        "public_id", "ready", "route", "seq", "status", "streamed", "trace", "tries", "unix", "waited",
+        "_gap_start", "_interval", "_recorder", "admitted", "arrived", "cached_tokens", "cause", "charged",
+        "client_id", "decode", "decode_sent", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "key",
+        "model", "outcome", "output_tokens", "packed", "pieces", "prefill", "prefill_done", "prefill_sent",
+        "prompt_tokens", "public_id", "ready", "route", "seq", "status", "stream_events", "streamed", "trace", "tries",
+        "unix", "waited",
     )  # fmt: skip
 
     def __init__(self, recorder: RequestRecorder, route: str, client_id: str | None, interval: int) -> None:
@@ -82,6 +86,9 @@ class RequestRecord:
         self.arrived: float = recorder.clock()
         self.route: str = route
         self.client_id: str | None = client_id
+        self.key: str | None = None
+        self.charged: int | None = None
+        self.stream_events: int | None = None
         self.seq: int = 0
         self.unix: float = 0.0
         self.ready: float | None = None

@@ -35,6 +35,7 @@ class RequestRecorder:
         clock: monotonic seconds.
         force_closing: whether the proxy is closing exchanges because the grace time of its shutdown is over.
         served: tells whether some instance serves a model; only such names become label values.
+        settle_key: called with each record of a client that has a key of API_KEYS_FILE.
         sinks: called with each record when its request has ended.
         flows: by the keys of prefill and decode.
     """
@@ -47,6 +48,7 @@ class RequestRecorder:
         self.sinks: list[Sink] = []
         self.flows: dict[tuple[str | None, str], Flow] = {}
         self.force_closing = False
+        self.settle_key: Sink = lambda record: None
         self.served: Callable[[str], bool] = lambda model: False
         self._models: set[str] = set()
         self._phase = 0
@@ -113,9 +115,18 @@ class RequestRecorder:
             stats.outputs.add(record.output_tokens)
             stats.output_tokens += record.output_tokens
             step.output_tokens += record.output_tokens
+        if record.key is not None:
+            self._count_key(record.key, record)
         self.event_log.add(record)
         for sink in self.sinks:
             sink(record)
+
+    def _count_key(self, key: str, record: RequestRecord) -> None:
+        stats = self.stats
+        stats.key_requests[f"{key}\t{record.outcome}"] += 1
+        stats.key_tokens[f"{key}\tprompt"] += record.prompt_tokens or 0
+        stats.key_tokens[f"{key}\tgeneration"] += record.output_tokens or 0
+        self.settle_key(record)
 
     def _labels(self, record: RequestRecord) -> str:
         """Route, outcome, cause and model, joined by tabs. At most 64 served models get a label value of their own."""

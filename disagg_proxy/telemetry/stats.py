@@ -158,7 +158,10 @@ class Stats:
         kv_releases: releases of abandoned KV.
         failovers: attempts on another pair after an instance failed.
         queued: seconds in the admission queue, of requests that had to wait.
-        turned_away: requests rejected by the proxy with 429.
+        turned_away: requests rejected with 429 because the queue was full or the wait too long.
+        key_requests: finished generation requests by key and outcome, joined by a tab; of keys of API_KEYS_FILE only.
+        key_tokens: their tokens by key and kind, prompt or generation.
+        key_refusals: requests refused with 429 by key and limit, requests or tokens.
         access_log_lines_dropped: lines of the access log that were dropped.
         access_log_write_errors: failed writes of the access log; their lines are kept and retried.
     """
@@ -182,6 +185,9 @@ class Stats:
     failovers: int = 0
     queued: Latency = field(default_factory=Latency)
     turned_away: int = 0
+    key_requests: Counter[str] = field(default_factory=Counter)
+    key_tokens: Counter[str] = field(default_factory=Counter)
+    key_refusals: Counter[str] = field(default_factory=Counter)
     access_log_lines_dropped: int = 0
     access_log_write_errors: int = 0
 

@@ -1,7 +1,8 @@
 """The shared memory of one proxy: its layout, and slots in which a process publishes a text for all others.
 
 It holds the table (shared_table.py), one slot per process for its totals (telemetry/aggregate.py), the supervisor's
-last, and one more per worker for the page's state (telemetry/page_state.py).
+last, one more per worker for the page's state (telemetry/page_state.py), and a row per worker for the limits of client
+keys (shared_usage.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import tempfile
 import zlib
 
 from disagg_proxy.workers.shared_table import SharedTable
+from disagg_proxy.workers.shared_usage import ROW_BYTES
 
-MAX_SNAPSHOT = 256 * 1024
-"""Bytes of a published text."""
+MAX_SNAPSHOT = 1024 * 1024
+"""Bytes of a published text; the counters of 500 client keys take up to 400 KB. Unused memory costs nothing."""
 
 _HEAD = 64
 _TRIES = 8
@@ -82,6 +84,7 @@ class SharedMemory:
     Attributes:
         totals: a slot for each worker, and the supervisor's last.
         page_states: a slot for each worker.
+        key_usage: a row for each worker.
     """
 
     def __init__(self, file: int, workers: int) -> None:
@@ -89,13 +92,15 @@ class SharedMemory:
         table = SharedTable.size(workers)
         memory = memoryview(mmap.mmap(file, self._size(workers)))
         self.table = SharedTable(memory, workers)
-        starts = range(table, self._size(workers), SLOT_SIZE)
+        rows = table + (2 * workers + 1) * SLOT_SIZE
+        starts = range(table, rows, SLOT_SIZE)
+        self.key_usage = [memory[rows + i * ROW_BYTES : rows + (i + 1) * ROW_BYTES] for i in range(workers)]
         slots = [SnapshotSlot(memory[start : start + SLOT_SIZE]) for start in starts]
         self.totals, self.page_states = slots[: workers + 1], slots[workers + 1 :]
 
     @staticmethod
     def _size(workers: int) -> int:
-        return SharedTable.size(workers) + (2 * workers + 1) * SLOT_SIZE
+        return SharedTable.size(workers) + (2 * workers + 1) * SLOT_SIZE + workers * ROW_BYTES
 
     @classmethod
     def create(cls, workers: int) -> SharedMemory:

@@ -23,6 +23,7 @@ from disagg_proxy.workers.shared_flags import SharedFlags
 from disagg_proxy.workers.shared_load import WorkerLoad
 from disagg_proxy.workers.shared_memory import MAX_SNAPSHOT, SharedMemory
 from disagg_proxy.workers.shared_table import RowHeader, now
+from disagg_proxy.workers.shared_usage import WorkerUsage
 from disagg_proxy.workers.worker_process import WorkerEnv
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class WorkerPeers:
         self.pings = SupervisorPings()
         self._memory = SharedMemory(env.memory, env.workers)
         self._table = self._memory.table
+        self.key_usage = WorkerUsage(self._memory.key_usage, env.worker)
         self._own = self._table.rows[env.worker]
         self._others = [row for row in self._table.rows if row is not self._own]
         self._wakeups = Wakeups(env.wakeups, env.worker)

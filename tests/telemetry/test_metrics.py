@@ -145,6 +145,10 @@ async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair)
     await machine.stream(PATH, ASK)
     await machine.proxy.until_idle()
     services = machine.proxy.services
+    stats = services.stats
+    keys = {"a\tok": stats.key_requests, "a\tprompt": stats.key_tokens, "a\ttokens": stats.key_refusals}
+    for labels, counts in keys.items():
+        counts[labels] += 1
     alone = await services.overview()
     workers = [{"pid": os.getpid(), "responding": True}, {"pid": None, "responding": False}]
     several = Overview(

@@ -25,8 +25,9 @@ PATH = "/v1/completions"
 class Door:
     """One kept connection, and so one worker."""
 
-    def __init__(self, url: str) -> None:
-        self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1, keepalive_timeout=300))
+    def __init__(self, url: str, headers: dict[str, str] | None = None) -> None:
+        connector = aiohttp.TCPConnector(limit=1, keepalive_timeout=300)
+        self.session = aiohttp.ClientSession(connector=connector, headers=headers)
         self._url = url
         self.worker = -1
 
@@ -66,6 +67,8 @@ class Fleet:
         self.process = command.process
         self.lines: list[str] = []
         self.url = self.zmq = ""
+        self.headers: dict[str, str] = {}
+        """Of every request through :meth:`door`."""
         self._more = asyncio.Condition()
         self._reading = asyncio.create_task(self._read())
         self.stack = AsyncExitStack()
@@ -120,7 +123,7 @@ class Fleet:
         return code
 
     async def door(self) -> Door:
-        door = Door(self.url)
+        door = Door(self.url, self.headers)
         self.stack.push_async_callback(door.session.close)
         stats = await soon(door.get("/stats"))
         self.seen |= {worker["pid"] for worker in stats["workers"] if worker["pid"]}

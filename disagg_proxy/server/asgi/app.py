@@ -39,7 +39,7 @@ def create_app(config: Config, services: Services | None = None) -> Quart:
     app.url_map.strict_slashes = False
     # A redirect would contain the Host header, which the client chooses.
     app.url_map.merge_slashes = False
-    app = install_auth(app, config)
+    app = install_auth(app, config, parts.keys)
     install_error_handlers(app)
     app.register_blueprint(generation_routes(parts))
     app.register_blueprint(engine_routes(parts))

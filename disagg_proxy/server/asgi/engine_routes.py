@@ -15,9 +15,11 @@ from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import EngineUse
 from disagg_proxy.downstream.refusal import BUSY_STATUSES, engine_busy
 from disagg_proxy.errors import EngineBusy, EngineFailed, EngineUnreachable, NotFound, NotServed, UnknownModel
-from disagg_proxy.http1.headers import client_request_id, forwarded_request_lines
-from disagg_proxy.openai.fields import RESPONSES, strip
-from disagg_proxy.openai.prepare import encode, model_of, parse_object
+from disagg_proxy.http1.headers import client_request_id, forwarded_request_lines, without_key
+from disagg_proxy.openai.fields import MESSAGES, RESPONSES, strip
+from disagg_proxy.openai.prefill_answer import prompt_tokens
+from disagg_proxy.openai.prepare import PromptSize, encode, model_of, parse_object
+from disagg_proxy.server.asgi.auth import client_key, show_rate_limit
 from disagg_proxy.server.asgi.error_responses import forwarded, json_response
 from disagg_proxy.server.asgi.request import read_body, request_headers
 from disagg_proxy.services import Services
@@ -54,7 +56,10 @@ def engine_routes(services: Services) -> Blueprint:
     async def send(
         instance: Instance, method: str, path: str, body: bytes, engine_id: str | None = None
     ) -> CompleteResponse:
-        lines = forwarded_request_lines(request_headers(), services.config.engine_api_key)
+        key, headers = client_key(), request_headers()
+        if key is not None and key.from_file:
+            headers = without_key(headers)
+        lines = forwarded_request_lines(headers, services.config.engine_api_key)
         if engine_id is not None:
             lines += b"x-request-id: %b\r\n" % engine_id.encode()
         with EngineUse(services.registry, instance):
@@ -70,6 +75,28 @@ def engine_routes(services: Services) -> Blueprint:
                 resend=Resend.REUSED,
             )
             return answer.read()
+
+    async def charged(model: str | None, body: bytes, *, computes: bool = False) -> Response:
+        """:func:`send_to_any`, charged to the client's key: one request, and what it computes in tokens."""
+        key = client_key()
+        if key is None:
+            return await send_to_any(model, "POST", body, computes=computes)
+        key.check_model(model, services.registry)
+        tokens = services.sizes.estimator.tokens(model, PromptSize(text=len(body))) if computes else 0
+        anthropic = request.path.startswith(MESSAGES.path)
+        refusal = key.admit(tokens, services.stats, anthropic)
+        show_rate_limit(key.headers(services.stats.clock(), anthropic))
+        if refusal is not None:
+            raise refusal
+        used = 0
+        try:
+            answer = await send_to_any(model, "POST", body, computes=computes)
+            used = (prompt_tokens(await answer.get_data(as_text=False)) or tokens) if computes else 0
+            return answer
+        except UnknownModel as error:
+            raise key.visible(error, services.registry) from None
+        finally:
+            key.settle(used - tokens, services.stats.clock())
 
     async def send_to_any(model: str | None, method: str, body: bytes, *, computes: bool = False) -> Response:
         """Send to the first engine that is reachable and not busy. These requests change nothing, so they may be sent
@@ -104,7 +131,7 @@ def engine_routes(services: Services) -> Blueprint:
 
     async def one_engine() -> Response:
         body = await read_body()
-        return await send_to_any(model_of(parse_object(body)), "POST", body)
+        return await charged(model_of(parse_object(body)), body)
 
     async def pooling() -> Response:
         body = await read_body()
@@ -112,7 +139,7 @@ def engine_routes(services: Services) -> Blueprint:
         model = model_of(fields)
         if not any(i.kind.computes for i in services.registry.instances()) and services.registry.instances():
             raise NotServed(f"{request.path} is not served: {_NO_POOLING}.")
-        return await send_to_any(model, "POST", encode(fields) if strip(fields) else body, computes=True)
+        return await charged(model, encode(fields) if strip(fields) else body, computes=True)
 
     async def stored_response(**_: str) -> Response:
         raise NotServed(f"{RESPONSES.path}/ID is not served: {NO_STORE}.")
@@ -136,13 +163,18 @@ def engine_routes(services: Services) -> Blueprint:
         return json_response({"instances": results}, 200 if worst == 200 else 502)
 
     async def models() -> Response:
-        return json_response({"object": "list", "data": list(services.registry.models().values())})
+        known, key = services.registry.models(), client_key()
+        shown = [card for name, card in known.items() if key is None or not key.models or name in key.models]
+        return json_response({"object": "list", "data": shown})
 
     async def model(name: str) -> Response:
         await refresh_unless_known(name)
-        known = services.registry.models()
+        known, key = services.registry.models(), client_key()
+        if key is not None:
+            key.check_model(name, services.registry)
         if name not in known:
-            raise UnknownModel(name, sorted(known))
+            error = UnknownModel(name, sorted(known))
+            raise error if key is None else key.visible(error, services.registry)
         return json_response(known[name])
 
     async def not_served(**_: str) -> Response:

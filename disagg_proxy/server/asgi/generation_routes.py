@@ -16,6 +16,7 @@ from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.openai.fields import GENERATION, Route
+from disagg_proxy.server.asgi.auth import client_key, show_rate_limit
 from disagg_proxy.server.asgi.exchange_scope import cancel_with_exchange, leave_with_exchange
 from disagg_proxy.server.asgi.request import read_body, request_headers
 from disagg_proxy.services import Services
@@ -32,13 +33,16 @@ def generation_routes(services: Services) -> Blueprint:
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
         cancel_with_exchange(request.scope)
-        head = read_head(services.config, services.coordinator.wanted, route, request_headers())
+        head = read_head(services.config, services.coordinator.wanted, route, request_headers(), client_key())
         body = await read_body()
         pending = _PendingOutcome()
         reply = Reply(pending)
         leave_with_exchange(request.scope, reply)
         services.coordinator.start(head, body, reply)
-        outcome = await pending.outcome
+        try:
+            outcome = await pending.outcome
+        finally:
+            show_rate_limit(reply.headers)
         content = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
         response = Response(content, status=outcome.status, content_type="application/json")
         # No limit of the framework's: an engine may compute for minutes, and DECODE_TIMEOUT applies.
