@@ -89,6 +89,8 @@ async def views_with_reconnect(url: str, key: str, gone: Callable[[str], None]) 
 async def _check(answer: aiohttp.ClientResponse, url: str) -> None:
     if answer.status == 401:
         raise WrongKey(f"{url} requires its API key: pass --key, or set API_KEY")
+    if answer.status == 403:
+        raise WrongKey(f"{url} responded: {await _message(answer)}")
     if answer.status == 503:
         raise FeedError(f"{url} responded: {await _message(answer)}")
     if answer.status != 200 or answer.content_type != "text/event-stream":

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from disagg_proxy.cluster.instance import State
+from disagg_proxy.config.keys_file import table_of
 from disagg_proxy.page.document import strings
 from disagg_proxy.telemetry.timeseries import SECONDS, Step
 from disagg_sim import expected_chat_text, expected_text
@@ -188,6 +189,22 @@ async def test_the_key_is_asked_for_kept_in_the_tab_and_never_in_the_address(mac
     await page.get_by_role("button", name="Forget the key").click()
     await says(page, "#key-form", "This proxy requires an API key")
     assert "sesame" not in await page.evaluate("JSON.stringify(sessionStorage)")
+
+
+async def test_a_key_without_monitoring_is_rejected_like_a_wrong_one(browser, tmp_path) -> None:
+    browser.expected += ["401", "403"]
+    file = tmp_path / "keys.toml"
+    file.write_text(table_of("client", "sk-client") + table_of("operator", "sk-operator") + "monitoring = true\n")
+    async with running_proxy(api_keys_file=str(file)) as proxy:
+        page = await browser.open(proxy.url)
+        await says(page, "#key-form", "This proxy requires an API key")
+        await page.get_by_label("API key", exact=True).fill("sk-client")
+        await page.keyboard.press("Enter")
+        await says(page, "#key-wrong", "The proxy rejected this key.")
+        await page.get_by_label("API key", exact=True).fill("sk-operator")
+        await page.keyboard.press("Enter")
+        await says(page, "#now-text", "Not serving: no prefill has registered")
+        await page.close()
 
 
 async def test_the_page_outlives_the_proxy(browser) -> None:

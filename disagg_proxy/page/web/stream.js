@@ -64,7 +64,7 @@ const follow = async ({ onEvent, link, keyWanted }) => {
     try {
       alive();
       const answer = await fetch("dashboard/events", { headers: authorized(), cache: "no-store", signal: quit.signal });
-      if (answer.status === 401) {
+      if (answer.status === 401 || answer.status === 403) {
         clearTimeout(timer);
         await keyWanted(Boolean(keyGiven()));
         continue;
