@@ -125,3 +125,11 @@ def test_the_admin_key_is_no_clients_key(tmp_path: Path) -> None:
         check_keys_file(load([], environ))
     assert KEY not in str(caught.value)
     check_keys_file(load([], {**environ, "ADMIN_KEY": "sk-other"}))
+
+
+def test_check_refuses_a_bad_file(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "keys.toml"
+    for text, code in ((ALICE, 0), ("[[keys]", 2)):
+        file.write_text(text)
+        assert cli.main(["check", "--api-keys-file", str(file)]) == code
+    assert capsys.readouterr().err.startswith(f"disagg-proxy: API_KEYS_FILE: {file}: is not valid TOML")

@@ -51,3 +51,30 @@ async def test_a_worker_that_is_replaced_while_the_file_is_bad_waits_for_a_good_
         return (await proxy.door()).worker == 0
 
     await until(replaced)
+
+
+async def test_sighup_rereads_the_file_in_every_worker_and_a_bad_one_changes_nothing(fleet, engines, tmp_path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(TABLE.replace("requests_per_minute = 4", ""))
+    proxy = await fleet(2, API_KEYS_FILE=str(file))
+    proxy.headers = {"Authorization": f"Bearer {KEY}"}
+    for engine in await engines(proxy.zmq):
+        await proxy.until_known(engine)
+    doors = await proxy.doors()
+
+    async def statuses() -> list[int]:
+        return [(await door.ask())[0] for door in doors]
+
+    assert await statuses() == [200, 200]
+    file.write_text("[[keys]")
+    before = len(proxy.lines)
+    proxy.process.send_signal(signal.SIGHUP)
+    for worker in range(2):
+        await proxy.until_written(rf"worker {worker} [^\n]*Not reloaded: API_KEYS_FILE: {file}: is not valid", before)
+    assert await statuses() == [200, 200]
+    file.write_text(TABLE.replace("alice", "bob").replace(digest(KEY.encode()).hex(), "0" * 64))
+    before = len(proxy.lines)
+    proxy.process.send_signal(signal.SIGHUP)
+    for worker in range(2):
+        await proxy.until_written(rf"worker {worker} [^\n]*Reloaded: API_KEYS_FILE: added bob; removed alice", before)
+    assert await statuses() == [401, 401]
