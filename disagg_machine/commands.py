@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from disagg_machine import net
 from disagg_machine.engines import Engines
 from disagg_machine.layout import Place
-from disagg_machine.messages import die
+from disagg_machine.messages import die, text
 from disagg_machine.proxy_view import announced_host
 from disagg_machine.settings import Settings
 from disagg_machine.vllm_facts import VllmFacts
@@ -31,9 +31,15 @@ class Command:
     words: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def line(self) -> str:
-        """The command as a person would type it."""
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+    def line(self, secrets: Mapping[str, str] | None = None) -> str:
+        """The command as a person would type it.
+
+        Args:
+            secrets: variable -> the name of the one to take its value from. The shell refuses to run the line where
+                that is not set, so that nothing starts without its key.
+        """
+        variables = [f'{name}="${{{source}:?{text("env_secret")}}}"' for name, source in (secrets or {}).items()]
+        variables += [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*variables, *map(shlex.quote, self.words)])
 
 
@@ -189,8 +195,6 @@ def simulated(settings: Settings, place: Place, python: str) -> Command:
         words += ["--kv-pool-bytes", str(settings.mem_pool_size_gb << 30)]
     for name in settings.served_names:
         words += ["--model", name]
-    if settings.engine_api_key:
-        words += ["--api-key", settings.engine_api_key]
     if place.role == "plain":
         words += split_words(settings.extra_plain_args)
     return Command((*words, *split_words(settings.extra_sim_args)))

@@ -15,6 +15,14 @@ from disagg_machine.settings import Settings
 PACKAGE = Path(__file__).resolve().parent
 SCRIPT = "test_single_machine.sh"
 
+SECRETS = {
+    "API_KEY": "API_KEY",
+    "ENGINE_API_KEY": "ENGINE_API_KEY",
+    "VLLM_API_KEY": "ENGINE_API_KEY",
+    "DISAGG_KV_SECRET": "DISAGG_KV_SECRET",
+}
+"""Environment variable of the programs -> the setting that it gets; vLLM reads its key from VLLM_API_KEY."""
+
 
 @dataclass
 class Context:
@@ -53,13 +61,11 @@ class Context:
     def child_environment(self) -> dict[str, str]:
         """The environment of the programs: this one's, with settings as they were read, and the keys.
 
-        Keys go this way and not through arguments, which `ps` shows to other users. vLLM reads VLLM_API_KEY.
+        Keys go this way and not through arguments, which `ps` shows to other users.
         """
-        settings = self.settings
-        found = {name: settings.texts.get(name, value) for name, value in self.environ.items()}
-        keys = {"API_KEY": settings.api_key, "DISAGG_KV_SECRET": settings.disagg_kv_secret}
-        keys |= {"ENGINE_API_KEY": settings.engine_api_key, "VLLM_API_KEY": settings.engine_api_key}
-        return found | {name: value for name, value in keys.items() if value}
+        texts = self.settings.texts
+        found = {name: texts.get(name, value) for name, value in self.environ.items()}
+        return found | {name: texts[setting] for name, setting in SECRETS.items() if texts[setting]}
 
 
 def here() -> Path:

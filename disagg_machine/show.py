@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from disagg_machine import engines, launch, python_environment, ui, vllm_facts
-from disagg_machine.context import Context
-from disagg_machine.layout import layout
+from disagg_machine.context import SECRETS, Context
+from disagg_machine.layout import Place, layout
 from disagg_machine.messages import die, text
 from disagg_machine.table import SETTINGS
 from disagg_machine.vllm_facts import VllmFacts
@@ -44,8 +44,18 @@ def cmd_env(context: Context, words: Sequence[str]) -> int:
         ui.say("env_sim", found.why)
     ui.out(f"cd {shlex.quote(str(context.root))}")
     for place in plan.layout.parts:
-        ui.out(f"# {place.name}\n{plan.command(place).line()}")
+        ui.out(f"# {place.name}\n{plan.command(place).line(_secrets(context, place))}")
     return 0
+
+
+_PROXY_ALONE, _ENGINES_ALONE = {"API_KEY", "ENGINE_API_KEY"}, {"VLLM_API_KEY"}
+
+
+def _secrets(context: Context, place: Place) -> dict[str, str]:
+    """The secrets that this process gets beside its command line: variable -> setting."""
+    others = _ENGINES_ALONE if place.role == "proxy" else _PROXY_ALONE
+    texts = context.settings.texts
+    return {name: setting for name, setting in SECRETS.items() if texts[setting] and name not in others}
 
 
 def _vllm_to_show(context: Context) -> engines.Engines:

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VERSION",
         help="version to imitate where versions differ (default: 0.21.0 with p2p_nccl, 0.33.0 otherwise)",
     )
-    serving.add_argument("--api-key", help="key that /v1 asks for")
+    # As vLLM's. It is no default of the parser, whose help would show it.
+    serving.add_argument("--api-key", help="key that /v1 asks for; without it VLLM_API_KEY of the environment")
     serving.add_argument("--max-model-len", type=int, default=32768, help="tokens of prompt and answer together")
     serving.add_argument("--max-num-seqs", type=int, default=256, help="requests in one batch")
     serving.add_argument("--max-num-batched-tokens", type=int, default=8192, help="prompt tokens of one prefill step")
@@ -154,7 +156,7 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             hold_timeout=args.hold_timeout,
             models=tuple(args.model or ("sim-model",)),
             version=args.vllm_version,
-            api_key=args.api_key,
+            api_key=args.api_key or os.environ.get("VLLM_API_KEY") or None,
             startup_seconds=args.startup_seconds,
             prefill_tokens_per_second=args.prefill_tokens_per_second,
             time_per_output_token=args.time_per_output_token,

@@ -210,6 +210,7 @@ TEXTS: dict[str, str] = {
     "bench_nothing": "没有测得任何结果；{} 中没有报告",
     "no_log": "{1} 中没有“{0}”的日志",
     "no_logs": "{} 中没有日志",
+    "env_secret": "请先设置，此处不显示",
     "env_sim": "这里是模拟引擎（{}）。ENGINE=vllm 可显示 vLLM 的命令。",
     "env_no_vllm": "此处未找到 vLLM；以下为 {} 版本的命令。",
     "status_watching": "监护中",

@@ -239,6 +239,7 @@ TEXTS: dict[str, str] = {
     "bench_nothing": "nothing was measured; no report in {}",
     "no_log": 'there is no log of "{}" in {}',
     "no_logs": "there are no logs in {}",
+    "env_secret": "set it first, it is not shown here",
     "env_sim": "These are simulated engines ({}). ENGINE=vllm prints the commands for vLLM.",
     "env_no_vllm": "No vLLM found here; the commands are those for {}.",
     "status_watching": "watching",

@@ -199,7 +199,7 @@ def test_simulated_engines(make_context: MakeContext) -> None:
     assert line == (
         "python -m disagg_sim --role decode --host 127.0.0.1 --port 20005 --kv-port 22001 --proxy '[::1]:30001' "
         "--max-model-len 10000 --max-num-seqs 256 --max-num-batched-tokens 10000 --kv-buffer-bytes 8000000000 "
-        "--kv-pool-bytes 4294967296 --model model --model org/model --api-key k --ping-seconds 1"
+        "--kv-pool-bytes 4294967296 --model model --model org/model --ping-seconds 1"
     )
     plain = commands.simulated(settings, PLAIN, "python").words
     assert plain[3:7] == ("--role", "decode", "--connector", "disagg_kv") and "--proxy" not in plain

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from disagg_machine import table
 from disagg_machine.settings import LOCAL_MODELS, default_model
 from tests.script.machine import REPOSITORY, SCRIPT, Machine
 
@@ -136,10 +137,37 @@ def test_open_quote_in_arguments(machine: Machine, name: str) -> None:
     assert "--flag 'open" in done.stderr
 
 
+SECRETS = {setting.env: f"tell-nobody-{setting.env}" for setting in table.SETTINGS if setting.secret}
+
+
 def test_secrets_are_not_shown(machine: Machine) -> None:
+    assert len(SECRETS) >= 3
     for command in ("config", "env"):
-        done = machine.ok(command, API_KEY="tell-nobody")
+        done = machine.ok(command, **SECRETS)
         assert "tell-nobody" not in done.stdout + done.stderr
+
+
+def test_the_commands_of_env_do_not_start_without_the_keys(machine: Machine) -> None:
+    """Whoever copies them would otherwise start an open proxy."""
+    assert ":?" not in machine.ok("env").stdout
+    lines = [line for line in machine.ok("env", **SECRETS).stdout.splitlines() if "=" in line]
+    named = {
+        "proxy": {"API_KEY", "ENGINE_API_KEY", "DISAGG_KV_SECRET"},
+        "prefill": {"VLLM_API_KEY", "DISAGG_KV_SECRET"},
+        "decode": {"VLLM_API_KEY", "DISAGG_KV_SECRET"},
+    }
+    for line, names in zip(lines, named.values(), strict=True):
+        assert set(re.findall(r'(\w+)="\$\{', line)) == names
+        # The same variables before a program that shows them.
+        probe = "".join(re.findall(r'\w+="\$\{[^"]*" ', line)) + "env"
+        shell = ["bash", "-c", probe]
+        done = subprocess.run(shell, env={"PATH": machine.env["PATH"]}, capture_output=True, text=True)
+        assert done.returncode != 0 and done.stdout == "" and "set it first" in done.stderr
+        known = {"PATH": machine.env["PATH"], **SECRETS}
+        shown = subprocess.run(shell, env=known, capture_output=True, text=True, check=True).stdout
+        for name in names:
+            source = "ENGINE_API_KEY" if name == "VLLM_API_KEY" else name
+            assert f"{name}={SECRETS[source]}\n" in shown
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

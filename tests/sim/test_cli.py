@@ -163,3 +163,19 @@ def test_the_version_to_imitate_is_checked(capsys: pytest.CaptureFixture[str]) -
     assert ended.value.code == 2 and "0.24.0 has no P2pNcclConnector" in capsys.readouterr().err
     flags = _parser().parse_args(["--role", "pair", "--connector", "nixl", "--vllm-version", "0.31.0"])
     assert [config.vllm_version for config in _configs(_parser(), flags)] == ["0.31.0"] * 2
+
+
+def test_the_key_comes_from_the_environment_as_vllms_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag is shown by `ps` to every user of the machine."""
+
+    def key(*flags: str) -> str | None:
+        parser = _parser()
+        [config] = _configs(parser, parser.parse_args(["--role", "decode", *flags]))
+        return config.api_key
+
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert key() is None
+    monkeypatch.setenv("VLLM_API_KEY", "of the environment")
+    assert key() == "of the environment"
+    assert key("--api-key", "of the flag") == "of the flag"
+    assert "of the environment" not in _parser().format_help()
