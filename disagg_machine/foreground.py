@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 
 from disagg_machine import engines, gpus, launch, lock, parts, python_environment, signals, ui, up
+from disagg_machine import settings as reading
 from disagg_machine.context import Context
 from disagg_machine.engines import Engines
 from disagg_machine.layout import Place, layout
@@ -41,6 +42,7 @@ def _foreground(context: Context, role: str, words: Sequence[str]) -> int:
     number = words[0] if words else ""
     if not re.fullmatch(r"([1-9][0-9]?)?", number, re.ASCII) or len(words) > 1:
         raise die(2, "unknown_argument", role, words[-1])
+    reading.need_secrets(context.settings)
     with lock.held(context.settings, role) as held:
         python = python_environment.ensure(context)
         found = engines.resolve(context) if role != "proxy" else _engines_behind(context)

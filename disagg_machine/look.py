@@ -48,6 +48,8 @@ def cmd_status(context: Context, words: Sequence[str]) -> int:
     if pair_is_missing(context, missing, loading):
         worst = 1
         ui.complain("status_no_pair", missing)
+    if view.refused:
+        ui.warn(proxy_view.key_problem(context.settings), context.url)
     if any(part.get("kind") == "sim" for part in found):
         ui.warn("status_sim")
     for gpu in gpus.read_gpus(context.environ):

@@ -35,10 +35,12 @@ class ProxyView:
 
     Attributes:
         answered: whether the proxy answered.
+        refused: whether it answered 401: it has an API_KEY, which the settings do not have or have wrong.
     """
 
     engines: Mapping[int, Engine] = field(default_factory=dict)
     answered: bool = False
+    refused: bool = False
 
     def requests(self, port: int) -> int | None:
         """Requests that went to the engine on ``port`` so far; None when the proxy does not know it."""
@@ -64,7 +66,14 @@ def get(settings: Settings, path: str) -> net.Answer | None:
 def ask(settings: Settings) -> ProxyView:
     """What the proxy knows now."""
     answer = get(settings, "/stats")
-    return read(answer.body, settings.engine_host) if answer is not None and answer.ok else ProxyView()
+    if answer is None or not answer.ok:
+        return ProxyView(refused=answer is not None and answer.status == 401)
+    return read(answer.body, settings.engine_host)
+
+
+def key_problem(settings: Settings) -> str:
+    """The message for a proxy that refuses the key: none is given, or a wrong one."""
+    return "key_wrong" if settings.api_key else "key_missing"
 
 
 def read(body: str, engine_host: str) -> ProxyView:

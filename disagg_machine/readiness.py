@@ -49,7 +49,7 @@ def readiness(context: Context, part: Part, view: ProxyView) -> Readiness:
             reason = f" ({view.wanted(port)})" if view.wanted(port) else ""
             return Readiness(found.health, found.words + reason)
     if engine is None:
-        return Readiness(health, text("status_unknown"))
+        return Readiness(health, text("status_no_key" if view.refused else "status_unknown"))
     return Readiness(health, text("status_proxy_says", engine.words, engine.requests))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from disagg_machine import dependents, launch, lock, parts, proxy_view, ui, up
+from disagg_machine import settings as reading
 from disagg_machine.context import Context
 from disagg_machine.launch import Plan
 from disagg_machine.messages import die
@@ -21,6 +22,7 @@ def cmd_restart(context: Context, words: Sequence[str]) -> int:
     """
     if not words:
         raise die(2, "which_part", "restart")
+    reading.need_secrets(context.settings)
     with lock.held(context.settings, "restart"):
         plan = launch.plan(context)
         names = _chosen(plan, words)

@@ -31,6 +31,18 @@ def need_proxy(context: Context) -> net.Answer:
     return answer
 
 
+def need_key(context: Context) -> net.Answer:
+    """As :func:`need_proxy`, for what needs the proxy's key.
+
+    Raises:
+        MachineError: 3, no proxy answers; 1, it refuses the key.
+    """
+    answer = need_proxy(context)
+    if proxy_view.ask(context.settings).refused:
+        raise die(1, proxy_view.key_problem(context.settings), context.url)
+    return answer
+
+
 # -- test
 
 
@@ -38,11 +50,11 @@ def cmd_test(context: Context, words: Sequence[str]) -> int:
     """``test``: one completion, one stream, one chat.
 
     Raises:
-        MachineError: 3, nothing serves.
+        MachineError: 3, nothing serves; 1, the proxy refuses the key.
     """
     if words:
         raise die(2, "unknown_argument", "test", words[0])
-    need_proxy(context)
+    need_key(context)
     settings = context.settings
     service = Service(context.url, settings.api_key, settings.test_timeout)
     if not check(service, settings.served_names[0]):
@@ -135,7 +147,7 @@ def cmd_page(context: Context, words: Sequence[str]) -> int:
     need_proxy(context)
     settings = context.settings
     ui.out(f"{context.url}/")
-    if settings.api_key:
+    if settings.api_key or proxy_view.ask(settings).refused:
         ui.say("page_key")
     if _opened(f"{context.url}/", context.environ):
         ui.say("page_opened")
@@ -162,11 +174,11 @@ def cmd_top(context: Context, words: Sequence[str]) -> int:
     """``top [--once]``: the live page in this terminal, by the proxy's own command.
 
     Raises:
-        MachineError: 3, nothing serves; 1, the package rich is missing.
+        MachineError: 3, nothing serves; 1, the proxy refuses the key, or the package rich is missing.
     """
     if list(words) not in ([], ["--once"]):
         raise die(2, "unknown_argument", "top", words[0])
-    need_proxy(context)
+    need_key(context)
     python = python_environment.ensure(context)
     ensure_rich(context, python)
     program = [python, "-m", "disagg_proxy", "top", "--url", context.url, *words]

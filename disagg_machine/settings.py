@@ -20,6 +20,9 @@ LOCAL_MODELS: Sequence[str] = ("/share-data/wzk-1/model/Qwen3-4B",)
 ENVIRONMENT, FILE, RUNNING, DEFAULT = "environment", "file", "running", "default"
 """Where a value comes from; ``source_…`` in the catalogues is how it is shown."""
 
+_SECRETS = "SECRETS"
+"""In RUN_DIR/settings: names of the secrets that what runs was started with."""
+
 NOT_REMEMBERED = ("CONFIG", "RUN_DIR", "PYTHON", "VENV_DIR")
 """Settings that say where things are, not what runs."""
 
@@ -201,11 +204,22 @@ def read_running(run_dir: Path) -> dict[str, str]:
 
 
 def write_running(settings: Settings) -> None:
-    """Remember what runs, for other commands. Secrets are not written to disk."""
-    files.write_fields(
-        settings.run_dir / "settings",
-        {s.env: settings.texts[s.env] for s in SETTINGS if not s.secret and s.env not in NOT_REMEMBERED},
-    )
+    """Remember what runs, for other commands. Of secrets only the names are written to disk."""
+    known = {s.env: settings.texts[s.env] for s in SETTINGS if not s.secret and s.env not in NOT_REMEMBERED}
+    given = [s.env for s in SETTINGS if s.secret and settings.texts[s.env]]
+    files.write_fields(settings.run_dir / "settings", {**known, _SECRETS: " ".join(given)})
+
+
+def need_secrets(settings: Settings) -> None:
+    """For commands that start a part beside others: it must not start without the keys that those have.
+
+    Raises:
+        MachineError: 2, what runs was started with a secret that these settings do not have.
+    """
+    given = read_running(settings.run_dir).get(_SECRETS, "").split()
+    missing = [name for name in given if name in BY_ENV and not settings.texts[name]]
+    if missing:
+        raise die(2, "secret_not_given", ", ".join(missing))
 
 
 def default_model(copies: Sequence[str] = LOCAL_MODELS) -> str:

@@ -29,7 +29,7 @@ def cmd_bench(context: Context, words: Sequence[str]) -> int:
         return compare(context, ratio, plain)
     from disagg_machine import service
 
-    answer = service.need_proxy(context)
+    answer = service.need_key(context)
     if once:
         from disagg_machine.bench.once import run
 

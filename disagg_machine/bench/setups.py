@@ -18,7 +18,7 @@ from disagg_machine.launch import Plan
 from disagg_machine.layout import Layout, Place, layout
 from disagg_machine.messages import die
 from disagg_machine.proxy_view import ProxyView
-from disagg_machine.service import need_proxy
+from disagg_machine.service import need_key
 from disagg_machine.settings import DEFAULT
 from disagg_machine.start import Starting
 
@@ -42,7 +42,7 @@ def what_runs(context: Context, ratio: bool) -> Before:
         if part.foreground:
             raise die(1, "in_foreground", part.name)
     if not alive and not ratio:
-        need_proxy(context)
+        need_key(context)
         raise die(1, "bench_not_ours", context.url)
     return Before(bool(alive), any(part.name == "supervisor" for part in alive))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from disagg_machine import files, net
+from disagg_machine import files, net, proxy_view
 from disagg_machine.doctor.machine import Machine
 from disagg_machine.doctor.verdict import Verdict, error, ok, warning
 from disagg_machine.readiness import HUNG, LOADING, pair_is_missing
@@ -44,6 +44,8 @@ def check_running(machine: Machine) -> Iterator[Verdict]:
     if "proxy" not in machine.alive:
         return
     view = machine.view
+    if view.refused:
+        yield warning(proxy_view.key_problem(machine.settings), machine.context.url)
     loading, missing = False, ""
     for place in (*machine.layout.engines, machine.layout["proxy"]):
         part = machine.alive.get(place.name)

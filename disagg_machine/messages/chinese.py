@@ -221,6 +221,13 @@ TEXTS: dict[str, str] = {
     "status_no_pair": "无法处理任何请求：{}",
     "status_proxy_says": "代理：{}；累计 {} 个请求",
     "status_flying": "{}，在途 {}（{}）",
+    "status_no_key": "有响应；代理对它的描述需要 API_KEY",
+    "key_missing": "{} 处的代理需要密钥：请设置 API_KEY，或用 CONFIG 指定含有它的文件",
+    "key_wrong": "{} 处的代理不接受这个 API_KEY",
+    "secret_not_given": (
+        "正在运行的进程启动时使用了 {}，而密钥不会写入磁盘：请再次设置，或用 CONFIG 指定含有它的文件；"
+        "否则该部分将在没有密钥的情况下启动"
+    ),
     "status_unknown": "有响应；代理尚未接纳",
     "status_restarts": "重启 {} 次；最近 {}：{}",
     "status_given_up": "已放弃重启；查看 {} 后执行 `restart`",

@@ -251,6 +251,13 @@ TEXTS: dict[str, str] = {
     "status_proxy_says": "proxy: {}; {} requests so far",
     "status_flying": "{}, {} in flight ({})",
     "status_unknown": "answers; the proxy does not know it",
+    "status_no_key": "answers; what the proxy knows of it needs API_KEY",
+    "key_missing": "the proxy at {} requires a key: set API_KEY, or CONFIG to the file that has it",
+    "key_wrong": "the proxy at {} does not accept this API_KEY",
+    "secret_not_given": (
+        "what runs was started with {}, and keys are not kept on disk: set it again, or CONFIG to the file that has "
+        "it; without it this part would start without a key"
+    ),
     "status_restarts": "restarts: {}; last {}: {}",
     "status_given_up": "given up; see {}, then `restart`",
     "status_wanted": "`restart {}` brings it back",

@@ -329,6 +329,6 @@ def test_what_must_not_be_stopped(make_context: MakeContext, monkeypatch: pytest
     assert setups.what_runs(context, ratio=False) == Before(True, False)
     runs[:] = []
     assert setups.what_runs(context, ratio=True) == Before(False, False)
-    monkeypatch.setattr(setups, "need_proxy", lambda context: None)
+    monkeypatch.setattr(setups, "need_key", lambda context: None)
     with refused("bench_not_ours"):
         setups.what_runs(context, ratio=False)

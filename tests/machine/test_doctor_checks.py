@@ -374,6 +374,9 @@ def test_what_runs(make: Make, tmp_path: Path) -> None:
         error("doc_frozen", "decode", "no token for 41 s", "decode"),
     ]
     assert keys(running.check_running(machine))
+    assert list(running.check_running(make({"parts": parts, "view": ProxyView(refused=True)}))) == [
+        warning("key_missing", "http://127.0.0.1:10001")
+    ]
 
 
 def test_no_pair_can_serve(make: Make, tmp_path: Path) -> None:

@@ -109,6 +109,19 @@ def test_what_the_proxy_calls_frozen(
     )
 
 
+def test_a_proxy_that_refuses_the_key(
+    context: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(net, "http_get", lambda *_: net.Answer(200, "{}"))
+    monkeypatch.setattr("disagg_machine.proxy_view.ask", lambda _: ProxyView(refused=True))
+    put(context, "proxy", kind="proxy", http=10001)
+    put(context, "decode", kind="vllm", http=20005)
+    look.cmd_status(context, [])
+    out, err = capsys.readouterr()
+    assert "decode" in out and "what the proxy knows of it needs API_KEY" in out and "does not know" not in out
+    assert "requires a key: set API_KEY, or CONFIG to the file that has it" in err
+
+
 def test_memory_of_the_gpus(
     context: Context, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from disagg_machine import messages
 from disagg_machine.net import Answer
-from disagg_machine.proxy_view import Engine, Health, ProxyView, hosts, read, read_health
+from disagg_machine.proxy_view import Engine, Health, ProxyView, ask, hosts, key_problem, read, read_health
+from tests.machine.conftest import MakeContext
 
 
 def instance(address: str, **changes: Any) -> dict[str, Any]:
@@ -35,6 +36,16 @@ def test_engines_by_their_ports() -> None:
     assert (found.requests(20003), found.requests(20004)) == (7, None)
     assert [found.frozen(port) for port in (20003, 20004, 20005, 20006)] == ["", "", "no token for 41 s", ""]
     assert [found.wanted(port) for port in (20003, 20004, 20006)] == ["", "", "no ping"]
+
+
+@pytest.mark.parametrize(("answer", "refused"), [(Answer(401, "{}"), True), (Answer(503, "{}"), False), (None, False)])
+def test_a_proxy_that_refuses_the_key_is_told_from_one_that_does_not_answer(
+    make_context: MakeContext, monkeypatch: pytest.MonkeyPatch, answer: Answer | None, refused: bool
+) -> None:
+    monkeypatch.setattr("disagg_machine.net.http_get", lambda *_: answer)
+    assert ask(make_context().settings) == ProxyView(refused=refused)
+    assert key_problem(make_context().settings) == "key_missing"
+    assert key_problem(make_context(API_KEY="k").settings) == "key_wrong"
 
 
 def test_a_restart_that_is_wanted_without_a_reason_is_wanted() -> None:

@@ -141,6 +141,14 @@ def test_what_runs_is_remembered_without_secrets(tmp_path: Path) -> None:
     assert (found.sources["MODEL"], found.sources["HTTP_PROXY_PORT"]) == (RUNNING, ENVIRONMENT)
     assert found.sources["VENV_DIR"] == DEFAULT
 
+    # Only the secrets' names are known, so that no part is started beside the others without them.
+    with pytest.raises(MachineError) as refused:
+        settings.need_secrets(found)
+    assert (refused.value.code, refused.value.key, refused.value.arguments) == (2, "secret_not_given", ("API_KEY",))
+    settings.need_secrets(read(**later, API_KEY="secret"))
+    settings.write_running(read(RUN_DIR=str(tmp_path)))
+    settings.need_secrets(read(**later))
+
 
 BAD = {
     "HTTP_PROXY_PORT": ["0", "65536", "08", "1 ", "x"],

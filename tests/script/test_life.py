@@ -92,10 +92,32 @@ def test_api_keys_work_and_stay_private(machine: Machine) -> None:
     machine.env |= {"API_KEY": "front-door", "ENGINE_API_KEY": "back-door"}
     machine.ok("all", EXTRA_SIM_ARGS=FAST)
     machine.ok("test")
-    assert machine.run("test", API_KEY="").returncode == 1
+    for command, key, says in (
+        ("test", "", "requires a key: set API_KEY, or CONFIG"),
+        ("top", "", "requires a key: set API_KEY, or CONFIG"),
+        ("bench", "", "requires a key: set API_KEY, or CONFIG"),
+        ("test", "another", "does not accept this API_KEY"),
+    ):
+        done = machine.run(command, API_KEY=key)
+        assert done.returncode == 1 and says in done.stderr, (command, done.stderr)
+    done = machine.ok("status", API_KEY="")
+    assert done.stdout.count("what the proxy knows of it needs API_KEY") == 2 and "requires a key" in done.stderr
+    assert "requires a key" in machine.run("doctor", API_KEY="").stdout
+    assert "The page asks for the key" in machine.ok("page", API_KEY="").stderr
+
+    # A part that starts without the key of the others would be open, or of no use to them.
+    proxy = machine.pid("proxy")
+    for changes in ({"API_KEY": ""}, {"ENGINE_API_KEY": ""}):
+        done = machine.run("restart", "proxy", **changes)
+        assert done.returncode == 2 and f"was started with {next(iter(changes))}, and" in done.stderr
+    machine.ok("stop", "prefill")
+    assert machine.run("prefill", ENGINE_API_KEY="").returncode == 2
+    assert machine.pid("proxy") == proxy
+    machine.ok("restart", "prefill")
+
     stored = "".join(path.read_text() for path in machine.run_dir.glob("*") if path.is_file())
     assert "front-door" not in stored and "back-door" not in stored
-    assert not any("front-door" in line for line in machine.leftovers().values())
+    assert not any("front-door" in line or "back-door" in line for line in machine.leftovers().values())
 
 
 def test_restart_of_parts(machine: Machine) -> None:

@@ -36,7 +36,7 @@ def test_the_address_and_the_terminal(machine: Machine, tmp_path: Path) -> None:
     assert "Serving: 1 pair ready" in done.stdout and "sesame" not in done.stdout + done.stderr
     assert "服务正常" in machine.ok("top", "--once", API_KEY="sesame", LC_ALL="zh_CN.UTF-8", PYTHONUTF8="1").stdout
     done = machine.run("top", API_KEY="wrong")
-    assert done.returncode == 1 and "requires its API key" in done.stderr
+    assert done.returncode == 1 and "does not accept this API_KEY" in done.stderr
 
     # A person before a desktop: the browser gets the address, and not the key.
     stub = tmp_path / "bin"
