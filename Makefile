@@ -26,5 +26,5 @@ speed:  ## CPU time of the proxy against a reference, about a minute
 ci:  ## everything above
 	.ci/run
 
-tables:  ## write the tables of settings into docs/settings.md
-	.venv/bin/python -m tools.settings_tables
+tables:  ## write what is made from the tables of settings and commands: docs/settings.md, completions, man page
+	.venv/bin/python -m tools.generate

@@ -139,7 +139,9 @@ def show_help() -> int:
         default = "" if setting.default in ("", WORKED_OUT) else f"={setting.default}"
         ui.out(f"  {setting.env}{default}\n      {setting.meaning(language())}")
     ui.out(f"\n{text('help_exit_codes')}")
-    ui.out(text("help_completion", checkout() / "completions/test_single_machine.bash"))
+    folder = checkout() / "completions"
+    # Where pip puts them (pyproject.toml).
+    ui.out(text("help_completion", folder if folder.is_dir() else f"{sys.prefix}/share"))
     return 0
 
 

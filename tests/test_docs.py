@@ -19,7 +19,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("language", SETTINGS_PAGES)
 def test_settings_tables_are_those_of_the_code(language: str) -> None:
     page = SETTINGS_PAGES[language].read_text(encoding="utf-8")
-    assert page == filled(language), "run: python -m tools.settings_tables"
+    assert page == filled(language), "run: make tables"
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])

@@ -10,6 +10,7 @@ import pytest
 
 import disagg_kv
 import disagg_proxy
+from tools import completions, man_page
 from tools.settings_tables import ROOT
 
 if sys.version_info < (3, 11):
@@ -55,6 +56,12 @@ def test_every_file_of_the_page_is_in_the_package(project: dict[str, Any]) -> No
     patterns = project["tool"]["setuptools"]["package-data"]["disagg_proxy.page"]
     packed = {path for pattern in patterns for path in folder.glob(pattern)}
     assert packed == {path for path in (folder / "web").iterdir() if path.is_file()} and packed
+
+
+def test_completions_and_the_man_page_go_where_shells_and_man_look(project: dict[str, Any]) -> None:
+    given = project["tool"]["setuptools"]["data-files"]
+    assert {name for names in given.values() for name in names} == {*completions.FILES, *man_page.FILES}
+    assert all(folder.startswith("share/") for folder in given)
 
 
 def test_every_package_is_marked_as_typed(project: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ TEXTS: dict[str, str] = {
     "help_commands": "命令：",
     "help_settings": "设置，用环境变量或 CONFIG 指定的文件：",
     "help_exit_codes": "退出码：0 成功；1 失败；2 用法或设置有误；3 没有在运行；130 被中断；143 被终止。",
-    "help_completion": "bash 补全：source {}（zsh 的用法见该文件开头）。",
+    "help_completion": "bash、zsh 与 fish 的补全：{}；用法见各文件开头。",
     "help_menu": "菜单",
     "help_proxy": "在前台运行代理，Ctrl+C 停止",
     "help_prefill": "在前台运行第 N 个 prefill 引擎",

@@ -10,7 +10,7 @@ TEXTS: dict[str, str] = {
         "Exit codes: 0 all went well; 1 something failed; 2 wrong usage or a bad setting; 3 nothing is running; "
         "130 interrupted; 143 terminated."
     ),
-    "help_completion": "Completion in bash: source {} (its first lines say how in zsh).",
+    "help_completion": "Completion in bash, zsh and fish: in {}; the first lines of each file say how.",
     "help_menu": "the menu",
     "help_proxy": "the proxy in the foreground; Ctrl+C stops it",
     "help_prefill": "the N-th prefill engine in the foreground",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from disagg_proxy.address import Address, parse_address
@@ -109,30 +110,29 @@ def key(raw: str) -> str:
     return raw
 
 
-def choice(*options: str) -> Reader:
-    """One of ``options``, case-insensitive."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Reads one of ``options``, case-insensitive; ``hints`` explain values that are valid only elsewhere."""
 
-    def read(raw: str) -> str:
+    options: tuple[str, ...]
+    hints: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, raw: str) -> str:
         value = raw.lower().replace("-", "_")
-        if value not in options:
-            raise ValueError("must be one of " + ", ".join(options))
+        if value not in self.options:
+            hint = dict(self.hints).get(value)
+            raise ValueError("must be one of " + ", ".join(self.options) + (f" ({hint})" if hint else ""))
         return value
 
-    return read
+
+def choice(*options: str) -> Choice:
+    """One of ``options``."""
+    return Choice(options)
 
 
-def policy(options: Sequence[str], elsewhere: Mapping[str, str]) -> Reader:
+def policy(options: Sequence[str], elsewhere: Mapping[str, str]) -> Choice:
     """One of ``options``; ``elsewhere`` has a hint for each policy that is valid only for the other role."""
-    known = choice(*options)
-
-    def read(raw: str) -> object:
-        try:
-            return known(raw)
-        except ValueError as error:
-            hint = elsewhere.get(raw.lower().replace("-", "_"))
-            raise ValueError(f"{error} ({hint})" if hint else str(error)) from None
-
-    return read
+    return Choice(tuple(options), tuple(elsewhere.items()))
 
 
 def path(raw: str) -> str:

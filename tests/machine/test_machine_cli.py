@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 from disagg_machine import cli, menu, messages
 from disagg_machine.cli import COMMANDS, HIDDEN, main
 from disagg_machine.table import SETTINGS
-
-ROOT = Path(cli.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -65,15 +62,6 @@ def test_markdown(capsys: pytest.CaptureFixture[str], tongue: str) -> None:
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [setting.env for setting in SETTINGS]
     assert main(["config", "--markdown", "fr"]) == 2
-
-
-def test_completion_offers_the_commands() -> None:
-    text = (ROOT / "completions/test_single_machine.bash").read_text()
-    offered = re.search(r"commands='([^']*)'", text)
-    assert offered is not None and offered[1].split() == list(COMMANDS)
-    for command in COMMANDS.values():
-        for flag in re.findall(r"--[\w-]+", command.arguments):
-            assert flag in text, flag
 
 
 def test_the_menu_has_every_command_but_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The script's own sources: shellcheck, shfmt, its size, and completion."""
+"""The script's own sources: shellcheck, shfmt, and its size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.script.machine import REPOSITORY, SCRIPT
 
 STAGES = ("tests/run", "tests/compiled", "tests/real_vllm", "tests/speed")
 CHECKS = [REPOSITORY / name for name in (*STAGES, "tests/lint", "tests/environment.sh", ".ci/run")]
-COMPLETION = REPOSITORY / "completions/test_single_machine.bash"
+COMPLETION = REPOSITORY / "completions/disagg-proxy.bash"
 
 
 def tool(name: str) -> str:
@@ -58,21 +58,3 @@ def test_the_script_only_finds_a_python_and_shows_the_menu() -> None:
 def test_nothing_is_signalled_by_name() -> None:
     for path in (SCRIPT, *(REPOSITORY / "disagg_machine").rglob("*.py")):
         assert not re.search(r"\b(pkill|killall|pidof|pgrep)\b", path.read_text()), path
-
-
-def test_completion_offers_commands_and_parts() -> None:
-    # Completion in zsh runs the same function, without mapfile.
-    script = (
-        f"enable -n mapfile readarray; source '{COMPLETION}'; "
-        f'COMP_WORDS=({SCRIPT} "$@"); COMP_CWORD=$#; _test_single_machine; '
-        'printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-
-    def offered(*words: str) -> list[str]:
-        done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True)
-        return done.stdout.split()
-
-    assert offered("do") == ["doctor"]
-    assert {"status", "stop", "all"} <= set(offered(""))
-    assert offered("all", "--s") == ["--supervise"]
-    assert "decode" in offered("restart", "")

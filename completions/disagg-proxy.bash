@@ -1,0 +1,148 @@
+# Completion of disagg-proxy and test_single_machine.sh for bash. Made by tools/completions.py: make tables
+#
+#   source completions/disagg-proxy.bash
+
+_disagg_proxy() {
+  local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} folder=. path='' choices='' index file
+  if [[ $word == '=' ]]; then
+    word=''
+  elif [[ $before == '=' ]]; then
+    before=${COMP_WORDS[COMP_CWORD - 2]}
+  fi
+  if [[ ${COMP_WORDS[0]##*/} == test_single_machine.sh ]]; then
+    path=machine
+    if [[ ${COMP_WORDS[0]} == */* ]]; then folder=${COMP_WORDS[0]%/*}; fi
+  fi
+  for ((index = 1; index < COMP_CWORD; index++)); do
+    case "$path ${COMP_WORDS[index]}" in
+      " serve" | " check" | " machine" | "machine menu" | "machine proxy" | "machine prefill" | "machine decode" | "machine all" | "machine test" | "machine status" | "machine logs" | "machine stop" | "machine restart" | "machine config" | "machine doctor" | "machine bench" | "machine env" | "machine page" | "machine top" | "machine help" | " sim" | " top" | " bench" | "bench sweep" | "bench write" | "bench plots" | " demo" | " chaos")
+        path+=" ${COMP_WORDS[index]}"
+        path=${path# }
+        ;;
+    esac
+  done
+  # The value of an option.
+  case "${path:-serve} $before" in
+    'serve --config' | 'serve --access-log' | 'check --config' | 'check --access-log' | 'chaos --json')
+      _disagg_proxy_files && return
+      ;;
+    'serve --http-host' | 'serve --http-port' | 'serve --workers' | 'serve --zmq-host' | 'serve --zmq-port' | 'serve --prefill' | 'serve --decode' | 'serve --allow-register' | 'serve --instance-expiry' | 'serve --forward-registrations' | 'serve --probe-interval' | 'serve --connect-timeout' | 'serve --prefill-timeout' | 'serve --decode-timeout' | 'serve --freeze-after-min' | 'serve --freeze-after-max' | 'serve --body-timeout' | 'serve --header-timeout' | 'serve --send-timeout' | 'serve --shutdown-grace' | 'serve --max-body-bytes' | 'serve --max-header-bytes' | 'serve --max-tries' | 'serve --max-in-flight' | 'serve --prefill-max-in-flight' | 'serve --decode-max-in-flight' | 'serve --kv-buffer-bytes' | 'serve --kv-bytes-per-token' | 'serve --decode-alone-below' | 'serve --max-queue' | 'serve --queue-timeout' | 'serve --session-header' | 'serve --load-bound' | 'serve --api-key' | 'serve --engine-api-key' | 'serve --admin-key' | 'serve --kv-secret' | 'serve --cors-origins' | 'check --http-host' | 'check --http-port' | 'check --workers' | 'check --zmq-host' | 'check --zmq-port' | 'check --prefill' | 'check --decode' | 'check --allow-register' | 'check --instance-expiry' | 'check --forward-registrations' | 'check --probe-interval' | 'check --connect-timeout' | 'check --prefill-timeout' | 'check --decode-timeout' | 'check --freeze-after-min' | 'check --freeze-after-max' | 'check --body-timeout' | 'check --header-timeout' | 'check --send-timeout' | 'check --shutdown-grace' | 'check --max-body-bytes' | 'check --max-header-bytes' | 'check --max-tries' | 'check --max-in-flight' | 'check --prefill-max-in-flight' | 'check --decode-max-in-flight' | 'check --kv-buffer-bytes' | 'check --kv-bytes-per-token' | 'check --decode-alone-below' | 'check --max-queue' | 'check --queue-timeout' | 'check --session-header' | 'check --load-bound' | 'check --api-key' | 'check --engine-api-key' | 'check --admin-key' | 'check --kv-secret' | 'check --cors-origins' | 'machine logs -n' | 'sim --host' | 'sim --port' | 'sim --kv-port' | 'sim --decode-port' | 'sim --decode-kv-port' | 'sim --proxy' | 'sim --ping-seconds' | 'sim --model' | 'sim --vllm-version' | 'sim --api-key' | 'sim --max-model-len' | 'sim --max-num-seqs' | 'sim --max-num-batched-tokens' | 'sim --startup-seconds' | 'sim --prefill-tokens-per-second' | 'sim --time-per-output-token' | 'sim --communicator-seconds' | 'sim --kv-secret' | 'sim --kv-block-size' | 'sim --load-timeout' | 'sim --hold-timeout' | 'sim --kv-bytes-per-token' | 'sim --kv-buffer-bytes' | 'sim --kv-pool-bytes' | 'sim --kv-wire-bytes-per-token' | 'sim --kv-layers' | 'sim --prefix-cache-blocks' | 'sim --exit-after-death-seconds' | 'top --url' | 'top --key' | 'bench sweep --url' | 'bench sweep --name' | 'bench sweep --title' | 'bench sweep --model' | 'bench sweep --tokenizer' | 'bench sweep --vllm' | 'bench sweep --vllm-version' | 'bench sweep --rates' | 'bench sweep --seconds' | 'bench sweep --time-limit' | 'bench sweep --patience' | 'bench sweep --warm-up' | 'bench sweep --engines' | 'bench sweep --input-len' | 'bench sweep --output-len' | 'bench sweep --gpus' | 'bench sweep --fact' | 'bench sweep --note' | 'bench sweep --slo-ttft-ms' | 'bench sweep --slo-tpot-ms' | 'bench sweep --slo-attainment' | 'bench write --slo-ttft-ms' | 'bench write --slo-tpot-ms' | 'bench write --slo-attainment' | 'bench plots --slo-ttft-ms' | 'bench plots --slo-tpot-ms' | 'bench plots --slo-attainment' | 'demo --seconds' | 'chaos --seconds' | 'chaos --seed' | 'chaos --prefills' | 'chaos --decodes' | 'chaos --rate' | 'chaos --trouble' | 'chaos --every' | 'chaos --kv-buffer-bytes')
+      return
+      ;;
+    'serve --decode-alone' | 'serve --enable-profiling' | 'serve --traces' | 'check --decode-alone' | 'check --enable-profiling' | 'check --traces')
+      choices='0 1'
+      ;;
+    'serve --prefill-policy' | 'check --prefill-policy')
+      choices='prefix_aware least_loaded power_of_two round_robin session'
+      ;;
+    'serve --decode-policy' | 'check --decode-policy')
+      choices='joint least_loaded power_of_two round_robin session'
+      ;;
+    'serve --log-level' | 'check --log-level' | 'chaos --log-level')
+      choices='debug info warning error'
+      ;;
+    'serve --log-format' | 'check --log-format')
+      choices='text json'
+      ;;
+    'sim --role')
+      choices='prefill decode pair'
+      ;;
+    'sim --connector')
+      choices='p2p_nccl disagg_kv nixl'
+      ;;
+    'sim --close-after-400')
+      choices='close reset keep'
+      ;;
+    'sim --log-level')
+      choices='DEBUG INFO WARNING ERROR'
+      ;;
+    'bench sweep --kind')
+      choices='pd plain'
+      ;;
+    'bench sweep --question')
+      choices='sweep ratio'
+      ;;
+    'bench sweep --client')
+      choices='own vllm'
+      ;;
+    *)
+      case $path in
+        '')
+          choices='serve check machine sim top bench demo chaos -h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --max-queue --queue-timeout --prefill-policy --decode-policy --session-header --load-bound --api-key --engine-api-key --admin-key --kv-secret --cors-origins --enable-profiling --log-level --log-format --access-log --traces'
+          ;;
+        'serve' | 'check')
+          choices='-h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --max-queue --queue-timeout --prefill-policy --decode-policy --session-header --load-bound --api-key --engine-api-key --admin-key --kv-secret --cors-origins --enable-profiling --log-level --log-format --access-log --traces'
+          ;;
+        'machine')
+          choices='menu proxy prefill decode all test status logs stop restart config doctor bench env page top help'
+          ;;
+        'machine menu' | 'machine proxy' | 'machine prefill' | 'machine decode' | 'machine test' | 'machine status' | 'machine doctor' | 'machine env' | 'machine page' | 'machine help')
+          choices=''
+          ;;
+        'machine all')
+          choices='--supervise --no-supervise'
+          ;;
+        'machine logs')
+          choices='proxy prefill decode supervisor -f -n'
+          ;;
+        'machine stop' | 'machine restart')
+          choices='proxy prefill decode'
+          ;;
+        'machine config')
+          choices='en zh --markdown'
+          ;;
+        'machine bench')
+          choices='--ratio --against-plain --once'
+          ;;
+        'machine top')
+          choices='--once'
+          ;;
+        'sim')
+          choices='-h --help --role --host --port --kv-port --decode-port --decode-kv-port --proxy --ping-seconds --model --vllm-version --api-key --max-model-len --max-num-seqs --max-num-batched-tokens --enable-prompt-tokens-details --enable-request-id-headers --disable-auto-tool-choice --startup-seconds --prefill-tokens-per-second --time-per-output-token --communicator-seconds --connector --kv-secret --kv-block-size --load-timeout --hold-timeout --kv-bytes-per-token --kv-buffer-bytes --kv-pool-bytes --kv-wire-bytes-per-token --kv-layers --prefix-cache-blocks --close-after-400 --exit-after-death-seconds --randomize-request-ids --log-level'
+          ;;
+        'top')
+          choices='-h --help --url --key --once'
+          ;;
+        'bench')
+          choices='sweep write plots -h --help'
+          ;;
+        'bench sweep')
+          choices='-h --help --url --name --title --kind --question --model --tokenizer --client --vllm --vllm-version --rates --seconds --time-limit --patience --warm-up --engines --input-len --output-len --gpus --fact --note --simulated --slo-ttft-ms --slo-tpot-ms --slo-attainment'
+          ;;
+        'bench write' | 'bench plots')
+          choices='-h --help --slo-ttft-ms --slo-tpot-ms --slo-attainment'
+          ;;
+        'demo')
+          choices='-h --help --seconds'
+          ;;
+        'chaos')
+          choices='-h --help --seconds --seed --prefills --decodes --rate --trouble --every --no-supervisor --kv-buffer-bytes --json --show-plan --log-level'
+          ;;
+      esac
+      ;;
+  esac
+  case $path in
+    'bench sweep' | 'bench write' | 'bench plots')
+      if [[ $word != -* ]]; then _disagg_proxy_files && return; fi
+      ;;
+  esac
+  # What runs now, when it is where it is by default.
+  case $path in
+    'machine logs' | 'machine stop' | 'machine restart')
+      for file in "${RUN_DIR:-$folder/run}"/*.pid; do
+        file=${file##*/}
+        if [[ $file == *[0-9].pid ]]; then choices+=" ${file%.pid}"; fi
+      done
+      ;;
+  esac
+  COMPREPLY=()
+  while IFS= read -r file; do COMPREPLY+=("$file"); done < <(compgen -W "$choices" -- "$word")
+}
+
+_disagg_proxy_files() {
+  compopt -o filenames 2>/dev/null
+  COMPREPLY=()
+  while IFS= read -r file; do COMPREPLY+=("$file"); done < <(compgen -f -- "$word")
+}
+
+complete -F _disagg_proxy disagg-proxy test_single_machine.sh ./test_single_machine.sh
