@@ -80,7 +80,7 @@ _disagg_proxy() {
           choices=''
           ;;
         'machine all')
-          choices='--supervise --no-supervise'
+          choices='--supervise --no-supervise --foreground'
           ;;
         'machine logs')
           choices='proxy prefill decode supervisor -f -n'

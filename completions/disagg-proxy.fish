@@ -200,6 +200,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at machine' -a help -d 'this text'
     complete -c $name -n '__disagg_proxy_at machine all' -l supervise
     complete -c $name -n '__disagg_proxy_at machine all' -l no-supervise
+    complete -c $name -n '__disagg_proxy_at machine all' -l foreground
     complete -c $name -n '__disagg_proxy_at machine logs' -a 'proxy prefill decode supervisor'
     complete -c $name -n '__disagg_proxy_at machine logs' -a '(__disagg_proxy_running)'
     complete -c $name -n '__disagg_proxy_at machine logs' -s f

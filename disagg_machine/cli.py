@@ -39,7 +39,7 @@ COMMANDS: dict[str, Command] = {
         Command("proxy", "", "foreground"),
         Command("prefill", "[N]", "foreground"),
         Command("decode", "[N]", "foreground"),
-        Command("all", "[--supervise|--no-supervise]", "up"),
+        Command("all", "[--supervise|--no-supervise] [--foreground]", "up"),
         Command("test", "", "service"),
         Command("status", "", "look"),
         Command("logs", "[NAME...] [-f] [-n LINES]", "look"),

@@ -1,11 +1,14 @@
-"""`all`: everything in the background. What this call started is stopped again when one part fails."""
+"""`all`: everything in the background, or until a signal. What this call started is stopped when one part fails."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
+import time
 from collections.abc import Sequence
 
-from disagg_machine import commands, engines, files, launch, lock, parts, signals, supervise, ui
+from disagg_machine import commands, down, engines, files, launch, lock, parts, signals, supervise, ui
 from disagg_machine import settings as reading
 from disagg_machine.context import Context
 from disagg_machine.launch import Plan
@@ -15,21 +18,27 @@ from disagg_machine.proxy_view import ProxyView
 from disagg_machine.start import Starting, wait_for_shared_gpu
 from disagg_machine.vllm_facts import is_untried
 
+STAY_SECONDS = 0.5
+"""Between two looks of `all --foreground`, and from the end of a process to that of its PID file."""
+
 
 def cmd_all(context: Context, words: Sequence[str]) -> int:
-    """``all [--supervise|--no-supervise]``: returns when requests can be served.
+    """``all [--supervise|--no-supervise] [--foreground]``: returns when requests can be served, or stays.
 
     Raises:
         MachineError: what keeps it from starting.
     """
-    supervised = context.settings.supervise
+    supervised, foreground = context.settings.supervise, False
     for word in words:
-        if word not in ("--supervise", "--no-supervise"):
+        if word == "--foreground":
+            foreground = True
+        elif word in ("--supervise", "--no-supervise"):
+            supervised = word == "--supervise"
+        else:
             raise die(2, "unknown_argument", "all", word)
-        supervised = word == "--supervise"
     with lock.held(context.settings, "all"):
         if already_running(context):
-            return 0
+            return int(foreground)
         started: list[str] = []
         with signals.raised():
             try:
@@ -47,7 +56,40 @@ def cmd_all(context: Context, words: Sequence[str]) -> int:
                 raise
     if not context.quiet:
         report_ready(context)
-    return 0
+    return _stay(context, supervised) if foreground else 0
+
+
+def _stay(context: Context, supervised: bool) -> int:
+    """For systemd and containers: until a signal, which stops everything in order, or until there is nobody to restart
+    what dies: the supervisor, or without one the last part, has ended.
+
+    Returns:
+        0 after a signal or `stop`, 1 when they ended by themselves; nothing runs any more then.
+    """
+    run_dir, left = context.run_dir, ""
+    try:
+        with signals.raised():
+            while parts.alive_part(run_dir, "supervisor") if supervised else parts.anything_alive(run_dir):
+                _reap()
+                time.sleep(STAY_SECONDS)
+            _reap()
+            # `stop` removes the PID file as soon as it sees the end.
+            time.sleep(STAY_SECONDS)
+            left = " ".join(name for name in parts.known_parts(run_dir) if name == "supervisor" or not supervised)
+    except signals.Interrupted:
+        pass
+    with signals.ignored():
+        if left:
+            ui.complain("foreground_ended", left, context.settings.log_dir)
+        down.stop_everything(context)
+    return int(bool(left))
+
+
+def _reap() -> None:
+    """Children that have ended leave no zombie; the supervisor starts their successors."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _start(context: Context, started: list[str], supervised: bool) -> None:

@@ -15,7 +15,11 @@ TEXTS: dict[str, str] = {
     "help_proxy": "the proxy in the foreground; Ctrl+C stops it",
     "help_prefill": "the N-th prefill engine in the foreground",
     "help_decode": "the N-th decode engine in the foreground",
-    "help_all": "everything in the background; returns when it can serve",
+    "help_all": (
+        "everything in the background; returns when it can serve; --foreground: stays until a signal, which stops "
+        "everything"
+    ),
+    "foreground_ended": "{} ended by itself; the logs are in {}. Everything is stopped.",
     "help_test": "real requests: completion, stream, chat",
     "help_status": "each process, its ports, readiness and restarts, GPU memory",
     "help_logs": "the last lines of the logs; -f follows",

@@ -285,3 +285,36 @@ def test_a_part_that_ignores_term_is_killed(machine: Machine, bystander: subproc
     assert "KILL" in done.stderr
     assert stubborn.wait(5) == -signal.SIGKILL
     stubborn.stdout.close()
+
+
+def test_in_the_foreground_it_stays_until_a_signal_and_leaves_nothing(machine: Machine) -> None:
+    """As systemd and containers want it."""
+    process = machine.start("all", "--foreground")
+    wait_for(lambda: machine.get("/health").get("pairs") == 1)
+    wait_for(lambda: machine.fields("supervisor") != {})
+    assert machine.run("all", "--foreground").returncode == 1, "what runs is not its own to stop"
+    # The supervisor restarts a part, whose zombie belongs to this process.
+    old = machine.pid("prefill")
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: machine.pid("prefill") not in (0, old) and not Path(f"/proc/{old}").exists())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert machine.leftovers() == {} and machine.run("status").returncode == 3
+
+
+def test_in_the_foreground_it_ends_with_its_supervisor(machine: Machine) -> None:
+    process = machine.start("all", "--foreground")
+    wait_for(lambda: machine.fields("supervisor") != {})
+    wait_for(lambda: machine.get("/health").get("pairs") == 1)
+    os.kill(machine.pid("supervisor"), signal.SIGKILL)
+    assert process.wait(30) == 1
+    assert "supervisor ended by itself" in machine.result(process).stderr
+    assert machine.leftovers() == {}
+
+
+def test_stop_from_elsewhere_ends_the_foreground(machine: Machine) -> None:
+    process = machine.start("all", "--foreground", "--no-supervise")
+    wait_for(lambda: machine.get("/health").get("pairs") == 1)
+    wait_for(lambda: "curl" in machine.result(process).stdout)
+    machine.ok("stop")
+    assert process.wait(30) == 0 and machine.leftovers() == {}
