@@ -2,7 +2,7 @@
 #
 #   copy it to ~/.config/fish/completions, or: source it
 
-set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'bench' 'bench sweep' 'bench write' 'bench plots' 'demo' 'chaos'
+set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench write' 'bench plots' 'demo' 'chaos'
 
 # Whether the words so far are those of this command.
 function __disagg_proxy_at
@@ -31,6 +31,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n __disagg_proxy_at -a machine -d 'proxy and engines on this machine'
     complete -c $name -n __disagg_proxy_at -a sim -d 'simulated vLLM engines that need no GPU'
     complete -c $name -n __disagg_proxy_at -a top -d 'the live page of a running proxy, in a terminal'
+    complete -c $name -n __disagg_proxy_at -a key -d 'new keys for API_KEYS_FILE'
     complete -c $name -n __disagg_proxy_at -a bench -d 'latency and goodput at rising request rates, as a report'
     complete -c $name -n __disagg_proxy_at -a demo -d 'a minute of it without a GPU'
     complete -c $name -n __disagg_proxy_at -a chaos -d 'a proxy and simulated engines under load and injected faults'
@@ -74,6 +75,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n __disagg_proxy_at -l session-header -x -d 'header that names a client\'s session for the policy session'
     complete -c $name -n __disagg_proxy_at -l load-bound -x -d 'how many times the mean load an instance may have and still get a request for its prefix or session'
     complete -c $name -n __disagg_proxy_at -l api-key -x -d 'key that clients must send as Authorization'
+    complete -c $name -n __disagg_proxy_at -l api-keys-file -r -F -d 'TOML file of several keys, each with a name and optional limits, models and priority'
     complete -c $name -n __disagg_proxy_at -l engine-api-key -x -d 'key that the instances ask for (vllm serve --api-key)'
     complete -c $name -n __disagg_proxy_at -l admin-key -x -d 'key that opens /admin/drain, /admin/undrain and /admin/instances, which are off without one'
     complete -c $name -n __disagg_proxy_at -l kv-secret -x -d 'secret shared with engines of the disagg_kv connector, if they have one'
@@ -123,6 +125,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at serve' -l session-header -x -d 'header that names a client\'s session for the policy session'
     complete -c $name -n '__disagg_proxy_at serve' -l load-bound -x -d 'how many times the mean load an instance may have and still get a request for its prefix or session'
     complete -c $name -n '__disagg_proxy_at serve' -l api-key -x -d 'key that clients must send as Authorization'
+    complete -c $name -n '__disagg_proxy_at serve' -l api-keys-file -r -F -d 'TOML file of several keys, each with a name and optional limits, models and priority'
     complete -c $name -n '__disagg_proxy_at serve' -l engine-api-key -x -d 'key that the instances ask for (vllm serve --api-key)'
     complete -c $name -n '__disagg_proxy_at serve' -l admin-key -x -d 'key that opens /admin/drain, /admin/undrain and /admin/instances, which are off without one'
     complete -c $name -n '__disagg_proxy_at serve' -l kv-secret -x -d 'secret shared with engines of the disagg_kv connector, if they have one'
@@ -172,6 +175,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at check' -l session-header -x -d 'header that names a client\'s session for the policy session'
     complete -c $name -n '__disagg_proxy_at check' -l load-bound -x -d 'how many times the mean load an instance may have and still get a request for its prefix or session'
     complete -c $name -n '__disagg_proxy_at check' -l api-key -x -d 'key that clients must send as Authorization'
+    complete -c $name -n '__disagg_proxy_at check' -l api-keys-file -r -F -d 'TOML file of several keys, each with a name and optional limits, models and priority'
     complete -c $name -n '__disagg_proxy_at check' -l engine-api-key -x -d 'key that the instances ask for (vllm serve --api-key)'
     complete -c $name -n '__disagg_proxy_at check' -l admin-key -x -d 'key that opens /admin/drain, /admin/undrain and /admin/instances, which are off without one'
     complete -c $name -n '__disagg_proxy_at check' -l kv-secret -x -d 'secret shared with engines of the disagg_kv connector, if they have one'
@@ -256,6 +260,9 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at top' -l url -x -d 'URL of the proxy, with its path prefix if it has one'
     complete -c $name -n '__disagg_proxy_at top' -l key -x -d 'API key of the proxy (default'
     complete -c $name -n '__disagg_proxy_at top' -l once -d 'print the current state and exit'
+    complete -c $name -n '__disagg_proxy_at key' -a new -d 'print a new key, and its table for the file'
+    complete -c $name -n '__disagg_proxy_at key' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at key new' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at bench' -a sweep -d 'measure one setup at rising request rates'
     complete -c $name -n '__disagg_proxy_at bench' -a write -d 'generate summary.md and the plots again'
     complete -c $name -n '__disagg_proxy_at bench' -a plots -d 'generate only the plots'
