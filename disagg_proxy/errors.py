@@ -230,7 +230,7 @@ class Overloaded(Unavailable):
 
 
 class EngineError(ProxyError):
-    """An instance failed to process its leg."""
+    """An instance failed to process its leg. Another one may succeed, or the same one when it is back."""
 
     status = 502
     type = "upstream_error"
@@ -285,7 +285,7 @@ class EngineDeadline(ProxyError):
 
 
 class EngineFrozen(EngineDeadline):
-    """An instance is stalled, although it answers /health."""
+    """An instance is stalled, although it answers /health. Further requests go to others."""
 
     code = "engine_frozen"
 
@@ -294,16 +294,25 @@ class StreamCut(Exception):
     """Decode failed after its answer had begun: the client's connection is closed without the terminating chunk.
 
     Not a :class:`ProxyError`, since the status has been sent.
+
+    Attributes:
+        error: the failure of decode, for the log.
     """
 
+    def __init__(self, error: ProxyError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
-def answer_of(error: ProxyError, request_id: str | None = None) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-    """Status, lower-case headers and body of an error response.
 
-    Args:
-        request_id: the client's own X-Request-Id, returned to it.
-    """
+_RETRY_HEADER = "X-Should-Retry"
+
+
+def retry_headers(status: int) -> list[tuple[bytes, bytes]]:
+    """Headers to add to an instance's own answer with ``status``: 501 is the request's fault although it is a 5xx."""
+    return [(_RETRY_HEADER.lower().encode(), b"false")] if status == NotServed.status else []
+
+
+def answer_of(error: ProxyError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, lower-case headers and body of an error response, without its request id."""
     headers = {"content-type": "application/json", **error.headers()}
-    if request_id is not None:
-        headers["x-request-id"] = request_id
     return error.status, [(name.lower().encode(), value.encode()) for name, value in headers.items()], error.body()

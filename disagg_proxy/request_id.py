@@ -46,12 +46,23 @@ class _Randomness:
 _randomness = _Randomness()
 
 
-def new_request_id(prefill_kv: Address, decode_kv: Address) -> RequestId:
-    """A unique id with both KV addresses, each as its instance announced it."""
+def new_own_id() -> str:
+    """The proxy's own id of one request: 32 random hexadecimal digits, the X-Request-Id of a client that sent none."""
+    return _randomness.hex(16)
+
+
+def new_request_id(prefill_kv: Address, decode_kv: Address, own_id: str = "") -> RequestId:
+    """The id of one attempt, with both KV addresses, each as its instance announced it.
+
+    Args:
+        own_id: that of :func:`new_own_id` for the request; empty for a new one. The public id begins with it. The
+            internal one ends in its first 24 digits and 8 others, so that each attempt has an id of its own, and the
+            engines' logs can be searched for all of them.
+    """
+    own = own_id or new_own_id()
     head = f"{MARKERS[0]}{prefill_kv.text}{MARKERS[1]}{decode_kv.text}_"
-    digits = _randomness.hex(16 + len(head) // 2 + 1)
-    unique, padding = digits[:32], digits[32 : 32 + len(head)]
-    return RequestId(head + unique, unique + padding)
+    digits = _randomness.hex(4 + len(head) // 2 + 1)
+    return RequestId(f"{head}{own[:24]}{digits[:8]}", own + digits[8 : 8 + len(head)])
 
 
 # -- replacing the internal id in responses

@@ -51,6 +51,11 @@ class Attempt:
         request.record.on_attempt(placement.prefill, placement.decode, request_id.public)
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """Fields for log lines about the request."""
+        return {"request_id": self.request.record.request_id}
+
+    @property
     def decode(self) -> Instance:
         """The decode instance."""
         return self.placement.decode
@@ -162,8 +167,8 @@ class Attempt:
         if stream.error is not None:
             status, said = stream.error
             log.warning(
-                "The decode leg of %s ended with an error in its stream, status %d: %.300r",
-                self.id.public, status, said,
+                "The decode leg ended with an error in its stream, status %d: %.300r", status, said,
+                extra=self.log_fields,
             )  # fmt: skip
             self.end_refused(status)
         self.end_decode(failed=False if stream.complete else None if reply.gone else True)
@@ -174,7 +179,7 @@ class Attempt:
         Raises:
             EngineBusy, EngineFailed: the status is not the client's fault.
         """
-        outcome = refusal(answer, leg, self.id, bool(self._engines.config.engine_api_key))
+        outcome = refusal(answer, leg, self.request.record, self.id, bool(self._engines.config.engine_api_key))
         self.request.record.refused(answer.status)
         reply.send(outcome)
 

@@ -17,7 +17,6 @@ from disagg_proxy.cluster.lease import Lease, Placement
 from disagg_proxy.downstream.refusal import BUSY_STATUSES
 from disagg_proxy.errors import EngineFailed, EngineUnreachable, ProxyError
 from disagg_proxy.openai.prefill_answer import prompt_tokens
-from disagg_proxy.request_id import RequestId
 from disagg_proxy.telemetry.stats import KvReleases
 from disagg_proxy.upstream import CompleteResponse
 
@@ -36,8 +35,11 @@ _FROZEN_CHECK_INTERVAL = 1.0
 class HeldKv(Protocol):
     """An attempt whose KV waits on decode."""
 
-    id: RequestId
     placement: Placement
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Fields for log lines about its request."""
 
     async def send_release(self) -> CompleteResponse:
         """Have decode generate one token under the attempt's id.
@@ -89,7 +91,7 @@ class KvReleaser:
             if failure:
                 self._counts.failed += 1
                 instance.kv_releases_failed += 1
-                log.warning("KV of %s is not released from %s: %s", held.id.public, instance, failure)
+                log.warning("KV is not released from %s: %s", instance, failure, extra=held.log_fields)
 
     async def _retry(self, held: HeldKv) -> str:
         """Try until the KV is freed. Returns why it failed, or an empty text."""

@@ -134,6 +134,9 @@ class NixlAttempt(RecomputingAttempt):
         prefill = self.placement.prefill
         if body is plain and prefill is not None:
             if not prefill.kv_missing:
-                log.warning("%s prefills without saying where the KV is: which KV connector does it run?", prefill)
+                log.warning(
+                    "%s prefills without saying where the KV is: which KV connector does it run?", prefill,
+                    extra=self.log_fields,
+                )  # fmt: skip
             prefill.kv_missing += 1
         return body

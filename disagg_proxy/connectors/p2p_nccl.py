@@ -116,9 +116,9 @@ class P2pNccl:
             prefilled = leg.answer
             assert prefilled is not None
             try:
-                refused = prefill_refusal(request.route, prefilled, request.prepared.choices)
+                refused = prefill_refusal(request.route, prefilled, request.prepared.choices, record.request_id)
                 if refused is not None and _leads_to_another(request.route, refused.status):
-                    refusal(refused, "prefill", attempt.id, self._own_key)
+                    refusal(refused, "prefill", record, attempt.id, self._own_key)
             except (EngineBusy, EngineFailed) as error:
                 return Failure(error, prefill)
             if refused is not None:

@@ -52,7 +52,8 @@ class P2pAttempt(Attempt):
         prefill, lease = placement.prefill, placement.prefill_lease
         if prefill is None or lease is None or prefill.kv is None or placement.decode.kv is None:
             raise ValueError("P2pNcclConnector serves only pairs of instances with KV addresses")
-        super().__init__(engines, request, placement, new_request_id(prefill.kv, placement.decode.kv))
+        request_id = new_request_id(prefill.kv, placement.decode.kv, request.record.own_id)
+        super().__init__(engines, request, placement, request_id)
         self.prefill_lease: Lease = lease
         self.prepared: Prepared = request.prepared
 
@@ -271,7 +272,8 @@ class PrefillLeg:
 
 def _did_its_work(attempt: P2pAttempt, answer: CompleteResponse) -> bool:
     """Whether prefill computed the prompt, so that decode has its KV."""
+    request = attempt.request
     try:
-        return prefill_refusal(attempt.request.route, answer, attempt.request.prepared.choices) is None
+        return prefill_refusal(request.route, answer, request.prepared.choices, request.record.request_id) is None
     except EngineFailed:
         return False

@@ -50,7 +50,11 @@ class RecomputingAttempt(Attempt):
     def __init__(self, engines: Engines, request: Request, placement: Placement, fits: bool) -> None:
         if request.prepared.prefill_answers or not fits:
             placement.drop_prefill()
-        name = request.record.client_id or secrets.token_hex(16)
+        record = request.record
+        name = record.request_id or secrets.token_hex(16)
+        if record.client_id is None and record.tries:
+            # The engines of an earlier attempt may still have its request.
+            name = f"{name}-{record.tries + 1}"
         super().__init__(engines, request, placement, RequestId(name, name))
         self.repair = UsageRepair(request.route, None)
         self._refusal: CompleteResponse | None = None
@@ -115,7 +119,7 @@ class RecomputingAttempt(Attempt):
                 if is_stream(received.headers):
                     # A refusal from within the engine is an event of a stream that began with 200.
                     choices = self.request.prepared.choices
-                    received = prefill_refusal(self.request.route, received, choices) or received
+                    received = prefill_refusal(self.request.route, received, choices, record.request_id) or received
             answer = received
         except ProxyError as error:
             blame(registry, lease.instance, error)
@@ -250,6 +254,6 @@ class RecomputingAttempt(Attempt):
             reason = error_message(refusal.body).partition("input")[0][:200]
             log.warning(
                 "%s refuses requests to %s that %s accepts, which then computes their prompts: status %d, %s",
-                prefill, self.request.route.path, self.decode, refusal.status, reason,
+                prefill, self.request.route.path, self.decode, refusal.status, reason, extra=self.log_fields,
             )  # fmt: skip
         prefill.prefills_refused += 1

@@ -12,6 +12,7 @@ All of it is one coroutine, which runs without a task. Two calls go against its 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from disagg_proxy.admission.client_key import ClientKey
@@ -35,6 +36,8 @@ from disagg_proxy.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from disagg_proxy.telemetry.tracing import SpanExporter
+
+log = logging.getLogger(__name__)
 
 
 class RequestHead(NamedTuple):
@@ -113,7 +116,7 @@ class Coordinator:
 
     def start(self, head: RequestHead, body: bytes, reply: Reply) -> None:
         """Serve one request and deliver the outcome to ``reply``, possibly within this call. Raises no ProxyError."""
-        record = self._recorder.open(head.route.path, head.client_id)
+        record = self._recorder.open(head.route.path, head.client_id, reply.own_id)
         if head.key is not None:
             record.key = head.key.name
         work = self._background.request(self._run(head, body, record, reply))
@@ -168,9 +171,9 @@ class Coordinator:
                 self._stats.failovers += 1
         except ProxyError as error:
             outcome = error if head.key is None else head.key.visible(error, self._registry)
-        except Exception:
+        except Exception as error:
+            log.error("A request failed inside the proxy", exc_info=error, extra={"request_id": record.request_id})
             outcome = ProxyError("The proxy failed; its log has the cause.")
-            raise
         finally:
             if reply.open:
                 reply.fail(outcome or Unavailable(CLIENT_GIVEN_UP, retry_after=1))

@@ -75,7 +75,7 @@ class Retry:
         excluded = self._excluded(failure.suspect)
         if excluded is None or not _waits(reply):
             return None
-        log.info("%s failed a request; another attempt", failure.instance)
+        log.info("%s failed a request; another attempt", failure.instance, extra={"request_id": reply.request_id})
         self._demand.excluded = excluded
         try:
             placement = await self._admission_queue.acquire(self._demand)

@@ -20,6 +20,7 @@ from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.prefill_answer import Verdict, blames_client, error_message, prompt_tokens, read_prefill
 from disagg_proxy.openai.prepare import Prepared
 from disagg_proxy.request_id import RequestId, hide
+from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,10 @@ def over_context(
     return _from_error(error)
 
 
-def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: bool) -> ClientResponse:
-    """The response for the client to an engine's 4xx, or to a 500 that should have been a 400.
+def refusal(
+    answer: CompleteResponse, leg: str, record: RequestRecord, request_id: RequestId, own_key: bool
+) -> ClientResponse:
+    """The response for the client to an engine's 4xx or 501, or to a 500 that should have been a 400.
 
     Args:
         leg: the leg's name for messages, such as "prefill".
@@ -96,8 +99,9 @@ def refusal(answer: CompleteResponse, leg: str, request_id: RequestId, own_key: 
     if 400 <= answer.status < 500 and not own_key_refused:
         return forwarded(answer, request_id)
     log.warning(
-        "The %s leg of %s was answered with status %d: %.300r", leg, request_id.public, answer.status, answer.body
-    )
+        "The %s leg was answered with status %d: %.300r", leg, answer.status, answer.body,
+        extra={"request_id": record.request_id},
+    )  # fmt: skip
     if own_key_refused:
         raise EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
     detail = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
@@ -118,11 +122,12 @@ def _retry_after(answer: CompleteResponse) -> int | None:
     return int(wait) if wait.isdigit() else None
 
 
-def prefill_refusal(route: Route, answer: CompleteResponse, choices: int) -> CompleteResponse | None:
+def prefill_refusal(route: Route, answer: CompleteResponse, choices: int, request_id: str) -> CompleteResponse | None:
     """Prefill's refusal of a request, None if the prefill succeeded.
 
     Args:
         choices: the number of choices that the request asks for (``n``).
+        request_id: the X-Request-Id of the response, for log lines.
 
     Raises:
         EngineFailed: a 200 without a completion.
@@ -133,6 +138,6 @@ def prefill_refusal(route: Route, answer: CompleteResponse, choices: int) -> Com
     if read.verdict is Verdict.DONE:
         return None
     if read.verdict is Verdict.UNKNOWN:
-        log.warning("Prefill answered 200 without a completion: %.300r", answer.body)
+        log.warning("Prefill answered 200 without a completion: %.300r", answer.body, extra={"request_id": request_id})
         raise EngineFailed("The prefill instance answered 200, but with no completion in it.")
     return CompleteResponse(read.status, ResponseHeaders(), read.body)

@@ -8,6 +8,7 @@ from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.http1.headers import Headers
+from disagg_proxy.request_id import new_own_id
 from disagg_proxy.runtime.background import Background
 from disagg_proxy.runtime.inline_coroutine import InlineCoroutine
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -29,7 +30,13 @@ class Reply:
     The server creates it, passes it to the coordinator, and must call :meth:`leave` when the client's HTTP exchange
     has ended in any way.
 
+    Args:
+        client_id: the client's own X-Request-Id, None without one.
+        own_id: the proxy's id of the request; empty for a new one.
+
     Attributes:
+        own_id: 32 hexadecimal digits, with which the id in the response body begins.
+        request_id: the X-Request-Id of the response: the client's own, or else the proxy's.
         open: the client still waits for a response or an error.
         gone: the client's exchange has ended.
         abortable: whether the request ends when the client leaves before the first byte of its response. An attempt
@@ -38,9 +45,14 @@ class Reply:
         headers: headers for the response, whatever it will be, besides those of the outcome; None for none.
     """
 
-    __slots__ = ("_background", "_downstream", "_stream", "_work", "abortable", "gone", "headers", "open", "record")
+    __slots__ = (
+        "_background", "_downstream", "_stream", "_work", "abortable", "gone", "headers", "open", "own_id", "record",
+        "request_id",
+    )  # fmt: skip
 
-    def __init__(self, downstream: Downstream) -> None:
+    def __init__(self, downstream: Downstream, client_id: str | None = None, own_id: str = "") -> None:
+        self.own_id: str = own_id or new_own_id()
+        self.request_id: str = client_id or self.own_id
         self._downstream: Downstream | None = downstream
         self._background: Background | None = None
         self._stream: ResponseStream | None = None
@@ -54,15 +66,6 @@ class Reply:
     def begin(self, record: RequestRecord, work: InlineCoroutine, background: Background) -> None:
         """Attach ``work``, which serves the request. The caller starts it."""
         self.record, self._work, self._background = record, work, background
-
-    @property
-    def public_id(self) -> str:
-        """The request id in the response body; empty before it is known."""
-        return "" if self.record is None or self.record.public_id is None else self.record.public_id
-
-    def response_id(self, client_id: str | None) -> str:
-        """The X-Request-Id of the response: the client's own, or else a unique one."""
-        return client_id or self.public_id[:32]
 
     def send(self, outcome: ClientResponse) -> bool:
         """Deliver a response. Returns False, and closes a streamed body, if the client no longer waits."""

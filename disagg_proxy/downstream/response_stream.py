@@ -199,7 +199,7 @@ class ResponseStream:
             return
         self._record.cut(error)
         self._finish(complete=False)
-        sink.cut(StreamCut(error.message))
+        sink.cut(StreamCut(error))
 
     # -- the client's side
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from disagg_proxy.http1.head_writer import header_lines
-from disagg_proxy.request_id import MARKERS, RequestId
+from disagg_proxy.request_id import MARKERS, RequestId, new_own_id
 
 Headers = list[tuple[bytes, bytes]]
 """Pairs of lower-case name and value, in the order received."""
@@ -58,7 +58,7 @@ _HOP_BY_HOP = frozenset(
 _NOT_TO_ENGINE = _HOP_BY_HOP | frozenset(
     b"host content-length expect accept-encoding origin x-request-id x-data-parallel-rank".split()
 )
-_NOT_TO_CLIENT = _HOP_BY_HOP | frozenset(b"date server x-request-id".split())
+_NOT_TO_CLIENT = _HOP_BY_HOP | frozenset(b"date server x-request-id request-id x-accel-buffering".split())
 
 _CORS = b"access-control-"
 """Every other header of CORS begins with it."""
@@ -139,6 +139,23 @@ def client_request_id(headers: Headers) -> str | None:
         return None
     text = value.decode()
     return text if text.isprintable() else None
+
+
+def request_id_of(headers: Headers) -> str:
+    """The X-Request-Id of the response to a request with ``headers``: the client's own, or else a new one."""
+    return client_request_id(headers) or new_own_id()
+
+
+def request_id_headers(request_id: str, path: bytes) -> Headers:
+    """Headers of a response to ``path`` that carry its request id.
+
+    OpenAI's clients read X-Request-Id, Anthropic's Request-Id (anthropic 2.14, ``_exceptions.py``, ``_response.py``).
+    """
+    value = request_id.encode()
+    found = [(b"x-request-id", value)]
+    if path.startswith(b"/v1/messages"):
+        found.append((b"request-id", value))
+    return found
 
 
 def is_stream(headers: Headers) -> bool:

@@ -19,7 +19,7 @@ parser; its body is counted here.
 from __future__ import annotations
 
 import resource
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import httptools
 
@@ -29,10 +29,11 @@ from disagg_proxy.coordinator.coordinator import RequestHead, read_head
 from disagg_proxy.errors import BadRequest, ProxyError, shutting_down
 from disagg_proxy.http1.head_cache import HeadCache
 from disagg_proxy.http1.head_writer import CachedHeaderLines, header_lines
-from disagg_proxy.http1.headers import value_of
+from disagg_proxy.http1.headers import request_id_headers, request_id_of, value_of
 from disagg_proxy.openai.fields import Route
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.server.asgi.auth import KeyCheck
+from disagg_proxy.server.asgi.request import REQUEST_ID
 from disagg_proxy.server.closing_cycle import ClosingCycle
 from disagg_proxy.server.connection_lifecycle import BODY, HEAD, NOTHING, ConnectionLifecycle, close_after
 from disagg_proxy.server.fast_path import ROUTE_OF, FastPathRequest
@@ -251,6 +252,9 @@ class ClientConnection(ConnectionLifecycle):
         super().on_headers_complete()
         # An HTTP/1.0 client does not understand it (RFC 9110, 10.1.1).
         expects_continue = self._fields.expects_continue and self.scope["http_version"] == "1.1"
+        request_id = request_id_of(self.headers)
+        cast(dict[str, Any], self.scope)[REQUEST_ID] = request_id
+        self.cycle.default_headers = [*self.cycle.default_headers, *request_id_headers(request_id, self.url)]
         if expects_continue or self.shutdown_state.begun.is_set():
             close_after(self.cycle)
         if not self.cycle.keep_alive:

@@ -26,8 +26,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from disagg_proxy.config import Config
 from disagg_proxy.errors import BodyTimeout, HeadTimeout, ProxyError, Unavailable, answer_of, shutting_down
 from disagg_proxy.http1.head_writer import header_lines, status_line
+from disagg_proxy.http1.headers import Headers, request_id_headers, request_id_of
 from disagg_proxy.runtime.write_coalescing import WriteCoalescer
 from disagg_proxy.server.asgi.exchange_scope import ENDLESS
+from disagg_proxy.server.asgi.request import scope_request_id
 from disagg_proxy.server.closing_cycle import ClosingCycle
 from disagg_proxy.server.fast_path import FastPathRequest
 from disagg_proxy.services import Services
@@ -55,6 +57,7 @@ class ConnectionLifecycle(HttpToolsProtocol):
         self._part = NOTHING
         self._current: RequestResponseCycle | FastPathRequest | None = None  # the exchange that is answered now
         self._refusal: ProxyError | None = None
+        self._refused_id: Headers = []  # the request id of what is refused
         self._discarding = False  # there is a refusal: nothing more is read
         self._lingering = False  # the last response has been sent
         self._timer: asyncio.TimerHandle | None = None
@@ -119,9 +122,11 @@ class ConnectionLifecycle(HttpToolsProtocol):
 
     def _refuse(self, error: ProxyError) -> None:
         """Read nothing more, and send ``error`` after the responses to earlier requests."""
-        log.debug("Refused a client's data: %s", error.message)
         self._discarding = True
         self._refusal = error
+        self._refused_id = self._id_of_incomplete()
+        request_id = self._refused_id[0][1].decode()
+        log.debug("Refused a client's data: %s", error.message, extra={"request_id": request_id})
         if self._part != BODY:
             if not self._answering():
                 self._send_refusal()
@@ -134,12 +139,22 @@ class ConnectionLifecycle(HttpToolsProtocol):
             self._send_refusal()
         self._part = NOTHING
 
+    def _id_of_incomplete(self) -> Headers:
+        """The request id of the message that has been received incompletely: a new one where its head names none."""
+        if self._part == NOTHING:
+            return request_id_headers(request_id_of([]), b"")
+        if self._part == HEAD:
+            return request_id_headers(request_id_of(self.headers), self.url)
+        if isinstance(self.cycle, FastPathRequest):
+            return self.cycle.request_id_headers
+        return request_id_headers(scope_request_id(self.cycle.scope), self.url)
+
     def _send_refusal(self) -> None:
         """Send the refusal as the last response."""
         assert self._refusal is not None
         status, headers, body = answer_of(self._refusal)
         framing = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
-        self.transport.write(status_line(status) + header_lines(headers + framing) + b"\r\n" + body)
+        self.transport.write(status_line(status) + header_lines(headers + self._refused_id + framing) + b"\r\n" + body)
         self._linger()
 
     def _linger(self) -> None:

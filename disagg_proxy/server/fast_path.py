@@ -19,8 +19,8 @@ from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.http1.head_writer import header_lines, status_line
-from disagg_proxy.http1.headers import Headers
-from disagg_proxy.openai.fields import GENERATION
+from disagg_proxy.http1.headers import Headers, request_id_headers
+from disagg_proxy.openai.fields import GENERATION, MESSAGES
 from disagg_proxy.server.asgi.error_responses import error_parts
 from disagg_proxy.services import Services
 
@@ -30,6 +30,9 @@ ROUTE_OF = {route.path.encode(): route for route in GENERATION}
 """Generation routes by path. A query string is ignored, as in vLLM: Anthropic's clients add ``?beta=true``."""
 
 _WITHOUT_BODY = (204, 304)
+
+# nginx would buffer the events.
+_STREAMED = b"x-accel-buffering: no\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 class ClientProtocol(Protocol):
@@ -83,7 +86,7 @@ class FastPathRequest:
         self._services = services
         self._request_head = head
         self._chunks: list[bytes] = []
-        self._reply = Reply(self)
+        self._reply = Reply(self, head.client_id)
         self._pending_head = b""  # a response head that leaves with the first chunk of its body
         self._stream: ResponseStream | None = None
         self.write_framed: Callable[[bytes], None] = client.transport.write
@@ -108,24 +111,36 @@ class FastPathRequest:
 
     def respond(self, outcome: ClientResponse) -> None:
         """Send a complete response, or a head and then the body as it arrives."""
-        response_id = self._reply.response_id(self._request_head.client_id).encode()
-        lines = b"%bx-request-id: %b\r\n" % (outcome.headers.lines, response_id)
-        if self._reply.headers is not None:
-            lines += header_lines(self._reply.headers)
+        lines = self._lines(outcome.headers.lines)
         body = outcome.body
         if isinstance(body, bytes):
             self._send_response(outcome.status, lines, body)
             return
         self.response_started = True
-        self._pending_head = self._response_head(outcome.status, lines) + b"transfer-encoding: chunked\r\n\r\n"
+        self._pending_head = self._response_head(outcome.status, lines) + _STREAMED
         self._stream = body
         body.pipe_to(self)
         self._flush_head()
 
     def refuse(self, error: ProxyError) -> None:
         """Send an error."""
-        status, headers, body = error_parts(error, self._request_head.client_id)
-        self._send_response(status, header_lines(headers + (self._reply.headers or [])), body)
+        status, headers, body = error_parts(error, self._reply.request_id)
+        self._send_response(status, self._lines(header_lines(headers)), body)
+
+    def _lines(self, lines: bytes) -> bytes:
+        """``lines`` with the request id and the limits of the client's key."""
+        request_id = self._reply.request_id.encode()
+        lines = b"%bx-request-id: %b\r\n" % (lines, request_id)
+        if self._request_head.route is MESSAGES:
+            lines = b"%brequest-id: %b\r\n" % (lines, request_id)
+        if self._reply.headers is not None:
+            lines += header_lines(self._reply.headers)
+        return lines
+
+    @property
+    def request_id_headers(self) -> Headers:
+        """The request id, for a refusal of which this exchange gets none of its own."""
+        return request_id_headers(self._reply.request_id, self._request_head.route.path.encode())
 
     def _send_response(self, status: int, lines: bytes, body: bytes) -> None:
         """Write a complete response."""
@@ -166,7 +181,7 @@ class FastPathRequest:
 
     def cut(self, cause: StreamCut) -> None:
         """Abort the response: close without the terminating chunk, so that the client can detect the truncation."""
-        log.warning("An answer was cut off: %s", cause)
+        log.warning("An answer was cut off: %s", cause, extra={"request_id": self._reply.request_id})
         self._flush_head()
         self._client.transport.close()
         self._release()
@@ -190,13 +205,16 @@ class FastPathRequest:
 
     def cut_off(self) -> None:
         """The grace time is over: send 503, or close the connection if the response has begun."""
-        log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
+        log.warning(
+            "An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).",
+            extra={"request_id": self._reply.request_id},
+        )
         self.keep_alive = False
-        if self.response_started:
-            self._client.transport.abort()
-            self.on_disconnect()
-        else:
+        if not self.response_started:
             self.refuse(shutting_down())
+            return
+        self._client.transport.abort()
+        self.on_disconnect()
 
     def _finish(self) -> None:
         self.response_complete = True

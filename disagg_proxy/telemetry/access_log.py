@@ -103,6 +103,7 @@ class AccessLog:
             self._date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         fields = {
             "time": f"{self._date}.{int(unix % 1 * 1000):03d}Z",
+            "request_id": record.request_id,
             "id": record.public_id,
             "client_id": record.client_id,
             "key": record.key,

@@ -10,8 +10,23 @@ from datetime import datetime, timezone
 from disagg_proxy.config import Config
 
 
+def _request_id(record: logging.LogRecord) -> str:
+    """The X-Request-Id of the request that the line is about, given as ``extra={"request_id": ...}``; else empty."""
+    return getattr(record, "request_id", "")
+
+
+class TextLines(logging.Formatter):
+    """Readable lines; those about one request end with its ``request_id=``."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line without the traceback, which follows it."""
+        line, request_id = super().formatMessage(record), _request_id(record)
+        return f"{line} request_id={request_id}" if request_id else line
+
+
 class JsonLines(logging.Formatter):
-    """Keys: time (ISO 8601, UTC), level, logger, message; worker with several workers; exception with its traceback."""
+    """Keys: time (ISO 8601, UTC), level, logger, message; request_id in lines about one request; worker with several
+    workers; exception with its traceback."""
 
     def __init__(self, worker: int | None = None) -> None:
         super().__init__()
@@ -24,6 +39,8 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if request_id := _request_id(record):
+            line["request_id"] = request_id
         if self._worker is not None:
             line["worker"] = str(self._worker)
         if record.exc_info:
@@ -57,7 +74,7 @@ def configure_logging(config: Config, worker: int | None = None) -> None:
         handler.setFormatter(JsonLines(worker))
     else:
         which = "" if worker is None else f"worker {worker} "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)-7s {which}%(name)s: %(message)s"))
+        handler.setFormatter(TextLines(f"%(asctime)s %(levelname)-7s {which}%(name)s: %(message)s"))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.setLevel(uvicorn_level(config))

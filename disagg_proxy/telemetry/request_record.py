@@ -51,7 +51,8 @@ class RequestRecord:
         unix: Unix time of its arrival in seconds, 0 until it has ended.
         route: path of the request.
         model: served name; decode's default model if the client named none.
-        client_id: the client's X-Request-Id.
+        client_id: the client's X-Request-Id, None without one.
+        own_id: the proxy's id of the request, 32 hexadecimal digits, with which :attr:`public_id` begins.
         key: name of the client's key in API_KEYS_FILE, None without a file.
         charged: estimated prompt tokens charged to the key, None if it has no limit of tokens.
         stream_events: events of a streamed body, None if they are not counted.
@@ -76,16 +77,19 @@ class RequestRecord:
     __slots__ = (
         "_gap_start", "_interval", "_recorder", "admitted", "arrived", "cached_tokens", "cause", "charged",
         "client_id", "decode", "decode_sent", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "key",
-        "model", "outcome", "output_tokens", "packed", "pieces", "prefill", "prefill_done", "prefill_sent",
+        "model", "outcome", "output_tokens", "own_id", "packed", "pieces", "prefill", "prefill_done", "prefill_sent",
         "prompt_tokens", "public_id", "ready", "route", "seq", "status", "stream_events", "streamed", "trace", "tries",
         "unix", "waited",
     )  # fmt: skip
 
-    def __init__(self, recorder: RequestRecorder, route: str, client_id: str | None, interval: int) -> None:
+    def __init__(
+        self, recorder: RequestRecorder, route: str, client_id: str | None, own_id: str, interval: int
+    ) -> None:
         self._recorder = recorder
         self.arrived: float = recorder.clock()
         self.route: str = route
         self.client_id: str | None = client_id
+        self.own_id: str = own_id
         self.key: str | None = None
         self.charged: int | None = None
         self.stream_events: int | None = None
@@ -120,6 +124,11 @@ class RequestRecord:
         self._interval = interval
         self.packed: bytes | None = None
         self.trace: TraceContext | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The X-Request-Id of the response: the client's own, or else the proxy's."""
+        return self.client_id or self.own_id
 
     # -- progress
 

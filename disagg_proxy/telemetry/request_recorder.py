@@ -58,10 +58,10 @@ class RequestRecorder:
         """A recorder with stats, event log and time series of its own, for tests and benchmarks."""
         return cls(Stats(clock), EventLog(), TimeSeries())
 
-    def open(self, route: str, client_id: str | None) -> RequestRecord:
-        """Open the record of a request whose body is complete."""
+    def open(self, route: str, client_id: str | None, own_id: str = "") -> RequestRecord:
+        """Open the record of a request whose body is complete. Its ids: :class:`RequestRecord`."""
         self._phase = phase = self._phase % GAP_SAMPLE_INTERVAL + 1
-        return RequestRecord(self, route, client_id, phase)
+        return RequestRecord(self, route, client_id, own_id, phase)
 
     def track_flow(self, record: RequestRecord) -> None:
         """Count the request for the pair of its current attempt, and no longer for that of the previous one."""

@@ -46,7 +46,9 @@ class Moriio:
         """One attempt: see :class:`disagg_proxy.connectors.base.Connector`."""
         prefill, lease, decode = placement.prefill, placement.prefill_lease, placement.decode
         assert prefill and lease and prefill.kv and decode.kv, "only pairs, since decode does not compute"
-        attempt = Attempt(self._engines, request, placement, new_request_id(prefill.kv, decode.kv))
+        attempt = Attempt(
+            self._engines, request, placement, new_request_id(prefill.kv, decode.kv, request.record.own_id)
+        )
         clock, prepared = self._engines.registry.now, request.prepared
         try:
             # 1. Prefill: one token. Its 4xx is the client's, and another pair may do better than one that failed.

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import time
 from collections import Counter
 
@@ -458,7 +459,7 @@ async def test_more_connections_than_files_allow_are_503_until_one_closes(machin
     first, second = await dial(machine.proxy.url), await dial(machine.proxy.url)
     (refusal,) = await answers(await dial(machine.proxy.url))
     check_error(*refusal, 503, "service_unavailable")
-    assert int(refusal[1]["Retry-After"]) > 0
+    assert int(refusal[1]["Retry-After"]) > 0 and re.fullmatch("[0-9a-f]{32}", refusal[1]["X-Request-Id"])
     for wire in (first, second):
         wire.send(get("GET /livez HTTP/1.1"))
         assert (await wire.answer())[0] == 200

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from disagg_proxy.errors import StreamCut
+from disagg_proxy.errors import EngineFailed, StreamCut
 from disagg_proxy.server.asgi.exchange_scope import ExchangeScopeMiddleware, leave_with_exchange
 
 
@@ -38,7 +38,7 @@ async def test_resources_are_released_with_a_complete_exchange() -> None:
     assert [resource.times for resource in resources] == [1, 1]
 
 
-@pytest.mark.parametrize("cause", [StreamCut("why"), asyncio.CancelledError()], ids=["cut", "shutdown"])
+@pytest.mark.parametrize("cause", [StreamCut(EngineFailed("why")), asyncio.CancelledError()], ids=["cut", "shutdown"])
 async def test_a_cut_is_logged_and_leaves_the_response_incomplete(cause: BaseException, caplog) -> None:
     resource = Resource()
     await run([resource], cause)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_proxy.cluster.progress import ProgressTracker
+from disagg_proxy.config import Config
 from disagg_proxy.coordinator.coordinator import RequestHead
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
@@ -24,7 +25,7 @@ from disagg_proxy.upstream import Response
 pytestmark = pytest.mark.interpreted
 
 HEAD = b"HTTP/1.1 200 OK\r\ndate: now\r\ncontent-type: text/event-stream\r\nx-request-id: mine\r\n"
-CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+CHUNKED = b"x-accel-buffering: no\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 class Exchange:
@@ -33,7 +34,8 @@ class Exchange:
     default_header_lines = b"date: now\r\n"
     wanted = None
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
         self.writes: list[bytes] = []
         self.closed = self.complete = False
         self.transport = SimpleNamespace(write=self.writes.append, close=self.close)
@@ -57,7 +59,7 @@ class Exchange:
     async def stream(self) -> None:
         """The request is complete, and decode's answer begins."""
         head = RequestHead(COMPLETIONS, [], b"", "mine", b"")
-        services = SimpleNamespace(shutdown=Shutdown(0.0, lambda: 0.0), coordinator=self)
+        services = SimpleNamespace(shutdown=Shutdown(0.0, lambda: 0.0), coordinator=self, config=self.config)
         one = fast_path.FastPathRequest(self, services, head, True)  # type: ignore[arg-type]
         one.on_body(b"{}")
         one.start()

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from disagg_proxy.config import Config
-from disagg_proxy.telemetry.logs import HideUnfinished, JsonLines, configure_logging
+from disagg_proxy.telemetry.logs import HideUnfinished, JsonLines, TextLines, configure_logging
 
 
 def record(message: str, *args: object, exc_info=None) -> logging.LogRecord:
@@ -30,6 +30,24 @@ def test_a_traceback_stays_inside_its_json_line() -> None:
         line = JsonLines().format(record("failed", exc_info=sys.exc_info()))
     assert "\n" not in line
     assert json.loads(line)["exception"].endswith("ValueError: no")
+
+
+def test_a_line_about_one_request_names_it() -> None:
+    about = record("failed", exc_info=None)
+    about.request_id = "mine-1"
+    assert json.loads(JsonLines().format(about))["request_id"] == "mine-1"
+    assert TextLines("%(levelname)s %(message)s").format(about) == "WARNING failed request_id=mine-1"
+    assert TextLines("%(message)s").format(record("stopping")) == "stopping"
+
+
+def test_the_request_precedes_a_traceback() -> None:
+    try:
+        raise ValueError("no")
+    except ValueError:
+        about = record("failed", exc_info=sys.exc_info())
+    about.request_id = "mine-1"
+    first, *rest = TextLines("%(message)s").format(about).splitlines()
+    assert first == "failed request_id=mine-1" and rest[-1] == "ValueError: no"
 
 
 def test_a_cut_that_was_meant_is_not_reported_again_by_the_server() -> None:

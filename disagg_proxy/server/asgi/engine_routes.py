@@ -21,7 +21,7 @@ from disagg_proxy.openai.prefill_answer import prompt_tokens
 from disagg_proxy.openai.prepare import PromptSize, encode, model_of, parse_object
 from disagg_proxy.server.asgi.auth import client_key, show_rate_limit
 from disagg_proxy.server.asgi.error_responses import forwarded, json_response
-from disagg_proxy.server.asgi.request import read_body, request_headers
+from disagg_proxy.server.asgi.request import read_body, request_headers, request_id
 from disagg_proxy.services import Services
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend
 
@@ -103,7 +103,7 @@ def engine_routes(services: Services) -> Blueprint:
         twice."""
         if model is not None:
             await refresh_unless_known(model)
-        response_id, engine_id = _request_ids(client_request_id(request_headers()))
+        engine_id = _engine_id(client_request_id(request_headers()), request_id())
         busy: dict[Instance, EngineBusy] = {}
         while True:
             instance = services.selection.choose_single(model, computes=computes, avoided=busy)
@@ -122,7 +122,7 @@ def engine_routes(services: Services) -> Blueprint:
             # 501: the model does not support it.
             if answer.status >= 500 and answer.status != 501:
                 raise EngineFailed(f"The engine failed with status {answer.status}.")
-            return forwarded(answer, response_id)
+            return forwarded(answer)
 
     async def refresh_unless_known(model: str) -> None:
         """An engine may have loaded an adapter since its last probe."""
@@ -197,11 +197,10 @@ def engine_routes(services: Services) -> Blueprint:
     return blueprint
 
 
-def _request_ids(client_id: str | None) -> tuple[str, str]:
-    """The X-Request-Id of the response and the one for the engine, by which its log can be searched.
+def _engine_id(client_id: str | None, request_id: str) -> str:
+    """The X-Request-Id for the engine, by which its log can be searched.
 
     Two requests may have the same id of a client, and vLLM's engine ends at the second one with
     VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1 (0.21; pooling passes the header on to it). Hence a unique end.
     """
-    unique = secrets.token_hex(16)
-    return (unique, unique) if client_id is None else (client_id, f"{client_id}-{unique[:8]}")
+    return request_id if client_id is None else f"{client_id}-{secrets.token_hex(4)}"

@@ -18,8 +18,8 @@ from disagg_proxy.errors import (
     ProxyError,
     answer_of,
 )
-from disagg_proxy.http1.headers import Headers, client_request_id, forwarded_response_headers
-from disagg_proxy.server.asgi.request import request_headers
+from disagg_proxy.http1.headers import Headers, forwarded_response_headers
+from disagg_proxy.server.asgi.request import request_id
 from disagg_proxy.upstream import CompleteResponse
 
 log = logging.getLogger(__name__)
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 _INTERNAL = "The proxy failed; its log has the cause."
 
 
-def error_parts(error: ProxyError, client_id: str | None) -> tuple[int, Headers, bytes]:
+def error_parts(error: ProxyError, request_id: str) -> tuple[int, Headers, bytes]:
     """Status, headers and body of an error response, for the fast path and for Quart. Logs 5xx."""
     if error.status >= 500:
-        log.warning("%d %s: %s", error.status, error.code, error.message)
-    return answer_of(error, client_id)
+        log.warning("%d %s: %s", error.status, error.code, error.message, extra={"request_id": request_id})
+    return answer_of(error)
 
 
 def internal_error(error: Exception) -> ProxyError:
     """Log an unexpected exception; the error for the client does not contain it."""
-    log.error("A request failed inside the proxy", exc_info=error)
+    log.error("A request failed inside the proxy", exc_info=error, extra={"request_id": request_id()})
     return ProxyError(_INTERNAL)
 
 
 def error_response(error: ProxyError) -> Response:
     """An error as Quart's response."""
-    status, headers, body = error_parts(error, client_request_id(request_headers()))
+    status, headers, body = error_parts(error, request_id())
     return Response(body, status=status, headers={name.decode(): value.decode() for name, value in headers})
 
 
@@ -52,12 +52,11 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(body, status=status, content_type="application/json")
 
 
-def forwarded(answer: CompleteResponse, request_id: str) -> Response:
-    """An engine's response to a route without KV transfer; ``request_id`` is its X-Request-Id."""
+def forwarded(answer: CompleteResponse) -> Response:
+    """An engine's response to a route without KV transfer."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
     for name, value in forwarded_response_headers(answer.headers, None):
         response.headers[name.decode("latin-1")] = value.decode("latin-1")
-    response.headers["x-request-id"] = request_id
     return response
 
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from disagg_proxy.errors import StreamCut, answer_of, shutting_down
+from disagg_proxy.server.asgi.request import REQUEST_ID
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +45,19 @@ class ExchangeScopeMiddleware:
             await self._app(scope, receive, send)
         except StreamCut as cut:
             # After a return with an incomplete response, the server closes the connection: the client sees the cut.
-            log.warning("An answer was cut off: %s", cut)
+            log.warning("An answer was cut off: %s", cut, extra=_log_fields(scope))
         except asyncio.CancelledError:
-            log.warning("An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).")
+            log.warning(
+                "An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).",
+                extra=_log_fields(scope),
+            )
             await _send_unavailable(send)
         finally:
             exchange.leave()
+
+
+def _log_fields(scope: Any) -> dict[str, str]:
+    return {"request_id": scope.get(REQUEST_ID, "")}
 
 
 async def _send_unavailable(send: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 from quart import Blueprint, Response, request
 
@@ -17,8 +18,9 @@ from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
 from disagg_proxy.openai.fields import GENERATION, Route
 from disagg_proxy.server.asgi.auth import client_key, show_rate_limit
+from disagg_proxy.server.asgi.error_responses import error_response
 from disagg_proxy.server.asgi.exchange_scope import cancel_with_exchange, leave_with_exchange
-from disagg_proxy.server.asgi.request import read_body, request_headers
+from disagg_proxy.server.asgi.request import read_body, request_headers, request_id
 from disagg_proxy.services import Services
 
 
@@ -32,34 +34,40 @@ def generation_routes(services: Services) -> Blueprint:
 
 def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Response]]:
     async def handle() -> Response:
-        cancel_with_exchange(request.scope)
+        scope = cast(dict[str, Any], request.scope)
+        cancel_with_exchange(scope)
         head = read_head(services.config, services.coordinator.wanted, route, request_headers(), client_key())
         body = await read_body()
         pending = _PendingOutcome()
-        reply = Reply(pending)
-        leave_with_exchange(request.scope, reply)
+        reply = Reply(pending, head.client_id, "" if head.client_id else request_id())
+        leave_with_exchange(scope, reply)
         services.coordinator.start(head, body, reply)
         try:
             outcome = await pending.outcome
         finally:
             show_rate_limit(reply.headers)
+        return error_response(outcome) if isinstance(outcome, ProxyError) else respond(outcome)
+
+    def respond(outcome: ClientResponse) -> Response:
         content = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
         response = Response(content, status=outcome.status, content_type="application/json")
         # No limit of the framework's: an engine may compute for minutes, and DECODE_TIMEOUT applies.
         response.timeout = None
         for name, value in outcome.headers:
             response.headers[name.decode("latin-1")] = value.decode("latin-1")
-        response.headers["x-request-id"] = reply.response_id(head.client_id)
+        if not isinstance(content, bytes):
+            # nginx would buffer the events.
+            response.headers["x-accel-buffering"] = "no"
         return response
 
     return handle
 
 
 class _PendingOutcome:
-    """Hands the outcome to a Quart handler: ``outcome`` resolves to a response, or raises the ProxyError."""
+    """Hands the outcome to a Quart handler: ``outcome`` resolves to a response or an error."""
 
     def __init__(self) -> None:
-        self.outcome: asyncio.Future[ClientResponse] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[ClientResponse | ProxyError] = asyncio.get_running_loop().create_future()
 
     def respond(self, outcome: ClientResponse) -> None:
         if not self.outcome.done():
@@ -67,4 +75,4 @@ class _PendingOutcome:
 
     def refuse(self, error: ProxyError) -> None:
         if not self.outcome.done():
-            self.outcome.set_exception(error)
+            self.outcome.set_result(error)

@@ -15,6 +15,20 @@ def request_headers() -> Headers:
     return cast(Headers, request.scope["headers"])
 
 
+REQUEST_ID = "disagg_proxy.request_id"
+"""Key in the ASGI scope of the X-Request-Id, which the connection sends with the response."""
+
+
+def scope_request_id(scope: Any) -> str:
+    """The X-Request-Id of an exchange: the client's own, or else a new one."""
+    return cast(str, scope[REQUEST_ID])
+
+
+def request_id() -> str:
+    """The X-Request-Id of the current request's response."""
+    return scope_request_id(request.scope)
+
+
 SEND_CONTINUE = "disagg_proxy.send_continue"
 """Key in the ASGI scope of a function that sends 100 (Continue); missing if the client does not wait for it."""
 
