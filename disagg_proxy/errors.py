@@ -1,7 +1,8 @@
 """Every way a request can end without an answer: one typed tree, one JSON shape.
 
-Each error has its HTTP status, OpenAI's ``type`` and ``code``, and seconds for ``Retry-After`` where waiting helps.
-:func:`answer_of` is the only place that builds an error response. Messages say what the reader can change.
+Each error has its HTTP status, OpenAI's ``type`` and ``code``, seconds for ``Retry-After`` where waiting helps, and
+whether the same request may succeed later (``X-Should-Retry``). :func:`answer_of` is the only place that builds an
+error response. Messages say what the reader can change.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ class ProxyError(Exception):
         message: one sentence for the log of the client.
         param: the request field at fault, if one is.
         retry_after: seconds after which the same request may succeed.
+
+    Attributes:
+        retry: whether the same request may succeed later, sent as X-Should-Retry; None where that is not known. The
+            clients of OpenAI and Anthropic obey it (openai 3.57 and anthropic 2.14, ``_base_client.py``,
+            ``_should_retry``); without it they repeat 408, 409, 429 and every 5xx.
     """
 
     status = 500
     type = "server_error"
     code: str | None = "internal_error"
+    retry: bool | None = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -30,7 +37,10 @@ class ProxyError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Response headers that belong to this error."""
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.retry is not None:
+            found[_RETRY_HEADER] = "true" if self.retry else "false"
+        return found
 
     def body(self) -> bytes:
         """The OpenAI error object, with Anthropic's outer ``type`` so that both clients can read it."""
@@ -46,6 +56,7 @@ def error_body(message: str, kind: str, param: str | None, code: str | None) -> 
 class ClientError(ProxyError):
     """The request itself must change. Never retried, never counted against an instance."""
 
+    retry: bool | None = False
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
@@ -69,7 +80,7 @@ class WrongKey(ClientError):
     code = "invalid_api_key"
 
     def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
+        return {**super().headers(), "WWW-Authenticate": "Bearer"}
 
 
 class NotPermitted(ClientError):
@@ -136,12 +147,13 @@ class MethodNotAllowed(ClientError):
         super().__init__(f"This path does not take that HTTP method, only {self.allowed}.")
 
     def headers(self) -> dict[str, str]:
-        return {"Allow": self.allowed}
+        return {**super().headers(), "Allow": self.allowed}
 
 
 class BodyTimeout(ClientError):
     """The client took too long to send its body."""
 
+    retry = None
     status = 408
     code = "request_timeout"
 
@@ -160,7 +172,7 @@ class UnsupportedEncoding(ClientError):
     code = "unsupported_media_type"
 
     def headers(self) -> dict[str, str]:
-        return {"Accept-Encoding": "identity"}
+        return {**super().headers(), "Accept-Encoding": "identity"}
 
 
 class HeadTooLarge(ClientError):
@@ -173,6 +185,7 @@ class HeadTooLarge(ClientError):
 class HeadTimeout(ClientError):
     """The client took too long to send its request line and headers."""
 
+    retry = None
     status = 408
     code = "request_timeout"
 
@@ -184,7 +197,7 @@ class UnsupportedVersion(ClientError):
     code = "http_version_not_supported"
 
 
-class NotServed(ProxyError):
+class NotServed(ClientError):
     """A vLLM route that cannot run on a prefill/decode pair."""
 
     status = 501
@@ -195,6 +208,7 @@ class NotServed(ProxyError):
 class Unavailable(ProxyError):
     """Nothing can serve the request now, but something may soon."""
 
+    retry: bool | None = True
     status = 503
     type = "service_unavailable_error"
     code = "service_unavailable"
@@ -232,6 +246,7 @@ class Overloaded(Unavailable):
 class EngineError(ProxyError):
     """An instance failed to process its leg. Another one may succeed, or the same one when it is back."""
 
+    retry: bool | None = True
     status = 502
     type = "upstream_error"
     code = "engine_error"
@@ -287,6 +302,7 @@ class EngineDeadline(ProxyError):
 class EngineFrozen(EngineDeadline):
     """An instance is stalled, although it answers /health. Further requests go to others."""
 
+    retry: bool | None = True
     code = "engine_frozen"
 
 

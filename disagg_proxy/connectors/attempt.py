@@ -214,6 +214,9 @@ class Attempt:
 
 def is_failure(route: Route, status: int) -> bool:
     """Whether an instance that answers ``status`` failed, so that another one may do better."""
+    if status == 501:
+        # No other instance of the same version supports what the request asks for (RFC 9110, 15.6.2).
+        return False
     # vLLM 0.17 and newer answer /v1/messages with 500 also to a client's mistake.
     return status >= 500 and status not in BUSY_STATUSES and not (route is MESSAGES and status == 500)
 

@@ -1,5 +1,5 @@
-"""Responses to the client from an engine's response: its 4xx is passed on, 429 and 503 mean that it is busy, other
-errors are the instance's failure."""
+"""Responses to the client from an engine's response: its 4xx and 501 are passed on, 429 and 503 mean that it is busy,
+other errors are the instance's failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.downstream.response_stream import ResponseStream
-from disagg_proxy.errors import BadRequest, EngineBusy, EngineFailed, ProxyError, answer_of
+from disagg_proxy.errors import BadRequest, EngineBusy, EngineFailed, ProxyError, answer_of, retry_headers
 from disagg_proxy.http1.headers import (
     ForwardedHeaders,
     ResponseHeaders,
@@ -17,7 +17,14 @@ from disagg_proxy.http1.headers import (
     value_of,
 )
 from disagg_proxy.openai.fields import MESSAGES, Route
-from disagg_proxy.openai.prefill_answer import Verdict, blames_client, error_message, prompt_tokens, read_prefill
+from disagg_proxy.openai.prefill_answer import (
+    Verdict,
+    blames_client,
+    blames_engine,
+    error_message,
+    prompt_tokens,
+    read_prefill,
+)
 from disagg_proxy.openai.prepare import Prepared
 from disagg_proxy.request_id import RequestId, hide
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -43,9 +50,10 @@ class ClientResponse(NamedTuple):
 
 def forwarded(answer: CompleteResponse, request_id: RequestId) -> ClientResponse:
     """An instance's complete response as a response for the client."""
-    return ClientResponse(
-        answer.status, forwarded_response_headers(answer.headers, request_id), hide(request_id, answer.body)
-    )
+    headers = forwarded_response_headers(answer.headers, request_id)
+    if more := retry_headers(answer.status):
+        headers = ForwardedHeaders([*headers, *more])
+    return ClientResponse(answer.status, headers, hide(request_id, answer.body))
 
 
 def _from_error(error: ProxyError) -> ClientResponse:
@@ -96,17 +104,23 @@ def refusal(
     if answer.status == 500 and blames_client(answer.body):
         error = BadRequest(error_message(hide(request_id, answer.body)))
         return _from_error(error)
-    if 400 <= answer.status < 500 and not own_key_refused:
+    if (400 <= answer.status < 500 or answer.status == 501) and not own_key_refused:
         return forwarded(answer, request_id)
     log.warning(
         "The %s leg was answered with status %d: %.300r", leg, answer.status, answer.body,
         extra={"request_id": record.request_id},
     )  # fmt: skip
     if own_key_refused:
-        raise EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
+        not_accepted = EngineFailed(f"The {leg} instance does not accept this proxy's ENGINE_API_KEY.")
+        not_accepted.retry = False
+        raise not_accepted
     detail = hide(request_id, error_message(answer.body).encode("utf-8", "replace")).decode()[:500]
     failure = EngineFailed(f"The {leg} instance failed with status {answer.status}{detail and ': ' + detail}")
     failure.retry_after = _retry_after(answer)
+    if answer.status == 500:
+        # vLLM answers some malformed requests so, on /v1/messages nearly all of them.
+        clients_fault = False if record.route == MESSAGES.path else None
+        failure.retry = True if blames_engine(answer.body) else clients_fault
     raise failure
 
 

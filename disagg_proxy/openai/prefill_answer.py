@@ -141,6 +141,14 @@ def blames_client(body: bytes) -> bool:
     return any(part in message for part in _CLIENTS_FAULTS)
 
 
+def blames_engine(body: bytes) -> bool:
+    """Whether an error body says that the engine has ended, so that the same request may succeed elsewhere.
+
+    The text is that of vLLM's ``EngineDeadError`` (``v1/engine/exceptions.py``).
+    """
+    return error_message(body).startswith("EngineCore encountered an issue")
+
+
 def error_message(body: bytes) -> str:
     """The message in an engine's error body of any version; empty when it has none."""
     answer = _object(body)

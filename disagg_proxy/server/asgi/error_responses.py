@@ -17,6 +17,7 @@ from disagg_proxy.errors import (
     NotFound,
     ProxyError,
     answer_of,
+    retry_headers,
 )
 from disagg_proxy.http1.headers import Headers, forwarded_response_headers
 from disagg_proxy.server.asgi.request import request_id
@@ -55,7 +56,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 def forwarded(answer: CompleteResponse) -> Response:
     """An engine's response to a route without KV transfer."""
     response = Response(answer.body, status=answer.status, content_type="application/json")
-    for name, value in forwarded_response_headers(answer.headers, None):
+    for name, value in (*forwarded_response_headers(answer.headers, None), *retry_headers(answer.status)):
         response.headers[name.decode("latin-1")] = value.decode("latin-1")
     return response
 
