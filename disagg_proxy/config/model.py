@@ -71,6 +71,7 @@ class Config:
     kv_secret: str = ""
     cors_origins: tuple[str, ...] = ()
     enable_profiling: bool = False
+    served_by_header: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     access_log: str = "off"

@@ -67,6 +67,15 @@ class Reply:
         """Attach ``work``, which serves the request. The caller starts it."""
         self.record, self._work, self._background = record, work, background
 
+    @property
+    def served_by(self) -> str:
+        """The engines of the last attempt as the value of X-Served-By; empty before there was one."""
+        record = self.record
+        if record is None or record.decode is None:
+            return ""
+        decode = f"decode={record.decode}"
+        return decode if record.prefill is None else f"prefill={record.prefill}, {decode}"
+
     def send(self, outcome: ClientResponse) -> bool:
         """Deliver a response. Returns False, and closes a streamed body, if the client no longer waits."""
         downstream = self._take()

@@ -128,13 +128,15 @@ class FastPathRequest:
         self._send_response(status, self._lines(header_lines(headers)), body)
 
     def _lines(self, lines: bytes) -> bytes:
-        """``lines`` with the request id and the limits of the client's key."""
+        """``lines`` with the request id, the limits of the client's key, and the engines if SERVED_BY_HEADER asks."""
         request_id = self._reply.request_id.encode()
         lines = b"%bx-request-id: %b\r\n" % (lines, request_id)
         if self._request_head.route is MESSAGES:
             lines = b"%brequest-id: %b\r\n" % (lines, request_id)
         if self._reply.headers is not None:
             lines += header_lines(self._reply.headers)
+        if self._services.config.served_by_header and self._reply.served_by:
+            lines = b"%bx-served-by: %b\r\n" % (lines, self._reply.served_by.encode())
         return lines
 
     @property

@@ -85,7 +85,7 @@ def install_auth(app: Quart, config: Config, keys: KeyTable) -> Quart:
         app = cors(
             app,
             allow_origin=list(config.cors_origins),
-            expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "X-Should-Retry", *shown],
+            expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "X-Should-Retry", "X-Served-By", *shown],
         )
     return app
 

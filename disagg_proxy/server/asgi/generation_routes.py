@@ -46,7 +46,10 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
             outcome = await pending.outcome
         finally:
             show_rate_limit(reply.headers)
-        return error_response(outcome) if isinstance(outcome, ProxyError) else respond(outcome)
+        response = error_response(outcome) if isinstance(outcome, ProxyError) else respond(outcome)
+        if services.config.served_by_header and reply.served_by:
+            response.headers["x-served-by"] = reply.served_by
+        return response
 
     def respond(outcome: ClientResponse) -> Response:
         content = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
