@@ -312,7 +312,7 @@ class StreamCut(Exception):
     Not a :class:`ProxyError`, since the status has been sent.
 
     Attributes:
-        error: the failure of decode, for the log.
+        error: the failure of decode, which STREAM_ERROR_EVENT sends before the cut.
     """
 
     def __init__(self, error: ProxyError) -> None:

@@ -113,6 +113,39 @@ class RequestIdRewriter:
         return len(data)
 
 
+_EVENT_ENDS = (b"\n\n", b"\n\r\n")
+
+
+class WholeEvents(RequestIdRewriter):
+    """Passes only complete server-sent events, so that an error event can follow whatever has been sent.
+
+    Args:
+        inner: says what is replaced, if anything.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, inner: RequestIdRewriter) -> None:
+        self.internal, self.public, self.held = inner.internal, inner.public, b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """The complete events; the beginning of the next one is held back. No id spans two events."""
+        data = self.held + chunk if self.held else chunk
+        cut = 0
+        for end in _EVENT_ENDS:
+            at = data.rfind(end)
+            if at >= 0:
+                cut = max(cut, at + len(end))
+        self.held = data[cut:]
+        data = data[:cut]
+        return data.replace(self.internal, self.public) if self.internal else data
+
+    def end(self) -> bytes:
+        """The rest of the body that was held back."""
+        held, self.held = self.held, b""
+        return held.replace(self.internal, self.public) if self.internal else held
+
+
 class NoRewriting(RequestIdRewriter):
     """For bodies without an internal id."""
 

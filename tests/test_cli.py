@@ -60,7 +60,9 @@ def test_help_shows_the_kind_of_value_that_each_setting_takes(capsys) -> None:
     }  # fmt: skip
     assert kinds["N"] >= {"--workers", "--max-tries", "--max-in-flight", "--max-queue", "--decode-alone-below"}
     assert kinds["BYTES"] == {"--max-body-bytes", "--max-header-bytes", "--kv-buffer-bytes", "--kv-bytes-per-token"}
-    assert kinds["0|1"] == {"--decode-alone", "--enable-profiling", "--traces"}
+    assert kinds["0|1"] == {
+        "--decode-alone", "--enable-profiling", "--served-by-header", "--stream-error-event", "--traces",
+    }  # fmt: skip
     assert {"--freeze-after-min", "--freeze-after-max", "--instance-expiry"} <= kinds["SECONDS"]
 
 

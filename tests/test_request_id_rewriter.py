@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.request_id import RequestId, RequestIdRewriter, hide
+from disagg_proxy.request_id import NoRewriting, RequestId, RequestIdRewriter, WholeEvents, hide
 
 ID = RequestId("___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_00ff", "ab" * 33)
 INTERNAL, PUBLIC = ID.internal.encode(), ID.public.encode()
@@ -36,6 +36,23 @@ def test_byte_by_byte() -> None:
 def test_any_body_any_reads(parts: list[bytes], cuts: list[int]) -> None:
     body = b"".join(parts)
     assert relayed(body, [min(cut, len(body)) for cut in cuts]) == body.replace(INTERNAL, PUBLIC)
+
+
+@given(
+    events=st.lists(st.sampled_from([INTERNAL, b"x", b"event: y\ndata: z", b""]), min_size=1, max_size=6),
+    end=st.sampled_from([b"\n\n", b"\r\n\r\n"]),
+    cuts=st.lists(st.integers(0, 600), max_size=8),
+    replaced=st.booleans(),
+)
+def test_only_whole_events_pass(events: list[bytes], end: bytes, cuts: list[int], replaced: bool) -> None:
+    body = b"".join(event + end for event in events) + b"data: par"
+    rewriter, out, last = WholeEvents(RequestIdRewriter(ID) if replaced else NoRewriting()), b"", 0
+    for cut in (*sorted(min(cut, len(body)) for cut in cuts), len(body)):
+        out += rewriter.feed(body[last:cut])
+        assert not out or out.endswith(end)
+        last = cut
+    assert out.count(end) == body.count(end), "an event that has ended is not held back"
+    assert out + rewriter.end() == (body.replace(INTERNAL, PUBLIC) if replaced else body)
 
 
 def test_what_cannot_be_an_id_is_not_held_back() -> None:

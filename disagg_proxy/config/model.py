@@ -72,6 +72,7 @@ class Config:
     cors_origins: tuple[str, ...] = ()
     enable_profiling: bool = False
     served_by_header: bool = False
+    stream_error_event: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     access_log: str = "off"

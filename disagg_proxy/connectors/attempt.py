@@ -21,7 +21,7 @@ from disagg_proxy.http1.headers import ResponseHeaders, forwarded_response_heade
 from disagg_proxy.openai.error_answer import begins_with_error, error_in
 from disagg_proxy.openai.fields import MESSAGES, Route
 from disagg_proxy.openai.usage import UsageRepair
-from disagg_proxy.request_id import RequestId, RequestIdRewriter
+from disagg_proxy.request_id import RequestId, RequestIdRewriter, WholeEvents
 from disagg_proxy.upstream import CompleteResponse, ReadUntil, Resend, Response
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,8 @@ class Attempt:
             raise
         pending, record = self.decoding, self.request.record
         pending.on_data()
+        if self._engines.config.stream_error_event:
+            rewriter = WholeEvents(rewriter)
         stream = ResponseStream(answer, rewriter, repair, pending, record)
         record.on_first_byte(True)
         reply.send(ClientResponse(200, forwarded_response_headers(answer.headers, public), stream))

@@ -20,6 +20,7 @@ from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError, StreamCut, shutting_down
 from disagg_proxy.http1.head_writer import header_lines, status_line
 from disagg_proxy.http1.headers import Headers, request_id_headers
+from disagg_proxy.openai.error_answer import stream_error
 from disagg_proxy.openai.fields import GENERATION, MESSAGES
 from disagg_proxy.server.asgi.error_responses import error_parts
 from disagg_proxy.services import Services
@@ -141,7 +142,7 @@ class FastPathRequest:
 
     @property
     def request_id_headers(self) -> Headers:
-        """The request id, for a refusal of which this exchange gets none of its own."""
+        """The request id as headers, for an error that the connection sends in place of this exchange."""
         return request_id_headers(self._reply.request_id, self._request_head.route.path.encode())
 
     def _send_response(self, status: int, lines: bytes, body: bytes) -> None:
@@ -184,9 +185,15 @@ class FastPathRequest:
     def cut(self, cause: StreamCut) -> None:
         """Abort the response: close without the terminating chunk, so that the client can detect the truncation."""
         log.warning("An answer was cut off: %s", cause, extra={"request_id": self._reply.request_id})
+        self._announce_cut(cause.error)
         self._flush_head()
         self._client.transport.close()
         self._release()
+
+    def _announce_cut(self, error: ProxyError) -> None:
+        """Send ``error`` as an event, with STREAM_ERROR_EVENT=1. Only complete events have been sent before."""
+        if self._services.config.stream_error_event:
+            self.write(stream_error(self._request_head.route, error))
 
     # -- ends
 
@@ -215,7 +222,11 @@ class FastPathRequest:
         if not self.response_started:
             self.refuse(shutting_down())
             return
-        self._client.transport.abort()
+        if self._services.config.stream_error_event:
+            self._announce_cut(shutting_down())
+            self._client.transport.close()
+        else:
+            self._client.transport.abort()
         self.on_disconnect()
 
     def _finish(self) -> None:

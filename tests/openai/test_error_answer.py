@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from disagg_proxy.openai.error_answer import ErrorAnswer, begins_with_error, error_event, error_in
+from disagg_proxy.errors import EngineFailed
+from disagg_proxy.openai.error_answer import ErrorAnswer, begins_with_error, error_event, error_in, stream_error
+from disagg_proxy.openai.fields import GENERATION, Route
 
 ERROR = b'{"error": {"message": "a \\"b\\"", "type": "InternalServerError", "param": null, "code": 503}}'
 ANTHROPIC = b'{"type":"error","error":{"type":"internal_error","message":"m"}}'
@@ -52,3 +54,15 @@ def test_what_a_model_writes_is_no_error(text: str) -> None:
         whole, stream = body.encode(), f"data: {body}\n\n".encode() + DONE
         assert not begins_with_error(whole) and not begins_with_error(stream)
         assert error_event(stream) is None and error_event(CHUNK + stream) is None
+
+
+@pytest.mark.parametrize("route", GENERATION, ids=lambda route: route.dialect)
+def test_the_event_before_a_cut(route: Route) -> None:
+    event = stream_error(route, EngineFailed("Decode broke."))
+    name, _, data = event.removesuffix(b"\n\n").rpartition(b"data: ")
+    error = {"message": "Decode broke.", "type": "upstream_error", "param": None, "code": "engine_failed"}
+    assert (name, json.loads(data)) == {
+        "messages": (b"event: error\n", {"type": "error", "error": error}),
+        "responses": (b"event: error\n", {**error, "type": "error"}),
+    }.get(route.dialect, (b"", {"error": error}))
+    assert event.endswith(b"\n\n") and begins_with_error(event)

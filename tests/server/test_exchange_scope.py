@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from disagg_proxy.errors import EngineFailed, StreamCut
-from disagg_proxy.server.asgi.exchange_scope import ExchangeScopeMiddleware, leave_with_exchange
+from disagg_proxy.server.asgi.exchange_scope import ERROR_EVENT, ExchangeScopeMiddleware, leave_with_exchange
 
 
 class Resource:
@@ -46,6 +46,24 @@ async def test_a_cut_is_logged_and_leaves_the_response_incomplete(cause: BaseExc
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and record.exc_info is None
     assert record.getMessage().startswith("An answer was cut off: ")
+
+
+async def test_a_response_that_has_not_begun_gets_no_error_event() -> None:
+    """The grace time of a shutdown may end between a handler's return and the head of its response."""
+    resource, sent = Resource(), []
+
+    async def app(scope, receive, send) -> None:
+        leave_with_exchange(scope, resource)
+        scope[ERROR_EVENT] = lambda error: error.message.encode()
+        raise asyncio.CancelledError
+
+    async def send(message) -> None:
+        if not sent and message["type"] == "http.response.body":
+            raise RuntimeError("Expected ASGI message 'http.response.start'")
+        sent.append(message)
+
+    await ExchangeScopeMiddleware(app)({"type": "http"}, None, send)
+    assert [message.get("status") for message in sent] == [503, None] and resource.times == 1
 
 
 async def test_an_unexpected_exception_reaches_the_server_after_the_release() -> None:

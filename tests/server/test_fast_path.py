@@ -103,3 +103,16 @@ async def test_the_head_is_written_before_a_cut(exchange: Exchange) -> None:
     exchange.answer.on_error(EngineDisconnected("broken", unsent=False, reused=False))
     await exchange.stream()
     assert exchange.writes == [HEAD + CHUNKED] and exchange.closed and not exchange.complete
+
+
+async def test_an_error_event_is_one_chunk_before_the_cut() -> None:
+    exchange = Exchange(Config(stream_error_event=True))
+    await exchange.stream()
+    exchange.answer.on_data(b"data: 1\n\n")
+    exchange.answer.on_error(EngineDisconnected("broken", unsent=False, reused=False))
+    event = (
+        b'data: {"error": {"message": "broken", "type": "upstream_error", "param": null, '
+        b'"code": "engine_disconnected"}}\n\n'
+    )
+    assert exchange.writes[1:] == [b"9\r\ndata: 1\n\n\r\n", b"%x\r\n%b\r\n" % (len(event), event)]
+    assert exchange.closed and not exchange.complete

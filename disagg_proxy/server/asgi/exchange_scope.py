@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from disagg_proxy.errors import StreamCut, answer_of, shutting_down
+from disagg_proxy.errors import ProxyError, StreamCut, answer_of, shutting_down
 from disagg_proxy.server.asgi.request import REQUEST_ID
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,9 @@ _KEY = "disagg_proxy.exchange"
 
 ENDLESS = "disagg_proxy.endless"
 """Key in the ASGI scope of a response without an end of its own, such as a feed; a shutdown need not wait for it."""
+
+ERROR_EVENT = "disagg_proxy.error_event"
+"""Key in the ASGI scope of a function that encodes an error as an event, once a stream is sent that may end with it."""
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -46,11 +49,13 @@ class ExchangeScopeMiddleware:
         except StreamCut as cut:
             # After a return with an incomplete response, the server closes the connection: the client sees the cut.
             log.warning("An answer was cut off: %s", cut, extra=_log_fields(scope))
+            await _announce_cut(scope, send, cut.error)
         except asyncio.CancelledError:
             log.warning(
                 "An answer was cut off: the grace time of the shutdown is over (SHUTDOWN_GRACE).",
                 extra=_log_fields(scope),
             )
+            await _announce_cut(scope, send, shutting_down())
             await _send_unavailable(send)
         finally:
             exchange.leave()
@@ -58,6 +63,17 @@ class ExchangeScopeMiddleware:
 
 def _log_fields(scope: Any) -> dict[str, str]:
     return {"request_id": scope.get(REQUEST_ID, "")}
+
+
+async def _announce_cut(scope: Any, send: Any, error: ProxyError) -> None:
+    """Send ``error`` as an event before a stream is cut, with STREAM_ERROR_EVENT=1."""
+    if ERROR_EVENT not in scope:
+        return
+    try:
+        await send({"type": "http.response.body", "body": scope[ERROR_EVENT](error), "more_body": True})
+    except RuntimeError:
+        # uvicorn raises it if the response has not begun.
+        return
 
 
 async def _send_unavailable(send: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 from quart import Blueprint, Response, request
@@ -16,10 +17,11 @@ from disagg_proxy.coordinator.coordinator import read_head
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import ProxyError
+from disagg_proxy.openai.error_answer import stream_error
 from disagg_proxy.openai.fields import GENERATION, Route
 from disagg_proxy.server.asgi.auth import client_key, show_rate_limit
 from disagg_proxy.server.asgi.error_responses import error_response
-from disagg_proxy.server.asgi.exchange_scope import cancel_with_exchange, leave_with_exchange
+from disagg_proxy.server.asgi.exchange_scope import ERROR_EVENT, cancel_with_exchange, leave_with_exchange
 from disagg_proxy.server.asgi.request import read_body, request_headers, request_id
 from disagg_proxy.services import Services
 
@@ -46,12 +48,12 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
             outcome = await pending.outcome
         finally:
             show_rate_limit(reply.headers)
-        response = error_response(outcome) if isinstance(outcome, ProxyError) else respond(outcome)
+        response = error_response(outcome) if isinstance(outcome, ProxyError) else respond(outcome, scope)
         if services.config.served_by_header and reply.served_by:
             response.headers["x-served-by"] = reply.served_by
         return response
 
-    def respond(outcome: ClientResponse) -> Response:
+    def respond(outcome: ClientResponse, scope: dict[str, Any]) -> Response:
         content = outcome.body if isinstance(outcome.body, bytes) else outcome.body.__aiter__()
         response = Response(content, status=outcome.status, content_type="application/json")
         # No limit of the framework's: an engine may compute for minutes, and DECODE_TIMEOUT applies.
@@ -61,6 +63,8 @@ def _handler(services: Services, route: Route) -> Callable[[], Awaitable[Respons
         if not isinstance(content, bytes):
             # nginx would buffer the events.
             response.headers["x-accel-buffering"] = "no"
+            if services.config.stream_error_event:
+                scope[ERROR_EVENT] = partial(stream_error, route)
         return response
 
     return handle
