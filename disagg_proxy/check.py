@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from disagg_proxy.config import Config, ConfigError, check_keys_file
 from disagg_proxy.config.load import Loaded, load_all
 from disagg_proxy.config.table import SETTINGS, Setting
+from disagg_proxy.connectors.table import check_instances
 
 _MASKED = '"*** masked ***"'
 """Instead of a secret. Blanks are not valid in one, so a file that still contains this is refused."""
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         loaded = load_all(options, os.environ)
         check_keys_file(loaded.config)
         _resolve(loaded.config)
+        check_instances(loaded.config)
     except ConfigError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)
         return 2

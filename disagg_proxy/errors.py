@@ -100,6 +100,7 @@ class RateLimited(ClientError):
 
     status = 429
     code = "rate_limit_exceeded"
+    retry = True
 
     def __init__(self, message: str, kind: str, anthropic: bool, retry_after: int) -> None:
         super().__init__(message, retry_after=max(1, retry_after))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from disagg_proxy.config import ConfigError, check_keys_file
 from disagg_proxy.config.reload import LiveSettings
+from disagg_proxy.connectors.table import check_instances
 from disagg_proxy.discovery.listener import BindError
 from disagg_proxy.server.http_server import Server, listen, server_config
 from disagg_proxy.services import Services
@@ -39,6 +40,7 @@ def run(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     try:
         settings = LiveSettings(argv, os.environ)
+        check_instances(settings.config)
         check_keys_file(settings.config)
     except ConfigError as error:
         print(f"disagg-proxy: {error}", file=sys.stderr)

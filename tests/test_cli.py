@@ -111,6 +111,7 @@ async def test_serve_is_the_command_that_can_be_left_out(run: Run) -> None:
         ([], {"PROXY_PORT": "many"}, "PROXY_PORT"),
         ([], {"INSTANCE_EXPIRY": "-1"}, "INSTANCE_EXPIRY"),
         (["--prefill", "ftp://x"], {}, "--prefill"),
+        (["--decode", "http://a:1,other"], {}, "DECODE_INSTANCES: must name a KV protocol"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_exit_2_before_any_port_opens(

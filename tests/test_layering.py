@@ -63,8 +63,8 @@ MAY_IMPORT = {
     "services telemetry upstream",
     "workers": "address cluster config discovery health peer_group runtime server services telemetry",
     "top": "page",
-    "serve": "config discovery server services telemetry workers",
-    "check": "config",
+    "serve": "config connectors discovery server services telemetry workers",
+    "check": "config connectors",
     "cli": "config serve",
     "__main__": "cli",
     # Reports of the benchmarks are made without the proxy; the load client is in there.

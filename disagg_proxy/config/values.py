@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -183,7 +184,10 @@ def registrants(raw: str) -> tuple[str, ...]:
 
 
 def instances(raw: str) -> tuple[StaticInstance, ...]:
-    """Instances separated by white space, each ``URL``, ``URL,KV_ADDRESS`` or ``URL,nixl``."""
+    """Instances separated by white space, each ``URL``, ``URL,KV_ADDRESS`` or ``URL,PROTOCOL``.
+
+    Which protocols there are is checked by :func:`disagg_proxy.connectors.table.check_instances`.
+    """
     return tuple(_instance(part) for part in raw.split())
 
 
@@ -201,8 +205,8 @@ def _instance(raw: str) -> StaticInstance:
     http_address = parse_address(parts.netloc.rpartition("@")[2]).text
     if not comma:
         return StaticInstance(http_address)
-    if kv.lower() == "nixl":
-        return StaticInstance(http_address, protocol="nixl")
+    if re.fullmatch(r"[A-Za-z]\w*", kv):
+        return StaticInstance(http_address, protocol=kv.lower())
     try:
         return StaticInstance(http_address, parse_address(kv).text)
     except ValueError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from disagg_proxy.cluster.kv_kind import KvKind
+from disagg_proxy.config import Config, ConfigError
 from disagg_proxy.connectors import disagg_kv, nixl, p2p_nccl
-from disagg_proxy.connectors.base import Announced, Connector, Engines, Fields, KvProtocol
+from disagg_proxy.connectors.base import Announced, Connector, Engines, Fields, KvProtocol, never_announced
 
 PROTOCOLS: tuple[KvProtocol, ...] = (
     disagg_kv.PROTOCOL,
@@ -21,6 +22,22 @@ UNANNOUNCED = p2p_nccl.KIND.protocol
 def connectors(engines: Engines) -> dict[str, Connector]:
     """A connector for each protocol, by its name."""
     return {protocol.kind.protocol: protocol.connector(engines) for protocol in PROTOCOLS}
+
+
+def check_instances(config: Config) -> None:
+    """Check the protocols of the engines that PREFILL_INSTANCES and DECODE_INSTANCES name.
+
+    Raises:
+        ConfigError: one is not known, or its engines announce themselves with what the proxy must know of them.
+    """
+    known = [protocol.kind.protocol for protocol in PROTOCOLS if protocol.read is never_announced]
+    for env, named in (("PREFILL_INSTANCES", config.prefill), ("DECODE_INSTANCES", config.decode)):
+        for instance in named:
+            if instance.protocol is not None and instance.protocol not in known:
+                raise ConfigError(
+                    f"{env}: must name a KV protocol of engines that do not ping ({', '.join(known)}) or a KV address, "
+                    f"not {instance.protocol!r}"
+                )
 
 
 def kind_named(protocol: str | None) -> KvKind:

@@ -129,7 +129,7 @@ class FastPathRequest:
         self._send_response(status, self._lines(header_lines(headers)), body)
 
     def _lines(self, lines: bytes) -> bytes:
-        """``lines`` with the request id, the limits of the client's key, and the engines if SERVED_BY_HEADER asks."""
+        """``lines`` with the request id, the limits of the client's key, and the engines if SERVED_BY_HEADER=1."""
         request_id = self._reply.request_id.encode()
         lines = b"%bx-request-id: %b\r\n" % (lines, request_id)
         if self._request_head.route is MESSAGES:

@@ -57,7 +57,7 @@ def test_an_empty_flag_is_a_bad_value() -> None:
         ("ALLOW_REGISTER", "10.0.0.0/99"),
         ("PREFILL_INSTANCES", "https://127.0.0.1:1"),
         ("PREFILL_INSTANCES", "http://127.0.0.1"),
-        ("DECODE_INSTANCES", "http://127.0.0.1:1,nowhere"),
+        ("DECODE_INSTANCES", "http://127.0.0.1:1,nowhere:"),
         ("API_KEY", "two words"),
         ("ADMIN_KEY", "two words"),
     ],

@@ -14,7 +14,10 @@ import aiohttp
 import msgpack
 import pytest
 
+from disagg_proxy.cluster.kv_kind import KvKind
+from disagg_proxy.config import ConfigError, load
 from disagg_proxy.connectors import table
+from disagg_proxy.connectors.base import never_announced
 from disagg_proxy.discovery.announcement import BadAnnouncement, decode
 from disagg_sim.connectors.nixl import Nixl as SimulatedNixl
 from tests.conftest import running_proxy, soon
@@ -93,6 +96,15 @@ async def test_a_prefill_without_an_answer_is_a_failure_of_the_attempt(machine: 
     assert not decode.received(PATH)
     await soon(machine.proxy.until_idle())
     assert [machine.proxy.instance(e.http_address).in_flight for e in (prefill, decode)] == [0, 0]
+
+
+def test_only_a_protocol_whose_engines_do_not_ping_is_named_in_the_configuration(monkeypatch) -> None:
+    silent = moriio.PROTOCOL._replace(kind=KvKind("silent"), read=never_announced)
+    monkeypatch.setattr(table, "PROTOCOLS", (silent, *table.PROTOCOLS))
+    table.check_instances(load(["--prefill", "http://a:1,silent b:2,NIXL c:3 d:4,e:5"], {}))
+    for name in ("moriio", "disagg_kv", "p2p_nccl", "other"):
+        with pytest.raises(ConfigError, match=rf"^DECODE_INSTANCES: .*\(silent, nixl\).* not '{name}'$"):
+            table.check_instances(load(["--decode", f"http://a:1,{name}"], {}))
 
 
 def test_contributing_shows_what_is_tested_here() -> None:
