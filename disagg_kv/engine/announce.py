@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from disagg_kv import PROTOCOL_NAME, PROTOCOL_VERSION, __version__
-from disagg_kv.protocol.handshake import Identity
+from disagg_kv.protocol.handshake import Identity, secret_mark
 from disagg_kv.settings import Settings
 
 logger = logging.getLogger("vllm.disagg_kv")
@@ -27,7 +27,9 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def announcement(identity: Identity, http_address: str, kv_address: str, transports: list[str]) -> dict[str, Any]:
+def announcement(
+    identity: Identity, http_address: str, kv_address: str, transports: list[str], secret: str = ""
+) -> dict[str, Any]:
     """Build the message: the three fields of P2pNcclConnector, then those of this connector."""
     shape = identity.shape
     assert shape is not None
@@ -47,6 +49,7 @@ def announcement(identity: Identity, http_address: str, kv_address: str, transpo
         "block_bytes": shape.block_bytes,
         "kv_model": shape.model,
         "transports": transports,
+        "kv_secret": secret_mark(secret),
         **digest,
     }
 
@@ -63,6 +66,7 @@ class Announcer:
         self._proxy = f"tcp://{join_address(settings.proxy_ip, settings.proxy_port)}"
         self._kv_address = join_address(host, port)
         self._http_address, self._transports = join_address(host, settings.http_port), transports
+        self._secret = settings.secret
         self.renew(identity)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
@@ -71,7 +75,7 @@ class Announcer:
     def renew(self, identity: Identity) -> None:
         """Announce this identity from the next message on."""
         self._message = msgspec.msgpack.encode(
-            announcement(identity, self._http_address, self._kv_address, self._transports)
+            announcement(identity, self._http_address, self._kv_address, self._transports, self._secret)
         )
 
     def close(self) -> None:

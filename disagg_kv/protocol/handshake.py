@@ -19,6 +19,8 @@ from disagg_kv import PROTOCOL_NAME, PROTOCOL_VERSION
 from disagg_kv.protocol.frames import WireError
 
 ROLES = ("prefill", "decode", "control")
+NO_SECRET = "none"
+"""``secret_mark`` of an engine without a secret."""
 
 
 class Refused(Exception):
@@ -150,6 +152,16 @@ def proof(secret: str, role: str, hello: Mapping[str, Any], welcome: Mapping[str
     covered = {name: value for name, value in welcome.items() if name != "proof"}
     text = json.dumps([role, hello, covered], sort_keys=True, separators=(",", ":"))
     return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def secret_mark(secret: str) -> str:
+    """Return what an engine announces of its secret, so that the proxy sees which engines share one.
+
+    8 hexadecimal digits, or ``NO_SECRET``. Proofs in handshakes, which any peer gets, tell more about the secret.
+    """
+    if not secret:
+        return NO_SECRET
+    return hmac.new(secret.encode(), b"disagg_kv announcement", hashlib.sha256).hexdigest()[:8]
 
 
 def check_proof(expected: str, value: object) -> None:

@@ -11,6 +11,9 @@ MAX_RANKS = 64
 """Bound on the tensor parallel size that an announcement may claim."""
 
 _MODEL = frozenset({"kv_model", "kv_digest"})
+_SECRET = "kv_secret"
+_NO_SECRET = "none"
+"""What an engine without a shared secret announces; others announce a digest of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,16 @@ class KvKind:
 
 
 def alike_but_for_model(one: KvKind, other: KvKind) -> bool:
-    """Whether the same engine with other weights would announce this."""
-    caches = [dict(item for item in kind.traits if item[0] not in _MODEL) for kind in (one, other)]
+    """Whether the same engine with other weights, or with another shared secret, would announce this."""
+    changes = _MODEL | {_SECRET}
+    caches = [dict(item for item in kind.traits if item[0] not in changes) for kind in (one, other)]
     return one.protocol == other.protocol and one.transports == other.transports and caches[0] == caches[1]
+
+
+def _secrets_differ(prefill: str | int | None, decode: str | int | None) -> str:
+    if _NO_SECRET in (prefill, decode):
+        return f"only {'decode' if prefill == _NO_SECRET else 'prefill'} has a shared secret (DISAGG_KV_SECRET)"
+    return "the shared secret differs (DISAGG_KV_SECRET)"
 
 
 def why_apart(prefill: KvKind, decode: KvKind) -> str | None:
@@ -51,12 +61,14 @@ def why_apart(prefill: KvKind, decode: KvKind) -> str | None:
     if prefill.protocol != decode.protocol:
         return f"prefill speaks {prefill.protocol}, decode {decode.protocol}"
     ours, theirs = dict(prefill.traits), dict(decode.traits)
-    ignored, differing = frozenset({"kv_digest"}), []
+    ignored, differing = frozenset({"kv_digest", _SECRET}), []
     if "kv_digest" in ours and "kv_digest" in theirs:
-        ignored = _MODEL
+        ignored = _MODEL | {_SECRET}
         if ours["kv_digest"] != theirs["kv_digest"]:
             names = (f"{side.get('kv_model')}@{str(side['kv_digest'])[:12]}" for side in (ours, theirs))
             differing = ["kv_model is {}, on decode {} (other weights or configuration)".format(*names)]
+    if (secrets := [side.get(_SECRET) for side in (ours, theirs)])[0] != secrets[1] and None not in secrets:
+        differing.append(_secrets_differ(*secrets))
     differing += [f"{name} is {value}, on decode {theirs[name]}" for name, value in prefill.traits
                   if name not in ignored and name in theirs and theirs[name] != value]  # fmt: skip
     if differing:

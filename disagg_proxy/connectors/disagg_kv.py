@@ -39,7 +39,7 @@ KIND: KvKind = KvKind("disagg_kv")
 REQUIRED = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
 """Fields of an announcement that must be equal on both sides. Every engine announces them."""
 
-OPTIONAL = ("kv_digest",)
+OPTIONAL = ("kv_digest", "kv_secret")
 """Fields that must be equal where both sides announce them. Engines of older releases do not, so that neither the
 engines nor the proxies must be updated first."""
 

@@ -55,14 +55,21 @@ class KvControl:
             return
         host = kv.text.rpartition(":")[0]
         for port in range(kv.port, min(kv.port + instance.kind.ranks, 65536)):
-            await self._send_to(f"{host}:{port}", message)
+            await self._send_to(instance, f"{host}:{port}", message)
 
-    async def _send_to(self, address: str, message: Callable[[Control], Awaitable[None]]) -> None:
+    async def _send_to(self, instance: Instance, address: str, message: Callable[[Control], Awaitable[None]]) -> None:
         slots = self._slots.setdefault(address, asyncio.Semaphore(_MAX_CONNECTIONS))
         try:
             async with slots, within(2 * self.timeout):
                 await self._send_once(address, message)
-        except (OSError, asyncio.TimeoutError, WireError, Refused) as error:
+            instance.kv_control_refused = ""
+        except Refused as refusal:
+            level = logging.WARNING if instance.kv_control_refused != str(refusal) else logging.INFO
+            instance.kv_control_refused = str(refusal)
+            log.log(
+                level, "KV port %s of %s refuses the control messages of this proxy: %s", address, instance, refusal
+            )
+        except (OSError, asyncio.TimeoutError, WireError) as error:
             log.info("Could not send a control message to KV port %s: %s", address, error)
 
     async def _send_once(self, address: str, message: Callable[[Control], Awaitable[None]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from disagg_kv import PROTOCOL_NAME, PROTOCOL_VERSION, __version__
 from disagg_kv.protocol.frames import Kind, WireError, decode_body, encode, frame_length
-from disagg_kv.protocol.handshake import Identity, Refused, Shape
+from disagg_kv.protocol.handshake import Identity, Refused, Shape, secret_mark
 from disagg_kv.protocol.keys import Key, fingerprint, parse_address, transfer_id
 from disagg_sim.config import SimConfig
 from disagg_sim.connectors.blocks import row_bytes
@@ -51,7 +51,7 @@ def announcement(config: SimConfig, boot: str) -> dict[str, Any]:
         "block_bytes": row_bytes(config),
         "kv_model": config.kv_model,
         "transports": list(config.kv_transports),
-        **({"kv_digest": digest} if (digest := digest_of(config)) else {}),
+        **({"kv_digest": digest, "kv_secret": secret_mark(config.kv_secret)} if (digest := digest_of(config)) else {}),
     }
 
 

@@ -39,6 +39,16 @@ def selection(world):
         (own(kv_model="m", kv_digest="a"), own(kv_model="m"), None),
         (own(kv_model="m"), own(kv_model="m", kv_digest="a"), None),
         (own(kv_model="m", kv_digest="a"), own(kv_model="n"), "kv_model is m, on decode n"),
+        (own(kv_secret="0a1b2c3d"), own(kv_secret="0a1b2c3d"), None),
+        (own(kv_secret="none"), own(), None),
+        (own(), own(kv_secret="0a1b2c3d"), None),
+        (own(kv_secret="0a1b2c3d"), own(kv_secret="none"), "only prefill has a shared secret (DISAGG_KV_SECRET)"),
+        (own(kv_secret="none"), own(kv_secret="0a1b2c3d"), "only decode has a shared secret (DISAGG_KV_SECRET)"),
+        (
+            own(kv_secret="0a1b2c3d", kv_digest="a", kv_model="m"),
+            own(kv_secret="3d2c1b0a", kv_digest="a", kv_model="n"),
+            "the shared secret differs (DISAGG_KV_SECRET)",
+        ),
         (
             own(kv_model="m", kv_digest="a" * 32),
             own(kv_model="m", kv_digest="b" * 32, tp=2),

@@ -164,6 +164,7 @@ async def test_a_retry_stays_with_its_protocol(machine: Machine) -> None:
         ({"kv_model": "other", "kv_digest": None}, "kv_model is sim, on decode other"),
         ({"kv_digest": "f" * 32}, f"on decode sim@{'f' * 12} (other weights or configuration)"),
         ({"kv_transports": ("nccl",)}, "no common transport"),
+        ({"kv_secret": "s"}, "only decode has a shared secret (DISAGG_KV_SECRET)"),
     ],
 )
 @settings(decode_alone=False)

@@ -33,6 +33,7 @@ def test_what_is_announced(role: str, kind: str) -> None:
             "type": kind, "http_address": "127.0.0.1:8000", "zmq_address": "127.0.0.1:21001", "protocol": "disagg_kv",
             "protocol_version": 1, "connector_version": __version__, "boot_id": "boot", "tp": 1, "layout": "(B*1,4)",
             "dtype": "float32", "block_size": 4, "block_bytes": 24, "kv_model": "m", "transports": ["nccl", "tcp"],
+            "kv_secret": "none",
         }  # fmt: skip
     finally:
         router.close(0)
@@ -47,11 +48,20 @@ def test_the_digest_is_announced_where_there_is_one() -> None:
     assert "kv_digest" not in sent(digest="")
 
 
+def test_engines_with_the_same_secret_announce_the_same_digest_of_it() -> None:
+    found = [announcement(Identity(role, role, 0, SHAPE), "h:1", "k:1", ["tcp"], secret)["kv_secret"]
+             for role, secret in (("prefill", "s"), ("decode", "s"), ("decode", "other"), ("decode", ""))]  # fmt: skip
+    assert found[0] == found[1] and len(set(found)) == 3 and found[3] == "none"
+    assert len(found[0]) == 8
+
+
 def test_the_message_stays_small() -> None:
     """Whatever the number of layers of different forms; proxies of older releases compare these fields as texts."""
     layouts = ["|".join(f"(B*1,{heads},32,128):0123" for heads in range(count)) for count in (100, 101)]
-    found = [announcement(Identity("decode", "b" * 32, 0, replace(SHAPE, layout=layout, digest="a" * 32)),
-                          "127.0.0.1:65535", "127.0.0.1:65535", ["nccl", "tcp"]) for layout in layouts]  # fmt: skip
+    address, transports = "127.0.0.1:65535", ["nccl", "tcp"]
+    shapes = [replace(SHAPE, layout=layout, digest="a" * 32) for layout in layouts]
+    found = [announcement(Identity("decode", "b" * 32, 0, shape), address, address, transports, "s")
+             for shape in shapes]  # fmt: skip
     assert len({one["layout"] for one in found}) == 2
     assert all(len(msgspec.msgpack.encode(one)) < 512 for one in found)
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from disagg_kv.control import Control
+from disagg_kv.protocol.handshake import Refused
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.kv_kind import MAX_RANKS, KvKind
 from disagg_proxy.upstream.kv_control import KvControl
@@ -94,3 +95,21 @@ async def test_connections_to_one_port_are_bounded(sent: Sent, monkeypatch: pyte
     await asyncio.gather(*(control.release(prefill, str(number)) for number in range(300)))
     assert len({transfer for _, _, transfer in sent}) == 300 and most == 8
     assert not control._slots, "addresses of engines that are gone are not kept"
+
+
+async def test_a_refusal_is_logged_once_and_kept_until_a_message_arrives(
+    sent: Sent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(address: str, secret: str, timeout: float) -> _Control:
+        raise Refused("the shared secret differs")
+
+    control, prefill = KvControl("", 1.0), instances(1)[0]
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Control, "open", refuse)
+        for _ in range(3):
+            await control.release(prefill, "t")
+    assert prefill.kv_control_refused == "the shared secret differs"
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert str(prefill) in caplog.text and "the shared secret differs" in caplog.text
+    await control.release(prefill, "t")
+    assert prefill.kv_control_refused == ""
