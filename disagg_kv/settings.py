@@ -22,7 +22,8 @@ class Settings:
     listen: str = "127.0.0.1"
     """IP address that the KV port is bound to. Default: loopback."""
     peers: tuple[str, ...] = _LOOPBACK
-    """Networks that decode may fetch KV from. Default: loopback."""
+    """Networks that decode may fetch KV from, and from which connections to the KV port are accepted. Default:
+    loopback. Connections from ``proxy_ip`` are accepted too."""
     proxy_ip: str = ""
     """Proxy to announce this engine to; empty: no announcement."""
     proxy_port: int = 0
@@ -47,6 +48,7 @@ class Settings:
     """Size of one staging buffer in MiB, on each side of each connection."""
     staging_buffers: int = 3
     max_connections: int = 64
+    """To one KV port, besides those whose handshake is not complete; and from one decode rank."""
     max_waiting: int = 4096
     """Prefill: WANTs that may wait for KV that is not offered yet."""
     idle_wait_ms: float = 1.0
@@ -106,7 +108,20 @@ class Settings:
         Raises:
             WireError: malformed address.
         """
-        ip = ipaddress.ip_address(parse_address(address)[0])
+        return self._is_peer(ipaddress.ip_address(parse_address(address)[0]))
+
+    def may_connect(self, host: str) -> bool:
+        """Whether a connection from this IP address is accepted: a peer's, or the proxy's."""
+        ip = ipaddress.ip_address(host.partition("%")[0])
+        mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+        return str(mapped or ip) == self.proxy_ip or self._is_peer(mapped or ip)
+
+    @property
+    def peers_too_narrow(self) -> bool:
+        """Whether other hosts can reach the KV port and none of them is in ``peers``."""
+        return self.peers == _LOOPBACK and not ipaddress.ip_address(self.listen).is_loopback
+
+    def _is_peer(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         return any(ip in ipaddress.ip_network(network) for network in self.peers)
 
 

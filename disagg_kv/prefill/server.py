@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from disagg_kv.prefill.admission import OpenConnections
 from disagg_kv.prefill.send_queue import DecodePeer, Segment, SendQueue
 from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.protocol.handshake import (
@@ -26,12 +27,14 @@ from disagg_kv.protocol.handshake import (
     proof,
 )
 from disagg_kv.protocol.messages import PINGS, PONG, Go, Release, Want
+from disagg_kv.tally import Tally
 from disagg_kv.transport.base import Stalled, Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import RankContext, offer_transport, open_transport
 
 logger = logging.getLogger("vllm.disagg_kv")
-_HANDSHAKE_SECONDS = 5.0
+_HANDSHAKE_SECONDS = 10.0
+_READ_SECONDS = 5.0
 
 
 class Server:
@@ -55,8 +58,11 @@ class Server:
         family = socket.AF_INET6 if ":" in context.settings.listen else socket.AF_INET
         self._socket = socket.create_server((context.settings.listen, port), family=family, backlog=128)
         self.port: int = self._socket.getsockname()[1]
-        self._lock = threading.Lock()
-        self._channels: set[Channel] = set()
+        self._connections = OpenConnections(context.settings.max_connections)
+        self._rejected = Tally("connections to the KV port were rejected", logger.warning)
+        if context.settings.peers_too_narrow:
+            logger.warning("listen is %s, but peers has loopback only: connections from other hosts are refused",
+                           context.settings.listen)  # fmt: skip
         self._closed = threading.Event()
         threading.Thread(target=self._listen, name="disagg-kv-listen", daemon=True).start()
 
@@ -69,14 +75,11 @@ class Server:
 
     def disconnect(self) -> None:
         """End every connection; new ones are still accepted."""
-        with self._lock:
-            channels = list(self._channels)
-        for channel in channels:
+        for channel in self._connections.all():
             channel.close()
 
     def connections(self) -> int:
-        with self._lock:
-            return len(self._channels)
+        return len(self._connections.all())
 
     def _listen(self) -> None:
         while not self._closed.is_set():
@@ -89,27 +92,34 @@ class Server:
                 continue
             channel: Channel | None = None
             try:
-                channel = Channel(sock, min(_HANDSHAKE_SECONDS, self._context.settings.stall_timeout_s))
-                with self._lock:
-                    if self._closed.is_set() or len(self._channels) >= self._context.settings.max_connections:
-                        logger.warning("rejected a connection from %s: too many connections (max_connections)", peer[0])
-                        channel.close()
-                        continue
-                    self._channels.add(channel)
+                if not self._context.settings.may_connect(peer[0]):
+                    self._rejected.add([f"{peer[0]} is not in the networks of the setting peers"])
+                    sock.close()
+                    continue
+                channel = Channel(sock, min(_READ_SECONDS, self._context.settings.stall_timeout_s))
+                oldest = self._connections.add(channel)
+                if oldest is not None:
+                    self._rejected.add(["too many connections without a completed handshake"])
+                    oldest.close()
+                if self._closed.is_set():
+                    channel.close()
                 threading.Thread(
                     target=self._serve, args=(channel, f"{peer[0]}:{peer[1]}"), name="disagg-kv-serve", daemon=True
                 ).start()
             except Exception:
                 logger.exception("could not set up a connection from %s", peer)
-                with self._lock:
-                    self._channels = {kept for kept in self._channels if kept is not channel}
+                if channel is not None:
+                    self._connections.remove(channel)
                 sock.close()
 
     def _serve(self, channel: Channel, peer: str) -> None:
         """Serve one connection until it closes."""
         decode_peer = self._send_queue.attach(channel.close)
         try:
+            channel.limit(_HANDSHAKE_SECONDS)
             identity, hello = self._handshake(channel)
+            self._connections.prove(channel)
+            channel.limit(None)
             if identity.role == "control":
                 self._control(channel)
             else:
@@ -129,8 +139,7 @@ class Server:
         finally:
             self._send_queue.detach(decode_peer)
             channel.close()
-            with self._lock:
-                self._channels.discard(channel)
+            self._connections.remove(channel)
 
     def _handshake(self, channel: Channel) -> tuple[Identity, dict[str, Any]]:
         kind, hello = channel.next_frame(may_idle=False)

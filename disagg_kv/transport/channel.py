@@ -6,6 +6,7 @@ import contextlib
 import select
 import socket
 import threading
+import time
 from typing import Any
 
 from disagg_kv.protocol.frames import Kind, read_frame
@@ -27,7 +28,8 @@ class Channel:
     """
 
     def __init__(self, sock: socket.socket, seconds: float) -> None:
-        self._sock = sock
+        self._sock, self._seconds = sock, seconds
+        self._deadline: float | None = None
         self.write_lock = threading.Lock()
         """Held while a message and its KV are written, where several threads write."""
         sock.settimeout(seconds)
@@ -45,6 +47,11 @@ class Channel:
             OSError: the address does not accept, or not within ``connect_seconds``.
         """
         return cls(socket.create_connection(address, timeout=connect_seconds), seconds)
+
+    def limit(self, seconds: float | None) -> None:
+        """Let all reads together take at most ``seconds`` from now on; None: only each read is limited again."""
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._sock.settimeout(self._seconds)
 
     def next_frame(self, may_idle: bool = True) -> tuple[Kind, dict[str, Any]]:
         """Read the next frame.
@@ -75,6 +82,11 @@ class Channel:
         """
         at = 0
         while at < len(view):
+            if self._deadline is not None:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("timed out")
+                self._sock.settimeout(min(left, self._seconds))
             try:
                 count = self._sock.recv_into(view[at:])
             except TimeoutError:
