@@ -93,7 +93,7 @@ class PeerConnection:
         finally:
             self._open_timer.cancel()
             reason = self._lost_reason or reason
-            if not self.dead:
+            if not self.dead and not reason.startswith("refused: "):
                 logger.warning("connection to prefill engine %s closed: %s", self.peer, reason)
             self.dead = True
             self._outgoing.put(None)

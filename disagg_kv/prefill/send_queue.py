@@ -82,7 +82,7 @@ class SendQueue:
 
     Args:
         hold_seconds: how long computed KV is held for a WANT.
-        max_waiting: WANTs that may wait for a job, over all peers.
+        max_waiting: WANTs that may wait for a job, divided between the peers that have some.
         hold_blocks: blocks of finished requests that may wait for a WANT; None: unlimited.
     """
 
@@ -241,7 +241,7 @@ class SendQueue:
             reason = self._ended.get(key, "released" if key.transfer in self._released else "")
             if not reason and key in self._wanted_by:
                 reason = "wanted twice"
-            if not reason and job is None and len(self._wanted_by) >= self._max_waiting:
+            if not reason and job is None and len(peer.wants) >= self._share():
                 reason = "too many requests wait"
                 self._remember(key, "released")
             if not reason and job is not None and (reason := _mismatch(job, want)):
@@ -314,6 +314,10 @@ class SendQueue:
             self._changed.notify_all()
 
     # Under the lock.
+
+    def _share(self) -> int:
+        """WANTs that one peer may have waiting, so that none takes the share of others."""
+        return max(1, self._max_waiting // max(1, sum(1 for peer in self._peers if peer.wants)))
 
     def _limit_held_blocks(self) -> None:
         """Give up the newest prompts when too many blocks wait for a WANT.

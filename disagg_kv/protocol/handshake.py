@@ -71,7 +71,8 @@ class Identity:
         if body.get("name") != PROTOCOL_NAME:
             raise WireError("not this protocol")
         if body.get("version") != PROTOCOL_VERSION:
-            raise Refused(f"protocol version {str(body.get('version'))[:20]}, here {PROTOCOL_VERSION}")
+            role = body["role"] if body.get("role") in ROLES else "the other side"
+            raise Refused(f"protocol version is {str(body.get('version'))[:20]} on {role}, not {PROTOCOL_VERSION}")
         role, boot, rank, shape = (body.get(name) for name in ("role", "boot", "rank", "shape"))
         if role not in ROLES or not isinstance(boot, str) or len(boot) > 64:
             raise WireError("not an identity")
@@ -96,21 +97,21 @@ def _shape(value: object) -> Shape:
     return Shape(**fields, digest=digest)
 
 
-def _same_model(mine: Shape, theirs: Shape) -> str:
+def _same_model(prefill: Shape, decode: Shape) -> str:
     """Describe how the models differ, by digest, or by name where one side has no digest; "" if they are equal."""
-    if mine.digest and theirs.digest:
-        if mine.digest == theirs.digest:
+    if prefill.digest and decode.digest:
+        if prefill.digest == decode.digest:
             return ""
-        return (f"model is {theirs.model}@{theirs.digest[:12]}, here {mine.model}@{mine.digest[:12]} "
-                "(other weights or configuration)")  # fmt: skip
-    return "" if mine.model == theirs.model else f"model is {theirs.model}, here {mine.model}"
+        names = (f"{shape.model}@{str(shape.digest)[:12]}" for shape in (prefill, decode))
+        return "model is {}, on decode {} (other weights or configuration)".format(*names)
+    return "" if prefill.model == decode.model else f"model is {prefill.model}, on decode {decode.model}"
 
 
 def check(mine: Identity, theirs: Identity) -> None:
     """Check that blocks of one side can be used by the other.
 
     Raises:
-        Refused: they cannot; the text names every difference.
+        Refused: they cannot; the text names every difference, in the same words on both sides.
     """
     if theirs.role == "control":
         return
@@ -118,18 +119,19 @@ def check(mine: Identity, theirs: Identity) -> None:
         raise Refused(f"{theirs.role} cannot exchange KV with {mine.role}")
     if mine.shape is None or theirs.shape is None:
         raise Refused("the shape of the KV cache is missing")
-    ours, others = asdict(mine.shape), asdict(theirs.shape)
-    wrong = [differs] if (differs := _same_model(mine.shape, theirs.shape)) else []
-    wrong += [f"{name} is {others[name]}, here {ours[name]}" for name in ours
-              if name not in ("model", "digest") and ours[name] != others[name]]  # fmt: skip
-    if mine.rank != theirs.rank:
-        wrong.append(f"rank is {theirs.rank}, here {mine.rank}")
+    prefill, decode = (mine, theirs) if mine.role == "prefill" else (theirs, mine)
+    assert prefill.shape is not None and decode.shape is not None
+    wrong = [differs] if (differs := _same_model(prefill.shape, decode.shape)) else []
+    theirs_of = {**asdict(decode.shape), "rank": decode.rank}
+    wrong += [f"{name} is {value}, on decode {theirs_of[name]}"
+              for name, value in {**asdict(prefill.shape), "rank": prefill.rank}.items()
+              if name not in ("model", "digest") and value != theirs_of[name]]  # fmt: skip
     if wrong:
         raise Refused("; ".join(wrong))
 
 
 def choose_transport(mine: Sequence[str], theirs: object) -> str:
-    """Return the first of ``mine`` that the other side offers.
+    """Return prefill's choice: the first of ``mine`` that decode offers.
 
     Raises:
         Refused: there is none.
@@ -138,7 +140,8 @@ def choose_transport(mine: Sequence[str], theirs: object) -> str:
     for name in mine:
         if name in offered:
             return name
-    raise Refused(f"no common transport: {', '.join(map(str, offered))[:80] or 'none'}, here {', '.join(mine)}")
+    theirs_text = ", ".join(map(str, offered))[:80] or "none"
+    raise Refused(f"no common transport: prefill has {', '.join(mine)}, decode {theirs_text}")
 
 
 def nonce() -> str:

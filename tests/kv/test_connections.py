@@ -151,13 +151,13 @@ def test_200_abandoned_requests_leave_nothing(prefill: Make, decode: Make) -> No
 @pytest.mark.parametrize(
     ("shape", "word"),
     [
-        (Shape(**{**SHAPE.__dict__, "tp": 2}), "tp is 2, here 1"),
-        (Shape(**{**SHAPE.__dict__, "dtype": "bfloat16"}), "dtype is bfloat16, here float32"),
-        (Shape(**{**SHAPE.__dict__, "model": "other"}), "model is other"),
-        (Shape(**{**SHAPE.__dict__, "layout": "x"}), "layout is x"),
+        (Shape(**{**SHAPE.__dict__, "tp": 2}), "tp is 1, on decode 2"),
+        (Shape(**{**SHAPE.__dict__, "dtype": "bfloat16"}), "dtype is float32, on decode bfloat16"),
+        (Shape(**{**SHAPE.__dict__, "model": "other"}), "model is m, on decode other"),
+        (Shape(**{**SHAPE.__dict__, "layout": "x"}), "layout is (B*1,4), on decode x"),
         (
             replace(MODERN, digest="b" * 32),
-            f"model is m@{'b' * 12}, here m@{'a' * 12} (other weights or configuration)",
+            f"model is m@{'a' * 12}, on decode m@{'b' * 12} (other weights or configuration)",
         ),
     ],
 )
@@ -168,7 +168,8 @@ def test_caches_that_do_not_fit_are_refused(
     with caplog.at_level(logging.INFO, "vllm.disagg_kv"):
         d.load(key("t"), p.address, [1])
         assert d.result().failed_blocks == {1}
-    assert word in caplog.text
+    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(logged) == 2 and all(word in text for text in logged), "one line of each side, in the same words"
 
 
 @pytest.mark.parametrize("computed_first", [True, False])

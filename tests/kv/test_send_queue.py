@@ -369,6 +369,18 @@ def test_waiting_requests_are_bounded() -> None:
     assert send_queue.collect() == {"c"}, "nobody asks for it again"
 
 
+def test_one_peer_does_not_take_the_share_of_others() -> None:
+    send_queue, greedy, _ = _send_queue(max_waiting=4)
+    for number in range(6):
+        send_queue.on_want(greedy, Want(key(f"greedy{number}"), 0, 1))
+    assert send_queue.counts()["wants"] == 4
+    other = send_queue.attach(lambda: None)
+    for number in range(3):
+        send_queue.on_want(other, Want(key(f"other{number}"), 0, 1))
+    assert len(greedy.wants) == 4 and len(other.wants) == 2
+    assert _gone(send_queue, other) == "too many requests wait"
+
+
 class Machine(RuleBasedStateMachine):
     """Any order of events: blocks are read only while they are held, and in the end nothing is left."""
 
