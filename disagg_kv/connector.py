@@ -60,6 +60,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         versions.check_version(vllm.__version__)
         versions.check_parallel(vllm_config)
+        versions.check_model(vllm_config)
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_role not in ("kv_producer", "kv_consumer"):
             raise ValueError("kv_role must be kv_producer (prefill) or kv_consumer (decode)")
@@ -152,6 +153,13 @@ class DisaggKVConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         return self._scheduler.finished(request), None
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Return None: any layout. vLLM calls it before it groups the layers, so unsupported models are refused here
+        with the reason."""
+        versions.check_model(vllm_config)
+        return None
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:

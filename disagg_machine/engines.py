@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from disagg_machine import gpus, vllm_facts
 from disagg_machine.context import Context
 from disagg_machine.gpus import Gpu
+from disagg_machine.kv_bytes import why_unsupported
 from disagg_machine.layout import Layout
 from disagg_machine.messages import die, text
 from disagg_machine.settings import Settings
@@ -66,19 +67,21 @@ def resolve(context: Context) -> Engines:
         if settings.engine == "auto":
             return Engines(SIM, text("why_no_vllm"))
         raise die(1, "no_vllm")
-    return with_vllm(settings, facts)
+    return with_vllm(settings, facts, context.environ)
 
 
-def with_vllm(settings: Settings, facts: VllmFacts) -> Engines:
+def with_vllm(settings: Settings, facts: VllmFacts, environ: Mapping[str, str]) -> Engines:
     """vLLM engines with the connector that suits this vLLM.
 
     Raises:
-        MachineError: 1, this vLLM cannot serve with it.
+        MachineError: 1, this vLLM cannot serve with it, or it cannot move the model's KV.
     """
     connector = vllm_facts.choose_connector(facts, settings.kv_connector)
     problem = vllm_facts.problem(facts, connector, settings.engine_host)
     if problem:
         raise die(1, *problem)
+    if connector == "own" and (reason := why_unsupported(settings.model, settings.extra_prefill_args, environ)):
+        raise die(1, "model_unsupported", settings.model, reason)
     return Engines(VLLM, vllm=facts, connector=connector)
 
 

@@ -1,4 +1,4 @@
-"""Bytes of KV cache that one prompt token takes, by a model's config.json."""
+"""What a model's config.json tells of its KV: bytes of one prompt token, and whether the connector can move it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from disagg_kv.model_config import every_layer_slides, unsupported
 
 
 def find_config(model: str, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -40,6 +42,24 @@ def bytes_per_token(config: dict[str, Any], dtype: str) -> int:
     kv_heads = int(shape.get("num_key_value_heads") or heads)
     head_size = int(shape.get("head_dim") or int(shape["hidden_size"]) // heads)
     return 2 * layers * kv_heads * head_size * width
+
+
+def why_unsupported(model: str, arguments: str = "", environ: Mapping[str, str] = os.environ) -> str:
+    """Why this project's connector cannot move the KV of a model; "" when it can, or its config.json does not tell.
+
+    Args:
+        arguments: of the engines, in one line.
+    """
+    path = find_config(model, environ)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(config, dict):
+        return ""
+    if every_layer_slides(config) and "--disable-sliding-window" not in arguments:
+        return "every layer has a sliding window (EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS: --disable-sliding-window)"
+    return unsupported(config)
 
 
 def kv_bytes_per_token(model: str, dtype: str = "auto", environ: Mapping[str, str] = os.environ) -> int:

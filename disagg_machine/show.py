@@ -67,4 +67,4 @@ def _vllm_to_show(context: Context) -> engines.Engines:
         if settings.kv_connector == "p2p_nccl":
             facts = VllmFacts("0.23.0", connector=True)
         ui.warn("env_no_vllm", facts.version)
-    return engines.with_vllm(settings, facts)
+    return engines.with_vllm(settings, facts, context.environ)

@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "disagg_kv.tally": "",
     "disagg_kv.protocol": "",
     "disagg_kv.settings": "disagg_kv.protocol",
+    "disagg_kv.model_config": "",
     "disagg_kv.control": "disagg_kv.protocol disagg_kv.within",
     "disagg_kv.transport": "disagg_kv.protocol disagg_kv.settings disagg_kv.trace",
-    "disagg_kv.prefill": "disagg_kv.protocol disagg_kv.transport",
+    "disagg_kv.prefill": "disagg_kv.protocol disagg_kv.tally disagg_kv.transport",
     "disagg_kv.decode": "disagg_kv.protocol disagg_kv.transport",
     "disagg_kv.engine": "disagg_kv.protocol disagg_kv.settings disagg_kv.tally disagg_kv.trace disagg_kv.transport "
-    "disagg_kv.prefill disagg_kv.decode",
+    "disagg_kv.prefill disagg_kv.decode disagg_kv.model_config",
     "disagg_kv.connector": "disagg_kv.settings disagg_kv.engine",
     # The proxy. Helpers that know nothing of it:
     "errors": "",
@@ -75,8 +76,8 @@ MAY_IMPORT = {
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
-    # The machine starts the others as processes, and only knows their command lines.
-    "disagg_machine": "",
+    # The machine starts the others as processes, and knows their command lines and which models the connector refuses.
+    "disagg_machine": "disagg_kv.model_config",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
 disagg_proxy have no prefix; disagg_report and disagg_machine are one unit each, disagg_sim another one without its
@@ -283,7 +284,7 @@ def test_the_machine_needs_only_the_standard_library() -> None:
     for module, imported in IMPORTS.items():
         if module.partition(".")[0] == "disagg_machine":
             roots = {name.partition(".")[0] for name in set().union(*imported)}
-            assert roots - sys.stdlib_module_names - {"disagg_machine"} == set(), module
+            assert roots - sys.stdlib_module_names - {"disagg_machine", "disagg_kv"} == set(), module
 
 
 def test_the_packages_need_none_of_the_tools() -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from disagg_kv.model_config import unsupported
+
 logger = logging.getLogger("vllm.disagg_kv")
 
 OLDEST, NEWEST = (0, 21), (0, 33)
@@ -55,6 +57,20 @@ def check_parallel(config: Any) -> None:
         size = getattr(parallel, name, 1)
         if size > 1:
             raise ValueError(f"this connector does not support {name} {size}; only tensor parallelism")
+
+
+def check_model(config: Any) -> None:
+    """Check what the model's configuration tells, before vLLM fails with other words (see ``model_config``).
+
+    Raises:
+        ValueError: this model cannot be served; the text is the reason.
+    """
+    try:
+        fields = config.model_config.hf_config.to_dict()
+    except Exception:  # no configuration of transformers (``params.json``): checked by its cache later
+        return
+    if reason := unsupported(fields):
+        raise ValueError(f"{model_name(config)} cannot be served by prefill and decode engines: {reason}")
 
 
 def layers_run_once(config: Any) -> bool:

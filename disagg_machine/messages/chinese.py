@@ -298,6 +298,7 @@ TEXTS: dict[str, str] = {
     "doc_ports": "{} 的端口空闲：{}",
     "doc_model": "模型：{}（{}）",
     "doc_model_missing": "MODEL={} 不是包含 config.json 的可读目录",
+    "model_unsupported": "MODEL={} 无法使用本项目的 connector 以 prefill 与 decode 分离的方式提供服务：{}",
     "doc_no_tokenizer": "MODEL={} 中没有分词器文件",
     "doc_no_weights": "MODEL={} 中没有权重文件（*.safetensors、*.bin）",
     "doc_model_unused": "模型：{}，模拟引擎只使用其名称",

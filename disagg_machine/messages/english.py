@@ -342,6 +342,7 @@ TEXTS: dict[str, str] = {
     "doc_ports": "ports of {} are free: {}",
     "doc_model": "model: {} ({})",
     "doc_model_missing": "MODEL={} is not a readable folder with a config.json",
+    "model_unsupported": "MODEL={} cannot be served by prefill and decode with this project's connector: {}",
     "doc_no_tokenizer": "MODEL={} has no tokenizer file",
     "doc_no_weights": "MODEL={} has no weights (*.safetensors, *.bin)",
     "doc_model_unused": "model: {}, only its name is used with simulated engines",

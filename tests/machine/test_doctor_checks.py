@@ -195,6 +195,32 @@ def test_a_model_folder(make: Make, tmp_path: Path, lack: str, expected: list[st
     assert verdicts[0].level is (bad if lack else Level.OK)
 
 
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ('{"model_type": "qwen3"}', ""),
+        ('{"layer_types": ["mamba", "attention"]}', "recurrent state"),
+        ('{"model_type": "mistral", "sliding_window": 4096}', "--disable-sliding-window"),
+        ("[]", ""),
+        ("{", ""),
+    ],
+)
+def test_a_model_whose_kv_cannot_be_moved(make: Make, tmp_path: Path, config: str, word: str) -> None:
+    """Known before the engines load its weights. vLLM's own connector has other limits."""
+    (tmp_path / "config.json").write_text(config)
+
+    def reasons(facts: VllmFacts, **environ: str) -> list[Verdict]:
+        verdicts = software.check_model(make({"vllm": facts}, MODEL=str(tmp_path), **environ))
+        return [verdict for verdict in verdicts if verdict.key == "model_unsupported"]
+
+    found = reasons(NEW)
+    assert [verdict.level for verdict in found] == ([Level.ERROR] if word else [])
+    assert all(word in str(verdict.arguments[1]) for verdict in found)
+    assert not reasons(OLD, KV_CONNECTOR="p2p_nccl")
+    allowed = reasons(NEW, EXTRA_PREFILL_ARGS="--enforce-eager --disable-sliding-window")
+    assert bool(allowed) is (word == "recurrent state")
+
+
 def test_a_model_by_its_name(make: Make, tmp_path: Path) -> None:
     cache = tmp_path / "hf/hub"
     environ = {"HF_HOME": str(tmp_path / "hf")}

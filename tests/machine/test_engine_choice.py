@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,14 @@ def test_gpus_that_are_refused(
 def test_gpus_that_engines_may_share(make_context: MakeContext, settings: dict[str, str]) -> None:
     one = make_context(**settings).settings
     check_gpus(one, Engines("vllm", vllm=NEW), layout(one), gpus(2))
+
+
+def test_a_model_whose_kv_cannot_be_moved_is_refused_before_its_weights_are_loaded(
+    choose: Choose, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "falcon_h1"}')
+    reason = "a model of type falcon_h1 keeps a recurrent state, which cannot be moved"
+    with refused("model_unsupported", str(tmp_path), reason):
+        choose("vllm", 2, NEW, MODEL=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert choose("vllm", 2, NEW, MODEL=str(tmp_path)).own_connector
