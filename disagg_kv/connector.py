@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from disagg_kv.engine import digest, versions
 from disagg_kv.engine.layout import check_specs
+from disagg_kv.engine.metrics import PrometheusMetrics, Stats
 from disagg_kv.engine.plan import Plan
 from disagg_kv.engine.scheduler import ConnectorScheduler
 from disagg_kv.engine.worker import ConnectorWorker
@@ -125,6 +126,20 @@ class DisaggKVConnector(KVConnectorBase_V1):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_failed() if self._worker is not None else set()
+
+    def get_kv_connector_stats(self) -> Stats | None:
+        counts = self._worker.outcomes.take() if self._worker is not None else {}
+        return Stats(data=counts) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
+        return Stats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> PrometheusMetrics:
+        return PrometheusMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self._worker is not None:

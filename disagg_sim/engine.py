@@ -171,7 +171,12 @@ class SimEngine:
         """The text of /metrics."""
         running, waiting = self._loop.last_step
         return exposition(
-            self._counters, model=self.config.models[0], running=running, waiting=waiting, steps=self._loop.steps
+            self._counters,
+            model=self.config.models[0],
+            running=running,
+            waiting=waiting,
+            steps=self._loop.steps,
+            transfers=self._connector.outcomes(),
         )
 
     def state(self) -> State:

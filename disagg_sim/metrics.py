@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from disagg_kv.outcomes import HELP, LABELS
 
 
 @dataclass
@@ -29,8 +33,19 @@ class Counters:
         self.success[reason] += 1
 
 
-def exposition(counters: Counters, *, model: str, running: int, waiting: int, steps: int) -> str:
-    """The complete /metrics text. ``running`` and ``waiting`` are those of the end of the last step, as in vLLM."""
+def exposition(
+    counters: Counters,
+    *,
+    model: str,
+    running: int,
+    waiting: int,
+    steps: int,
+    transfers: Mapping[str, Any] | None = None,
+) -> str:
+    """The complete /metrics text. ``running`` and ``waiting`` are those of the end of the last step, as in vLLM.
+
+    ``transfers``: totals of ``disagg_kv/outcomes.py``; None for other connectors.
+    """
     labels = f'engine="0",model_name="{_escape(model)}"'
     lines: list[str] = []
 
@@ -71,6 +86,10 @@ def exposition(counters: Counters, *, model: str, running: int, waiting: int, st
             ',finished_reason="abort"': counters.aborted,
         },
     )
+    for name, text in HELP.items() if transfers is not None else ():
+        found = (transfers or {}).get(name, 0)
+        by_reason = {f',reason="{reason}"': found.get(reason, 0) if found else 0 for reason in LABELS.get(name, ())}
+        family(f"vllm:{name}", "counter", text, by_reason or {"": found})
     return "\n".join(lines) + "\n"
 
 

@@ -27,12 +27,13 @@ MAY_IMPORT = {
     "disagg_kv.protocol": "",
     "disagg_kv.settings": "disagg_kv.protocol",
     "disagg_kv.model_config": "",
+    "disagg_kv.outcomes": "",
     "disagg_kv.control": "disagg_kv.protocol disagg_kv.within",
     "disagg_kv.transport": "disagg_kv.protocol disagg_kv.settings disagg_kv.trace",
     "disagg_kv.prefill": "disagg_kv.protocol disagg_kv.tally disagg_kv.transport",
     "disagg_kv.decode": "disagg_kv.protocol disagg_kv.transport",
     "disagg_kv.engine": "disagg_kv.protocol disagg_kv.settings disagg_kv.tally disagg_kv.trace disagg_kv.transport "
-    "disagg_kv.prefill disagg_kv.decode disagg_kv.model_config",
+    "disagg_kv.prefill disagg_kv.decode disagg_kv.model_config disagg_kv.outcomes",
     "disagg_kv.connector": "disagg_kv.settings disagg_kv.engine",
     # The proxy. Helpers that know nothing of it:
     "errors": "",
@@ -71,7 +72,7 @@ MAY_IMPORT = {
     # Reports of the benchmarks are made without the proxy; the load client is in there.
     "disagg_report": "",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
-    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
+    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.outcomes disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
     "disagg_sim.chaos": "cluster config disagg_report disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
@@ -112,7 +113,7 @@ LIBRARIES = {
     "opentelemetry": "config.values telemetry.tracing",
     "rich": "top",
     "matplotlib": "disagg_report.plots",
-    "vllm": "disagg_kv.connector disagg_kv.engine.versions disagg_kv.transport.nccl",
+    "vllm": "disagg_kv.connector disagg_kv.engine.metrics disagg_kv.engine.versions disagg_kv.transport.nccl",
     "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's. The machine asks with the standard library alone.

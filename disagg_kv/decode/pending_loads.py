@@ -60,6 +60,8 @@ class Collected:
     """Blocks that were not filled; their requests are in ``requests``."""
     reasons: tuple[str, ...] = ()
     """One reason per failed load, except for aborted requests."""
+    loaded: frozenset[str] = frozenset()
+    """Those of ``requests`` whose blocks were all filled."""
     unwanted: tuple[tuple[str, Key], ...] = ()
     """Peer and key of loads that were given up while the peer may still hold the blocks; RELEASE is to be sent."""
 
@@ -105,7 +107,8 @@ class PendingLoads:
             unwanted, self._unwanted = self._unwanted, []
         failed = frozenset(block for load in ended if load.failed for block in load.blocks)
         reasons = tuple(load.failed for load in ended if load.failed not in ("", _CANCELLED))
-        return Collected(frozenset(load.request for load in ended), failed, reasons, tuple(unwanted))
+        loaded = frozenset(load.request for load in ended if not load.failed)
+        return Collected(frozenset(load.request for load in ended), failed, reasons, loaded, tuple(unwanted))
 
     def wait(self, seconds: float) -> None:
         """Wait up to ``seconds`` for a load to end. Returns at once if there is nothing to wait for."""

@@ -15,6 +15,7 @@ from disagg_kv.engine.announce import Announcer
 from disagg_kv.engine.fences import StepFence
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.engine.plan import Plan
+from disagg_kv.outcomes import RECOMPUTED, UNFETCHED, Outcomes
 from disagg_kv.prefill.send_queue import SendQueue
 from disagg_kv.prefill.server import Server
 from disagg_kv.protocol.handshake import Identity, Shape
@@ -61,6 +62,8 @@ class ConnectorWorker:
         self._ready = False
 
     def register(self, layers: dict[str, torch.Tensor], num_blocks: int) -> None:
+        self.outcomes = Outcomes()
+        """Counts for vLLM's /metrics."""
         """Take the cache and open the KV port.
 
         Raises:
@@ -163,7 +166,10 @@ class ConnectorWorker:
         collected = self._pending.collect()
         self._connections.give_up(collected.unwanted)
         self._failed |= collected.failed_blocks
-        self._tally.add(collected.reasons if self._decode else self._send_queue.take_unfetched().elements())
+        reasons = collected.reasons if self._decode else tuple(self._send_queue.take_unfetched().elements())
+        self._tally.add(reasons)
+        self.outcomes.loaded(len(collected.loaded))
+        self.outcomes.ended(RECOMPUTED if self._decode else UNFETCHED, reasons)
         for name in collected.requests:
             self._context.trace("loaded", request=name, failed=len(collected.failed_blocks))
         return sent, set(collected.requests)

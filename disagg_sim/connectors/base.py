@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_sim.request import EngineRequest, ReceivedKv
@@ -47,6 +47,10 @@ class KvConnector(ABC):
     def announcement(self) -> dict[str, Any] | None:
         """Fields of the engine's pings besides role and addresses; None when such an engine does not ping."""
         return {}
+
+    def outcomes(self) -> Mapping[str, Any] | None:
+        """Totals for /metrics, as ``disagg_kv/outcomes.py`` names them; None for a connector without such metrics."""
+        return None
 
     # Between steps.
 

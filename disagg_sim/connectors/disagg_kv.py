@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from disagg_kv.outcomes import Outcomes, add
 from disagg_sim.config import SimConfig
 from disagg_sim.connectors.disagg_kv_decode import Loads
 from disagg_sim.connectors.disagg_kv_prefill import Offers
@@ -22,12 +23,18 @@ class DisaggKv(TransferParamsConnector):
     def __init__(self, config: SimConfig, faults: Faults, kv_address: str, changed: Callable[[], None]) -> None:
         self._boot = uuid.uuid4().hex
         me = identity(config, self._boot)
-        offers = Offers(config, faults, changed)
-        loads = None if config.is_producer else Loads(config, me, self._rows_loaded, changed)
+        self._outcomes = Outcomes()
+        self._totals: dict[str, Any] = {}
+        offers = Offers(config, faults, changed, self._outcomes)
+        loads = None if config.is_producer else Loads(config, me, self._rows_loaded, changed, self._outcomes)
         super().__init__(config, KvPort(KvServer(config, me, faults, offers, loads).serve), offers, loads)
 
     def announcement(self) -> dict[str, Any]:
         return announcement(self._config, self._boot)
+
+    def outcomes(self) -> dict[str, Any]:
+        add(self._totals, self._outcomes.take())
+        return self._totals
 
     def state(self) -> dict[str, Any]:
         return {"boot_id": self._boot, **super().state()}

@@ -18,6 +18,7 @@ from typing import Any
 
 from disagg_kv.decode.liveness import PROBES, Liveness
 from disagg_kv.decode.pending_loads import Load, PendingLoads
+from disagg_kv.outcomes import RECOMPUTED, Outcomes
 from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, nonce, proof
 from disagg_kv.protocol.keys import Key, parse_address
@@ -166,13 +167,22 @@ class Loads:
         identity: this engine in handshakes.
         loaded: called once for each request whose load has ended, unless the request was aborted before.
         changed: called after every change of :meth:`state`.
+        outcomes: counts how loads end.
     """
 
-    def __init__(self, config: SimConfig, identity: Identity, loaded: RowsLoaded, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: SimConfig,
+        identity: Identity,
+        loaded: RowsLoaded,
+        changed: Callable[[], None],
+        outcomes: Outcomes,
+    ) -> None:
         self.config = config
         self.identity = identity
         self.changed = changed
         self._loaded = loaded
+        self._outcomes = outcomes
         self._pending = PendingLoads()
         self._connections: dict[str, _PeerConnection] = {}
         self._numbers = itertools.count()
@@ -304,6 +314,8 @@ class Loads:
     def _collect(self) -> None:
         """Report loads that have ended to the step loop, and send RELEASE for KV that is not needed any more."""
         found = self._pending.collect()
+        self._outcomes.loaded(len(found.loaded))
+        self._outcomes.ended(RECOMPUTED, found.reasons)
         for peer, key in found.unwanted:
             for connection in self._connections.values():
                 if connection.peer == peer and not connection.dead:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from disagg_kv.outcomes import UNFETCHED, Outcomes
 from disagg_kv.prefill.send_queue import DecodePeer, Segment, SendQueue
 from disagg_kv.protocol.keys import Key
 from disagg_kv.protocol.messages import Go, Release, Want
@@ -24,11 +25,15 @@ from disagg_sim.request import EngineRequest
 class Offers:
     """KV that this engine has promised, is computing, or holds.
 
+    Args:
+        outcomes: counts KV that is never fetched.
+
     Attributes:
         sent: number of blocks sent.
     """
 
-    def __init__(self, config: SimConfig, faults: Faults, changed: Callable[[], None]) -> None:
+    def __init__(self, config: SimConfig, faults: Faults, changed: Callable[[], None], outcomes: Outcomes) -> None:
+        self._outcomes = outcomes
         self._config = config
         self._faults = faults
         self._changed = changed
@@ -130,6 +135,7 @@ class Offers:
                 else:
                     writer.write(item)
         free |= self._send_queue.collect()
+        self._outcomes.ended(UNFETCHED, self._send_queue.take_unfetched().elements())
         for request in [request for request, name in self._names.items() if name in free]:
             del self._names[request], self._rows[request]
             if timer := self._timers.pop(request, None):

@@ -342,16 +342,6 @@ def test_no_bytes_end_the_listener(hostile: Prefill, parts: list[bytes]) -> None
     _wait(lambda: hostile.server.connections() == 0)
 
 
-def test_connections_are_bounded(prefill: Make) -> None:
-    p = prefill(settings={"max_connections": 2})
-    kept = [socket.create_connection(("127.0.0.1", p.server.port), timeout=5) for _ in range(2)]
-    _wait(lambda: p.server.connections() == 2)
-    with socket.create_connection(("127.0.0.1", p.server.port), timeout=5) as third:
-        assert third.recv(1) == b""
-    for sock in kept:
-        sock.close()
-
-
 def test_an_idle_handshake_is_closed(prefill: Make) -> None:
     p = prefill(settings={"stall_timeout_s": 0.1})
     with socket.create_connection(("127.0.0.1", p.server.port), timeout=10) as sock:

@@ -6,6 +6,7 @@ The tests run in this order: the last one kills decode and starts it again.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from typing import Any
@@ -141,6 +142,11 @@ async def test_prefill_never_asked(trio: Trio) -> None:
     assert not waiting.done()
     assert texts(await waiting) == texts(await trio.plain.post(body))
     assert LOAD_SECONDS - 0.5 < time.monotonic() - start < LOAD_SECONDS + 4
+    counted = re.search(
+        r'^vllm:disagg_kv_recomputed_prompts_total\{.*reason="timeout"\} (\S+)$', await trio.decode.metrics(), re.M
+    )
+    assert counted is not None and float(counted[1]) == 1
+    assert await trio.decode.number("vllm:disagg_kv_loaded_prompts_total") > 20
 
 
 async def test_prefill_leg_cancelled(trio: Trio) -> None:

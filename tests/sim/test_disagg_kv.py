@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -357,3 +358,21 @@ async def test_a_prefill_that_has_stopped_is_noticed() -> None:
         again = Transfer(pair)
         await asyncio.gather(again.prefill(), again.decode())
         assert sources(pair.d)["external_kv_transfer"] == 2 * (TOKENS - 1)
+
+
+async def test_metrics_say_how_transfers_ended() -> None:
+    """By the names of the real connector; an engine with another connector has none of them."""
+    async with running({**OWN, "hold_timeout": 0.1}, {**OWN, "load_timeout": 0.1}) as pair:
+        transfer = Transfer(pair)
+        await transfer.prefill()
+        await transfer.decode()
+        await Transfer(pair).decode()
+        await Transfer(pair).prefill()
+        await asyncio.wait_for(pair.p.wait_until(lambda state: not state["kv_waiting"]), 5)
+        loaded, late = pair.d.metrics(), pair.p.metrics()
+    assert re.search(r"^vllm:disagg_kv_loaded_prompts_total\{.*\} 1.0$", loaded, re.M)
+    assert re.search(r'^vllm:disagg_kv_recomputed_prompts_total\{.*reason="timeout"\} 1.0$', loaded, re.M)
+    assert re.search(r'^vllm:disagg_kv_recomputed_prompts_total\{.*reason="refused"\} 0.0$', loaded, re.M)
+    assert re.search(r'^vllm:disagg_kv_unfetched_prompts_total\{.*reason="expired"\} 1.0$', late, re.M)
+    async with running({}, {}) as other:
+        assert "disagg_kv" not in other.d.metrics()
