@@ -22,6 +22,7 @@ from disagg_kv.protocol.messages import PING, PINGS, Go, Gone, Release
 from disagg_kv.transport.base import Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import RankContext, open_transport
+from disagg_kv.transport.fallback import TransportMemory
 
 logger = logging.getLogger("vllm.disagg_kv")
 _CONNECT_SECONDS = 3.0
@@ -29,11 +30,24 @@ _OPEN_SECONDS = 30.0
 """A connection that is not ready after this long is given up; the next load opens another one."""
 
 
+class _TryAgain(Exception):
+    """The connection must be opened once more, with other transports."""
+
+
 class PeerConnection:
     """One connection and its two threads. ``peer`` is its unique name, which its loads refer to."""
 
-    def __init__(self, context: RankContext, pending: PendingLoads, peer: str, address: tuple[str, int]) -> None:
+    def __init__(
+        self, context: RankContext, pending: PendingLoads, peer: str, address: tuple[str, int], engine: str,
+        transports: TransportMemory,
+    ) -> None:  # fmt: skip
+        """Args:
+        address: of the engine's rank that has this one's number.
+        engine: address of its rank 0, by which ``transports`` knows it.
+        """
         self._context, self._pending, self.peer, self._address = context, pending, peer, address
+        self._engine, self._transports = engine, transports
+        self._opening = ""
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._channel: Channel | None = None
         self.boot = ""
@@ -68,10 +82,7 @@ class PeerConnection:
     def _run(self) -> None:
         reason, transport = "", None
         try:
-            self._channel = channel = Channel.connect(
-                self._address, self._context.settings.stall_timeout_s, _CONNECT_SECONDS
-            )
-            transport = self._handshake(channel)
+            channel, transport = self._open()
             self.ready = True
             self._open_timer.cancel()
             if not self.compares_adapters:
@@ -101,11 +112,27 @@ class PeerConnection:
                 self._channel.close()
             if transport is not None:
                 transport.close()
+                self._transports.closed(self._engine, transport.name)
             self._pending.on_connection_lost(self.peer, reason or "closed")
+
+    def _open(self) -> tuple[Channel, Transport]:
+        """Connect; where a transport fails to open, connect again with the next one. Loads wait meanwhile."""
+        for _ in range(len(self._context.transports()) + 1):
+            if self.dead:
+                break
+            self._channel = channel = Channel.connect(
+                self._address, self._context.settings.stall_timeout_s, _CONNECT_SECONDS
+            )
+            try:
+                return channel, self._handshake(channel)
+            except _TryAgain:
+                channel.close()
+        raise Closed("no transport could be opened")
 
     def _handshake(self, channel: Channel) -> Transport:
         context, secret = self._context, self._context.settings.secret
-        hello = {**context.identity.to_wire(), "nonce": nonce(), "transports": context.transports(),
+        offered, left_out = self._transports.offer(self._engine, context.transports())
+        hello = {**context.identity.to_wire(), "nonce": nonce(), "transports": offered, "left_out": left_out,
                  "staging": context.staging_bytes}  # fmt: skip
         channel.write(encode(Kind.HELLO, hello))
         kind, welcome = channel.next_frame(may_idle=False)
@@ -113,6 +140,8 @@ class PeerConnection:
         theirs = Identity.from_wire(welcome)
         check(context.identity, theirs)
         check_proof(proof(secret, theirs.role, hello, welcome), welcome.get("proof"))
+        if self._transports.is_new_process(self._engine, theirs.boot):
+            raise _TryAgain
         channel.write(encode(Kind.PROOF, {"proof": proof(secret, context.identity.role, hello, welcome)}))
         kind, ready = channel.next_frame(may_idle=False)
         _expect(kind, ready, Kind.READY)
@@ -120,7 +149,30 @@ class PeerConnection:
         if welcome.get(PINGS) is True:
             self._liveness = Liveness(context.settings.stall_timeout_s)
         self.compares_adapters = theirs.shape is not None and theirs.shape.digest is not None
-        return open_transport(context, channel, ready)
+        return self._open_transport(channel, ready, offered)
+
+    def _open_transport(self, channel: Channel, ready: dict[str, object], offered: list[str]) -> Transport:
+        name = str(ready.get("transport"))
+        self._opening = name if len(offered) > 1 else ""
+        try:
+            transport = open_transport(self._context, channel, ready)
+        except WireError:
+            raise
+        except Exception as error:
+            if not self._opening or self.dead:
+                raise
+            self._give_up_transport(f"{type(error).__name__}: {error}")
+            raise _TryAgain from error
+        self._opening = ""
+        if not self.dead:
+            self._transports.opened(self._engine, name)
+        return transport
+
+    def _give_up_transport(self, reason: str) -> None:
+        name, self._opening = self._opening, ""
+        logger.warning("transport %s to prefill engine %s failed to open, another one is tried: %s", name, self.peer,
+                       reason)  # fmt: skip
+        self._transports.failed(self._engine, self.boot, name, reason)
 
     def _receive(self, channel: Channel, transport: Transport) -> None:
         kind, body = channel.next_frame()
@@ -185,6 +237,8 @@ class PeerConnection:
         if not self.ready:
             # If the reader becomes ready now, it sees ``dead`` before it writes any block.
             reason = f"not connected within {_OPEN_SECONDS:.0f} s"
+            if self._opening:
+                self._give_up_transport(reason)
             logger.warning("gave up connecting to prefill engine %s: %s", self.peer, reason)
             self.close()
             self._pending.on_connection_lost(self.peer, reason)
@@ -204,6 +258,7 @@ class PeerConnections:
         self._context, self._pending = context, pending
         self._connections: dict[str, PeerConnection] = {}
         self._opened = 0
+        self.transports = TransportMemory()
         self._lock = threading.Lock()
 
     def connect(self, address: str) -> None:
@@ -269,7 +324,12 @@ class PeerConnections:
         host, port = parse_address(address)
         self._opened += 1
         connection = PeerConnection(
-            self._context, self._pending, f"{address}#{self._opened}", (host, port + self._context.identity.rank)
+            self._context,
+            self._pending,
+            f"{address}#{self._opened}",
+            (host, port + self._context.identity.rank),
+            address,
+            self.transports,
         )
         self._connections[address] = connection
         return connection

@@ -183,7 +183,7 @@ class Server:
         ready = offer_transport(self._context, hello["chosen"], hello.get("staging"))
         channel.write(encode(Kind.READY, ready))
         sender = threading.Thread(
-            target=self._send, args=(channel, decode_peer, peer, ready), name="disagg-kv-send", daemon=True
+            target=self._send, args=(channel, decode_peer, peer, hello, ready), name="disagg-kv-send", daemon=True
         )
         sender.start()
         while True:
@@ -199,12 +199,14 @@ class Server:
             else:
                 raise WireError(f"unexpected {kind.name} on a prefill engine")
 
-    def _send(self, channel: Channel, decode_peer: DecodePeer, peer: str, ready: dict[str, Any]) -> None:
+    def _send(
+        self, channel: Channel, decode_peer: DecodePeer, peer: str, hello: dict[str, Any], ready: dict[str, Any]
+    ) -> None:
         """Run the sender thread of a decode connection; its end ends the connection."""
         transport: Transport | None = None
         try:
             transport = open_transport(self._context, channel, ready)
-            logger.info("decode engine at %s connected (%s)", peer, transport.name)
+            logger.info("decode engine at %s connected (%s%s)", peer, transport.name, _left_out(hello))
             while (item := self._send_queue.next(decode_peer)) is not None:
                 if isinstance(item, bytes):
                     with channel.write_lock:
@@ -235,3 +237,11 @@ class Server:
             trace("sent", key=segment.key.transfer, bytes=count * cache.block_bytes, computed=transport.computed_at)
         finally:
             self._send_queue.on_sent(decode_peer, segment, ok)
+
+
+def _left_out(hello: dict[str, Any]) -> str:
+    """Which transports decode does not offer because they failed to open before."""
+    reasons = hello.get("left_out")
+    if not isinstance(reasons, dict):
+        return ""
+    return "".join(f"; {str(name)[:20]} failed: {str(why)[:200]}" for name, why in list(reasons.items())[:4])

@@ -108,7 +108,9 @@ def open_transport(context: RankContext, channel: Channel, ready: Mapping[str, A
         from disagg_kv.transport.tcp import TcpTransport
 
         if context.cache.on_gpu:
-            logger.warning("KV is sent over TCP through host memory instead of NCCL (setting transport of one side)")
+            logger.warning(
+                "KV is sent over TCP through host memory instead of NCCL (it is set so, or NCCL failed to open)"
+            )
         return TcpTransport(channel, cache, staging)
     from disagg_kv.transport.nccl import DECODE, PREFILL, NcclTransport
 
