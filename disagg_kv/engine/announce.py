@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -21,6 +22,8 @@ from disagg_kv.settings import Settings
 logger = logging.getLogger("vllm.disagg_kv")
 PERIOD_SECONDS = 3.0
 _MAX_TEXT_LENGTH = 64
+_MAX_LINKS, _MAX_LINK_LENGTH = 16, 100
+"""A proxy reads at most 4096 bytes of a message."""
 
 
 def join_address(host: str, port: int) -> str:
@@ -28,12 +31,23 @@ def join_address(host: str, port: int) -> str:
 
 
 def announcement(
-    identity: Identity, http_address: str, kv_address: str, transports: list[str], secret: str = ""
+    identity: Identity,
+    http_address: str,
+    kv_address: str,
+    transports: list[str],
+    secret: str = "",
+    links: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Build the message: the three fields of P2pNcclConnector, then those of this connector."""
+    """Build the message: the three fields of P2pNcclConnector, then those of this connector.
+
+    Args:
+        links: transport of each open connection to a prefill engine, by its address (``TransportMemory.running``).
+    """
     shape = identity.shape
     assert shape is not None
-    digest = {"kv_digest": shape.digest} if shape.digest else {}
+    more: dict[str, Any] = {"kv_digest": shape.digest} if shape.digest else {}
+    if links:
+        more["kv_links"] = {peer: text[:_MAX_LINK_LENGTH] for peer, text in list(links.items())[:_MAX_LINKS]}
     return {
         "type": "P" if identity.role == "prefill" else "D",
         "http_address": http_address,
@@ -50,7 +64,7 @@ def announcement(
         "kv_model": shape.model,
         "transports": transports,
         "kv_secret": secret_mark(secret),
-        **digest,
+        **more,
     }
 
 
@@ -62,11 +76,19 @@ def _short(text: str) -> str:
 class Announcer:
     """Thread that sends the announcement every 3 seconds until ``close``."""
 
-    def __init__(self, settings: Settings, identity: Identity, host: str, port: int, transports: list[str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        identity: Identity,
+        host: str,
+        port: int,
+        transports: list[str],
+        links: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self._proxy = f"tcp://{join_address(settings.proxy_ip, settings.proxy_port)}"
         self._kv_address = join_address(host, port)
         self._http_address, self._transports = join_address(host, settings.http_port), transports
-        self._secret = settings.secret
+        self._secret, self._links = settings.secret, links
         self.renew(identity)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
@@ -74,8 +96,13 @@ class Announcer:
 
     def renew(self, identity: Identity) -> None:
         """Announce this identity from the next message on."""
-        self._message = msgspec.msgpack.encode(
-            announcement(identity, self._http_address, self._kv_address, self._transports, self._secret)
+        self._identity = identity
+
+    def _message(self) -> bytes:
+        return msgspec.msgpack.encode(
+            announcement(
+                self._identity, self._http_address, self._kv_address, self._transports, self._secret, self._links()
+            )
         )
 
     def close(self) -> None:
@@ -92,7 +119,7 @@ class Announcer:
             socket.connect(self._proxy)
             while True:
                 try:
-                    socket.send(self._message, zmq.NOBLOCK)
+                    socket.send(self._message(), zmq.NOBLOCK)
                 except zmq.Again:
                     logger.debug("the proxy at %s does not accept announcements", self._proxy)
                 if self._stop.wait(PERIOD_SECONDS):

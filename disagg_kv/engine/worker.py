@@ -95,7 +95,9 @@ class ConnectorWorker:
         )  # fmt: skip
         self._announcer: Announcer | None = None
         if settings.proxy_ip and self._rank == 0:
-            self._announcer = Announcer(settings, identity, self._host, self._server.port, transports)
+            self._announcer = Announcer(
+                settings, identity, self._host, self._server.port, transports, self._connections.transports.running
+            )
         self._ready = True
         logger.info(
             "KV connector: %s, model %s@%s, rank %d of %d, KV port %s:%d, transports %s, %d planes of %d bytes per "

@@ -83,6 +83,7 @@ class Instance:
         gone: its port refuses connections and its process has ended; until it announces itself or a probe succeeds.
         epoch: how often its process ended, or may have ended; KV from an earlier epoch is gone.
         kv_peers: on prefill, by KV address of each decode that it has sent KV to: which process of that decode it was.
+        kv_links: on decode, transport of each open KV connection, by KV address of the prefill, where it is announced.
         kv_control_refused: why its KV port refuses control messages of this proxy; empty where it does not.
         breaker: ejects it while it keeps failing.
 
@@ -135,6 +136,7 @@ class Instance:
     gone: bool = False
     epoch: int = 0
     kv_peers: dict[str, int] = field(default_factory=dict)
+    kv_links: dict[str, str] = field(default_factory=dict)
     kv_control_refused: str = ""
     breaker: Breaker = field(default_factory=Breaker)
 

@@ -10,7 +10,7 @@ gone, a later ping registers the new one.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.address import Address, parse_address
@@ -171,6 +171,11 @@ class Registry(InstanceIndex):
             known.kv, known.kind = kv, kind
             self._request_probe(known)
         return None
+
+    def note_links(self, http: Address, links: Iterable[tuple[str, str]]) -> None:
+        """Keep what a ping of the instance at ``http`` says of its KV connections, for /stats."""
+        if (instance := self._instances.get(http.netloc)) is not None:
+            instance.kv_links = dict(links)
 
     def _register(self, role: Role, http: Address, kv: Address, kind: KvKind, boot: str) -> str | None:
         if taken := self._kv_taken(kv, http):

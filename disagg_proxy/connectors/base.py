@@ -113,11 +113,13 @@ class Announced(NamedTuple):
     Attributes:
         kv: its KV address. The text is what the other side's engine needs.
         boot: differs for every process of an engine; empty where the protocol does not announce it.
+        links: on decode, transport of each open connection to a prefill, by its KV address, where it is announced.
     """
 
     kind: KvKind
     kv: Address
     boot: str = ""
+    links: tuple[tuple[str, str], ...] = ()
 
 
 def never_announced(fields: Fields) -> Announced | None:

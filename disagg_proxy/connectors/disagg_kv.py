@@ -61,7 +61,12 @@ def read(fields: Fields) -> Announced | None:
     if not isinstance(transports, list) or not all(isinstance(name, str) for name in transports):
         raise ValueError("transports is no list of texts")
     kind = KvKind(KIND.protocol, tuple(traits), frozenset(transports))
-    return Announced(kind, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""))
+    links = fields.get("kv_links", {})
+    if not isinstance(links, dict) or not all(isinstance(text, str) for pair in links.items() for text in pair):
+        raise ValueError("kv_links is no map of texts")
+    return Announced(
+        kind, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""), tuple(links.items())
+    )
 
 
 def new_transfer_id() -> str:

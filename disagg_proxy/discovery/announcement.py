@@ -41,6 +41,7 @@ class Announcement:
 
     Attributes:
         boot: differs for every process of an engine; empty where the connector does not announce it.
+        links: on decode, transport of each open connection to a prefill, by its KV address.
         passed_on: another proxy received it and passes it on (discovery/forward.py).
         raw: the message as received.
     """
@@ -50,6 +51,7 @@ class Announcement:
     kv: Address
     kind: KvKind
     boot: str = ""
+    links: tuple[tuple[str, str], ...] = ()
     passed_on: bool = False
     raw: bytes = field(default=b"", compare=False, repr=False)
 
@@ -78,7 +80,9 @@ def decode(frames: Sequence[bytes]) -> Announcement:
         http, kv = address_field(fields, "http_address"), read_announcement(fields)
     except ValueError as error:
         raise BadAnnouncement("mistyped", str(error)) from None
-    return Announcement(_ROLES[role], http, kv.kv, kv.kind, kv.boot, passed_on=PASSED_ON in fields, raw=payload)
+    return Announcement(
+        _ROLES[role], http, kv.kv, kv.kind, kv.boot, kv.links, passed_on=PASSED_ON in fields, raw=payload
+    )
 
 
 def passed_on(announcement: Announcement) -> bytes:

@@ -129,6 +129,7 @@ class Discovery:
                 self._registry.other_proxies = True
             refusal = self._registry.announce(a.role, a.http, a.kv, a.kind, a.boot)
             if refusal is None:
+                self._registry.note_links(a.http, a.links)
                 continue
             name = a.http.netloc if len(self.refused) < _MAX_REFUSED else "others"
             if name not in self.refused:

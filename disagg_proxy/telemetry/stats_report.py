@@ -98,6 +98,7 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "kv_protocol": instance.kind.protocol,
         "cannot_exchange_with": list(incompatible),
         "cannot_exchange_because": incompatible,
+        "kv_transports": instance.kv_links,
         "kv_control_refused": instance.kv_control_refused or None,
         "breaker": instance.breaker.state(now).value,
         "freezes": counted["freezes"],

@@ -83,6 +83,12 @@ def test_the_ping_of_the_projects_own_connector() -> None:
     assert not decode([msgpack.dumps({**PING, "protocol": "p2p_nccl"})]).kind.computes
 
 
+def test_a_decode_names_the_transports_that_run() -> None:
+    links = {"10.0.0.1:21001": "tcp; nccl failed: RuntimeError: NCCL error: invalid usage"}
+    assert dict(decode([msgpack.dumps({**OWN, "kv_links": links})]).links) == links
+    assert decode([msgpack.dumps(OWN)]).links == ()
+
+
 def test_fields_that_only_newer_engines_have() -> None:
     digests = dict.fromkeys(OPTIONAL, "d")
     found = decode([msgpack.dumps({**OWN, **digests, "of a later release": {"a": 1}})])
@@ -95,6 +101,7 @@ def test_fields_that_only_newer_engines_have() -> None:
     [
         *({name: value} for name in (*REQUIRED, *OPTIONAL) for value in (None, True, [1], {})),
         {"protocol": "other"}, {"protocol": None}, {"transports": "tcp"}, {"transports": [1]}, {"boot_id": 5},
+        {"kv_links": "tcp"}, {"kv_links": {"a": 1}},
     ],
 )  # fmt: skip
 def test_own_fields_are_checked(change: dict[str, object]) -> None:

@@ -6,11 +6,14 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import msgpack
 import pytest
 
 from disagg_proxy.cluster.instance import State
+from disagg_proxy.discovery.announcement import decode as decode_ping
+from disagg_proxy.telemetry.stats_report import instance_reports
 from disagg_sim import SimEngine
-from disagg_sim.connectors.disagg_kv_wire import digest_of
+from disagg_sim.connectors.disagg_kv_wire import announcement, digest_of
 from tests.conftest import soon
 from tests.e2e.together import (
     ASK,
@@ -184,6 +187,19 @@ async def test_caches_that_differ_make_no_pair(machine: Machine, trait: dict[str
     assert why in found["cannot_exchange_because"][decode.http_address]
     warned = [r for r in caplog.records if r.levelname == "WARNING" and "ready decode instances" in r.message]
     assert len(warned) == 1 and why in warned[0].message and prefill.http_address in warned[0].message
+
+
+async def test_stats_name_the_transport_that_runs(machine: Machine) -> None:
+    prefill, decode = await machine.pair(**OWN)
+    links = {prefill.kv_address: "tcp; nccl failed: RuntimeError"}
+    own = announcement(decode.config, decode.state()["boot_id"])
+    ping = {"type": "D", "http_address": decode.http_address, "zmq_address": decode.kv_address, **own}
+    services = machine.proxy.services
+    services.discovery.take([decode_ping([msgpack.dumps({**ping, "kv_links": links})])])
+    reports = instance_reports(services, await services.overview())
+    assert {report["role"]: report["kv_transports"] for report in reports} == {"decode": links, "prefill": {}}
+    services.discovery.take([decode_ping([msgpack.dumps(ping)])])
+    assert all(not instance.kv_links for instance in services.registry.instances())
 
 
 async def test_models_are_known_by_their_weights(machine: Machine) -> None:

@@ -55,6 +55,15 @@ def test_engines_with_the_same_secret_announce_the_same_digest_of_it() -> None:
     assert len(found[0]) == 8
 
 
+def test_transports_that_run_are_announced_within_bounds() -> None:
+    """A proxy reads at most 4096 bytes."""
+    links = {f"[2001:db8::{number:x}]:21001": "tcp; nccl failed: " + "x" * 200 for number in range(64)}
+    identity = Identity("decode", "b" * 32, 0, replace(SHAPE, digest="a" * 32))
+    found = announcement(identity, "127.0.0.1:65535", "127.0.0.1:65535", ["nccl", "tcp"], "s", links)
+    assert len(found["kv_links"]) == 16 and len(msgspec.msgpack.encode(found)) < 3000
+    assert "kv_links" not in announcement(identity, "h:1", "k:1", ["tcp"], links={})
+
+
 def test_the_message_stays_small() -> None:
     """Whatever the number of layers of different forms; proxies of older releases compare these fields as texts."""
     layouts = ["|".join(f"(B*1,{heads},32,128):0123" for heads in range(count)) for count in (100, 101)]
