@@ -1,6 +1,6 @@
 # The stages of CI by name. Each makes the environment that it needs; `make ci` is all of them, as CI runs them.
 
-.PHONY: help test lint coverage compiled real-vllm speed ci tables
+.PHONY: help test lint coverage compiled real-vllm families speed ci tables
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -19,6 +19,9 @@ compiled:  ## the tests of the hot path again, compiled to C
 
 real-vllm:  ## real vLLM engines on the CPU; installs 2.5 GB a version
 	tests/real_vllm
+
+families:  ## real vLLM engines with a tiny model of each supported family, about 3 minutes a family
+	KV_FAMILIES=all tests/real_vllm 0.32.0 tests/kv_real/test_families.py
 
 speed:  ## CPU time of the proxy against a reference, about a minute
 	tests/speed

@@ -72,7 +72,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
                 "not arrive fails with an error instead of being computed here"
             )
         settings = Settings.load(transfer.kv_connector_extra_config)
-        block_size = check_specs(kv_cache_config.kv_cache_groups)
+        block_size, kinds = check_specs(kv_cache_config.kv_cache_groups)
         self._num_blocks = versions.num_blocks(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
@@ -83,7 +83,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
             self._worker = ConnectorWorker(
                 decode, settings, model_identity(vllm_config, settings.model_version), block_size,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
-                versions.host_ip(), versions.layers_run_once(vllm_config),
+                versions.host_ip(), versions.layers_run_once(vllm_config), kinds,
             )  # fmt: skip
 
     # Worker side.

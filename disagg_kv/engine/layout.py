@@ -5,7 +5,11 @@ layer; (2, blocks, block_size, heads, head_dim), FlashAttention of 0.21, two pla
 head_dim), FlashInfer, one plane. Any strides are supported as long as the bytes of one block in a plane are
 contiguous. Where a kernel's block is a fraction of the manager's block, its rows are joined.
 
-Rejected with ``Unsupported``: several cache groups (hybrid models), MLA, sliding windows, Mamba, anything else.
+(blocks, 1, block_size, width) or (blocks, block_size, width), MLA, one plane.
+
+Layers with sliding windows or attention chunks are supported where vLLM keeps the KV of all their tokens
+(``FullAttentionSpec`` with a window, as it does without the hybrid KV cache manager). Rejected with ``Unsupported``:
+several cache groups, caches that free blocks behind a window, MLA rows of several forms, Mamba, anything else.
 """
 
 from __future__ import annotations
@@ -29,25 +33,47 @@ class Unsupported(ValueError):
     """This connector cannot move this engine's KV cache; the text is the reason."""
 
 
-def check_specs(groups: Sequence[Any]) -> int:
-    """Return the block size in tokens.
+def check_specs(groups: Sequence[Any]) -> tuple[int, str]:
+    """Return the block size in tokens, and what besides the tensors determines the meaning of a block ("" for plain
+    full attention).
 
     Raises:
-        Unsupported: the cache is not one group of plain full attention.
+        Unsupported: the cache is not one group that keeps the KV of every token.
     """
     if len(groups) != 1:
-        raise Unsupported(
-            f"this model has {len(groups)} KV cache groups (a hybrid model, or sliding windows); only one is supported"
-        )
+        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
+        raise Unsupported(f"this model has {len(groups)} KV cache groups ({kinds}); only one is supported")
     spec = groups[0].kv_cache_spec
     specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
-    for one in specs:
-        name = type(one).__name__
-        if name != "FullAttentionSpec":
-            raise Unsupported(f"the KV cache is a {name}; only full attention is supported (no MLA, no sliding window)")
-        if getattr(one, "sliding_window", None) or getattr(one, "attention_chunk_size", None):
-            raise Unsupported("this model uses sliding windows or chunked attention, which are not supported")
-    return int(spec.block_size)
+    found = {_kind(one) for one in specs}
+    sizes = {int(one.page_size_bytes) for one in specs}
+    if len(sizes) != 1:
+        raise Unsupported(f"layers have blocks of different sizes ({sorted(sizes)} bytes)")
+    return int(spec.block_size), ", ".join(sorted(found - {""}))
+
+
+def _kind(spec: Any) -> str:
+    """Describe the KV of one layer; "" for plain full attention.
+
+    Raises:
+        Unsupported: its blocks are not final once they are computed, or not only keys and values.
+    """
+    name = type(spec).__name__
+    if name in ("SlidingWindowSpec", "ChunkedLocalAttentionSpec"):
+        raise Unsupported("every layer has a sliding window or attention chunks, so that vLLM frees blocks while it "
+                          "computes the prompt (--disable-sliding-window limits the context instead)")  # fmt: skip
+    if name == "MLAAttentionSpec":
+        rows = str(getattr(spec, "cache_dtype_str", None) or "")
+        role = getattr(getattr(spec, "cache_role", None), "value", "")
+        if rows.endswith("_ds_mla"):
+            raise Unsupported(f"the KV cache has rows of {rows} (set another --kv-cache-dtype)")
+        if role == "indexer" or getattr(spec, "model_version", None):
+            raise Unsupported("this model has a cache for sparse attention (an indexer) besides its KV")
+        return "MLA"
+    if name != "FullAttentionSpec":
+        raise Unsupported(f"the KV cache is a {name}; only full attention, MLA and sliding windows are supported")
+    window, chunk = getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None)
+    return f"window {window}" if window else f"chunk {chunk}" if chunk else ""
 
 
 def planes_of(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
@@ -93,9 +119,12 @@ def describe(name: str, tensor: torch.Tensor, num_blocks: int) -> str:
 class TorchCache:
     """The registered KV cache of one rank; see ``BlockCache``."""
 
-    def __init__(self, layers: dict[str, torch.Tensor], num_blocks: int, widest: torch.dtype = torch.int64) -> None:
+    def __init__(
+        self, layers: dict[str, torch.Tensor], num_blocks: int, widest: torch.dtype = torch.int64, kinds: str = ""
+    ) -> None:
         """Args:
             layers: as vLLM registers them; layers that share one tensor count once.
+            kinds: second result of ``check_specs``; part of the layout.
             widest: dtype as which bytes are copied, where they are aligned to it.
 
         Raises:
@@ -123,7 +152,7 @@ class TorchCache:
         }
         """First plane of each layer, and the one after its last."""
         self.block_bytes = self.row_bytes * self.planes
-        self.layout = "|".join(texts)
+        self.layout = "|".join(texts) + (f" {kinds}" if kinds else "")
         self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
         self.device = planes[0].device
         self.on_gpu = self.device.type == "cuda"

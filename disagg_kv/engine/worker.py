@@ -43,6 +43,7 @@ class ConnectorWorker:
         port: int,
         host: str,
         overlap: bool,
+        kinds: str = "",
     ) -> None:
         """Args:
         decode: whether this engine loads (kv_consumer) or offers (kv_producer).
@@ -52,18 +53,20 @@ class ConnectorWorker:
         rank: tensor parallel rank; added to ``port``.
         host: IP address to announce.
         overlap: whether layers may be sent while later ones are computed.
+        kinds: second result of ``check_specs``.
         """
         self._decode, self._settings = decode, settings
         self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
         self._port, self._host = port, host
         self._overlap = overlap and not decode
+        self._kinds = kinds
         self._step: StepFence | None = None
         self._failed: set[int] = set()
+        self.outcomes = Outcomes()
+        """Counts for vLLM's /metrics."""
         self._ready = False
 
     def register(self, layers: dict[str, torch.Tensor], num_blocks: int) -> None:
-        self.outcomes = Outcomes()
-        """Counts for vLLM's /metrics."""
         """Take the cache and open the KV port.
 
         Raises:
@@ -72,7 +75,7 @@ class ConnectorWorker:
         """
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         settings, role = self._settings, "decode" if self._decode else "prefill"
-        self._cache = cache = TorchCache(layers, num_blocks)
+        self._cache = cache = TorchCache(layers, num_blocks, kinds=self._kinds)
         name, digest = self._model
         shape = Shape(name, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes, self._tp,
                       digest)  # fmt: skip

@@ -31,6 +31,8 @@ SHAPES = {
     "kernel blocks of half the size": (lambda: _numbered(2 * BLOCKS, 3, 2, 16), 1),
     "bf16": (lambda: _numbered(2, BLOCKS, 4, 3, 8, dtype=torch.bfloat16), 2),
     "odd bytes": (lambda: _numbered(BLOCKS, 3, 5, 7, dtype=torch.uint8), 1),
+    "MLA, CPU 0.32": (lambda: _numbered(BLOCKS, 1, 4, 9), 1),
+    "MLA, FlashMLA": (lambda: _numbered(BLOCKS, 4, 9), 1),
     "layers in one buffer": (lambda: _numbered(BLOCKS, 2, 3, 4, 16)[:, 1], 1),
 }
 
@@ -84,7 +86,7 @@ def test_layers_that_share_a_tensor_count_once() -> None:
         ({}, "no layers"),
         ({"a": [torch.zeros(4), torch.zeros(4)]}, "not a tensor"),
         ({"a": torch.zeros(BLOCKS, 8)}, "unknown KV cache layout"),
-        ({"a": torch.zeros(7, 3, 4)}, "not found"),
+        ({"a": torch.zeros(7, 3, 4)}, "no dimension of 10 blocks"),
         ({"a": torch.zeros(BLOCKS, 3, 4, 16), "b": torch.zeros(BLOCKS, 3, 4, 8)}, "different sizes"),
         ({"a": torch.zeros(BLOCKS, 3, 4, 16)[..., :8]}, "not contiguous"),
     ],
@@ -102,27 +104,53 @@ def test_a_block_outside_the_cache() -> None:
 
 
 def _group(name: str, **more: Any) -> Any:
-    return SimpleNamespace(kv_cache_spec=type(name, (), {"block_size": 16, **more})())
+    return SimpleNamespace(kv_cache_spec=type(name, (), {"block_size": 16, "page_size_bytes": 64, **more})())
 
 
-def test_plain_attention_is_accepted() -> None:
-    assert check_specs([_group("FullAttentionSpec")]) == 16
-    inner = {"a": _group("FullAttentionSpec").kv_cache_spec}
-    assert check_specs([_group("UniformTypeKVCacheSpecs", kv_cache_specs=inner)]) == 16
+def _uniform(*specs: Any) -> Any:
+    return _group("UniformTypeKVCacheSpecs", kv_cache_specs={str(n): g.kv_cache_spec for n, g in enumerate(specs)})
+
+
+@pytest.mark.parametrize(
+    ("group", "kinds"),
+    [
+        (_group("FullAttentionSpec"), ""),
+        (_uniform(_group("FullAttentionSpec")), ""),
+        (_group("FullAttentionSpec", sliding_window=128), "window 128"),
+        (_group("FullAttentionSpec", attention_chunk_size=64), "chunk 64"),
+        (_uniform(_group("FullAttentionSpec"), _group("FullAttentionSpec", sliding_window=4)), "window 4"),
+        (_group("MLAAttentionSpec", cache_dtype_str="auto", cache_role=SimpleNamespace(value="sparse")), "MLA"),
+        (_group("MLAAttentionSpec"), "MLA"),
+    ],
+)
+def test_caches_that_keep_every_token_are_accepted(group: Any, kinds: str) -> None:
+    assert check_specs([group]) == (16, kinds)
 
 
 @pytest.mark.parametrize(
     ("groups", "word"),
     [
-        ([_group("FullAttentionSpec")] * 2, "2 KV cache groups"),
-        ([_group("MLAAttentionSpec")], "MLAAttentionSpec"),
+        ([_group("FullAttentionSpec"), _group("MambaSpec")], "2 KV cache groups .FullAttentionSpec, MambaSpec."),
         ([_group("MambaSpec")], "MambaSpec"),
-        ([_group("FullAttentionSpec", sliding_window=128)], "sliding windows"),
+        ([_group("RSWASpec")], "RSWASpec"),
+        ([_group("SlidingWindowSpec", sliding_window=128)], "every layer has a sliding window"),
+        ([_group("ChunkedLocalAttentionSpec", attention_chunk_size=8)], "every layer has a sliding window"),
+        ([_group("MLAAttentionSpec", cache_dtype_str="fp8_ds_mla")], "rows of fp8_ds_mla"),
+        ([_group("MLAAttentionSpec", cache_role=SimpleNamespace(value="indexer"))], "indexer"),
+        ([_group("MLAAttentionSpec", model_version="deepseek_v4")], "indexer"),
+        ([_uniform(_group("MLAAttentionSpec"), _group("MLAAttentionSpec", page_size_bytes=8))], "different sizes"),
     ],
 )
 def test_other_models_are_refused(groups: Any, word: str) -> None:
     with pytest.raises(Unsupported, match=word):
         check_specs(groups)
+
+
+def test_what_the_tensors_do_not_show_is_part_of_the_layout() -> None:
+    """An engine with another window computes other KV for the same tokens."""
+    layers = {"a": _numbered(BLOCKS, 1, 4, 16)}
+    texts = {TorchCache(layers, BLOCKS, kinds=kinds).layout for kinds in ("", "MLA", "window 4", "window 8")}
+    assert len(texts) == 4 and "(B*1,1,4,16):0123" in texts
 
 
 @pytest.mark.parametrize("staging", [256, 700, 1 << 20])
@@ -150,7 +178,7 @@ def test_the_tcp_transport(staging: int) -> None:
 
 def _channel(sock: Any) -> Channel:
     channel = Channel.__new__(Channel)
-    channel._sock = sock
+    channel._sock, channel._seconds, channel._deadline = sock, 10, None
     sock.settimeout(10)
     return channel
 

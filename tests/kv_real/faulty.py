@@ -1,11 +1,15 @@
-"""The connector with faults that a test switches on and off, by writing a word into the file FAULT_FILE.
+"""The connector with faults that a test switches on and off, by writing words into the file FAULT_FILE.
 
-``corrupt``: what prefill sends has every bit flipped. ``slow``: each row takes a quarter of a second to gather.
+``corrupt``: what prefill sends has every bit flipped; ``corrupt-even``: that of every second layer only. ``slow``: each
+row takes a quarter of a second to gather. ``digest``: the digests of the rows that are read from and written to the
+cache, as they lie there, are appended to a file beside it (``.rows``), a line for each copy.
 vLLM loads this module by its path; nothing but the engine's process imports it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -15,18 +19,38 @@ from disagg_kv.connector import DisaggKVConnector
 from disagg_kv.engine.layout import TorchCache
 
 _FILE = Path(os.environ["FAULT_FILE"])
-_GATHER = TorchCache.gather
+_GATHER, _SCATTER = TorchCache.gather, TorchCache.scatter
+
+
+def _faults() -> list[str]:
+    return _FILE.read_text().split() if _FILE.exists() else []
+
+
+def _write_digests(cache: TorchCache, plane: int, index: Any) -> None:
+    rows = cache._planes[plane][index]
+    found = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
+    with _FILE.with_suffix(".rows").open("a") as out:
+        out.write(json.dumps({"plane": plane, "rows": found}) + "\n")
 
 
 def _gather(self: TorchCache, plane: int, index: Any, out: Any) -> None:
-    fault = _FILE.read_text() if _FILE.exists() else ""
+    faults = _faults()
     _GATHER(self, plane, index, out)
-    if fault == "corrupt":
+    if "digest" in faults:
+        _write_digests(self, plane, index)
+    if "corrupt" in faults or ("corrupt-even" in faults and plane % 2 == 0):
         out.bitwise_not_()
-    elif fault == "slow":
+    elif "slow" in faults:
         time.sleep(0.25)
 
 
+def _scatter(self: TorchCache, plane: int, index: Any, rows: Any) -> None:
+    _SCATTER(self, plane, index, rows)
+    if "digest" in _faults():
+        _write_digests(self, plane, index)
+
+
 TorchCache.gather = _gather  # type: ignore[method-assign]
+TorchCache.scatter = _scatter  # type: ignore[method-assign]
 
 __all__ = ["DisaggKVConnector"]
