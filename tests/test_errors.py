@@ -12,6 +12,7 @@ each = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 RETRY = {
     "ProxyError": None, "ClientError": False, "BodyTimeout": None, "HeadTimeout": None, "NotServed": False,
+    "RateLimited": True,
     "UnsupportedVersion": False, "Unavailable": True, "Overloaded": True, "NoPair": True, "EngineError": True,
     "EngineBusy": True, "EngineDeadline": None, "EngineFrozen": True,
 }  # fmt: skip
