@@ -21,7 +21,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from disagg_proxy.config import Config
+from disagg_proxy.config.reload import Reloads
 from disagg_proxy.coordinator.coordinator import RequestHead
+from disagg_proxy.keys.key_table import KeyTable
 from disagg_proxy.openai.prefix_hash import AffinityNeeds
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteBatch
@@ -29,6 +31,7 @@ from disagg_proxy.server import client_connection
 from disagg_proxy.server.client_connection import connection_class
 from disagg_proxy.server.fast_path import ClientProtocol, FastPathRequest
 from disagg_proxy.services import Services
+from disagg_proxy.telemetry.stats import Stats
 from fuzz.pure import Witness
 from fuzz.requests import SEEDS as REQUESTS
 from fuzz.requests import WORDS as WORDS
@@ -130,6 +133,8 @@ class Server:
         self.reading = Reading()
         services = SimpleNamespace(
             config=_LIMITS,
+            keys=KeyTable(_LIMITS, Stats(lambda: 0.0)),
+            reloads=Reloads(),
             coordinator=SimpleNamespace(wanted=AffinityNeeds(prefix=False, session=False)),
             write_batch=WriteBatch(),
             shutdown=Shutdown(1.0, self.loop.time),

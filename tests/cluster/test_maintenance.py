@@ -22,7 +22,7 @@ def refusal(selection: Selection, model: str | None = "m") -> str:
     with pytest.raises(NoPair) as caught:
         selection.choose(model)
     assert "127.0.0.1" not in caught.value.message, "clients read it"
-    assert caught.value.headers() == {"Retry-After": "3"}
+    assert caught.value.headers() == {"Retry-After": "3", "X-Should-Retry": "true"}
     return caught.value.message.partition(": ")[2]
 
 

@@ -61,7 +61,7 @@ def test_a_model_on_one_side_only_is_no_pair(world, selection) -> None:
 def test_without_instances_the_error_names_both_roles_and_retry_after(selection) -> None:
     with pytest.raises(NoPair, match=r"no prefill instance is ready.*no decode instance is ready") as caught:
         selection.choose("m")
-    assert caught.value.headers() == {"Retry-After": "3"}
+    assert caught.value.headers() == {"Retry-After": "3", "X-Should-Retry": "true"}
 
 
 def test_no_model_means_the_same_default_on_both_sides(world, selection) -> None:

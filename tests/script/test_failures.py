@@ -78,7 +78,7 @@ def test_interrupted_all_leaves_nothing(machine: Machine, number: signal.Signals
     process = machine.start("all", EXTRA_SIM_ARGS="--startup-seconds 100")
     wait_for(lambda: bool(machine.fields("decode")))
     process.send_signal(number)
-    assert process.wait(15) == status
+    assert process.wait(30) == status
     assert "Stopping what was started" in machine.result(process).stderr
     assert machine.leftovers() == {}
 

@@ -37,7 +37,8 @@ class Checkout:
         self.folder = folder
         self.machine = machine
         folder.mkdir()
-        shutil.copytree(REPOSITORY / "disagg_machine", folder / "disagg_machine")
+        for package in ("disagg_machine", "disagg_kv"):
+            shutil.copytree(REPOSITORY / package, folder / package)
         shutil.copy(REPOSITORY / "test_single_machine.sh", folder)
         (folder / "disagg_prefill_proxy_server.py").write_text("import script_probe, sys; sys.exit(sys.prefix)\n")
         (folder / "requirements-proxy.txt").write_text("script-probe>=1\n")
