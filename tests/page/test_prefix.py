@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,16 +13,13 @@ import pytest
 from aiohttp import web
 
 from disagg_proxy.top.follow import views
-from tests.conftest import soon
+from tests import web_servers
 from tests.page.browser import needs_browser
 from tests.page.test_browser import says
 from tests.ports import hold_port
+from tests.web_servers import needs_nginx
 
 Gateway = Callable[[str, str], AbstractAsyncContextManager[str]]
-
-NGINX = shutil.which("nginx")
-
-needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not on PATH; on Debian: apt-get install nginx")
 
 
 @asynccontextmanager
@@ -58,21 +53,6 @@ async def small(target: str, prefix: str) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-CONFIGURATION = """
-daemon off; master_process off; pid {folder}/pid; error_log stderr;
-events {{}}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  server {{
-    listen 127.0.0.1:{port};
-    location {prefix}/ {{ proxy_pass {target}/; }}
-  }}
-}}
-"""
-
-
 @pytest.fixture
 def nginx(tmp_path: Path) -> Gateway:
     """The configuration of docs/page.md."""
@@ -81,33 +61,11 @@ def nginx(tmp_path: Path) -> Gateway:
     async def serve(target: str, prefix: str) -> AsyncIterator[str]:
         with ExitStack() as hold:
             port = hold_port(hold)
-            settings = tmp_path / "nginx.conf"
-            settings.write_text(CONFIGURATION.format(folder=tmp_path, port=port, prefix=prefix, target=target))
-            assert NGINX is not None
-            command = (NGINX, "-p", str(tmp_path), "-c", str(settings))
-            process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-            try:
-                await soon(listening(port, process))
-                yield f"http://127.0.0.1:{port}"
-            finally:
-                if process.returncode is None:
-                    process.terminate()
-                await process.communicate()
+            location = f"location {prefix}/ {{ proxy_pass {target}/; }}"
+            async with web_servers.nginx(tmp_path, port, f"server {{ listen 127.0.0.1:{port}; {location} }}") as url:
+                yield url
 
     return serve
-
-
-async def listening(port: int, process: asyncio.subprocess.Process) -> None:
-    """Wait until a process accepts connections."""
-    while True:
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            assert process.returncode is None and process.stderr is not None, await process.communicate()
-            await asyncio.sleep(0.05)
-        else:
-            writer.close()
-            return
 
 
 @pytest.fixture(params=["small", pytest.param("nginx", marks=needs_nginx)])
