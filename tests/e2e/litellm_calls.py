@@ -1,6 +1,7 @@
 """Run with the Python that has LiteLLM: makes the call of each line of JSON that it reads, and writes its result.
 
-A line is ``{"call": NAME, ...arguments}``, NAME that of a function of ``litellm``, with arguments of its own.
+A line is ``{"call": NAME, ...arguments}``, NAME that of a function of ``litellm``, with arguments of its own, or
+"Router": ``acompletion`` through a Router, as LiteLLM's own proxy sends it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+from operator import attrgetter
 from typing import Any
 
 # Otherwise the import loads a table of prices from GitHub.
@@ -19,9 +21,14 @@ import litellm
 
 
 async def result_of(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    function = litellm
-    for part in name.split("."):
-        function = getattr(function, part)
+    if name == "Router":
+        deployment = {key: arguments.pop(key) for key in ("model", "api_base", "api_key")}
+        router = litellm.Router(
+            [{"model_name": "routed", "litellm_params": deployment}], num_retries=arguments.pop("num_retries")
+        )
+        function, arguments["model"] = router.acompletion, "routed"
+    else:
+        function = attrgetter(name)(litellm)
     try:
         answer = function(**arguments)
         awaited = inspect.isawaitable(answer)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,6 +108,15 @@ async def test_a_busy_engine_is_tried_again_after_the_time_that_it_names(machine
     result = await litellm.call("acompletion", machine, "anthropic", max_retries=0)
     assert (result["error"], result["status"]) == ("ServiceUnavailableError", 503)
     assert result["headers"]["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("kind", ["openai", "anthropic"])
+async def test_the_router_waits_and_tries_again(machine, pair, litellm, kind: str) -> None:
+    path = MESSAGES if kind == "anthropic" else CHAT_PATH
+    pair[0].faults.fail_next(503, b"", {"Retry-After": "1"}, path=path)
+    began = time.monotonic()
+    result = await litellm.call("Router", machine, kind, num_retries=2)
+    assert text_of(result) == RIGHT_CHAT and time.monotonic() - began >= 1
 
 
 async def test_what_cannot_succeed_is_sent_once(machine, pair, litellm) -> None:
