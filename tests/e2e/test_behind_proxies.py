@@ -166,6 +166,18 @@ async def test_headers_of_limits_and_of_retries_pass(front: Front) -> None:
     assert 1 <= int(headers["Retry-After"]) <= 60
 
 
+@pytest.mark.settings(api_key="sesame")
+@pytest.mark.parametrize("header", ["Authorization", "X-Api-Key"])
+async def test_keys_are_not_logged(front: Front, header: str) -> None:
+    await front.machine.pair()
+    key = "Bearer sesame" if header == "Authorization" else "sesame"
+    status, headers, _ = await front.machine.post(PATH, ASK, **{header: key})
+    assert status == 200
+    while headers["X-Request-Id"] not in front.log.read_text():
+        await asyncio.sleep(0.01)
+    assert "sesame" not in front.log.read_text()
+
+
 async def test_errors_pass_with_their_headers(front: Front) -> None:
     status, headers, raw = await front.machine.send(PATH, ASK)
     check_error(status, headers, raw, 503, "no_pair")
