@@ -9,16 +9,11 @@ Every value becomes the text that the environment variable would hold, so each s
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterator, Mapping
 
 from disagg_proxy.config import values
 from disagg_proxy.config.table import SETTINGS, Setting
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from disagg_proxy.config.toml_file import read_toml
 
 MAX_BYTES = 32 * 1024
 """Size of a file at most. With several workers its values travel in one message and in one environment variable."""
@@ -49,20 +44,9 @@ def read_file(path: str) -> dict[str, str]:
             their reader knows to be wrong are returned.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        return dict(_texts(read_toml(path, MAX_BYTES)))
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror} (--config, {CONFIG_FILE})") from None
-    if len(content) > MAX_BYTES:
-        raise FileError(f"{path}: is larger than {MAX_BYTES} bytes; is it a configuration file?")
-    try:
-        found = tomllib.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: is not valid TOML: {error}") from None
-    try:
-        return dict(_texts(found))
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
 
@@ -83,6 +67,8 @@ def _text(setting: Setting, value: object) -> str:
     """
     read = setting.read
     if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError(f"{setting.env}: contains the character U+0000, which no setting may contain")
         return value
     if isinstance(value, bool):
         if read in _SWITCHES:
@@ -91,7 +77,7 @@ def _text(setting: Setting, value: object) -> str:
         if read in _NUMBERS or read in _SWITCHES:
             return str(value)
     elif isinstance(value, list) and read in _SEPARATORS and all(isinstance(item, str) for item in value):
-        return _SEPARATORS[read].join(value)
+        return _text(setting, _SEPARATORS[read].join(value))
     raise ValueError(f"{setting.env}: must be {_wanted(setting)}, not {_kind(value)}")
 
 

@@ -11,20 +11,18 @@ import difflib
 import hashlib
 import re
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from disagg_proxy.config.model import Config
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from disagg_proxy.config.toml_file import read_toml
 
 MAX_KEYS = 500
 """Each key has its own label values in /metrics, and its counters in what workers publish."""
+
+MAX_BYTES = 1024 * 1024
+"""Size of the file at most: 500 keys with 2 KiB each, most of it lists of models."""
 
 MAX_PRIORITY = 9
 
@@ -116,12 +114,11 @@ def read_keys(path: str) -> tuple[KeyEntry, ...]:
         KeysFileError: it cannot be read, or an entry is not valid.
     """
     try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
+        content = read_toml(path, MAX_BYTES)
     except OSError as error:
         raise KeysFileError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise KeysFileError(f"{path}: is not valid TOML: {error}") from None
+    except ValueError as error:
+        raise KeysFileError(f"{path}: {error}") from None
     tables = content.pop("keys", None)
     if content:
         raise KeysFileError(f"{path}: {_unknown(content, ('keys',))}; each key is a [[keys]] table")

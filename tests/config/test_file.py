@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,8 @@ def test_an_empty_file_and_one_with_a_byte_order_mark_are_good(file) -> None:
         ("MAX_QUEUE = " + "9" * 5000, "is not valid TOML: "),
         ("#" * MAX_BYTES + "\n", "is larger than 32768 bytes"),
         ("A = " + "[" * 5000, "is not valid TOML: "),
+        ('ACCESS_LOG = "a\\u0000"', "ACCESS_LOG: contains the character U+0000"),
+        ('PREFILL_INSTANCES = ["a\\u0000"]', "PREFILL_INSTANCES: contains the character U+0000"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_with_the_file_the_key_and_the_remedy(file, text: str, says: str) -> None:
@@ -128,6 +131,12 @@ def test_a_file_that_cannot_be_read_names_what_to_change(tmp_path: Path, named: 
     says = "is not UTF-8 text" if named == "latin1.toml" else r"cannot be read: .* \(--config, CONFIG_FILE\)"
     with pytest.raises(ConfigError, match=f"^{path}: {says}"):
         load([], {"CONFIG_FILE": path})
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "proxy.toml")
+    with pytest.raises(ConfigError, match=r"proxy\.toml: is not a regular file$"):
+        load([], {"CONFIG_FILE": str(tmp_path / "proxy.toml")})
 
 
 def test_an_empty_path_is_no_file_in_the_environment_and_an_error_as_a_flag() -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from disagg_proxy import cli, serve
 from disagg_proxy.config import ConfigError, check_keys_file, load
-from disagg_proxy.config.keys_file import MAX_KEYS, KeyEntry, KeysFileError, digest, new_key, read_keys, table_of
+from disagg_proxy.config.keys_file import (
+    MAX_BYTES,
+    MAX_KEYS,
+    KeyEntry,
+    KeysFileError,
+    digest,
+    new_key,
+    read_keys,
+    table_of,
+)
 
 KEY = "sk-alice-0123456789abcdef"
 HASH = f"sha256:{digest(KEY.encode()).hex()}"
@@ -52,6 +62,10 @@ def test_every_field(tmp_path: Path) -> None:
     )
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    assert read(tmp_path, b"\xef\xbb\xbf" + ALICE.encode()) == read(tmp_path, ALICE)
+
+
 def test_what_key_new_prints_is_read(tmp_path: Path) -> None:
     key = new_key()
     (entry,) = read(tmp_path, table_of("alice", key))
@@ -67,7 +81,10 @@ def test_what_key_new_prints_is_read(tmp_path: Path) -> None:
         ('keys = ["alice"]', "has no [[keys]] table"),
         ('[keys]\nname = "alice"', "has no [[keys]] table"),
         ("[[keys]", "is not valid TOML: "),
-        (b"\xff\xfe", "is not valid TOML: "),
+        (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
+        ("x = " + "[" * 5000, "is not valid TOML: "),
+        ("x = " + "9" * 5000, "is not valid TOML: "),
+        ("#" * MAX_BYTES + "\n", "is larger than 1048576 bytes"),
         (f'[[key]]\nname = "alice"\nhash = "{HASH}"\n{ALICE}', "unknown field 'key'; did you mean keys?"),
         (ALICE + "request_per_minute = 3", "unknown field 'request_per_minute'; did you mean requests_per_minute?"),
         (ALICE + "colour = 3", "key 'alice': unknown field 'colour'; known: name, hash, requests_per_minute"),
@@ -110,6 +127,13 @@ def test_what_is_wrong_is_one_line_with_file_and_entry(
     for workers in ("1", "2"):
         assert cli.main(["--api-keys-file", str(tmp_path / "keys.toml"), "--workers", workers]) == 2
         assert capsys.readouterr().err == f"disagg-proxy: API_KEYS_FILE: {line}\n"
+
+
+def test_a_fifo_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    fifo = tmp_path / "keys.toml"
+    os.mkfifo(fifo)
+    with pytest.raises(KeysFileError, match=r"keys\.toml: is not a regular file$"):
+        read_keys(str(fifo))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch) -> None:
