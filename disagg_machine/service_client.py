@@ -134,6 +134,8 @@ class Service:
                 for data in _events(response):
                     if data == b"[DONE]":
                         done = True
+                        # A client that closes before the end of the body counts as one that left.
+                        response.read()
                         break
                     chunk = json.loads(data)
                     if chunk.get("usage"):

@@ -44,6 +44,10 @@ class Fake(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
+class Short(bytes):
+    """A body of which the last byte is not sent."""
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Fake
 
@@ -62,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         status, value = answer if isinstance(answer, tuple) else (200, answer)
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + isinstance(data, Short)))
         self.end_headers()
         self.wfile.write(data)
 
@@ -99,6 +103,12 @@ def test_whole_answers_and_the_key(fake: Fake) -> None:
     assert fake.asked == [("/v1/completions", "Bearer sesame", {"prompt": "x"})]
     assert Service(fake.url).whole("/v1/chat/completions", {}).text == "Fresno"
     assert fake.asked[-1][1] is None
+
+
+def test_a_stream_is_read_to_the_end_of_its_body(fake: Fake) -> None:
+    fake.answers = {"/v1/completions": Short(sse(*STREAM))}
+    with pytest.raises(Failed, match="IncompleteRead"):
+        Service(fake.url).stream("/v1/completions", {"prompt": "x"})
 
 
 def test_streams(fake: Fake) -> None:
