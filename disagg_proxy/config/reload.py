@@ -133,10 +133,21 @@ class LiveSettings:
             wanted = load_all(self._argv, self._environ, file)
             places = {setting.env: file if setting.reload else before.file for setting in SETTINGS}
             usable = {env: place[env] for env, place in places.items() if env in place}
-            self._loaded = load_all(self._argv, self._environ, usable)
+            now = load_all(self._argv, self._environ, usable)
         except (FileError, ConfigError) as error:
             raise ReloadError(str(error)) from None
+        # An editor may have emptied the file and not yet written it again.
+        if _needs_key(before.config) and not _needs_key(now.config):
+            raise ReloadError(
+                f"{path}: API_KEYS_FILE is not set any more, so requests without a key would be served; "
+                "restart the proxy for that"
+            )
+        self._loaded = now
         return "; ".join(_changes(before, self._loaded, wanted)) or "nothing has changed"
+
+
+def _needs_key(config: Config) -> bool:
+    return bool(config.api_key or config.api_keys_file)
 
 
 def _changes(before: Loaded, now: Loaded, wanted: Loaded) -> Iterator[str]:

@@ -105,6 +105,20 @@ def test_a_bad_file_keeps_the_settings_and_is_one_line(live, bad: str, says: str
     assert one.reload("MAX_QUEUE = 5")[0].max_queue == 5
 
 
+def test_a_reload_does_not_open_the_proxy_to_requests_without_a_key(live) -> None:
+    one = live("API_KEYS_FILE = '/keys.toml'\nMAX_QUEUE = 4")
+    for emptied in ("", "MAX_QUEUE = 5", "API_KEYS_FILE = ''", "API_KEY = 'needs-a-restart'"):
+        config, lines = one.reload(emptied)
+        assert (config.api_keys_file, config.max_queue) == ("/keys.toml", 4)
+        assert lines == [
+            "Not reloaded: FILE: API_KEYS_FILE is not set any more, so requests without a key would be served; "
+            "restart the proxy for that; the former settings stay in use"
+        ]
+    assert one.reload("API_KEYS_FILE = '/others.toml'")[0].api_keys_file == "/others.toml"
+    beside = live("API_KEYS_FILE = '/keys.toml'", API_KEY="valid")
+    assert beside.reload("")[0].api_keys_file == ""
+
+
 def test_a_file_that_is_gone_keeps_the_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "proxy.toml"
     path.write_text("MAX_QUEUE = 4")
