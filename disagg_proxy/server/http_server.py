@@ -192,6 +192,9 @@ class Server(uvicorn.Server):
         """Wait until every client has received the rest of its response."""
         while self.server_state.connections:
             await asyncio.sleep(_POLL_INTERVAL)
+            # Also those that had been accepted, but were not connections yet, when the port was closed.
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
 
     async def _cut_off(self) -> None:
         """End the exchanges that still run; a client without a response gets 503."""
