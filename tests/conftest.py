@@ -143,6 +143,10 @@ async def running_proxy(**settings: Any) -> AsyncIterator[Proxy]:
         await proxy.stop()
 
 
+# Commands under test inherit it; under `nohup` it would be ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def _sigpipe_stays_ignored() -> Iterator[None]:
     """Otherwise a later write to a closed connection ends this process, and with it an innocent test."""
