@@ -79,8 +79,8 @@ class KeyTable:
             return ""
         for changed in self._watchers:
             changed()
-        told = [f"{what} {', '.join(names)}" for what, names in changes.items() if names]
-        return f"API_KEYS_FILE: {'; '.join(told) or 'API_KEY changed'}"
+        parts = [f"{what} {', '.join(names)}" for what, names in changes.items() if names]
+        return f"API_KEYS_FILE: {'; '.join(parts) or 'API_KEY changed'}"
 
     def _read(self) -> None:
         entries = keys_of(self._config)

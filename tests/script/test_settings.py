@@ -149,7 +149,7 @@ def test_secrets_are_not_shown(machine: Machine) -> None:
 
 
 def test_the_commands_of_env_do_not_start_without_the_keys(machine: Machine) -> None:
-    """Whoever copies them would otherwise start an open proxy."""
+    """A copied line would otherwise start an open proxy."""
     assert ":?" not in machine.ok("env").stdout
     lines = [line for line in machine.ok("env", **SECRETS).stdout.splitlines() if "=" in line]
     named = {
