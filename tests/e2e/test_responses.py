@@ -40,15 +40,6 @@ async def pair(machine: Machine) -> tuple[SimEngine, SimEngine]:
     return await machine.pair(**OWN)
 
 
-@pytest.fixture
-async def two(machine: Machine) -> tuple[SimEngine, list[SimEngine]]:
-    """One prefill and two decodes."""
-    prefill, first = await machine.pair(**OWN)
-    second = await machine.engine("decode", **OWN)
-    await machine.proxy.until_state(second.http_address, State.READY)
-    return prefill, [first, second]
-
-
 def alone(prefill: SimEngine, decode: SimEngine) -> bool:
     """Whether decode served what came, without prefill and without a transfer."""
     served = decode.received(RESPONSES)

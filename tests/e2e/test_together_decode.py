@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.cluster.instance import State
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_sim import SimEngine
 from tests.conftest import Wire, soon
@@ -33,15 +32,6 @@ from tests.simulated import Machine, text_of_events
 @pytest.fixture
 async def pair(machine: Machine) -> tuple[SimEngine, SimEngine]:
     return await machine.pair(**OWN)
-
-
-@pytest.fixture
-async def two(machine: Machine) -> tuple[SimEngine, list[SimEngine]]:
-    """One prefill and two decodes."""
-    prefill, first = await machine.pair(**OWN)
-    second = await machine.engine("decode", **OWN)
-    await machine.proxy.until_state(second.http_address, State.READY)
-    return prefill, [first, second]
 
 
 @pytest.fixture
