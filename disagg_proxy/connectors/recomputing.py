@@ -15,7 +15,6 @@ expires on prefill.
 from __future__ import annotations
 
 import logging
-import secrets
 
 from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.progress import PendingResponse
@@ -51,7 +50,7 @@ class RecomputingAttempt(Attempt):
         if request.prepared.prefill_answers or not fits:
             placement.drop_prefill()
         record = request.record
-        name = record.request_id or secrets.token_hex(16)
+        name = record.request_id
         if record.client_id is None and record.tries:
             # The engines of an earlier attempt may still have its request.
             name = f"{name}-{record.tries + 1}"
