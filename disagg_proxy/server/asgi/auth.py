@@ -22,7 +22,7 @@ _OPEN_PATHS = frozenset({"/health", "/livez", "/", "/dashboard"})
 """Paths without a key: for probes, which have none, and the page, which contains no data; its feed needs the key."""
 
 MONITORING_PATHS = frozenset({"/stats", "/metrics", "/dashboard/events", "/start_profile", "/stop_profile"})
-"""Paths that report on the requests of all clients, or act on them: not for every key of API_KEYS_FILE."""
+"""Paths that report or act on the requests of all clients; keys of API_KEYS_FILE need ``monitoring = true``."""
 
 _CLIENT_KEY = "disagg_proxy.client_key"
 _RATE_LIMIT = "disagg_proxy.rate_limit"
