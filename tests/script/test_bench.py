@@ -12,6 +12,8 @@ from typing import Any
 import pexpect
 import pytest
 
+from disagg_report.folder import read_report
+from disagg_report.verdict import verdict
 from tests.script.machine import Machine, wait_for
 from tests.script.stubs import Stubs
 
@@ -76,14 +78,15 @@ def test_the_report_of_what_runs(bench: Machine) -> None:
 
 
 def test_which_split_serves_most(bench: Machine) -> None:
-    """Prefill is what lacks here, so more of it is better; what ran before runs again afterwards."""
-    slow = "--ping-seconds 0.2 --time-per-output-token 0.002 --prefill-tokens-per-second 200"
-    bench.env |= {"EXTRA_SIM_ARGS": slow, "BENCH_SIM_ENGINES": "3", "BENCH_RATES": "8", "BENCH_SLO_TTFT_MS": "450"}
+    """Every split is measured, the verdict is that of the figures, and what ran before runs again afterwards."""
+    # How many requests keep an SLO depends on the host's load, so no SLO decides here; tests/report has the verdicts.
+    bench.env |= {"BENCH_SIM_ENGINES": "3", "BENCH_RATES": "8", "BENCH_SLO_TTFT_MS": "100000"}
     bench.ok("all", "--no-supervise")
     done = bench.ok("bench", "--ratio", timeout=110)
     folder = report(bench)
     assert rates(folder) == {"01-p1d2": [8], "02-p2d1": [8]}
-    assert "Most requests within the SLO are served by 2 prefill + 1 decode: " in done.stdout
+    sentence = verdict(read_report(folder))
+    assert "1 prefill + 2 decode" in sentence and "2 prefill + 1 decode" in sentence and sentence in done.stdout
     assert "# Which ratio of prefill to decode" in (folder / "summary.md").read_text()
     status = bench.ok("status")
     assert re.findall(r"^(\w+) ", status.stdout, re.M)[1:] == ["proxy", "prefill", "decode"]
