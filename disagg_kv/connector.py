@@ -83,7 +83,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
             self._worker = ConnectorWorker(
                 decode, settings, model_identity(vllm_config, settings.model_version), block_size,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
-                versions.host_ip(), versions.layers_run_once(vllm_config), kinds,
+                settings.host_ip or versions.host_ip(), versions.layers_run_once(vllm_config), kinds,
             )  # fmt: skip
 
     # Worker side.

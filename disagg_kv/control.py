@@ -13,6 +13,7 @@ from disagg_kv.protocol.frames import Kind, WireError, decode_body, encode, fram
 from disagg_kv.protocol.handshake import Identity, Refused, check_proof, nonce, proof
 from disagg_kv.protocol.keys import parse_address
 from disagg_kv.protocol.messages import Release
+from disagg_kv.protocol.proven import ANNOUNCED
 from disagg_kv.within import within
 
 
@@ -21,10 +22,14 @@ class Control:
 
     Attributes:
         boot: boot id of the engine.
+        announced: what the engine says of its announcements, see ``disagg_kv.protocol.proven``; None where it does not.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, boot: str) -> None:
-        self._reader, self._writer, self.boot = reader, writer, boot
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, boot: str, announced: object
+    ) -> None:
+        self._reader, self._writer = reader, writer
+        self.boot, self.announced = boot, announced
 
     @classmethod
     async def open(cls, address: str, secret: str = "", seconds: float = 5.0) -> Control:
@@ -45,11 +50,11 @@ class Control:
             reader, writer = await asyncio.open_connection(host, port)
         try:
             async with within(seconds):
-                boot = await cls._handshake(reader, writer, secret)
+                boot, announced = await cls._handshake(reader, writer, secret)
         except BaseException:
             writer.close()
             raise
-        return cls(reader, writer, boot)
+        return cls(reader, writer, boot, announced)
 
     async def release(self, transfer: str) -> None:
         """Send RELEASE: the transfer is over.
@@ -86,7 +91,7 @@ class Control:
             await self._writer.wait_closed()
 
     @staticmethod
-    async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: str) -> str:
+    async def _handshake(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: str) -> tuple[str, object]:
         async def frame(wanted: Kind) -> dict[str, object]:
             try:
                 kind, body = decode_body(await reader.readexactly(frame_length(await reader.readexactly(4))))
@@ -106,4 +111,4 @@ class Control:
         check_proof(proof(secret, theirs.role, hello, welcome), welcome.get("proof"))
         writer.write(encode(Kind.PROOF, {"proof": proof(secret, "control", hello, welcome)}))
         await frame(Kind.READY)
-        return theirs.boot
+        return theirs.boot, welcome.get(ANNOUNCED)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from disagg_kv.protocol.keys import parse_address
+from disagg_kv.protocol.frames import WireError
+from disagg_kv.protocol.keys import join_address, parse_address
+from disagg_kv.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, read_secret
 
-SECRET_VARIABLE = "DISAGG_KV_SECRET"
 TRACE_VARIABLE = "DISAGG_KV_TRACE"
 _LOOPBACK = ("127.0.0.0/8", "::1/128")
 
@@ -19,14 +20,19 @@ _LOOPBACK = ("127.0.0.0/8", "::1/128")
 class Settings:
     """One field per key; the string below each documents it."""
 
+    host_ip: str = ""
+    """IP address of this engine that is announced, and that the KV port is bound to unless ``listen`` is set. Default:
+    the address that vLLM chooses (VLLM_HOST_IP)."""
     listen: str = "127.0.0.1"
-    """IP address that the KV port is bound to. Default: loopback."""
+    """IP address that the KV port is bound to. Default: ``host_ip``, or loopback."""
     peers: tuple[str, ...] = _LOOPBACK
     """Networks that decode may fetch KV from, and from which connections to the KV port are accepted. Default:
     loopback. Connections from ``proxy_ip`` are accepted too."""
     proxy_ip: str = ""
     """Proxy to announce this engine to; empty: no announcement."""
     proxy_port: int = 0
+    proxies: tuple[str, ...] = ()
+    """Further proxies to announce this engine to, each ``ip:port``. Connections from them are accepted."""
     http_port: int = 0
     """Port of this engine's HTTP server, for the announcement."""
     transport: str = "auto"
@@ -57,6 +63,8 @@ class Settings:
     """Identifies weights and configuration in place of their digest: engines with the same text exchange KV."""
     secret: str = ""
     """Shared by all engines and the proxy; preferably set in the environment (DISAGG_KV_SECRET)."""
+    secret_file: str = ""
+    """File with the secret in its first line, instead of ``secret`` (or DISAGG_KV_SECRET_FILE)."""
     trace: str = ""
     """File to which the times of every transfer are appended as JSON lines (or DISAGG_KV_TRACE)."""
 
@@ -73,7 +81,18 @@ class Settings:
             if name not in known:
                 raise ValueError(f"kv_connector_extra_config: {name!r} is unknown (known: {', '.join(known)})")
             values[name] = _convert(name, value, getattr(cls, name))
-        values.setdefault("secret", environ.get(SECRET_VARIABLE, ""))
+        if values.get("host_ip"):
+            values.setdefault("listen", values["host_ip"])
+        if not values.get("secret") and not values.get("secret_file"):
+            values["secret"] = environ.get(SECRET_VARIABLE, "")
+            values["secret_file"] = "" if values["secret"] else environ.get(SECRET_FILE_VARIABLE, "")
+        if values.get("secret_file"):
+            if values.get("secret"):
+                raise ValueError("kv_connector_extra_config: set secret or secret_file, not both")
+            try:
+                values["secret"] = read_secret(values["secret_file"])
+            except ValueError as error:
+                raise ValueError(f"kv_connector_extra_config: secret_file: {error}") from None
         values.setdefault("trace", environ.get(TRACE_VARIABLE, ""))
         settings = cls(**values)
         settings._check()
@@ -96,11 +115,26 @@ class Settings:
                 raise ValueError(f"kv_connector_extra_config: {name} must be from {low} to {high}")
         if not 0 <= self.idle_wait_ms <= 100:
             raise ValueError("kv_connector_extra_config: idle_wait_ms must be from 0 to 100")
-        ipaddress.ip_address(self.listen)
+        for name in ("host_ip", "listen"):
+            if text := getattr(self, name):
+                _check_ip(name, text)
         for network in self.peers:
             ipaddress.ip_network(network)
         if bool(self.proxy_ip) != bool(self.proxy_port) or (self.proxy_ip and not self.http_port):
             raise ValueError("kv_connector_extra_config: proxy_ip, proxy_port and http_port must be set together")
+        for proxy in self.proxies:
+            try:
+                parse_address(proxy)
+            except WireError as error:
+                raise ValueError(f"kv_connector_extra_config: proxies: {error}") from None
+        if self.proxies and not self.http_port:
+            raise ValueError("kv_connector_extra_config: proxies and http_port must be set together")
+
+    @property
+    def announce_to(self) -> tuple[str, ...]:
+        """Registration ports of all proxies that this engine is announced to, each ``ip:port``."""
+        first = (join_address(self.proxy_ip, self.proxy_port),) if self.proxy_ip else ()
+        return tuple(dict.fromkeys((*first, *self.proxies)))
 
     def may_fetch_from(self, address: str) -> bool:
         """Whether decode may connect to this ``ip:port``.
@@ -111,10 +145,11 @@ class Settings:
         return self._is_peer(ipaddress.ip_address(parse_address(address)[0]))
 
     def may_connect(self, host: str) -> bool:
-        """Whether a connection from this IP address is accepted: a peer's, or the proxy's."""
+        """Whether a connection from this IP address is accepted: a peer's, or a proxy's."""
         ip = ipaddress.ip_address(host.partition("%")[0])
         mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-        return str(mapped or ip) == self.proxy_ip or self._is_peer(mapped or ip)
+        proxies = {self.proxy_ip, *(parse_address(proxy)[0] for proxy in self.proxies)}
+        return str(mapped or ip) in proxies or self._is_peer(mapped or ip)
 
     @property
     def peers_too_narrow(self) -> bool:
@@ -123,6 +158,13 @@ class Settings:
 
     def _is_peer(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         return any(ip in ipaddress.ip_network(network) for network in self.peers)
+
+
+def _check_ip(name: str, text: str) -> None:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise ValueError(f"kv_connector_extra_config: {name} is {text!r}, not an IP address") from None
 
 
 def _convert(name: str, value: Any, default: Any) -> Any:

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--kv-port", type=int, default=21001, help="port of the KV transfer, likewise")
     place.add_argument("--decode-port", type=int, default=20005, help="HTTP port of decode in a pair")
     place.add_argument("--decode-kv-port", type=int, default=22001, help="KV port of decode in a pair")
-    place.add_argument("--proxy", metavar="HOST:PORT", help="where pings go to; without it there are none")
+    place.add_argument(
+        "--proxy", metavar="HOST:PORT,...", help="where pings go to, one or more proxies; without it there are none"
+    )
     place.add_argument("--ping-seconds", type=float, default=3.0, help="time between two pings")
 
     serving = parser.add_argument_group("serving")
@@ -134,13 +136,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[SimConfig]:
-    if args.proxy is not None:
+    for proxy in args.proxy.split(",") if args.proxy is not None else ():
         try:
-            host, _ = split_address(args.proxy)
+            host, _ = split_address(proxy)
         except ValueError:
             host = ""
         if not host:
-            parser.error(f"argument --proxy: {args.proxy!r} is not HOST:PORT")
+            parser.error(f"argument --proxy: {proxy!r} is not HOST:PORT")
     death = args.exit_after_death_seconds
     try:
         first = SimConfig(

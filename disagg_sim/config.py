@@ -25,7 +25,8 @@ class SimConfig:
     """Everything that makes one simulated engine differ from another.
 
     Addresses: ``host`` is bound and announced; ``port`` (HTTP) and ``kv_port`` (KV transfer) may be 0, the kernel
-    then chooses. ``proxy`` is the ``host:port`` that pings go to, None for no pings.
+    then chooses. ``proxy`` is the ``host:port`` that pings go to, or several separated by commas; None for
+    no pings.
 
     Raises:
         SimConfigError: on construction, when a value is out of range.

@@ -66,6 +66,7 @@ class SimEngine:
         self._pinger = Pinger(
             config, self.http_address, self.kv_address, announcement or {}, lambda: self.faults.pings, self._changed
         )
+        self._connector.announced(self._pinger.fields)
         self.faults.on_refuse = self._refuse
         self._started = True
         await self._connector.start(kv_sock)

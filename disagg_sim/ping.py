@@ -7,7 +7,7 @@ together later.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -23,6 +23,7 @@ class Pinger:
         more: fields that the connector adds to the message.
 
     Attributes:
+        fields: of each message.
         sent: messages handed to ZMQ.
     """
 
@@ -39,14 +40,13 @@ class Pinger:
         self._enabled = enabled
         self._changed = changed
         self._identity = kv_address.encode()
-        self._message: bytes = msgpack.packb(
-            {
-                "type": "P" if config.is_producer else "D",
-                "http_address": http_address,
-                "zmq_address": kv_address,
-                **more,
-            }
-        )
+        self.fields = {
+            "type": "P" if config.is_producer else "D",
+            "http_address": http_address,
+            "zmq_address": kv_address,
+            **more,
+        }
+        self._message: bytes = msgpack.packb(self.fields)
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._task: asyncio.Task[None] | None = None
         self.sent = 0
@@ -55,12 +55,16 @@ class Pinger:
         """Send the first ping now. Does nothing without a proxy."""
         if self._config.proxy is not None:
             self._context = zmq.Context()
-            sock = self._context.socket(zmq.DEALER)
-            sock.setsockopt(zmq.IDENTITY, self._identity)
-            sock.setsockopt(zmq.LINGER, 0)
-            sock.setsockopt(zmq.IPV6, "[" in self._config.proxy)
-            sock.connect(f"tcp://{self._config.proxy}")
-            self._task = asyncio.create_task(self._run(sock), name="ping")
+            sockets = [self._connected(self._context, proxy) for proxy in self._config.proxy.split(",")]
+            self._task = asyncio.create_task(self._run(sockets), name="ping")
+
+    def _connected(self, context: zmq.Context[zmq.Socket[bytes]], proxy: str) -> zmq.Socket[bytes]:
+        sock = context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.IDENTITY, self._identity)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.IPV6, "[" in proxy)
+        sock.connect(f"tcp://{proxy}")
+        return sock
 
     async def stop(self) -> None:
         """End at once; nothing that is queued goes out. Safe to call twice."""
@@ -71,9 +75,9 @@ class Pinger:
             context, self._context = self._context, None
             context.destroy(linger=0)
 
-    async def _run(self, sock: zmq.Socket[bytes]) -> None:
+    async def _run(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:
         while True:
-            if self._enabled():
+            for sock in sockets if self._enabled() else ():
                 try:
                     sock.send(self._message, zmq.NOBLOCK)
                     self.sent += 1

@@ -17,6 +17,7 @@ import zmq
 
 from disagg_kv import PROTOCOL_NAME, PROTOCOL_VERSION, __version__
 from disagg_kv.protocol.handshake import Identity, secret_mark
+from disagg_kv.protocol.keys import join_address
 from disagg_kv.settings import Settings
 
 logger = logging.getLogger("vllm.disagg_kv")
@@ -24,10 +25,6 @@ PERIOD_SECONDS = 3.0
 _MAX_TEXT_LENGTH = 64
 _MAX_LINKS, _MAX_LINK_LENGTH = 16, 100
 """A proxy reads at most 4096 bytes of a message."""
-
-
-def join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def announcement(
@@ -74,7 +71,10 @@ def _short(text: str) -> str:
 
 
 class Announcer:
-    """Thread that sends the announcement every 3 seconds until ``close``."""
+    """Thread that sends the announcement to every proxy each 3 seconds, from ``start`` until ``close``.
+
+    ZMQ connects in the background, and nothing waits for a proxy that does not accept messages.
+    """
 
     def __init__(
         self,
@@ -85,24 +85,26 @@ class Announcer:
         transports: list[str],
         links: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        self._proxy = f"tcp://{join_address(settings.proxy_ip, settings.proxy_port)}"
+        self._proxies = settings.announce_to
         self._kv_address = join_address(host, port)
         self._http_address, self._transports = join_address(host, settings.http_port), transports
         self._secret, self._links = settings.secret, links
         self.renew(identity)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
+
+    def start(self) -> None:
+        """Send the first announcement now."""
         self._thread.start()
 
     def renew(self, identity: Identity) -> None:
         """Announce this identity from the next message on."""
         self._identity = identity
 
-    def _message(self) -> bytes:
-        return msgspec.msgpack.encode(
-            announcement(
-                self._identity, self._http_address, self._kv_address, self._transports, self._secret, self._links()
-            )
+    def fields(self) -> dict[str, Any]:
+        """Return the announcement as it is now."""
+        return announcement(
+            self._identity, self._http_address, self._kv_address, self._transports, self._secret, self._links()
         )
 
     def close(self) -> None:
@@ -111,21 +113,25 @@ class Announcer:
 
     def _run(self) -> None:
         context = zmq.Context()
-        socket = context.socket(zmq.DEALER)
+        sockets: dict[str, zmq.Socket[bytes]] = {}
         try:
-            socket.setsockopt_string(zmq.IDENTITY, self._kv_address)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 2)
-            socket.connect(self._proxy)
+            for proxy in self._proxies:
+                socket = sockets[proxy] = context.socket(zmq.DEALER)
+                socket.setsockopt_string(zmq.IDENTITY, self._kv_address)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.setsockopt(zmq.SNDHWM, 2)
+                socket.setsockopt(zmq.IPV6, "[" in proxy)
+                socket.connect(f"tcp://{proxy}")
             while True:
-                try:
-                    socket.send(self._message(), zmq.NOBLOCK)
-                except zmq.Again:
-                    logger.debug("the proxy at %s does not accept announcements", self._proxy)
+                message = msgspec.msgpack.encode(self.fields())
+                for proxy, socket in sockets.items():
+                    try:
+                        socket.send(message, zmq.NOBLOCK)
+                    except zmq.Again:
+                        logger.debug("the proxy at %s does not accept announcements", proxy)
                 if self._stop.wait(PERIOD_SECONDS):
                     return
         except zmq.ZMQError:
-            logger.exception("stopped announcing to %s", self._proxy)
+            logger.exception("stopped announcing to %s", ", ".join(self._proxies))
         finally:
-            socket.close()
-            context.term()
+            context.destroy()

@@ -97,10 +97,12 @@ class ConnectorWorker:
             self._connections.connect if self._decode else None,
         )  # fmt: skip
         self._announcer: Announcer | None = None
-        if settings.proxy_ip and self._rank == 0:
+        if settings.announce_to and self._rank == 0:
             self._announcer = Announcer(
                 settings, identity, self._host, self._server.port, transports, self._connections.transports.running
             )
+            context.announcement = self._announcer.fields
+            self._announcer.start()
         self._ready = True
         logger.info(
             "KV connector: %s, model %s@%s, rank %d of %d, KV port %s:%d, transports %s, %d planes of %d bytes per "

@@ -27,6 +27,7 @@ from disagg_kv.protocol.handshake import (
     proof,
 )
 from disagg_kv.protocol.messages import PINGS, PONG, Go, Release, Want
+from disagg_kv.protocol.proven import ANNOUNCED, announced_field
 from disagg_kv.tally import Tally
 from disagg_kv.transport.base import Stalled, Transport
 from disagg_kv.transport.channel import Channel, Closed
@@ -152,6 +153,8 @@ class Server:
         welcome = {**self._context.identity.to_wire(), "nonce": nonce(), PINGS: True}
         if identity.role == "decode":
             welcome["transport"] = choose_transport(self._context.transports(), hello.get("transports"))
+        elif identity.role == "control" and self._context.announcement is not None:
+            welcome[ANNOUNCED] = announced_field(self._context.announcement())
         secret = self._context.settings.secret
         channel.write(
             encode(Kind.WELCOME, {**welcome, "proof": proof(secret, self._context.identity.role, hello, welcome)})

@@ -82,3 +82,7 @@ def parse_address(value: object) -> tuple[str, int]:
     if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise WireError(f"not an IP address and port: {value[:80]!r}")
     return str(ip), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

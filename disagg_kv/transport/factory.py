@@ -35,6 +35,8 @@ class RankContext:
     trace: Trace
     transport_factory: Callable[[RankContext, Channel, Mapping[str, Any]], Transport] | None = None
     """Replaces ``open_transport`` for a cache that is not torch's (tests)."""
+    announcement: Callable[[], Mapping[str, Any]] | None = None
+    """Returns the announcement that this rank sends; None where it sends none."""
 
     def renew(self) -> None:
         """Change the identity, because the weights were updated in place.

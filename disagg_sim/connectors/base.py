@@ -48,6 +48,9 @@ class KvConnector(ABC):
         """Fields of the engine's pings besides role and addresses; None when such an engine does not ping."""
         return {}
 
+    def announced(self, fields: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take the fields of the pings, before the first one is sent."""
+
     def outcomes(self) -> Mapping[str, Any] | None:
         """Totals for /metrics, as ``disagg_kv/outcomes.py`` names them; None for a connector without such metrics."""
         return None

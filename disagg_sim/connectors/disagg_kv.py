@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from disagg_kv.outcomes import Outcomes, add
@@ -27,10 +27,14 @@ class DisaggKv(TransferParamsConnector):
         self._totals: dict[str, Any] = {}
         offers = Offers(config, faults, changed, self._outcomes)
         loads = None if config.is_producer else Loads(config, me, self._rows_loaded, changed, self._outcomes)
-        super().__init__(config, KvPort(KvServer(config, me, faults, offers, loads).serve), offers, loads)
+        self._server = KvServer(config, me, faults, offers, loads)
+        super().__init__(config, KvPort(self._server.serve), offers, loads)
 
     def announcement(self) -> dict[str, Any]:
         return announcement(self._config, self._boot)
+
+    def announced(self, fields: Mapping[str, Any]) -> None:
+        self._server.announcement = fields
 
     def outcomes(self) -> dict[str, Any]:
         add(self._totals, self._outcomes.take())

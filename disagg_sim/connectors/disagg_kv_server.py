@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from disagg_kv.protocol.frames import Kind, WireError
 from disagg_kv.protocol.handshake import Identity, Refused, check, check_proof, choose_transport, nonce, proof
 from disagg_kv.protocol.messages import PINGS, Release, Want
+from disagg_kv.protocol.proven import ANNOUNCED, announced_field
 from disagg_kv.within import within
 from disagg_sim.config import SimConfig
 from disagg_sim.connectors.blocks import row_bytes
@@ -29,6 +31,9 @@ class KvServer:
 
     Args:
         loads: decode's side, which the proxy's RELEASE and MEET go to; None on a prefill engine.
+
+    Attributes:
+        announcement: the announcement that the engine sends, which WELCOME to the proxy proves; None without pings.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class KvServer:
         self._identity = identity
         self._offers = offers
         self._loads = loads
+        self.announcement: Mapping[str, Any] | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle one connection until it ends."""
@@ -90,6 +96,8 @@ class KvServer:
         welcome = {**self._identity.to_wire(), "nonce": nonce(), PINGS: True}
         if theirs.role == "decode":
             welcome["transport"] = choose_transport(self._config.kv_transports, hello.get("transports"))
+        elif theirs.role == "control" and self.announcement is not None:
+            welcome[ANNOUNCED] = announced_field(self.announcement)
         send(writer, Kind.WELCOME, {**welcome, "proof": proof(secret, self._identity.role, hello, welcome)})
         answer = await expect(reader, Kind.PROOF)
         check_proof(proof(secret, theirs.role, hello, welcome), answer.get("proof"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from disagg_kv.engine.announce import Announcer, announcement  # noqa: E402
 from disagg_kv.protocol.handshake import Identity  # noqa: E402
 from disagg_kv.settings import Settings  # noqa: E402
 from tests.kv.memory import SHAPE  # noqa: E402
+from tests.ports import hold_port  # noqa: E402
 
 
 @pytest.mark.parametrize(("role", "kind"), [("prefill", "P"), ("decode", "D")])
@@ -25,6 +27,7 @@ def test_what_is_announced(role: str, kind: str) -> None:
         port = router.bind_to_random_port("tcp://127.0.0.1")
         settings = Settings(proxy_ip="127.0.0.1", proxy_port=port, http_port=8000)
         announcer = Announcer(settings, Identity(role, "boot", 0, SHAPE), "127.0.0.1", 21001, ["nccl", "tcp"])
+        announcer.start()
         assert router.poll(10000)
         identity, message = router.recv_multipart()
         announcer.close()
@@ -75,6 +78,27 @@ def test_the_message_stays_small() -> None:
     assert all(len(msgspec.msgpack.encode(one)) < 512 for one in found)
 
 
+def test_a_proxy_that_is_away_delays_no_other() -> None:
+    """Both get the first announcement; the port of one is bound later."""
+    context = zmq.Context()
+    first, second = context.socket(zmq.ROUTER), context.socket(zmq.ROUTER)
+    hold = ExitStack()
+    try:
+        port = first.bind_to_random_port("tcp://127.0.0.1")
+        away = hold_port(hold)
+        settings = Settings(proxies=(f"127.0.0.1:{away}", f"127.0.0.1:{port}"), http_port=8000)
+        announcer = Announcer(settings, Identity("decode", "boot", 0, SHAPE), "127.0.0.1", 21001, ["tcp"])
+        announcer.start()
+        assert first.poll(30000)
+        second.bind(f"tcp://127.0.0.1:{away}")
+        assert second.poll(30000)
+        assert first.recv_multipart()[1] == second.recv_multipart()[1]
+        announcer.close()
+    finally:
+        context.destroy(linger=0)
+        hold.close()
+
+
 def test_a_renewed_identity_is_announced() -> None:
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
@@ -82,6 +106,7 @@ def test_a_renewed_identity_is_announced() -> None:
         port = router.bind_to_random_port("tcp://127.0.0.1")
         settings = Settings(proxy_ip="127.0.0.1", proxy_port=port, http_port=8000)
         announcer = Announcer(settings, Identity("decode", "old", 0, SHAPE), "127.0.0.1", 21001, ["tcp"])
+        announcer.start()
         announcer.renew(Identity("decode", "new", 0, SHAPE))
         boot = ""
         while boot != "new":

@@ -20,6 +20,7 @@ from disagg_kv.control import Control
 from disagg_kv.decode.liveness import PROBES, Liveness
 from disagg_kv.protocol.frames import Kind, encode
 from disagg_kv.protocol.handshake import Refused, Shape, nonce
+from disagg_kv.protocol.proven import check_announced
 from disagg_kv.transport.channel import Channel
 from tests.kv.memory import SHAPE, Decode, MemoryTransport, Prefill, key, until
 from tests.ports import hold_port
@@ -252,6 +253,21 @@ async def test_the_proxy_releases_a_transfer(prefill: Make, decode: Make) -> Non
     await control.release("t")
     assert (await asyncio.to_thread(d.result)).failed_blocks == {1}
     await control.close()
+
+
+async def test_welcome_proves_the_announcement_to_the_proxy(prefill: Make) -> None:
+    fields = {"type": "P", "zmq_address": "127.0.0.1:1", "kv_links": {"a": "tcp"}}
+    p = prefill(settings={"secret": "s"})
+    control = await Control.open(p.address, "s")
+    with pytest.raises(Refused, match="release of disagg_kv does not prove"):
+        check_announced(control.announced, fields)
+    await control.close()
+    p.context.announcement = lambda: fields
+    control = await Control.open(p.address, "s")
+    await control.close()
+    assert check_announced(control.announced, {**fields, "kv_links": {}}) == ["kv_links"]
+    with pytest.raises(Refused, match="did not send this announcement"):
+        check_announced(control.announced, {**fields, "type": "D"})
 
 
 async def test_the_proxy_releases_a_transfer_on_decode(prefill: Make, decode: Make) -> None:

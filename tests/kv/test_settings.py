@@ -32,9 +32,42 @@ def test_the_secret_comes_from_the_environment() -> None:
     assert Settings.load({"secret": "t"}, {"DISAGG_KV_SECRET": "s"}).secret == "t"
 
 
+def test_the_secret_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(" s \n")
+    assert Settings.load({"secret_file": str(file)}, {}).secret == "s"
+    assert Settings.load({}, {"DISAGG_KV_SECRET_FILE": str(file)}).secret == "s"
+    assert Settings.load({"secret": "t"}, {"DISAGG_KV_SECRET_FILE": str(file)}).secret == "t"
+    assert Settings.load({"secret_file": str(file)}, {"DISAGG_KV_SECRET": "t"}).secret == "s"
+    with pytest.raises(ValueError, match="not both"):
+        Settings.load({"secret": "t", "secret_file": str(file)}, {})
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=f"secret_file: {file}: its first line is empty"):
+        Settings.load({"secret_file": str(file)}, {})
+    with pytest.raises(ValueError, match="No such file"):
+        Settings.load({"secret_file": str(tmp_path / "none")}, {})
+
+
+def test_one_address_is_announced_and_listened_on() -> None:
+    assert Settings.load({"host_ip": "10.0.0.1"}, {}).listen == "10.0.0.1"
+    assert Settings.load({"host_ip": "10.0.0.1", "listen": "0.0.0.0"}, {}).listen == "0.0.0.0"
+
+
+def test_every_proxy_gets_announcements_and_may_connect() -> None:
+    extra = {"proxy_ip": "10.0.0.1", "proxy_port": 1, "http_port": 2, "proxies": "10.0.0.2:1,[fd00::1]:1,10.0.0.1:1"}
+    settings = Settings.load(extra, {})
+    assert settings.announce_to == ("10.0.0.1:1", "10.0.0.2:1", "[fd00::1]:1")
+    assert all(map(settings.may_connect, ("10.0.0.1", "10.0.0.2", "fd00::1", "::ffff:10.0.0.2")))
+    assert not settings.may_connect("10.0.0.3")
+    assert not settings.may_fetch_from("10.0.0.2:1")
+
+
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
+        ({"host_ip": "node-1"}, "host_ip is 'node-1', not an IP address"),
+        ({"proxies": "node-1:30001", "http_port": 1}, "proxies: not an IP address and port"),
+        ({"proxies": "10.0.0.1:30001"}, "proxies and http_port must be set together"),
         ({"kv_buffer": 1}, "'kv_buffer' is unknown"),
         ({"transport": "rdma"}, "transport"),
         ({"load_timeout_s": 0}, "load_timeout_s"),
