@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "disagg_kv.trace": "",
     "disagg_kv.tally": "",
     "disagg_kv.protocol": "",
-    "disagg_kv.settings": "disagg_kv.protocol",
+    "disagg_kv.secret": "",
+    "disagg_kv.settings": "disagg_kv.protocol disagg_kv.secret",
     "disagg_kv.model_config": "",
     "disagg_kv.outcomes": "",
     "disagg_kv.control": "disagg_kv.protocol disagg_kv.within",
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "errors": "",
     "address": "",
     "runtime": "",
-    "config": "address",
+    "config": "address disagg_kv.secret",
     # Instances, and the text of requests:
     "request_id": "address",
     "http1": "request_id",
@@ -56,7 +57,8 @@ MAY_IMPORT = {
     "keys": "admission config telemetry",
     "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
-    "discovery": "address cluster config connectors health http1 telemetry upstream",
+    "discovery": "address cluster config connectors disagg_kv.control disagg_kv.protocol health http1 telemetry "
+    "upstream",
     "peer_group": "admission cluster discovery health telemetry",
     "services": "admission cluster config connectors coordinator discovery health keys openai peer_group "
     "runtime telemetry upstream",

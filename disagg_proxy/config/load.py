@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from disagg_kv.secret import read_secret
 from disagg_proxy import __version__, compiled
 from disagg_proxy.config import values
 from disagg_proxy.config.commands import COMMANDS, SERVE
 from disagg_proxy.config.file import CONFIG_FILE, FileError, read_file
 from disagg_proxy.config.keys_file import KeysFileError, keys_of
-from disagg_proxy.config.model import Config
+from disagg_proxy.config.model import PROVEN, Config
 from disagg_proxy.config.table import SETTINGS, Setting
 
 _METAVARS: dict[values.Reader, str] = {
@@ -111,7 +112,7 @@ def load_all(argv: Sequence[str], environ: Mapping[str, str], file: Mapping[str,
         texts[setting.name] = raw
         if source:
             sources[setting.name] = source
-    config = Config(**found)
+    config = _with_secret(Config(**found))
     _check(config)
     return Loaded(config, file, texts, sources)
 
@@ -123,14 +124,32 @@ def _given_path(given: Mapping[str, Any], environ: Mapping[str, str]) -> str:
     return values.path(given["config_file"] or environ.get(CONFIG_FILE) or "")
 
 
+def _with_secret(config: Config) -> Config:
+    """Read the secret from its file, if there is one.
+
+    Raises:
+        ConfigError: it cannot be read, or the secret is set too.
+    """
+    if not config.kv_secret_file:
+        return config
+    if config.kv_secret:
+        raise ConfigError("DISAGG_KV_SECRET_FILE: set either this or DISAGG_KV_SECRET")
+    try:
+        return replace(config, kv_secret=read_secret(config.kv_secret_file))
+    except ValueError as error:
+        raise ConfigError(f"DISAGG_KV_SECRET_FILE: {error}") from None
+
+
 def _check(config: Config) -> None:
     """Check what concerns more than one setting.
 
     Raises:
-        ConfigError: keys that must differ do not.
+        ConfigError: keys that must differ do not, or ALLOW_REGISTER needs a secret.
     """
     if config.admin_key and config.admin_key == config.api_key:
         raise ConfigError("ADMIN_KEY: must differ from API_KEY, which every client has")
+    if PROVEN in config.allow_register and not config.kv_secret:
+        raise ConfigError("ALLOW_REGISTER: proven needs a secret that the engines share (DISAGG_KV_SECRET)")
 
 
 def check_keys_file(config: Config) -> None:

@@ -7,6 +7,9 @@ from typing import Literal
 
 from disagg_proxy.address import Address
 
+PROVEN = "proven"
+"""Entry of ``allow_register``: announcements count from everywhere once they are proven (discovery/proof.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class StaticInstance:
@@ -69,6 +72,7 @@ class Config:
     engine_api_key: str = ""
     admin_key: str = ""
     kv_secret: str = ""
+    kv_secret_file: str = ""
     cors_origins: tuple[str, ...] = ()
     enable_profiling: bool = False
     served_by_header: bool = False

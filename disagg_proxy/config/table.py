@@ -65,8 +65,11 @@ SETTINGS: tuple[Setting, ...] = (
             "a decode instance that does not ping: URL[,KV_ADDRESS] or URL,nixl; repeat the flag, or use spaces",
             "不发送心跳的 decode 实例：URL[,KV_ADDRESS] 或 URL,nixl；可重复该参数，或用空格分隔", repeated=True),
     Setting("allow_register", "ALLOW_REGISTER", "--allow-register", "local", values.registrants,
-            "who may register, comma-separated: local (this machine's addresses), any, addresses, networks, host names",
-            "允许注册的来源，逗号分隔：local（本机地址）、any、地址、网段、主机名", reload=True),
+            "who may register, comma-separated: local (this machine's addresses), any, addresses, networks, host "
+            "names, proven (who proves DISAGG_KV_SECRET)",
+            "允许注册的来源，逗号分隔：local（本机地址）、any、地址、网段、主机名、"
+            "proven（能证明 DISAGG_KV_SECRET 者）",
+            reload=True),
     Setting("instance_expiry", "INSTANCE_EXPIRY", "--instance-expiry", "10", values.seconds,
             "seconds without a ping (sent every 3 s) after which an instance is lost",
             "超过多少秒没有心跳（每 3 秒一次）即视实例为丢失", reload=True),
@@ -181,6 +184,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("kv_secret", "DISAGG_KV_SECRET", "--kv-secret", "", values.key,
             "secret shared with engines of the disagg_kv connector, if they have one",
             "与使用本项目连接器的实例共享的密钥（若已设置）", secret=True),
+    Setting("kv_secret_file", "DISAGG_KV_SECRET_FILE", "--kv-secret-file", "", values.path,
+            "file with that secret in its first line",
+            "首行为该密钥的文件"),
     Setting("cors_origins", "CORS_ORIGINS", "--cors-origins", "", values.origins,
             "browser origins that may call, comma-separated, or *; none by default",
             "允许跨域访问的来源，逗号分隔，或 *；默认不允许"),

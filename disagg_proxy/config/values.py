@@ -170,10 +170,10 @@ def origins(raw: str) -> tuple[str, ...]:
 
 
 def registrants(raw: str) -> tuple[str, ...]:
-    """Comma-separated: local, any, host names, addresses, networks."""
+    """Comma-separated: local, any, proven, host names, addresses, networks."""
     found = tuple(part.strip() for part in raw.split(",") if part.strip())
     if not found:
-        raise ValueError("must name at least one of local, any, a host name, an address or a network")
+        raise ValueError("must name at least one of local, any, proven, a host name, an address or a network")
     for entry in found:
         if "/" in entry:
             try:

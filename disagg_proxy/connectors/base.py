@@ -114,12 +114,14 @@ class Announced(NamedTuple):
         kv: its KV address. The text is what the other side's engine needs.
         boot: differs for every process of an engine; empty where the protocol does not announce it.
         links: on decode, transport of each open connection to a prefill, by its KV address, where it is announced.
+        provable: a handshake at the KV address can prove that the engine sends this announcement.
     """
 
     kind: KvKind
     kv: Address
     boot: str = ""
     links: tuple[tuple[str, str], ...] = ()
+    provable: bool = False
 
 
 def never_announced(fields: Fields) -> Announced | None:

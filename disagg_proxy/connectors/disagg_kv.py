@@ -65,7 +65,7 @@ def read(fields: Fields) -> Announced | None:
     if not isinstance(links, dict) or not all(isinstance(text, str) for pair in links.items() for text in pair):
         raise ValueError("kv_links is no map of texts")
     return Announced(
-        kind, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""), tuple(links.items())
+        kind, address_field(fields, "zmq_address"), text_field(fields, "boot_id", ""), tuple(links.items()), True
     )
 
 

@@ -6,6 +6,8 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
+from disagg_proxy.config.model import PROVEN
+
 
 class AllowList:
     """Checks the source of a message and the addresses that it announces.
@@ -14,16 +16,20 @@ class AllowList:
     compared as text, never resolved: resolving a name for an unknown sender can take seconds.
 
     Args:
-        entries: the setting: ``any``, ``local``, addresses, networks in CIDR notation, host names.
+        entries: the setting: ``any``, ``local``, ``proven``, addresses, networks in CIDR notation, host names.
+
+    Attributes:
+        proven: an announcement from elsewhere counts once it is proven.
     """
 
     def __init__(self, entries: Sequence[str]) -> None:
         self._any = "any" in entries
         self._local = "local" in entries
+        self.proven = PROVEN in entries
         self._networks = []
         self._names = set()
         for entry in entries:
-            if entry in ("any", "local"):
+            if entry in ("any", "local", PROVEN):
                 continue
             try:
                 self._networks.append(ipaddress.ip_network(entry, strict=False))

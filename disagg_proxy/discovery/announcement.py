@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
 
@@ -43,6 +44,9 @@ class Announcement:
         boot: differs for every process of an engine; empty where the connector does not announce it.
         links: on decode, transport of each open connection to a prefill, by its KV address.
         passed_on: another proxy received it and passes it on (discovery/forward.py).
+        provable: the engine's KV port can prove it (discovery/proof.py).
+        unproven: it counts only once it is proven.
+        sender: address that it came from.
         raw: the message as received.
     """
 
@@ -53,7 +57,16 @@ class Announcement:
     boot: str = ""
     links: tuple[tuple[str, str], ...] = ()
     passed_on: bool = False
+    provable: bool = False
+    unproven: bool = False
+    sender: str = field(default="", compare=False)
     raw: bytes = field(default=b"", compare=False, repr=False)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Newer announcements replace older ones with this key. An unproven one must not replace the engine's own."""
+        endpoint = (self.http.netloc, self.kv.text)
+        return (*endpoint, self.sender) if self.unproven else endpoint
 
 
 def decode(frames: Sequence[bytes]) -> Announcement:
@@ -81,8 +94,15 @@ def decode(frames: Sequence[bytes]) -> Announcement:
     except ValueError as error:
         raise BadAnnouncement("mistyped", str(error)) from None
     return Announcement(
-        _ROLES[role], http, kv.kv, kv.kind, kv.boot, kv.links, passed_on=PASSED_ON in fields, raw=payload
+        _ROLES[role], http, kv.kv, kv.kind, kv.boot, kv.links, PASSED_ON in fields, kv.provable, raw=payload
     )
+
+
+def fields_of(announcement: Announcement) -> dict[str, Any]:
+    """The fields as the engine sent them, without the mark of another proxy."""
+    fields = msgpack.unpackb(announcement.raw)
+    fields.pop(PASSED_ON, None)
+    return {str(name): value for name, value in fields.items()}
 
 
 def passed_on(announcement: Announcement) -> bytes:

@@ -15,6 +15,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 
@@ -123,7 +124,7 @@ class Listener:
 
     def _read_all(self) -> None:
         """Read all messages that have arrived, and deliver the newest announcement of each instance as one batch."""
-        found: dict[tuple[str, str], Announcement] = {}
+        found: dict[tuple[str, ...], Announcement] = {}
         for _ in range(_MAX_SENDERS):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -131,7 +132,7 @@ class Listener:
                 break
             announcement = self._read_one(frames)
             if announcement is not None:
-                found[(announcement.http.netloc, announcement.kv.text)] = announcement
+                found[announcement.key] = announcement
         if found:
             self._deliver(list(found.values()))
 
@@ -141,8 +142,11 @@ class Listener:
         try:
             announcement = decode([frame.bytes for frame in frames])
             for host in (sender, announcement.http.host, announcement.kv.host):
-                if not self.allow.permits(host):
-                    raise BadAnnouncement("forbidden", f"{host} may not register (ALLOW_REGISTER)")
+                if self.allow.permits(host):
+                    continue
+                if self.allow.proven and announcement.provable:
+                    return replace(announcement, unproven=True, sender=sender)
+                raise BadAnnouncement("forbidden", f"{host} may not register (ALLOW_REGISTER)")
         except BadAnnouncement as error:
             self.drop(error.kind, sender, str(error))
             return None
@@ -153,7 +157,8 @@ class Listener:
         self.traffic.dropped[kind] += 1
         if (sender, kind) not in self._warned and len(self._warned) < _MAX_SENDERS:
             self._warned.add((sender, kind))
-            log.warning("Dropped a %s registration from %s: %s", kind, sender, detail[:300])
+            article = "an" if kind[0] in "aeiou" else "a"
+            log.warning("Dropped %s %s registration from %s: %s", article, kind, sender, detail[:300])
 
 
 def _sender(frames: list[zmq.Frame]) -> str:

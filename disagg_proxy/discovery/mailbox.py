@@ -18,7 +18,7 @@ class Mailbox:
     def __init__(self, take: Callable[[list[Announcement]], None]) -> None:
         self._take = take
         self._lock = threading.Lock()
-        self._pending: dict[tuple[str, str], Announcement] = {}
+        self._pending: dict[tuple[str, ...], Announcement] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def open(self) -> None:
@@ -31,7 +31,7 @@ class Mailbox:
             idle = not self._pending
             for announcement in announcements:
                 if len(self._pending) < _MAX_PENDING:
-                    self._pending[(announcement.http.netloc, announcement.kv.text)] = announcement
+                    self._pending[announcement.key] = announcement
         if idle and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver)
 

@@ -16,6 +16,7 @@ from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
+from disagg_proxy.discovery.proof import Proofs
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_proxy.health.prober import Prober
 from disagg_proxy.http1.head_writer import header_lines
@@ -67,7 +68,8 @@ class Discovery:
         self._registry = registry
         self._quiet = quiet
         self._own_port = pings is None
-        self.mailbox = Mailbox(self.take)
+        self._proofs = Proofs(config.kv_secret, config.connect_timeout, self.take, self._drop)
+        self.mailbox = Mailbox(self._proofs.take)
         self.listener = pings or Listener(
             config.zmq_host, config.zmq_port, AllowList(config.allow_register), self.mailbox.put
         )
@@ -101,6 +103,7 @@ class Discovery:
         """Close the port and cancel all tasks."""
         # The thread may be delivering to the loop while it ends, so the loop must not be blocked.
         await asyncio.get_running_loop().run_in_executor(None, self.listener.stop)
+        await self._proofs.stop()
         self._forwarder.close()
         if self._expiry:
             self._expiry.cancel()
@@ -116,6 +119,7 @@ class Discovery:
         # Made only where it changes, since looking up this machine's names can take seconds.
         if isinstance(self.listener, Listener) and config.allow_register != before.allow_register:
             self.listener.allow = AllowList(config.allow_register)
+        self._proofs.timeout = config.connect_timeout
         if self._prober is not None:
             self._prober.set_interval(config.probe_interval)
         if self._liveness is not None:
@@ -135,6 +139,10 @@ class Discovery:
             if name not in self.refused:
                 log.warning("The registration of %s %s is not accepted: %s", a.role.value, a.http.text, refusal)
             self.refused[name] += 1
+
+    def _drop(self, kind: str, sender: str, detail: str) -> None:
+        if isinstance(self.listener, Listener):
+            self.listener.drop(kind, sender, detail)
 
     async def _expire(self) -> None:
         while True:

@@ -23,6 +23,7 @@ from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
+from disagg_proxy.discovery.proof import Proofs
 from disagg_proxy.runtime.hangup import on_hangup
 from disagg_proxy.runtime.shutdown import first_of
 from disagg_proxy.server.http_server import listen
@@ -58,13 +59,14 @@ class Supervisor:
         self._settings = settings
         config = self._config = settings.config
         self._listening: socket.socket = listen(config)
-        self._mailbox = Mailbox(self._on_pings)
+        self._mailbox = Mailbox(lambda announcements: self._proofs.take(announcements))
         try:
             allow = AllowList(config.allow_register)
             self._listener = Listener(config.zmq_host, config.zmq_port, allow, self._mailbox.put)
         except BaseException:
             self._listening.close()
             raise
+        self._proofs = Proofs(config.kv_secret, config.connect_timeout, self._on_pings, self._listener.drop)
         self._forwarder = Forwarder(config.forward_registrations)
         self._memory = SharedMemory.create(config.workers)
         self._row = self._memory.table.supervisor
@@ -96,6 +98,7 @@ class Supervisor:
             for task in (heartbeat, killer):
                 task.cancel()
             await asyncio.gather(heartbeat, killer, return_exceptions=True)
+            await self._proofs.stop()
             self._wakeups.close()
             await loop.run_in_executor(None, self._listener.stop)
             self.close()
@@ -186,6 +189,7 @@ class Supervisor:
         self._replay_log.expiry = config.instance_expiry
         if config.allow_register != before.allow_register:
             self._listener.allow = AllowList(config.allow_register)
+        self._proofs.timeout = config.connect_timeout
         for worker in self._workers:
             worker.send(["settings", dict(self._settings.file)])
 

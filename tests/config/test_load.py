@@ -1,6 +1,7 @@
 """Where a setting's value comes from, and what a bad one says."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,23 @@ def test_a_bad_value_is_one_line_that_names_its_setting(env: str, raw: str) -> N
         load([], {env: raw})
     assert str(caught.value).startswith(f"{env}: must ")
     assert "\n" not in str(caught.value)
+
+
+def test_the_secret_of_the_engines_may_be_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("s\n")
+    assert load([], {"DISAGG_KV_SECRET_FILE": str(file)}).kv_secret == "s"
+    with pytest.raises(ConfigError, match=r"^DISAGG_KV_SECRET_FILE: set either"):
+        load(["--kv-secret", "t"], {"DISAGG_KV_SECRET_FILE": str(file)})
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"^DISAGG_KV_SECRET_FILE: .*: its first line is empty$"):
+        load([], {"DISAGG_KV_SECRET_FILE": str(file)})
+
+
+def test_engines_can_prove_only_a_secret_that_the_proxy_has() -> None:
+    with pytest.raises(ConfigError, match=r"^ALLOW_REGISTER: proven needs a secret .*DISAGG_KV_SECRET"):
+        load([], {"ALLOW_REGISTER": "local,proven"})
+    assert load([], {"ALLOW_REGISTER": "local,proven", "DISAGG_KV_SECRET": "s"}).allow_register == ("local", "proven")
 
 
 @pytest.mark.parametrize(("wrong", "right", "name"), [
