@@ -15,9 +15,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from disagg_sim.config import SimConfig, SimConfigError, split_address
+from disagg_sim.config import Connector, SimConfig, SimConfigError, split_address
 from disagg_sim.engine import SimEngine
 
 _DESCRIPTION = """Simulated vLLM engines for prefill/decode disaggregation: no GPU, real sockets, real hand-over of
@@ -92,16 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     kv = parser.add_argument_group("KV cache")
     kv.add_argument(
         "--connector",
-        choices=("p2p_nccl", "disagg_kv", "nixl"),
+        choices=get_args(Connector),
         default="p2p_nccl",
-        help="KV transfer: vLLM's P2pNcclConnector, disagg_kv (this project's connector), or vLLM's NixlConnector",
+        help="KV transfer: that of vLLM's P2pNcclConnector, NixlConnector or MoRIIOConnector, or of disagg_kv (this "
+        "project's connector)",
     )
+    kv.add_argument("--read-mode", action="store_true", help="moriio: decode reads, instead of prefill writing")
     kv.add_argument("--kv-secret", default="", help="disagg_kv: secret shared by engines and proxy")
-    kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv, nixl: tokens of one block")
+    kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv, nixl, moriio: tokens of one block")
     kv.add_argument(
         "--load-timeout", type=float, default=30.0, help="disagg_kv: seconds that decode waits for KV, then computes"
     )
-    kv.add_argument("--hold-timeout", type=float, default=60.0, help="disagg_kv, nixl: seconds that prefill holds KV")
+    kv.add_argument("--hold-timeout", type=float, default=60.0, help="all but p2p_nccl: seconds that prefill holds KV")
     kv.add_argument("--kv-bytes-per-token", type=int, default=147_456, help="size of one token's KV (Qwen3-4B: 147456)")
     kv.add_argument("--kv-buffer-bytes", type=int, default=8_000_000_000, help="buffer for KV not yet used by decode")
     kv.add_argument("--kv-pool-bytes", type=int, default=4 * 2**30, help="pinned pool behind the buffer")
@@ -152,6 +154,7 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             kv_port=args.kv_port,
             proxy=args.proxy,
             connector=args.connector,
+            read_mode=args.read_mode,
             kv_secret=args.kv_secret,
             kv_block_size=args.kv_block_size,
             load_timeout=args.load_timeout,

@@ -7,12 +7,12 @@ line (:mod:`disagg_sim.cli`) has its own defaults, whose speeds are like those o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from disagg_sim.vllm_rules import NEWEST, WITH_P2P_NCCL, VllmRules, parse_version, rules_of
 
 Role = Literal["prefill", "decode"]
-Connector = Literal["p2p_nccl", "disagg_kv", "nixl"]
+Connector = Literal["p2p_nccl", "disagg_kv", "nixl", "moriio"]
 CloseAfter400 = Literal["close", "reset", "keep"]
 
 
@@ -34,8 +34,8 @@ class SimConfig:
 
     role: Role = "prefill"
     connector: Connector = "p2p_nccl"
-    """KV transfer of vLLM's P2pNcclConnector, of ``disagg_kv`` (docs/connector.md), or of vLLM's NixlConnector. Engines
-    with the last one do not ping."""
+    """KV transfer of vLLM's P2pNcclConnector, of ``disagg_kv`` (docs/connector.md), or of vLLM's NixlConnector or
+    MoRIIOConnector. Engines with NixlConnector do not ping."""
     host: str = "127.0.0.1"
     port: int = 0
     kv_port: int = 0
@@ -74,7 +74,7 @@ class SimConfig:
     """The pinned pool that takes what the buffer does not; handed out in powers of two."""
 
     # disagg_kv: what both sides of a pair must have in common, and deadlines in seconds. Block size and hold_timeout
-    # are NixlConnector's too.
+    # are those of NixlConnector and MoRIIOConnector too.
     kv_model: str = "sim"
     kv_digest: str | None = ""
     """Announced digest of the weights; empty: derived from ``kv_model``, None: as a release that has no digest."""
@@ -86,6 +86,8 @@ class SimConfig:
     """As announced and offered; only TCP is really spoken."""
     tp: int = 1
     kv_secret: str = ""
+    read_mode: bool = False
+    """MoRIIOConnector's setting: decode reads from prefill, instead of prefill writing to decode."""
     load_timeout: float = 30.0
     """Decode: how long a request waits for its KV before it is computed."""
     hold_timeout: float = 60.0
@@ -122,8 +124,8 @@ class SimConfig:
     def __post_init__(self) -> None:
         if self.role not in ("prefill", "decode"):
             raise SimConfigError(f"role must be prefill or decode, not {self.role!r}")
-        if self.connector not in ("p2p_nccl", "disagg_kv", "nixl"):
-            raise SimConfigError(f"connector must be p2p_nccl, disagg_kv or nixl, not {self.connector!r}")
+        if self.connector not in get_args(Connector):
+            raise SimConfigError(f"connector must be one of {', '.join(get_args(Connector))}, not {self.connector!r}")
         if not self.models or not all(self.models):
             raise SimConfigError("models must name at least one model")
         if self.close_after_400 not in ("close", "reset", "keep"):

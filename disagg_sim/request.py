@@ -114,7 +114,7 @@ class EngineRequest:
     received: ReceivedKv | None = None
     """KV that came from prefill."""
     kv_transfer: dict[str, Any] | None = None
-    """The answer's kv_transfer_params, with NixlConnector on prefill."""
+    """The answer's kv_transfer_params, on prefill with NixlConnector or MoRIIOConnector."""
 
     @property
     def prompt_complete(self) -> bool:

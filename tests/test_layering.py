@@ -134,6 +134,7 @@ REQUEST_ID = ("___prefill_addr_", "___decode_addr_")
 KNOW_REQUEST_ID = {
     "request_id": "writes it",
     "disagg_sim.request": "reads it, as vLLM's connector does",
+    "disagg_sim.connectors.moriio": "reads it, as vLLM's connector does",
     "disagg_sim.chaos.engines": "checks what the engines got",
 }
 """The addresses in the request id of P2pNcclConnector, and the modules that spell them."""

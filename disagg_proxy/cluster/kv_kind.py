@@ -28,6 +28,7 @@ class KvKind:
         computes: whether decode computes a prompt for which it gets no KV, so that it can also serve requests alone.
             Where it does not, decode waits for the KV without a limit.
         needs_address: whether the proxy must know an instance's KV address before it can serve.
+        peer_params: ``kv_transfer_params`` that describe this instance to the engine on the other side of a pair.
     """
 
     protocol: str
@@ -35,6 +36,7 @@ class KvKind:
     transports: frozenset[str] = frozenset()
     computes: bool = True
     needs_address: bool = True
+    peer_params: tuple[tuple[str, str | int], ...] = ()
 
     @property
     def ranks(self) -> int:

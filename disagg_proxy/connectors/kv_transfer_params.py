@@ -1,7 +1,8 @@
-"""Puts ``kv_transfer_params`` into a leg's body, for connectors that name their KV there (``disagg_kv``, ``nixl``).
+"""Puts ``kv_transfer_params`` into a leg's body, for connectors that name their KV there: all but P2pNcclConnector,
+which names it by the request id.
 
 Clients cannot set the field (``fields.strip``), so it is inserted as text at the front of the object; the rest of the
-body stays as it is if it is UTF-8. P2pNcclConnector names its KV by the request id instead: ``p2p_nccl``.
+body stays as it is if it is UTF-8.
 """
 
 from __future__ import annotations

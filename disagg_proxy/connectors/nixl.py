@@ -15,22 +15,15 @@ request id says nothing of it, and the engines announce nothing (docs/nixl.md). 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Coroutine
 from typing import Any
-
-import msgspec
 
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.connectors.base import Engines, Failure, KvProtocol, Request
 from disagg_proxy.connectors.kv_transfer_params import with_params
-from disagg_proxy.connectors.recomputing import RecomputingAttempt
+from disagg_proxy.connectors.prefill_first import PrefillFirstAttempt, answered_params, keeping_kv
 from disagg_proxy.downstream.reply import Reply
-from disagg_proxy.openai.prepare import Prepared, encode, parse_object
-from disagg_proxy.upstream import CompleteResponse
-
-log = logging.getLogger(__name__)
 
 KIND: KvKind = KvKind("nixl", needs_address=False)
 
@@ -47,19 +40,9 @@ _NEEDED = {"remote_engine_id": str, "remote_request_id": str, "remote_host": str
 and before, where blocks were freed by another name."""
 
 
-def fits(prepared: Prepared) -> bool:
-    """Whether the request becomes one request in the engine: its params are those of one prompt, read once."""
-    return prepared.choices == 1 and prepared.prompts == 1
-
-
 def for_prefill(body: bytes) -> bytes:
-    """Prefill's body: keep the KV for decode. Never streamed, since events carry no params."""
-    if b'"stream":true' in body:
-        fields = parse_object(body)
-        fields["stream"] = False
-        fields.pop("stream_options", None)
-        body = encode(fields)
-    return with_params(body, _FOR_PREFILL)
+    """Prefill's body: keep the KV for decode."""
+    return keeping_kv(body, _FOR_PREFILL)
 
 
 def for_decode(body: bytes, prefilled: bytes) -> bytes:
@@ -69,28 +52,9 @@ def for_decode(body: bytes, prefilled: bytes) -> bytes:
     return body if params is None else with_params(body, params)
 
 
-_Answer: Any = msgspec.defstruct("_Answer", [("kv_transfer_params", dict[str, Any] | None, None)])
-
-
 def transfer_params(answer: bytes) -> dict[str, Any] | None:
     """Where prefill's answer says the KV is; None when it does not say, or not completely."""
-    try:
-        params = msgspec.json.decode(answer, type=_Answer).kv_transfer_params
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-    if params is None or params.get("do_remote_prefill") is not True:
-        return None
-    if any(type(params.get(name)) is not kind for name, kind in _NEEDED.items()):
-        return None
-    return params if _some_block(params.get("remote_block_ids")) else None
-
-
-def _some_block(blocks: Any) -> bool:
-    """Whether these are block numbers: one list for each group of layers (vLLM 0.18 and newer), or one for all."""
-    if not isinstance(blocks, list):
-        return False
-    numbers = [number for group in blocks for number in (group if isinstance(group, list) else [group])]
-    return bool(numbers) and all(type(number) is int for number in numbers)
+    return answered_params(answer, _NEEDED)
 
 
 class Nixl:
@@ -101,42 +65,19 @@ class Nixl:
 
     def run(self, request: Request, placement: Placement, reply: Reply) -> Coroutine[Any, Any, Failure | None]:
         """One attempt: see :class:`disagg_proxy.connectors.base.Connector`."""
-        return NixlAttempt(self._engines, request, placement, fits(request.prepared)).run(reply)
+        return NixlAttempt(self._engines, request, placement).run(reply)
 
 
 PROTOCOL: KvProtocol = KvProtocol(KIND, Nixl)
 
 
-class NixlAttempt(RecomputingAttempt):
+class NixlAttempt(PrefillFirstAttempt):
     """The legs of one attempt."""
 
-    async def serve(self, reply: Reply) -> None:
-        """Prefill, decode, and the answer."""
-        prepared = self.request.prepared
+    def prefill_body(self, body: bytes) -> bytes:
+        """See :func:`for_prefill`."""
+        return for_prefill(body)
 
-        # 1. Prefill: keeps its KV and answers where it is.
-        prefilled = None
-        if self.placement.prefill is not None:
-            prefilled = await self.prefill(for_prefill(prepared.prefill_body))
-
-        # 2. Decode: reads the KV there, once, or computes.
-        self.watch()
-        answer = await self.request_decode(self._decode_body(prefilled), resend_body=prepared.decode_body)
-
-        # 3. Answer.
-        await self.answer(reply, answer)
-
-    def _decode_body(self, prefilled: CompleteResponse | None) -> bytes:
-        plain = self.request.prepared.decode_body
-        if prefilled is None:
-            return plain
-        body = for_decode(plain, prefilled.body)
-        prefill = self.placement.prefill
-        if body is plain and prefill is not None:
-            if not prefill.kv_missing:
-                log.warning(
-                    "%s prefills without saying where the KV is: which KV connector does it run?", prefill,
-                    extra=self.log_fields,
-                )  # fmt: skip
-            prefill.kv_missing += 1
-        return body
+    def decode_body(self, body: bytes, prefilled: bytes) -> bytes:
+        """See :func:`for_decode`."""
+        return for_decode(body, prefilled)

@@ -1,4 +1,5 @@
-"""What the connectors share whose decode computes the prompt where it gets no KV for it (``disagg_kv``, ``nixl``).
+"""What the connectors share whose decode computes the prompt where it gets no KV for it (``disagg_kv``, ``nixl``,
+``moriio``).
 
     prefill refused or failed      decode computes; the client notices nothing
     prefill busy (429, 503)        another pair, else 503: decodes do not take over the work of prefills that are busy

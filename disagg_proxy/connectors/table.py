@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.config import Config, ConfigError
-from disagg_proxy.connectors import disagg_kv, nixl, p2p_nccl
+from disagg_proxy.connectors import disagg_kv, moriio, nixl, p2p_nccl
 from disagg_proxy.connectors.base import Announced, Connector, Engines, Fields, KvProtocol, never_announced
 
 PROTOCOLS: tuple[KvProtocol, ...] = (
     disagg_kv.PROTOCOL,
+    moriio.PROTOCOL,
     nixl.PROTOCOL,
     # Last: its announcements name no protocol, so it reads what no other one has claimed.
     p2p_nccl.PROTOCOL,

@@ -133,12 +133,14 @@ def _dropped(headers: Headers, always: frozenset[bytes]) -> frozenset[bytes]:
 
 
 def client_request_id(headers: Headers) -> str | None:
-    """The client's X-Request-Id, returned to it; None if it is missing, too long or not printable ASCII."""
+    """The client's X-Request-Id, returned to it; None if it is missing, too long or not printable ASCII, or if it names
+    KV addresses: MoRIIOConnector connects to those (vLLM 0.33, ``moriio_common.py``, ``get_peer_zmq_from_request_id``).
+    """
     value = value_of(headers, b"x-request-id")
     if not value or len(value) > _MAX_ID_BYTES or not value.isascii():
         return None
     text = value.decode()
-    return text if text.isprintable() else None
+    return text if text.isprintable() and not any(marker in text for marker in MARKERS) else None
 
 
 def request_id_of(headers: Headers) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from disagg_sim.config import Connector, SimConfig
 from disagg_sim.connectors.base import KvConnector
 from disagg_sim.connectors.disagg_kv import DisaggKv
+from disagg_sim.connectors.moriio import Moriio
 from disagg_sim.connectors.nixl import Nixl
 from disagg_sim.connectors.p2p_nccl import P2pNccl
 from disagg_sim.faults import Faults
@@ -15,6 +16,7 @@ _CONNECTORS: dict[Connector, Callable[[SimConfig, Faults, str, Callable[[], None
     "p2p_nccl": P2pNccl,
     "disagg_kv": DisaggKv,
     "nixl": Nixl,
+    "moriio": Moriio,
 }
 
 

@@ -25,8 +25,6 @@ from disagg_sim.faults import Faults
 from disagg_sim.kv_wire import pack, read_frame
 from disagg_sim.request import EngineRequest, WorkerError
 
-_FIELDS = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
-
 
 class Nixl(TransferParamsConnector):
     """Decode reads from the engine that the request's params name. Such engines do not ping."""
@@ -80,22 +78,27 @@ class HeldKv:
         params = request.sampling.kv_transfer
         if aborted or not isinstance(params, Mapping) or not params.get("do_remote_decode"):
             return
-        rows = rows_of(self._config, request.prompt_ids)
-        self._rows[request.id] = rows
-        self._timers[request.id] = asyncio.get_running_loop().call_later(
-            self._config.hold_timeout, self._free, request.id
-        )
+        rows, name = rows_of(self._config, request.prompt_ids), self.name_of(request)
+        self._rows[name] = rows
+        self._timers[name] = asyncio.get_running_loop().call_later(self._config.hold_timeout, self._free, name)
         request.kv_transfer = {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_block_ids": [list(range(1, len(rows) + 1))],
             "remote_engine_id": self._engine_id,
-            "remote_request_id": request.id,
             "remote_host": self._host,
-            "remote_port": self._port,
             "tp_size": self._config.tp,
+            **self.own_params(request),
         }
         self._changed()
+
+    def name_of(self, request: EngineRequest) -> str:
+        """The name under which decode finds the request's KV."""
+        return request.id
+
+    def own_params(self, request: EngineRequest) -> dict[str, Any]:
+        """Fields of the answer's params besides those that both protocols have."""
+        return {"remote_request_id": request.id, "remote_port": self._port}
 
     def _free(self, name: str) -> list[bytes] | None:
         if timer := self._timers.pop(name, None):
@@ -116,7 +119,15 @@ class HeldKv:
 
 
 class Reads:
-    """Decode's side: requests whose KV is being read."""
+    """Decode's side: requests whose KV is being read.
+
+    Attributes:
+        needed: params without which the KV cannot be found.
+        name, port: params with the name of the KV and the port to read it from.
+    """
+
+    needed: tuple[str, ...] = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")
+    name, port = "remote_request_id", "remote_port"
 
     def __init__(self, loaded: RowsLoaded) -> None:
         self._loaded = loaded
@@ -132,7 +143,11 @@ class Reads:
 
     def state(self) -> dict[str, Any]:
         """``kv_waiting``: number of blocks still to be read, by request id."""
-        return {"kv_waiting": {request.id: len(_block_ids(request)) for request in self._tasks}}
+        return {
+            "kv_waiting": {
+                request.id: self.count(request, request.sampling.kv_transfer or {}) for request in self._tasks
+            }
+        }
 
     def begin(self, request: EngineRequest) -> bool:
         """Start to read the KV that the request's params name; False without such params: the prompt is computed.
@@ -143,9 +158,8 @@ class Reads:
         params = request.sampling.kv_transfer
         if not isinstance(params, Mapping) or not params.get("do_remote_prefill"):
             return False
-        if not params.get("remote_block_ids"):
-            raise WorkerError("AssertionError: assert num_external_tokens == 0")
-        if any(name not in params for name in _FIELDS):
+        self.count(request, params)
+        if any(name not in params for name in self.needed):
             self._tasks[request] = None
             return True
         self._tasks[request] = asyncio.create_task(self._read(request, params), name=f"nixl-read-{request.id}")
@@ -166,29 +180,33 @@ class Reads:
     async def _read(self, request: EngineRequest, params: Mapping[str, Any]) -> None:
         rows: list[bytes] | None = None
         with contextlib.suppress(OSError, KeyError, TypeError):
-            rows = (await _ask(params, len(_block_ids(request))))["rows"]
+            rows = (await self.ask(params, self.count(request, params)))["rows"]
         # Without rows the prompt is computed, as with vLLM's kv_load_failure_policy "recompute".
         if self._tasks.pop(request, None) is not None:
             self._loaded(request, rows, True)
 
     async def _free(self, params: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError, KeyError, TypeError):
-            await _ask(params, 0)
+            await self.ask(params, 0)
 
+    def count(self, request: EngineRequest, params: Mapping[str, Any]) -> int:
+        """Number of blocks to read.
 
-def _block_ids(request: EngineRequest) -> list[int]:
-    params = request.sampling.kv_transfer or {}
-    return [number for group in params["remote_block_ids"] for number in group]
+        Raises:
+            WorkerError: the params name no blocks.
+        """
+        if not params.get("remote_block_ids"):
+            raise WorkerError("AssertionError: assert num_external_tokens == 0")
+        return sum(len(group) for group in params["remote_block_ids"])
 
-
-async def _ask(params: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Read ``count`` blocks from the engine that ``params`` name; {} if it closes the connection instead."""
-    reader, writer = await asyncio.open_connection(params["remote_host"], params["remote_port"])
-    try:
-        writer.write(pack({"request": params["remote_request_id"], "count": count}))
-        await writer.drain()
-        if not count:
-            return {}
-        return await read_frame(reader) or {}
-    finally:
-        writer.close()
+    async def ask(self, params: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """Read ``count`` blocks from the engine that ``params`` name; {} if it closes the connection instead."""
+        reader, writer = await asyncio.open_connection(params["remote_host"], params[self.port])
+        try:
+            writer.write(pack({"request": params[self.name], "count": count}))
+            await writer.drain()
+            if not count:
+                return {}
+            return await read_frame(reader) or {}
+        finally:
+            writer.close()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_proxy.connectors.nixl import fits as fits_nixl
 from disagg_proxy.connectors.nixl import for_decode, for_prefill, transfer_params
+from disagg_proxy.connectors.prefill_first import fits as fits_nixl
 from disagg_proxy.openai.fields import CHAT, COMPLETIONS
 from disagg_proxy.openai.prepare import prepare
 
