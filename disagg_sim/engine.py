@@ -62,16 +62,16 @@ class SimEngine:
         self._http = HttpSide(
             config, self._loop, self.faults, state=self.state, metrics=self.metrics, changed=self._changed
         )
-        announcement = self._connector.announcement()
+        announce = self._connector.announcement
         self._pinger = Pinger(
-            config, self.http_address, self.kv_address, announcement or {}, lambda: self.faults.pings, self._changed
+            config, self.http_address, self.kv_address, announce, lambda: self.faults.pings, self._changed
         )
-        self._connector.announced(self._pinger.fields)
+        self._connector.announced(self._pinger.fields())
         self.faults.on_refuse = self._refuse
         self._started = True
         await self._connector.start(kv_sock)
         self._loop.start()
-        if announcement is not None:
+        if announce() is not None:
             self._pinger.start()
         try:
             if config.startup_seconds:

@@ -20,10 +20,9 @@ class Pinger:
     """Pings until stopped.
 
     Args:
-        more: fields that the connector adds to the message.
+        more: returns the fields that the connector adds to the message, anew for each one.
 
     Attributes:
-        fields: of each message.
         sent: messages handed to ZMQ.
     """
 
@@ -32,7 +31,7 @@ class Pinger:
         config: SimConfig,
         http_address: str,
         kv_address: str,
-        more: Mapping[str, Any],
+        more: Callable[[], Mapping[str, Any] | None],
         enabled: Callable[[], bool],
         changed: Callable[[], None],
     ) -> None:
@@ -40,13 +39,8 @@ class Pinger:
         self._enabled = enabled
         self._changed = changed
         self._identity = kv_address.encode()
-        self.fields = {
-            "type": "P" if config.is_producer else "D",
-            "http_address": http_address,
-            "zmq_address": kv_address,
-            **more,
-        }
-        self._message: bytes = msgpack.packb(self.fields)
+        self._http_address, self._kv_address = http_address, kv_address
+        self._more = more
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._task: asyncio.Task[None] | None = None
         self.sent = 0
@@ -75,11 +69,20 @@ class Pinger:
             context, self._context = self._context, None
             context.destroy(linger=0)
 
+    def fields(self) -> dict[str, Any]:
+        """The fields of a message."""
+        return {
+            "type": "P" if self._config.is_producer else "D",
+            "http_address": self._http_address,
+            "zmq_address": self._kv_address,
+            **(self._more() or {}),
+        }
+
     async def _run(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:
         while True:
             for sock in sockets if self._enabled() else ():
                 try:
-                    sock.send(self._message, zmq.NOBLOCK)
+                    sock.send(msgpack.packb(self.fields()), zmq.NOBLOCK)
                     self.sent += 1
                     self._changed()
                 except zmq.Again:

@@ -74,7 +74,7 @@ class Machine:
         await asyncio.gather(*(engine.stop() for engine in self.engines))
 
     async def engine(self, role: str, **knobs: Any) -> SimEngine:
-        engine = SimEngine(SimConfig(role=role, proxy=self.proxy.zmq, ping_seconds=0.2, **knobs))
+        engine = SimEngine(SimConfig(**{"role": role, "proxy": self.proxy.zmq, "ping_seconds": 0.2, **knobs}))
         await engine.start()
         self.engines.append(engine)
         return engine

@@ -26,12 +26,14 @@ class DisaggKv(TransferParamsConnector):
         self._outcomes = Outcomes()
         self._totals: dict[str, Any] = {}
         offers = Offers(config, faults, changed, self._outcomes)
-        loads = None if config.is_producer else Loads(config, me, self._rows_loaded, changed, self._outcomes)
-        self._server = KvServer(config, me, faults, offers, loads)
-        super().__init__(config, KvPort(self._server.serve), offers, loads)
+        self._loads = None if config.is_producer else Loads(config, me, self._rows_loaded, changed, self._outcomes)
+        self._server = KvServer(config, me, faults, offers, self._loads)
+        super().__init__(config, KvPort(self._server.serve), offers, self._loads)
 
     def announcement(self) -> dict[str, Any]:
-        return announcement(self._config, self._boot)
+        found = announcement(self._config, self._boot)
+        links = self._loads.links() if self._loads is not None else []
+        return {**found, "kv_links": dict.fromkeys(links, "tcp")} if links else found
 
     def announced(self, fields: Mapping[str, Any]) -> None:
         self._server.announcement = fields

@@ -211,10 +211,12 @@ class Loads:
                 for waiting in self._waiting.values()
                 for request in waiting.requests
             },
-            "kv_links": [
-                address for address, connection in self._connections.items() if connection.ready and not connection.dead
-            ],
+            "kv_links": self.links(),
         }
+
+    def links(self) -> list[str]:
+        """Addresses of the prefill engines to which there is a connection."""
+        return [address for address, one in self._connections.items() if one.ready and not one.dead]
 
     # The engine.
 

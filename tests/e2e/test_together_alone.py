@@ -189,8 +189,16 @@ async def test_caches_that_differ_make_no_pair(machine: Machine, trait: dict[str
     assert len(warned) == 1 and why in warned[0].message and prefill.http_address in warned[0].message
 
 
+async def test_engines_announce_their_connections(machine: Machine) -> None:
+    prefill, decode = await machine.pair(**OWN, ping_seconds=0.05)
+    known = machine.proxy.instance(decode.http_address)
+    await soon(machine.proxy.until(lambda: known.kv_links == {prefill.kv_address: "tcp"}))
+    await prefill.kill()
+    await soon(machine.proxy.until(lambda: not known.kv_links))
+
+
 async def test_stats_name_the_transport_that_runs(machine: Machine) -> None:
-    prefill, decode = await machine.pair(**OWN)
+    prefill, decode = await machine.pair(**OWN, ping_seconds=60.0)
     links = {prefill.kv_address: "tcp; nccl failed: RuntimeError"}
     own = announcement(decode.config, decode.state()["boot_id"])
     ping = {"type": "D", "http_address": decode.http_address, "zmq_address": decode.kv_address, **own}
