@@ -65,6 +65,7 @@ class DisaggKVConnector(KVConnectorBase_V1):
         transfer = vllm_config.kv_transfer_config
         if transfer.kv_role not in ("kv_producer", "kv_consumer"):
             raise ValueError("kv_role must be kv_producer (prefill) or kv_consumer (decode)")
+        self._kv_role = transfer.kv_role
         decode = transfer.kv_role == "kv_consumer"
         if decode and transfer.kv_load_failure_policy != "recompute":
             raise ValueError(
@@ -168,6 +169,17 @@ class DisaggKVConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         return self._scheduler.finished(request), None
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Return whether a preempted request computes again even if its last output is under way (read once, from vLLM
+        0.27 on at the latest): on prefill, since its blocks are gone. Decode computes what is not delivered."""
+        return bool(self._kv_role == "kv_producer")
+
+    def has_pending_push_work(self) -> bool:
+        """Return whether an engine without requests has to step once more (called from vLLM 0.27 on at the latest):
+        what was noted since the last step reaches the worker side only with one."""
+        return self._scheduler is not None and self._scheduler.has_news
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:

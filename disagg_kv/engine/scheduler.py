@@ -126,6 +126,12 @@ class ConnectorScheduler:
                     self._advance(plan, output, name, blocks, resumed, cached.num_computed_tokens[index])
         return plan
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the worker side has to be notified of something that no request belongs to any more."""
+        plan = self._plan
+        return bool(plan.updated or plan.cancels or plan.releases or plan.drops)
+
     def finished(self, request: Any) -> bool:
         """Record that the request has finished. True if its blocks must stay until the worker side reports it."""
         name = request.request_id

@@ -341,3 +341,17 @@ def test_an_empty_step_is_marked_idle() -> None:
     half = _half(False)
     assert half.plan(_output()).idle
     assert not half.plan(_output({"r": ([1], 0, 3)})).idle
+
+
+def test_an_idle_engine_steps_for_what_its_worker_side_must_know() -> None:
+    """vLLM's has_pending_push_work: without requests there is no step that would take the plan."""
+    half = _half(False)
+    assert not half.has_news
+    half.weights_written("reload_weights")
+    assert half.has_news
+    assert half.plan(_output()).updated
+    assert not half.has_news, "once, or the engine would never rest"
+    decode, request = _half(True), _decode_request()
+    decode.num_matched_tokens(request, 0)
+    decode.finished(request)
+    assert decode.has_news and decode.plan(_output()).releases and not decode.has_news

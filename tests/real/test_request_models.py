@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.connectors import disagg_kv, nixl
+from disagg_proxy.cluster.kv_kind import KvKind
+from disagg_proxy.connectors import disagg_kv, moriio, nixl
+from disagg_proxy.connectors.kv_transfer_params import with_params
+from disagg_proxy.connectors.prefill_first import fits, keeping_kv
 from disagg_proxy.errors import BadRequest
 from disagg_proxy.openai.fields import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Route
 from disagg_proxy.openai.prepare import Prepared, prepare
@@ -126,9 +129,10 @@ ROUTES: list[tuple[Route, dict[str, Any], dict[str, list[Any]]]] = [
 ]
 _PARAMS = (
     b'{"kv_transfer_params":{"do_remote_prefill":true,"remote_engine_id":"e","remote_request_id":"r",'
-    b'"remote_host":"h","remote_port":1,"remote_block_ids":[[1]]}}'
+    b'"remote_host":"h","remote_port":1,"remote_block_ids":[[1]],"transfer_id":"t"}}'
 )
-"""Of a prefill's answer (NixlConnector)."""
+"""Of a prefill's answer (NixlConnector, MoRIIOConnector)."""
+_PEER = KvKind("moriio", peer_params=(("remote_host", "h"), ("remote_notify_port", 1), ("remote_tp_size", 1)))
 
 
 def combinations(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -158,8 +162,14 @@ def legs(route: Route, prepared: Prepared) -> dict[str, bytes]:
     }
     if route is not RESPONSES:
         bodies |= {"prefill (p2p_nccl)": prefill, "decode": decode, "KV release": prepared.kv_release_body}
-    if nixl.fits(prepared):
+    if fits(prepared):
         bodies |= {"prefill (nixl)": nixl.for_prefill(prefill), "decode (nixl)": nixl.for_decode(decode, _PARAMS)}
+        params = moriio.decode_params("t", _PEER, _PARAMS)
+        assert params is not None
+        bodies |= {
+            "prefill (moriio)": keeping_kv(prefill, moriio.prefill_params("t", _PEER)),
+            "decode (moriio)": with_params(decode, params),
+        }
     return bodies
 
 
