@@ -251,6 +251,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at sim' -l time-per-output-token -x -d 'time of a decode step'
     complete -c $name -n '__disagg_proxy_at sim' -l communicator-seconds -x -d 'extra time of a pair\'s first request (NCCL'
     complete -c $name -n '__disagg_proxy_at sim' -l connector -x -a 'p2p_nccl disagg_kv nixl moriio' -d 'KV transfer'
+    complete -c $name -n '__disagg_proxy_at sim' -l kv-both -d 'disagg_kv, decode'
     complete -c $name -n '__disagg_proxy_at sim' -l read-mode -d 'moriio'
     complete -c $name -n '__disagg_proxy_at sim' -l kv-secret -x -d 'disagg_kv'
     complete -c $name -n '__disagg_proxy_at sim' -l kv-block-size -x -d 'disagg_kv, nixl, moriio'

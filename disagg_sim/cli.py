@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="KV transfer: that of vLLM's P2pNcclConnector, NixlConnector or MoRIIOConnector, or of disagg_kv (this "
         "project's connector)",
     )
+    kv.add_argument("--kv-both", action="store_true", help="disagg_kv, decode: prefill for others as well (kv_both)")
     kv.add_argument("--read-mode", action="store_true", help="moriio: decode reads, instead of prefill writing")
     kv.add_argument("--kv-secret", default="", help="disagg_kv: secret shared by engines and proxy")
     kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv, nixl, moriio: tokens of one block")
@@ -154,6 +155,7 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             kv_port=args.kv_port,
             proxy=args.proxy,
             connector=args.connector,
+            kv_both=args.kv_both,
             read_mode=args.read_mode,
             kv_secret=args.kv_secret,
             kv_block_size=args.kv_block_size,

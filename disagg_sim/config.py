@@ -86,6 +86,8 @@ class SimConfig:
     """As announced and offered; only TCP is really spoken."""
     tp: int = 1
     kv_secret: str = ""
+    kv_both: bool = False
+    """disagg_kv on decode: vLLM's ``kv_role`` ``kv_both``, the engine prefills for others as well."""
     read_mode: bool = False
     """MoRIIOConnector's setting: decode reads from prefill, instead of prefill writing to decode."""
     load_timeout: float = 30.0
@@ -126,6 +128,8 @@ class SimConfig:
             raise SimConfigError(f"role must be prefill or decode, not {self.role!r}")
         if self.connector not in get_args(Connector):
             raise SimConfigError(f"connector must be one of {', '.join(get_args(Connector))}, not {self.connector!r}")
+        if self.kv_both and (self.role, self.connector) != ("decode", "disagg_kv"):
+            raise SimConfigError("kv_both needs role decode and connector disagg_kv")
         if not self.models or not all(self.models):
             raise SimConfigError("models must name at least one model")
         if self.close_after_400 not in ("close", "reset", "keep"):

@@ -174,6 +174,15 @@ class Instance:
         """Identity: its HTTP endpoint in one spelling."""
         return self.http.netloc
 
+    def serves(self, role: Role) -> bool:
+        """Whether it may get legs of this role."""
+        return self.role is role or self.kind.both_roles
+
+    @property
+    def roles(self) -> list[Role]:
+        """The roles that it may get legs of."""
+        return [role for role in Role if self.serves(role)]
+
     @property
     def default_model(self) -> str | None:
         """The model that vLLM takes when a request names none."""
@@ -203,4 +212,4 @@ class Instance:
         return f"drained for maintenance; {self.reason}" if self.draining else self.reason
 
     def __str__(self) -> str:
-        return f"{self.role.value} {self.http.text}"
+        return f"{'+'.join(role.value for role in self.roles)} {self.http.text}"

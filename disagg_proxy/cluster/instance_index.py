@@ -30,10 +30,10 @@ class InstanceIndex:
         return sorted(self._instances.values(), key=lambda i: i.role is Role.DECODE)
 
     def in_flight(self, role: Role) -> int:
-        """Requests on all instances of one role, in any state."""
+        """Requests on all instances of one role, in any state; all requests of one that has both."""
         found = self._by_role.get(role)
         if found is None:
-            found = self._by_role[role] = tuple(i for i in self._instances.values() if i.role is role)
+            found = self._by_role[role] = tuple(i for i in self._instances.values() if i.serves(role))
         if len(found) == 1:
             return found[0].in_flight
         return sum([i.in_flight for i in found])
@@ -56,7 +56,7 @@ class InstanceIndex:
         found = self._serving.get((role, model))
         if found is None:
             found = tuple(
-                i for i in self._instances.values() if i.role is role and i.state is State.READY and wanted(i)
+                i for i in self._instances.values() if i.serves(role) and i.state is State.READY and wanted(i)
             )
             if found:
                 # Names that no instance serves are not cached: clients choose them, so their number is unbounded.

@@ -14,6 +14,9 @@ STALE = (
 )
 """vLLM 0.9.2 - 0.23 keeps the NCCL communicator of an address (``p2p_nccl_engine.py``, ``create_connect``)."""
 
+SELF = "an instance is not paired with itself"
+"""Why one with both roles does not send KV to itself."""
+
 
 class KvCompatibility:
     """Tracks which processes of decodes each prefill has sent KV to, per KV address.
@@ -85,6 +88,8 @@ class KvCompatibility:
         After a decode's restart on the same address, a prefill that has sent KV to the process before stalls at its
         next send, until it is restarted too (P2pNcclConnector of vLLM 0.21, measured).
         """
+        if prefill is decode:
+            return SELF
         if prefill.kind is not decode.kind and (apart := why_apart(prefill.kind, decode.kind)) is not None:
             return apart
         if decode.kv is None or not prefill.kv_peers:

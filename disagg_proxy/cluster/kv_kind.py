@@ -28,6 +28,8 @@ class KvKind:
         computes: whether decode computes a prompt for which it gets no KV, so that it can also serve requests alone.
             Where it does not, decode waits for the KV without a limit.
         needs_address: whether the proxy must know an instance's KV address before it can serve.
+        both_roles: whether the engine prefills for others and decodes as well (vLLM's ``kv_role`` ``kv_both``). The
+            role of such an instance is decode, for proxies that know one role only.
         peer_params: ``kv_transfer_params`` that describe this instance to the engine on the other side of a pair.
     """
 
@@ -36,6 +38,7 @@ class KvKind:
     transports: frozenset[str] = frozenset()
     computes: bool = True
     needs_address: bool = True
+    both_roles: bool = False
     peer_params: tuple[tuple[str, str | int], ...] = ()
 
     @property

@@ -111,6 +111,7 @@ class PendingResponse:
         answer: the response that :meth:`fail` ends; None until the request is sent.
         error: the argument of :meth:`fail`, None before.
         move: on prefill, moves the request to another pair if there is one; the leg itself continues.
+        prefill: whether the leg is a prefill whose KV decode can do without.
         replay: on decode, sends the request's prefill once more with the same id; True when prefill succeeded.
         receiver: on prefill, the lease on the decode that its KV goes to.
         size: memory in bytes that keeping the leg after its end takes.
@@ -123,6 +124,7 @@ class PendingResponse:
         "error",
         "expects_output",
         "move",
+        "prefill",
         "progress",
         "receiver",
         "replay",
@@ -155,6 +157,7 @@ class PendingResponse:
         self.replay = replay
         self.receiver = receiver
         self.move = move
+        self.prefill = False
         self.size = size
 
     def on_data(self) -> None:
@@ -254,9 +257,9 @@ class ProgressTracker:
             self.abandoned.clear()
         return progressed
 
-    def fail(self, error: EngineError | EngineDeadline) -> list[PendingResponse]:
-        """End every pending leg with ``error``; returns the legs."""
-        pendings = list(self.pending)
+    def fail(self, error: EngineError | EngineDeadline, prefills_only: bool = False) -> list[PendingResponse]:
+        """End every pending leg, or every prefill, with ``error``; returns the legs."""
+        pendings = [pending for pending in self.pending if pending.prefill or not prefills_only]
         for pending in pendings:
             pending.fail(error)
         return pendings

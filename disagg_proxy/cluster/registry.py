@@ -365,7 +365,7 @@ class Registry(InstanceIndex):
 
     def drained(self, role: Role) -> Sequence[Instance]:
         """Drained instances of one role, in any state."""
-        return [i for i in self._instances.values() if i.role is role and i.draining] if self._drained else ()
+        return [i for i in self._instances.values() if i.serves(role) and i.draining] if self._drained else ()
 
     # -- load
 
@@ -407,8 +407,9 @@ def _fail_prefills(instance: Instance, progress: ProgressTracker, reason: str) -
 
     Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never failed: its decode would hang.
     """
-    if instance.role is Role.PREFILL and instance.kind.computes:
-        progress.fail(EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False))
+    if instance.serves(Role.PREFILL) and instance.kind.computes:
+        error = EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False)
+        progress.fail(error, prefills_only=instance.kind.both_roles)
 
 
 async def _no_refresh() -> None:

@@ -365,12 +365,13 @@ class Selection:
             computes: the route runs the model: only instances that need no pair for that, prefills first.
             avoided: chosen only where there are no others.
         """
-        ready = [*self._registry.accepting(Role.PREFILL, model), *self._registry.accepting(Role.DECODE, model)]
+        accepting = self._registry.accepting
+        ready = list(dict.fromkeys([*accepting(Role.PREFILL, model), *accepting(Role.DECODE, model)]))
         if computes:
             ready = [i for i in ready if i.kind.computes]
         ready = [i for i in ready if i not in avoided and not i.suspect] or ready
         if computes:
-            ready = [i for i in ready if i.role is Role.PREFILL] or ready
+            ready = [i for i in ready if i.serves(Role.PREFILL)] or ready
         if not ready:
             raise no_candidates(self._registry, model, (), ())
         self._turn += 1

@@ -26,7 +26,7 @@ def missing_roles(registry: Registry) -> list[str]:
     for role in Role:
         if registry.accepting(role):
             continue
-        known = [i for i in registry.instances() if i.role is role]
+        known = [i for i in registry.instances() if i.serves(role)]
         why = "; ".join(
             "one is drained for maintenance" if i.draining else f"one is {i.state.value}: {i.reason}"
             for i in known[:_MAX_NAMED]

@@ -61,11 +61,13 @@ class Failure(NamedTuple):
         error: the client's answer when there is no further attempt.
         instance: the one that failed, excluded from further attempts.
         suspect: an instance that may be the cause, excluded too where there is another.
+        prefill: ``instance`` failed as prefill.
     """
 
     error: EngineError | EngineDeadline
     instance: Instance
     suspect: Instance | None = None
+    prefill: bool = False
 
 
 class Connector(Protocol):

@@ -60,7 +60,11 @@ def read(fields: Fields) -> Announced | None:
     transports = fields.get("transports")
     if not isinstance(transports, list) or not all(isinstance(name, str) for name in transports):
         raise ValueError("transports is no list of texts")
-    kind = KvKind(KIND.protocol, tuple(traits), frozenset(transports))
+    roles = fields.get("roles", [])
+    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+        raise ValueError("roles is no list of texts")
+    both = {role.value for role in Role} <= set(roles) and fields.get("type") == "D"
+    kind = KvKind(KIND.protocol, tuple(traits), frozenset(transports), both_roles=both)
     links = fields.get("kv_links", {})
     if not isinstance(links, dict) or not all(isinstance(text, str) for pair in links.items() for text in pair):
         raise ValueError("kv_links is no map of texts")
@@ -208,9 +212,10 @@ class ConnectionWarmer:
     def _on_change(self, instance: Instance) -> None:
         if instance.state is not State.READY or instance.kind.protocol != KIND.protocol:
             return
-        others = self._registry.ready(Role.DECODE if instance.role is Role.PREFILL else Role.PREFILL)
-        for other in others:
-            prefill, decode = (instance, other) if instance.role is Role.PREFILL else (other, instance)
+        ready = self._registry.ready
+        pairs = [(instance, decode) for decode in ready(Role.DECODE) if instance.serves(Role.PREFILL)]
+        pairs += [(prefill, instance) for prefill in ready(Role.PREFILL) if instance.serves(Role.DECODE)]
+        for prefill, decode in pairs:
             if prefill.kv and decode.kv and self._registry.kv_compatibility.compatible(prefill, decode):
                 meeting = self._control.meet(decode, prefill)
                 self._background.spawn(meeting, f"introduce {decode} to {prefill}")

@@ -109,7 +109,7 @@ class P2pNccl:
                 return Failure(leg.overdue, failed, suspect)
             if leg.error is not None:
                 if isinstance(leg.error, EngineError):
-                    return Failure(leg.error, prefill)
+                    return Failure(leg.error, prefill, prefill=True)
                 raise leg.error
 
             # 2. Verify: a refusal is the client's answer, and prefill's 200 may complete the request.
@@ -120,7 +120,7 @@ class P2pNccl:
                 if refused is not None and _leads_to_another(request.route, refused.status):
                     refusal(refused, "prefill", record, attempt.id, self._own_key)
             except (EngineBusy, EngineFailed) as error:
-                return Failure(error, prefill)
+                return Failure(error, prefill, prefill=True)
             if refused is not None:
                 attempt.end_decode()
                 attempt.refuse(reply, refused, "prefill")

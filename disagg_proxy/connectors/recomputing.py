@@ -83,7 +83,7 @@ class RecomputingAttempt(Attempt):
         prefill = self.placement.prefill
         if prefill is not None and error is self._prefill_busy:
             self.placement.decode_lease.end()
-            return Failure(error, prefill)
+            return Failure(error, prefill, prefill=True)
         if await self._refused_by_both(error):
             assert self._refusal is not None
             self.placement.decode_lease.end(failed=None)
@@ -111,6 +111,7 @@ class RecomputingAttempt(Attempt):
             return None
         record.on_prefill_sent()
         pending = lease.progress.begin(registry.now, tokens=self.request.tokens)
+        pending.prefill = True
         answer: CompleteResponse | None = None
         try:
             received = (await self.send_prefill(lease, body, self._engines.config.prefill_timeout, pending)).read()

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
-from disagg_proxy.cluster.instance import Instance, Role
+from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import PlacementPreference, Selection
@@ -63,7 +63,7 @@ class Retry:
         self._failed |= {failure.instance}
         if not _waits(reply) or self._left <= 0 or self._excluded(failure.suspect) is None:
             return None
-        if isinstance(failure.error, EngineBusy) and failure.instance.role is Role.PREFILL:
+        if isinstance(failure.error, EngineBusy) and failure.prefill:
             # A decode alone would take over the work of prefills that are busy, at the cost of all its streams.
             self._demand.preference = PlacementPreference.PAIR
             if self._excluded(None) is None:

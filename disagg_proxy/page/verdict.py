@@ -109,8 +109,13 @@ KEPT_FROM = frozenset({"ejected", "suspect", "busy"})
 """States to show of a ready instance that gets fewer requests, each with its cause in the texts (``why_...``)."""
 
 
+def serves(instance: dict[str, Any], role: str) -> bool:
+    """Whether an instance of /stats or of the view gets legs of this role."""
+    return role in instance.get("roles", (instance["role"],))
+
+
 def _all_busy(instances: list[dict[str, Any]], role: str) -> bool:
-    states = [state_of(i) for i in instances if i["role"] == role and i["state"] == "ready" and not i["draining"]]
+    states = [state_of(i) for i in instances if serves(i, role) and i["state"] == "ready" and not i["draining"]]
     return bool(states) and set(states) == {"busy"}
 
 
@@ -149,7 +154,7 @@ def _since_frozen(events: Iterable[dict[str, Any]], key: str) -> tuple[float | N
 
 def _why_no_pair(instances: list[dict[str, Any]], health: dict[str, Any]) -> Sentence:
     for role in ("prefill", "decode"):
-        known = [i for i in instances if i["role"] == role]
+        known = [i for i in instances if serves(i, role)]
         if not known:
             return _sentence(f"head_none_{role}")
         if not any(i["state"] == "ready" and not i["draining"] for i in known):

@@ -31,7 +31,7 @@ def health_report(proxy: ProxyState) -> dict[str, Any]:
         "pairs": pairs,
         "decodes_that_serve_alone": alone,
         **{
-            role.value: {"ready": len(registry.able(role)), "known": sum(i.role is role for i in known)}
+            role.value: {"ready": len(registry.able(role)), "known": sum(i.serves(role) for i in known)}
             for role in Role
         },
         "missing": missing,

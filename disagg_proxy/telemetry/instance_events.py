@@ -95,9 +95,12 @@ class InstanceEvents:
 
     def _report_pairs(self, instance: Instance) -> None:
         """Report the ready instances of the other role that cannot be paired with ``instance``, once per reason."""
-        is_prefill = instance.role is Role.PREFILL
-        for other in self._registry.ready(Role.DECODE if is_prefill else Role.PREFILL):
-            prefill, decode = (instance, other) if is_prefill else (other, instance)
+        ready, prefills, decodes = self._registry.ready, instance.serves(Role.PREFILL), instance.serves(Role.DECODE)
+        pairs = [(instance, decode) for decode in ready(Role.DECODE) if prefills]
+        pairs += [(prefill, instance) for prefill in ready(Role.PREFILL) if decodes]
+        for prefill, decode in pairs:
+            if prefill is decode:
+                continue
             pair = (prefill.key, decode.key)
             why = self._registry.kv_compatibility.why_not(prefill, decode)
             if why is None:
@@ -105,14 +108,14 @@ class InstanceEvents:
             elif self._pair_refusals.get(pair) != why:
                 self._pair_refusals[pair] = why
                 self._add("pair_refused", prefill, f"cannot be paired with {decode}: {why}")
-        for prefill in [instance] if is_prefill else self._registry.ready(Role.PREFILL):
+        for prefill in ready(Role.PREFILL) if decodes else [instance]:
             self._warn_unpaired(prefill)
 
     def _warn_unpaired(self, prefill: Instance) -> None:
         """Log a prefill that cannot exchange KV with any ready decode of its model, once per reason."""
         count, reasons = 0, set()
         for decode in self._registry.ready(Role.DECODE):
-            if prefill.models.keys().isdisjoint(decode.models):
+            if prefill is decode or prefill.models.keys().isdisjoint(decode.models):
                 continue
             reason = self._registry.kv_compatibility.why_not(prefill, decode)
             if reason is None:

@@ -69,10 +69,15 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
     registry = proxy.registry
     counted = overview.counted(instance)
     now = registry.now()
-    decodes = registry.ready(Role.DECODE) if instance.role is Role.PREFILL else ()
-    incompatible = {d.http.text: why for d in decodes if (why := registry.kv_compatibility.why_not(instance, d))}
+    decodes = registry.ready(Role.DECODE) if instance.serves(Role.PREFILL) else ()
+    incompatible = {
+        d.http.text: why
+        for d in decodes
+        if d is not instance and (why := registry.kv_compatibility.why_not(instance, d))
+    }
     return {
         "role": instance.role.value,
+        "roles": [role.value for role in instance.roles],
         "http_address": instance.http.text,
         "kv_address": instance.kv.text if instance.kv else None,
         "models": list(instance.models),

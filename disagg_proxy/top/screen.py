@@ -242,6 +242,10 @@ def _ordered(view: View, whole: bool = True) -> list[dict[str, Any]]:
     )
 
 
+def _roles(instance: dict[str, Any], words: Words) -> str:
+    return " + ".join(words.word("role", role) for role in instance.get("roles", (instance["role"],)))
+
+
 def _instances(shown: Sequence[dict[str, Any]], words: Words, width: int, more: str = "") -> Table:
     narrow = width < _WIDE
     columns = ["", ">" + words.say("tile_flight")]
@@ -254,7 +258,7 @@ def _instances(shown: Sequence[dict[str, Any]], words: Words, width: int, more: 
         if state == "ready":
             why = ", ".join(i["models"])
         table.add_row(
-            _text(f"{words.word('role', i['role'])} {_fitted(i['http_address'], 24 if narrow else 60)}"),
+            _text(f"{_roles(i, words)} {_fitted(i['http_address'], 24 if narrow else 60)}"),
             Text(f"{_SIGNS.get(state, '?')} {words.word('state', state)}", _STATE_STYLES.get(state, "")),
             count(i["in_flight"]), *([] if narrow else [count(i["tokens_in_flight"]), kv]), count(i["requests_total"]),
             Text(count(i["failures_total"]), "red" if i["failures_total"] else ""), _rest(why),

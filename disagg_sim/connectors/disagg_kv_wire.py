@@ -51,6 +51,7 @@ def announcement(config: SimConfig, boot: str) -> dict[str, Any]:
         "block_bytes": row_bytes(config),
         "kv_model": config.kv_model,
         "transports": list(config.kv_transports),
+        **({"roles": ["prefill", "decode"]} if config.kv_both else {}),
         **({"kv_digest": digest, "kv_secret": secret_mark(config.kv_secret)} if (digest := digest_of(config)) else {}),
     }
 

@@ -85,7 +85,7 @@ const pathsOf = (view) => {
   const paths = new Map();
   for (const p of byRole(view, "prefill"))
     for (const d of byRole(view, "decode"))
-      if (takesRequests(p) && takesRequests(d) && !(p.cannot_exchange_with || []).includes(d.http_address)) {
+      if (p.key !== d.key && takesRequests(p) && takesRequests(d) && !(p.cannot_exchange_with || []).includes(d.http_address)) {
         const flow = { prefill: p.key, decode: d.key, in_flight: 0, total: 0 };
         paths.set(flowKey(flow), flow);
       }

@@ -44,7 +44,7 @@ const flowRate = (flow) => {
 };
 
 const byRole = (view, role) =>
-  view.instances.filter((i) => i.role === role).sort((a, b) => a.http_address.localeCompare(b.http_address, "en", { numeric: true }));
+  view.instances.filter((i) => (i.roles || [i.role]).includes(role)).sort((a, b) => a.http_address.localeCompare(b.http_address, "en", { numeric: true }));
 
 // The state to show for an instance: if it is ready, what keeps requests from it (state_of in page/verdict.py).
 const stateOf = (instance) => {
