@@ -20,8 +20,8 @@ compiled:  ## the tests of the hot path again, compiled to C
 real-vllm:  ## real vLLM engines on the CPU; installs 2.5 GB a version
 	tests/real_vllm
 
-families:  ## real vLLM engines with a tiny model of each supported family, about 3 minutes a family
-	KV_FAMILIES=all tests/real_vllm 0.32.0 tests/kv_real/test_families.py
+families:  ## real vLLM engines with a tiny model of each supported family, 3 minutes each; then `make tables`
+	KV_FAMILIES=all KV_RECORD=docs/kv-families.json tests/real_vllm 0.32.0 tests/kv_real/test_families.py
 
 speed:  ## CPU time of the proxy against a reference, about a minute
 	tests/speed
@@ -29,5 +29,5 @@ speed:  ## CPU time of the proxy against a reference, about a minute
 ci:  ## everything above
 	.ci/run
 
-tables:  ## write what is made from the tables of settings and commands: docs/settings.md, completions, man page
+tables:  ## write what is made from tables and records: docs/settings.md, docs/connector.md, completions, man page
 	.venv/bin/python -m tools.generate

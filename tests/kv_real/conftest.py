@@ -8,12 +8,13 @@ import asyncio
 import itertools
 import os
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from tests.kv_real import record
 from tests.kv_real.engines import MODEL, PYTHON, Engine, free_port
 
 LOAD_SECONDS, HOLD_SECONDS = 6.0, 8.0
@@ -69,6 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tests/kv_real/" in item.nodeid:
             item.add_marker(pytest.mark.vllm_cpu)
             item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    record.note(item, report)
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    record.write()
 
 
 @pytest.fixture(scope="session")

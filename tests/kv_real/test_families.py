@@ -20,8 +20,15 @@ import pytest
 from tests.kv_real.conftest import CHUNK, HOLD_SECONDS, LOAD_SECONDS, Trio, texts
 from tests.kv_real.engines import PYTHON, ROOT, Engine
 
-COMPARED = ("gpt-oss", "gemma-3", "mistral", "llama-4")
+COMPARED = {
+    "gpt-oss": "sliding windows with sinks, and full attention",
+    "gemma-3": "sliding windows and full attention",
+    "mistral": "sliding windows and full attention",
+    "llama-4": "attention chunks and full attention, MoE",
+}
+"""Each family, and its mechanism in the table of docs/connector.md."""
 MLA = "deepseek-v2"
+of_mla = pytest.mark.kv_family(MLA, "MLA")
 PER_MECHANISM = f"gpt-oss {MLA}"
 CHOSEN = os.environ.get("KV_FAMILIES", PER_MECHANISM)
 BLOCKS = 96
@@ -58,7 +65,12 @@ async def _external(trio: Trio) -> float:
     return (await trio.decode.tokens_by_source()).get("external_kv_transfer", 0.0)
 
 
-@pytest.fixture(scope="module", params=filter(_chosen, COMPARED))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.kv_family(name, how)) for name, how in COMPARED.items() if _chosen(name)
+    ],
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     folder = tmp_path_factory.mktemp(request.param)
     model = _model(request.param, folder)
@@ -161,6 +173,7 @@ async def _rows(trio: Trio, body: dict[str, Any], fault: str = "") -> tuple[dict
     return answer, found
 
 
+@of_mla
 @pytest.mark.parametrize("length", [5, 31, 32, 33, 64, 127, 300, 900])
 async def test_mla_blocks_are_equal_in_both_caches(mla: Trio, length: int) -> None:
     body, before = _body(mla.prompt(length), cache_salt="a"), await _external(mla)
@@ -169,6 +182,7 @@ async def test_mla_blocks_are_equal_in_both_caches(mla: Trio, length: int) -> No
     assert await _external(mla) - before == length
 
 
+@of_mla
 @pytest.mark.parametrize("length", [31, 300])
 async def test_mla_answers_are_those_of_one_engine(mla: Trio, length: int) -> None:
     """Both answers come from a step of one token after the same prompt: steps with a prompt compute it otherwise."""
@@ -181,6 +195,7 @@ async def test_mla_answers_are_those_of_one_engine(mla: Trio, length: int) -> No
     assert answer["logprobs"]["token_logprobs"][0] == pytest.approx(own["logprobs"]["token_logprobs"][1], abs=0.1)
 
 
+@of_mla
 async def test_corrupted_mla_blocks_are_not_equal(mla: Trio) -> None:
     _, (sent, written) = await _rows(mla, _body(mla.prompt(200)), "corrupt")
     assert all(one != other for planes in zip(sent, written, strict=True) for one, other in zip(*planes, strict=True))

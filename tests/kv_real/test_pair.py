@@ -16,6 +16,8 @@ import pytest
 
 from tests.kv_real.conftest import HOLD_SECONDS, LOAD_SECONDS, Trio, texts
 
+pytestmark = pytest.mark.kv_family("qwen3", "full attention")
+
 
 async def _external(trio: Trio) -> float:
     return (await trio.decode.tokens_by_source())["external_kv_transfer"]
