@@ -55,7 +55,8 @@ class Metadata(KVConnectorMetadata):
 
 
 class DisaggKVConnector(KVConnectorBase_V1):
-    """Pushes KV from prefill (``kv_producer``) to decode (``kv_consumer``)."""
+    """Pushes KV from prefill (``kv_producer``) to decode (``kv_consumer``). With ``kv_both`` an engine is one or the
+    other for each request."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -63,10 +64,10 @@ class DisaggKVConnector(KVConnectorBase_V1):
         versions.check_parallel(vllm_config)
         versions.check_model(vllm_config)
         transfer = vllm_config.kv_transfer_config
-        if transfer.kv_role not in ("kv_producer", "kv_consumer"):
-            raise ValueError("kv_role must be kv_producer (prefill) or kv_consumer (decode)")
+        if transfer.kv_role not in ("kv_producer", "kv_consumer", "kv_both"):
+            raise ValueError("kv_role must be kv_producer (prefill), kv_consumer (decode) or kv_both")
         self._kv_role = transfer.kv_role
-        decode = transfer.kv_role == "kv_consumer"
+        decode, both = transfer.kv_role != "kv_producer", transfer.kv_role == "kv_both"
         if decode and transfer.kv_load_failure_policy != "recompute":
             raise ValueError(
                 'set "kv_load_failure_policy": "recompute" in --kv-transfer-config: otherwise a request whose KV does '
@@ -78,13 +79,14 @@ class DisaggKVConnector(KVConnectorBase_V1):
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = ConnectorScheduler(decode, block_size, settings)
+            self._scheduler = ConnectorScheduler(decode, block_size, settings, self._num_blocks if both else 0)
             versions.watch_engine(self._scheduler.weights_written, self._scheduler.adapters.loaded)
         else:
             self._worker = ConnectorWorker(
                 decode, settings, model_identity(vllm_config, settings.model_version), block_size,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
                 settings.host_ip or versions.host_ip(), versions.layers_run_once(vllm_config), kinds,
+                both,
             )  # fmt: skip
 
     # Worker side.

@@ -34,15 +34,19 @@ def announcement(
     transports: list[str],
     secret: str = "",
     links: Mapping[str, str] | None = None,
+    both: bool = False,
 ) -> dict[str, Any]:
     """Build the message: the three fields of P2pNcclConnector, then those of this connector.
 
     Args:
         links: transport of each open connection to a prefill engine, by its address (``TransportMemory.running``).
+        both: the engine is prefill too; a proxy that does not read ``roles`` takes it for a decode.
     """
     shape = identity.shape
     assert shape is not None
     more: dict[str, Any] = {"kv_digest": shape.digest} if shape.digest else {}
+    if both:
+        more["roles"] = ["prefill", "decode"]
     if links:
         more["kv_links"] = {peer: text[:_MAX_LINK_LENGTH] for peer, text in list(links.items())[:_MAX_LINKS]}
     return {
@@ -84,11 +88,12 @@ class Announcer:
         port: int,
         transports: list[str],
         links: Callable[[], Mapping[str, str]] = dict,
+        both: bool = False,
     ) -> None:
         self._proxies = settings.announce_to
         self._kv_address = join_address(host, port)
         self._http_address, self._transports = join_address(host, settings.http_port), transports
-        self._secret, self._links = settings.secret, links
+        self._secret, self._links, self._both = settings.secret, links, both
         self.renew(identity)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
@@ -104,7 +109,13 @@ class Announcer:
     def fields(self) -> dict[str, Any]:
         """Return the announcement as it is now."""
         return announcement(
-            self._identity, self._http_address, self._kv_address, self._transports, self._secret, self._links()
+            self._identity,
+            self._http_address,
+            self._kv_address,
+            self._transports,
+            self._secret,
+            self._links(),
+            self._both,
         )
 
     def close(self) -> None:

@@ -36,6 +36,12 @@ class Transfer:
     prefill could not tell a WANT with another adapter from one whose prompt is still to come, and refuse it at once."""
 
 
+def names_peer(request: Any) -> bool:
+    """Whether the request's params name an engine to fetch KV from, as those of the decode leg do."""
+    params = getattr(request, "kv_transfer_params", None)
+    return isinstance(params, dict) and "from" in params
+
+
 def read(request: Any, decode: bool, settings: Settings, adapters: Adapters) -> Transfer | None:
     """Return the request's transfer, or None if it is to be computed like any other request."""
     params = getattr(request, "kv_transfer_params", None)

@@ -38,10 +38,16 @@ class ConnectorScheduler:
     """Args:
     decode: whether this engine loads (kv_consumer) or offers (kv_producer).
     block_size: tokens of a block.
+    both_blocks: blocks of the cache of an engine that loads and offers (kv_both), else 0. A request that names a peer
+        loads, another one is offered. Two such engines wait for each other's prompts. So that each can always compute
+        what the other one waits for, loads get half of the cache at most, prompts that nobody has fetched a quarter
+        (``hold_fraction``), and a prompt that is longer than the remaining quarter is computed, not loaded.
     """
 
-    def __init__(self, decode: bool, block_size: int, settings: Settings) -> None:
+    def __init__(self, decode: bool, block_size: int, settings: Settings, both_blocks: int = 0) -> None:
         self._decode, self._block, self._settings = decode, block_size, settings
+        self._both = both_blocks
+        self._waiting_blocks: dict[str, int] = {}
         self._min_load = settings.min_load_tokens or block_size + 1
         self._plan = Plan()
         self._transfers: dict[str, Transfer | None] = {}
@@ -69,7 +75,7 @@ class ConnectorScheduler:
         if not self._decode or self._updated or request.request_id in self._tried:
             return 0, False
         transfer = self._transfer(request)
-        if transfer is None:
+        if transfer is None or not transfer.address:
             return 0, False
         if self._loading.get(transfer.key, request.request_id) != request.request_id:
             return None, False
@@ -79,10 +85,14 @@ class ConnectorScheduler:
             return 0, False
         unusable = computed % self._block or request.num_tokens != request.num_prompt_tokens
         unusable = unusable or transfer.adapter == params.UNCERTAIN
+        needed = -(-missing // self._block)
+        unusable = unusable or (self._both > 0 and -(-request.num_prompt_tokens // self._block) > self._both // 4)
         if missing < self._min_load or unusable or versions.must_compute_prompt(request):
             self._tried.add(request.request_id)
             self._plan.releases.append((transfer.address, transfer.key))
             return 0, False
+        if self._both and sum(self._waiting_blocks.values()) + needed > self._both // 2:
+            return None, False
         return missing, True
 
     def allocated(self, request: Any, blocks: Any, external: int) -> None:
@@ -93,12 +103,13 @@ class ConnectorScheduler:
         if transfer is None:
             return
         total = -(-request.num_prompt_tokens // self._block)
-        if self._decode:
+        if transfer.address:
             if external > 0:
                 first = (request.num_prompt_tokens - external) // self._block
                 ids = versions.first_group(blocks.get_block_ids())[first:total]
                 self._tried.add(name)
                 self._loading[transfer.key] = name
+                self._waiting_blocks[name] = len(ids)
                 load = StartLoad(name, transfer.key, transfer.address, first, ids, transfer.adapter)
                 self._plan.loads.append(load)
         elif name not in self._offers and transfer.key not in self._offered and not self._updated:
@@ -137,13 +148,14 @@ class ConnectorScheduler:
         name = request.request_id
         transfer = self._transfer(request)
         del self._transfers[name]
-        if self._decode:
+        if self._decode and (not self._both or (transfer is not None and transfer.address)):
             if transfer is not None:
                 if self._loading.get(transfer.key) == name:
                     self._plan.cancels.append(name)
                 elif name not in self._tried and not self._is_loading_or_loaded(transfer.key):
                     self._plan.releases.append((transfer.address, transfer.key))
             self._tried.discard(name)
+            self._waiting_blocks.pop(name, None)
             return False
         offer = self._offers.get(name)
         if offer is None:
@@ -158,6 +170,8 @@ class ConnectorScheduler:
             offer = self._offers.pop(name, None)
             if offer is not None:
                 self._offered.pop(offer.key, None)
+        for name in received:
+            self._waiting_blocks.pop(name, None)
         if received:
             for key in [key for key, name in self._loading.items() if name in received]:
                 del self._loading[key]
@@ -171,7 +185,8 @@ class ConnectorScheduler:
     def _transfer(self, request: Any) -> Transfer | None:
         name = request.request_id
         if name not in self._transfers:
-            transfer = None if self._updated else params.read(request, self._decode, self._settings, self.adapters)
+            decode = self._decode and (not self._both or params.names_peer(request))
+            transfer = None if self._updated else params.read(request, decode, self._settings, self.adapters)
             self._transfers[name] = transfer
         return self._transfers[name]
 

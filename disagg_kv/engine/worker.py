@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import uuid
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,8 @@ from disagg_kv.transport.factory import RankContext
 logger = logging.getLogger("vllm.disagg_kv")
 _SWITCH_SECONDS = 0.0005
 """A busy engine thread may delay the transfer threads by this interval (Python's default: 5 ms)."""
+_HOLD_FRACTION_OF_BOTH = 0.25
+"""Upper limit of ``hold_fraction`` with kv_both, see ``ConnectorScheduler``."""
 
 
 class ConnectorWorker:
@@ -44,6 +47,7 @@ class ConnectorWorker:
         host: str,
         overlap: bool,
         kinds: str = "",
+        both: bool = False,
     ) -> None:
         """Args:
         decode: whether this engine loads (kv_consumer) or offers (kv_producer).
@@ -54,11 +58,12 @@ class ConnectorWorker:
         host: IP address to announce.
         overlap: whether layers may be sent while later ones are computed.
         kinds: second result of ``check_specs``.
+        both: whether a decode engine offers KV too (kv_both).
         """
-        self._decode, self._settings = decode, settings
+        self._decode, self._both, self._settings = decode, both, settings
         self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
         self._port, self._host = port, host
-        self._overlap = overlap and not decode
+        self._overlap = overlap and (both or not decode)
         self._kinds = kinds
         self._step: StepFence | None = None
         self._failed: set[int] = set()
@@ -84,30 +89,36 @@ class ConnectorWorker:
         transports = context.transports()
         self._overlap = self._overlap and any(context.overlaps(name) for name in transports)
         self._context = context
-        hold_blocks = max(1, int(num_blocks * settings.hold_fraction))
+        self._serving = replace(context, identity=replace(identity, role="prefill")) if self._both else context
+        fraction = min(settings.hold_fraction, _HOLD_FRACTION_OF_BOTH) if self._both else settings.hold_fraction
+        hold_blocks = max(1, int(num_blocks * fraction))
         self._send_queue = SendQueue(settings.hold_timeout_s, settings.max_waiting, hold_blocks=hold_blocks)
-        self._tally = Tally(
-            "prompts computed here because their KV was not received" if self._decode
-            else "prompts whose KV was computed but never fetched", logger.warning,
-        )  # fmt: skip
+        self._recomputed = Tally("prompts computed here because their KV was not received", logger.warning)
+        self._unfetched = Tally("prompts whose KV was computed but never fetched", logger.warning)
         self._pending = PendingLoads()
         self._connections = PeerConnections(context, self._pending)
         self._server = Server(
-            context, self._send_queue, self._port + self._rank, self._pending.release,
+            self._serving, self._send_queue, self._port + self._rank, self._pending.release,
             self._connections.connect if self._decode else None,
         )  # fmt: skip
         self._announcer: Announcer | None = None
         if settings.announce_to and self._rank == 0:
             self._announcer = Announcer(
-                settings, identity, self._host, self._server.port, transports, self._connections.transports.running
+                settings,
+                identity,
+                self._host,
+                self._server.port,
+                transports,
+                self._connections.transports.running,
+                self._both,
             )
-            context.announcement = self._announcer.fields
+            self._serving.announcement = self._announcer.fields
             self._announcer.start()
         self._ready = True
         logger.info(
             "KV connector: %s, model %s@%s, rank %d of %d, KV port %s:%d, transports %s, %d planes of %d bytes per "
-            "block, layout %s", role, name, digest[:12], self._rank, self._tp, settings.listen, self._server.port,
-            "/".join(transports), cache.planes, cache.row_bytes, cache.layout,
+            "block, layout %s", "prefill and decode" if self._both else role, name, digest[:12], self._rank, self._tp,
+            settings.listen, self._server.port, "/".join(transports), cache.planes, cache.row_bytes, cache.layout,
         )  # fmt: skip
 
     def on_preemption(self, plan: Plan) -> None:
@@ -167,16 +178,19 @@ class ConnectorWorker:
             return set(), set()
         self._send_queue.finish(finished_ids)
         if plan is not None and plan.idle and self._settings.idle_wait_ms:
-            transfers = self._pending if self._decode else self._send_queue
+            loads = self._decode and (not self._both or self._pending.waiting())
+            transfers = self._pending if loads else self._send_queue
             transfers.wait(self._settings.idle_wait_ms / 1000)
         sent = self._send_queue.collect()
         collected = self._pending.collect()
         self._connections.give_up(collected.unwanted)
         self._failed |= collected.failed_blocks
-        reasons = collected.reasons if self._decode else tuple(self._send_queue.take_unfetched().elements())
-        self._tally.add(reasons)
+        unfetched = tuple(self._send_queue.take_unfetched().elements())
+        self._recomputed.add(collected.reasons)
+        self._unfetched.add(unfetched)
         self.outcomes.loaded(len(collected.loaded))
-        self.outcomes.ended(RECOMPUTED if self._decode else UNFETCHED, reasons)
+        self.outcomes.ended(RECOMPUTED, collected.reasons)
+        self.outcomes.ended(UNFETCHED, unfetched)
         for name in collected.requests:
             self._context.trace("loaded", request=name, failed=len(collected.failed_blocks))
         return sent, set(collected.requests)
@@ -189,6 +203,8 @@ class ConnectorWorker:
     def _renew(self) -> None:
         """End every connection and become incompatible with all peers: the weights are updated in place."""
         self._context.renew()
+        if self._both:
+            self._serving.identity = replace(self._context.identity, role="prefill")
         self._connections.close()
         self._server.disconnect()
         if self._announcer is not None:
