@@ -6,6 +6,7 @@ import pytest
 
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Role, Source, State
+from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.unavailable import missing_roles
 from disagg_proxy.config import StaticInstance
 from disagg_proxy.connectors.disagg_kv import KIND as DISAGG_KV
@@ -233,3 +234,16 @@ def test_a_new_engine_whose_http_server_does_not_answer_yet_keeps_its_kv_address
     assert world.ping(D, 1001) is None
     world.registry.suspend(world.instance(1001), "its HTTP port refuses connections", gone=True)
     assert "belongs to" in (world.ping(D, 1002, 2001) or "")
+
+
+def test_prefills_of_a_lost_instance_with_both_roles_fail_and_its_streams_do_not(world) -> None:
+    """Decode elsewhere computes what they would have sent; a stream ends with its connection."""
+    instance = world.ready(Role.DECODE, 1, kind=KvKind("disagg_kv", both_roles=True))
+    assert world.registry.ready(Role.PREFILL) == world.registry.ready(Role.DECODE) == (instance,)
+    assert instance.roles == [Role.PREFILL, Role.DECODE] and str(instance).startswith("prefill+decode ")
+    prefill, stream = (instance.progress.begin(world.registry.now) for _ in range(2))
+    prefill.prefill = True
+    world.time += 11
+    world.registry.expire()
+    assert instance.state is State.LOST
+    assert prefill.error is not None and stream.error is None

@@ -213,3 +213,11 @@ def test_every_sentence_has_a_text_in_both_languages() -> None:
     assert len(keys) > 15
     for texts in strings().values():
         assert keys <= set(texts)
+
+
+def test_one_instance_with_both_roles_is_neither_missing_nor_counted_twice() -> None:
+    both = instance("decode", roles=["prefill", "decode"])
+    assert said(verdict(view(both, status="unavailable"))) != said(verdict(view(D, status="unavailable")))
+    assert verdict(view(both, status="unavailable"))["head"]["key"] == "head_apart"
+    busy = verdict(view({**both, "busy": True}, status="unavailable"))
+    assert busy["head"]["key"] == "head_busy_prefill"

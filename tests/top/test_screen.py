@@ -52,6 +52,13 @@ async def test_a_pair_that_serves(machine, pair) -> None:
     assert re.search(rf"Ready {decode.http_address} serves sim-model", text)
 
 
+async def test_one_instance_with_both_roles(machine) -> None:
+    engine = await machine.engine("decode", connector="disagg_kv", kv_both=True)
+    await machine.proxy.until_state(engine.http_address, State.READY)
+    text = shown(await soon(look(machine)))
+    assert re.search(rf"Prefill \+ Decode {engine.http_address} +● Ready", text), text
+
+
 async def test_nobody_is_there(machine) -> None:
     text = shown(await soon(look(machine)))
     assert "✕ Not serving: no prefill has registered" in text
