@@ -69,7 +69,7 @@ async def test_requests_that_cross_all_end(pair: Pair) -> None:
     legs = [(pair[number % 2], pair[1 - number % 2], _body(128 + number, number)) for number in range(CROSSING)]
     before = [await _external(engine) for engine in pair]
     found = await asyncio.gather(*(_through(*leg, f"cross-{number}") for number, leg in enumerate(legs)))
-    assert any(await _external(engine) > was for engine, was in zip(pair, before, strict=True))
+    assert [await _external(engine) for engine in pair] != before, "some of the KV was loaded"
     for (decode, _, body), answer in list(zip(legs, found, strict=True))[::8]:
         assert texts(answer) == texts(await decode.post({**body, "cache_salt": "own"}))
     for engine in pair:
