@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report", "disagg_machine")
+PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report", "disagg_machine", "disagg_power")
 
 MAY_IMPORT = {
     # The KV connector, which vLLM loads: it must work where the proxy is not installed.
@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "disagg_kv.engine": "disagg_kv.protocol disagg_kv.settings disagg_kv.tally disagg_kv.trace disagg_kv.transport "
     "disagg_kv.prefill disagg_kv.decode disagg_kv.model_config disagg_kv.outcomes",
     "disagg_kv.connector": "disagg_kv.settings disagg_kv.engine",
+    # Power, energy and clocks of GPUs, real or simulated.
+    "disagg_power": "",
     # The proxy. Helpers that know nothing of it:
     "errors": "",
     "address": "",
@@ -83,8 +85,8 @@ MAY_IMPORT = {
     "disagg_machine": "disagg_kv.model_config",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
-disagg_proxy have no prefix; disagg_report and disagg_machine are one unit each, disagg_sim another one without its
-``chaos``. A package's own ``__init__`` may be imported by all of it."""
+disagg_proxy have no prefix; disagg_report, disagg_machine and disagg_power are one unit each, disagg_sim another one
+without its ``chaos``. A package's own ``__init__`` may be imported by all of it."""
 
 FOR_TYPES = {
     # The transports move the tensors of vLLM's cache, whose layout stands with the rest that is read from vLLM.
@@ -199,7 +201,7 @@ def edges(for_types: bool) -> Iterator[tuple[str, str]]:
 
 def unit(module: str) -> str:
     package, _, rest = module.partition(".")
-    if not rest or package in ("disagg_report", "disagg_machine"):
+    if not rest or package in ("disagg_report", "disagg_machine", "disagg_power"):
         return package
     top = rest.partition(".")[0]
     if package == "disagg_sim":

@@ -1,0 +1,1 @@
+"""Power, energy and clocks of GPUs: the devices (NVML or simulated), the meter, the recorder."""
