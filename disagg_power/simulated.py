@@ -35,6 +35,7 @@ from disagg_power.devices import (
 
 COUNTER_SECONDS = 0.1
 """The energy counter moves in steps of this length."""
+_SHARED_GPUS = 8
 Phase = Literal["prefill", "decode"]
 State = dict[str, Any]
 
@@ -125,6 +126,24 @@ class SimulatedGpus:
                 for index, gpu in enumerate(state["gpus"])
             ]
 
+    @classmethod
+    def shared(cls, path: str | os.PathLike[str], *, privileged: bool = False) -> SimulatedGpus:
+        """The GPUs of ``path``; eight of the default model where there is no file, or one from before a reboot.
+
+        Raises:
+            PowerError: the file cannot be read or written.
+        """
+        found = cls(models=(), privileged=privileged)
+        found.path = Path(path)
+        try:
+            with found._locked():
+                if not _is_current(found.path, found.clock()):
+                    found._state["gpus"] = [_fresh(GpuModel(), index, found.clock()) for index in range(_SHARED_GPUS)]
+                    found._write()
+        except OSError as error:
+            raise PowerError(f"simulated GPUs cannot be kept in {path}: {error}") from None
+        return cls(path, privileged=privileged)
+
     def all(self) -> Sequence[SimulatedGpu]:
         return self._devices
 
@@ -192,8 +211,8 @@ class SimulatedGpu:
         with self._gpu() as gpu:
             now = self._gpus.clock()
             model = self.model
-            clock, load = self._clock(gpu), self._load(gpu)
-            watts = model.power(clock, load)
+            (load, mean, share), clock = self._loads(gpu), self._clock(gpu)
+            watts = model.power(clock, mean)
             throttle = 0 if load else IDLE
             if load and clock < self._permitted(gpu):
                 throttle |= POWER_CAP
@@ -206,7 +225,7 @@ class SimulatedGpu:
                 power_w=watts if model.power_reading else None,
                 sm_clock_mhz=clock,
                 memory_clock_mhz=self._memory_clock(gpu, load),
-                utilization=load,
+                utilization=round(share, 3),
                 temperature_c=30.0 + 0.07 * watts,
                 throttle=throttle,
                 power_limit_w=gpu["limit_w"],
@@ -255,23 +274,24 @@ class SimulatedGpu:
 
     # -- what a simulated engine and a test do
 
-    def set_load(self, load: float, owner: str = "test", pid: int | None = None) -> None:
+    def set_load(self, load: float, owner: str = "test", pid: int | None = None, share: float = 1.0) -> None:
         """The load that ``owner`` puts on the GPU from now on, 0 to 1; loads of several owners add up to at most 1.
 
         Args:
             pid: the load ends with this process.
+            share: of the time during which it is busy with that load.
         """
         with self._gpu(write=True) as gpu:
             self._advance(gpu)
-            if load > 0:
-                gpu["loads"][owner] = [load, pid]
+            if load > 0 and share > 0:
+                gpu["loads"][owner] = [load, pid, share]
             else:
                 gpu["loads"].pop(owner, None)
 
-    def pace(self, phase: Phase) -> float:
-        """Speed of a busy GPU at the present lock and limit, relative to the highest clock."""
+    def pace(self, phase: Phase, load: float = 1.0) -> float:
+        """Speed of a GPU busy with ``load`` at the present lock and limit, relative to the highest clock."""
         with self._gpu() as gpu:
-            return self.model.pace(self._busy_clock(gpu, 1.0), phase)
+            return self.model.pace(self._busy_clock(gpu, load), phase)
 
     def set_lost(self, lost: bool = True) -> None:
         """Let the GPU go away, or come back."""
@@ -316,9 +336,11 @@ class SimulatedGpu:
             raise NotSupported(f"GPU {self.index}: no supported clock from {lowest} to {highest} MHz")
         return [inside[0], inside[-1]]
 
-    def _load(self, gpu: dict[str, Any]) -> float:
-        loads = [load for load, pid in gpu["loads"].values() if pid is None or _lives(pid)]
-        return float(min(1.0, sum(loads)))
+    def _loads(self, gpu: dict[str, Any]) -> tuple[float, float, float]:
+        """The load while it is busy, its mean over time, and the share of time with any."""
+        loads = [(load, share) for load, pid, share in gpu["loads"].values() if pid is None or _lives(pid)]
+        busy = min(1.0, sum(load for load, _ in loads))
+        return busy, min(1.0, sum(load * share for load, share in loads)), min(1.0, sum(share for _, share in loads))
 
     def _permitted(self, gpu: dict[str, Any]) -> int:
         return int(gpu["sm_lock"][1]) if gpu["sm_lock"] else self.model.highest_mhz
@@ -329,7 +351,7 @@ class SimulatedGpu:
         return within[-1] if within else model.lowest_mhz
 
     def _clock(self, gpu: dict[str, Any]) -> int:
-        load = self._load(gpu)
+        load, _, _ = self._loads(gpu)
         if load:
             return self._busy_clock(gpu, load)
         return int(gpu["sm_lock"][0]) if gpu["sm_lock"] else self.model.lowest_mhz
@@ -342,9 +364,8 @@ class SimulatedGpu:
 
     def _energy(self, gpu: dict[str, Any], moment: float) -> float:
         """Millijoules drawn until ``moment``, which is not before the last change."""
-        return float(
-            gpu["energy_mj"] + self.model.power(self._clock(gpu), self._load(gpu)) * 1e3 * (moment - gpu["at"])
-        )
+        _, mean, _ = self._loads(gpu)
+        return float(gpu["energy_mj"] + self.model.power(self._clock(gpu), mean) * 1e3 * (moment - gpu["at"]))
 
     def _counted(self, gpu: dict[str, Any], now: float) -> float:
         """The energy at the counter's last step."""
@@ -377,6 +398,16 @@ def _fresh(model: GpuModel, index: int, now: float) -> dict[str, Any]:
 
 def _memory(gpu: dict[str, Any]) -> tuple[int, ...]:
     return tuple(gpu["model"]["memory_clocks_mhz"])
+
+
+def _is_current(path: Path, now: float) -> bool:
+    """Whether the file is of this boot: the monotonic clock begins anew with each."""
+    try:
+        return all(gpu["at"] <= now for gpu in json.loads(path.read_text("utf-8"))["gpus"])
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise PowerError(f"simulated GPUs cannot be read from {path}: {error}") from None
 
 
 def _lives(pid: int) -> bool:

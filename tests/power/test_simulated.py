@@ -43,7 +43,7 @@ def test_an_idle_gpu_sleeps_and_a_busy_one_runs_at_its_highest_clock() -> None:
     assert (idle.power_w, idle.sm_clock_mhz, idle.utilization, idle.throttle) == (100, 300, 0, IDLE)
     gpu.set_load(0.5)
     busy = gpu.read()
-    assert (busy.power_w, busy.sm_clock_mhz, busy.utilization, busy.throttle) == (300, 1500, 0.5, 0)
+    assert (busy.power_w, busy.sm_clock_mhz, busy.utilization, busy.throttle) == (300, 1500, 1.0, 0)
 
 
 def test_the_counter_moves_in_steps_of_100_ms_and_is_the_integral_of_power() -> None:
