@@ -61,6 +61,8 @@ class Settings:
     """How long an empty step waits for a transfer to progress, instead of starting the next empty step at once."""
     model_version: str = ""
     """Identifies weights and configuration in place of their digest: engines with the same text exchange KV."""
+    energy: str = "on"
+    """Whether the announcement says what energy, power and clocks this engine's GPUs have: ``on`` or ``off``."""
     secret: str = ""
     """Shared by all engines and the proxy; preferably set in the environment (DISAGG_KV_SECRET)."""
     secret_file: str = ""
@@ -103,6 +105,8 @@ class Settings:
             raise ValueError(f"kv_connector_extra_config: transport is {self.transport!r}, not auto, nccl or tcp")
         if self.overlap not in ("auto", "always", "never"):
             raise ValueError(f"kv_connector_extra_config: overlap is {self.overlap!r}, not auto, always or never")
+        if self.energy not in ("on", "off"):
+            raise ValueError(f"kv_connector_extra_config: energy is {self.energy!r}, not on or off")
         for name in ("load_timeout_s", "hold_timeout_s", "stall_timeout_s"):
             if not 0 < getattr(self, name) <= 86400:
                 raise ValueError(f"kv_connector_extra_config: {name} must be above 0 and at most 86400 seconds")

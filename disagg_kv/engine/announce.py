@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -35,12 +35,14 @@ def announcement(
     secret: str = "",
     links: Mapping[str, str] | None = None,
     both: bool = False,
+    power: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Build the message: the three fields of P2pNcclConnector, then those of this connector.
 
     Args:
         links: transport of each open connection to a prefill engine, by its address (``TransportMemory.running``).
         both: the engine is prefill too; a proxy that does not read ``roles`` takes it for a decode.
+        power: reports of this engine's GPUs (``engine/energy.py``).
     """
     shape = identity.shape
     assert shape is not None
@@ -49,6 +51,8 @@ def announcement(
         more["roles"] = ["prefill", "decode"]
     if links:
         more["kv_links"] = {peer: text[:_MAX_LINK_LENGTH] for peer, text in list(links.items())[:_MAX_LINKS]}
+    if power:
+        more["power"] = list(power)
     return {
         "type": "P" if identity.role == "prefill" else "D",
         "http_address": http_address,
@@ -89,11 +93,12 @@ class Announcer:
         transports: list[str],
         links: Callable[[], Mapping[str, str]] = dict,
         both: bool = False,
+        power: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
     ) -> None:
         self._proxies = settings.announce_to
         self._kv_address = join_address(host, port)
         self._http_address, self._transports = join_address(host, settings.http_port), transports
-        self._secret, self._links, self._both = settings.secret, links, both
+        self._secret, self._links, self._both, self._power = settings.secret, links, both, power
         self.renew(identity)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="disagg-kv-announce", daemon=True)
@@ -116,6 +121,7 @@ class Announcer:
             self._secret,
             self._links(),
             self._both,
+            self._power(),
         )
 
     def close(self) -> None:

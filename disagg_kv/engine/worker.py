@@ -7,12 +7,14 @@ import sys
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from disagg_kv.decode.peer_connection import PeerConnections
 from disagg_kv.decode.pending_loads import Load, PendingLoads
 from disagg_kv.engine.announce import Announcer
+from disagg_kv.engine.energy import EnergyReader, gpus_of_rank
 from disagg_kv.engine.fences import StepFence
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.engine.plan import Plan
@@ -102,7 +104,10 @@ class ConnectorWorker:
             self._connections.connect if self._decode else None,
         )  # fmt: skip
         self._announcer: Announcer | None = None
+        self._energy: EnergyReader | None = None
         if settings.announce_to and self._rank == 0:
+            if settings.energy == "on" and cache.on_gpu:
+                self._energy = EnergyReader(partial(gpus_of_rank, cache.device.index or 0, self._tp))
             self._announcer = Announcer(
                 settings,
                 identity,
@@ -111,6 +116,7 @@ class ConnectorWorker:
                 transports,
                 self._connections.transports.running,
                 self._both,
+                tuple if self._energy is None else self._energy.reports,
             )
             self._serving.announcement = self._announcer.fields
             self._announcer.start()
@@ -225,5 +231,7 @@ class ConnectorWorker:
             self._ready = False
             if self._announcer is not None:
                 self._announcer.close()
+            if self._energy is not None:
+                self._energy.close()
             self._server.close()
             self._connections.close()
