@@ -193,6 +193,8 @@ def simulated(settings: Settings, place: Place, python: str) -> Command:
         words += ["--proxy", net.authority(settings.proxy_host, settings.proxy_port), *batches]
         words += ["--kv-buffer-bytes", str(settings.kv_buffer_size.whole())]
         words += ["--kv-pool-bytes", str(settings.mem_pool_size_gb << 30)]
+    if place.gpus and place.gpus[0].isdecimal():
+        words += ["--gpu", place.gpus[0]]
     for name in settings.served_names:
         words += ["--model", name]
     if place.role == "plain":

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn, get_args
 
+from disagg_power.devices import PowerError
 from disagg_sim.config import Connector, SimConfig, SimConfigError, split_address
 from disagg_sim.engine import SimEngine
 
@@ -87,6 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     speed.add_argument(
         "--communicator-seconds", type=float, default=0.0, help="extra time of a pair's first request (NCCL: 1.1)"
+    )
+
+    gpu = parser.add_argument_group("GPU")
+    gpu.add_argument(
+        "--gpu",
+        type=int,
+        metavar="INDEX",
+        help="simulated GPU: announce its energy and run at its clock's pace; decode of a pair has the next one",
+    )
+    gpu.add_argument(
+        "--gpus-file",
+        default=os.environ.get("POWER_SIMULATED", ""),
+        metavar="FILE",
+        help="simulated GPUs that other processes see too (POWER_SIMULATED); empty: each engine has its own",
     )
 
     kv = parser.add_argument_group("KV cache")
@@ -183,12 +198,15 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             enable_request_id_headers=args.enable_request_id_headers,
             enable_auto_tool_choice=not args.disable_auto_tool_choice,
             exit_after_death_seconds=None if death < 0 else death,
+            gpu=args.gpu,
+            gpus_file=args.gpus_file,
             ping_seconds=args.ping_seconds,
             record_requests=False,
         )
         if args.role != "pair":
             return [first]
-        return [first, replace(first, role="decode", port=args.decode_port, kv_port=args.decode_kv_port)]
+        gpu = None if args.gpu is None else args.gpu + 1
+        return [first, replace(first, role="decode", port=args.decode_port, kv_port=args.decode_kv_port, gpu=gpu)]
     except SimConfigError as error:
         parser.error(str(error))
 
@@ -205,6 +223,9 @@ async def _run(engines: Sequence[SimEngine]) -> int:
         if until.done():
             return 0
         return work.result()
+    except PowerError as error:
+        print(f"error: {error} (--gpu, --gpus-file)", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -119,6 +119,12 @@ class SimConfig:
     """vLLM's watchdog ends the server within 5 s of the engine's death; None keeps answering 500, as
     VLLM_KEEP_ALIVE_ON_ENGINE_DEATH=1 does."""
 
+    gpu: int | None = None
+    """Index of the simulated GPU (:mod:`disagg_sim.gpu`) whose energy pings tell and whose clock is the pace of the
+    steps; None: no GPU."""
+    gpus_file: str = ""
+    """File of simulated GPUs that other processes see too; empty: the GPU is this engine's alone."""
+
     ping_seconds: float = 3.0
     record_requests: bool = True
     """Keep every HTTP request in ``SimEngine.requests``; for tests, memory grows."""
@@ -142,6 +148,8 @@ class SimConfig:
                 raise SimConfigError(f"{name} must be at least {least}")
         if self.exit_after_death_seconds is not None and self.exit_after_death_seconds < 0:
             raise SimConfigError("exit_after_death_seconds must be at least 0")
+        if self.gpu is not None and not 0 <= self.gpu < 64:
+            raise SimConfigError("gpu must be from 0 to 63")
         if not self.ping_seconds > 0:
             raise SimConfigError("ping_seconds must be above 0")
         try:

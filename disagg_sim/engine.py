@@ -13,6 +13,7 @@ from disagg_sim.config import SimConfig, join_address, split_address
 from disagg_sim.connectors import make_connector
 from disagg_sim.exchange import RecordedRequest
 from disagg_sim.faults import Faults
+from disagg_sim.gpu import EngineGpu
 from disagg_sim.http import HttpSide
 from disagg_sim.metrics import Counters, exposition
 from disagg_sim.ping import Pinger
@@ -58,19 +59,25 @@ class SimEngine:
             self.kv_address = join_address(config.host, kv_sock.getsockname()[1])
             undo.pop_all()
         self._connector = make_connector(config, self.faults, self.kv_address, self._changed)
-        self._loop = StepLoop(config, self.faults, self._connector, self._counters, self._changed, self._on_death)
+        self._gpu = None if config.gpu is None else EngineGpu(config.gpus_file, config.gpu)
+        self._loop = StepLoop(
+            config, self.faults, self._connector, self._counters, self._changed, self._on_death, self._gpu
+        )
         self._http = HttpSide(
             config, self._loop, self.faults, state=self.state, metrics=self.metrics, changed=self._changed
         )
         announce = self._connector.announcement
         self._pinger = Pinger(
-            config, self.http_address, self.kv_address, announce, lambda: self.faults.pings, self._changed
-        )
+            config, self.http_address, self.kv_address, announce, lambda: self.faults.pings, self._changed,
+            None if self._gpu is None else self._gpu.reports,
+        )  # fmt: skip
         self._connector.announced(self._pinger.fields())
         self.faults.on_refuse = self._refuse
         self._started = True
         await self._connector.start(kv_sock)
         self._loop.start()
+        if self._gpu is not None:
+            self._gpu.start()
         if announce() is not None:
             self._pinger.start()
         try:
@@ -119,6 +126,8 @@ class SimEngine:
         await self._exited.wait()
 
     async def _end_worker(self) -> None:
+        if self._gpu is not None:
+            await self._gpu.stop()
         await self._pinger.stop()
         await self._connector.stop()
         await asyncio.sleep(0)

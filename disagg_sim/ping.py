@@ -21,6 +21,7 @@ class Pinger:
 
     Args:
         more: returns the fields that the connector adds to the message, anew for each one.
+        power: reports of the engine's GPUs; None for an engine without.
 
     Attributes:
         sent: messages handed to ZMQ.
@@ -34,13 +35,14 @@ class Pinger:
         more: Callable[[], Mapping[str, Any] | None],
         enabled: Callable[[], bool],
         changed: Callable[[], None],
+        power: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         self._config = config
         self._enabled = enabled
         self._changed = changed
         self._identity = kv_address.encode()
         self._http_address, self._kv_address = http_address, kv_address
-        self._more = more
+        self._more, self._power = more, power
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._task: asyncio.Task[None] | None = None
         self.sent = 0
@@ -76,6 +78,7 @@ class Pinger:
             "http_address": self._http_address,
             "zmq_address": self._kv_address,
             **(self._more() or {}),
+            **({} if self._power is None else {"power": list(self._power())}),
         }
 
     async def _run(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:

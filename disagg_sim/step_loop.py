@@ -15,6 +15,7 @@ from collections.abc import Callable
 from disagg_sim.config import SimConfig
 from disagg_sim.connectors.base import KvConnector
 from disagg_sim.faults import Faults
+from disagg_sim.gpu import EngineGpu
 from disagg_sim.logprobs import prompt_logprobs, token_logprobs
 from disagg_sim.metrics import Counters
 from disagg_sim.prefix_cache import PrefixCache
@@ -31,6 +32,7 @@ class StepLoop:
     Args:
         changed: called after every change that :meth:`disagg_sim.engine.SimEngine.state` shows.
         died: called once when the engine dies.
+        gpu: the simulated GPU that the steps keep busy and whose clock is their pace; None: always the same pace.
 
     Attributes:
         waiting: requests to be scheduled.
@@ -49,6 +51,7 @@ class StepLoop:
         counters: Counters,
         changed: Callable[[], None],
         died: Callable[[], None],
+        gpu: EngineGpu | None = None,
     ) -> None:
         self._config = config
         self._faults = faults
@@ -56,6 +59,7 @@ class StepLoop:
         self._counters = counters
         self._changed = changed
         self._died = died
+        self._gpu = gpu
         self._cache = PrefixCache(config.prefix_cache_blocks)
         self._commands: deque[tuple[str, EngineRequest]] = deque()
         self._wake = asyncio.Event()
@@ -246,10 +250,10 @@ class StepLoop:
     def _seconds(self, ready: list[EngineRequest], computed: int) -> float:
         """Duration of the forward pass: the prompt tokens at prefill's speed, and one decode step if any decodes."""
         config = self._config
-        seconds = computed / config.prefill_tokens_per_second if config.prefill_tokens_per_second else 0.0
-        if any(request.generated or request.received is not None for request in ready):
-            seconds += config.time_per_output_token
-        return seconds
+        prefill = computed / config.prefill_tokens_per_second if config.prefill_tokens_per_second else 0.0
+        decodes = any(request.generated or request.received is not None for request in ready)
+        decode = config.time_per_output_token if decodes else 0.0
+        return prefill + decode if self._gpu is None else self._gpu.step(prefill, decode)
 
     def _complete_prompt(self, request: EngineRequest) -> None:
         kv = request.received or ReceivedKv(seed_of(request.prompt_ids), garbage=False)
