@@ -14,6 +14,7 @@ from disagg_proxy.admission.queue import Peers
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement
+from disagg_proxy.discovery.power import PackedReports
 from disagg_proxy.discovery.service import PingSource
 from disagg_proxy.health.peer_view import PeerView
 from disagg_proxy.telemetry.aggregate import Overview
@@ -25,6 +26,9 @@ class LocalProcess(Protocol):
 
     def announced(self, announcements: list[Announcement]) -> None:
         """Register instances whose announcements were received by another process."""
+
+    def power_reports(self, packed: PackedReports) -> None:
+        """Take what this machine's reader of GPUs has found, which runs in another process."""
 
     def check_engines(self) -> None:
         """Check for stalled engines now: another process has reported a change."""

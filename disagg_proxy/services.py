@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from disagg_power.book import EnergyBook
 from disagg_proxy.admission.queue import AdmissionQueue, Limits
 from disagg_proxy.admission.token_estimate import PromptSizes
 from disagg_proxy.cluster.instance import Instance
@@ -21,6 +22,7 @@ from disagg_proxy.connectors.disagg_kv import ConnectionWarmer
 from disagg_proxy.connectors.kv_release import KvReleaser
 from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
+from disagg_proxy.discovery.power import PackedReports
 from disagg_proxy.discovery.service import Discovery
 from disagg_proxy.health.stall_detector import StallDetector
 from disagg_proxy.keys.key_table import KeyTable
@@ -32,6 +34,7 @@ from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.telemetry import page_view
 from disagg_proxy.telemetry.access_log import AccessLog
 from disagg_proxy.telemetry.aggregate import Overview, counts_of, gauges_of, seen_of
+from disagg_proxy.telemetry.energy import totals_of
 from disagg_proxy.telemetry.event_log import EventLog
 from disagg_proxy.telemetry.instance_events import InstanceEvents
 from disagg_proxy.telemetry.page_state import PageState, inherit, page_state_of
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
 
 _SAMPLE_INTERVAL = 1.0
 """Seconds between two samples of the time series."""
+
+_ENERGY_INTERVAL = 2.5
+"""Seconds between two intervals of the energy figures: two in each step of the time series."""
 
 
 class Services:
@@ -77,7 +83,8 @@ class Services:
         self.registry = Registry(clock, config.instance_expiry)
         self.recorder.served = self.registry.has_model
         self.recorder.settle_key = self.keys.settle
-        self.traces = _traces(config, self.worker)
+        self.energy = EnergyBook()
+        self.traces = _traces(config, self.worker, self.energy)
         if self.traces is not None:
             self.recorder.sinks.append(self.traces.take)
         self.instance_events = InstanceEvents(self.registry, self.event_log, logs=not self.worker)
@@ -92,7 +99,7 @@ class Services:
         self.background = Background()
         self.write_batch = WriteBatch()
         self.shutdown = Shutdown(config.shutdown_grace, clock)
-        self.discovery = Discovery(config, self.registry, self.peers.pings, quiet=bool(self.worker))
+        self.discovery = Discovery(config, self.registry, self.peers.pings, quiet=bool(self.worker), energy=self.energy)
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
             self.connection_warmer = ConnectionWarmer(self.registry, self.background, self.kv_control)
@@ -106,6 +113,7 @@ class Services:
         self._stall_detector: StallDetector | None = None
         self._access_log: AccessLog | None = None
         self._sample_timer: asyncio.TimerHandle | None = None
+        self._energy_task: asyncio.Task[None] | None = None
 
     @property
     def upstream(self) -> Upstream:
@@ -125,8 +133,10 @@ class Services:
         )  # fmt: skip
         self._stall_detector.start()
         self._sample()
+        if self.config.power_meter:
+            self._energy_task = asyncio.get_running_loop().create_task(self._mark_energy(), name="energy")
         if self.config.access_log != "off":
-            self._access_log = AccessLog(self.config.access_log, self.worker, self.stats)
+            self._access_log = AccessLog(self.config.access_log, self.worker, self.stats, self.energy)
             self.recorder.sinks.append(self._access_log.take)
         if (left := self.peers.predecessor_state()) is not None:
             inherit(self.recorder, left)
@@ -142,6 +152,9 @@ class Services:
         await self.background.cancel_all()
         if self._sample_timer is not None:
             self._sample_timer.cancel()
+        if self._energy_task is not None:
+            self._energy_task.cancel()
+            await asyncio.gather(self._energy_task, return_exceptions=True)
         if self._stall_detector is not None:
             await self._stall_detector.stop()
         await self.discovery.stop()
@@ -200,6 +213,10 @@ class Services:
         """Register instances whose announcements were received by another process."""
         self.discovery.take(announcements)
 
+    def power_reports(self, packed: PackedReports) -> None:
+        """Take what the reader of another process has found."""
+        self.discovery.power.read(packed)
+
     def check_engines(self) -> None:
         """Check for stalled engines now: another process has reported a change."""
         if self._stall_detector is not None:
@@ -228,13 +245,24 @@ class Services:
         self.recorder.timeseries.sample(self.stats.in_flight, self.admission_queue.waiting, kv)
         self._sample_timer = asyncio.get_running_loop().call_later(_SAMPLE_INTERVAL, self._sample)
 
+    async def _mark_energy(self) -> None:
+        """Divide the energy by what all processes of the proxy have served."""
+        while True:
+            await asyncio.sleep(_ENERGY_INTERVAL)
+            if self.energy:
+                try:
+                    overview = await self.overview()
+                except RuntimeError:
+                    continue  # the supervisor has not published yet
+                self.energy.mark(self.registry.now(), totals_of(overview.stats), time.time())
 
-def _traces(config: Config, worker: int | None) -> SpanExporter | None:
+
+def _traces(config: Config, worker: int | None, energy: EnergyBook) -> SpanExporter | None:
     if not config.traces:
         return None
     from disagg_proxy.telemetry.tracing import SpanExporter
 
-    return SpanExporter(worker)
+    return SpanExporter(worker, energy)
 
 
 def _limits(config: Config) -> Limits:

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "http1": "request_id",
     "openai": "errors",
     "cluster": "address config errors",
-    "telemetry": "cluster config errors http1 runtime",
+    "telemetry": "cluster config disagg_power errors http1 runtime",
     "admission": "cluster errors openai telemetry",
     "upstream": "address cluster disagg_kv.control disagg_kv.protocol errors http1 runtime",
     "health": "cluster errors runtime upstream",
@@ -59,10 +59,10 @@ MAY_IMPORT = {
     "keys": "admission config telemetry",
     "coordinator": "admission cluster config connectors downstream errors http1 openai telemetry",
     # All of it together, and what serves it:
-    "discovery": "address cluster config connectors disagg_kv.control disagg_kv.protocol health http1 telemetry "
-    "upstream",
+    "discovery": "address cluster config connectors disagg_kv.control disagg_kv.protocol disagg_power health http1 "
+    "telemetry upstream",
     "peer_group": "admission cluster discovery health telemetry",
-    "services": "admission cluster config connectors coordinator discovery health keys openai peer_group "
+    "services": "admission cluster config connectors coordinator disagg_power discovery health keys openai peer_group "
     "runtime telemetry upstream",
     "page": "errors runtime",
     "server": "address admission cluster config coordinator discovery downstream errors http1 keys openai page runtime "
@@ -76,7 +76,8 @@ MAY_IMPORT = {
     # Reports of the benchmarks are made without the proxy; the load client is in there.
     "disagg_report": "",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
-    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.outcomes disagg_kv.prefill disagg_kv.protocol disagg_kv.within",
+    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.outcomes disagg_kv.prefill disagg_kv.protocol disagg_kv.within "
+    "disagg_power",
     "disagg_sim.chaos": "cluster config disagg_report disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
@@ -112,7 +113,7 @@ LIBRARIES = {
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
     "aiohttp": "disagg_sim top.follow",
-    "prometheus_client": "server.asgi.status_routes telemetry.metrics",
+    "prometheus_client": "server.asgi.status_routes telemetry.energy_metrics telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
     "rich": "top",
@@ -124,7 +125,7 @@ LIBRARIES = {
     "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
     "disagg_kv.transport.channel disagg_machine.net",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
-    "disagg_kv disagg_report.power disagg_machine.bench.load",
+    "disagg_kv disagg_power.reader disagg_report.power disagg_machine.bench.load",
 }
 """Library -> modules or folders that may import it."""
 

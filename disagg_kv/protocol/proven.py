@@ -17,7 +17,7 @@ from disagg_kv.protocol.handshake import Refused
 ANNOUNCED = "announced"
 """Field of WELCOME."""
 
-CHANGING = ("kv_links",)
+CHANGING = ("kv_links", "power")
 """Fields of an announcement that differ from one ping to the next; they are not proven."""
 
 

@@ -25,6 +25,10 @@ class InstanceIndex:
         """Whether it is still the instance at its endpoint."""
         return self._instances.get(instance.key) is instance
 
+    def find(self, key: str) -> Instance | None:
+        """The instance with this key."""
+        return self._instances.get(key)
+
     def instances(self) -> Sequence[Instance]:
         """All known instances, prefills first, in the order of registration."""
         return sorted(self._instances.values(), key=lambda i: i.role is Role.DECODE)

@@ -27,6 +27,19 @@ class StaticInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineGpus:
+    """GPUs of an engine on this machine.
+
+    Attributes:
+        address: of its OpenAI server.
+        gpus: indices as in ``nvidia-smi``, or UUIDs.
+    """
+
+    address: Address
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All settings. Meanings, units and defaults: ``disagg_proxy/config/table.py``."""
 
@@ -41,6 +54,8 @@ class Config:
     allow_register: tuple[str, ...] = ("local",)
     instance_expiry: float = 10.0
     forward_registrations: tuple[Address, ...] = ()
+    power_meter: bool = True
+    power_gpus: tuple[EngineGpus, ...] = ()
     probe_interval: float = 5.0
     connect_timeout: float = 5.0
     prefill_timeout: float = 600.0

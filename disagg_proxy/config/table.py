@@ -77,6 +77,14 @@ SETTINGS: tuple[Setting, ...] = (
             "registration ports of other proxies over the same instances, HOST:PORT separated by commas: what "
             "instances announce here is passed on to them",
             "使用同一批实例的其他代理的注册端口，HOST:PORT，逗号分隔：本代理收到的注册会转发给它们"),
+    Setting("power_meter", "POWER_METER", "--power-meter", "1", values.flag,
+            "use what engines and POWER_GPUS say of the energy of their GPUs; 0: no energy figures",
+            "使用实例与 POWER_GPUS 提供的 GPU 能耗数据；0 表示不提供能耗数据"),
+    Setting("power_gpus", "POWER_GPUS", "--power-gpus", "", values.engine_gpus,
+            "GPUs of engines on this machine that do not report their energy themselves: HOST:PORT=GPU, several GPUs "
+            "joined by +, engines separated by commas; indices as in nvidia-smi, or UUIDs",
+            "本机上不自行上报能耗的实例所用的 GPU：HOST:PORT=GPU，多个 GPU 用 + 连接，多个实例用逗号分隔；"
+            "编号同 nvidia-smi，或用 UUID"),
     Setting("probe_interval", "PROBE_INTERVAL", "--probe-interval", "5", values.seconds,
             "seconds between two probes of an instance's /health and /v1/models",
             "检查实例 /health 与 /v1/models 的间隔秒数", reload=True),

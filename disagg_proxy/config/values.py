@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from disagg_proxy.address import Address, parse_address
-from disagg_proxy.config.model import StaticInstance
+from disagg_proxy.config.model import EngineGpus, StaticInstance
 
 Reader = Callable[[str], object]
 
@@ -61,6 +61,22 @@ def addresses(raw: str) -> tuple[Address, ...]:
         return tuple(parse_address(part.strip()) for part in raw.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(f"must be HOST:PORT, separated by commas: {error}") from None
+
+
+def engine_gpus(raw: str) -> tuple[EngineGpus, ...]:
+    """Comma-separated HOST:PORT=GPU+GPU."""
+    found = []
+    for part in filter(None, (part.strip() for part in raw.split(","))):
+        address, _, words = part.partition("=")
+        gpus = tuple(filter(None, words.split("+")))
+        try:
+            named = parse_address(address)
+        except ValueError as error:
+            raise ValueError(f"must be HOST:PORT=GPU, separated by commas: {error}") from None
+        if not gpus or not all(word.isdecimal() or word.startswith("GPU-") for word in gpus):
+            raise ValueError(f"must name GPUs by index or UUID after HOST:PORT=, joined by +, not {part!r}")
+        found.append(EngineGpus(named, gpus))
+    return tuple(found)
 
 
 def limit(raw: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 
+from disagg_power.report import GpuReport, unpacked
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import KvKind
@@ -43,6 +44,7 @@ class Announcement:
     Attributes:
         boot: differs for every process of an engine; empty where the connector does not announce it.
         links: on decode, transport of each open connection to a prefill, by its KV address.
+        gpus: what the engine reports of its GPUs; empty where it does not.
         passed_on: another proxy received it and passes it on (discovery/forward.py).
         provable: the engine's KV port can prove it (discovery/proof.py).
         unproven: it counts only once it is proven.
@@ -56,6 +58,7 @@ class Announcement:
     kind: KvKind
     boot: str = ""
     links: tuple[tuple[str, str], ...] = ()
+    gpus: tuple[GpuReport, ...] = ()
     passed_on: bool = False
     provable: bool = False
     unproven: bool = False
@@ -94,8 +97,9 @@ def decode(frames: Sequence[bytes]) -> Announcement:
     except ValueError as error:
         raise BadAnnouncement("mistyped", str(error)) from None
     return Announcement(
-        _ROLES[role], http, kv.kv, kv.kind, kv.boot, kv.links, PASSED_ON in fields, kv.provable, raw=payload
-    )
+        _ROLES[role], http, kv.kv, kv.kind, kv.boot, kv.links,
+        gpus=unpacked(fields.get("power")), passed_on=PASSED_ON in fields, provable=kv.provable, raw=payload,
+    )  # fmt: skip
 
 
 def fields_of(announcement: Announcement) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from typing import Protocol
 
+from disagg_power.book import EnergyBook
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.config import Config
@@ -16,6 +17,7 @@ from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
+from disagg_proxy.discovery.power import LocalReader, PowerReports
 from disagg_proxy.discovery.proof import Proofs
 from disagg_proxy.health.liveness import LivenessConnections
 from disagg_proxy.health.prober import Prober
@@ -52,9 +54,11 @@ class Discovery:
     Args:
         pings: another source of announcements, which calls :meth:`take`; no port is bound then.
         quiet: another worker of this proxy logs the changes of instances, so this one logs them at DEBUG.
+        energy: gets what is reported of GPUs.
 
     Attributes:
         refused: rejected registrations by HTTP endpoint.
+        power: reports of GPUs.
         headers: encoded header lines for requests to engines that are not on behalf of a client.
 
     Raises:
@@ -62,7 +66,12 @@ class Discovery:
     """
 
     def __init__(
-        self, config: Config, registry: Registry, pings: PingSource | None = None, quiet: bool = False
+        self,
+        config: Config,
+        registry: Registry,
+        pings: PingSource | None = None,
+        quiet: bool = False,
+        energy: EnergyBook | None = None,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -74,6 +83,8 @@ class Discovery:
             config.zmq_host, config.zmq_port, AllowList(config.allow_register), self.mailbox.put
         )
         self.refused: Counter[str] = Counter()
+        self.power = PowerReports(registry, EnergyBook() if energy is None else energy, config.power_meter)
+        self._reader = LocalReader(config, self.power.read) if pings is None else None
         key = config.engine_api_key
         self.headers = header_lines([(b"authorization", f"Bearer {key}".encode())] if key else [])
         self._forwarder = Forwarder(config.forward_registrations if pings is None else ())
@@ -96,13 +107,15 @@ class Discovery:
                 self._registry.add_static(role, static, kind_named(static.protocol))
         self._expiry = asyncio.get_running_loop().create_task(self._expire(), name="instance expiry")
         self.listener.start()
+        if self._reader is not None:
+            self._reader.start()
         if self._own_port:
             log.info("Instances may register on %s:%d", self._config.zmq_host, self.listener.port)
 
     async def stop(self) -> None:
         """Close the port and cancel all tasks."""
         # The thread may be delivering to the loop while it ends, so the loop must not be blocked.
-        await asyncio.get_running_loop().run_in_executor(None, self.listener.stop)
+        await asyncio.get_running_loop().run_in_executor(None, self._stop_threads)
         await self._proofs.stop()
         self._forwarder.close()
         if self._expiry:
@@ -112,6 +125,11 @@ class Discovery:
             await self._prober.stop()
         if self._liveness:
             await self._liveness.stop()
+
+    def _stop_threads(self) -> None:
+        self.listener.stop()
+        if self._reader is not None:
+            self._reader.stop()
 
     def reconfigure(self, config: Config) -> None:
         """Use ALLOW_REGISTER, INSTANCE_EXPIRY, PROBE_INTERVAL and CONNECT_TIMEOUT of a reload."""
@@ -134,6 +152,7 @@ class Discovery:
             refusal = self._registry.announce(a.role, a.http, a.kv, a.kind, a.boot)
             if refusal is None:
                 self._registry.note_links(a.http, a.links)
+                self.power.announced(a.http.netloc, a.gpus)
                 continue
             name = a.http.netloc if len(self.refused) < _MAX_REFUSED else "others"
             if name not in self.refused:

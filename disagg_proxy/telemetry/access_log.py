@@ -23,6 +23,8 @@ from collections import deque
 
 import msgspec
 
+from disagg_power.book import EnergyBook
+from disagg_proxy.telemetry.energy import estimate, rounded
 from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.telemetry.stats import Stats
 
@@ -56,10 +58,14 @@ class AccessLog:
         target: a path, or "-" for standard output.
         worker: the number of this worker, None for a single process.
         stats: where dropped lines and failed writes are counted.
+        energy: for ``energy_j`` of a request; lines have the field only where it is known.
     """
 
-    def __init__(self, target: str, worker: int | None = None, stats: Stats | None = None) -> None:
+    def __init__(
+        self, target: str, worker: int | None = None, stats: Stats | None = None, energy: EnergyBook | None = None
+    ) -> None:
         self._worker = worker
+        self._energy = energy
         self._stats = Stats(time.monotonic) if stats is None else stats
         self._lines: list[bytes] = []
         self._waiting = 0
@@ -126,6 +132,8 @@ class AccessLog:
             "gap_ms": _ms(record.mean_gap),
             "total_ms": _ms(record.total),
         }
+        if self._energy and (joules := estimate(self._energy, record)) is not None:
+            fields["energy_j"], fields["energy_idle_j"] = rounded(joules[0]), rounded(joules[1])
         if self._worker is not None:
             fields["worker"] = self._worker
         return _encode(fields) + b"\n"

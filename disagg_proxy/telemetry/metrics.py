@@ -21,6 +21,7 @@ from disagg_proxy.cluster.circuit_breaker import BreakerState
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.telemetry.aggregate import Overview
+from disagg_proxy.telemetry.energy_metrics import energy_metrics
 from disagg_proxy.telemetry.proxy_state import ProxyState
 from disagg_proxy.telemetry.stats import Histogram
 
@@ -88,6 +89,7 @@ class ProxyCollector(Collector):
         yield from self._kv_releases()
         yield from instance_metrics(self._proxy.registry, self._overview, self._proxy.config.kv_bytes_per_token)
         yield from self._registrations()
+        yield from energy_metrics(self._proxy.energy, self._proxy.registry)
 
     def _requests(self) -> Iterable[Metric]:
         overview, stats, selection = self._overview, self._overview.stats, self._proxy.selection

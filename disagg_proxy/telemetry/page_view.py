@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from disagg_power.book import EnergyBook
 from disagg_proxy import __version__
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.telemetry.aggregate import Overview
@@ -45,6 +46,7 @@ def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> 
         "stopping": proxy.shutdown.begun.is_set(),
         "workers": max(1, len(overview.workers)),
         "instances": [_instance(i, proxy, overview) for i in proxy.registry.instances()],
+        "energy": proxy.energy.report(proxy.registry.now()),
         "flows": [
             {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in merged.flows
         ],
@@ -64,7 +66,10 @@ def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> 
             "gap": _summary(stats.gap),
             "total": _summary(stats.total),
         },
-        "rates": {"step_s": SECONDS, "steps": [_step(start, parts) for start, parts in merged.steps]},
+        "rates": {
+            "step_s": SECONDS,
+            "steps": [_with_power(_step(start, parts), proxy.energy) for start, parts in merged.steps],
+        },
         "recent": [_record(packed) for packed in merged.records],
         "events": [
             {"seq": e.seq, "time": round(e.time, 3), "kind": e.kind, "instance": e.instance, "text": e.text,
@@ -72,6 +77,10 @@ def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> 
             for e in merged.events
         ],
     }  # fmt: skip
+
+
+def _with_power(step: dict[str, Any], energy: EnergyBook) -> dict[str, Any]:
+    return {**step, "watts": energy.history(step["time"], SECONDS)} if energy else step
 
 
 def _instance(instance: Instance, proxy: ProxyState, overview: Overview) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from disagg_power.book import EnergyBook
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
@@ -22,6 +23,9 @@ class ProxyState(Protocol):
 
     @property
     def selection(self) -> Selection: ...
+
+    @property
+    def energy(self) -> EnergyBook: ...
 
     @property
     def shutdown(self) -> Shutdown: ...

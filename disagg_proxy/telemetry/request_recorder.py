@@ -111,10 +111,14 @@ class RequestRecorder:
             stats.prompt_tokens += record.prompt_tokens
             stats.cached_tokens += record.cached_tokens or 0
             step.prompt_tokens += record.prompt_tokens
+            if record.prefill is None:
+                stats.alone_prompt_tokens += record.prompt_tokens - (record.cached_tokens or 0)
         if record.output_tokens:
             stats.outputs.add(record.output_tokens)
             stats.output_tokens += record.output_tokens
             step.output_tokens += record.output_tokens
+        elif record.pieces:
+            stats.uncounted_chunks += record.pieces
         if record.key is not None:
             self._count_key(record.key, record)
         self.event_log.add(record)

@@ -154,6 +154,8 @@ class Stats:
         pieces: chunks of streamed responses.
         prompts, outputs: lengths in tokens of finished requests whose engines reported them.
         prompt_tokens, cached_tokens, output_tokens: sums over finished requests whose engines reported them.
+        alone_prompt_tokens: the part of ``prompt_tokens - cached_tokens`` that decode computed without a prefill.
+        uncounted_chunks: chunks of streamed responses whose output tokens were not reported.
         labelled: finished requests by route, outcome, cause and model, joined by tabs.
         kv_releases: releases of abandoned KV.
         failovers: attempts on another pair after an instance failed.
@@ -180,6 +182,8 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    alone_prompt_tokens: int = 0
+    uncounted_chunks: int = 0
     labelled: Counter[str] = field(default_factory=Counter)
     kv_releases: KvReleases = field(default_factory=KvReleases)
     failovers: int = 0

@@ -53,6 +53,8 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
             "refused": dict(overview.refused),
         },
     }
+    if (energy := proxy.energy.report(proxy.registry.now())) is not None:
+        report["energy"] = energy
     if proxy.worker is not None:
         report["answered_by"] = proxy.worker
         report["workers"] = overview.workers

@@ -28,9 +28,11 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from disagg_power.book import EnergyBook
 from disagg_proxy import __version__
 from disagg_proxy.http1.headers import Headers
 from disagg_proxy.runtime.within import within
+from disagg_proxy.telemetry.energy import estimate, rounded
 from disagg_proxy.telemetry.request_record import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -87,9 +89,11 @@ class SpanExporter:
 
     Args:
         worker: the number of this worker, None for a single process.
+        energy: for the estimated energy of a request.
     """
 
-    def __init__(self, worker: int | None = None) -> None:
+    def __init__(self, worker: int | None = None, energy: EnergyBook | None = None) -> None:
+        self._energy = energy
         attributes = {
             "service.name": os.environ.get("OTEL_SERVICE_NAME") or "disagg-proxy",
             "service.version": __version__,
@@ -138,7 +142,7 @@ class SpanExporter:
         spans = [
             self._span(
                 record, ids, f"POST {record.route}", ids.request_id, ids.parent_id, started, ended,
-                SpanKind.SERVER, _request_attributes(record), failed=failed,
+                SpanKind.SERVER, {**_request_attributes(record), **self._energy_attributes(record)}, failed=failed,
             )
         ]  # fmt: skip
         if record.ready is not None:
@@ -150,6 +154,12 @@ class SpanExporter:
         if record.decode_sent is not None:
             spans.append(self._leg(record, ids, "decode", ids.decode_id, record.decode, record.decode_sent, ended))
         return spans
+
+    def _energy_attributes(self, record: RequestRecord) -> _Attributes:
+        joules = estimate(self._energy, record) if self._energy else None
+        if joules is None:
+            return {}
+        return {"disagg.energy_j": rounded(joules[0]), "disagg.energy_idle_j": rounded(joules[1])}
 
     def _child(self, record: RequestRecord, ids: TraceContext, name: str, start: float, end: float) -> ReadableSpan:
         span_id = self._ids.generate_span_id()

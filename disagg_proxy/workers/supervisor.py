@@ -23,6 +23,7 @@ from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.forward import Forwarder
 from disagg_proxy.discovery.listener import Listener
 from disagg_proxy.discovery.mailbox import Mailbox
+from disagg_proxy.discovery.power import LocalReader, PackedReports
 from disagg_proxy.discovery.proof import Proofs
 from disagg_proxy.runtime.hangup import on_hangup
 from disagg_proxy.runtime.shutdown import first_of
@@ -68,6 +69,7 @@ class Supervisor:
             raise
         self._proofs = Proofs(config.kv_secret, config.connect_timeout, self._on_pings, self._listener.drop)
         self._forwarder = Forwarder(config.forward_registrations)
+        self._reader = LocalReader(config, self._on_power)
         self._memory = SharedMemory.create(config.workers)
         self._row = self._memory.table.supervisor
         self._files = new_wakeups(config.workers + 1)
@@ -90,6 +92,7 @@ class Supervisor:
         self._wakeups.open(self._on_wakeup)
         heartbeat = loop.create_task(self._heartbeat())
         self._listener.start()
+        self._reader.start()
         killer = loop.create_task(self._kill_in_time())
         try:
             with on_hangup(partial(self._settings.reload, self._reconfigure)):
@@ -101,6 +104,7 @@ class Supervisor:
             await self._proofs.stop()
             self._wakeups.close()
             await loop.run_in_executor(None, self._listener.stop)
+            await loop.run_in_executor(None, self._reader.stop)
             self.close()
         return 1 if self._failed else 0
 
@@ -178,6 +182,10 @@ class Supervisor:
             if message is not None:
                 for worker in self._workers:
                     worker.send(message, ("ping", announcement.http.netloc, announcement.kv.text))
+
+    def _on_power(self, reports: PackedReports) -> None:
+        for worker in self._workers:
+            worker.send(["power", reports])
 
     # -- reload
 

@@ -150,6 +150,8 @@ class WorkerPeers:
             announcement = decode([message[2]])
             self._assign_slot(announcement.http.netloc, message[1])
             self._process.announced([announcement])
+        elif message[0] == "power":
+            self._process.power_reports(message[1])
         elif message[0] == "slot":
             self._assign_slot(message[2], message[1])
         elif message[0] in ("sent", "ended"):

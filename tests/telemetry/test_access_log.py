@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from disagg_power.book import EnergyBook
 from disagg_proxy.errors import BadRequest
 from disagg_proxy.telemetry import access_log
 from disagg_proxy.telemetry.access_log import AccessLog
 from tests.command import commands, engine_pairs
 from tests.conftest import running_proxy, soon
+from tests.power.figures import count_energy
 from tests.simulated import REQUESTS, Machine
 from tests.telemetry.metrics import PAGE
 
@@ -32,6 +34,18 @@ def ended(desk, client_id: str | None = None):
     record = desk.recorder.open(PATH, client_id)
     record.end()
     return record
+
+
+def test_a_line_has_the_energy_only_where_it_is_known(desk, tmp_path) -> None:
+    book = EnergyBook()
+    log = AccessLog(str(tmp_path / "access.log"), energy=book)
+    record = desk.recorder.open(PATH, None)
+    record.prefill, record.prompt_tokens, record.cached_tokens, record.output_tokens = "prefill:1", 400, 100, 20
+    assert "energy_j" not in json.loads(log._line(record))
+    count_energy(book, 1000.0)
+    line = json.loads(log._line(record))
+    assert (line["energy_j"], line["energy_idle_j"]) == (0.0, 300 * 1.0 + 20 * 2.0), "the GPUs drew idle power only"
+    log._out.close()
 
 
 async def test_a_line_for_every_request_and_no_secrets(tmp_path, http) -> None:
@@ -60,8 +74,13 @@ async def test_a_line_for_every_request_and_no_secrets(tmp_path, http) -> None:
 
 async def test_the_docs_list_its_fields(tmp_path, desk) -> None:
     file = tmp_path / "log"
-    out = AccessLog(str(file), worker=3)
-    out.take(ended(desk))
+    book = EnergyBook()
+    count_energy(book, 1000.0)
+    out = AccessLog(str(file), worker=3, energy=book)
+    record = desk.recorder.open(PATH, None)
+    record.output_tokens = 7
+    record.end()
+    out.take(record)
     await out.stop()
     section = PAGE.read_text(encoding="utf-8").split("## The access log")[1].split("\n## ")[0]
     names = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}

@@ -18,6 +18,7 @@ from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.metrics import metrics_registry
 from disagg_proxy.telemetry.request_recorder import _MAX_MODELS
 from disagg_proxy.telemetry.stats import Histogram
+from tests.power.figures import count_energy
 from tests.simulated import REQUESTS
 from tests.telemetry.metrics import DASHBOARD, PAGE, RULES, described, expressions, listed, named_in
 from tests.test_docs import PAGES
@@ -150,6 +151,7 @@ async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair)
     for labels, counts in keys.items():
         counts[labels] += 1
     alone = await services.overview()
+    count_energy(services.energy, services.registry.now())
     workers = [{"pid": os.getpid(), "responding": True}, {"pid": None, "responding": False}]
     several = Overview(
         alone.stats, alone.registrations, alone.refused, 0, 0, alone.instances, alone.seen, alone.gauges,
