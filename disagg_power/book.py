@@ -123,7 +123,7 @@ class EnergyBook:
         self.gpus: dict[str, Gpu] = {}
         self._marks: deque[_Mark] = deque()
         self._figures: dict[str, RoleFigures] = {}
-        self._history: deque[tuple[float, dict[str, float | None]]] = deque(maxlen=_HISTORY)
+        self._history: deque[tuple[float, dict[str, RoleFigures]]] = deque(maxlen=_HISTORY)
 
     def __bool__(self) -> bool:
         return bool(self.gpus)
@@ -180,7 +180,7 @@ class EnergyBook:
         while self._marks and now - self._marks[0].at > WINDOW_SECONDS:
             self._marks.popleft()
         self._figures = {role: self._role(role, now) for role in ROLES}
-        self._history.append((unix, {role: figures.watts for role, figures in self._figures.items()}))
+        self._history.append((unix, self._figures))
 
     # -- out
 
@@ -192,14 +192,23 @@ class EnergyBook:
         """The figures of the last :meth:`mark`."""
         return self._figures.get(role)
 
-    def history(self, start: float, seconds: float) -> dict[str, float | None]:
-        """Watts of each role at the last mark within ``seconds`` from ``start`` (Unix time); None: not known."""
-        for unix, watts in reversed(self._history):
+    def history(self, start: float, seconds: float) -> dict[str, dict[str, float | None]]:
+        """``watts`` and ``joules_per_token`` of each role at the last mark within ``seconds`` from ``start``.
+
+        Args:
+            start: Unix time.
+        """
+        found: Mapping[str, RoleFigures] = {}
+        for unix, figures in reversed(self._history):
             if unix < start:
                 break
             if unix < start + seconds:
-                return {role: _rounded(value, 1) for role, value in watts.items()}
-        return dict.fromkeys(ROLES)
+                found = figures
+                break
+        return {
+            "watts": {role: _rounded(found[role].watts, 1) if found else None for role in ROLES},
+            "joules_per_token": {role: _rounded(found[role].joules_per_token, 6) if found else None for role in ROLES},
+        }
 
     def _role(self, role: str, now: float) -> RoleFigures:
         gpus = self.of_role(role)
@@ -277,8 +286,12 @@ class EnergyBook:
             "joules_per_request": _rounded(per_request, 3),
             "requests_per_wh": None if not per_request else _rounded(_WH / per_request, 2),
             "roles": {role: _role_report(self._figures.get(role)) for role in ROLES},
-            "gpus": [_gpu_report(gpu, now) for gpu in self.gpus.values()],
+            "gpus": [_gpu_report(gpu, now) for gpu in sorted(self.gpus.values(), key=_order)],
         }
+
+
+def _order(gpu: Gpu) -> tuple[int, str]:
+    return (*ROLES, HOST).index(gpu.role), gpu.instance
 
 
 def _role_report(figures: RoleFigures | None) -> dict[str, Any]:

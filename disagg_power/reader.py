@@ -66,7 +66,7 @@ class Reader:
                 address: [GpuMeter(devices.find(word)) for word in words] for address, words in self._gpus.items()
             }
         except PowerError as error:
-            log.warning("Energy is not measured (POWER_GPUS): %s", error)
+            log.info("Energy is not measured (POWER_GPUS): %s", error)
             if devices is not None:
                 devices.close()
             return

@@ -56,7 +56,8 @@ def test_joules_per_token_and_request() -> None:
     assert report is not None and report["requests_per_wh"] == pytest.approx(3600 / 540, abs=0.01)
     active, idle = run.book.request_energy(100, 50) or (0, 0)
     assert active == pytest.approx(100 * 2.5 + 50 * 4.0) and idle == pytest.approx(100 * 0.5 + 50 * 0.8)
-    assert run.book.history(5000 + run.now - 2, 5) == {"prefill": 600, "decode": 480}
+    assert run.book.history(5000 + run.now - 2, 5)["watts"] == {"prefill": 600, "decode": 480}
+    assert run.book.history(0, 5) == {name: {"prefill": None, "decode": None} for name in ("watts", "joules_per_token")}
 
 
 def test_cached_requests_raise_the_energy_per_computed_token() -> None:

@@ -32,7 +32,7 @@ def test_what_cannot_be_read_is_said_once(word: str, caplog: pytest.LogCaptureFi
             raise NoLibrary("no driver")
         return SimulatedGpus(models=[GpuModel()])
 
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     reader = Reader({"a:1": [word]}, devices, lambda reports: pytest.fail("nothing is delivered"))
     reader.start()
     reader._thread.join(30)
