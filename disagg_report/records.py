@@ -57,12 +57,16 @@ class Power:
     Attributes:
         watts: mean, summed over the GPUs.
         joules: summed over the GPUs, during ``seconds``.
+        source: ``counter``, or ``integral`` where a GPU has no counter or it restarted.
+        deviation: of the integral of power from the counter, 0.05 for 5 % too much; None where one does not exist.
     """
 
     gpus: tuple[str, ...]
     watts: float
     joules: float
     seconds: float
+    source: str = "integral"
+    deviation: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,14 @@ class Measurement:
                 seconds=float(value["seconds"]),
                 shots=tuple(Shot(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in value["shots"]),
                 power={
-                    role: Power(tuple(one["gpus"]), one["watts"], one["joules"], one["seconds"])
+                    role: Power(
+                        tuple(one["gpus"]),
+                        one["watts"],
+                        one["joules"],
+                        one["seconds"],
+                        one.get("source", "integral"),
+                        one.get("deviation"),
+                    )
                     for role, one in value["power"].items()
                 },
                 client_cpu=value["client_cpu"],

@@ -12,6 +12,8 @@ from disagg_report.verdict import Outcome, outcomes, verdict
 
 _LATE_MS = 50.0
 _BUSY = 0.9
+_DEVIATES = 0.05
+"""Share by which counter and integral may differ without a note."""
 _TITLES = {
     "sweep": "Prefill and decode under load",
     "ratio": "Which ratio of prefill to decode",
@@ -95,6 +97,12 @@ def _notes(one: Outcome) -> list[str]:
         notes.append(f"\\* the largest of fewer than {MIN_FOR_P99} values.")
     if one.setup.no_power:
         notes.append(f"Power was not measured: {one.setup.no_power}.")
+    powers = [power for rate in one.rates for power in rate.power.values()]
+    if any(power.source == "integral" for power in powers):
+        notes.append("Energy is the integral of power, which has an error of 5 % and more: a GPU has no counter.")
+    worst = max((abs(power.deviation) for power in powers if power.deviation is not None), default=0.0)
+    if worst > _DEVIATES:
+        notes.append(f"The integral of power deviates from the GPUs' energy counters, which are used, by {worst:.0%}.")
     for rate in one.rates:
         late = rate.late_ms is not None and rate.late_ms > _LATE_MS
         busy = rate.client_cpu is not None and rate.client_cpu > _BUSY
