@@ -17,7 +17,7 @@ from pathlib import Path
 WEB = Path(__file__).with_name("web")
 
 SCRIPTS = (
-    "text.js", "dom.js", "model.js", "headline.js", "machine.js", "charts.js", "requests.js", "events.js",
+    "text.js", "dom.js", "model.js", "headline.js", "machine.js", "charts.js", "energy.js", "requests.js", "events.js",
     "stream.js", "ask.js", "main.js",
 )  # fmt: skip
 """In the order in which they are joined; at load time each uses only those before it."""

@@ -80,7 +80,7 @@ def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> 
 
 
 def _with_power(step: dict[str, Any], energy: EnergyBook) -> dict[str, Any]:
-    return {**step, "watts": energy.history(step["time"], SECONDS)} if energy else step
+    return {**step, **energy.history(step["time"], SECONDS)} if energy else step
 
 
 def _instance(instance: Instance, proxy: ProxyState, overview: Overview) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from disagg_proxy.page.verdict import CLIENT_OUTCOMES, KEPT_FROM, state_of
-from disagg_proxy.top.words import Words, clock, count, duration, plain, size
+from disagg_proxy.top.words import Words, clock, count, duration, joules, plain, size
 
 View = dict[str, Any]
 
@@ -79,7 +79,8 @@ def screen(
         return Group(*head, _list(alone, view, words, lines, width, above), *keys)
     count_of = len(view["instances"])
     # A short terminal has the latencies in one line, no flows and no blank lines.
-    short = height is not None and height < 20 + head_lines + count_of + len(view["flows"])
+    wanted = 20 + head_lines + count_of + len(view["flows"]) + (5 if view.get("energy") else 0)
+    short = height is not None and height < wanted
     parts: list[RenderableType] = [*head]
     gap = [] if short else [Text()]
     parts += [
@@ -87,13 +88,28 @@ def screen(
         _summary(view, words) if short else _latency(view, words, width),
         *gap,
     ]
+    energy = [] if short else _energy(view, words, width)
+    if energy:
+        parts += [*energy, *gap]
     # One for the figures and one for the titles of each list, and at least one entry in the latter two.
-    room = count_of if height is None else max(1, height - head_lines - len(keys) - (6 if short else 16))
+    room = (
+        count_of
+        if height is None
+        else max(1, height - head_lines - len(keys) - (6 if short else 16) - (5 if energy else 0))
+    )
     shown, more = _ordered(view, whole=count_of <= room), ""
     if count_of > room:
         shown, more = shown[: room - 1], words.say("top_more", count=count_of - room + 1)
     parts.append(_instances(shown, words, width, more))
-    used = head_lines + 1 + (2 if not count_of else min(count_of, room)) + len(keys) + 2 + (1 if short else 11)
+    used = (
+        head_lines
+        + 1
+        + (2 if not count_of else min(count_of, room))
+        + len(keys)
+        + 2
+        + (1 if short else 11)
+        + (5 if energy else 0)
+    )
     if not short:
         parts += [*gap, _flows(view, words, width)]
         used += max(1, min(_MOST_FLOWS, len(view["flows"])))
@@ -203,6 +219,25 @@ def _latency(view: View, words: Words, width: int) -> Table:
         words.say("tile_flight"), count(totals["in_flight"]), "", _rest(f"{queued}; {_finished(view, words)}")
     )
     return table
+
+
+def _energy(view: View, words: Words, width: int) -> list[RenderableType]:
+    """A line for each role: power, energy per token, and the power of the last minutes. Nothing without GPUs."""
+    energy = view.get("energy")
+    if not energy:
+        return []
+    steps, _ = _steps(view)
+    table = _table("", ">W", ">", "")
+    for role in ("prefill", "decode"):
+        found = energy["roles"][role]
+        line = _line([(step.get("watts") or {}).get(role) for step in steps], 40 if width >= _WIDE else 24)
+        watts = "–" if found["watts"] is None else count(found["watts"])
+        table.add_row(words.say(f"energy_{role}"), watts, joules(found["joules_per_token"]), line)
+    rate = energy["requests_per_wh"]
+    more = f"{words.say('energy_wh')} {'–' if rate is None else count(rate, 1)}"
+    if energy["simulated"]:
+        more += f" · {words.say('simulated')}"
+    return [table, Text(more, "dim", no_wrap=True, overflow="ellipsis")]
 
 
 def _finished(view: View, words: Words) -> str:

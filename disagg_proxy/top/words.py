@@ -59,6 +59,14 @@ def duration(ms: float | None) -> str:
     return f"{ms / 1000:.{2 if ms < 10_000 else 1}f} s"
 
 
+def joules(value: float | None) -> str:
+    """An energy in about three digits, in mJ below 1 J."""
+    if value is None:
+        return "–"
+    scaled, unit = (1000 * value, "mJ") if value < 1 else (value, "J")
+    return f"{scaled:,.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
+
+
 def count(value: float, digits: int = 0) -> str:
     """A number with thousands separators."""
     return f"{value:,.{digits}f}"

@@ -11,6 +11,7 @@ const paint = () => {
   showTiles(view);
   showMachine(view);
   showCharts(view);
+  showEnergy(view);
   showRequests(view);
   showEvents(view);
   showModels(view);
