@@ -66,6 +66,7 @@ def proxy(
     tensor_parallel: int = 1,
     kv_bytes_per_token: int = 0,
     environ: Mapping[str, str] | None = None,
+    places: Sequence[Place] = (),
 ) -> Command:
     """The proxy. Keys stay in the environment of its parent, where `ps` of other users does not show them.
 
@@ -75,6 +76,7 @@ def proxy(
         kv_bytes_per_token: bytes of KV of one prompt token; 0, when the model is not on this machine yet, leaves the
             proxy's own limit: `max_model_len` unloaded prompt tokens on one decode.
         environ: what the user has set himself wins.
+        places: the parts of this machine. The proxy reads the GPUs of engines that do not announce their energy.
     """
     environ = environ or {}
     variables = {
@@ -92,7 +94,11 @@ def proxy(
     if not engines.own_connector:
         variables["KV_BUFFER_BYTES"] = str(settings.kv_buffer_size.whole() * tensor_parallel)
         variables["KV_BYTES_PER_TOKEN"] = str(kv_bytes_per_token)
-    for name in ("SHUTDOWN_GRACE", "DECODE_MAX_IN_FLIGHT", "KV_BUFFER_BYTES", "KV_BYTES_PER_TOKEN"):
+    if engines.vllm is not None and not engines.own_connector:
+        gpus = [(net.authority(settings.engine_host, place.http), place.gpus) for place in places if place.gpus]
+        if gpus:
+            variables["POWER_GPUS"] = ",".join(f"{address}={'+'.join(words)}" for address, words in gpus)
+    for name in ("SHUTDOWN_GRACE", "DECODE_MAX_IN_FLIGHT", "KV_BUFFER_BYTES", "KV_BYTES_PER_TOKEN", "POWER_GPUS"):
         if name in variables and environ.get(name):
             variables[name] = environ[name]
     return Command((*program, *split_words(settings.extra_proxy_args)), variables)

@@ -50,6 +50,7 @@ class Plan:
             tensor_parallel=self.layout.tensor_parallel,
             kv_bytes_per_token=self._kv_bytes(),
             environ=context.environ,
+            places=self.layout.parts,
         )
 
     def _kv_bytes(self) -> int:

@@ -199,7 +199,7 @@ def test_simulated_engines(make_context: MakeContext) -> None:
     assert line == (
         "python -m disagg_sim --role decode --host 127.0.0.1 --port 20005 --kv-port 22001 --proxy '[::1]:30001' "
         "--max-model-len 10000 --max-num-seqs 256 --max-num-batched-tokens 10000 --kv-buffer-bytes 8000000000 "
-        "--kv-pool-bytes 4294967296 --model model --model org/model --ping-seconds 1"
+        "--kv-pool-bytes 4294967296 --gpu 1 --model model --model org/model --ping-seconds 1"
     )
     plain = commands.simulated(settings, PLAIN, "python").words
     assert plain[3:7] == ("--role", "decode", "--connector", "disagg_kv") and "--proxy" not in plain
@@ -229,6 +229,19 @@ def test_what_the_user_has_set_for_the_proxy_wins(make_context: MakeContext) -> 
     mine = dict.fromkeys(names, "3")
     command = commands.proxy(make_context().settings, Engines(SIM), ["p"], environ=mine)
     assert {name: command.environment[name] for name in names} == mine
+
+
+def test_the_proxy_reads_the_gpus_of_engines_that_do_not_announce_them(make_context: MakeContext) -> None:
+    settings = make_context().settings
+    places = [Place("proxy", "proxy", 10001), Place("prefill", "prefill", 20003, 21001, ("0", "1")),
+              Place("decode", "decode", 20005, 22001, ("GPU-1234",))]  # fmt: skip
+
+    def gpus(engines: Engines, **environ: str) -> str | None:
+        return commands.proxy(settings, engines, ["p"], environ=environ, places=places).environment.get("POWER_GPUS")
+
+    assert gpus(Engines(VLLM, vllm=FACTS)) == "127.0.0.1:20003=0+1,127.0.0.1:20005=GPU-1234"
+    assert gpus(Engines(VLLM, vllm=FACTS), POWER_GPUS="mine") == "mine"
+    assert gpus(Engines(VLLM, vllm=FACTS, connector="own")) is gpus(Engines(SIM)) is None
 
 
 def test_the_proxys_own_file_is_passed_on(make_context: MakeContext) -> None:
