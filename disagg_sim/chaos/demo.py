@@ -13,6 +13,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from disagg_power.book import ROLES
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_sim.chaos.clients import RIGHT, Clients
 from disagg_sim.chaos.machine import FREEZE_AFTER, Machine, running_machine
@@ -30,7 +31,7 @@ _FREEZE_AT, _FREEZE_FOR = 0.3, 0.25
 _REPORTS = 6
 """Lines of progress in a run."""
 
-_ENGINES = {"connector": "disagg_kv", "time_per_output_token": 0.02}
+_ENGINES = {"connector": "disagg_kv", "time_per_output_token": 0.02, "gpu": 0}
 
 
 class _AnnouncedTrouble(TroubleMaker):
@@ -74,6 +75,7 @@ class _Demo:
                 timer.cancel()
             self._clients.close()
             self._report()
+            self._report_energy()
         return all(result.outcome == RIGHT for result in self._clients.results)
 
     def _on_change(self, instance: Instance) -> None:
@@ -94,6 +96,14 @@ class _Demo:
         slowest = max((result.seconds for result in results), default=0.0)
         pairs = self._machine.services.selection.ready_pairs()
         self._say(f"{right} answers right{others}; the slowest took {slowest:.1f} s; {pairs} of 4 pairs are ready")
+
+    def _report_energy(self) -> None:
+        book = self._machine.services.energy
+        costs = [(role, figures.joules_per_token) for role in ROLES if (figures := book.figures(role)) is not None]
+        joules, _, _ = book.per_request()
+        if joules and all(cost is not None for _, cost in costs):
+            tokens = ", ".join(f"{role} {cost:.3g} J" for role, cost in costs)
+            self._say(f"energy of the SIMULATED GPUs per token: {tokens}; {3600 / joules:.3g} requests/Wh")
 
     def _say(self, what: str) -> None:
         print(f"{self._clients.now():5.1f} s  {what}", flush=True)

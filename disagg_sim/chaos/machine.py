@@ -238,7 +238,7 @@ async def running_machine(
 
     Args:
         settings: additional settings of the proxy.
-        knobs: settings of the engines.
+        knobs: settings of the engines; ``gpu`` is the GPU of the first one, the others have the following ones.
 
     Raises:
         RuntimeError: it does not become ready.
@@ -262,7 +262,10 @@ async def running_machine(
         }
         for role, count, slots in (("prefill", prefills, machine.prefills), ("decode", decodes, machine.decodes)):
             for _ in range(count):
-                slots.append(Slot(LedgerEngine(SimConfig(role=role, **common), machine.ledger)))  # type: ignore[arg-type]
+                config = SimConfig(role=role, **common)  # type: ignore[arg-type]
+                if config.gpu is not None:
+                    config = replace(config, gpu=config.gpu + len(machine.prefills) + len(machine.decodes))
+                slots.append(Slot(LedgerEngine(config, machine.ledger)))
         await asyncio.gather(*(slot.start() for slot in machine.slots))
         if not await machine.until_ready(10):
             raise RuntimeError(f"not ready: {missing_roles(machine.services.registry)}")
