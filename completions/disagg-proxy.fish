@@ -2,7 +2,7 @@
 #
 #   copy it to ~/.config/fish/completions, or: source it
 
-set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench write' 'bench plots' 'demo' 'chaos'
+set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'demo' 'chaos'
 
 # Whether the words so far are those of this command.
 function __disagg_proxy_at
@@ -33,6 +33,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n __disagg_proxy_at -a top -d 'the live page of a running proxy, in a terminal'
     complete -c $name -n __disagg_proxy_at -a key -d 'new keys for API_KEYS_FILE'
     complete -c $name -n __disagg_proxy_at -a bench -d 'latency and goodput at rising request rates, as a report'
+    complete -c $name -n __disagg_proxy_at -a power -d 'clocks and energy of the GPUs'
     complete -c $name -n __disagg_proxy_at -a demo -d 'a minute of it without a GPU'
     complete -c $name -n __disagg_proxy_at -a chaos -d 'a proxy and simulated engines under load and injected faults'
     complete -c $name -n __disagg_proxy_at -s h -l help -d 'show this help message and exit'
@@ -321,6 +322,22 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at bench plots' -l slo-ttft-ms -x
     complete -c $name -n '__disagg_proxy_at bench plots' -l slo-tpot-ms -x
     complete -c $name -n '__disagg_proxy_at bench plots' -l slo-attainment -x -d 'share of requests that must be within the limits'
+    complete -c $name -n '__disagg_proxy_at power' -a show -d 'power and energy per token of each role, live'
+    complete -c $name -n '__disagg_proxy_at power' -a record -d 'power and clocks of the GPUs, and the requests, to CSV files and a plot'
+    complete -c $name -n '__disagg_proxy_at power' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at power show' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at power show' -l url -x -d 'URL of the proxy, with its path prefix if it has one'
+    complete -c $name -n '__disagg_proxy_at power show' -l key -x -d 'API key of the proxy (default'
+    complete -c $name -n '__disagg_proxy_at power show' -l once -d 'print once and exit'
+    complete -c $name -n '__disagg_proxy_at power record' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at power record' -l url -x -d 'URL of the proxy, with its path prefix if it has one'
+    complete -c $name -n '__disagg_proxy_at power record' -l key -x -d 'API key of the proxy (default'
+    complete -c $name -n '__disagg_proxy_at power record' -l out -r -F -d 'CSV file of the samples'
+    complete -c $name -n '__disagg_proxy_at power record' -l interval -x -d 'such as 100ms (default)'
+    complete -c $name -n '__disagg_proxy_at power record' -l seconds -x -d 'length, such as 60s'
+    complete -c $name -n '__disagg_proxy_at power record' -l gpus -x -d 'GPUs to record, such as prefill=0,decode=1+2'
+    complete -c $name -n '__disagg_proxy_at power record' -l no-proxy -d 'record GPUs only, without a proxy\'s requests'
+    complete -c $name -n '__disagg_proxy_at power record' -l no-plot -d 'draw nothing'
     complete -c $name -n '__disagg_proxy_at demo' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at demo' -l seconds -x -d 'duration of the load (default'
     complete -c $name -n '__disagg_proxy_at chaos' -s h -l help -d 'show this help message and exit'

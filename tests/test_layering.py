@@ -74,11 +74,11 @@ MAY_IMPORT = {
     "cli": "config serve",
     "__main__": "cli",
     # Reports of the benchmarks are made without the proxy; the load client is in there.
-    "disagg_report": "",
+    "disagg_report": "disagg_power",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
     "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.outcomes disagg_kv.prefill disagg_kv.protocol disagg_kv.within "
     "disagg_power",
-    "disagg_sim.chaos": "cluster config disagg_report disagg_sim runtime server services",
+    "disagg_sim.chaos": "cluster config disagg_power disagg_report disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
@@ -117,7 +117,7 @@ LIBRARIES = {
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
     "rich": "top",
-    "matplotlib": "disagg_report.plots",
+    "matplotlib": "disagg_power.record_plot disagg_report.plots",
     "vllm": "disagg_kv.connector disagg_kv.engine.metrics disagg_kv.engine.versions disagg_kv.transport.nccl",
     "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
