@@ -20,7 +20,8 @@ from disagg_power.nvml import NvmlDevices, load
 
 TOLERANCE = 0.05
 """Largest accepted deviation of the integral of power from the counter, and of announced power from this reader's."""
-_WARM_SECONDS = 5.0
+_WARM_SECONDS, _LEAST_SECONDS, _LOOK_SECONDS = 5.0, 5.0, 3.0
+"""Load before a window, the shortest window, and the time between two looks at the proxy."""
 _REPORT_AGE = 4.5
 """Seconds by which a figure of the proxy may be old: engines report every 3 s what they read each second."""
 
@@ -54,8 +55,8 @@ class Run:
             if not sampler.wait(5, 10.0):
                 self._fail(f"the GPU cannot be read: {dict(sampler.errors)}")
                 return self._end()
-            busy = max(5.0, (self._deadline - time.monotonic() - 4 * _WARM_SECONDS) * 0.36)
-            idle = max(5.0, busy / 3)
+            busy = max(_LEAST_SECONDS, (self._deadline - time.monotonic() - 4 * _WARM_SECONDS) * 0.36)
+            idle = max(_LEAST_SECONDS, busy / 3)
             self._measure("idle_before", idle, None, "")
             self._measure("prefill", busy, self._load(model, arguments.prefill_at_once, arguments.prompt, 1), "prompt")
             self._measure("idle_between", idle / 2, None, "")
@@ -75,8 +76,10 @@ class Run:
 
     def _measure(self, step: str, seconds: float, load: Load | None, counted: str) -> None:
         """One step: its line, and the checks of it."""
-        if time.monotonic() + seconds > self._deadline:
+        seconds = min(seconds, self._deadline - time.monotonic() - _WARM_SECONDS)
+        if seconds < _LEAST_SECONDS / 2:
             self._write({"step": step, "left_out": "the limit is near"})
+            self._fail(f"{step}: left out, the limit is near")
             return
         if load is not None:
             load.start()
@@ -84,7 +87,7 @@ class Run:
         announced = len(self._announced)
         before, begin = self._tokens(), time.monotonic()
         while (left := begin + seconds - time.monotonic()) > 0:
-            time.sleep(min(left, 3.0))
+            time.sleep(min(left, _LOOK_SECONDS))
             self._look()
         after, end = self._tokens(), time.monotonic()
         if load is not None:
