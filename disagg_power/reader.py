@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 0.1
 """Between two readings: the integral of power needs as many as NVML gives."""
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 3.0
+"""As engines report: the counter moves every 100 ms, which is 3 % of it."""
 
 Reports = Mapping[str, Sequence[GpuReport]]
 """By HTTP address of the engine as configured; that of the host's packages is empty."""
@@ -31,7 +32,7 @@ class Reader:
     Args:
         gpus: indices or UUIDs of the GPUs by HTTP address of their engine.
         devices: opens the GPUs; called in the thread.
-        deliver: called in the thread with the reports, once a second.
+        deliver: called in the thread with the reports, every 3 s.
     """
 
     def __init__(

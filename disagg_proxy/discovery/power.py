@@ -24,7 +24,7 @@ class LocalReader:
     """Reads POWER_GPUS in a thread and delivers on the event loop. It does nothing without that setting.
 
     Args:
-        deliver: called on the event loop, once a second.
+        deliver: called on the event loop, every 3 s.
     """
 
     def __init__(self, config: Config, deliver: Callable[[PackedReports], None]) -> None:
