@@ -135,4 +135,4 @@ def test_the_host_is_shown_apart() -> None:
     run.book.take(HOST, "", [GpuReport("cpu-package-0", at=1.0, joules=1.0, power_w=90.0)], run.now, None)
     run.step(30, 600, 480, requests=1)
     assert run.book.per_request()[0] == pytest.approx(1080), "GPUs only"
-    assert run.book.report(run.now)["gpus"][0]["role"] == HOST  # type: ignore[index]
+    assert [gpu["role"] for gpu in run.book.report(run.now)["gpus"]] == ["prefill", "decode", HOST]  # type: ignore[index]
