@@ -48,7 +48,7 @@ _disagg_proxy() {
       choices='prefill decode pair'
       ;;
     'sim --connector')
-      choices='p2p_nccl disagg_kv nixl'
+      choices='p2p_nccl disagg_kv nixl moriio'
       ;;
     'sim --close-after-400')
       choices='close reset keep'
@@ -98,7 +98,7 @@ _disagg_proxy() {
           choices='--once'
           ;;
         'sim')
-          choices='-h --help --role --host --port --kv-port --decode-port --decode-kv-port --proxy --ping-seconds --model --vllm-version --api-key --max-model-len --max-num-seqs --max-num-batched-tokens --enable-prompt-tokens-details --enable-request-id-headers --disable-auto-tool-choice --startup-seconds --prefill-tokens-per-second --time-per-output-token --communicator-seconds --gpu --gpus-file --connector --kv-secret --kv-block-size --load-timeout --hold-timeout --kv-bytes-per-token --kv-buffer-bytes --kv-pool-bytes --kv-wire-bytes-per-token --kv-layers --prefix-cache-blocks --close-after-400 --exit-after-death-seconds --randomize-request-ids --log-level'
+          choices='-h --help --role --host --port --kv-port --decode-port --decode-kv-port --proxy --ping-seconds --model --vllm-version --api-key --max-model-len --max-num-seqs --max-num-batched-tokens --enable-prompt-tokens-details --enable-request-id-headers --disable-auto-tool-choice --startup-seconds --prefill-tokens-per-second --time-per-output-token --communicator-seconds --gpu --gpus-file --connector --kv-both --read-mode --kv-secret --kv-block-size --load-timeout --hold-timeout --kv-bytes-per-token --kv-buffer-bytes --kv-pool-bytes --kv-wire-bytes-per-token --kv-layers --prefix-cache-blocks --close-after-400 --exit-after-death-seconds --randomize-request-ids --log-level'
           ;;
         'top' | 'power show')
           choices='-h --help --url --key --once'
