@@ -2,6 +2,8 @@
 
 Otherwise there is nothing here that pyproject.toml does not say. The modules stay ordinary Python: without it they run
 as they are, and tests/test_compilable.py holds them to what compiles without changing its meaning.
+
+test_single_machine.sh builds with it too (disagg_machine/compiled) and reads :data:`MYPY` without setuptools.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
-
-MYPY = "mypy[mypyc]>=2"
+MYPY = "mypy[mypyc]==2.4.1"
+"""The compiler. Pinned, because native code is only as good as the version that the tests have run."""
 
 _HOT = (
     "admission/*.py",
@@ -71,4 +72,6 @@ def arguments() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    from setuptools import setup
+
     setup(**arguments())

@@ -11,6 +11,7 @@ Standard library only, so that `stop`, `status`, `logs` and `help` work without 
     engines                 vLLM's or simulated ones, and which KV connector
     layout, commands        pure: roles to GPUs and ports; the exact command line and environment of every process
     python_environment      which Python runs the proxy, and its virtual environment
+    compiled                the proxy's hot path as native code: built beside what runs, used by the next start
     launch, start           what runs here, worked out once; the start of a process, and waiting for it
     dependents, supervisor  pure: which prefills go with a decode; what to restart, in one table
     probes                  programs for other Pythons: which vLLM they have, which packages they miss

@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
 
 HIDDEN = {
     "__supervise": Command("supervise", "", "supervise"),
+    "__compile": Command("compile", "", "compiled.build"),
     "__menu": Command("menu_texts", "", "menu"),
 }
 """Commands that other commands start."""

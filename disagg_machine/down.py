@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from disagg_machine import lock, parts, proc, ui
+from disagg_machine.compiled import build, control
 from disagg_machine.context import Context
 from disagg_machine.messages import die
 
@@ -37,16 +38,20 @@ def stop_everything(context: Context) -> None:
     """Stop all parts.
 
     The supervisor goes first, or it would start again what is being stopped; then the proxy, so that requests in flight
-    still have their engines; then all engines at once.
+    still have their engines; then all engines at once. A build of the hot path ends too; the next start begins it anew.
     """
     run_dir, seconds = context.run_dir, context.settings.stop_timeout
     interrupt_all(context)
     if not parts.known_parts(run_dir):
-        ui.say("nothing_runs")
+        if control.end(context):
+            ui.good("stopped", build.PART)
+        else:
+            ui.say("nothing_runs")
         return
     parts.stop_parts(run_dir, 30, ["supervisor"])
     with lock.held(context.settings, "stop"):
         names = parts.known_parts(run_dir)
+        control.end(context)
         parts.stop_parts(run_dir, seconds, ["proxy"])
         parts.stop_parts(run_dir, seconds, [name for name in names if name != "proxy"])
         (run_dir / "settings").unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from disagg_machine import engines, gpus, launch, lock, parts, python_environment, signals, ui, up
 from disagg_machine import settings as reading
+from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.engines import Engines
 from disagg_machine.layout import Place, layout
@@ -57,6 +58,8 @@ def _foreground(context: Context, role: str, words: Sequence[str]) -> int:
         if role != "proxy":
             _announce(plan, place, chosen=bool(number))
         plan.check_ports([place])
+        if role == "proxy":
+            control.need(context, python)
         parts.sweep(context.run_dir, place.name)
         ui.say("foreground", place.name, " ".join(map(str, place.ports)))
         with signals.raised():
@@ -83,9 +86,10 @@ def _announce(plan: launch.Plan, place: Place, chosen: bool) -> None:
 
 def _run(plan: launch.Plan, place: Place, held: Lock) -> int:
     """Start it and wait for its end."""
-    context = plan.context
+    context, begun = plan.context, False
     try:
         pid = plan.launch(place, None, ProxyView())
+        begun = place.role == "proxy" and control.report(context, plan.python)
         held.release()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except signals.Interrupted as ended:
@@ -94,6 +98,9 @@ def _run(plan: launch.Plan, place: Place, held: Lock) -> int:
         with _impatient(part.pid if part else 0):
             parts.stop_parts(context.run_dir, context.settings.stop_timeout, [place.name])
         return ended.code
+    finally:
+        if begun:
+            control.end(context)
     # A part that has exited may have left child processes.
     parts.stop_parts(context.run_dir, 5, [place.name])
     if status:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from disagg_machine import commands, engines, gpus, kv_bytes, net, parts, python_environment, ui
 from disagg_machine.commands import Command
+from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.engines import Engines
 from disagg_machine.layout import Layout, Place, layout
@@ -81,6 +82,9 @@ class Plan:
         }
         if place.role in ("prefill", "decode"):
             fields["connector"] = self.engines.connector
+        if place.role == "proxy":
+            # `status` compares them with what the next start would use.
+            fields |= {"python": command.words[0], "server": command.words[1]}
         environment = context.child_environment() | without_internet_proxy(context) | dict(command.environment)
         if place.role == "proxy" or self.engines.simulated:
             environment["PYTHONUNBUFFERED"] = "1"
@@ -121,8 +125,8 @@ def plan(context: Context) -> Plan:
 
 
 def proxy_program(context: Context, python: str) -> list[str]:
-    """The words that start the proxy."""
-    server = context.root / "disagg_prefill_proxy_server.py"
+    """The words that start the proxy: of its build where there is one for these sources, else of the checkout."""
+    server = control.server(context, python)
     return [python, str(server)] if server.is_file() else [python, "-m", "disagg_proxy"]
 
 

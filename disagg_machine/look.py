@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disagg_machine import files, gpus, parts, proxy_view, signals, ui
+from disagg_machine.compiled import control
+from disagg_machine.compiled.control import State
 from disagg_machine.context import Context
 from disagg_machine.messages import die, text
 from disagg_machine.parts import Part
@@ -43,6 +45,8 @@ def cmd_status(context: Context, words: Sequence[str]) -> int:
         kind = "SIMULATED" if part.get("kind") == "sim" else part.get("kind", "?")
         ready = judged.words if judged else "-"
         ui.out(_ROW.format(part.name, kind, part.get("pid"), _ports(part), state, _uptime(part), ready))
+        if part.get("role") == "proxy" and part.alive:
+            _show_compiled(context, part, view)
         _show_remedy(part, state, view, supervised)
         _show_restarts(context, part)
     if pair_is_missing(context, missing, loading):
@@ -91,6 +95,23 @@ def _show_remedy(part: Part, state: str, view: ProxyView, supervised: bool) -> N
         ui.out(_INDENT + text("status_wanted_terminal"))
     elif not supervised:
         ui.out(_INDENT + text("status_wanted", part.name))
+
+
+def _show_compiled(context: Context, part: Part, view: ProxyView) -> None:
+    """Whether the proxy that runs is compiled, and where it is not, what there is to know of the build."""
+    if view.compiled is None:
+        return
+    if view.compiled:
+        ui.out(_INDENT + text("status_compiled"))
+        return
+    found = control.look(context, part.get("python")) if part.get("python") else control.Look(State.OFF)
+    more = {
+        State.READY: lambda: text("compiled_ready", context.script),
+        State.RUNNING: lambda: text("compiled_later", found.log, context.script),
+        State.FAILED: lambda: text("compiled_failed", found.log),
+        State.LACKS: lambda: text("compiled_lacks", found.lacks),
+    }.get(found.state)
+    ui.out(_INDENT + (more() if more else text("status_interpreted")))
 
 
 def _show_restarts(context: Context, part: Part) -> None:

@@ -1,7 +1,8 @@
 """What runs: PID files, process groups, start and stop. Nothing is looked up by name.
 
 ``RUN_DIR/NAME.pid`` holds ``name=value`` lines: pid, start, boot, log, since, kind, role, mode, http, kv, gpus, served,
-connector. ``pid=0`` stands for a part that is wanted and does not run: the supervisor will start it.
+connector; of the proxy also python and server, of a build of its hot path digest. ``pid=0`` stands for a part that is
+wanted and does not run: the supervisor will start it.
 """
 
 from __future__ import annotations

@@ -35,12 +35,14 @@ class ProxyView:
 
     Attributes:
         answered: whether the proxy answered.
+        compiled: whether its hot path is native code; None from an older one, which does not say.
         refused: whether it answered 401: it has an API_KEY, which the settings do not have or have wrong.
     """
 
     engines: Mapping[int, Engine] = field(default_factory=dict)
     answered: bool = False
     refused: bool = False
+    compiled: bool | None = None
 
     def requests(self, port: int) -> int | None:
         """Requests that went to the engine on ``port`` so far; None when the proxy does not know it."""
@@ -79,8 +81,11 @@ def key_problem(settings: Settings) -> str:
 def read(body: str, engine_host: str) -> ProxyView:
     """The engines of one answer of /stats. Engines of other machines may have the same ports: they are left out."""
     found: dict[int, Engine] = {}
+    compiled = None
     try:
-        for instance in json.loads(body)["instances"]:
+        stats = json.loads(body)
+        compiled = stats.get("compiled")
+        for instance in stats["instances"]:
             host, _, port = str(instance["http_address"]).rpartition(":")
             if host.strip("[]") in hosts(engine_host):
                 found[int(port)] = Engine(
@@ -90,9 +95,9 @@ def read(body: str, engine_host: str) -> ProxyView:
                     plain_line(" ".join(str(instance.get("reason") or "-").split())),
                     instance.get("restart_wanted") is True,
                 )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return ProxyView(found, answered=True)
-    return ProxyView(found, answered=True)
+    return ProxyView(found, answered=True, compiled=compiled)
 
 
 def hosts(engine_host: str) -> set[str]:

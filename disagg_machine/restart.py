@@ -8,6 +8,7 @@ from functools import partial
 
 from disagg_machine import dependents, launch, lock, parts, proxy_view, ui, up
 from disagg_machine import settings as reading
+from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.launch import Plan
 from disagg_machine.messages import die
@@ -26,7 +27,11 @@ def cmd_restart(context: Context, words: Sequence[str]) -> int:
     with lock.held(context.settings, "restart"):
         plan = launch.plan(context)
         names = _chosen(plan, words)
+        if "proxy" in names:
+            control.need(context, plan.python)
         _restart(plan, names)
+        if "proxy" in names:
+            control.report(context, plan.python)
     ui.good("restarted", " ".join(names))
     return 0
 

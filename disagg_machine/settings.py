@@ -99,6 +99,7 @@ class Settings:
     run_dir: Path
     python: str
     venv_dir: Path
+    proxy_compiled: str
     allow_shared_gpu: bool
     config: str
     config_file: str

@@ -245,6 +245,11 @@ SETTINGS: tuple[Setting, ...] = (
             "virtual environment, made when PYTHON does not have what requirements-proxy.txt lists; default: .venv "
             "beside this script",
             "虚拟环境，当 PYTHON 缺少 requirements-proxy.txt 中的包时创建；默认为脚本旁的 .venv"),
+    Setting("PROXY_COMPILED", choice("auto", "1", "0"), "auto",
+            "the proxy's hot path as native code, in a checkout: auto builds it beside what runs, for the next start; "
+            "1 builds it first, and the start fails where that fails; 0 never uses it",
+            "检出目录中代理热路径的本地代码：auto 在运行的同时构建，供下次启动使用；1 先构建，失败则不启动；"
+            "0 从不使用"),
     Setting("ALLOW_SHARED_GPU", values.flag, "0",
             "1: let a prefill and a decode engine share a GPU, which NCCL refuses as far as known",
             "1：允许 prefill 与 decode 共用一块 GPU，已知的 NCCL 会拒绝"),

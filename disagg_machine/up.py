@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from disagg_machine import commands, down, engines, files, launch, lock, parts, signals, supervise, ui
 from disagg_machine import settings as reading
+from disagg_machine.compiled import build, control
 from disagg_machine.context import Context
 from disagg_machine.launch import Plan
 from disagg_machine.layout import Place, layout
@@ -98,6 +99,7 @@ def _start(context: Context, started: list[str], supervised: bool) -> None:
     if not context.quiet:
         announce(plan)
     plan.check_ports(plan.layout.parts)
+    control.need(context, plan.python)
     # A supervisor whose parts are all gone would bring them back beside the new ones.
     parts.stop_parts(context.run_dir, 30, ["supervisor"])
     for name in parts.known_parts(context.run_dir):
@@ -108,6 +110,8 @@ def _start(context: Context, started: list[str], supervised: bool) -> None:
     if supervised:
         started.append("supervisor")
         supervise.begin(plan)
+    if control.report(context, plan.python):
+        started.append(build.PART)
 
 
 def start_parts(starting: Starting) -> None:

@@ -19,6 +19,7 @@ Check = Callable[[Machine], Iterable[Verdict]]
 
 CHECKS: tuple[Check, ...] = (
     software.check_python,
+    software.check_compiled,
     software.check_vllm,
     hardware.check_gpus,
     hardware.check_gpu_memory,

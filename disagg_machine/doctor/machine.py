@@ -9,6 +9,7 @@ from pathlib import Path
 
 from disagg_machine import gpus, net, parts, proxy_view, python_environment, vllm_facts
 from disagg_machine import readiness as serving
+from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.doctor import host
 from disagg_machine.engines import SIM, VLLM, Engines
@@ -70,6 +71,17 @@ class Machine:
         if python_environment.can_make_environments(path):
             return known
         return replace(known, can_make_venv=False, remedy=python_environment.remedy(path))
+
+    @cached_property
+    def compiled(self) -> control.Look:
+        """The proxy's hot path as native code, for the Python that runs the proxy, or will once it is made."""
+        venv = python_environment.environment(self.context).python
+        return control.look(self.context, str(venv) if self.python.venv_ready else self.python.path)
+
+    @cached_property
+    def compiler(self) -> str:
+        """The requirement of the compiler that a build uses; empty when it must be fetched and cannot be."""
+        return control.compiler(self.context, self.python.path)
 
     @cached_property
     def vllm(self) -> VllmFacts | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from disagg_machine import net
 from disagg_machine.commands import chunks_may_kill
+from disagg_machine.compiled.control import State
 from disagg_machine.doctor.machine import Machine
 from disagg_machine.doctor.verdict import Verdict, error, ok, warning
 from disagg_machine.engines import connector_shown
@@ -32,6 +33,25 @@ def check_python(machine: Machine) -> Iterator[Verdict]:
         yield warning("doc_packages_later", python.missing, machine.settings.venv_dir)
     else:
         yield error("doc_no_venv", python.missing, python.remedy)
+
+
+def check_compiled(machine: Machine) -> Iterator[Verdict]:
+    """The proxy's hot path is compiled, or can be."""
+    found = machine.compiled
+    if found.state is State.OFF:
+        yield ok("doc_compiled_off")
+    elif found.state is State.READY:
+        yield ok("doc_compiled", found.folder)
+    elif found.state is State.RUNNING:
+        yield ok("doc_compiling", found.log)
+    elif found.state is State.FAILED:
+        yield warning("compiled_failed", found.log)
+    elif found.state is State.LACKS:
+        yield warning("compiled_lacks", found.lacks)
+    elif machine.compiler:
+        yield ok("doc_compile_later", machine.compiler)
+    else:
+        yield warning("doc_compile_index")
 
 
 def check_vllm(machine: Machine) -> Iterator[Verdict]:

@@ -179,6 +179,7 @@ TEXTS: dict[str, str] = {
     "wait_engine": "{} to answer",
     "wait_shared": "{} to be ready, {} shares its GPU",
     "wait_pairs": "the proxy to admit the engines",
+    "wait_compile": "the build of the proxy's hot path",
     "part_died": "{} (PID {}) ended while it started",
     "part_ended": "{} ended with status {}",
     "start_timeout": "gave up waiting for {} after {} s (START_TIMEOUT)",
@@ -266,6 +267,32 @@ TEXTS: dict[str, str] = {
     "status_given_up": "given up; see {}, then `restart`",
     "status_wanted": "`restart {}` brings it back",
     "status_wanted_terminal": "stop it in its terminal with Ctrl+C and start it again",
+    "compiled_used": "The proxy's hot path is compiled.",
+    "compiled_ready": "The proxy runs interpreted; its compiled hot path is ready: `{} restart proxy` uses it.",
+    "compiled_later": (
+        "The proxy runs interpreted; its hot path is being compiled at low priority, log {}. The next start, or "
+        "`{} restart proxy`, uses it."
+    ),
+    "compiled_failed": (
+        "The proxy runs interpreted: its hot path could not be compiled, see {}. PROXY_COMPILED=1 tries again, 0 "
+        "removes this warning."
+    ),
+    "compiled_lacks": "The proxy runs interpreted; to compile its hot path: {}. PROXY_COMPILED=0 removes this line.",
+    "compiled_cannot": "PROXY_COMPILED=1: the hot path cannot be compiled here: {}",
+    "compiled_needed": "PROXY_COMPILED=1: the hot path could not be compiled; see {}",
+    "compiled_no_sources": (
+        "PROXY_COMPILED=1 needs a checkout, {} is none. For an installed package: DISAGG_PROXY_COMPILE=1 pip install"
+    ),
+    "lacks_compiler": "no C compiler `{}` (Debian: apt-get install gcc)",
+    "lacks_header": "no {} (Debian: apt-get install python3-dev)",
+    "lacks_venv": "no module venv (Debian: apt-get install python3-venv)",
+    "lacks_folder": "{} cannot be written; XDG_CACHE_HOME names another folder",
+    "compile_begins": "Compiling the hot path of {} for {}",
+    "compile_done": "Compiled into {} in {} s",
+    "compile_error": "the hot path could not be compiled: {}",
+    "compile_ended": "The build was ended; the next start begins it anew.",
+    "status_compiled": "compiled",
+    "status_interpreted": "interpreted",
     "status_sim": "The engines are SIMULATED: no model runs.",
     "sup_watching": "watching: {}",
     "sup_ends": "the supervisor ends",
@@ -299,6 +326,14 @@ TEXTS: dict[str, str] = {
     "doc_packages": "the proxy's packages: in {}",
     "doc_packages_later": "not installed: {}; `all` installs them into {}",
     "doc_no_venv": "not installed: {}; and this Python cannot make a virtual environment. Run: {}",
+    "doc_compiled_off": "compiled hot path: not used (PROXY_COMPILED=0, or no checkout)",
+    "doc_compiled": "compiled hot path: {}",
+    "doc_compiling": "compiled hot path: being built, log {}",
+    "doc_compile_later": "compiled hot path: `all` builds it beside what runs, with {}",
+    "doc_compile_index": (
+        "compiled hot path: the package index does not answer, and mypy is needed from it; the proxy runs "
+        "interpreted. Set PIP_INDEX_URL to a reachable index, or PROXY_COMPILED=0"
+    ),
     "doc_sim_asked": "vLLM: not needed, ENGINE=sim",
     "doc_vllm": "vLLM {} with {}: {}",
     "doc_random_set": (

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from disagg_power.book import EnergyBook
-from disagg_proxy import __version__
+from disagg_proxy import __version__, compiled
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.page_state import PageState, merge_states, merge_step, unpack_record
@@ -42,6 +42,7 @@ def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> 
     return {
         "now": round(now, 3),
         "version": __version__,
+        "compiled": compiled(),
         "uptime_s": round(stats.clock() - stats.started_at, 3),
         "stopping": proxy.shutdown.begun.is_set(),
         "workers": max(1, len(overview.workers)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from disagg_proxy import __version__
+from disagg_proxy import __version__, compiled
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.health_report import health_report
@@ -26,6 +26,7 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
     }
     report = {
         "version": __version__,
+        "compiled": compiled(),
         "uptime_s": round(stats.clock() - stats.started_at, 3),
         "health": health_report(proxy),
         "instances": instance_reports(proxy, overview),

@@ -144,7 +144,8 @@ def _lines(texts: Iterable[Text], width: int) -> int:
 
 def _head(view: View, words: Words, gone: str, width: int, most: int | None) -> list[Text]:
     """What the proxy does, with the causes that fit into ``most`` lines, at least one of them; None for no limit."""
-    about = words.say("version", version=view["version"], uptime=words.age(view["uptime_s"]))
+    how = words.say("compiled" if view["compiled"] else "interpreted")
+    about = words.say("version", version=view["version"], how=how, uptime=words.age(view["uptime_s"]))
     lines = [Text(f"{words.say('title')} · {about} · {clock(view['now'])}", "dim")]
     if gone:
         lines.append(Text(f"✕ {words.say('head_gone')}", "bold red"))

@@ -17,6 +17,15 @@ import disagg_proxy
 from disagg_proxy.workers.channel import Channel, Message
 from disagg_proxy.workers.shared_memory import SharedMemory
 
+_MODULE = "disagg_proxy.workers"
+
+_PROGRAM = ("-m", _MODULE)
+"""What Python runs. The modules are those of the supervisor, whatever lies in the folder where it was started:
+PYTHONSAFEPATH keeps that folder out of ``sys.path``; Python 3.10 does not know it."""
+
+if sys.version_info < (3, 11):
+    _PROGRAM = ("-c", f"import runpy, sys; del sys.path[0]; runpy.run_module({_MODULE!r}, None, '__main__', True)")
+
 _VARIABLE = "DISAGG_PROXY_WORKER"
 _ROOT = str(Path(disagg_proxy.__file__).resolve().parents[1])
 
@@ -116,7 +125,7 @@ class WorkerProcess:
         self._start_time = time.monotonic()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "disagg_proxy.workers", *self._argv,
+                sys.executable, *_PROGRAM, *self._argv,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", **env.environ()},
                 pass_fds=env.files, stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip

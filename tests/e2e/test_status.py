@@ -6,7 +6,7 @@ import asyncio
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from disagg_proxy import __version__
+from disagg_proxy import __version__, compiled
 from tests.simulated import REQUESTS
 
 PATH = "/v1/completions"
@@ -61,6 +61,7 @@ async def test_stats_show_every_instance(machine, pair) -> None:
     await machine.post(PATH, REQUESTS[PATH])
     status, body = await machine.get("/stats")
     assert (status, body["version"]) == (200, __version__) and body["uptime_s"] > 0
+    assert body["compiled"] is compiled()
     for engine, shown in zip(pair, sorted(body["instances"], key=lambda one: one["role"], reverse=True), strict=True):
         assert shown["role"] == engine.config.role
         assert (shown["http_address"], shown["kv_address"]) == (engine.http_address, engine.kv_address)

@@ -73,6 +73,7 @@ class Machine:
             "MAX_MODEL_LEN": "10000",
             "PREFILL_GPU_MEMORY_UTILIZATION": "0.4",
             "DECODE_GPU_MEMORY_UTILIZATION": "0.4",
+            "PROXY_COMPILED": "0",
             "HTTP_PROXY_HOST": "127.0.0.1",
             "EXTRA_PREFILL_ARGS": "--enable-auto-tool-choice --tool-call-parser hermes",
             "EXTRA_DECODE_ARGS": "--enable-auto-tool-choice --tool-call-parser hermes",

@@ -77,6 +77,7 @@ class Machine:
             "PREFILL_KV_PORT": str(prefill_kv),
             "DECODE_KV_PORT": str(decode_kv),
             "ENGINE": "sim",
+            "PROXY_COMPILED": "0",
             "MODEL": "org/model",
             "EXTRA_SIM_ARGS": FAST,
             "RESTART_BACKOFF": "0.1",

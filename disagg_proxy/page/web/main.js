@@ -6,7 +6,8 @@ const paint = () => {
   showHeadline(connected);
   const { view } = model;
   if (!view) return;
-  put($("version"), t("version", { version: view.version, uptime: age(view.uptime_s) }));
+  const how = t(view.compiled ? "compiled" : "interpreted");
+  put($("version"), t("version", { version: view.version, how, uptime: age(view.uptime_s) }));
   placeAsk(view);
   showTiles(view);
   showMachine(view);
