@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from disagg_machine import doctor, messages, proc
+from disagg_machine.compiled.control import Look, State
 from disagg_machine.context import Context
 from disagg_machine.doctor import hardware, host, running, software
 from disagg_machine.doctor.machine import Machine, PythonFacts
@@ -57,6 +58,7 @@ def make(tmp_path: Path) -> Make:
         one = Fake(Context(load(settings, tmp_path, tmp_path), tmp_path, settings, "machine"))
         known: dict[str, Any] = {
             "vllm": OLD,
+            "compiled": Look(State.READY, folder=tmp_path),
             "gpus": gpus(2),
             "links": matrix("NV18"),
             "peers": matrix("OK"),
@@ -120,6 +122,27 @@ def test_python(make: Make, facts: dict[str, Any], expected: Verdict) -> None:
     assert second == Verdict(
         expected.level, expected.key, tuple(venv if a == "{venv}" else a for a in expected.arguments)
     )
+
+
+@pytest.mark.parametrize(
+    ("found", "compiler", "expected"),
+    [
+        (Look(State.OFF), "", ok("doc_compiled_off")),
+        (Look(State.READY, folder=Path("/build")), "", ok("doc_compiled", Path("/build"))),
+        (Look(State.RUNNING, log="/log"), "", ok("doc_compiling", "/log")),
+        (Look(State.FAILED, log="/log"), "", warning("compiled_failed", "/log")),
+        (
+            Look(State.LACKS, lacking=(("lacks_compiler", "cc"),)),
+            "",
+            warning("compiled_lacks", "no C compiler `cc` (Debian: apt-get install gcc)"),
+        ),
+        (Look(State.WANTED), "mypy[mypyc]==2.4.1", ok("doc_compile_later", "mypy[mypyc]==2.4.1")),
+        (Look(State.WANTED), "", warning("doc_compile_index")),
+    ],
+)
+def test_the_compiled_hot_path(make: Make, found: Look, compiler: str, expected: Verdict) -> None:
+    verdicts = list(software.check_compiled(make({"compiled": found, "compiler": compiler})))
+    assert verdicts == [expected] and keys(verdicts)
 
 
 @pytest.mark.parametrize(
