@@ -1,6 +1,6 @@
 # The stages of CI by name. Each makes the environment that it needs; `make ci` is all of them, as CI runs them.
 
-.PHONY: help test lint coverage compiled real-vllm families speed ci tables
+.PHONY: help test lint coverage compiled wheel real-vllm families speed ci tables
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -14,8 +14,11 @@ lint:  ## style, spelling, types
 coverage:  ## the tests once more, with the lines and branches that none of them runs
 	tests/run -n 2 --cov --cov-report=term
 
-compiled:  ## the tests of the hot path again, compiled to C
+compiled:  ## the tests of the hot path again, compiled to C, and both wheels
 	tests/compiled
+
+wheel:  ## a pure and a compiled wheel in dist/
+	tools/wheels
 
 real-vllm:  ## real vLLM engines on the CPU; installs 2.5 GB a version
 	tests/real_vllm

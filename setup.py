@@ -55,20 +55,21 @@ def hot_path(package: Path = Path("disagg_proxy")) -> list[Path]:
 
 def arguments() -> dict[str, Any]:
     """What setup gets on top of pyproject.toml."""
-    if os.environ.get("DISAGG_PROXY_COMPILE") != "1":
-        return {}
-    if importlib.util.find_spec("mypyc") is None:
-        # The builder installs it and comes again.
-        return {"setup_requires": [MYPY]}
-    from mypyc.build import mypycify
-
-    # Elsewhere than in ./build, whose leftovers setuptools would pack: modules that belong to another compilation.
+    # Elsewhere than in ./build, whose leftovers setuptools would pack: modules that are gone, or compiled before.
     build = tempfile.mkdtemp(prefix="disagg-proxy-build-")
     atexit.register(shutil.rmtree, build, ignore_errors=True)
+    options = {"build": {"build_base": build}}
+    if os.environ.get("DISAGG_PROXY_COMPILE") != "1":
+        return {"options": options}
+    if importlib.util.find_spec("mypyc") is None:
+        # The builder installs it and comes again.
+        return {"setup_requires": [MYPY], "options": options}
+    from mypyc.build import mypycify
+
     modules = mypycify(
         [*_LENIENT, *map(str, hot_path())], opt_level="3", debug_level="0", target_dir=os.path.join(build, "c")
     )
-    return {"ext_modules": modules, "options": {"build": {"build_base": build}}}
+    return {"ext_modules": modules, "options": options}
 
 
 if __name__ == "__main__":

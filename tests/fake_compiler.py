@@ -3,7 +3,7 @@ which ``disagg_proxy.compiled()`` takes for native code. It can be held, and can
 
 from __future__ import annotations
 
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,10 +27,21 @@ while (here / "hold").exists():
     time.sleep(0.02)
 if (here / "fail").exists():
     sys.exit("inline_coroutine.c: internal compiler error")
-module = pathlib.Path({module!r})
+exec((here / "answer").read_text())
+"""
+
+PRETEND = f"""\
+module = pathlib.Path({MODULE!r})
 py_compile.compile(str(module.with_suffix(".py")), str(module.with_suffix(".pyc")), doraise=True)
 module.with_suffix(".py").unlink()
 """
+
+UNPACK = """\
+import zipfile
+with zipfile.ZipFile({wheel!r}) as wheel:
+    wheel.extractall(members=[name for name in wheel.namelist() if name.endswith(".so")])
+"""
+"""What a build does: as if it compiled; the native code of a wheel."""
 
 
 class FakeCompiler:
@@ -45,8 +56,13 @@ class FakeCompiler:
         tools.python.parent.mkdir(parents=True)
         tools.requirements.write_text(f"{build.compiler(checkout)}\n")
         (self.folder / STAMP).write_text(tools.stamp())
-        tools.python.write_text(_PROGRAM.format(python=sys.executable, folder=str(self.folder), module=MODULE))
+        tools.python.write_text(_PROGRAM.format(python=sys.executable, folder=str(self.folder)))
         tools.python.chmod(0o755)
+        self.answer(PRETEND)
+
+    def answer(self, code: str) -> None:
+        """What builds do from now on."""
+        (self.folder / "answer").write_text(code)
 
     def hold(self) -> None:
         """Builds wait from now on."""
@@ -78,10 +94,10 @@ def builds(store: Store) -> list[str]:
 
 
 def make_checkout(folder: Path, root: Path) -> Path:
-    """A copy of what a checkout needs to run."""
+    """A copy of what a checkout needs to run, without what was compiled."""
     folder.mkdir(parents=True)
-    names = ["setup.py", "requirements-proxy.txt", "test_single_machine.sh", identity.SERVER]
-    names += ["disagg_kv", "disagg_machine", "disagg_proxy", "disagg_sim"]
-    copied = ["cp", "-R", *(str(root / name) for name in names), str(folder)]
-    subprocess.run(copied, check=True)
+    for name in ("setup.py", "requirements-proxy.txt", "test_single_machine.sh", identity.SERVER):
+        shutil.copy(root / name, folder)
+    for name in ("disagg_kv", "disagg_machine", "disagg_proxy", "disagg_sim"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder

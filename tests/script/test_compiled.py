@@ -30,6 +30,11 @@ class Checkout(Machine):
     def command(self, *words: str) -> list[str]:
         return [str(self.folder / "test_single_machine.sh"), *words]
 
+    def clean_up(self) -> dict[int, str]:
+        # Workers are no part of the proxy's process group: they need the time that it takes to end them.
+        self.run("stop")
+        return super().clean_up()
+
     @property
     def compiled(self) -> bool:
         """What the proxy that runs says."""

@@ -13,7 +13,7 @@ import pytest
 from tests.script.machine import REPOSITORY, SCRIPT
 
 STAGES = ("tests/run", "tests/compiled", "tests/real_vllm", "tests/speed")
-CHECKS = [REPOSITORY / name for name in (*STAGES, "tests/lint", "tests/environment.sh", ".ci/run")]
+CHECKS = [REPOSITORY / name for name in (*STAGES, "tests/lint", "tests/environment.sh", ".ci/run", "tools/wheels")]
 COMPLETION = REPOSITORY / "completions/disagg-proxy.bash"
 
 
@@ -44,7 +44,7 @@ def test_ci_runs_every_stage_and_make_names_each() -> None:
     assert tuple(re.findall(calls, (REPOSITORY / ".ci/run").read_text(), re.M)) == STAGES
     assert "tests/lint" in re.findall(calls, (REPOSITORY / "tests/run").read_text(), re.M)
     targets = dict(re.findall(r"^([a-z-]+):.*\n\t(\S+)$", (REPOSITORY / "Makefile").read_text(), re.M))
-    assert set(targets.values()) == {*STAGES, "tests/lint", ".ci/run"}
+    assert set(targets.values()) == {*STAGES, "tests/lint", ".ci/run", "tools/wheels"}
     assert targets["ci"] == ".ci/run" and targets["test"] == "tests/run"
 
 
