@@ -42,8 +42,9 @@ def stop_everything(context: Context) -> None:
     """
     run_dir, seconds = context.run_dir, context.settings.stop_timeout
     interrupt_all(context)
+    build_ended = control.end(context)
     if not parts.known_parts(run_dir):
-        if control.end(context):
+        if build_ended:
             ui.good("stopped", build.PART)
         else:
             ui.say("nothing_runs")
@@ -51,6 +52,7 @@ def stop_everything(context: Context) -> None:
     parts.stop_parts(run_dir, 30, ["supervisor"])
     with lock.held(context.settings, "stop"):
         names = parts.known_parts(run_dir)
+        # A `restart` may have begun one in the meantime.
         control.end(context)
         parts.stop_parts(run_dir, seconds, ["proxy"])
         parts.stop_parts(run_dir, seconds, [name for name in names if name != "proxy"])

@@ -24,11 +24,12 @@ def cmd_restart(context: Context, words: Sequence[str]) -> int:
     if not words:
         raise die(2, "which_part", "restart")
     reading.need_secrets(context.settings)
+    plan = launch.plan(context)
+    if "proxy" in words and parts.anything_alive(context.run_dir):
+        # Without the lock: the supervisor goes on while the build is waited for.
+        control.need(context, plan.python)
     with lock.held(context.settings, "restart"):
-        plan = launch.plan(context)
         names = _chosen(plan, words)
-        if "proxy" in names:
-            control.need(context, plan.python)
         _restart(plan, names)
         if "proxy" in names:
             control.report(context, plan.python)

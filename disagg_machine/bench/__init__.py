@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from disagg_machine import ui
+from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.messages import die
 
@@ -23,6 +25,9 @@ def cmd_bench(context: Context, words: Sequence[str]) -> int:
     once, ratio, plain = (option in words for option in OPTIONS)
     if once and (ratio or plain):
         raise die(2, "bench_once_alone")
+    if control.end(context):
+        # It would be measured too.
+        ui.say("compile_ended")
     if ratio or plain:
         from disagg_machine.bench.setups import compare
 

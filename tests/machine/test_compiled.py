@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_machine import files, messages
+from disagg_machine import bench, files, messages, net, proc
 from disagg_machine.compiled import build, control, identity, store
 from disagg_machine.compiled.control import Look, State
 from disagg_machine.compiled.store import IN_USE, TOOLS_KEPT, Store
@@ -290,9 +290,24 @@ def test_it_is_needed_and_cannot_be(checkout: Path, monkeypatch: pytest.MonkeyPa
         control.need(context_of(checkout, PROXY_COMPILED="1"), sys.executable)
 
 
-def test_a_bench_begins_no_build(checkout: Path, compiler: FakeCompiler) -> None:
+def test_a_bench_begins_no_build_and_ends_one_that_runs(
+    checkout: Path, compiler: FakeCompiler, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "http_get", lambda *_: None)
+    program = [sys.executable, "-I", "-S", str(checkout / "disagg_machine/__main__.py")]
+    monkeypatch.setattr(Context, "program", lambda _: program)
     assert not control.report(context_of(checkout, BENCH_CHILD="1"), sys.executable)
     assert compiler.pids == []
+    context = context_of(checkout)
+    context.settings.log_dir.mkdir(parents=True)
+    compiler.hold()
+    assert control.report(context, sys.executable)
+    until(lambda: bool(compiler.pids))
+    with pytest.raises(MachineError, match="no proxy answers"):
+        bench.cmd_bench(context, ["--once"])
+    assert "The build was ended" in capsys.readouterr().err
+    assert proc.read_stat(compiler.pids[0]) is None or not proc.group_members(compiler.pids[0])
+    assert state(checkout) is State.WANTED
 
 
 def test_the_compiler_is_here_or_in_the_index(

@@ -113,6 +113,16 @@ def test_stop_ends_a_build_and_the_next_start_begins_it_anew(checkout: Checkout)
     wait_for(lambda: len(checkout.compiler.pids) == 2)
 
 
+def test_stop_ends_a_restart_that_waits_for_its_build(checkout: Checkout) -> None:
+    checkout.ok("all", PROXY_COMPILED="0")
+    checkout.compiler.hold()
+    waiting = checkout.start("restart", "proxy", PROXY_COMPILED="1")
+    wait_for(lambda: bool(checkout.compiler.pids))
+    assert checkout.get("/stats")["compiled"] is False, "the old one serves meanwhile"
+    checkout.ok("stop")
+    assert waiting.wait(60) == 1 and checkout.leftovers() == {}
+
+
 def test_a_failed_build_is_one_warning_and_not_tried_again(checkout: Checkout) -> None:
     checkout.compiler.fail()
     checkout.ok("all")
