@@ -23,6 +23,9 @@ from disagg_machine.messages import MachineError
 from disagg_machine.settings import load
 from tests.fake_compiler import MODULE, FakeCompiler, builds, make_checkout
 
+# Each build is a handful of processes, which are slow on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
 ROOT = Path(__file__).parents[2]
 PYTHON = identity.python_build(sys.executable)
 assert PYTHON is not None
