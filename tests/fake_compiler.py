@@ -98,6 +98,6 @@ def make_checkout(folder: Path, root: Path) -> Path:
     folder.mkdir(parents=True)
     for name in ("setup.py", "requirements-proxy.txt", "test_single_machine.sh", identity.SERVER):
         shutil.copy(root / name, folder)
-    for name in ("disagg_kv", "disagg_machine", "disagg_proxy", "disagg_sim"):
+    for name in ("disagg_kv", "disagg_machine", "disagg_power", "disagg_proxy", "disagg_sim"):
         shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder

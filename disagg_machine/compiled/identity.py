@@ -1,6 +1,6 @@
 """What a build is bound to: the content of the sources, the recipe, and the Python that will load it.
 
-All modules of both packages count, not only those that are compiled: mypyc takes types and constants from the modules
+All modules of the packages count, not only those that are compiled: mypyc takes types and constants from the modules
 that they import, and the interpreted modules of a build are those of the same copy.
 """
 
@@ -19,7 +19,7 @@ RECIPE = "setup.py"
 SERVER = "disagg_prefill_proxy_server.py"
 """What starts the proxy: its folder is where its modules come from."""
 
-SOURCES = (RECIPE, SERVER, "disagg_kv", "disagg_proxy")
+SOURCES = (RECIPE, SERVER, "disagg_kv", "disagg_power", "disagg_proxy")
 """Files and folders of a build."""
 
 _MADE = (".pyc", ".so")

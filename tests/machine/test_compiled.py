@@ -280,6 +280,15 @@ def test_an_installed_package_is_what_its_wheel_was_built_as(checkout: Path, nam
         control.need(context_of(checkout, PROXY_COMPILED="1"), sys.executable)
 
 
+def test_a_build_has_every_package_that_the_proxy_imports(tmp_path: Path) -> None:
+    for name in identity.SOURCES:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import disagg_proxy.serve, disagg_proxy.workers.worker_server"
+    code += "; print({sys.modules[name].__file__ for name in sys.modules if name.startswith('disagg_')})"
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert str(tmp_path) in done.stdout and str(ROOT) not in done.stdout
+
+
 def test_it_can_be_switched_off(checkout: Path, compiler: FakeCompiler) -> None:
     (compiler.store.folder / name_of(checkout)).mkdir(parents=True)
     assert state(checkout, PROXY_COMPILED="0") is State.OFF
