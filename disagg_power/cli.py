@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from disagg_power import meter_commands
+from disagg_power import clock_commands, hold, meter_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="disagg-proxy power", description="Clocks and energy of the GPUs.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (meter_commands,):
+    for module in (meter_commands, clock_commands, hold):
         module.add_parsers(commands)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     return int(args.run(args))

@@ -123,9 +123,9 @@ LIBRARIES = {
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's. The machine asks with the standard library alone.
     "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
-    "disagg_kv.transport.channel disagg_machine.net",
+    "disagg_kv.transport.channel disagg_machine.net disagg_power.backends",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
-    "disagg_kv disagg_power.reader disagg_report.power disagg_machine.bench.load",
+    "disagg_kv disagg_power.hold disagg_power.reader disagg_report.power disagg_machine.bench.load",
 }
 """Library -> modules or folders that may import it."""
 
