@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from disagg_machine import lock, parts, proc, ui
+from disagg_machine import clocks, lock, parts, proc, ui
 from disagg_machine.compiled import build, control
 from disagg_machine.context import Context
 from disagg_machine.messages import die
@@ -35,21 +35,24 @@ def cmd_stop(context: Context, words: Sequence[str]) -> int:
 
 
 def stop_everything(context: Context) -> None:
-    """Stop all parts.
+    """Stop all parts, and reset clocks that a killed guard has left.
 
-    The supervisor goes first, or it would start again what is being stopped; then the proxy, so that requests in flight
-    still have their engines; then all engines at once. A build of the hot path ends too; the next start begins it anew.
+    The supervisor goes first, or it would start again what is being stopped, and the clocks with it; then the proxy, so
+    that requests in flight still have their engines; then all engines at once. A build of the hot path ends too; the
+    next start begins it anew.
     """
     run_dir, seconds = context.run_dir, context.settings.stop_timeout
     interrupt_all(context)
     build_ended = control.end(context)
     if not parts.known_parts(run_dir):
+        clocks.undo(context)
         if build_ended:
             ui.good("stopped", build.PART)
         else:
             ui.say("nothing_runs")
         return
-    parts.stop_parts(run_dir, 30, ["supervisor"])
+    parts.stop_parts(run_dir, 30, parts.HELPERS)
+    clocks.undo(context)
     with lock.held(context.settings, "stop"):
         names = parts.known_parts(run_dir)
         # A `restart` may have begun one in the meantime.

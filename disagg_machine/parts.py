@@ -21,8 +21,11 @@ from disagg_machine import files, proc, signals, ui
 ALIVE, DEAD, REUSED = "alive", "dead", "reused"
 """States of a part: its process runs; it is gone, or a zombie; its PID belongs to another process now."""
 
-KINDS = ("proxy", "prefill", "decode", "plain", "supervisor")
+KINDS = ("proxy", "prefill", "decode", "plain", "power", "supervisor")
 """Names of parts, in the order in which they are shown; several of a role are numbered."""
+
+HELPERS = ("power", "supervisor")
+"""Parts that serve no requests: the holder of the clocks, and what restarts the others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class Readiness:
 def readiness(context: Context, part: Part, view: ProxyView) -> Readiness:
     """How a part that is alive serves."""
     role = part.get("role")
+    if role == "power":
+        return Readiness(OK, text("status_clocks"))
     if role == "supervisor":
         return Readiness(OK, text("status_watching"))
     if role == "proxy":

@@ -94,6 +94,14 @@ class Settings:
     bench_concurrency: int
     bench_sim_engines: int
     extra_plain_args: str
+    power_backend: str
+    prefill_sm_clock: str
+    decode_sm_clock: str
+    prefill_mem_clock: str
+    decode_mem_clock: str
+    prefill_power_limit: Number | None
+    decode_power_limit: Number | None
+    power_take_over: bool
     report_dir: Path
     log_dir: Path
     run_dir: Path

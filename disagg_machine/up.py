@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 
-from disagg_machine import commands, down, engines, files, launch, lock, parts, signals, supervise, ui
+from disagg_machine import clocks, commands, down, engines, files, launch, lock, parts, signals, supervise, ui
 from disagg_machine import settings as reading
 from disagg_machine.compiled import build, control
 from disagg_machine.context import Context
@@ -101,15 +101,17 @@ def _start(context: Context, started: list[str], supervised: bool) -> None:
     plan.check_ports(plan.layout.parts)
     control.need(context, plan.python)
     # A supervisor whose parts are all gone would bring them back beside the new ones.
-    parts.stop_parts(context.run_dir, 30, ["supervisor"])
+    parts.stop_parts(context.run_dir, 30, parts.HELPERS)
     for name in parts.known_parts(context.run_dir):
         parts.sweep(context.run_dir, name)
+    clocks.undo(context)
     reading.write_running(context.settings)
     forget_restarts(context)
     start_parts(Starting(plan, started))
     if supervised:
         started.append("supervisor")
         supervise.begin(plan)
+    clocks.begin(plan, started)
     if control.report(context, plan.python):
         started.append(build.PART)
 
@@ -150,7 +152,7 @@ def already_running(context: Context) -> bool:
     Raises:
         MachineError: 1, only a part of it runs.
     """
-    found = [part for part in parts.all_parts(context.run_dir) if part.name != "supervisor"]
+    found = [part for part in parts.all_parts(context.run_dir) if part.name not in parts.HELPERS]
     alive = [f"{part.name} (PID {part.pid})" for part in found if part.alive]
     if not alive:
         return False

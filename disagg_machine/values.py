@@ -69,6 +69,11 @@ def number(raw: str) -> Number:
     return Number(_matching(raw, r"[0-9]+(\.[0-9]+)?([eE][+]?[0-9]{1,2})?", "want_number"))
 
 
+def clock(raw: str) -> str:
+    """A clock in MHz: a cap, or with ``lock:`` before it both bounds. disagg_power reads it."""
+    return _matching(raw, r"(lock:)?[1-9][0-9]{1,4}", "want_clock")
+
+
 def fraction(raw: str) -> Number:
     """Above 0 and at most 1."""
     return Number(_matching(raw, r"0?\.[0-9]*[1-9][0-9]*|1(\.0*)?", "want_fraction"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from disagg_machine import ui
 from disagg_machine.context import Context
-from disagg_machine.doctor import hardware, running, software
+from disagg_machine.doctor import clocks, hardware, running, software
 from disagg_machine.doctor.machine import Machine
 from disagg_machine.doctor.verdict import Level, Verdict
 from disagg_machine.messages import die, text
@@ -24,6 +24,7 @@ CHECKS: tuple[Check, ...] = (
     hardware.check_gpus,
     hardware.check_gpu_memory,
     hardware.check_links,
+    clocks.check_clocks,
     running.check_ports,
     software.check_model,
     hardware.check_pinned_memory,

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from disagg_machine import gpus, net, parts, proxy_view, python_environment, vllm_facts
+from disagg_machine import clocks, gpus, net, parts, proxy_view, python_environment, vllm_facts
 from disagg_machine import readiness as serving
 from disagg_machine.compiled import control
 from disagg_machine.context import Context
@@ -129,6 +130,12 @@ class Machine:
     def peers(self) -> str:
         """The matrix of peer access between GPUs."""
         return gpus.run_nvidia_smi(gpus.PEER_READS)
+
+    @cached_property
+    def clocks(self) -> dict[str, Any]:
+        """What may be set on the GPUs, and what is."""
+        venv = self.settings.venv_dir / "bin" / "python"
+        return clocks.look(self.context, str(venv) if self.python.venv_ready else self.python.path)
 
     @cached_property
     def available_gib(self) -> int:

@@ -76,6 +76,7 @@ TEXTS: dict[str, str] = {
     "want_one_line": "must be one line",
     "want_port": "must be a port, 1 to 65535",
     "want_count": "must be a whole number, 1 or more",
+    "want_clock": "must be a clock in MHz such as 1410, or lock:1410 to pin it",
     "want_number": "must be a number such as 8e9",
     "want_fraction": "must be above 0 and at most 1",
     "want_rates": "must be numbers above 0 such as 1 2 4 8",
@@ -247,6 +248,33 @@ TEXTS: dict[str, str] = {
     "env_secret": "set it first, it is not shown here",
     "env_sim": "These are simulated engines ({}). ENGINE=vllm prints the commands for vLLM.",
     "env_no_vllm": "No vLLM found here; the commands are those for {}.",
+    "status_clocks": "holds the clocks of the GPUs",
+    "power_set": "Clocks are set: {}. They are reset when this is stopped or dies.",
+    "power_note": "Clocks: {}",
+    "power_not_set": "Clocks and power limits are not set: {}",
+    "power_see_log": "see {}",
+    "power_reset": "Left by a guard that was killed: {}",
+    "power_left": (
+        "clocks that a killed guard has left could not be reset: {}. As root: nvidia-smi -rgc, or `disagg-proxy power "
+        "reset`"
+    ),
+    "doc_clocks_unreadable": "clocks and power cannot be read: {}",
+    "doc_clocks_state": "what a guard has left cannot be read: {}. Remove the file when `nvidia-smi -q` shows no lock",
+    "doc_clocks_off": "clocks are not set: POWER_BACKEND=none",
+    "doc_clocks_may": "clocks may be set by {}",
+    "doc_clocks_denied": (
+        "clocks may not be set: run as root, start zeusd, or let sudo run nvidia-smi without a password; all else "
+        "works without"
+    ),
+    "doc_clock_range": "GPU {}: SM clocks {} to {} MHz, now {}",
+    "doc_clock_no_range": "GPU {}: it lists no clocks that could be set",
+    "doc_clock_locked": (
+        "GPU {0}: its clocks are limited by a setting that is not this project's (applications_clocks_setting); as "
+        "root: nvidia-smi -i {0} -rgc"
+    ),
+    "doc_clock_throttled": "GPU {}: throttled ({}): figures of this moment are not those of its clocks",
+    "doc_clocks_set": "clocks of GPU {} are set by the guard (PID {})",
+    "doc_clocks_left": "clocks of GPU {} were left by a guard that was killed: `stop` or `disagg-proxy power reset`",
     "status_watching": "watching",
     "status_pairs": "{} pair(s)",
     "status_silent": "does not answer",

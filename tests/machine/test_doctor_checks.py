@@ -11,7 +11,7 @@ import pytest
 from disagg_machine import doctor, messages, proc
 from disagg_machine.compiled.control import Look, State
 from disagg_machine.context import Context
-from disagg_machine.doctor import hardware, host, running, software
+from disagg_machine.doctor import clocks, hardware, host, running, software
 from disagg_machine.doctor.machine import Machine, PythonFacts
 from disagg_machine.doctor.verdict import Level, Verdict, error, ok, warning
 from disagg_machine.gpus import Gpu
@@ -65,6 +65,7 @@ def make(tmp_path: Path) -> Make:
             "available_gib": 200,
             "open_files": 65536,
             "shm_mib": 4096,
+            "clocks": {"backends": [], "gpus": [], "guard_lives": False, "unreadable": ""},
             "parts": [],
             "view": ProxyView(),
             "states": {},
@@ -469,3 +470,58 @@ def test_it_takes_no_arguments(make: Make) -> None:
     with pytest.raises(MachineError) as caught:
         doctor.cmd_doctor(make().context, ["--fast"])
     assert caught.value.code == 2
+
+
+# -- clocks
+
+
+def gpu_clocks(**fields: Any) -> dict[str, Any]:
+    known = {"index": 0, "uuid": "GPU-0", "throttle": [], "sm_mhz": 345, "changed": False}
+    return {**known, "lowest_mhz": 345, "highest_mhz": 1980, **fields}
+
+
+def clocks_of(*found: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    known = {"backends": ["sudo"], "gpus": found, "guard": None, "guard_lives": False, "unreadable": ""}
+    return {"clocks": {**known, **fields}}
+
+
+def test_clocks_that_may_be_set(make: Make) -> None:
+    found = clocks_of(gpu_clocks(throttle=["gpu_idle"]), gpu_clocks(index=7, uuid="GPU-7", throttle=["sw_power_cap"]))
+    assert list(clocks.check_clocks(make(found))) == [
+        ok("doc_clocks_may", "sudo"),
+        ok("doc_clock_range", 0, 345, 1980, 345),
+    ]
+
+
+def test_clocks_that_may_not_be_set_matter_only_to_one_who_wants_to(make: Make) -> None:
+    nobody = clocks_of(backends=[])
+    assert list(clocks.check_clocks(make(nobody))) == [ok("doc_clocks_denied")]
+    assert list(clocks.check_clocks(make(nobody, DECODE_SM_CLOCK="1410"))) == [warning("doc_clocks_denied")]
+    other = make(clocks_of(), DECODE_SM_CLOCK="1410", POWER_BACKEND="zeusd")
+    assert list(clocks.check_clocks(other)) == [warning("doc_clocks_denied")]
+    assert list(clocks.check_clocks(make(clocks_of(), POWER_BACKEND="none"))) == [ok("doc_clocks_off")]
+
+
+def test_clocks_that_others_have_set_throttling_and_what_a_killed_guard_has_left(make: Make) -> None:
+    one = gpu_clocks(throttle=["applications_clocks_setting", "hw_thermal_slowdown"])
+    assert list(clocks.check_clocks(make(clocks_of(one))))[2:] == [
+        warning("doc_clock_locked", 0),
+        warning("doc_clock_throttled", 0, "hw_thermal_slowdown"),
+    ]
+    ours = gpu_clocks(throttle=["applications_clocks_setting"], changed=True)
+    assert list(clocks.check_clocks(make(clocks_of(ours, guard=4711))))[2:] == [warning("doc_clocks_left", "0")]
+    lives = make(clocks_of(ours, guard=4711, guard_lives=True))
+    assert list(clocks.check_clocks(lives))[2:] == [ok("doc_clocks_set", "0", 4711)]
+
+
+def test_clocks_that_cannot_be_read(make: Make) -> None:
+    assert list(clocks.check_clocks(make({"clocks": {"error": "no NVML"}}))) == [
+        warning("doc_clocks_unreadable", "no NVML")
+    ]
+    found = clocks_of(gpu_clocks(error="GPU 0: GPU is lost"), unreadable="power.state: what")
+    assert list(clocks.check_clocks(make(found))) == [
+        warning("doc_clocks_state", "power.state: what"),
+        ok("doc_clocks_may", "sudo"),
+        warning("doc_clocks_unreadable", "GPU 0: GPU is lost"),
+    ]
+    assert list(clocks.check_clocks(make({"gpus": []}))) == []

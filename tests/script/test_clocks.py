@@ -1,0 +1,80 @@
+"""Clocks of a running machine on simulated GPUs: set by `all`, reset by `stop` and after every kind of death."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from disagg_power.simulated import GpuModel, SimulatedGpus
+from tests.script.machine import Machine, wait_for
+
+
+@pytest.fixture
+def gpus(machine: Machine, tmp_path: Path) -> SimulatedGpus:
+    """Two simulated GPUs whose clocks this machine may set."""
+    folder = tmp_path / "gpus"
+    folder.mkdir()
+    machine.env |= {
+        "POWER_SIMULATED": str(folder / "gpus.json"),
+        "POWER_SIMULATED_PRIVILEGED": "1",
+        "PREFILL_SM_CLOCK": "1500",
+        "DECODE_SM_CLOCK": "lock:1000",
+    }
+    return SimulatedGpus(folder / "gpus.json", [GpuModel(), GpuModel()])
+
+
+def locks(gpus: SimulatedGpus) -> list[tuple[int, int] | None]:
+    return [gpu.sm_lock() for gpu in gpus.all()]
+
+
+SET, DEFAULT = [(345, 1500), (1005, 1005)], [None, None]
+
+
+def test_all_sets_and_stop_resets(machine: Machine, gpus: SimulatedGpus) -> None:
+    done = machine.ok("all")
+    assert locks(gpus) == SET
+    assert "prefill 1500 MHz, decode 1005 MHz" in done.stderr
+    assert "SM clock 1000 MHz is not supported: 1005 MHz" in done.stderr
+    assert "holds the clocks" in machine.ok("status").stdout
+    doctor = machine.run("doctor").stdout
+    assert "clocks may be set by nvml" in doctor and "GPU 0 1 are set by the guard" in doctor
+    assert "GPU 0: SM clocks 345 to 1980 MHz" in doctor
+    machine.ok("all")
+    machine.ok("stop")
+    assert locks(gpus) == DEFAULT and not (machine.run_dir / "power.state").exists()
+
+
+def test_without_permission_everything_else_works(machine: Machine, gpus: SimulatedGpus) -> None:
+    done = machine.ok("all", POWER_SIMULATED_PRIVILEGED="0")
+    (line,) = [line for line in done.stderr.splitlines() if "Clocks and power limits are not set" in line]
+    assert "no zeusd answers" in line
+    assert machine.complete()["choices"] and machine.ok("status", POWER_SIMULATED_PRIVILEGED="0")
+    assert "clocks may not be set" in machine.run("doctor", POWER_SIMULATED_PRIVILEGED="0").stdout
+    assert gpus.changes == 0, "nothing was set or tried, by doctor either"
+
+
+@pytest.mark.parametrize("part", ["supervisor", "power"])
+def test_clocks_are_default_after_the_death_of(machine: Machine, gpus: SimulatedGpus, part: str) -> None:
+    machine.ok("all")
+    os.kill(machine.pid(part), signal.SIGKILL)
+    wait_for(lambda: locks(gpus) == DEFAULT, 40)
+    assert machine.complete()["choices"], "requests are served all the same"
+
+
+@pytest.mark.parametrize("command", ["stop", "all"])
+def test_after_everything_was_killed_doctor_says_so_and_the_next_command_resets(
+    machine: Machine, gpus: SimulatedGpus, command: str
+) -> None:
+    machine.ok("all")
+    # The watchers first: they would reset what the others leave.
+    left = sorted(machine.leftovers().items(), key=lambda one: ("watcher" not in one[1], "guard" not in one[1]))
+    for pid, _ in left:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not machine.leftovers())
+    if locks(gpus) == SET:
+        assert "were left by a guard that was killed" in machine.run("doctor").stdout
+    machine.ok(command, PREFILL_SM_CLOCK="", DECODE_SM_CLOCK="")
+    assert locks(gpus) == DEFAULT
