@@ -110,6 +110,7 @@ run_entry() {
       2) part=--ratio ;;
       3) part=--against-plain ;;
       4) part=--once ;;
+      5) part=--clocks ;;
       *)
         say "$UNKNOWN" "$part"
         return 0

@@ -2,7 +2,7 @@
 #
 #   copy it to ~/.config/fish/completions, or: source it
 
-set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'power guard' 'power clocks' 'power reset' 'power hold' 'demo' 'chaos'
+set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench clocks' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'power guard' 'power clocks' 'power reset' 'power hold' 'demo' 'chaos'
 
 # Whether the words so far are those of this command.
 function __disagg_proxy_at
@@ -232,7 +232,9 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at machine config' -a 'en zh'
     complete -c $name -n '__disagg_proxy_at machine config' -l markdown
     complete -c $name -n '__disagg_proxy_at machine bench' -l ratio
+    complete -c $name -n '__disagg_proxy_at machine bench' -l clocks
     complete -c $name -n '__disagg_proxy_at machine bench' -l against-plain
+    complete -c $name -n '__disagg_proxy_at machine bench' -l traditional
     complete -c $name -n '__disagg_proxy_at machine bench' -l once
     complete -c $name -n '__disagg_proxy_at machine top' -l once
     complete -c $name -n '__disagg_proxy_at sim' -s h -l help -d 'show this help message and exit'
@@ -284,6 +286,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at key' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at key new' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at bench' -a sweep -d 'measure one setup at rising request rates'
+    complete -c $name -n '__disagg_proxy_at bench' -a clocks -d 'measure the energy of one setup over the clocks of its GPUs'
     complete -c $name -n '__disagg_proxy_at bench' -a write -d 'generate summary.md and the plots again'
     complete -c $name -n '__disagg_proxy_at bench' -a plots -d 'generate only the plots'
     complete -c $name -n '__disagg_proxy_at bench' -s h -l help -d 'show this help message and exit'
@@ -293,27 +296,54 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at bench sweep' -l name -x -d 'of the setup, short'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l title -x -d 'of the setup, for people'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l kind -x -a 'pd plain'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l question -x -a 'sweep ratio'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l model -x -d 'served name'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l tokenizer -x -d 'folder or name'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l client -x -a 'own vllm'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l vllm -x -d 'how vLLM\'s command line is started, as shell words'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l vllm-version -x
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l rates -x -d 'requests/s, in order'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l seconds -x -d 'time in which a rate\'s requests are sent'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l time-limit -x -d 'seconds after which no further rate starts'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l patience -x -d 'seconds to wait for responses after the last request'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l warm-up -x -d 'number of requests before the measurement'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l engines -x -d 'engines of the setup'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l input-len -x -d 'tokens of each prompt'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l output-len -x -d 'tokens of each response'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l gpus -x -d 'ROLE=0,1'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l fact -x -d 'NAME=VALUE for the report'
-    complete -c $name -n '__disagg_proxy_at bench sweep' -l note -x -d 'remark on this setup for the report'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l simulated -d 'mark the report'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l question -x -a 'sweep ratio'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l client -x -a 'own vllm'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l vllm -x -d 'how vLLM\'s command line is started, as shell words'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l vllm-version -x
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l rates -x -d 'requests/s, in order'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l time-limit -x -d 'seconds after which no further rate starts'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l engines -x -d 'engines of the setup'
+    complete -c $name -n '__disagg_proxy_at bench sweep' -l note -x -d 'remark on this setup for the report'
     complete -c $name -n '__disagg_proxy_at bench sweep' -l slo-ttft-ms -x
     complete -c $name -n '__disagg_proxy_at bench sweep' -l slo-tpot-ms -x
     complete -c $name -n '__disagg_proxy_at bench sweep' -l slo-attainment -x -d 'share of requests that must be within the limits'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -F
+    complete -c $name -n '__disagg_proxy_at bench clocks' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l url -x -d 'the proxy'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l name -x -d 'of the setup, short'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l title -x -d 'of the setup, for people'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l kind -x -a 'pd plain'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l model -x -d 'served name'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l tokenizer -x -d 'folder or name'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l seconds -x -d 'time in which a rate\'s requests are sent'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l patience -x -d 'seconds to wait for responses after the last request'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l warm-up -x -d 'number of requests before the measurement'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l input-len -x -d 'tokens of each prompt'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l output-len -x -d 'tokens of each response'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l gpus -x -d 'ROLE=0,1'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l fact -x -d 'NAME=VALUE for the report'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l simulated -d 'mark the report'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l clocks -x -d 'clocks of each role, evenly spaced'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l rounds -x -d 'times that each clock is measured'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l settle -x -d 'seconds from setting clocks to the measurement'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l rate -x -d 'requests/s'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l together -d 'all roles at the same clock'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l run-dir -r -F -d 'folder of the guard\'s state'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l backend -x -d 'what sets clocks'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l take-over -d 'also GPUs whose clocks somebody else has set'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l slo-ttft-ms -x
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l slo-tpot-ms -x
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l slo-attainment -x -d 'share of requests that must be within the limits'
     complete -c $name -n '__disagg_proxy_at bench write' -F
     complete -c $name -n '__disagg_proxy_at bench write' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at bench write' -l slo-ttft-ms -x

@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
         Command("restart", "NAME...", "restart"),
         Command("config", "[--markdown [en|zh]]", "show"),
         Command("doctor", "", "doctor"),
-        Command("bench", "[--ratio] [--against-plain] [--once]", "bench"),
+        Command("bench", "[--ratio] [--clocks] [--against-plain] [--traditional] [--once]", "bench"),
         Command("env", "", "show"),
         Command("page", "", "service"),
         Command("top", "[--once]", "service"),

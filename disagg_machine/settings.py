@@ -93,6 +93,8 @@ class Settings:
     bench_requests: int | None
     bench_concurrency: int
     bench_sim_engines: int
+    bench_clocks: int
+    bench_rounds: int
     extra_plain_args: str
     power_backend: str
     prefill_sm_clock: str

@@ -1,4 +1,5 @@
-"""Command line: ``sweep`` measures one setup into a folder, ``write`` and ``plots`` generate the page and the plots.
+"""Command line: ``sweep`` and ``clocks`` measure one setup into a folder, ``write`` and ``plots`` generate the page and
+the plots.
 
 Exit codes: 0 success; 1 a load generator failed or a folder cannot be read; 2 wrong usage; 130 interrupted.
 The API key for the requests comes from the environment: BENCH_KEY.
@@ -21,6 +22,11 @@ from pathlib import Path
 from disagg_report import machine
 from disagg_report.arrivals import Workload
 from disagg_report.client import Client, ClientFailed
+from disagg_report.clocks import cli as clocks_cli
+from disagg_report.clocks import folder as clock_folder
+from disagg_report.clocks import plots as clock_plots
+from disagg_report.clocks import summary as clock_summary
+from disagg_report.clocks.folder import is_about_clocks
 from disagg_report.folder import Header, Setup, read_header, read_report, setup_folder, write_header
 from disagg_report.open_loop import OpenLoopClient, key_from_environment
 from disagg_report.plots import NO_MATPLOTLIB, NoPlots, draw
@@ -60,39 +66,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="disagg-proxy bench", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("sweep", help="measure one setup at rising request rates")
-    one.add_argument("folder", type=Path, help="of the report; created if missing")
-    one.add_argument("--url", action="append", required=True, help="the proxy; or plain engines, once each")
-    one.add_argument("--name", required=True, help="of the setup, short")
-    one.add_argument("--title", required=True, help="of the setup, for people")
-    one.add_argument("--kind", choices=("pd", "plain"), default="pd")
+    over = commands.add_parser("clocks", help="measure the energy of one setup over the clocks of its GPUs")
+    for command in (one, over):
+        _add_setup(command)
     one.add_argument("--question", choices=("sweep", "ratio"), default="sweep")
-    one.add_argument("--model", required=True, help="served name")
-    one.add_argument("--tokenizer", default="", help="folder or name; for vllm bench serve")
     one.add_argument("--client", choices=("own", "vllm"), default="own")
     one.add_argument("--vllm", default="vllm", help="how vLLM's command line is started, as shell words")
     one.add_argument("--vllm-version", default="")
     one.add_argument("--rates", type=numbers, default=[], help="requests/s, in order; default: found by doubling")
-    one.add_argument("--seconds", type=float, default=30.0, help="time in which a rate's requests are sent")
     one.add_argument("--time-limit", type=float, default=900.0, help="seconds after which no further rate starts")
-    one.add_argument("--patience", type=float, help="seconds to wait for responses after the last request")
-    one.add_argument("--warm-up", type=int, default=8, help="number of requests before the measurement")
     one.add_argument("--engines", type=int, default=2, help="engines of the setup")
-    one.add_argument("--input-len", type=int, default=512, help="tokens of each prompt")
-    one.add_argument("--output-len", type=int, default=64, help="tokens of each response")
-    one.add_argument("--gpus", type=pair, action="append", default=[], help="ROLE=0,1: GPUs whose power is measured")
-    one.add_argument("--fact", type=pair, action="append", default=[], help="NAME=VALUE for the report")
     one.add_argument("--note", action="append", default=[], help="remark on this setup for the report")
-    one.add_argument("--simulated", action="store_true", help="mark the report: the engines are simulated")
+    clocks_cli.add_options(over)
     for name, text in (("write", "generate summary.md and the plots again"), ("plots", "generate only the plots")):
         again = commands.add_parser(name, help=text)
         again.add_argument("folder", type=Path)
-    for command in (one, commands.choices["write"], commands.choices["plots"]):
-        fixed = command is one
+    for command in (one, over, commands.choices["write"], commands.choices["plots"]):
+        fixed = command in (one, over)
         command.add_argument("--slo-ttft-ms", type=float, default=1000.0 if fixed else None)
         command.add_argument("--slo-tpot-ms", type=float, default=50.0 if fixed else None)
         command.add_argument("--slo-attainment", type=float, default=0.9 if fixed else None,
                              help="share of requests that must be within the limits")  # fmt: skip
     return parser
+
+
+def _add_setup(one: argparse.ArgumentParser) -> None:
+    """What every measurement of a setup is told."""
+    one.add_argument("folder", type=Path, help="of the report; created if missing")
+    one.add_argument("--url", action="append", required=True, help="the proxy; or plain engines, once each")
+    one.add_argument("--name", required=True, help="of the setup, short")
+    one.add_argument("--title", required=True, help="of the setup, for people")
+    one.add_argument("--kind", choices=("pd", "plain"), default="pd")
+    one.add_argument("--model", required=True, help="served name")
+    one.add_argument("--tokenizer", default="", help="folder or name; for vllm bench serve")
+    one.add_argument("--seconds", type=float, default=30.0, help="time in which a rate's requests are sent")
+    one.add_argument("--patience", type=float, help="seconds to wait for responses after the last request")
+    one.add_argument("--warm-up", type=int, default=8, help="number of requests before the measurement")
+    one.add_argument("--input-len", type=int, default=512, help="tokens of each prompt")
+    one.add_argument("--output-len", type=int, default=64, help="tokens of each response")
+    one.add_argument("--gpus", type=pair, action="append", default=[], help="ROLE=0,1: GPUs whose power is measured")
+    one.add_argument("--fact", type=pair, action="append", default=[], help="NAME=VALUE for the report")
+    one.add_argument("--simulated", action="store_true", help="mark the report: the engines are simulated")
 
 
 def _vocabulary(tokenizer: str) -> int:
@@ -160,18 +174,22 @@ async def _sweep(args: argparse.Namespace) -> Ended:
 
 
 def _write(args: argparse.Namespace, only_plots: bool) -> int:
-    report = read_report(args.folder)
-    slo = report.header.slo
-    changed = Slo(
-        slo.ttft_ms if args.slo_ttft_ms is None else args.slo_ttft_ms,
-        slo.tpot_ms if args.slo_tpot_ms is None else args.slo_tpot_ms,
-        slo.attainment if args.slo_attainment is None else args.slo_attainment,
-    )
-    report = replace(report, header=replace(report.header, slo=changed))
+    about_clocks = is_about_clocks(args.folder)
     plots: list[Path] = []
     no_plots = ""
+    if about_clocks:
+        over_clocks = clock_folder.read_report(args.folder)
+    else:
+        report = read_report(args.folder)
+        slo = report.header.slo
+        changed = Slo(
+            slo.ttft_ms if args.slo_ttft_ms is None else args.slo_ttft_ms,
+            slo.tpot_ms if args.slo_tpot_ms is None else args.slo_tpot_ms,
+            slo.attainment if args.slo_attainment is None else args.slo_attainment,
+        )
+        report = replace(report, header=replace(report.header, slo=changed))
     try:
-        plots = draw(report, args.folder)
+        plots = clock_plots.draw(over_clocks, args.folder) if about_clocks else draw(report, args.folder)
     except NoPlots as error:
         no_plots = str(error)
         if no_plots == NO_MATPLOTLIB:
@@ -184,9 +202,13 @@ def _write(args: argparse.Namespace, only_plots: bool) -> int:
             print(f"No plots: {no_plots}", file=sys.stderr)
         if only_plots:
             return 1
-    (args.folder / "summary.md").write_text(summary(report, plots, no_plots), encoding="utf-8")
+    if about_clocks:
+        page, sentence = clock_summary.summary(over_clocks, plots, no_plots), clock_summary.verdict(over_clocks)
+    else:
+        page, sentence = summary(report, plots, no_plots), verdict(report)
+    (args.folder / "summary.md").write_text(page, encoding="utf-8")
     if not only_plots:
-        print(verdict(report))
+        print(sentence)
     print(args.folder / "summary.md")
     return 0
 
@@ -195,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """See the module for the exit codes."""
     args = _parser().parse_args(argv)
     try:
+        if args.command == "clocks":
+            return asyncio.run(clocks_cli.run(args, _vocabulary(args.tokenizer)))
         if args.command != "sweep":
             return _write(args, only_plots=args.command == "plots")
         return 130 if asyncio.run(_sweep(args)) is Ended.INTERRUPTED else 0

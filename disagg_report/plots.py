@@ -13,8 +13,8 @@ from disagg_report.verdict import Outcome, outcomes
 NO_MATPLOTLIB = "matplotlib is not installed"
 
 # Okabe and Ito's palette for colour-blind readers; markers differ too.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKERS = "osD^vPX"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vPX"
 
 
 class NoPlots(Exception):
@@ -27,11 +27,9 @@ def draw(report: Report, folder: Path) -> list[Path]:
     if not every:
         raise NoPlots("no rate was measured completely")
     try:
-        import matplotlib
+        prepare()
     except ImportError:
         raise NoPlots(NO_MATPLOTLIB) from None
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "disagg_report", "svg.fonttype": "none", "font.size": 9})
     slo = report.header.slo
     simulated = ", SIMULATED engines" if report.header.simulated else ""
     title = f"{report.header.input_tokens} tokens in, {report.header.output_tokens} out{simulated}"
@@ -47,11 +45,20 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return paths
 
 
+def prepare() -> None:
+    """Settings under which equal figures give equal files. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "disagg_report", "svg.fonttype": "none", "font.size": 9})
+
+
 def _complete_rates(one: Outcome) -> list[Figures]:
     return [rate for rate in one.rates if not rate.interrupted]
 
 
-def _axes(title: str) -> tuple[Any, Any]:
+def new_axes(title: str) -> tuple[Any, Any]:
+    """A figure and its axes."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
@@ -80,7 +87,8 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter("")
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure."""
     from matplotlib import pyplot
 
     figure.savefig(path, metadata={"Date": None})
@@ -91,9 +99,9 @@ def _save(figure: Any, path: Path) -> Path:
 def _lines(every: Sequence[Outcome], path: Path, title: str, label: str,
            of: Callable[[Figures], tuple[float | None, float | None]], limit: float,
            limit_name: str) -> Path:  # fmt: skip
-    figure, axes = _axes(title)
+    figure, axes = new_axes(title)
     for at, one in enumerate(every):
-        colour, marker = _COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]
+        colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
         for place, style, name in ((0, "-", "p50"), (1, "--", "p99")):
             points = [(rate.rate, value) for rate in _complete_rates(one) if (value := of(rate)[place]) is not None]
             axes.plot(
@@ -106,34 +114,34 @@ def _lines(every: Sequence[Outcome], path: Path, title: str, label: str,
     axes.set_ylabel(label)
     _rate_axis(axes, every)
     axes.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _goodput(every: Sequence[Outcome], path: Path, title: str) -> Path:
-    figure, axes = _axes(title)
+    figure, axes = new_axes(title)
     rates = sorted({rate.rate for one in every for rate in _complete_rates(one)})
     axes.plot(rates, rates, color="#999999", linewidth=1, linestyle=":", label="all requests within the SLO")
     for at, one in enumerate(every):
         points = _complete_rates(one)
         axes.plot(
-            [rate.rate for rate in points], [rate.goodput for rate in points], color=_COLOURS[at % len(_COLOURS)],
-            marker=_MARKERS[at % len(_MARKERS)], markersize=4, linewidth=1.3, label=one.setup.title,
+            [rate.rate for rate in points], [rate.goodput for rate in points], color=COLOURS[at % len(COLOURS)],
+            marker=MARKERS[at % len(MARKERS)], markersize=4, linewidth=1.3, label=one.setup.title,
         )  # fmt: skip
     axes.set_yscale("symlog", base=2, linthresh=max(0.25, rates[0] / 4))
     axes.set_yticks([0, *rates], ["0", *(f"{rate:g}" for rate in rates)])
     axes.set_ylabel("requests per second within the SLO")
     _rate_axis(axes, every)
     axes.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _bars(every: Sequence[Outcome], path: Path, title: str) -> Path:
-    figure, axes = _axes(title)
+    figure, axes = new_axes(title)
     drawn = axes.bar(
         [one.setup.title for one in every], [one.capacity for one in every], width=0.6,
-        color=[_COLOURS[at % len(_COLOURS)] for at in range(len(every))],
+        color=[COLOURS[at % len(COLOURS)] for at in range(len(every))],
     )  # fmt: skip
     marks = [f"{one.capacity:.2f}" + ("" if one.reached else " or more") for one in every]
     axes.bar_label(drawn, labels=marks, fontsize=8, padding=2)
     axes.set_ylabel("requests per second within the SLO")
-    return _save(figure, path)
+    return save(figure, path)

@@ -10,11 +10,11 @@ from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.messages import die
 
-OPTIONS = ("--once", "--ratio", "--against-plain")
+OPTIONS = ("--once", "--ratio", "--against-plain", "--clocks", "--traditional")
 
 
 def cmd_bench(context: Context, words: Sequence[str]) -> int:
-    """``bench [--ratio] [--against-plain] [--once]``.
+    """``bench [--ratio] [--against-plain] [--once]`` or ``bench --clocks [--against-plain] [--traditional]``.
 
     Raises:
         MachineError: what keeps it from beginning.
@@ -22,12 +22,18 @@ def cmd_bench(context: Context, words: Sequence[str]) -> int:
     for word in words:
         if word not in OPTIONS:
             raise die(2, "unknown_argument", "bench", word)
-    once, ratio, plain = (option in words for option in OPTIONS)
-    if once and (ratio or plain):
+    once, ratio, plain, clocks, traditional = (option in words for option in OPTIONS)
+    if once and len(set(words)) > 1:
         raise die(2, "bench_once_alone")
+    if (clocks and ratio) or (traditional and not clocks):
+        raise die(2, "bench_clocks_with")
     if control.end(context):
         # It would be measured too.
         ui.say("compile_ended")
+    if clocks:
+        from disagg_machine.bench import clocks as over_clocks
+
+        return over_clocks.compare(context, plain, traditional)
     if ratio or plain:
         from disagg_machine.bench.setups import compare
 

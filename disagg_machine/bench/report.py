@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from disagg_machine import parts, python_environment, signals, ui, vllm_facts
 from disagg_machine.bench import child, plan
@@ -39,6 +40,9 @@ class Report:
     client: str
     folder: Path
 
+    runs: ClassVar[str] = "setups/*/rate-*.json"
+    """The files of what was measured."""
+
     def measure(self, setup: Setup, key: str) -> None:
         """One setup into the report.
 
@@ -57,7 +61,7 @@ class Report:
 
     def write(self) -> bool:
         """The summary of what was measured; False when there is nothing, or it cannot be written."""
-        if not any(self.folder.glob("setups/*/rate-*.json")):
+        if not any(self.folder.glob(self.runs)):
             ui.complain("bench_nothing", self.folder)
             return False
         return self._run(["write", str(self.folder)], {}) == 0
@@ -67,11 +71,12 @@ class Report:
         return child.run(program, {**self.context.environ, **environment}, self.context.root)
 
 
-def begin(context: Context, kind: str, now: float | None = None) -> Report:
+def begin(context: Context, kind: str, now: float | None = None, make: type[Report] | None = None) -> Report:
     """A new folder, and the Python and the load generator for it.
 
     Args:
         kind: ``vllm`` or ``sim``: what will be measured.
+        make: the class of the report; None for one over request rates.
 
     Raises:
         MachineError: 1 or 2; settings that contradict each other, or a program that is missing.
@@ -93,7 +98,7 @@ def begin(context: Context, kind: str, now: float | None = None) -> Report:
     except OSError:
         raise die(1, "cannot_make_dir", folder) from None
     ui.say("bench_folder", folder)
-    return Report(context, python, kind, facts, client, folder)
+    return (make or Report)(context, python, kind, facts, client, folder)
 
 
 def finish(work: Callable[[], None], end: Callable[[], bool]) -> int:

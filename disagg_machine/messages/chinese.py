@@ -23,7 +23,8 @@ TEXTS: dict[str, str] = {
     "help_doctor": "检查本机并给出解决办法",
     "help_bench": (
         "按请求速率生成报告（经代理运行 vllm bench serve）；--ratio：比较 GPU 在 prefill 与 decode 之间的各种分配"
-        "；--against-plain：与同样 GPU 上的普通引擎对比；--once：只跑一次负载，不生成报告"
+        "；--against-plain：与同样 GPU 上的普通引擎对比；--clocks：每种角色用哪个时钟最省能；"
+        "--traditional：并与相同时钟下的单个引擎对比；--once：只跑一次负载，不生成报告"
     ),
     "help_env": "将要执行的完整命令",
     "help_page": "实时页面的网址；有桌面时自动打开",
@@ -47,7 +48,7 @@ TEXTS: dict[str, str] = {
     "menu_restart": "重启某一部分",
     "menu_doctor": "检查本机",
     "menu_bench": "性能测试",
-    "menu_bench_how": "1 按请求速率的报告，2 哪种 P:D 比例，3 与普通引擎对比，4 一次短负载 [1]：",
+    "menu_bench_how": "1 按请求速率的报告，2 哪种 P:D 比例，3 与普通引擎对比，4 一次短负载，5 各时钟的能耗 [1]：",
     "menu_env": "显示将要执行的命令",
     "menu_page": "浏览器中的实时页面",
     "menu_top": "终端中的实时状态",
@@ -201,7 +202,10 @@ TEXTS: dict[str, str] = {
     "bench_simulated": "此处没有 vLLM 引擎：用本脚本的小负载测试，数字与 GPU 性能无关。",
     "bench_sim_figures": "模拟引擎：这些数字与 GPU 性能无关。",
     "bench_own_client": "负载生成器为本项目自带，不是 vllm bench serve；报告中会注明。",
-    "bench_once_alone": "--once 不能与 --ratio 或 --against-plain 同用",
+    "bench_once_alone": "--once 不能与其他选项同用",
+    "bench_clocks_with": "--clocks 不能与 --ratio 同用；--traditional 只能与 --clocks 同用",
+    "bench_clocks_short": "BENCH_SECONDS={}：在真实 GPU 上每次时钟测量至少 {} 秒",
+    "bench_clocks_gpus": "不知道引擎运行在哪些 GPU 上：请用 `all` 启动",
     "bench_no_pair": "{} 的代理没有就绪的 prefill 与 decode；请看 `status`",
     "bench_too_long": "BENCH_INPUT_LEN={} 与 BENCH_OUTPUT_LEN={} 之和超过 MAX_MODEL_LEN={}",
     "bench_folder": "报告写入 {}；按 Ctrl+C 结束并保留已测结果。",

@@ -29,7 +29,8 @@ TEXTS: dict[str, str] = {
     "help_doctor": "check this machine, with remedies",
     "help_bench": (
         "a report over request rates, by vllm bench serve through the proxy; --ratio: of every split of the GPUs "
-        "into prefill and decode; --against-plain: beside plain engines on the same GPUs; --once: one load, no "
+        "into prefill and decode; --against-plain: beside plain engines on the same GPUs; --clocks: which clock of "
+        "each role costs the least energy; --traditional: also a single engine at equal clocks; --once: one load, no "
         "report"
     ),
     "help_env": "the exact commands that would be run",
@@ -55,7 +56,8 @@ TEXTS: dict[str, str] = {
     "menu_doctor": "check this machine",
     "menu_bench": "measure",
     "menu_bench_how": (
-        "1 report over request rates, 2 which P:D ratio, 3 against plain engines, 4 one short load [1]: "
+        "1 report over request rates, 2 which P:D ratio, 3 against plain engines, 4 one short load, "
+        "5 energy over clocks [1]: "
     ),
     "menu_env": "show the commands that would be run",
     "menu_page": "the live page in a browser",
@@ -231,7 +233,10 @@ TEXTS: dict[str, str] = {
     ),
     "bench_sim_figures": "SIMULATED ENGINES: these figures say nothing about GPUs.",
     "bench_own_client": "The load generator is this project's own, not vllm bench serve; the report says so.",
-    "bench_once_alone": "--once takes neither --ratio nor --against-plain",
+    "bench_once_alone": "--once takes no other option",
+    "bench_clocks_with": "--clocks does not go with --ratio; --traditional goes with --clocks only",
+    "bench_clocks_short": "BENCH_SECONDS={}: a run over clocks takes at least {} s on real GPUs",
+    "bench_clocks_gpus": "it is not known on which GPUs the engines run: start them with `all`",
     "bench_no_pair": "the proxy at {} has no prefill and decode ready; see `status`",
     "bench_too_long": "BENCH_INPUT_LEN={} and BENCH_OUTPUT_LEN={} are together more than MAX_MODEL_LEN={}",
     "bench_folder": "The report goes to {}; Ctrl+C ends it and keeps what was measured.",

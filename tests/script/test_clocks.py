@@ -78,3 +78,30 @@ def test_after_everything_was_killed_doctor_says_so_and_the_next_command_resets(
         assert "were left by a guard that was killed" in machine.run("doctor").stdout
     machine.ok(command, PREFILL_SM_CLOCK="", DECODE_SM_CLOCK="")
     assert locks(gpus) == DEFAULT
+
+
+@pytest.mark.timeout(400)
+def test_a_sweep_over_clocks_beside_plain_engines(machine: Machine, gpus: SimulatedGpus, tmp_path: Path) -> None:
+    """The mechanics only: which setups are measured, at one rate, and that clocks come back. Figures mean nothing."""
+    machine.env |= {"BENCH_CLOCKS": "2", "BENCH_ROUNDS": "1", "BENCH_SECONDS": "1", "BENCH_RATES": "4"}
+    machine.env |= {"BENCH_INPUT_LEN": "32", "BENCH_OUTPUT_LEN": "4", "REPORT_DIR": str(tmp_path / "reports")}
+    machine.ok("all")
+    done = machine.ok("bench", "--clocks", "--against-plain", "--traditional", timeout=350)
+    (report,) = (tmp_path / "reports").iterdir()
+    setups = {path.name: len(list(path.glob("run-*.json"))) for path in (report / "setups").iterdir()}
+    assert setups.keys() == {"01-pd", "02-pd-equal", "03-plain", "04-single-equal"}
+    assert setups["01-pd"] >= 5 and setups["02-pd-equal"] == 3 and setups["03-plain"] >= 3
+    assert setups["04-single-equal"] == 3
+    page = (report / "summary.md").read_text()
+    assert "SIMULATED" in page and "4 requests/s" in page and "Pareto" not in done.stderr
+    assert locks(gpus) == SET, "what ran before is back, with its clocks"
+
+
+def test_a_sweep_without_permission_says_so_and_changes_nothing(machine: Machine, gpus: SimulatedGpus) -> None:
+    machine.env |= {"POWER_SIMULATED_PRIVILEGED": "0"}
+    machine.ok("all")
+    done = machine.run("bench", "--clocks")
+    assert done.returncode == 1 and "clocks cannot be set" in done.stderr
+    assert gpus.changes == 0
+    assert machine.run("bench", "--clocks", "--ratio").returncode == 2
+    assert machine.run("bench", "--traditional").returncode == 2
