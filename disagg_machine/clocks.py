@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from disagg_machine import files, launch, parts, ui
+from disagg_machine import files, launch, net, parts, ui
+from disagg_machine.commands import POWER_STATUS, clocks_wanted
 from disagg_machine.context import Context
 from disagg_machine.launch import Plan
 from disagg_machine.layout import Layout
@@ -22,18 +23,12 @@ from disagg_machine.parts import Part
 from disagg_machine.settings import Settings
 
 NAME = "power"
-STATE, STATUS = "power.state", "power.status"
+STATE, STATUS = "power.state", POWER_STATUS
 """Files in RUN_DIR that disagg_power writes: what to reset, and what is set."""
 START_SECONDS = 40.0
 """Until the guard has set what it can set."""
 PROGRAM_SECONDS = 60.0
 """For a program that looks or resets."""
-
-
-def wanted(settings: Settings) -> bool:
-    """Whether any clock or power limit is to be set."""
-    values = (f"{role}_{name}" for role in ("prefill", "decode") for name in ("sm_clock", "mem_clock", "power_limit"))
-    return settings.power_backend != "none" and any(getattr(settings, value) for value in values)
 
 
 def gpus_of(layout: Layout, role: str) -> str:
@@ -55,6 +50,10 @@ def holder_words(settings: Settings, layout: Layout, python: str, owners: Sequen
         for name, value in options.items():
             if value:
                 words += [f"--{role}-{name}", str(value)]
+    if settings.power_governor != "off":
+        address = net.authority(settings.http_proxy_host, settings.http_proxy_port)
+        words += ["--governor", settings.power_governor, "--metrics", f"http://{address}/metrics"]
+        words += ["--slo-ttft-ms", settings.bench_slo_ttft_ms, "--slo-tpot-ms", settings.bench_slo_tpot_ms]
     for owner in owners:
         words += ["--owner", f"{owner.pid}:{owner.get('start')}"]
     if settings.power_take_over:
@@ -66,7 +65,7 @@ def begin(plan: Plan, started: list[str]) -> None:
     """Set the clocks of these settings. What cannot be set is one line; everything else works without."""
     context = plan.context
     settings = context.settings
-    if not wanted(settings):
+    if not clocks_wanted(settings):
         return
     supervisor = parts.alive_part(context.run_dir, "supervisor")
     owners = [supervisor] if supervisor else [part for part in parts.all_parts(context.run_dir) if part.alive]
@@ -84,7 +83,7 @@ def begin(plan: Plan, started: list[str]) -> None:
     while not (found := _json(status)) and parts.alive_part(context.run_dir, NAME) and time.monotonic() < deadline:
         time.sleep(0.05)
     if found.get("state") == "set":
-        ui.say("power_set", describe(found))
+        ui.say("power_set", describe(found) if settings.power_governor == "off" else "POWER_GOVERNOR=slo")
         for note in found.get("notes", []):
             ui.warn("power_note", note)
         return
@@ -101,6 +100,7 @@ def describe(status: dict[str, Any]) -> str:
 
 def undo(context: Context) -> bool:
     """Reset what a killed guard has left; False, after a line that says why, when that failed."""
+    (context.run_dir / STATUS).unlink(missing_ok=True)
     state = context.run_dir / STATE
     if not state.is_file():
         return True

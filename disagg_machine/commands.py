@@ -18,6 +18,16 @@ from disagg_machine.proxy_view import announced_host
 from disagg_machine.settings import Settings
 from disagg_machine.vllm_facts import VllmFacts
 
+POWER_STATUS = "power.status"
+"""In RUN_DIR: what is set of clocks, by disagg_power."""
+
+
+def clocks_wanted(settings: Settings) -> bool:
+    """Whether any clock or power limit is to be set."""
+    values = (f"{role}_{name}" for role in ("prefill", "decode") for name in ("sm_clock", "mem_clock", "power_limit"))
+    set_any = settings.power_governor != "off" or any(getattr(settings, value) for value in values)
+    return settings.power_backend != "none" and set_any
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -88,6 +98,8 @@ def proxy(
         "SHUTDOWN_GRACE": str(max(1, settings.stop_timeout - 3)),
         "DECODE_MAX_IN_FLIGHT": str(settings.max_num_seqs),
     }
+    if clocks_wanted(settings):
+        variables["POWER_STATUS_FILE"] = str(settings.run_dir / POWER_STATUS)
     if settings.config_file:
         variables["CONFIG_FILE"] = settings.config_file
     # This project's connector has no buffer that could fill.

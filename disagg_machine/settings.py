@@ -103,6 +103,7 @@ class Settings:
     decode_mem_clock: str
     prefill_power_limit: Number | None
     decode_power_limit: Number | None
+    power_governor: str
     power_take_over: bool
     report_dir: Path
     log_dir: Path

@@ -261,6 +261,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("DECODE_POWER_LIMIT", values.number, "",
             "power limit of each decode GPU in watts",
             "每块 decode GPU 的功率上限（瓦）"),
+    Setting("POWER_GOVERNOR", choice("off", "slo"), "off",
+            "slo: choose each role's SM clock by the TTFTs and gaps that the proxy sees, within BENCH_SLO_TTFT_MS and "
+            "BENCH_SLO_TPOT_MS; PREFILL_SM_CLOCK and DECODE_SM_CLOCK, the best ones of bench --clocks, are the lowest",
+            "slo：按代理观察到的 TTFT 与 token 间隔选择每种角色的 SM 时钟，满足 BENCH_SLO_TTFT_MS 与 "
+            "BENCH_SLO_TPOT_MS；PREFILL_SM_CLOCK 与 DECODE_SM_CLOCK（bench --clocks 得出的最佳值）为下限"),
     Setting("POWER_TAKE_OVER", values.flag, "0",
             "1: set clocks also of GPUs on which somebody else seems to have set them; those are not restored",
             "1：即使 GPU 的时钟似乎已被他人设置也进行设置；他人的设置不会恢复"),

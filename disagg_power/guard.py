@@ -14,9 +14,9 @@ from pathlib import Path
 from disagg_power import state_file
 from disagg_power.backends import Backend
 from disagg_power.clock_values import ClockSetting, nearest
-from disagg_power.devices import APPLICATION_CLOCKS, Device, Devices, NoPermission, PowerError
+from disagg_power.devices import APPLICATION_CLOCKS, Device, Devices, NoPermission
 from disagg_power.state_file import Changed, Claimed, Claims, State
-from disagg_power.undo import undo
+from disagg_power.undo import is_undone, undo
 
 SILENCE = 5.0
 """Seconds without a sign of life from the holder of the lease after which everything is reset."""
@@ -133,17 +133,17 @@ class Guard:
         return applied
 
     def default(self, word: str) -> None:
-        """Back to the default clocks of one GPU; nothing when they were not changed.
+        """The SM clock of one GPU back to its default; nothing when it was not changed.
 
         Raises:
             PowerError: it cannot be reset; it stays in the state file.
         """
-        uuid = self._devices.find(word).uuid
-        state = replace(self._state, gpus=tuple(one for one in self._state.gpus if one.uuid == uuid))
-        left, failed = undo(state, self._devices, self._backend)
-        self._forget(uuid, left.gpus)
-        if failed:
-            raise PowerError("; ".join(failed))
+        device = self._devices.find(word)
+        changed = self._changed(device)
+        if changed.sm:
+            self._attempt(changed, lambda: self._backend.sm_clocks(device, None))
+            left = replace(changed, sm=False)
+            self._forget(device.uuid, () if is_undone(left) else (left,))
 
     def reset(self) -> list[str]:
         """Everything as it was before: what failed, one sentence each, which then stays in the state file."""

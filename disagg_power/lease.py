@@ -76,7 +76,7 @@ class Lease:
         return self._request({"op": "set", "gpu": gpu, "sm": sm, "memory": memory, "power": power})
 
     def default(self, gpu: str) -> None:
-        """Back to the default clocks of one GPU. Raises LeaseError."""
+        """The SM clock of one GPU back to its default. Raises LeaseError."""
         self._request({"op": "default", "gpu": gpu})
 
     def reset(self) -> list[str]:

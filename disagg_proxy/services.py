@@ -34,6 +34,7 @@ from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.telemetry import page_view
 from disagg_proxy.telemetry.access_log import AccessLog
 from disagg_proxy.telemetry.aggregate import Overview, counts_of, gauges_of, seen_of
+from disagg_proxy.telemetry.clock_status import ClockStatus
 from disagg_proxy.telemetry.energy import totals_of
 from disagg_proxy.telemetry.event_log import EventLog
 from disagg_proxy.telemetry.instance_events import InstanceEvents
@@ -79,6 +80,7 @@ class Services:
         self.reloads.on_config(self.keys.configure)
         self.reloads.on_reload(self.keys.reload)
         self.event_log = EventLog(self.worker or 0)
+        self.clock_status = ClockStatus(config.power_status_file)
         self.recorder = RequestRecorder(self.stats, self.event_log, TimeSeries())
         self.registry = Registry(clock, config.instance_expiry)
         self.recorder.served = self.registry.has_model
@@ -240,7 +242,10 @@ class Services:
         return page_state_of(self.recorder)
 
     def _sample(self) -> None:
-        """Record the current load for the page's charts."""
+        """Record the current load for the page's charts, and look at the clocks."""
+        # Every worker has the metrics, one of them the events.
+        if (changed := self.clock_status.poll()) is not None and not self.worker:
+            self.event_log.add_event(changed[0], None, changed[1])
         kv = self.config.kv_bytes_per_token * sum(i.kv_waiting_tokens for i in self.registry.instances())
         self.recorder.timeseries.sample(self.stats.in_flight, self.admission_queue.waiting, kv)
         self._sample_timer = asyncio.get_running_loop().call_later(_SAMPLE_INTERVAL, self._sample)

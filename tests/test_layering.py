@@ -113,7 +113,7 @@ LIBRARIES = {
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
     "aiohttp": "disagg_sim top.follow",
-    "prometheus_client": "server.asgi.status_routes telemetry.energy_metrics telemetry.metrics",
+    "prometheus_client": "server.asgi.status_routes telemetry.clock_status telemetry.energy_metrics telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
     "rich": "top",

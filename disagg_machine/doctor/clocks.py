@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from disagg_machine import clocks
+from disagg_machine.commands import clocks_wanted
 from disagg_machine.doctor.machine import Machine
 from disagg_machine.doctor.verdict import Verdict, ok, warning
 
@@ -41,7 +41,7 @@ def _permission(machine: Machine, backends: list[str]) -> Verdict:
         return ok("doc_clocks_off")
     if backends and chosen in ("auto", *backends):
         return ok("doc_clocks_may", backends[0] if chosen == "auto" else chosen)
-    return (warning if clocks.wanted(machine.settings) else ok)("doc_clocks_denied")
+    return (warning if clocks_wanted(machine.settings) else ok)("doc_clocks_denied")
 
 
 def _gpu(gpu: Mapping[str, Any]) -> Iterator[Verdict]:

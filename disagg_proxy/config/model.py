@@ -94,6 +94,7 @@ class Config:
     stream_error_event: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    power_status_file: str = ""
     access_log: str = "off"
     traces: bool = False
 

@@ -90,6 +90,7 @@ class ProxyCollector(Collector):
         yield from instance_metrics(self._proxy.registry, self._overview, self._proxy.config.kv_bytes_per_token)
         yield from self._registrations()
         yield from energy_metrics(self._proxy.energy, self._proxy.registry)
+        yield from self._proxy.clock_status.metrics()
 
     def _requests(self) -> Iterable[Metric]:
         overview, stats, selection = self._overview, self._overview.stats, self._proxy.selection

@@ -10,6 +10,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.config import Config
 from disagg_proxy.runtime.shutdown import Shutdown
+from disagg_proxy.telemetry.clock_status import ClockStatus
 
 
 class ProxyState(Protocol):
@@ -26,6 +27,9 @@ class ProxyState(Protocol):
 
     @property
     def energy(self) -> EnergyBook: ...
+
+    @property
+    def clock_status(self) -> ClockStatus: ...
 
     @property
     def shutdown(self) -> Shutdown: ...

@@ -58,7 +58,7 @@ def ttft_of(clock: int, load: float) -> float:
 
 
 def decode_run(choose: Callable[[float, float], int]) -> Account:
-    """A quarter of an hour of decode at full load of its GPU; ``choose`` gets the time and the gap of the last window."""
+    """Decode at full load of its GPU; ``choose`` gets the time and the gap of the last window."""
     account, now, gap = Account(), 0.0, gap_of(1980, load_at(0))
     while now < 900:
         clock = choose(now, gap)

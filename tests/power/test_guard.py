@@ -126,8 +126,12 @@ def test_everything_is_as_it_was_before(gpus: SimulatedGpus, guard: Guard, tmp_p
 def test_one_gpu_back_to_default_keeps_the_other(gpus: SimulatedGpus, guard: Guard, tmp_path: Path) -> None:
     guard.set("0", CAP)
     guard.set("1", CAP)
+    guard.set("1", Wanted(power_w=400))
+    guard.default("0")
     guard.default("0")
     assert locks(gpus) == [None, (345, 1410)]
+    guard.default("1")
+    assert locks(gpus) == [None, None] and gpus.all()[1].power_limits().current_w == 400, "clocks only"
     state = state_file.read(tmp_path / "power.state")
     assert state is not None and [one.index for one in state.gpus] == [1]
 

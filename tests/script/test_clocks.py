@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,24 @@ def test_a_sweep_without_permission_says_so_and_changes_nothing(machine: Machine
     assert gpus.changes == 0
     assert machine.run("bench", "--clocks", "--ratio").returncode == 2
     assert machine.run("bench", "--traditional").returncode == 2
+
+
+def metrics(machine: Machine) -> str:
+    try:
+        with urllib.request.urlopen(machine.url + "/metrics", timeout=10) as response:
+            return str(response.read().decode())
+    except OSError:
+        return ""
+
+
+def test_the_governor_killed_leaves_default_clocks_and_the_metrics_say_why(
+    machine: Machine, gpus: SimulatedGpus
+) -> None:
+    """Without requests decode's clock goes down step by step; prefill's stays, because nothing is known of it yet."""
+    done = machine.ok("all", POWER_GOVERNOR="slo")
+    assert "POWER_GOVERNOR=slo" in done.stderr
+    wait_for(lambda: 0 < (locks(gpus)[1] or (0, 0))[1] < 1980, 40)
+    wait_for(lambda: 'gpu_clock_cap_hertz{role="decode"}' in metrics(machine), 40)
+    os.kill(machine.pid("power"), signal.SIGKILL)
+    wait_for(lambda: locks(gpus) == DEFAULT, 40)
+    wait_for(lambda: 'gpu_clocks_default{reason="gone"} 1.0' in metrics(machine), 40)

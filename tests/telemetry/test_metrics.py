@@ -12,9 +12,12 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from disagg_power import status_file
+from disagg_power.status_file import Status
 from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.telemetry.aggregate import Overview
+from disagg_proxy.telemetry.clock_status import ClockStatus
 from disagg_proxy.telemetry.metrics import metrics_registry
 from disagg_proxy.telemetry.request_recorder import _MAX_MODELS
 from disagg_proxy.telemetry.stats import Histogram
@@ -142,7 +145,7 @@ def test_bucket_bounds_are_inclusive() -> None:
     assert (histogram.buckets, histogram.sum) == ([2, 1, 1, 1], 15)
 
 
-async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair) -> None:
+async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair, tmp_path) -> None:
     await machine.stream(PATH, ASK)
     await machine.proxy.until_idle()
     services = machine.proxy.services
@@ -150,6 +153,9 @@ async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair)
     keys = {"a\tok": stats.key_requests, "a\tprompt": stats.key_tokens, "a\ttokens": stats.key_refusals}
     for labels, counts in keys.items():
         counts[labels] += 1
+    status_file.write(tmp_path / "status", Status(os.getpid(), "set", clocks_mhz={"prefill": 990}))
+    services.clock_status = ClockStatus(str(tmp_path / "status"))
+    services.clock_status.poll()
     alone = await services.overview()
     count_energy(services.energy, services.registry.now())
     workers = [{"pid": os.getpid(), "responding": True}, {"pid": None, "responding": False}]
