@@ -15,7 +15,7 @@ _disagg_proxy() {
   fi
   for ((index = 1; index < COMP_CWORD; index++)); do
     case "$path ${COMP_WORDS[index]}" in
-      " serve" | " check" | " machine" | "machine menu" | "machine proxy" | "machine prefill" | "machine decode" | "machine all" | "machine test" | "machine status" | "machine logs" | "machine stop" | "machine restart" | "machine config" | "machine doctor" | "machine bench" | "machine env" | "machine page" | "machine top" | "machine help" | " sim" | " top" | " key" | "key new" | " bench" | "bench sweep" | "bench clocks" | "bench write" | "bench plots" | " power" | "power show" | "power record" | "power guard" | "power clocks" | "power reset" | "power hold" | " demo" | " chaos")
+      " serve" | " check" | " machine" | "machine menu" | "machine proxy" | "machine prefill" | "machine decode" | "machine all" | "machine test" | "machine status" | "machine logs" | "machine stop" | "machine restart" | "machine config" | "machine doctor" | "machine bench" | "machine env" | "machine page" | "machine top" | "machine power" | "machine help" | " sim" | " top" | " key" | "key new" | " bench" | "bench sweep" | "bench clocks" | "bench write" | "bench plots" | " power" | "power show" | "power record" | "power guard" | "power clocks" | "power reset" | "power hold" | " demo" | " chaos")
         path+=" ${COMP_WORDS[index]}"
         path=${path# }
         ;;
@@ -80,9 +80,9 @@ _disagg_proxy() {
           choices='-h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --power-meter --power-gpus --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --max-queue --queue-timeout --prefill-policy --decode-policy --session-header --load-bound --api-key --api-keys-file --engine-api-key --admin-key --kv-secret --kv-secret-file --cors-origins --enable-profiling --served-by-header --stream-error-event --log-level --log-format --power-status-file --access-log --traces'
           ;;
         'machine')
-          choices='menu proxy prefill decode all test status logs stop restart config doctor bench env page top help'
+          choices='menu proxy prefill decode all test status logs stop restart config doctor bench env page top power help'
           ;;
-        'machine menu' | 'machine proxy' | 'machine prefill' | 'machine decode' | 'machine test' | 'machine status' | 'machine doctor' | 'machine env' | 'machine page' | 'machine help')
+        'machine menu' | 'machine proxy' | 'machine prefill' | 'machine decode' | 'machine test' | 'machine status' | 'machine doctor' | 'machine env' | 'machine page' | 'machine power' | 'machine help')
           choices=''
           ;;
         'machine all')

@@ -2,7 +2,7 @@
 #
 #   copy it to ~/.config/fish/completions, or: source it
 
-set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench clocks' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'power guard' 'power clocks' 'power reset' 'power hold' 'demo' 'chaos'
+set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine power' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench clocks' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'power guard' 'power clocks' 'power reset' 'power hold' 'demo' 'chaos'
 
 # Whether the words so far are those of this command.
 function __disagg_proxy_at
@@ -220,6 +220,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at machine' -a env -d 'the exact commands that would be run'
     complete -c $name -n '__disagg_proxy_at machine' -a page -d 'the address of the live page'
     complete -c $name -n '__disagg_proxy_at machine' -a top -d 'the live page in this terminal'
+    complete -c $name -n '__disagg_proxy_at machine' -a power -d 'clocks of the GPUs'
     complete -c $name -n '__disagg_proxy_at machine' -a help -d 'this text'
     complete -c $name -n '__disagg_proxy_at machine all' -l supervise
     complete -c $name -n '__disagg_proxy_at machine all' -l no-supervise

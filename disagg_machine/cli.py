@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
         Command("env", "", "show"),
         Command("page", "", "service"),
         Command("top", "[--once]", "service"),
+        Command("power", "[COMMAND]", "power"),
         Command("help", "", "cli"),
     )
 }

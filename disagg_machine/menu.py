@@ -11,9 +11,9 @@ from disagg_machine.messages import text
 
 ENTRIES = (
     "proxy", "prefill", "decode", "all", "test", "config", "status", "logs", "stop", "restart", "doctor", "bench",
-    "env", "page", "top", "help",
+    "env", "page", "top", "power", "help",
 )  # fmt: skip
-"""The commands behind the numbers 1 to 16; 0 quits."""
+"""The commands behind the numbers 1 to 17; 0 quits."""
 
 
 def cmd_menu(context: Context, words: Sequence[str]) -> int:

@@ -28,13 +28,20 @@ PAGES = [*DOCS, *sorted((ROOT / "deploy").glob("**/*.md"))]
 SCRIPT = ROOT / "test_single_machine.sh"
 
 OTHERS_SETTINGS = re.compile(
-    r"(VLLM|LITELLM|CUDA|HF|NCCL|OTEL|PIP|OMP|PYTHON|TRANSFORMERS|GPU_TEST)_\w+|GPU_RESULTS|OPENAI_API_KEY|PYTHONPATH|NO_COLOR|POWER_SIMULATED"
+    r"(VLLM|LITELLM|ZEUSD|CUDA|HF|NCCL|OTEL|PIP|OMP|PYTHON|TRANSFORMERS|GPU_TEST)_\w+|GPU_RESULTS|OPENAI_API_KEY|PYTHONPATH|NO_COLOR|POWER_SIMULATED"
 )
 """Of vLLM, CUDA, libraries, the tests and simulated GPUs."""
 
-OTHERS_WORDS = {"PUT_ASYNC", "SO_REUSEPORT", "MAX_CONTENT_LENGTH", "DISAGG_KV_TRACE", "DISAGG_PROXY_COMPILE"}
+OTHERS_WORDS = {
+    "POWER_SIMULATED_PRIVILEGED",
+    "PUT_ASYNC",
+    "SO_REUSEPORT",
+    "MAX_CONTENT_LENGTH",
+    "DISAGG_KV_TRACE",
+    "DISAGG_PROXY_COMPILE",
+}
 """In capitals, and no settings: of vLLM's connector, of the kernel, of Quart; where the connector writes its times;
-what setup.py builds."""
+what setup.py builds; simulated GPUs."""
 
 OTHERS_ROUTES = {
     "/abort_requests", "/collective_rpc", "/generative_scoring", "/inference/v1/generate", "/invocations", "/pause",

@@ -127,3 +127,10 @@ def test_the_governor_killed_leaves_default_clocks_and_the_metrics_say_why(
     os.kill(machine.pid("power"), signal.SIGKILL)
     wait_for(lambda: locks(gpus) == DEFAULT, 40)
     wait_for(lambda: 'gpu_clocks_default{reason="gone"} 1.0' in metrics(machine), 40)
+
+
+def test_the_command_power_looks_and_resets(machine: Machine, gpus: SimulatedGpus) -> None:
+    shown = machine.ok("power").stdout
+    assert "clocks may be set by: nvml" in shown and "GPU 1 Simulated H200: 345 to 1980 MHz" in shown
+    assert machine.ok("power", "reset").stdout == "nothing to reset\n"
+    assert gpus.changes == 0

@@ -84,7 +84,7 @@ def test_every_entry_of_the_menu(machine: Machine, terminal: Terminal) -> None:
     choose("11", "ports of decode are free")
     choose("13", "disagg_sim --role decode")
     choose("14", "no proxy answers", "exit code 3")
-    choose("16", "Settings, by environment")
+    choose("17", "Settings, by environment")
     choose("99", "no entry")
     choose("4", "SIMULATED ENGINES", "Waiting for", "Everything is ready", "curl http")
     choose("5", "completion", "->", "stream", "chat", "All requests were answered")
