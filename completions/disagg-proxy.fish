@@ -343,6 +343,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at bench clocks' -l rate -x -d 'requests/s'
     complete -c $name -n '__disagg_proxy_at bench clocks' -l together -d 'all roles at the same clock'
     complete -c $name -n '__disagg_proxy_at bench clocks' -l run-dir -r -F -d 'folder of the guard\'s state'
+    complete -c $name -n '__disagg_proxy_at bench clocks' -l owner -x -d 'a process without which the sweep ends'
     complete -c $name -n '__disagg_proxy_at bench clocks' -l backend -x -d 'what sets clocks'
     complete -c $name -n '__disagg_proxy_at bench clocks' -l take-over -d 'also GPUs whose clocks somebody else has set'
     complete -c $name -n '__disagg_proxy_at bench clocks' -l slo-ttft-ms -x

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from disagg_machine import clocks, engines, net, parts
+from disagg_machine import clocks, engines, net, parts, proc
 from disagg_machine.bench import plan
 from disagg_machine.bench.plan import Setup
 from disagg_machine.bench.report import Report, begin
@@ -77,6 +78,8 @@ def clock_words(settings: Settings, setup: Setup, folder: Path, kind: str, facts
         words += ["--gpus", f"{role}={gpus}"]
     for name, text in facts:
         words += ["--fact", f"{name}={text}"]
+    if stat := proc.read_stat(os.getpid()):
+        words += ["--owner", f"{os.getpid()}:{stat.start}"]
     words += ["--simulated"] if kind == SIM else []
     words += ["--together"] if setup.name.endswith(EQUAL) else []
     return [*words, "--take-over"] if settings.power_take_over else words

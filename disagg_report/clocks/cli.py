@@ -11,6 +11,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from disagg_power import owners
 from disagg_power.devices import PowerError
 from disagg_power.gpus import open_devices
 from disagg_power.lease import Lease, LeaseError, guard_words
@@ -33,6 +34,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
                          help="requests/s; default: 60 %% of what default clocks serve within the SLO")  # fmt: skip
     command.add_argument("--together", action="store_true", help="all roles at the same clock")
     command.add_argument("--run-dir", type=Path, required=True, help="folder of the guard's state")
+    command.add_argument("--owner", type=owners.parse, action="append", default=[], metavar="PID:START",
+                         help="a process without which the sweep ends")  # fmt: skip
     command.add_argument("--backend", default="auto", help="what sets clocks")
     command.add_argument("--take-over", action="store_true", help="also GPUs whose clocks somebody else has set")
 
@@ -87,7 +90,7 @@ async def run(args: argparse.Namespace, vocabulary: int) -> int:
             max(1, args.warm_up), args.together,
         )  # fmt: skip
         sweep = ClockSweep(args.title, folder, plan, devices, lease, client, client.warm_up, Progress(sys.stderr),
-                           stop, header.seconds)  # fmt: skip
+                           stop, header.seconds, lambda: owners.any_runs(args.owner))  # fmt: skip
         return 0 if await sweep.run() else 130
     except (PowerError, LeaseError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -63,10 +63,12 @@ class ClockSweep:
         lease: of the guard that sets clocks.
         warm_up: sends that many requests that are not measured.
         stop: set by the user's Ctrl+C.
+        wanted: whether the one for whom it is made still lives; else the sweep ends, and the clocks with it.
     """
 
     def __init__(self, title: str, folder: Path, plan: ClockPlan, devices: Devices, lease: Lease, client: Client,
-                 warm_up: WarmUp, progress: Progress, stop: asyncio.Event, seconds: float) -> None:  # fmt: skip
+                 warm_up: WarmUp, progress: Progress, stop: asyncio.Event, seconds: float,
+                 wanted: Callable[[], bool] = lambda: True) -> None:  # fmt: skip
         self._title = title
         self._folder = folder
         self._plan = plan
@@ -77,6 +79,7 @@ class ClockSweep:
         self._progress = progress
         self._stop = stop
         self._seconds = seconds
+        self._wanted = wanted
         self._watch = GpuWatch(devices, plan.roles)
         self.results: list[Result] = []
 
@@ -157,14 +160,14 @@ class ClockSweep:
         """Within, the guard gets signs of life and the GPUs are sampled."""
 
         async def beat() -> None:
-            while True:
+            while self._wanted():
                 self._lease.beat()
                 for _ in range(round(BEAT_SECONDS / SAMPLE_SECONDS)):
                     self._watch.sample()
                     await asyncio.sleep(SAMPLE_SECONDS)
 
         task = asyncio.create_task(beat())
-        # A guard that is gone ends the sweep.
+        # It ends early when the guard is gone, or nobody wants the sweep any more.
         task.add_done_callback(lambda _: self._stop.set())
         try:
             yield

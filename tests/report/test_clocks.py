@@ -166,6 +166,19 @@ async def test_a_guard_that_is_gone_ends_the_sweep(tmp_path: Path) -> None:
         await swept(world, tmp_path / "setup", clocks=2)
 
 
+async def test_a_sweep_that_nobody_wants_any_more_ends(tmp_path: Path) -> None:
+    """As when the script that has started it was killed."""
+    world, stop = World(GpuModel()), asyncio.Event()
+    plan = ClockPlan({"prefill": ["0"], "decode": ["1"]}, 4, 3, 2.0, SLO, 7, 0.0, 1)
+
+    async def warm_up(count: int) -> None:
+        await asyncio.sleep(0)
+
+    sweep = ClockSweep("title", tmp_path, plan, world.gpus, DirectLease(world), world, warm_up,
+                       Progress(io.StringIO()), stop, 60, lambda: False)  # fmt: skip
+    assert await sweep.run() is False and stop.is_set()
+
+
 async def test_without_a_rate_it_takes_some_of_what_default_clocks_serve(tmp_path: Path) -> None:
     world = World(GpuModel())
     (first, *_) = await swept(world, tmp_path / "setup", clocks=2, rounds=1, rate=0.0)
