@@ -95,6 +95,11 @@ class Guard:
         """Seconds until the lease ends; 0 or less when it has."""
         return self._heard + SILENCE - self._clock()
 
+    @property
+    def was_undone(self) -> bool:
+        """Whether the watcher has reset everything because this process seemed to hang."""
+        return bool(self._state.gpus) and not self._path.exists()
+
     def set(self, word: str, wanted: Wanted) -> Applied:
         """Set one GPU.
 

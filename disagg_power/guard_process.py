@@ -157,6 +157,8 @@ def run(guard: Guard, watch: Watcher, say: Callable[[str], None], source: int = 
             why = ended[0]
         elif requests.ended:
             why = "the holder of the lease is gone"
+        elif guard.was_undone:
+            why = "the watcher has reset the clocks: this process did not run for too long"
         elif guard.remaining <= 0:
             why = f"no sign of life from the holder of the lease for {SILENCE:g} s"
     failed = guard.reset()

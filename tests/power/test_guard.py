@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,6 +221,15 @@ def test_a_guard_that_hangs_is_reset_although_it_holds_its_claims(
     assert state is not None and gpus.path is not None
     done = undo_file(tmp_path / "power.state", lambda: gpus, gpus.path.parent, PRIVILEGED, but=state.pid)
     assert done.gpus == (0,) and locks(gpus) == [None, None]
+
+
+def test_a_guard_notices_that_its_watcher_has_reset(gpus: SimulatedGpus, guard: Guard, tmp_path: Path) -> None:
+    assert not guard.was_undone
+    guard.set("0", CAP)
+    assert not guard.was_undone
+    assert gpus.path is not None
+    undo_file(tmp_path / "power.state", lambda: gpus, gpus.path.parent, PRIVILEGED, but=os.getpid())
+    assert guard.was_undone
 
 
 def test_after_a_restart_of_the_machine_there_is_nothing_to_reset(
