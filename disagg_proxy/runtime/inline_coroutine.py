@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, ClassVar
+from typing import Any, Final
 
 
 class Event:
@@ -39,6 +39,22 @@ class Event:
         self._waiting = waiting
 
 
+class _Running:
+    """What runs now. Not an attribute of the class: CPython drops what it has cached of a class that is changed.
+
+    Attributes:
+        coroutine: the one whose step is running; None inside a task or callback.
+    """
+
+    __slots__ = ("coroutine",)
+
+    def __init__(self) -> None:
+        self.coroutine: InlineCoroutine | None = None
+
+
+RUNNING: Final = _Running()
+
+
 class InlineCoroutine:
     """One coroutine that is stepped by its events.
 
@@ -48,9 +64,6 @@ class InlineCoroutine:
     """
 
     __slots__ = ("_cancel_pending", "_ended", "_on", "_running", "_work")
-
-    current: ClassVar[InlineCoroutine | None] = None
-    """The one whose step is running; None inside a task or callback."""
 
     def __init__(
         self, work: Coroutine[Any, Any, Any], ended: Callable[[InlineCoroutine, BaseException | None], None]
@@ -88,7 +101,7 @@ class InlineCoroutine:
         self._step(None)
 
     def _step(self, error: BaseException | None) -> None:
-        outer, InlineCoroutine.current = InlineCoroutine.current, self
+        outer, RUNNING.coroutine = RUNNING.coroutine, self
         self._running, self._on = True, None
         try:
             on = self._work.send(None) if error is None else self._work.throw(error)
@@ -102,7 +115,7 @@ class InlineCoroutine:
             self._running = False
             self._wait_for(on)
         finally:
-            InlineCoroutine.current = outer
+            RUNNING.coroutine = outer
 
     def _wait_for(self, on: Any) -> None:
         if type(on) is Event:

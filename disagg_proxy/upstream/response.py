@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected, EngineError
 from disagg_proxy.http1.headers import ResponseHeaders
-from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
+from disagg_proxy.runtime.inline_coroutine import RUNNING, Event
 
 _READ_AHEAD = 256 * 1024
 """Bytes of a body that are buffered before it is read or piped; then the connection is paused."""
@@ -197,7 +197,7 @@ class Response:
         if self._arrived < needed and self._error is None:
             self._needed = needed
             self._resume_reading()
-            event: Event | _TaskEvent = Event() if InlineCoroutine.current is not None else _TaskEvent()
+            event: Event | _TaskEvent = Event() if RUNNING.coroutine is not None else _TaskEvent()
             self._waiter = event
             try:
                 await event

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
+from disagg_proxy.runtime.inline_coroutine import RUNNING, Event, InlineCoroutine
 from tests.conftest import soon
 
 
@@ -149,14 +149,14 @@ async def test_current_is_restored_after_a_nested_step() -> None:
     seen: list[InlineCoroutine | None] = []
 
     async def inner() -> None:
-        seen.append(InlineCoroutine.current)
+        seen.append(RUNNING.coroutine)
 
     async def outer() -> None:
-        seen.append(InlineCoroutine.current)
+        seen.append(RUNNING.coroutine)
         within = started(inner())
         seen.append(within.coroutine)
-        seen.append(InlineCoroutine.current)
+        seen.append(RUNNING.coroutine)
 
     run = started(outer())
     assert seen == [run.coroutine, seen[2], seen[2], run.coroutine] and seen[2] is not run.coroutine
-    assert InlineCoroutine.current is None
+    assert RUNNING.coroutine is None
