@@ -48,7 +48,8 @@ class KvCompatibility:
         """Prefill gets a request whose KV it pushes to decode."""
         if decode.kv is None:
             return
-        kv, process = decode.kv.text, self._processes[decode.kv.text]
+        # Not by [], which calls a method of Counter where there is no entry.
+        kv, process = decode.kv.text, self._processes.get(decode.kv.text, 0)
         if prefill.kv_peers.get(kv) != process:
             prefill.kv_peers[kv] = process
             self.version += 1

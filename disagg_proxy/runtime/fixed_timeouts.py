@@ -18,11 +18,15 @@ class FixedTimeouts:
         self._pending: dict[int | None, tuple[float, Callable[[], None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._last = 0
+        # Looked up once: Python before 3.12 makes a system call for it.
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def add(self, expired: Callable[[], None]) -> int:
         """Call ``expired`` after ``seconds``. Returns the key for :meth:`drop`."""
         self._last = key = self._last + 1
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         due = loop.time() + self.seconds
         self._pending[key] = (due, expired)
         if self._timer is None:
