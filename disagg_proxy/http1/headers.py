@@ -10,6 +10,7 @@ more origins (``--allowed-origins``; by default all up to vLLM 0.31, none in 0.3
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from disagg_proxy.http1.head_writer import header_lines
 from disagg_proxy.request_id import MARKERS, RequestId, new_own_id
@@ -49,6 +50,12 @@ class ResponseHeaders(Headers):
         super().__init__(headers)
         self.forwarded: ForwardedHeaders | None = None
         self.stream = value_of(self, b"content-type").startswith(b"text/event-stream")
+
+
+@lru_cache(maxsize=512)
+def shared_response_headers(headers: tuple[tuple[bytes, bytes], ...]) -> ResponseHeaders:
+    """One object for all responses with these headers, which an engine repeats with each stream of a second."""
+    return ResponseHeaders(headers)
 
 
 _HOP_BY_HOP = frozenset(

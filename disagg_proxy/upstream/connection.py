@@ -16,7 +16,7 @@ import httptools
 from disagg_proxy.errors import EngineDeadline, EngineDisconnected
 from disagg_proxy.http1.chunked import are_complete_chunks
 from disagg_proxy.http1.head_cache import HeadCache
-from disagg_proxy.http1.headers import Headers, ResponseHeaders
+from disagg_proxy.http1.headers import Headers, ResponseHeaders, shared_response_headers
 from disagg_proxy.runtime.write_coalescing import WriteBatch, WriteCoalescer
 from disagg_proxy.upstream.response import Response, disconnected
 
@@ -246,7 +246,7 @@ class Connection:
             self.keep = False
         if status in (204, 304):
             self._framed = True
-        self._response.on_head(status, ResponseHeaders(headers))
+        self._response.on_head(status, shared_response_headers(tuple(headers)))
 
     def on_chunk_complete(self) -> None:
         self._at_chunk_boundary = True
