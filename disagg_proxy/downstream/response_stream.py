@@ -163,7 +163,13 @@ class ResponseStream:
         write_framed = self._write_framed
         if write_framed is None or rewriter.held or repair.held or chunks.find(repair.key) >= 0:
             return False
-        self._count(chunks)
+        # As _count, without its call.
+        self._progress.outputs += 1
+        self._unseen -= 1
+        if not self._unseen:
+            self._unseen = self._record.sample_gap()
+        if len(chunks) > _MAX_FINAL_EVENT:
+            self._last = chunks
         write_framed(chunks.replace(rewriter.internal, rewriter.public) if rewriter.internal else chunks)
         return True
 

@@ -78,8 +78,10 @@ def _is_answer(route: Route, body: bytes) -> bool:
         answer = _answers.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
-    if answer.error is not None or answer.object == "error" or route.dialect == "messages":
+    if answer.error is not None or answer.object == "error":
         return False
+    if route.dialect == "messages":
+        return bool(answer.type == "message")
     return bytes(answer.choices).startswith(b"[")
 
 

@@ -116,23 +116,23 @@ def repair_usage(route: Route, body: bytes, use: CachedTokens | None) -> bytes:
     other = _OTHERS.get(route.dialect)
     at = 0 if other is None else max(0, body.rfind(other.key))
     repair = UsageRepair(route, use)
-    return b"".join((body[:at], repair.feed(body[at:]), repair.end()))
+    return repair.finish(body) if at == 0 else body[:at] + repair.finish(body[at:])
 
 
 def _corrected(spelling: _Spelling, fields: bytes, use: CachedTokens) -> bytes:
     """The flat part of a usage object with prefill's figures; unchanged where decode has no figure of its own."""
-    read, created = _found(spelling.cached, fields), _found(spelling.created, fields)
+    read, created = spelling.cached.search(fields), _found(spelling.created, fields)
     if read is None:
         return fields
     now = (created or 0) if use.created is None or created is None else use.created
     rest = None if spelling.rest is None else _found(spelling.rest, fields)
-    fields = _with(spelling.cached, fields, use.cached)
+    fields = b"%b%d%b" % (fields[: read.start(1)], use.cached, fields[read.end(1) :])
     if spelling.turn is not None:
         fields = _with(spelling.turn, fields, use.cached)
     if created is not None:
         fields = _with(spelling.created, fields, now)
     if spelling.rest is not None and rest is not None:
-        fields = _with(spelling.rest, fields, max(0, rest + read + (created or 0) - use.cached - now))
+        fields = _with(spelling.rest, fields, max(0, rest + int(read[1]) + (created or 0) - use.cached - now))
     return fields
 
 
@@ -198,7 +198,11 @@ class UsageRepair:
 
     def end(self) -> bytes:
         """The rest of the body that was held back."""
-        return self._pass(self.held, ended=True)
+        return self.finish(b"")
+
+    def finish(self, last: bytes) -> bytes:
+        """The rest of the body, of which ``last`` is the last chunk."""
+        return self._pass(self.held + last, ended=True)
 
     def _pass(self, data: bytes, ended: bool) -> bytes:
         """The data up to the first key whose object is incomplete; the rest is held back."""
