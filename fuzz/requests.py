@@ -43,6 +43,9 @@ SEEDS = [
     b"\r\n" + GET + b"\r\n\r\n" + GET,
     post(f"Content-Length: {len(CHAT)}", "Expect: 100-continue", body=CHAT, path="/v1/chat/completions"),
     post(f"Content-Length: {len(CHAT)}", "X-Request-Id: a b", body=CHAT, path="/v1/messages") + GET,
+    post(f"Content-Length: {len(CHAT)}", body=CHAT, path="/v1/messages?beta=true") * 2 + GET,
+    post(CHUNKED, body=chunked(CHAT), path="/v1/chat/completions?a=%ff")
+    + post(LENGTH, body=BODY, path=PATH + "?/v1/messages"),
     post("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", LENGTH, body=BODY) + GET,
     post("Connection: Upgrade", "Upgrade: websocket", CHUNKED, body=chunked(BODY)) + GET,
     post(CHUNKED, body=chunked(BODY, end=b"0\r\nX-Trailer: 1\r\nAuthorization: x\r\n\r\n")) + GET,

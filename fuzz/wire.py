@@ -29,7 +29,7 @@ from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteBatch
 from disagg_proxy.server import client_connection
 from disagg_proxy.server.client_connection import connection_class
-from disagg_proxy.server.fast_path import ClientProtocol, FastPathRequest
+from disagg_proxy.server.fast_path import ROUTE_OF, ClientProtocol, FastPathRequest
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.stats import Stats
 from fuzz.pure import Witness
@@ -168,7 +168,7 @@ class Server:
                 return
             body += event["body"]
             if not event["more_body"]:
-                target = scope["raw_path"] + b"?" + scope["query_string"]
+                target = _target(scope["raw_path"], scope["query_string"])
                 reading.requests.append((scope["method"], target, scope["headers"], body))
                 break
         number = len(reading.requests)
@@ -225,6 +225,11 @@ def _recording(server: Server) -> type[FastPathRequest]:
     return Recording
 
 
+def _target(path: bytes, query: bytes) -> bytes:
+    """What of a request's target must be read alike: the generation routes ignore a query string."""
+    return path + b"?" + (b"" if path in ROUTE_OF else query)
+
+
 @dataclass
 class Second:
     """h11's reading: the requests up to the first that it refuses, and its reason."""
@@ -261,7 +266,7 @@ def second_reading(data: bytes) -> Second:
             return found
         assert head is not None
         path, _, query = head.target.partition(b"?")
-        found.requests.append((head.method.decode(), path + b"?" + query, [(n, v) for n, v in head.headers], body))
+        found.requests.append((head.method.decode(), _target(path, query), [(n, v) for n, v in head.headers], body))
         if parser.their_state is h11.MUST_CLOSE:
             found.why = "to be closed"
             return found
