@@ -2,10 +2,11 @@
 //
 //   engine            listens on 127.0.0.1, ports chosen by the kernel, and prints "PREFILL_PORT DECODE_PORT\n"
 //
-// HTTP/1.1 with keep-alive. What it answers has the form of vLLM's completions API:
+// HTTP/1.1 with keep-alive. What it answers has the form of vLLM's completions, chat or messages API (engine_forms.h):
 //   POST any path     "stream": true: one SSE event per token, each in an HTTP chunk and a send() of its own, as uvicorn
-//                     does it; with include_usage the usage event; then [DONE]. Otherwise one JSON body of one token.
-//                     "max_tokens" is the number of tokens. The body's id is "cmpl-" and the X-Request-Id, as vLLM has it;
+//                     does it; with include_usage the usage event, which /v1/messages always has; then [DONE].
+//                     Otherwise one JSON body of one token. "max_tokens" is the number of tokens; with "tools" they are the
+//                     arguments of a call. The body's id ends in the X-Request-Id, as vLLM has it;
 //                     without that header an id of the same length stands there, so that events never differ in size.
 //                     Decode reports its whole prompt as cached, as it does behind a KV transfer; prefill reports none.
 //   GET /set?K=V&..   gap_us: pause between two tokens of a stream (0: one token per stream and turn, as fast as possible)
@@ -33,6 +34,8 @@
 
 enum { PREFILL, DECODE, MAX_EVENTS = 512, ID_LENGTH = 160, EVENT_LENGTH = 640 };
 
+#include "engine_forms.h"
+
 struct conn {
   int fd, role;
   bool listener, alive, wants_write;
@@ -41,6 +44,7 @@ struct conn {
   bool streaming, stream, include_usage;
   long tokens, sent;
   uint64_t due;
+  enum form form;
   char id[ID_LENGTH];
   char event[EVENT_LENGTH]; // the chunk of one token; number and time are patched in
   size_t event_length, number_at, time_at;
@@ -108,28 +112,20 @@ static size_t chunk(char *to, size_t size, const char *body) {
 
 static void make_event(struct conn *c, const char *finish) {
   char body[EVENT_LENGTH - 16];
-  snprintf(body, sizeof body,
-           "data: {\"id\":\"cmpl-%s\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"%s\",\"choices\":"
-           "[{\"index\":0,\"text\":\" tok0000\",\"logprobs\":null,\"finish_reason\":%s,\"stop_reason\":null}],"
-           "\"usage\":null,\"t\":\"0000000000000000\"}\n\n",
-           c->id, MODEL, finish);
+  snprintf(body, sizeof body, SHAPES[c->form].event, c->id, MODEL, finish);
   c->event_length = chunk(c->event, sizeof c->event, body);
   c->number_at = (size_t)(strstr(c->event, "\" tok0") - c->event) + 5;
   c->time_at = (size_t)(strstr(c->event, "\"t\":\"") - c->event) + 5;
 }
 
 static void end_stream(struct conn *c) {
-  if (c->include_usage) {
-    char body[512], framed[544];
-    snprintf(body, sizeof body,
-             "data: {\"id\":\"cmpl-%s\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"%s\",\"choices\":[],"
-             "\"usage\":{\"prompt_tokens\":5,\"total_tokens\":%ld,\"completion_tokens\":%ld,"
-             "\"prompt_tokens_details\":{\"cached_tokens\":4}}}\n\n",
-             c->id, MODEL, c->tokens + 5, c->tokens);
+  char body[768], framed[800];
+  if (c->include_usage || c->form == MESSAGES) {
+    make_end(body, sizeof body, c->form, c->id, MODEL, c->tokens);
     put(c, framed, chunk(framed, sizeof framed, body));
   }
-  static const char DONE[] = "e\r\ndata: [DONE]\n\n\r\n", END[] = "0\r\n\r\n";
-  put(c, DONE, sizeof DONE - 1);
+  static const char END[] = "0\r\n\r\n";
+  put(c, framed, chunk(framed, sizeof framed, SHAPES[c->form].done));
   put(c, END, sizeof END - 1);
   if (c->alive) remove_stream(c);
 }
@@ -149,6 +145,11 @@ static void answer(struct conn *c) {
                                "content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
     put(c, HEAD, sizeof HEAD - 1);
     if (!c->alive) return;
+    if (SHAPES[c->form].start) {
+      char body[768], framed[800];
+      snprintf(body, sizeof body, SHAPES[c->form].start, c->id, MODEL);
+      put(c, framed, chunk(framed, sizeof framed, body));
+    }
     make_event(c, "null");
     c->sent = 0;
     append_stream(c);
@@ -157,12 +158,7 @@ static void answer(struct conn *c) {
     return send_token(c, now);
   }
   char body[1024];
-  snprintf(body, sizeof body,
-           "{\"id\":\"cmpl-%s\",\"object\":\"text_completion\",\"created\":1760000000,\"model\":\"%s\",\"choices\":[{\"index\":0,"
-           "\"text\":\" tok0000\",\"logprobs\":null,\"finish_reason\":\"length\",\"stop_reason\":null,\"prompt_logprobs\":null}],"
-           "\"usage\":{\"prompt_tokens\":5,\"total_tokens\":6,\"completion_tokens\":1,\"prompt_tokens_details\":%s},"
-           "\"kv_transfer_params\":null}",
-           c->id, MODEL, c->role == DECODE ? "{\"cached_tokens\":4}" : "null");
+  snprintf(body, sizeof body, SHAPES[c->form].whole, c->id, MODEL, cache_figures(c->form, c->role == DECODE));
   put_json(c, body);
 }
 
@@ -179,6 +175,7 @@ static long field(const char *body, size_t length, const char *key) {
 
 static void generate(struct conn *c, const char *body, size_t length) {
   served[c->role]++;
+  c->form = form_of(c->in, field(body, length, "\"tools\"") >= 0);
   c->stream = field(body, length, "\"stream\"") == 1;
   c->include_usage = field(body, length, "\"include_usage\"") == 1;
   c->tokens = field(body, length, "\"max_tokens\"");

@@ -1,11 +1,13 @@
 // A load generator that costs little: closed loop, one thread, checks every answer, measures in slices of a second.
 //
 //   load --port N [--prefill-port N] [--clients N] [--tokens N] [--stream] [--body BYTES] [--ramp S] [--warmup S]
-//        [--duration S] [--hold] [--hidden] [--cached N] [--pids A,B] [--engine PID] [--cores PROXY,LOAD]
+//        [--duration S] [--hold] [--hidden] [--cached N] [--api NAME] [--pids A,B] [--engine PID] [--cores PROXY,LOAD]
 //
 // Each client sends its next request when the last is answered; --ramp spreads their first ones. With --prefill-port
 // there is no proxy: a client asks prefill for one token, then decode (--port), itself. --hold ends without waiting for
 // open streams. SIGTERM ends the measuring early, orderly.
+//
+// --api is completions, chat, tools (chat with tools to call) or messages (with ?beta=true, as Anthropic's clients send).
 //
 // An answer is right when its status is 200, its tokens come in order and in number, a stream has its usage and its
 // [DONE], with --hidden no byte of a line names the internal request id, and with --cached usage reports so many.
@@ -32,6 +34,8 @@ enum chunk { CHUNK_SIZE, CHUNK_DATA, CHUNK_END, LAST_CHUNK };
 enum failure { CONNECT, CUT, STATUS, ORDER, COUNT, UNFINISHED, SHOWN_ID, WRONG_USAGE, TOO_LONG, KINDS };
 static const char *const FAILURES[KINDS] = {"connect", "cut", "status", "order", "count", "unfinished", "shown id", "wrong usage", "too long"};
 
+#include "load_requests.h"
+
 struct client;
 
 struct leg { // one connection of a client
@@ -57,6 +61,7 @@ struct client {
 static struct {
   int ports[2], clients, tokens, engine, pids[MAX_PIDS + 1], cores[2];
   bool direct, stream, hold, hidden;
+  enum api api;
   long body, cached;
   double ramp, warmup, duration;
 } opt = {.clients = 64, .tokens = 1, .body = 100, .cached = -1, .warmup = 1, .duration = 10, .cores = {0, 1}};
@@ -157,15 +162,16 @@ static void check_line(struct leg *leg, const char *line, size_t length) {
   if (!length || (opt.direct && leg->kind == PREFILL)) return;
   uint64_t now = now_ns();
   if (opt.hidden && memmem(line, length, "_addr_", 6)) note(SHOWN_ID, line, length);
-  if (opt.stream && length == 12 && !memcmp(line, "data: [DONE]", 12)) {
+  const char *last = APIS[opt.api].last;
+  if (opt.stream && length == strlen(last) && !memcmp(line, last, length)) {
     leg->done = true;
     return;
   }
   const char *token = memmem(line, length, "\" tok", 5);
-  const char *cached = memmem(line, length, "\"cached_tokens\":", 16);
+  const char *key = APIS[opt.api].cached, *cached = memmem(line, length, key, strlen(key));
   if (memmem(line, length, "\"usage\":{", 9)) {
     leg->usage = true;
-    if (opt.cached >= 0 && (!cached || atol(cached + 16) != opt.cached)) note(WRONG_USAGE, line, length);
+    if (opt.cached >= 0 && (!cached || atol(cached + strlen(key)) != opt.cached)) note(WRONG_USAGE, line, length);
   }
   if (!token) return;
   if (atoi(token + 5) != leg->tokens) note(ORDER, line, length);
@@ -210,19 +216,10 @@ static void finish(struct leg *leg, bool whole) {
 #include "load_http.h"
 
 static void prepare(int kind, long tokens, bool stream) {
-  static const char WORDS[] = "The quick brown fox jumps over the lazy dog; then it said \\\"hello\\\" to the caf\xc3\xa9 and left.\\n";
-  const size_t words = sizeof WORDS - 1, tail = 140;
-  char *body = malloc((size_t)opt.body + 1024), *request = malloc((size_t)opt.body + 2048);
+  char *body = malloc((size_t)opt.body + 4096), *request = malloc((size_t)opt.body + 5120);
   if (!body || !request) fail("load: memory");
-  size_t n = (size_t)sprintf(body, "{\"model\":\"bench-model\",\"prompt\":\"Hello, who are you?");
-  while (n + words + tail < (size_t)opt.body) memcpy(body + n, WORDS, words), n += words;
-  while (n + tail < (size_t)opt.body) body[n++] = 'x';
-  n += (size_t)sprintf(body + n, "\",\"max_tokens\":%ld,\"temperature\":0,\"stream\":%s}", tokens,
-                       stream ? "true,\"stream_options\":{\"include_usage\":true}" : "false");
-  size_t head = (size_t)sprintf(request,
-                                "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUser-Agent: bench\r\nAccept: */*\r\n"
-                                "Authorization: Bearer none\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n",
-                                opt.ports[kind], n);
+  size_t n = make_body(body, opt.api, (size_t)opt.body, tokens, stream);
+  size_t head = make_head(request, opt.api, opt.ports[kind], n);
   memcpy(request + head, body, n);
   free(body);
   requests[kind] = request;
@@ -233,7 +230,7 @@ static void read_options(int count, char **arguments) {
   static const struct option NAMES[] = {
       {"port", 1, 0, 'p'}, {"prefill-port", 1, 0, 'P'}, {"clients", 1, 0, 'c'}, {"tokens", 1, 0, 't'}, {"stream", 0, 0, 's'},
       {"body", 1, 0, 'b'}, {"ramp", 1, 0, 'r'}, {"warmup", 1, 0, 'w'}, {"duration", 1, 0, 'd'}, {"hold", 0, 0, 'H'},
-      {"hidden", 0, 0, 'h'}, {"cached", 1, 0, 'C'}, {"pids", 1, 0, 'i'}, {"engine", 1, 0, 'e'}, {"cores", 1, 0, 'o'}, {0, 0, 0, 0}};
+      {"hidden", 0, 0, 'h'}, {"cached", 1, 0, 'C'}, {"pids", 1, 0, 'i'}, {"engine", 1, 0, 'e'}, {"cores", 1, 0, 'o'}, {"api", 1, 0, 'a'}, {0, 0, 0, 0}};
   int pids = 0;
   for (int o; (o = getopt_long(count, arguments, "", NAMES, NULL)) != -1;) switch (o) {
       case 'p': opt.ports[DECODE] = atoi(optarg); break;
@@ -248,6 +245,10 @@ static void read_options(int count, char **arguments) {
       case 'H': opt.hold = true; break;
       case 'h': opt.hidden = true; break;
       case 'C': opt.cached = atol(optarg); break;
+      case 'a':
+        if ((opt.api = api_named(optarg)) < APIS_KNOWN) break;
+        fprintf(stderr, "load: no such --api\n");
+        exit(2);
       case 'e': opt.engine = atoi(optarg); break;
       case 'i':
         for (char *p = strtok(optarg, ","); p && pids < MAX_PIDS; p = strtok(NULL, ",")) opt.pids[pids++] = atoi(p);

@@ -195,6 +195,7 @@ def measure(bench: Bench, one: Started, load: Workload, *, seconds: float | None
     Raises:
         Failed: an answer was wrong, or there was none.
     """
+    before = bench.served()
     gap, step = load.gap_us, int(load.lockstep)
     bench.tell_engines(gap_us=gap, lockstep=step, prefill_one=int(one.peer.prefill_one))
     command = [
@@ -222,6 +223,10 @@ def measure(bench: Bench, one: Started, load: Workload, *, seconds: float | None
     if end["failed"] or end["stuck"]:
         counts = ", ".join(f"{count} {kind}" for kind, count in end["failures"].items())
         raise Failed(f"{end['failed']} answers failed, {end['stuck']} never ended ({counts}): {end['example'][:160]}")
+    after = bench.served()
+    prefills, decodes = (now - then for now, then in zip(after, before, strict=True))
+    if abs(prefills - decodes) > load.clients:
+        raise Failed(f"prefill had {prefills} requests and decode {decodes}")
     if load.memory and (fewest := min((one["open"] for one in slices), default=0)) < load.clients:
         raise Failed(f"only {fewest} of {load.clients} streams were open")
     found = figures(slices, load.unit, all_of_them=seconds is not None)

@@ -126,13 +126,12 @@ def _vllm_router(place: Place) -> list[str]:
     return [str(place.programs / "vllm-router"), *discovery, *_router_options(place)]
 
 
-def _sglang_router(place: Place) -> list[str]:
+def _smg(place: Place) -> list[str]:
     engines = (
         *("--pd-disaggregation", "--prefill", f"http://127.0.0.1:{place.prefill}", "none"),
         *("--decode", f"http://127.0.0.1:{place.decode}", "--worker-startup-check-interval", "1"),
     )
-    options = (*engines, *_router_options(place), "--log-level", "warn")
-    return place.python("-m", "sglang_router.launch_router", *options)
+    return [str(place.programs / "smg"), "launch", *engines, *_router_options(place), "--log-level", "warn"]
 
 
 def _router_options(place: Place) -> tuple[str, ...]:
@@ -169,13 +168,13 @@ def peers(example: Path | None = None, options: tuple[str, ...] = ()) -> dict[st
             notes="the same job: pings, P then D; shows the internal id, leaves cached tokens out",
         ),
         Peer(
-            "sglang-router",
-            "sglang-router 0.3.2 (Rust)",
-            _sglang_router,
-            requirements=("sglang-router==0.3.2",),
+            "smg",
+            "smg 1.13.0 (Rust)",
+            _smg,
+            requirements=("smg==1.13.0",),
             pings=False,
             prefill_one=True,
-            notes="static pair, both legs at once, no request id for vLLM; log at warn",
+            notes="successor of sglang-router: static pair, both legs at once, no request id for vLLM; log at warn",
         ),
         Peer(
             REFERENCE,

@@ -13,6 +13,7 @@ class Workload:
         unit: what CPU time is divided by: "request" or "token"; "stream" where memory is measured instead.
         tokens: of each answer.
         gap_us: between two tokens of a stream; 0 for as fast as they come.
+        api: whose requests are sent; see load.c.
         ramp: s over which clients begin, so that they are not in step.
         slices: clean seconds that are measured.
     """
@@ -26,6 +27,7 @@ class Workload:
     gap_us: int = 0
     lockstep: bool = False
     body: int = 100
+    api: str = "completions"
     ramp: float = 0.0
     warmup: float = 1.0
     slices: int = 4
@@ -49,7 +51,7 @@ class Workload:
         """For the load generator."""
         return [
             *("--clients", str(self.clients), "--tokens", str(self.tokens), "--body", str(self.body)),
-            *("--ramp", str(self.ramp), "--warmup", str(self.warmup)),
+            *("--api", self.api, "--ramp", str(self.ramp), "--warmup", str(self.warmup)),
             *(["--stream"] if self.stream else []),
             *(["--hold"] if self.memory else []),
         ]
@@ -59,6 +61,10 @@ def _streams(name: str, title: str, clients: int, lockstep: bool = False) -> Wor
     return Workload(
         name, title, "token", clients, tokens=128, gap_us=10_000, lockstep=lockstep, ramp=1.28, warmup=2.6, slices=5
     )
+
+
+def _short_streams(name: str, title: str, api: str) -> Workload:
+    return Workload(name, f"{title}: streams of 16 tokens as fast as they come, 64 clients", "request", 64, 16, api=api)
 
 
 def _held(name: str, clients: int, ramp: float) -> Workload:
@@ -72,6 +78,9 @@ WORKLOADS = {
         _held("M1000", 1000, 3.0),
         _held("M5000", 5000, 12.0),
         Workload("W1", "short prompt, one token, no stream, 64 clients", "request", 64, stream=False),
+        _short_streams("CHAT", "/v1/chat/completions", "chat"),
+        _short_streams("MESSAGES", "/v1/messages?beta=true", "messages"),
+        _short_streams("TOOLS", "chat with three tools, one of which is called", "tools"),
         Workload("W2", "streams of 128 tokens as fast as they come, 64 clients", "token", 64, tokens=128),
         _streams("W3_128", "128 streams, a token each 10 ms", 128),
         _streams("W3_256", "256 streams, a token each 10 ms", 256),

@@ -58,6 +58,16 @@ async def test_right_answers(stream: bool, programs: dict[str, Path], engine: tu
 
 
 @needs_gcc
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("api", ["completions", "chat", "tools", "messages"])
+async def test_every_api_is_spoken(api: str, stream: bool, programs: dict[str, Path], engine: tuple[int, int]) -> None:
+    kind = ("--stream", "--tokens", 7) if stream else ()
+    times = ("--clients", 4, "--warmup", 0.1, "--duration", 1.2, "--cached", 4)
+    (one,), end = await load(programs, "--port", engine[1], "--prefill-port", engine[0], "--api", api, *kind, *times)
+    assert end["failures"] == {} and end["answered"] >= one["requests"] > 0
+
+
+@needs_gcc
 async def test_a_pace_is_kept(programs: dict[str, Path], engine: tuple[int, int]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", engine[0])
     writer.write(b"GET /set?gap_us=100000&lockstep=1 HTTP/1.1\r\n\r\n")
