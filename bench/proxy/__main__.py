@@ -1,7 +1,7 @@
 """Compare the proxies.
 
     python -m bench.proxy                                  all peers, all workloads, three rounds: about 40 minutes
-    python -m bench.proxy --page docs/performance.md       the same, and the page made anew
+    python -m bench.proxy.table                            the same, and the page and expected.json made anew
     python -m bench.proxy --peers ours,vllm-router --workloads W1,W3_128 --rounds 1
     python -m bench.proxy --short                          what CI runs: this proxy against the reference, one minute
 
@@ -12,8 +12,6 @@ compared is measured within a minute or two; what had no clean second is measure
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import shlex
 import sys
@@ -24,10 +22,8 @@ from bench.proxy import machine, report, short
 from bench.proxy.machine import ROOT, Cores, Unable
 from bench.proxy.measure import bench
 from bench.proxy.peers import Peer, peers
-from bench.proxy.rounds import Rounds
+from bench.proxy.rounds import Rounds, new_results
 from bench.proxy.workloads import WORKLOADS, Workload
-
-_LIBRARIES = ("quart", "uvicorn", "uvloop", "httptools", "aiohttp")
 
 
 def _choice(text: str, known: dict[str, Any], what: str) -> list[Any]:
@@ -44,15 +40,7 @@ def _compare(options: argparse.Namespace, cores: Cores) -> int:
     known = peers(options.example_proxy, tuple(shlex.split(options.ours_options)))
     wanted: list[Peer] = _choice(options.peers, known, "peer")
     loads: list[Workload] = _choice(options.workloads, WORKLOADS, "workload")
-    results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python -m bench.proxy " + shlex.join(sys.argv[1:]),
-        "machine": machine.describe(cores),
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "titles": {peer.name: peer.title for peer in wanted},
-        "runs": [],
-        "skipped": {},
-    }
+    results = new_results(cores, wanted)
     if options.example_proxy is None and options.peers == "all":
         results["skipped"]["vLLM's example proxy"] = "not given (--example-proxy FILE)"
     with bench(cores, options.envs) as there:

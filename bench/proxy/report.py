@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.proxy.goals import goals
 from bench.proxy.peers import COMPILED, DIRECT, OURS
 from bench.proxy.summary import Figure, Run, added, figure, names, ratio
 from bench.proxy.workloads import WORKLOADS
@@ -71,7 +72,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
     mine = [peer for peer in (OURS, COMPILED) if peer in proxies]
     others = [peer for peer in proxies if peer not in mine]
-    parts = []
+    parts = [_goals(results, one) for one in reversed(mine)]
     for one in mine:
         parts += [
             f"CPU of {titles[one]}, as a ratio of each other's, round by round (below 1: less).\n",
@@ -98,6 +99,17 @@ def tables(results: Mapping[str, Any]) -> str:
     legend = [f"- {w}: {WORKLOADS[w].title}" for w in (*loads, *held)]
     skipped = [f"- not measured: {what}: {why}" for what, why in results["skipped"].items()]
     return "\n".join([part for part in parts if part] + ["\n".join([*legend, *skipped]) + "\n", _machine(results)])
+
+
+def _goals(results: Mapping[str, Any], mine: str) -> str:
+    """The goals that are missed, and how many are met."""
+    found = list(goals(results, mine))
+    missed = [[one.what, one.peer, cell(one.found), number(one.most)] for one in found if not one.met]
+    if not found:
+        return ""
+    said = f"{results['titles'][mine]}: {len(found) - len(missed)} of {len(found)} goals are met"
+    head = ["", "best peer there", "found", "goal, at most"]
+    return said + (", all but:\n\n" + table(head, missed) if missed else ".\n")
 
 
 def _ratio(runs: Sequence[Run], mine: str, other: str, workload: str) -> str:

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import importlib.metadata
 import json
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.proxy import machine
+from bench.proxy.machine import Cores
 from bench.proxy.measure import Bench, Failed, Started, measure, started
 from bench.proxy.peers import Missing, Peer
 from bench.proxy.workloads import Workload
+
+_LIBRARIES = ("quart", "uvicorn", "uvloop", "httptools", "aiohttp")
+
+
+def new_results(cores: Cores, peers: Iterable[Peer]) -> dict[str, Any]:
+    """Results without a run, and what a reader needs to know of them."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python {shlex.join(sys.orig_argv[1:])}",
+        "machine": machine.describe(cores),
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "titles": {peer.name: peer.title for peer in peers},
+        "runs": [],
+        "skipped": {},
+    }
 
 
 @dataclass
@@ -22,6 +42,7 @@ class Rounds:
     Attributes:
         patience: s to wait for quiet cores before each measurement.
         retries: how often a round comes back to what had too few clean seconds.
+        noisy: take every second, clean or not.
     """
 
     bench: Bench
@@ -30,6 +51,7 @@ class Rounds:
     out: Path
     patience: float
     retries: int
+    noisy: bool = False
 
     def install(self, peers: Iterable[Peer], environments: Path) -> list[tuple[Peer, Path]]:
         """Those that can be had, with the directories of their programs."""
@@ -51,7 +73,9 @@ class Rounds:
                     there.append(stack.enter_context(started(self.bench, peer, programs)))
                 except Failed as failure:
                     self._skip(peer.title, f"did not start: {failure}")
-            wanted = [(load, one) for load in self.loads for one in there if one.pids or not load.memory]
+            wanted = [
+                (load, one) for load in self.loads for one in there if one.pids or (load.paced and not load.memory)
+            ]
             for _ in range(1 + self.retries):
                 wanted = [(load, one) for load, one in wanted if not self._measure(turn, load, one)]
 
@@ -61,7 +85,7 @@ class Rounds:
         key = {"peer": one.peer.name, "workload": load.name, "round": turn}
         runs = self.results["runs"]
         try:
-            run = {**key, **measure(self.bench, one, load)}
+            run = {**key, **measure(self.bench, one, load, seconds=load.slices if self.noisy else None)}
         except Failed as failure:
             self._skip(f"{one.peer.title}, {load.name}", str(failure))
             return True

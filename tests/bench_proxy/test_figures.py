@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.proxy import plot, report, short
+from bench.proxy import plot, report, short, table
+from bench.proxy.goals import Goal, against_fastest, goals, sentence
 from bench.proxy.slices import clean, figures, floor_us, percentiles
 from bench.proxy.summary import Figure, added, figure, ratio
 from bench.proxy.workloads import WORKLOADS
@@ -173,3 +174,57 @@ def test_the_verdict_of_ci(ratios: list[float], good: bool) -> None:
 def test_memory_is_measured_before_anything_else() -> None:
     kinds = [load.memory for load in WORKLOADS.values()]
     assert kinds == sorted(kinds, reverse=True) and any(kinds)
+
+
+def test_the_fastest_peer_of_a_column_counts() -> None:
+    of = runs(ours=[10, 10], slow=[40, 40], quick=[20, 25], reference=[1, 1], direct=[1, 1])
+    found = against_fastest(of, "ours", "W1")
+    assert found == ("quick", Figure(0.45, 0.4, 0.5, 2))
+    assert against_fastest(runs(ours=[10]), "ours", "W1") is None
+
+
+def test_goals_say_what_is_missed() -> None:
+    of = results()
+    of["titles"] = {name: name for name in ("ours", "ours-compiled", "other")}
+    of["runs"] = runs(ours=[12, 12], other=[10, 10], **{"ours-compiled": [4, 4]})
+    assert [one.met for one in goals(of, "ours")] == [False] and [one.met for one in goals(of, "ours-compiled")] == [
+        True
+    ]
+    text = report.tables(of)
+    assert "ours-compiled: 1 of 1 goals are met." in text and "ours: 0 of 1 goals are met, all but:" in text
+    assert "| W1, CPU | other | 1.20 (1.20–1.20) | 1.00 |" in text
+    assert sentence(of) == ""
+
+
+def test_delays_are_compared_with_what_the_best_peer_adds() -> None:
+    def delays(peer: str, ms: float) -> dict[str, Any]:
+        point = {"p50": 1000 * ms, "p99": 1000 * ms}
+        return {"peer": peer, "workload": "W3_128", "round": 1, "seconds": 4, "ttft_us": point, "delay_us": point}
+
+    of = {
+        "runs": [delays(*one) for one in (("direct", 1), ("ours", 3), ("a", 4), ("b", 2.5))],
+        "titles": {"a": "A", "b": "B"},
+    }
+    first = next(iter(goals(of, "ours")))
+    assert first == Goal("W3_128, added TTFT, p50, ms", "B", Figure(2, 2, 2, 1), 1.5) and not first.met
+
+
+def test_the_sentence_names_peers_and_figures() -> None:
+    of = results()
+    of["titles"] = {"ours": "this proxy", "x": "x 1 (Rust)", "y": "y 2 (Rust)"}
+    of["runs"] = [
+        {**run, "workload": workload}
+        for workload in ("W1", "W3_128", "W4_64k")
+        for run in runs(ours=[10], x=[20], y=[40])
+    ]
+    said = sentence(of)
+    assert said.startswith("Beside x 1 and y 2: as Python it takes 0.50 of the CPU") and said.endswith("of 64 KiB.")
+
+
+def test_the_reduced_table_has_all_columns_but_one() -> None:
+    loads = {load.name: load for load in table.chosen_loads(is_short=True)}
+    assert loads.keys() == WORKLOADS.keys() - {"M1000"}
+    for name, load in loads.items():
+        whole = WORKLOADS[name]
+        assert (load.clients, load.tokens, load.body, load.api) == (whole.clients, whole.tokens, whole.body, whole.api)
+        assert load.longest <= 8 and load.warmup >= load.ramp
