@@ -1,6 +1,6 @@
 """The whole table of docs/performance.md from one command: all proxies, all workloads, three rounds.
 
-    python -m bench.proxy.table            about 40 minutes on two quiet cores
+    python -m bench.proxy.table            about 50 minutes on two quiet cores
     python -m bench.proxy.table --short    at most 12 minutes: shorter measurements, no memory of 1,000 streams, and no
                                            reference; the same columns, proxies and rounds otherwise
 
