@@ -54,6 +54,8 @@ def _measure(options: argparse.Namespace, cores: Cores) -> bool:
     known = peers()
     left_out = {REFERENCE} if options.short else set()
     names = known.keys() - left_out if options.peers == "all" else options.peers.split(",")
+    if unknown := set(names) - known.keys():
+        raise Unable(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     wanted = [peer for name, peer in known.items() if name in names]
     loads: Sequence[Workload] = chosen_loads(options.short)
     results = new_results(cores, wanted)
@@ -85,10 +87,13 @@ def main() -> int:
     parser.add_argument("--cores", default="0,1", metavar="PROXY,LOAD", help="the proxy's core and the load's (0,1)")
     parser.add_argument("--noisy", action="store_true", help="count seconds with other work too: for a rehearsal")
     options = parser.parse_args()
-    begun = time.monotonic()
+    try:
+        proxy, load = map(int, options.cores.split(","))
+    except ValueError:
+        parser.error("--cores wants two numbers, as in 0,1")
+    cores, begun = Cores(proxy, load), time.monotonic()
     machine.end_on_sigterm()
     try:
-        cores = Cores(*map(int, options.cores.split(",")))
         machine.check(cores)
         os.sched_setaffinity(0, {cores.load})
         if not _measure(options, cores):
