@@ -127,8 +127,12 @@ class Connection:
         Args:
             idle_timeout: seconds that may pass between two reads of the response, not counting time while paused.
         """
-        assert self._transport is not None and self._response is None
+        assert self._response is None
         response = self._response = Response(self, leg, self._used)
+        if self._transport is None:
+            # Closed by the instance between its establishment and the next iteration of the sender.
+            self._fail(disconnected(leg, self._used, unsent=True))
+            return response
         self._used = True
         self._head_bytes = 0
         self._message_complete = self._framed = self._at_chunk_boundary = False

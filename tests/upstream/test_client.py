@@ -285,6 +285,26 @@ async def test_a_connection_that_ends_before_the_response(server: Server, ask: A
     check(caught.value, EngineDisconnected, server, reused=reused, unsent=False)
 
 
+async def test_a_connection_that_ends_as_it_is_established(
+    server: Server, ask: Ask, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from an engine that is killed with connections in its backlog."""
+    loop = asyncio.get_running_loop()
+    original = loop.create_connection
+
+    async def connect(*args: object) -> object:
+        found = await original(*args)
+        await condition_met(lambda: hasattr(server, "writer"))
+        server.writer.transport.abort()
+        await condition_met(lambda: not upstream._open)
+        return found
+
+    monkeypatch.setattr(loop, "create_connection", connect)
+    with pytest.raises(EngineError) as caught:
+        await ask()
+    check(caught.value, EngineDisconnected, server, reused=False, unsent=True)
+
+
 @pytest.mark.parametrize("size", [10, 30_000_000])
 async def test_unsent_means_not_sent_completely(ask: Ask, size: int) -> None:
     """A server that reads the beginning only, and resets."""
@@ -508,7 +528,7 @@ async def test_a_request_cancelled_as_its_connection_is_established_is_not_sent(
     instance = server.instance()
     asking = asyncio.create_task(upstream.request("GET", instance, "/x", idle_timeout=5.0, leg="decode"))
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(asking, 2)
+        await soon(asking)
     await condition_met(lambda: not upstream._open)
     assert not server.asked
 
