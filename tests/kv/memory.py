@@ -168,7 +168,7 @@ def key(transfer: str, prompt: int = 0) -> Key:
 
 def until(condition: Callable[[], bool], wait: Callable[[], None]) -> None:
     """Waits for a condition with a wait that ends when something changes."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         wait()
