@@ -17,8 +17,8 @@ import pytest
 from tests.kv_real import record
 from tests.kv_real.engines import MODEL, PYTHON, Engine, free_port
 
-LOAD_SECONDS, HOLD_SECONDS = 6.0, 8.0
-STALL_SECONDS = 2.0
+LOAD_SECONDS, HOLD_SECONDS = 12.0, 16.0
+STALL_SECONDS = 4.0
 """Of decode: prefill may be silent twice as long, which is less than LOAD_SECONDS."""
 CHUNK = 128
 BLOCKS = 64
