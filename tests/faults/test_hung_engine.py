@@ -26,9 +26,9 @@ ASK = REQUESTS[PATH]
 SETTINGS = {
     "prefill_policy": "round_robin",
     "decode_policy": "round_robin",
-    "instance_expiry": 0.8,
-    "probe_interval": 0.2,
-    "freeze_after_min": 0.8,
+    "instance_expiry": 2.0,
+    "probe_interval": 0.5,
+    "freeze_after_min": 2.0,
     "freeze_after_max": 60.0,
 }
 """The learnt deadline is out of reach, since fewer than 8 answers are known: nothing here may wait for it."""
