@@ -20,7 +20,7 @@ from tests.script.stubs import Stubs
 pytestmark = [
     # The test runner has threads, about which Python 3.12 and newer warn at every fork.
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(300),
 ]
 
 
@@ -33,6 +33,9 @@ def bench(machine: Machine, tmp_path: Path) -> Iterator[Machine]:
         "BENCH_SECONDS": "1",
         "BENCH_INPUT_LEN": "32",
         "BENCH_OUTPUT_LEN": "4",
+        # How many requests keep an SLO depends on the host's load: here all do. tests/report has the verdicts.
+        "BENCH_SLO_TTFT_MS": "100000",
+        "BENCH_SLO_TPOT_MS": "100000",
     }
     return machine
 
@@ -79,10 +82,9 @@ def test_the_report_of_what_runs(bench: Machine) -> None:
 
 def test_which_split_serves_most(bench: Machine) -> None:
     """Every split is measured, the verdict is that of the figures, and what ran before runs again afterwards."""
-    # How many requests keep an SLO depends on the host's load, so no SLO decides here; tests/report has the verdicts.
-    bench.env |= {"BENCH_SIM_ENGINES": "3", "BENCH_RATES": "8", "BENCH_SLO_TTFT_MS": "100000"}
+    bench.env |= {"BENCH_SIM_ENGINES": "3", "BENCH_RATES": "8"}
     bench.ok("all", "--no-supervise")
-    done = bench.ok("bench", "--ratio", timeout=110)
+    done = bench.ok("bench", "--ratio", timeout=280)
     folder = report(bench)
     assert rates(folder) == {"01-p1d2": [8], "02-p2d1": [8]}
     sentence = verdict(read_report(folder))
@@ -98,7 +100,7 @@ def test_against_plain_engines_on_the_same_gpus(bench: Machine) -> None:
     bench.env |= {"ENGINE_API_KEY": "engine-key", "API_KEY": "proxy-key"}
     assert bench.run("bench", "--against-plain").returncode == 3
     bench.ok("all")
-    done = bench.ok("bench", "--against-plain", timeout=110)
+    done = bench.ok("bench", "--against-plain", timeout=280)
     folder = report(bench)
     assert rates(folder) == {"01-pd": [8, 16], "02-plain": [8, 16]}
     setup = json.loads((folder / "setups/02-plain/setup.json").read_text())
@@ -117,7 +119,7 @@ def test_vllm_bench_serve_where_there_is_vllm(bench: Machine, stubs: Stubs) -> N
     stubs.nvidia_smi(2)
     bench.env["ENFORCE_EAGER"] = "1"
     bench.ok("all")
-    done = bench.ok("bench", "--against-plain", timeout=110)
+    done = bench.ok("bench", "--against-plain", timeout=280)
     page = (report(bench) / "summary.md").read_text()
     assert "SIMULATED" not in page + done.stderr and "vllm bench serve 0.22.0" in page
     assert rates(report(bench)) == {"01-pd": [8, 16], "02-plain": [8, 16]}
@@ -143,7 +145,7 @@ def test_the_splits_are_those_of_the_gpus_on_hand(bench: Machine, stubs: Stubs) 
     stubs.vllm("0.22.0", randomises=True, switch=True)
     stubs.nvidia_smi(3)
     bench.env |= {"BENCH_CLIENT": "own", "BENCH_RATES": "4"}
-    done = bench.ok("bench", "--ratio", timeout=110)
+    done = bench.ok("bench", "--ratio", timeout=280)
     assert "not vllm bench serve" in done.stderr
     assert list(rates(report(bench))) == ["01-p1d2", "02-p2d1"]
     gpus = [
@@ -180,13 +182,13 @@ def test_engines_in_terminals_of_their_own_are_left_alone(bench: Machine) -> Non
     done = bench.run("bench", "--ratio")
     assert done.returncode == 1 and "terminal of its own" in done.stderr
     process.send_signal(signal.SIGINT)
-    process.wait(20)
+    process.wait(60)
 
 
 def terminal(bench: Machine, *words: str) -> pexpect.spawn[str]:
     command = bench.command(*words)
     return pexpect.spawn(
-        command[0], command[1:], env=bench.env, encoding="utf-8", timeout=60, dimensions=(50, 200)
+        command[0], command[1:], env=bench.env, encoding="utf-8", timeout=120, dimensions=(50, 200)
     )  # fmt: skip
 
 
@@ -215,7 +217,7 @@ def test_a_signal_to_the_script_alone_ends_the_measurement(bench: Machine) -> No
     folder = Path(bench.env["REPORT_DIR"])
     wait_for(lambda: bool(list(folder.glob("*/setups/01-pd/setup.json"))))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
+    assert process.wait(60) == 143
     assert not any("disagg_report" in command for command in bench.leftovers().values())
     bench.ok("test")
 
