@@ -109,7 +109,7 @@ class EngineProcess:
 
     async def until_ready(self) -> None:
         assert self.child.stdout is not None
-        words = (await soon(self.child.stdout.readline(), 30)).decode().split()
+        words = (await soon(self.child.stdout.readline())).decode().split()
         found = dict(word.split("=", 1) for word in words[1:])
         self.http_address, self.kv_address = found["http"], found["kv"]
 

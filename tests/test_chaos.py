@@ -17,6 +17,7 @@ from disagg_sim.chaos.clients import CUT, DROPPED, LATE, LEFT, REFUSED, RIGHT, W
 from disagg_sim.chaos.engines import Ledger, LedgerEngine, key_of
 from disagg_sim.chaos.machine import running_machine
 from disagg_sim.chaos.work import CHAT, COMPLETIONS, MESSAGES, REFUSED_BY_DECODE, Work
+from tests.conftest import soon
 
 SETTINGS = {"seconds": 60.0, "rate": 10.0, "kinds": tuple(KINDS), "prefills": 3, "decodes": 2, "every": 1.0}
 
@@ -182,7 +183,7 @@ async def test_an_id_that_a_decode_receives_twice_is_recorded() -> None:
         asking = asyncio.ensure_future(
             session.post(f"http://{decode.http_address}{COMPLETIONS}", json=body, headers=headers)
         )
-        await asyncio.wait_for(decode.wait_until(lambda state: state["stalled_on"] is not None), 5)
+        await soon(decode.wait_until(lambda state: state["stalled_on"] is not None))
         asking.cancel()
         assert machine.ledger.twice == [f"{key_of(headers['X-Request-Id'])} on {decode.name}"]
 

@@ -22,6 +22,7 @@ from bench.gpu_latency.prompts import Prompts
 from disagg_report.figures import quantile
 from disagg_report.load_client import Broken, LoadClient, Response
 from disagg_sim import SimConfig, SimEngine
+from tests.conftest import soon
 
 # -- figures
 
@@ -168,7 +169,7 @@ async def test_room_for_kv_goes_to_who_came_first() -> None:
     assert not any(task.done() for task in tasks), "the small one does not overtake"
     room.give(6)
     await asyncio.gather(*tasks)
-    await asyncio.wait_for(asyncio.gather(asyncio.create_task(room.take(50)), _give(room, 9)), 5)
+    await soon(asyncio.gather(asyncio.create_task(room.take(50)), _give(room, 9)))
 
 
 async def _give(room: KvCapacity, size: int) -> None:

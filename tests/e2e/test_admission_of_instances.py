@@ -32,7 +32,7 @@ async def test_a_ping_alone_admits_nobody_and_http_does_within_a_moment(machine,
     assert (await machine.get("/health"))[1]["prefill"] == {"ready": 0, "known": 1}
     assert (await machine.get("/v1/models"))[1]["data"] == []
     assert not engine.ready
-    await soon(machine.proxy.until_state(engine.http_address, State.READY), 2)
+    await soon(machine.proxy.until_state(engine.http_address, State.READY))
     await starting
     assert (await machine.get("/health"))[1]["prefill"] == {"ready": 1, "known": 1}
     assert [state for _, state, _ in history][-1] is State.READY

@@ -287,7 +287,7 @@ async def test_two_hundred_requests_with_a_prefill_that_dies_among_them(machine:
         if number == 50:
             await prefills[0].kill()
 
-    await soon(asyncio.gather(*(one(number) for number in range(200))), 60)
+    await soon(asyncio.gather(*(one(number) for number in range(200))))
     await clean(machine, prefills[1], *decodes)
 
 
@@ -306,6 +306,6 @@ async def test_a_hundred_clients_that_leave_at_random_moments(machine: Machine, 
             await asyncio.sleep(0)
         client.leave()
 
-    await soon(asyncio.gather(*(visit() for _ in range(100))), 30)
+    await soon(asyncio.gather(*(visit() for _ in range(100))))
     await clean(machine, prefill, decode)
     await right(machine.post(COMPLETIONS, ASK))

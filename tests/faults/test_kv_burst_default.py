@@ -99,7 +99,7 @@ def test_no_burst_overflows_a_buffer_of_two_longest_prompts(burst: list[Ask], pa
                     **KNOBS, max_num_seqs=batch, prefill_tokens_per_second=20_000.0, time_per_output_token=0.002
                 )
             ]
-            await soon(asyncio.gather(*(send(machine, ask) for ask in burst)), 60)
+            await soon(asyncio.gather(*(send(machine, ask) for ask in burst)))
             await machine.unharmed(*engines)
             assert used(engines) == [0] * len(engines)
 

@@ -45,7 +45,7 @@ class Load:
 
     async def lost(self) -> set[str]:
         """Those that were cut; all others must be right."""
-        await soon(asyncio.gather(*self.streams.values()), 30)
+        await soon(asyncio.gather(*self.streams.values()))
         lost = {prompt for prompt, task in self.streams.items() if task.result() is None}
         for prompt in self.streams.keys() - lost:
             right = expected_text(prompt, TOKENS, ignore_eos=True)

@@ -32,7 +32,7 @@ class Shutdown:
         self.proxy.server.on_signal()
 
     async def end(self) -> None:
-        await soon(self._ended, 20)
+        await soon(self._ended)
 
     @property
     def over(self) -> bool:
@@ -296,7 +296,7 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_not_waited_for(
     client = await dial(machine.proxy.url)
     client.writer.transport.pause_reading()
     client.post(PATH, {**STREAM, "max_tokens": 9000, "ignore_eos": True, "logprobs": 20})
-    await soon(paused.wait(), 30)
+    await soon(paused.wait())
     monkeypatch.setattr(http_server, "_CANCEL_TIMEOUT", 600.0)
     shutdown.begin()
     await shutdown.end()

@@ -65,7 +65,7 @@ async def held_request(machine: Machine, engine: SimEngine) -> tuple[asyncio.Tas
 async def test_a_suspect_gets_no_new_requests_until_it_changes(machine: Machine, connector: str, role: int) -> None:
     pairs = [await machine.pair(connector=connector), await machine.pair(connector=connector)]
     engine = pairs[0][role]
-    await soon(steps_known(machine, engine), 30)
+    await soon(steps_known(machine, engine))
     with engine.faults.held("forward"):
         waiting, instance = await soon(held_request(machine, engine))
         await soon(until(lambda: instance.suspect))
@@ -98,7 +98,7 @@ async def test_the_only_one_is_used_although_it_is_suspect(machine: Machine, pai
 
 @quick
 async def test_an_engine_without_counters_is_not_suspected(machine: Machine, pair, monkeypatch) -> None:
-    await soon(steps_known(machine, pair[1]), 30)
+    await soon(steps_known(machine, pair[1]))
     monkeypatch.setattr("disagg_proxy.health.stall_detector.engine_counters", lambda text: ())
     with pair[1].faults.held("forward"):
         waiting, instance = await soon(held_request(machine, pair[1]))

@@ -43,7 +43,7 @@ async def with_everything(machine, page) -> None:
     await page.get_by_role("button", name="Send").click()
     await says(page, "#ask-route", "Served")
     decode.faults.hold("schedule")
-    await soon(asyncio.gather(*(machine.send(PATH, ask) for _ in range(2))), 30)
+    await soon(asyncio.gather(*(machine.send(PATH, ask) for _ in range(2))))
     await machine.send(PATH, ask)
     await says(page, "#now-details", "Only a restart can help")
     await says(page, "#requests .outcome", "No pair")

@@ -79,7 +79,7 @@ async def test_a_decode_that_is_frozen_for_good_is_named_with_what_was_done(mach
     assert await card.locator(".icon").get_attribute("data-shape") == "frozen"
     assert await card.locator(".badge").text_content() == "Needs a restart"
     assert (await page.title()).startswith(f"Decode {decode.http_address} is frozen")
-    assert [status for status, _, _ in await soon(asked, 30)] == [504, 504]
+    assert [status for status, _, _ in await soon(asked)] == [504, 504]
     await machine.send(PATH, ASK)
     await says(page, "#requests .outcome", "No pair")
     decode.faults.release()
@@ -91,7 +91,7 @@ async def test_a_decode_that_was_freed_leaves_its_story(machine, pair, browser) 
     page = await browser.open(machine.proxy.url)
     await says(page, "#now-text", "Serving: 1 pair")
     decode.faults.lose_kv()
-    await soon(machine.check_right(), 30)
+    await soon(machine.check_right())
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
     await says(page, "#incident-end", "resolved after")
     await says(page, "#now-text", "Serving: 1 pair")

@@ -161,7 +161,7 @@ async def test_a_frozen_decode_is_in_the_feed_with_what_was_done(machine, pair) 
     async with machine.http.get(machine.proxy.url + FEED) as answer:
         _, seen = await read(answer)
         decode.faults.lose_kv()
-        await soon(machine.check_right(), 30)
+        await soon(machine.check_right())
         await soon(machine.proxy.until_state(decode.http_address, State.READY))
         while not any(e["kind"] == "freed" for e in seen["events"]):
             kind, data = await read(answer)

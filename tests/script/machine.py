@@ -43,7 +43,7 @@ def reserve_ports(hold: ExitStack, width: int = 2) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Until ``condition`` holds; for other programs' deeds, which nothing here announces."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -87,7 +87,7 @@ class Machine:
     def command(self, *words: str) -> list[str]:
         return [str(SCRIPT), *words]
 
-    def run(self, *words: str, timeout: float = 45, **changes: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess[str]:
         """One command to its end; ``changes`` to the environment, an empty value removes a name.
 
         Output goes to files: a pipe would stay open as long as what the script leaves running.
@@ -125,7 +125,7 @@ class Machine:
         out, err = Path(f"{stem}.stdout").read_text(), Path(f"{stem}.stderr").read_text()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def ok(self, *words: str, timeout: float = 45, **changes: str) -> subprocess.CompletedProcess[str]:
+    def ok(self, *words: str, timeout: float = 120, **changes: str) -> subprocess.CompletedProcess[str]:
         """:meth:`run`, which must end with 0."""
         done = self.run(*words, timeout=timeout, **changes)
         assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -149,13 +149,13 @@ class Machine:
     def get(self, path: str) -> dict[str, Any]:
         """The proxy's JSON, empty when it does not answer."""
         try:
-            with _OPENER.open(self.url + path, timeout=5) as response:
+            with _OPENER.open(self.url + path, timeout=30) as response:
                 value: dict[str, Any] = json.load(response)
                 return value
         except OSError:
             return {}
 
-    def complete(self, timeout: float = 30, **fields: Any) -> dict[str, Any]:
+    def complete(self, timeout: float = 60, **fields: Any) -> dict[str, Any]:
         """One completion; OSError (HTTPError with the status) when it fails."""
         body = {"model": "org/model", "prompt": "one two three", "max_tokens": 4, **fields}
         request = urllib.request.Request(

@@ -127,7 +127,7 @@ def test_an_engine_in_a_terminal_is_left_alone(machine: Machine, told: Told) -> 
         assert "stop it in its terminal" in machine.run("status").stdout
     finally:
         terminal.terminate()
-        terminal.wait(20)
+        terminal.wait(60)
 
 
 def test_without_a_supervisor_the_remedy_is_said(machine: Machine, told: Told) -> None:
@@ -149,7 +149,7 @@ def test_a_proxy_that_does_not_answer(machine: Machine, told: Told) -> None:
     os.kill(old["proxy"], signal.SIGSTOP)
     try:
         os.kill(old["decode"], signal.SIGKILL)
-        wait_for(lambda: restarted(machine, decode=old["decode"], prefill=old["prefill"]), 30)
+        wait_for(lambda: restarted(machine, decode=old["decode"], prefill=old["prefill"]))
         status = machine.run("status")
         assert status.returncode == 1 and "does not answer" in status.stdout
     finally:

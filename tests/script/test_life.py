@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -172,7 +171,7 @@ def test_logs_can_be_followed(machine: Machine) -> None:
         wait_for(lambda: Path(f"{stem}.stdout").read_text() == "two\nthree\n")
     finally:
         follower.terminate()
-        follower.wait(10)
+        follower.wait(60)
 
 
 def test_two_machines_do_not_disturb_each_other(machine: Machine, second_machine: Machine) -> None:
@@ -241,7 +240,7 @@ def test_a_matching_pid_file_is_stopped(machine: Machine, bystander: subprocess.
     start = start_time(bystander.pid)
     (machine.run_dir / "decode.pid").write_text(f"pid={bystander.pid}\nstart={start}\nboot={BOOT}\nrole=decode\n")
     machine.ok("stop")
-    assert bystander.wait(5) == -signal.SIGTERM
+    assert bystander.wait(60) == -signal.SIGTERM
 
 
 def test_children_that_outlive_their_part_are_stopped(machine: Machine) -> None:
@@ -279,11 +278,9 @@ def test_a_part_that_ignores_term_is_killed(machine: Machine, bystander: subproc
     assert stubborn.stdout and stubborn.stdout.readline() == "ready\n"
     start = start_time(stubborn.pid)
     (machine.run_dir / "proxy.pid").write_text(f"pid={stubborn.pid}\nstart={start}\nboot={BOOT}\nrole=proxy\n")
-    begun = time.monotonic()
     done = machine.ok("stop", STOP_TIMEOUT="1")
-    assert time.monotonic() - begun < 10
-    assert "KILL" in done.stderr
-    assert stubborn.wait(5) == -signal.SIGKILL
+    assert "did not end within 1 s after TERM: KILL" in done.stderr
+    assert stubborn.wait(60) == -signal.SIGKILL
     stubborn.stdout.close()
 
 
@@ -298,7 +295,7 @@ def test_in_the_foreground_it_stays_until_a_signal_and_leaves_nothing(machine: M
     os.kill(old, signal.SIGKILL)
     wait_for(lambda: machine.pid("prefill") not in (0, old) and not Path(f"/proc/{old}").exists())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert machine.leftovers() == {} and machine.run("status").returncode == 3
 
 
@@ -307,7 +304,7 @@ def test_in_the_foreground_it_ends_with_its_supervisor(machine: Machine) -> None
     wait_for(lambda: machine.fields("supervisor") != {})
     wait_for(lambda: machine.get("/health").get("pairs") == 1)
     os.kill(machine.pid("supervisor"), signal.SIGKILL)
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert "supervisor ended by itself" in machine.result(process).stderr
     assert machine.leftovers() == {}
 
@@ -317,4 +314,4 @@ def test_stop_from_elsewhere_ends_the_foreground(machine: Machine) -> None:
     wait_for(lambda: machine.get("/health").get("pairs") == 1)
     wait_for(lambda: "curl" in machine.result(process).stdout)
     machine.ok("stop")
-    assert process.wait(30) == 0 and machine.leftovers() == {}
+    assert process.wait(60) == 0 and machine.leftovers() == {}

@@ -16,7 +16,7 @@ from tests.script.machine import REPOSITORY, Machine
 from tests.script.stubs import write_program
 
 # Two virtual environments and three runs of pip, which are slow on a busy machine.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 def wheel(folder: Path, version: str) -> None:
@@ -56,7 +56,7 @@ class Checkout:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=600,
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -38,22 +37,23 @@ def test_decode_killed_under_load(machine: Machine) -> None:
     """Service is back, no request hangs, and the prefill that had sent to it is restarted as well."""
     machine.ok("all", EXTRA_SIM_ARGS="--ping-seconds 0.2 --time-per-output-token 0.01")
     prefill = machine.pid("prefill")
-    ended: list[bool] = []
+    ended: list[int] = []
 
     def load(number: int) -> None:
         try:
-            machine.complete(timeout=40, max_tokens=100, prompt=f"request {number}")
-            ended.append(True)
-        except OSError:  # an error is an answer; a hang would be a TimeoutError after 40 s
-            ended.append(False)
+            machine.complete(max_tokens=100, prompt=f"request {number}")
+        except TimeoutError:
+            return
+        except OSError:
+            pass  # an error is an answer
+        ended.append(number)
 
     with ThreadPoolExecutor(8) as pool:
-        begun = time.monotonic()
         for number in range(24):
             pool.submit(load, number)
         wait_for(lambda: bool(machine.get("/stats")["instances"][-1]["in_flight"]))
         decode = kill(machine, "decode")
-    assert len(ended) == 24 and time.monotonic() - begun < 35
+    assert sorted(ended) == list(range(24)), "the others hang"
     wait_for(lambda: back(machine, "decode", decode) and back(machine, "prefill", prefill))
     wait_for(lambda: serves(machine))
     log = machine.log("supervisor")
@@ -66,7 +66,8 @@ def test_decode_killed_under_load(machine: Machine) -> None:
     assert machine.leftovers() == {}
 
 
-SOON = {"INSTANCE_EXPIRY": "0.7", "PROBE_INTERVAL": "0.3", "FREEZE_AFTER_MIN": "0.8"}
+SOON = {"INSTANCE_EXPIRY": "3", "PROBE_INTERVAL": "1", "FREEZE_AFTER_MIN": "3"}
+"""The shortest that the pauses of a busy machine do not exceed."""
 
 
 def test_a_decode_that_is_stopped_as_a_whole(machine: Machine) -> None:
@@ -76,7 +77,7 @@ def test_a_decode_that_is_stopped_as_a_whole(machine: Machine) -> None:
     machine.ok("test")
     old = {name: machine.pid(name) for name in ("proxy", "prefill", "decode")}
     os.kill(old["decode"], signal.SIGSTOP)
-    wait_for(lambda: back(machine, "decode", old["decode"]) and back(machine, "prefill", old["prefill"]), 40)
+    wait_for(lambda: back(machine, "decode", old["decode"]) and back(machine, "prefill", old["prefill"]))
     wait_for(lambda: serves(machine))
     assert machine.pid("proxy") == old["proxy"] and old["decode"] not in machine.leftovers()
     log = machine.log("supervisor")
@@ -115,7 +116,7 @@ def test_what_still_loads_is_no_error(machine: Machine) -> None:
         assert status.stdout.count(" loading") == 2 and "no request can be served" not in status.stderr
     finally:
         starting.terminate()
-        starting.wait(40)
+        starting.wait(60)
 
 
 def test_prefill_and_proxy_come_back_alone(machine: Machine) -> None:

@@ -33,7 +33,7 @@ def terminal(machine: Machine) -> Iterator[Terminal]:
             env={**machine.env, **changes},
             cwd=str(machine.run_dir.parent),
             encoding="utf-8",
-            timeout=30,
+            timeout=60,
             dimensions=(50, 200),
         )
         one.delaybeforesend = None

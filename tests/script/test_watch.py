@@ -48,8 +48,8 @@ def test_the_address_and_the_terminal(machine: Machine, tmp_path: Path) -> None:
     assert not opened.exists(), "nobody sits there"
     changes = {"API_KEY": "sesame", "PATH": path, "DISPLAY": ":0"}
     child = pexpect.spawn(machine.command("page")[0], ["page"], env={**machine.env, **changes}, encoding="utf-8")
-    child.expect_exact("Opened in the browser.", timeout=20)
-    child.expect(pexpect.EOF, timeout=20)
+    child.expect_exact("Opened in the browser.", timeout=60)
+    child.expect(pexpect.EOF, timeout=60)
     child.close()
     assert opened.read_text() == f"{machine.url}/"
 

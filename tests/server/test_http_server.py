@@ -40,7 +40,7 @@ async def test_a_connection_accepted_while_the_port_closes_does_not_hold_up_the_
     # asyncio makes the protocol of an accepted socket in a later iteration of the event loop.
     port = SimpleNamespace(close=lambda: loop.call_soon(connections.add, late))
     server.servers = [cast(Any, port)]
-    await soon(server.shutdown(), 5)
+    await soon(server.shutdown())
     assert late not in connections
 
 

@@ -25,6 +25,7 @@ from disagg_proxy.discovery.announcement import decode as decode_ping
 from disagg_proxy.upstream.kv_control import KvControl
 from disagg_sim import SimConfig, SimEngine, encode, expected_chat_text, expected_text
 from disagg_sim.connectors.disagg_kv_wire import announcement, identity
+from tests.conftest import soon
 
 from .pair import CHAT, COMPLETIONS, MESSAGES, Answer, Pair, running
 
@@ -76,13 +77,13 @@ def computed(engine: SimEngine) -> bool:
 
 async def idle(pair: Pair) -> None:
     for engine in (pair.p, pair.d):
-        await asyncio.wait_for(engine.wait_until(lambda s: not (s["kv_waiting"] or s["running"] or s["waiting"])), 5)
+        await soon(engine.wait_until(lambda s: not (s["kv_waiting"] or s["running"] or s["waiting"])))
     assert pair.p.state()["kv_wants"] == 0
 
 
 async def waits(pair: Pair) -> None:
-    await asyncio.wait_for(pair.d.wait_until(lambda s: s["kv_waiting"] and s["kv_links"]), 5)
-    await asyncio.wait_for(pair.p.wait_until(lambda s: s["kv_wants"] or s["kv_waiting"]), 5)
+    await soon(pair.d.wait_until(lambda s: s["kv_waiting"] and s["kv_links"]))
+    await soon(pair.p.wait_until(lambda s: s["kv_wants"] or s["kv_waiting"]))
 
 
 @pytest.mark.parametrize("order", ["prefill first", "decode first", "at once"])
@@ -131,7 +132,7 @@ async def test_chunked_prefill_arrives_in_parts() -> None:
         pair.p.faults.hold("forward", after=1)
         transfer = Transfer(pair, prompt=" ".join(f"w{n}" for n in range(100)))
         prefill, decode = transfer.prefill(), transfer.decode()
-        await asyncio.wait_for(pair.p.wait_until(lambda s: s["held_at"] == "forward" and s["kv_sent"] == 2), 5)
+        await soon(pair.p.wait_until(lambda s: s["held_at"] == "forward" and s["kv_sent"] == 2))
         pair.p.faults.release()
         answer = await decode
         await prefill
@@ -192,7 +193,7 @@ async def does_not_come(pair: Pair, what: str) -> None:
     else:
         address = pair.p.kv_address if what == "released on prefill" else pair.d.kv_address
         await released(address, transfer.id)
-    answer = await asyncio.wait_for(decode, 5)
+    answer = await soon(decode)
     assert answer.json["choices"][0]["text"] == RIGHT
     assert computed(pair.d)
     if prefill is not None:
@@ -201,22 +202,22 @@ async def does_not_come(pair: Pair, what: str) -> None:
 
 async def test_a_dead_prefill_is_noticed_at_once(pair: Pair) -> None:
     await pair.p.kill()
-    answer = await asyncio.wait_for(Transfer(pair).decode(), 5)
+    answer = await soon(Transfer(pair).decode())
     assert answer.json["choices"][0]["text"] == RIGHT and computed(pair.d)
 
 
 async def test_kv_that_is_late_is_computed() -> None:
     async with running(OWN, {**OWN, "load_timeout": 0.05}) as pair:
-        answer = await asyncio.wait_for(Transfer(pair).decode(), 5)
+        answer = await soon(Transfer(pair).decode())
         assert answer.json["choices"][0]["text"] == RIGHT and computed(pair.d)
-        await asyncio.wait_for(pair.p.wait_until(lambda s: s["kv_wants"] == 0), 5)
+        await soon(pair.p.wait_until(lambda s: s["kv_wants"] == 0))
 
 
 async def test_kv_that_nobody_fetches_expires() -> None:
     async with running({**OWN, "hold_timeout": 0.05}, OWN) as pair:
         transfer = Transfer(pair)
         await transfer.prefill()
-        await asyncio.wait_for(pair.p.wait_until(lambda s: not s["kv_waiting"]), 5)
+        await soon(pair.p.wait_until(lambda s: not s["kv_waiting"]))
         assert (await transfer.decode()).json["choices"][0]["text"] == RIGHT
         assert computed(pair.d)
 
@@ -226,7 +227,7 @@ async def test_the_proxy_releases_what_prefill_holds(pair: Pair) -> None:
     await transfer.prefill()
     assert pair.p.state()["kv_waiting"]
     await released(pair.p.kv_address, transfer.id)
-    await asyncio.wait_for(pair.p.wait_until(lambda s: not s["kv_waiting"]), 5)
+    await soon(pair.p.wait_until(lambda s: not s["kv_waiting"]))
 
 
 async def test_an_aborted_decode_releases_what_it_asked_for(pair: Pair) -> None:
@@ -234,7 +235,7 @@ async def test_an_aborted_decode_releases_what_it_asked_for(pair: Pair) -> None:
     decode = transfer.decode()
     await waits(pair)
     decode.cancel()
-    await asyncio.wait_for(pair.p.wait_until(lambda s: s["kv_wants"] == 0), 5)
+    await soon(pair.p.wait_until(lambda s: s["kv_wants"] == 0))
     await idle(pair)
 
 
@@ -243,7 +244,7 @@ async def test_a_killed_decode_leaves_prefill_alone(pair: Pair) -> None:
     await waits(pair)
     await pair.d.kill()
     await asyncio.gather(decode, return_exceptions=True)
-    await asyncio.wait_for(pair.p.wait_until(lambda s: s["kv_wants"] == 0), 5)
+    await soon(pair.p.wait_until(lambda s: s["kv_wants"] == 0))
     pair.d = pair.d.restarted()
     await pair.d.start()
     transfer = Transfer(pair)
@@ -271,7 +272,7 @@ async def test_prompt_logprobs_are_right_on_decode(pair: Pair) -> None:
 @pytest.mark.parametrize("trait", [{"kv_dtype": "float16"}, {"kv_block_size": 32}, {"tp": 2}, {"kv_secret": "other"}])
 async def test_engines_that_do_not_fit_compute(trait: dict[str, Any]) -> None:
     async with running({**OWN, "kv_secret": "one"}, {**OWN, "kv_secret": "one", **trait}) as pair:
-        answer = await asyncio.wait_for(Transfer(pair).decode(), 5)
+        answer = await soon(Transfer(pair).decode())
         assert answer.json["choices"][0]["text"] == RIGHT and computed(pair.d)
 
 
@@ -297,7 +298,7 @@ async def test_anything_else_ends_that_connection_only(pair: Pair, data: bytes) 
         writer.write(data)
         writer.write_eof()
         with contextlib.suppress(ConnectionResetError):
-            await asyncio.wait_for(reader.read(), 10)
+            await soon(reader.read())
         writer.close()
     transfer = Transfer(pair)
     _, answer = await asyncio.gather(transfer.prefill(), transfer.decode())
@@ -311,7 +312,7 @@ async def test_the_announcement_is_the_connectors_own() -> None:
     engine = SimEngine(SimConfig(role="decode", connector="disagg_kv", proxy=f"127.0.0.1:{port}"))
     try:
         await engine.start()
-        who, message = await asyncio.wait_for(router.recv_multipart(), 5)
+        who, message = await soon(router.recv_multipart())
         assert who.decode() == engine.kv_address
         assert msgpack.unpackb(message) == {
             "type": "D", "http_address": engine.http_address, "zmq_address": engine.kv_address,
@@ -352,7 +353,7 @@ async def test_a_prefill_that_has_stopped_is_noticed() -> None:
         first = Transfer(pair)
         await asyncio.gather(first.prefill(), first.decode())
         pair.p.faults.kv_answers = False
-        answer = await asyncio.wait_for(Transfer(pair).decode(), 5)
+        answer = await soon(Transfer(pair).decode())
         assert answer.json["choices"][0]["text"] == RIGHT
         pair.p.faults.kv_answers = True
         again = Transfer(pair)
@@ -368,7 +369,7 @@ async def test_metrics_say_how_transfers_ended() -> None:
         await transfer.decode()
         await Transfer(pair).decode()
         await Transfer(pair).prefill()
-        await asyncio.wait_for(pair.p.wait_until(lambda state: not state["kv_waiting"]), 5)
+        await soon(pair.p.wait_until(lambda state: not state["kv_waiting"]))
         loaded, late = pair.d.metrics(), pair.p.metrics()
     assert re.search(r"^vllm:disagg_kv_loaded_prompts_total\{.*\} 1.0$", loaded, re.M)
     assert re.search(r'^vllm:disagg_kv_recomputed_prompts_total\{.*reason="timeout"\} 1.0$', loaded, re.M)

@@ -251,7 +251,7 @@ async def test_sigkill_loses_no_line_that_was_flushed(tmp_path, http) -> None:
                 command.url + PATH, json=REQUESTS[PATH], headers={"X-Request-Id": f"r{number}"}
             ) as answer:
                 assert answer.status == 503
-        await soon(written(file, 40), access_log._FLUSH_INTERVAL + 2)
+        await soon(written(file, 40))
         command.process.kill()
         await command.process.wait()
     assert [one["client_id"] for one in lines(file)] == [f"r{number}" for number in range(40)]

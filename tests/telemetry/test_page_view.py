@@ -157,7 +157,7 @@ async def test_a_request_that_failed_over(machine) -> None:
 async def test_a_decode_that_froze_can_be_told_from_the_events(machine, pair) -> None:
     _prefill, decode = pair
     decode.faults.lose_kv()
-    await soon(asyncio.gather(*(machine.stream(PATH, ASK) for _ in range(3))), 30)
+    await soon(asyncio.gather(*(machine.stream(PATH, ASK) for _ in range(3))))
     await soon(machine.proxy.until_state(decode.http_address, State.READY))
     key = machine.proxy.instance(decode.http_address).key
     events = [e for e in (await view(machine))["events"] if e["instance"] == key]

@@ -22,7 +22,7 @@ async def run(*args: str, **environ: str) -> tuple[int | None, str, str]:
     process = await asyncio.create_subprocess_exec(
         *TOP, *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**ENVIRON, **environ}
     )
-    out, err = await soon(process.communicate(), 30)
+    out, err = await soon(process.communicate())
     return process.returncode, out.decode(), err.decode()
 
 
@@ -77,10 +77,10 @@ class Terminal:
         )  # fmt: skip
 
     async def says(self, text: str) -> None:
-        await soon(self.child.expect(text, async_=True), 25)
+        await soon(self.child.expect(text, async_=True))
 
     async def ends(self) -> int | None:
-        await soon(self.child.expect(pexpect.EOF, async_=True), 25)
+        await soon(self.child.expect(pexpect.EOF, async_=True))
         self.child.wait()
         return self.child.exitstatus
 

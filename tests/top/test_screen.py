@@ -69,7 +69,7 @@ async def test_nobody_is_there(machine) -> None:
 async def test_a_frozen_decode_is_named_with_what_was_done(machine, pair) -> None:
     _, decode = pair
     decode.faults.hold("schedule")
-    await soon(machine.send(PATH, ASK), 30)
+    await soon(machine.send(PATH, ASK))
     text = shown(await soon(look(machine)))
     assert re.search(rf"❄ Decode {decode.http_address} is frozen for \d+ s", text)
     assert "Action taken: out of rotation, and one prefill was replayed" in text

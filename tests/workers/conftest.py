@@ -96,7 +96,7 @@ class Fleet:
                     await self._more.wait()
                 return match
 
-        return await soon(found(), 20)
+        return await soon(found())
 
     async def until_ready(self) -> None:
         match = await self.until_written(r"Serving on (http://\S+:\d+).*may register on (\S+:\d+)")
@@ -118,7 +118,7 @@ class Fleet:
     async def end(self, number: int = signal.SIGTERM) -> int:
         if self.process.returncode is None:
             self.process.send_signal(number)
-        code = await soon(self.process.wait(), 20)
+        code = await soon(self.process.wait())
         await soon(self._reading)
         return code
 
@@ -165,7 +165,7 @@ async def fleets() -> AsyncIterator[Start]:
     async with commands() as run, AsyncExitStack() as stack:
 
         async def start(workers: int = 2, **settings: str) -> Fleet:
-            more = {"SHUTDOWN_GRACE": "5", "PROBE_INTERVAL": "0.5", "LOG_LEVEL": "debug", **settings}
+            more = {"SHUTDOWN_GRACE": "5", "PROBE_INTERVAL": "2", "LOG_LEVEL": "debug", **settings}
             fleet = Fleet(await run("--workers", str(workers), **more))
             stack.push_async_callback(fleet.close)
             await fleet.until_ready()
@@ -199,7 +199,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
         while not await condition():
             await asyncio.sleep(0.02)
 
-    await soon(ask(), 20)
+    await soon(ask())
 
 
 def shown(stats: Any) -> str:

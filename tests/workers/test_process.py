@@ -120,7 +120,7 @@ async def test_a_stopped_worker_does_not_keep_the_proxy_from_ending(fleet) -> No
 async def test_workers_that_do_not_start_end_the_proxy_with_1(monkeypatch, caplog) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     supervisor = Supervisor(LiveSettings([], {**LOCAL, "WORKERS": "2"}), [])
-    assert await soon(supervisor.run(), 20) == 1
+    assert await soon(supervisor.run()) == 1
     assert "The workers do not start" in caplog.text
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
