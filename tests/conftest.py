@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from disagg_proxy.config import Config
 from disagg_proxy.server.http_server import Server, listen, server_config
 from disagg_proxy.services import Services
 from disagg_sim import engine
+from tests.event_loop import StallFreeLoop
 from tests.ports import hold_port
 
 pytest.register_assert_rewrite("tests.simulated", "tests.command")
@@ -47,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="the hot path is compiled"))
 
 
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"stall-free": StallFreeLoop}
+
+
 class _Server(Server):
     """Leaves the test runner's signal handlers alone, and ends when it is told to, not at its next look."""
 
@@ -64,7 +71,8 @@ class Proxy:
 
     def __init__(self, config: Config) -> None:
         self.socket: socket.socket = listen(config)
-        self.services = Services(config)
+        # The registry and the timers count the same seconds.
+        self.services = Services(config, asyncio.get_running_loop().time)
         self.server = _Server(server_config(config, self.services), self.services)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -178,9 +186,9 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 T = TypeVar("T")
 
 
-async def soon(awaitable: Awaitable[T], seconds: float = 30.0) -> T:
+async def soon(awaitable: Awaitable[T]) -> T:
     """The result, or a failure of the test where it does not come."""
-    return await asyncio.wait_for(awaitable, seconds)
+    return await asyncio.wait_for(awaitable, 60.0)
 
 
 class Wire:

@@ -116,7 +116,7 @@ class Machine:
         config = Config(**{**local, **timing, **settings})
         self.ledger = Ledger()
         self.socket = listen(config)
-        self.services = Services(config)
+        self.services = Services(config, asyncio.get_running_loop().time)
         self.server = _Server(server_config(config, self.services), self.services)
         self.url = "http://{}:{}".format(*self.socket.getsockname()[:2])
         self.prefills: list[Slot] = []
