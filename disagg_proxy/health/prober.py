@@ -161,7 +161,9 @@ class Prober:
             instance.probe_failures += 1
             if not refusal.tolerable and instance.last_probe_response is not None:
                 instance.last_probe_response = self._registry.now()
-            if not refusal.tolerable or instance.probe_failures >= _MAX_TIMEOUTS:
+            # A process that was found hung keeps the reason for its restart.
+            timed_out = instance.probe_failures >= _MAX_TIMEOUTS and not instance.restart_wanted
+            if not refusal.tolerable or timed_out:
                 self._registry.suspend(instance, str(refusal), gone=refusal.gone)
         else:
             self._registry.admit(instance, models)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.errors import EngineDeadline
 from disagg_proxy.health.prober import Prober
 from tests.cluster.conftest import World, world
 from tests.conftest import soon
@@ -103,3 +104,23 @@ async def test_a_refresh_of_models_is_shared_and_bounded(
     engines.hang = False
     await soon(world.registry.refresh_models())
     assert [await engines.asked.get() for _ in range(2)] == ["/health", "/v1/models"]
+
+
+async def test_timeouts_take_an_instance_out_and_keep_the_reason_for_its_restart(
+    world: World, engines: Engines, hung: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def times_out(*args: Any, **more: Any) -> Any:
+        raise EngineDeadline("nothing came")
+
+    monkeypatch.setattr(engines, "request", times_out)
+    prober = Prober(world.registry, engines, 60.0, b"")  # type: ignore[arg-type]
+    hung.probe_failures = 0
+    seen = []
+    for _ in range(3):
+        await prober.probe(hung)
+        seen.append(hung.state)
+    assert seen == [State.READY, State.READY, State.PROBING]
+    assert hung.reason == "its /health does not answer in time"
+    world.registry.request_restart(hung, "its process hangs")
+    await prober.probe(hung)
+    assert (hung.state, hung.reason, hung.restart_wanted) == (State.PROBING, "its process hangs", True)
