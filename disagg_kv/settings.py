@@ -36,7 +36,8 @@ class Settings:
     http_port: int = 0
     """Port of this engine's HTTP server, for the announcement."""
     transport: str = "auto"
-    """``nccl``, ``tcp``, or ``auto``: NCCL between GPUs, else TCP."""
+    """``nccl``, ``tcp``, ``ipc`` (between processes of one host; TCP where that fails), or ``auto``: between GPUs NCCL,
+    then IPC, then TCP, on one GPU IPC, then TCP; between CPUs TCP."""
     load_timeout_s: float = 120.0
     """Decode: how long a request waits for its KV before decode computes the prompt."""
     hold_timeout_s: float = 60.0
@@ -101,8 +102,8 @@ class Settings:
         return settings
 
     def _check(self) -> None:
-        if self.transport not in ("auto", "nccl", "tcp"):
-            raise ValueError(f"kv_connector_extra_config: transport is {self.transport!r}, not auto, nccl or tcp")
+        if self.transport not in ("auto", "nccl", "ipc", "tcp"):
+            raise ValueError(f"kv_connector_extra_config: transport is {self.transport!r}, not auto, nccl, ipc or tcp")
         if self.overlap not in ("auto", "always", "never"):
             raise ValueError(f"kv_connector_extra_config: overlap is {self.overlap!r}, not auto, always or never")
         if self.energy not in ("on", "off"):

@@ -119,7 +119,8 @@ LIBRARIES = {
     "rich": "top",
     "matplotlib": "disagg_power.record_plot disagg_report.plots",
     "vllm": "disagg_kv.connector disagg_kv.engine.metrics disagg_kv.engine.versions disagg_kv.transport.nccl",
-    "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.nccl disagg_kv.transport.tcp",
+    "torch": "disagg_kv.connector disagg_kv.engine disagg_kv.transport.cuda_memory disagg_kv.transport.nccl "
+    "disagg_kv.transport.tcp",
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's. The machine asks with the standard library alone.
     "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "

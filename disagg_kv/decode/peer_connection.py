@@ -23,6 +23,8 @@ from disagg_kv.transport.base import Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import RankContext, open_transport
 from disagg_kv.transport.fallback import TransportMemory
+from disagg_kv.transport.place import FIELD as PLACE
+from disagg_kv.transport.place import Place, rank_transports
 
 logger = logging.getLogger("vllm.disagg_kv")
 _CONNECT_SECONDS = 3.0
@@ -87,7 +89,8 @@ class PeerConnection:
             self._open_timer.cancel()
             if not self.compares_adapters:
                 self._pending.refuse_adapters(self.peer)
-            logger.info("connected to prefill engine %s (%s, boot %s)", self.peer, transport.name, self.boot[:8])
+            link = self._transports.running().get(self._engine, transport.name)
+            logger.info("connected to prefill engine %s (%s, boot %s)", self.peer, link, self.boot[:8])
             threading.Thread(target=self._write, args=(channel,), name="disagg-kv-write", daemon=True).start()
             while not self.dead:
                 self._receive(channel, transport)
@@ -133,7 +136,7 @@ class PeerConnection:
         context, secret = self._context, self._context.settings.secret
         offered, left_out = self._transports.offer(self._engine, context.transports())
         hello = {**context.identity.to_wire(), "nonce": nonce(), "transports": offered, "left_out": left_out,
-                 "staging": context.staging_bytes}  # fmt: skip
+                 "staging": context.staging_bytes, PLACE: context.place.to_wire()}  # fmt: skip
         channel.write(encode(Kind.HELLO, hello))
         kind, welcome = channel.next_frame(may_idle=False)
         _expect(kind, welcome, Kind.WELCOME)
@@ -149,10 +152,13 @@ class PeerConnection:
         if welcome.get(PINGS) is True:
             self._liveness = Liveness(context.settings.stall_timeout_s)
         self.compares_adapters = theirs.shape is not None and theirs.shape.digest is not None
-        return self._open_transport(channel, ready, offered)
+        _, passed_over = rank_transports(offered, Place.from_wire(welcome.get(PLACE)), context.place)
+        return self._open_transport(channel, ready, offered, passed_over)
 
-    def _open_transport(self, channel: Channel, ready: dict[str, object], offered: list[str]) -> Transport:
-        name = str(ready.get("transport"))
+    def _open_transport(
+        self, channel: Channel, ready: dict[str, object], offered: list[str], passed_over: dict[str, str]
+    ) -> Transport:
+        name, start = str(ready.get("transport")), time.monotonic()
         self._opening = name if len(offered) > 1 else ""
         try:
             transport = open_transport(self._context, channel, ready)
@@ -165,7 +171,10 @@ class PeerConnection:
             raise _TryAgain from error
         self._opening = ""
         if not self.dead:
-            self._transports.opened(self._engine, name)
+            preferred = offered[: offered.index(name)] if name in offered else []
+            reasons = {other: why for other, why in passed_over.items() if other in preferred}
+            self._transports.opened(self._engine, name, reasons)
+            self._context.trace("opened", transport=name, seconds=time.monotonic() - start)
         return transport
 
     def _give_up_transport(self, reason: str) -> None:
@@ -227,7 +236,8 @@ class PeerConnection:
                         return
                 if message is None:
                     return
-                channel.write(message)
+                with channel.write_lock:
+                    channel.write(message)
         except OSError:
             channel.close()
 

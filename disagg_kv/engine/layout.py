@@ -182,6 +182,17 @@ class TorchCache:
                 self.gather(0, index, first[:size])
                 self._scatter(second[:size].view(self._planes[0].dtype).view(count, -1), index, first[:size])
 
+    def addresses(self) -> list[tuple[int, int]]:
+        return [(plane.data_ptr(), plane.stride(0) * plane.element_size()) for plane in self._planes]
+
+    def rows_in(self, region: torch.Tensor, offset: int, stride: int, count: int) -> torch.Tensor:
+        """Return rows of a plane of another engine's cache, which lies in ``region``, a tensor of bytes."""
+        return _as_wide(region.as_strided((count, self.row_bytes), (stride, 1), offset), torch.int64)
+
+    def take(self, rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy some of the ``rows`` of ``rows_in`` into ``out``, as ``gather`` does with rows of this cache."""
+        torch.index_select(rows, 0, index, out=out.view(rows.dtype).view(len(index), rows.shape[1]))
+
     def buffer(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 

@@ -25,7 +25,7 @@ from disagg_kv.protocol.handshake import Identity, Shape
 from disagg_kv.settings import Settings
 from disagg_kv.tally import Tally
 from disagg_kv.trace import Trace
-from disagg_kv.transport.factory import RankContext
+from disagg_kv.transport.factory import RankContext, set_up_ipc
 
 logger = logging.getLogger("vllm.disagg_kv")
 _SWITCH_SECONDS = 0.0005
@@ -88,6 +88,7 @@ class ConnectorWorker:
                       digest)  # fmt: skip
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
         context = RankContext(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
+        set_up_ipc(context)
         transports = context.transports()
         self._overlap = self._overlap and any(context.overlaps(name) for name in transports)
         self._context = context

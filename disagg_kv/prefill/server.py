@@ -32,6 +32,8 @@ from disagg_kv.tally import Tally
 from disagg_kv.transport.base import Stalled, Transport
 from disagg_kv.transport.channel import Channel, Closed
 from disagg_kv.transport.factory import RankContext, offer_transport, open_transport
+from disagg_kv.transport.place import FIELD as PLACE
+from disagg_kv.transport.place import Place, rank_transports
 
 logger = logging.getLogger("vllm.disagg_kv")
 _HANDSHAKE_SECONDS = 10.0
@@ -152,7 +154,9 @@ class Server:
         check(self._context.identity, identity)
         welcome = {**self._context.identity.to_wire(), "nonce": nonce(), PINGS: True}
         if identity.role == "decode":
-            welcome["transport"] = choose_transport(self._context.transports(), hello.get("transports"))
+            here = self._context.place
+            names, _ = rank_transports(self._context.transports(), here, Place.from_wire(hello.get(PLACE)))
+            welcome |= {PLACE: here.to_wire(), "transport": choose_transport(names, hello.get("transports"))}
         elif identity.role == "control" and self._context.announcement is not None:
             welcome[ANNOUNCED] = announced_field(self._context.announcement())
         secret = self._context.settings.secret
@@ -199,6 +203,8 @@ class Server:
                 # Answered by this thread, because the sender may wait for a long step. Only KV being sent delays PONG.
                 if not channel.try_write(PONG):
                     self._send_queue.enqueue(decode_peer, PONG)
+            elif kind is Kind.DONE:
+                channel.on_acknowledgement()
             else:
                 raise WireError(f"unexpected {kind.name} on a prefill engine")
 

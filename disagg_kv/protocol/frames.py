@@ -33,6 +33,8 @@ class Kind(IntEnum):
     GONE = 13  # [prefill] these blocks will not be sent; reason
     PING = 15  # [decode] liveness probe; only where WELCOME had "ping"
     PONG = 16  # [prefill] the answer to PING
+    DONE = 17  # [decode] of a GO over IPC: the blocks are copied
+    CONFIRM = 18  # [prefill] the answer to DONE: they were valid until now
 
 
 class WireError(ValueError):

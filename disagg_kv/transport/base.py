@@ -42,6 +42,9 @@ class BlockCache(Protocol):
     def scatter(self, plane: int, index: Any, rows: Any) -> None:
         """Copy rows into a plane of the cache."""
 
+    def addresses(self) -> list[tuple[int, int]]:
+        """Return address of row 0 and distance of two rows, in bytes, of each plane."""
+
     def buffer(self, size: int) -> Any:
         """Allocate ``size`` bytes on the cache's device."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import select
 import socket
 import threading
 import time
 from typing import Any
 
-from disagg_kv.protocol.frames import Kind, read_frame
+from disagg_kv.protocol.frames import Kind, WireError, read_frame
 
 _MAX_SEND_BYTES = 4 * 1024 * 1024
 _HANG_UP: int = getattr(select, "POLLRDHUP", 0)
@@ -32,6 +33,8 @@ class Channel:
         self._deadline: float | None = None
         self.write_lock = threading.Lock()
         """Held while a message and its KV are written, where several threads write."""
+        self._awaited = False
+        self._acknowledged: queue.SimpleQueue[bool] = queue.SimpleQueue()
         sock.settimeout(seconds)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -117,6 +120,35 @@ class Channel:
             self.write_lock.release()
         return True
 
+    def expect_acknowledgement(self) -> None:
+        """Called by a sender before it writes what the peer has to acknowledge."""
+        self._awaited = True
+
+    def on_acknowledgement(self) -> None:
+        """Wake the sender; called by the thread that reads.
+
+        Raises:
+            WireError: there is nothing to acknowledge.
+        """
+        if not self._awaited:
+            raise WireError("nothing is to be acknowledged")
+        self._awaited = False
+        self._acknowledged.put(True)
+
+    def wait_acknowledged(self, seconds: float) -> None:
+        """Return when the peer has acknowledged.
+
+        Raises:
+            Closed: the connection ended.
+            TimeoutError: not within ``seconds``.
+        """
+        try:
+            acknowledged = self._acknowledged.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"not acknowledged within {seconds:.1f} s") from None
+        if not acknowledged:
+            raise Closed("the connection was closed")
+
     def broken(self) -> bool:
         """Whether either side has closed the connection. Never blocks, also while another thread reads.
 
@@ -132,6 +164,7 @@ class Channel:
 
     def close(self) -> None:
         """Abort reads and writes of all threads. Idempotent."""
+        self._acknowledged.put(False)
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.handshake import Identity
@@ -14,6 +14,7 @@ from disagg_kv.settings import Settings
 from disagg_kv.trace import Trace
 from disagg_kv.transport.base import BlockCache, Transport
 from disagg_kv.transport.channel import Channel
+from disagg_kv.transport.place import Place, host_mark
 
 if TYPE_CHECKING:
     from disagg_kv.engine.layout import TorchCache
@@ -22,6 +23,13 @@ logger = logging.getLogger("vllm.disagg_kv")
 _UPDATED = " (updated in place, "
 _MAX_TCP_STAGING = 16 * 1024 * 1024
 """Larger chunks are not faster over TCP."""
+
+
+class ExportedMemory(Protocol):
+    """Prefill's cache, made readable for processes of the same host."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the field ``memory`` of READY."""
 
 
 @dataclass
@@ -37,6 +45,9 @@ class RankContext:
     """Replaces ``open_transport`` for a cache that is not torch's (tests)."""
     announcement: Callable[[], Mapping[str, Any]] | None = None
     """Returns the announcement that this rank sends; None where it sends none."""
+    place: Place = field(default_factory=Place)
+    memory: ExportedMemory | None = None
+    """Of a prefill engine that can use IPC."""
 
     def renew(self) -> None:
         """Change the identity, because the weights were updated in place.
@@ -49,7 +60,7 @@ class RankContext:
         self.identity = replace(self.identity, boot=boot, shape=replace(shape, model=model, digest=boot))
 
     def transports(self) -> list[str]:
-        """Names in order of preference.
+        """Names in order of preference, without what this process cannot use.
 
         Raises:
             ValueError: NCCL is required by the settings, but there is no GPU.
@@ -57,12 +68,17 @@ class RankContext:
         wanted = self.settings.transport
         if wanted == "nccl" and not self.cache.on_gpu:
             raise ValueError("kv_connector_extra_config: transport is nccl, but the KV cache is not on a GPU")
+        names = [wanted]
         if wanted == "auto":
-            return ["nccl", "tcp"] if self.cache.on_gpu else ["tcp"]
-        return [wanted]
+            names = ["nccl", "ipc", "tcp"] if self.cache.on_gpu else ["tcp"]
+        elif wanted == "ipc":
+            names = ["ipc", "tcp"]
+        return [name for name in names if name not in self.place.without]
 
     def overlaps(self, transport: str) -> bool:
-        """Whether prefill sends layers while later ones are being computed."""
+        """Whether prefill sends layers while later ones are being computed. Over IPC decode reads complete blocks."""
+        if transport == "ipc":
+            return False
         return self.settings.overlap == "always" or (self.settings.overlap == "auto" and transport == "nccl")
 
     @property
@@ -85,6 +101,9 @@ def offer_transport(context: RankContext, name: str, staging: object) -> dict[st
     size = min(staging, context.staging_bytes)
     if name == "tcp":
         return {"transport": name, "staging": max(min(size, _MAX_TCP_STAGING), context.cache.row_bytes)}
+    if name == "ipc":
+        assert context.memory is not None
+        return {"transport": name, "staging": size, "memory": context.memory.describe()}
     from disagg_kv.transport.nccl import new_unique_id
 
     return {"transport": name, "staging": size, "nccl": new_unique_id().hex()}
@@ -103,6 +122,8 @@ def open_transport(context: RankContext, channel: Channel, ready: Mapping[str, A
     name = ready.get("transport")
     if name not in context.transports():
         raise WireError(f"transport {str(name)[:20]} was not offered")
+    if name == "ipc":
+        return _open_ipc(context, channel, ready, staging)
     if context.transport_factory is not None:
         return context.transport_factory(context, channel, ready)
     cache = cast("TorchCache", context.cache)
@@ -125,3 +146,65 @@ def open_transport(context: RankContext, channel: Channel, ready: Mapping[str, A
     rank = PREFILL if context.identity.role == "prefill" else DECODE
     return NcclTransport(cache, rank, unique_id, staging, context.settings.staging_buffers,
                          context.settings.stall_timeout_s, channel)  # fmt: skip
+
+
+def set_up_ipc(context: RankContext) -> None:
+    """Find out where this process runs and, on a prefill engine that may use IPC, make its cache readable.
+
+    ``context.place`` gets the reason where IPC cannot be used.
+    """
+    cache, prefill, reason = context.cache, context.identity.role == "prefill", ""
+    place = Place(host=host_mark())
+    if cache.on_gpu:
+        from disagg_kv.transport import cuda_driver
+        from disagg_kv.transport.cuda_memory import CannotShare, ExportedCudaMemory
+
+        try:
+            gpu, partition = cuda_driver.current_gpu()
+            place = replace(place, gpu=gpu, partition=partition)
+            if prefill and context.settings.transport in ("auto", "ipc"):
+                context.memory = ExportedCudaMemory(cast("TorchCache", cache))
+        except (CannotShare, cuda_driver.CudaError, OSError, AttributeError) as error:
+            reason = str(error)
+    elif context.settings.transport == "ipc":
+        from disagg_kv.transport.process_memory import ExportedProcessMemory, why_unavailable
+
+        reason = why_unavailable()
+        if prefill and not reason:
+            context.memory = ExportedProcessMemory(cache)
+    if reason:
+        logger.warning("KV is not read by IPC: %s", reason)
+        place = replace(place, without={"ipc": reason})
+    context.place = place
+
+
+def _open_ipc(context: RankContext, channel: Channel, ready: Mapping[str, Any], staging: int) -> Transport:
+    """Raises:
+    WireError: invalid fields.
+    OSError, RuntimeError: prefill's memory cannot be read from here.
+    """
+    from disagg_kv.transport.ipc import IpcTransport, MemoryReader, read_num_blocks
+
+    stall = context.settings.stall_timeout_s
+    if context.identity.role == "prefill":
+        return IpcTransport(channel, context.cache, stall)
+    memory = ready.get("memory")
+    if not isinstance(memory, dict):
+        raise WireError("prefill's memory is missing")
+    reader: MemoryReader
+    if context.cache.on_gpu:
+        from disagg_kv.transport import cuda_memory
+
+        _check_kind(memory, cuda_memory.KIND)
+        reader = cuda_memory.CudaMemoryReader(cast("TorchCache", context.cache), memory, staging)
+    else:
+        from disagg_kv.transport import process_memory
+
+        _check_kind(memory, process_memory.KIND)
+        reader = process_memory.ProcessMemoryReader(context.cache, memory)
+    return IpcTransport(channel, context.cache, stall, reader, read_num_blocks(memory))
+
+
+def _check_kind(memory: Mapping[str, Any], kind: str) -> None:
+    if memory.get("kind") != kind:
+        raise WireError(f"prefill's memory is {str(memory.get('kind'))[:20]}, not {kind}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 FORGET_SECONDS = 600.0
@@ -25,6 +25,8 @@ class _Peer:
     failed: dict[str, str] = field(default_factory=dict)
     """Reasons by name."""
     running: str = ""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Preferred transports that these two engines cannot use, with the reasons."""
 
 
 class TransportMemory:
@@ -59,9 +61,10 @@ class TransportMemory:
             peer.failed = {}
             return True
 
-    def opened(self, address: str, name: str) -> None:
+    def opened(self, address: str, name: str, passed_over: Mapping[str, str] | None = None) -> None:
         with self._lock:
-            self._peer(address).running = name
+            peer = self._peer(address)
+            peer.running, peer.passed_over = name, dict(passed_over or {})
 
     def closed(self, address: str, name: str) -> None:
         """Record the end of a connection; a later one over another transport is not affected."""
@@ -71,13 +74,9 @@ class TransportMemory:
                 peer.running = ""
 
     def running(self) -> dict[str, str]:
-        """Return the transport of each open connection, with the reason where a preferred one failed."""
+        """Return the transport of each open connection, with the reason where a preferred one is not used."""
         with self._lock:
-            return {
-                address: "; ".join([peer.running, *(f"{name} failed: {why}" for name, why in peer.failed.items())])
-                for address, peer in self._peers.items()
-                if peer.running
-            }
+            return {address: _describe(peer) for address, peer in self._peers.items() if peer.running}
 
     def _peer(self, address: str) -> _Peer:
         peer = self._peers.setdefault(address, _Peer())
@@ -85,3 +84,8 @@ class TransportMemory:
         while len(self._peers) > _MAX_ADDRESSES:
             self._peers.popitem(last=False)
         return peer
+
+
+def _describe(peer: _Peer) -> str:
+    unused = [f"{name} not used: {why}" for name, why in peer.passed_over.items() if name not in peer.failed]
+    return "; ".join([peer.running, *unused, *(f"{name} failed: {why}" for name, why in peer.failed.items())])

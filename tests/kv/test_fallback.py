@@ -15,6 +15,7 @@ from disagg_kv.prefill import server
 from disagg_kv.transport import fallback
 from disagg_kv.transport.channel import Channel
 from disagg_kv.transport.factory import RankContext
+from disagg_kv.transport.place import Place
 from tests.kv.memory import Decode, MemoryTransport, Prefill, key, until
 
 WHY = "NCCL error: invalid usage"
@@ -48,6 +49,7 @@ class Pair:
 
         context.cache.on_gpu = True
         context.transport_factory = factory
+        context.place = Place(host=context.identity.role, gpu=f"GPU-{context.identity.role}")
 
     def fail(self) -> None:
         raise RuntimeError(WHY)
@@ -74,7 +76,9 @@ def test_the_next_transport_is_tried_and_no_load_fails(make, caplog) -> None:
     with caplog.at_level(logging.INFO, "vllm.disagg_kv"):
         assert pair.load("a")
         assert pair.opened == ["nccl", "tcp"]
-        assert pair.d.connections.transports.running() == {pair.p.address: f"tcp; nccl failed: RuntimeError: {WHY}"}
+        assert pair.d.connections.transports.running() == {
+            pair.p.address: f"tcp; ipc not used: the engines are on different hosts; nccl failed: RuntimeError: {WHY}"
+        }
         pair.drop_connection()
         assert pair.load("b")
     assert pair.opened == ["nccl", "tcp", "tcp"], "remembered"
