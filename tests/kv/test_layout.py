@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -155,13 +156,11 @@ def test_what_the_tensors_do_not_show_is_part_of_the_layout() -> None:
 
 @pytest.mark.parametrize("staging", [256, 700, 1 << 20])
 def test_the_tcp_transport(staging: int) -> None:
-    import socket
-
     source = TorchCache({f"l.{n}": _numbered(BLOCKS, 1, 4, 16) * (n + 1) for n in range(3)}, BLOCKS)
     tensors = {f"l.{n}": torch.zeros(BLOCKS, 1, 4, 16) for n in range(3)}
     target = TorchCache(tensors, BLOCKS)
-    left, right = socket.socketpair()
-    one, two = _channel(left), _channel(right)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one, two = Channel(socket.create_connection(server.getsockname()), 10), Channel(server.accept()[0], 10)
     fence = StepFence(source.planes)
     sender = threading.Thread(target=TcpTransport(one, source, staging).send, args=([2, 5, 8, 1], fence, True))
     sender.start()
@@ -174,13 +173,6 @@ def test_the_tcp_transport(staging: int) -> None:
         assert torch.equal(tensors[f"l.{number}"][:4], want)
     one.close()
     two.close()
-
-
-def _channel(sock: Any) -> Channel:
-    channel = Channel.__new__(Channel)
-    channel._sock, channel._seconds, channel._deadline = sock, 10, None
-    sock.settimeout(10)
-    return channel
 
 
 @pytest.mark.parametrize("staging", [1, 40])
