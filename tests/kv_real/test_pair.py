@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.kv_real.conftest import HOLD_SECONDS, LOAD_SECONDS, Trio, texts
+from tests.kv_real.conftest import HOLD_SECONDS, LOAD_SECONDS, TRANSPORT, Trio, texts
 
 pytestmark = pytest.mark.kv_family("qwen3", "full attention")
 
@@ -233,6 +233,31 @@ async def test_garbage_on_the_kv_ports(trio: Trio) -> None:
     _, answer = await trio.both(body)
     assert texts(answer) == texts(await trio.plain.post(body))
     assert await _external(trio) - before == 100
+
+
+async def test_the_transport_is_the_one_that_is_tested(trio: Trio) -> None:
+    await trio.both(_body(trio.prompt(40)))
+    links = re.findall(r"connected to prefill engine \S+ \((\w+)[,;]", trio.decode.log.read_text())
+    assert set(links) == {TRANSPORT}
+
+
+async def test_prefill_killed_during_the_push_and_back(trio: Trio) -> None:
+    """Decode uses nothing of it and computes the prompt, and takes KV from the new prefill."""
+    trio.prefill.fault.write_text("slow")
+    body, before = _body(trio.prompt(100)), await _external(trio)
+    decode = asyncio.create_task(trio.decode.post(body, transfer_id="p-dies", from_=trio.prefill.kv_address))
+    await trio.prefill.post({**body, "max_tokens": 1}, transfer_id="p-dies")
+    await asyncio.sleep(0.3)
+    trio.prefill.kill()
+    assert texts(await decode) == texts(await trio.plain.post(body))
+    assert await _external(trio) == before
+    trio.prefill.fault.write_text("")
+    trio.prefill.start()
+    await trio.prefill.ready()
+    body = _body(trio.prompt(300))
+    _, answer = await trio.both(body)
+    assert texts(answer) == texts(await trio.plain.post(body))
+    assert await _external(trio) - before == 300
 
 
 async def test_decode_killed_during_the_push_and_back(trio: Trio) -> None:
