@@ -133,12 +133,18 @@ def engine(
     if place.role == "plain":
         return plain(settings, engines.vllm, place, environ)
     if engines.own_connector:
-        return own_connector(settings, engines.vllm, place, root, environ)
+        return own_connector(settings, engines.vllm, place, root, environ, engines.kv_cache_bytes)
     return p2p_nccl(settings, engines.vllm, place)
 
 
-def own_connector(settings: Settings, facts: VllmFacts, place: Place, root: str, environ: Mapping[str, str]) -> Command:
-    """A vLLM engine with this project's connector, which sends after the step: CUDA graphs and chunks cost nothing."""
+def own_connector(
+    settings: Settings, facts: VllmFacts, place: Place, root: str, environ: Mapping[str, str], kv_cache_bytes: int = 0
+) -> Command:
+    """A vLLM engine with this project's connector, which sends after the step: CUDA graphs and chunks cost nothing.
+
+    Args:
+        kv_cache_bytes: size of its KV cache; 0: what its share of the GPU leaves.
+    """
     path = environ.get("PYTHONPATH", "")
     variables = {
         **_on_gpus(place),
@@ -151,6 +157,8 @@ def own_connector(settings: Settings, facts: VllmFacts, place: Place, root: str,
         words.append("--enforce-eager")
     if prefill and settings.chunked_prefill == "off":
         words.append("--no-enable-chunked-prefill")
+    if kv_cache_bytes:
+        words += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
     words += ["--kv-transfer-config", own_transfer_config(settings, place)]
     return Command((*words, *_extra(settings, place)), variables)
 

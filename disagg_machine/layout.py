@@ -79,6 +79,12 @@ class Layout:
         return [*self.prefills, *self.decodes]
 
     @property
+    def shared_gpus(self) -> list[str]:
+        """GPUs, as the user names them, that a prefill and a decode engine use."""
+        by_role = [{gpu for place in places for gpu in place.gpus} for places in (self.prefills, self.decodes)]
+        return sorted(by_role[0] & by_role[1])
+
+    @property
     def tensor_parallel(self) -> int:
         """GPUs of each engine."""
         return len(self.parts[-1].gpus)

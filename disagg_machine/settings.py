@@ -111,7 +111,7 @@ class Settings:
     python: str
     venv_dir: Path
     proxy_compiled: str
-    allow_shared_gpu: bool
+    allow_shared_gpu: str
     config: str
     config_file: str
 

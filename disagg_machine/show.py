@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from disagg_machine import engines, launch, python_environment, ui, vllm_facts
+from disagg_machine import engines, gpus, launch, python_environment, ui, vllm_facts
 from disagg_machine.context import SECRETS, Context
 from disagg_machine.layout import Place, layout
 from disagg_machine.messages import die, text
@@ -38,7 +38,8 @@ def cmd_env(context: Context, words: Sequence[str]) -> int:
         MachineError: 1, a vLLM that cannot serve; 2, settings that contradict each other.
     """
     base = python_environment.base_python(context)
-    found = _vllm_to_show(context) if context.settings.engine == "vllm" else engines.resolve(context)
+    alone = context.settings.engine == "vllm" and len(gpus.read_gpus(context.environ)) != 1
+    found = _vllm_to_show(context) if alone else engines.resolve(context)
     plan = launch.Plan(context, found, layout(context.settings), python_environment.likely(context, base))
     if found.simulated:
         ui.say("env_sim", found.why)

@@ -116,8 +116,11 @@ def explain(plan: Plan, name: str) -> None:
 
 
 def wait_for_shared_gpu(starting: Starting, place: Place, earlier: list[Place]) -> None:
-    """vLLM measures free memory while it starts: engines on one GPU start one after the other."""
-    if starting.plan.engines.kind == SIM:
+    """vLLM measures free memory while it starts: engines on one GPU start one after the other.
+
+    Not where the size of their KV cache is given.
+    """
+    if starting.plan.engines.kind == SIM or starting.plan.engines.kv_cache_bytes:
         return
     for other in earlier:
         if place.shares_gpu_with(other):

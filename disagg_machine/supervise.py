@@ -48,15 +48,16 @@ def cmd_supervise(context: Context, words: Sequence[str]) -> int:
     ending = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    settings = context.settings
     python = python_environment.ensure(context)
-    plan = launch.Plan(context, engines.resolve(context), layout(settings), python)
+    found = engines.resolve(context)
+    settings = context.settings
+    plan = launch.Plan(context, found, layout(settings), python)
     world = Machine(plan)
     rules = Rules(
         settings.restart_limit,
         settings.restart_window,
         settings.restart_backoff.value,
-        engines_share_memory=not plan.engines.simulated,
+        engines_share_memory=not (found.simulated or found.kv_cache_bytes),
     )
     supervisor = Supervisor(plan.layout, rules, world)
     world.say(text("sup_watching", " ".join(plan.layout.names)))

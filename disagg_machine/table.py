@@ -290,9 +290,11 @@ SETTINGS: tuple[Setting, ...] = (
             "1 builds it first, and the start fails where that fails; 0 never uses it",
             "检出目录中代理热路径的本地代码：auto 在运行的同时构建，供下次启动使用；1 先构建，失败则不启动；"
             "0 从不使用"),
-    Setting("ALLOW_SHARED_GPU", values.flag, "0",
-            "1: let a prefill and a decode engine share a GPU, which NCCL refuses as far as known",
-            "1：允许 prefill 与 decode 共用一块 GPU，已知的 NCCL 会拒绝"),
+    Setting("ALLOW_SHARED_GPU", values.choice("auto", "0", "1"), "auto",
+            "whether a prefill and a decode engine may share a GPU, with a small KV cache each: auto, where there is "
+            "only one; 1, also where PREFILL_GPU and DECODE_GPU say so; 0, never",
+            "是否允许 prefill 与 decode 共用一块 GPU（各用较小的 KV 缓存）：auto 仅在只有一块 GPU 时；1 还包括 "
+            "PREFILL_GPU 与 DECODE_GPU 指定同一块时；0 不允许"),
     Setting("CONFIG", values.path, "",
             "file with NAME=value lines; the environment wins over it",
             "含 NAME=value 的文件；环境变量优先"),

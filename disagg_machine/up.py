@@ -177,6 +177,8 @@ def announce(plan: Plan) -> None:
             ui.warn("own_untried", found.vllm.version)
         if commands.chunks_may_kill(settings, found):
             ui.warn("chunked_warning", settings.max_num_batched_tokens, settings.max_model_len)
+        if found.kv_cache_bytes:
+            ui.warn("shared_gpu", ", ".join(plan.layout.shared_gpus), found.kv_cache_bytes >> 20)
     for place in plan.layout.parts:
         if place.role == "proxy":
             ui.say("part_proxy", *place.ports)

@@ -149,10 +149,21 @@ def interpreter_of(program: str, which: Callable[[str], str | None] = shutil.whi
     return which(found[1]) if found else None
 
 
-def choose_connector(facts: VllmFacts, setting: str) -> str:
-    """``p2p_nccl`` or ``own``: vLLM's own connector as long as it is in tree, unless KV_CONNECTOR says otherwise."""
+def can_share_gpu(facts: VllmFacts, setting: str) -> bool:
+    """Whether prefill and decode engines of this vLLM can use one GPU. P2pNcclConnector needs NCCL, which refuses."""
+    return setting != "p2p_nccl" and facts.at_least(0, OWN_OLDEST)
+
+
+def choose_connector(facts: VllmFacts, setting: str, *, shared: bool = False) -> str:
+    """``p2p_nccl`` or ``own``: vLLM's own connector as long as it is in tree, unless KV_CONNECTOR says otherwise.
+
+    Args:
+        shared: prefill and decode share a GPU.
+    """
     if setting != "auto":
         return setting
+    if shared and can_share_gpu(facts, setting):
+        return "own"
     ours = facts.at_least(0, 24) or (not facts.connector and facts.at_least(0, OWN_OLDEST))
     return "own" if ours else "p2p_nccl"
 

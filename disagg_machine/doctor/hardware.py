@@ -23,7 +23,9 @@ OPEN_FILES = 4096
 
 def check_gpus(machine: Machine) -> Iterator[Verdict]:
     """The GPUs that this user may use."""
-    if len(machine.gpus) < 2:
+    if machine.uses_gpus and machine.shares_gpu:
+        yield warning("doc_shared_gpu", ", ".join(machine.layout.shared_gpus), machine.kv_cache_mib)
+    elif len(machine.gpus) < 2:
         if machine.settings.engine == "vllm":
             yield error("too_few_gpus", len(machine.gpus))
         else:
@@ -33,7 +35,7 @@ def check_gpus(machine: Machine) -> Iterator[Verdict]:
 
 
 def check_gpu_memory(machine: Machine) -> Iterator[Verdict]:
-    """For each engine: its GPUs exist, and what it will take of them is free. Engines may share a GPU within a role."""
+    """For each engine: its GPUs exist, and what it will take of them is free."""
     if not machine.uses_gpus:
         return
     roles: dict[int, str] = {}
@@ -44,10 +46,10 @@ def check_gpu_memory(machine: Machine) -> Iterator[Verdict]:
             if gpu is None:
                 yield error("no_such_gpu", word, place.name, gpus.indexes(machine.gpus))
                 continue
-            if roles.get(gpu.index, place.role) != place.role:
+            if roles.get(gpu.index, place.role) != place.role and not machine.shares_gpu:
                 yield error("gpu_shared", gpu.index)
             roles[gpu.index] = place.role
-            thousandths[gpu.index] += round(float(memory_share(machine.settings, place.role, machine.connector)) * 1000)
+            thousandths[gpu.index] += round(float(memory_share(machine.placed, place.role, machine.connector)) * 1000)
             wanted = gpu.total_mib * thousandths[gpu.index] // 1000
             yield _memory(machine, place, gpu, thousandths[gpu.index], wanted)
             if machine.own_connector:

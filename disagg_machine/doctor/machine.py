@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from disagg_machine import clocks, gpus, net, parts, proxy_view, python_environment, vllm_facts
+from disagg_machine import clocks, gpus, net, parts, proxy_view, python_environment, shared_gpu, vllm_facts
 from disagg_machine import readiness as serving
 from disagg_machine.compiled import control
 from disagg_machine.context import Context
 from disagg_machine.doctor import host
 from disagg_machine.engines import SIM, VLLM, Engines
 from disagg_machine.gpus import Gpu
+from disagg_machine.kv_bytes import kv_bytes_per_token
 from disagg_machine.layout import Layout, layout
 from disagg_machine.parts import Part
 from disagg_machine.proxy_view import ProxyView
@@ -92,7 +93,9 @@ class Machine:
     @cached_property
     def connector(self) -> str:
         """``p2p_nccl`` or ``own``."""
-        return vllm_facts.choose_connector(self.vllm, self.settings.kv_connector) if self.vllm else "p2p_nccl"
+        if self.vllm is None:
+            return "p2p_nccl"
+        return vllm_facts.choose_connector(self.vllm, self.settings.kv_connector, shared=self.shares_gpu)
 
     @property
     def own_connector(self) -> bool:
@@ -115,6 +118,26 @@ class Machine:
     def gpus(self) -> Sequence[Gpu]:
         """The GPUs that this user may use."""
         return gpus.read_gpus(self.environ)
+
+    @cached_property
+    def placed(self) -> Settings:
+        """The settings as they apply to these GPUs."""
+        placed = shared_gpu.on_one_gpu(self.settings, self.gpus)
+        return shared_gpu.with_small_shares(placed) if self.shares_gpu else placed
+
+    @cached_property
+    def shares_gpu(self) -> bool:
+        """Whether prefill and decode will run on one GPU."""
+        placed = shared_gpu.on_one_gpu(self.settings, self.gpus)
+        if not layout(placed).shared_gpus or not shared_gpu.may_share(placed, self.gpus) or self.vllm is None:
+            return False
+        return vllm_facts.can_share_gpu(self.vllm, self.settings.kv_connector)
+
+    @property
+    def kv_cache_mib(self) -> int:
+        """KV cache of each engine where they share a GPU."""
+        per_token = kv_bytes_per_token(self.settings.model, self.settings.dtype, self.environ)
+        return shared_gpu.kv_cache_bytes(self.placed, self.layout, self.gpus, per_token) >> 20
 
     @property
     def uses_gpus(self) -> bool:
@@ -161,7 +184,7 @@ class Machine:
     @cached_property
     def layout(self) -> Layout:
         """Which parts there are to be; MachineError when GPUs or ports contradict each other."""
-        return layout(self.settings)
+        return layout(self.placed)
 
     @cached_property
     def parts(self) -> Sequence[Part]:

@@ -118,10 +118,18 @@ TEXTS: dict[str, str] = {
     "own_wants_ip": "ENGINE_HOST={} 是主机名；本项目的 connector 需要 IP 地址：请将 ENGINE_HOST 设为 IP 地址",
     "own_untried": "本项目的 connector 在 vLLM 0.21 至 0.33 上验证过，未在 {} 上验证。",
     "connector_own": "本项目的 connector（disagg_kv）",
-    "too_few_gpus": "ENGINE=vllm 需要两块 GPU，nvidia-smi 显示 {} 块。没有时请用 ENGINE=sim",
+    "too_few_gpus": (
+        "ENGINE=vllm 需要两块 GPU，或一块 GPU 加 vLLM 0.21 及以上（ALLOW_SHARED_GPU、KV_CONNECTOR）；"
+        "nvidia-smi 显示 {} 块。没有时请用 ENGINE=sim"
+    ),
+    "shared_gpu": (
+        "Prefill 与 decode 共用 GPU {}，各有 {} MiB KV 缓存：适合试用、测试与开发。两者争用同一块 GPU，"
+        "因此不反映两块 GPU 时的延迟与吞吐。"
+    ),
     "no_such_gpu": "GPU {}（{}）不存在；现有：{}",
     "gpu_shared": (
-        "GPU {} 同时分给了 prefill 和 decode，NCCL 不允许同一 GPU 上有两个 rank。请分开（PREFILL_GPU、DECODE_GPU）"
+        "GPU {} 同时分给了 prefill 和 decode，NCCL 不允许同一 GPU 上有两个 rank。请分开（PREFILL_GPU、DECODE_GPU），"
+        "或设置 ALLOW_SHARED_GPU=1 与 KV_CONNECTOR=own"
     ),
     "gpu_not_countable": "GPU “{}”不是编号，无法按 TENSOR_PARALLEL={} 递增；请写成 a+b",
     "gpu_count_differs": "“{}”的 GPU 数与 TENSOR_PARALLEL={} 不符",
@@ -136,7 +144,7 @@ TEXTS: dict[str, str] = {
         "PREFILL_KV_PORT、DECODE_KV_PORT）。"
     ),
     "why_asked": "ENGINE=sim",
-    "why_gpus": "找到 {} 块 GPU，需要两块",
+    "why_gpus": "找到 {} 块 GPU；需要两块，或一块加 vLLM 0.21 及以上",
     "why_no_vllm": "未找到 vLLM",
     "loud_sim": "模拟引擎：没有运行真实模型，回答是编造的。",
     "loud_why": "原因：{}",
@@ -333,6 +341,7 @@ TEXTS: dict[str, str] = {
     "doc_secret": "KV 端口：引擎与代理须证明知道 DISAGG_KV_SECRET",
     "doc_no_secret": "KV 端口在 {} 上开放且未设置 DISAGG_KV_SECRET：任何能连接的人都可索取 KV；请设置密钥",
     "doc_few_gpus": "nvidia-smi 显示 {} 块 GPU：将使用模拟引擎",
+    "doc_shared_gpu": "GPU {} 由 prefill 与 decode 共用，各有 {} MiB KV 缓存：仅适合试用、测试与开发",
     "doc_gpu": "GPU {}：{}，空闲 {} / {} MiB",
     "doc_gpu_over": (
         "GPU {}：其上引擎共要求 {}% 显存；请降低 PREFILL_GPU_MEMORY_UTILIZATION 或 DECODE_GPU_MEMORY_UTILIZATION"

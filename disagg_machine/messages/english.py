@@ -137,11 +137,18 @@ TEXTS: dict[str, str] = {
     "own_wants_ip": "ENGINE_HOST={} is a name; this project's connector needs an IP address: set ENGINE_HOST to one",
     "own_untried": "This project's connector was tried with vLLM 0.21 to 0.33, not with {}.",
     "connector_own": "this project's connector (disagg_kv)",
-    "too_few_gpus": "ENGINE=vllm needs two GPUs, nvidia-smi shows {}. Without them: ENGINE=sim",
+    "too_few_gpus": (
+        "ENGINE=vllm needs two GPUs, or one and vLLM 0.21 or newer (ALLOW_SHARED_GPU, KV_CONNECTOR); nvidia-smi shows "
+        "{}. Without them: ENGINE=sim"
+    ),
+    "shared_gpu": (
+        "Prefill and decode share GPU {}, with {} MiB of KV cache each: good for trying, tests and development. They "
+        "compete for the GPU, so this shows neither the latency nor the throughput of a pair on two GPUs."
+    ),
     "no_such_gpu": "GPU {} of {} does not exist; there are: {}",
     "gpu_shared": (
         "GPU {} would hold both a prefill and a decode engine; NCCL refuses two ranks on one GPU. Give them "
-        "different ones (PREFILL_GPU, DECODE_GPU)"
+        "different ones (PREFILL_GPU, DECODE_GPU), or set ALLOW_SHARED_GPU=1 and KV_CONNECTOR=own"
     ),
     "gpu_not_countable": (
         'GPU "{}" is no number, so TENSOR_PARALLEL={} cannot count up from it; write the GPUs as a+b'
@@ -161,7 +168,7 @@ TEXTS: dict[str, str] = {
         "DECODE_HTTP_PORT, PREFILL_KV_PORT, DECODE_KV_PORT)."
     ),
     "why_asked": "ENGINE=sim",
-    "why_gpus": "{} GPU(s) found, two are needed",
+    "why_gpus": "{} GPU(s) found; two are needed, or one and vLLM 0.21 or newer",
     "why_no_vllm": "no vLLM found",
     "loud_sim": "SIMULATED ENGINES: no model runs, the answers are made up.",
     "loud_why": "Why: {}",
@@ -384,6 +391,9 @@ TEXTS: dict[str, str] = {
         "KV ports are open on {} and DISAGG_KV_SECRET is not set: anyone who reaches them can request KV; set one"
     ),
     "doc_few_gpus": "{} GPU(s) shown by nvidia-smi: engines will be simulated",
+    "doc_shared_gpu": (
+        "GPU {} is for prefill and decode, with {} MiB of KV cache each: for trying, tests and development only"
+    ),
     "doc_gpu": "GPU {}: {}, {} of {} MiB free",
     "doc_gpu_over": (
         "GPU {}: its engines take {} % of it together; lower PREFILL_GPU_MEMORY_UTILIZATION or "

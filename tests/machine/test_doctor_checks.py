@@ -280,12 +280,26 @@ def test_where_downloads_go(environ: dict[str, str], expected: str) -> None:
 
 
 def test_gpus(make: Make) -> None:
-    assert next(hardware.check_gpus(make({"gpus": gpus(1)}))) == error("too_few_gpus", 1)
+    assert next(hardware.check_gpus(make({"gpus": gpus(1)}, KV_CONNECTOR="p2p_nccl"))) == error("too_few_gpus", 1)
+    assert next(hardware.check_gpus(make({"gpus": gpus(1)}, ALLOW_SHARED_GPU="0"))) == error("too_few_gpus", 1)
     assert list(hardware.check_gpus(make({"gpus": []}, ENGINE="auto"))) == [warning("doc_few_gpus", 0)]
     assert list(hardware.check_gpus(make())) == [
         ok("doc_gpu", 0, "Stub 0", 81000, 81559),
         ok("doc_gpu", 1, "Stub 1", 81000, 81559),
     ]
+
+
+def test_one_gpu_for_prefill_and_decode(make: Make) -> None:
+    one = make({"gpus": gpus(1), "vllm": NEW})
+    assert next(hardware.check_gpus(one)) == warning("doc_shared_gpu", "0", 8155)
+    assert list(hardware.check_gpu_memory(one)) == [
+        ok("doc_gpu_free", 0, 81000, 16311, "prefill"),
+        ok("doc_staging", "prefill", 0, 65248, 192 + 1024),
+        ok("doc_gpu_free", 0, 81000, 32623, "decode"),
+        ok("doc_staging", "decode", 0, 48936, 192 + 1024),
+    ]
+    busy = make({"gpus": gpus(1, free=20000), "vllm": NEW})
+    assert keys(hardware.check_gpu_memory(busy), Level.ERROR) == ["doc_gpu_busy"]
 
 
 def test_memory_of_gpus_with_vllms_connector(make: Make) -> None:

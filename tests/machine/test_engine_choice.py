@@ -19,6 +19,7 @@ from tests.machine.conftest import MakeContext
 
 OLD = VllmFacts("0.21.0", connector=True, randomises=True, switch=True)
 NEW = VllmFacts("0.33.0", randomises=True, switch=True)
+NINE = VllmFacts("0.9.2", connector=True)
 BROKEN = VllmFacts("0.14.0", connector=True, randomises=True)
 
 Choose = Callable[..., Engines]
@@ -47,7 +48,11 @@ def choose(make_context: MakeContext, monkeypatch: pytest.MonkeyPatch) -> Choose
 def test_simulated_where_something_is_missing_and_nobody_insists(choose: Choose) -> None:
     for found, why in (
         (choose("sim", None, NEW), "ENGINE=sim"),
-        (choose("auto", 1, NEW), "1 GPU(s) found, two are needed"),
+        (choose("auto", 0, NEW), "0 GPU(s) found; two are needed, or one and vLLM 0.21 or newer"),
+        (choose("auto", 1, NEW, ALLOW_SHARED_GPU="0"), "1 GPU(s) found; two are needed, or one and vLLM 0.21 or newer"),
+        (choose("auto", 1, NINE), "1 GPU(s) found; two are needed, or one and vLLM 0.21 or newer"),
+        (choose("auto", 1, NEW, TENSOR_PARALLEL="2"), "1 GPU(s) found; two are needed, or one and vLLM 0.21 or newer"),
+        (choose("auto", 1, None), "no vLLM found"),
         (choose("auto", 2, None), "no vLLM found"),
     ):
         assert found == Engines("sim", why) and found.simulated and not found.own_connector
@@ -56,7 +61,10 @@ def test_simulated_where_something_is_missing_and_nobody_insists(choose: Choose)
 @pytest.mark.parametrize(
     ("engine", "count", "found", "settings", "key"),
     [
-        ("vllm", 1, NEW, {}, "too_few_gpus"),
+        ("vllm", 1, NEW, {"ALLOW_SHARED_GPU": "0"}, "too_few_gpus"),
+        ("vllm", 1, NINE, {}, "too_few_gpus"),
+        ("vllm", 1, OLD, {"KV_CONNECTOR": "p2p_nccl"}, "too_few_gpus"),
+        ("vllm", 1, None, {}, "no_vllm"),
         ("vllm", 0, NEW, {"ALLOW_SHARED_GPU": "1"}, "too_few_gpus"),
         ("vllm", 2, None, {}, "no_vllm"),
         ("auto", 2, BROKEN, {}, "vllm_random_ids"),
@@ -72,7 +80,6 @@ def test_errors_for_those_who_came_for_vllm(
 
 def test_vllm(choose: Choose) -> None:
     assert choose("auto", 2, NEW) == Engines("vllm", vllm=NEW, connector="own")
-    assert choose("vllm", 1, NEW, ALLOW_SHARED_GPU="1").own_connector
     assert choose("auto", 2, OLD) == Engines("vllm", vllm=OLD, connector="p2p_nccl")
     assert choose("auto", 2, OLD, KV_CONNECTOR="own").own_connector
 
@@ -99,11 +106,16 @@ def test_gpus_that_are_refused(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"PREFILL_GPUS": "0,0", "DECODE_GPUS": "1"}, {"DECODE_GPU": "0", "ALLOW_SHARED_GPU": "1"}]
+    ("settings", "count"),
+    [
+        ({"PREFILL_GPUS": "0,0", "DECODE_GPUS": "1"}, 2),
+        ({"DECODE_GPU": "0", "ALLOW_SHARED_GPU": "1"}, 2),
+        ({"DECODE_GPU": "0"}, 1),
+    ],
 )
-def test_gpus_that_engines_may_share(make_context: MakeContext, settings: dict[str, str]) -> None:
+def test_gpus_that_engines_may_share(make_context: MakeContext, settings: dict[str, str], count: int) -> None:
     one = make_context(**settings).settings
-    check_gpus(one, Engines("vllm", vllm=NEW), layout(one), gpus(2))
+    check_gpus(one, Engines("vllm", vllm=NEW), layout(one), gpus(count))
 
 
 def test_a_model_whose_kv_cannot_be_moved_is_refused_before_its_weights_are_loaded(

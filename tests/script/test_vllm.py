@@ -157,8 +157,8 @@ def test_vllm_of_the_given_python(machine: Machine, stubs: Stubs) -> None:
 def test_what_is_missing(machine: Machine, stubs: Stubs, engine: str, status: int, lack: str) -> None:
     if lack == "gpu":
         stubs.vllm("0.21.0", **VERSIONS["0.21.0"])
-    stubs.nvidia_smi(1 if lack == "gpu" else 2)
-    words = {"gpu": {0: "1 GPU(s) found", 1: "nvidia-smi shows 1"}, "vllm": {0: "no vLLM found", 1: "no vLLM found"}}
+    stubs.nvidia_smi(0 if lack == "gpu" else 2)
+    words = {"gpu": {0: "0 GPU(s) found", 1: "nvidia-smi shows 0"}, "vllm": {0: "no vLLM found", 1: "no vLLM found"}}
     clean_path = ":".join(p for p in machine.env["PATH"].split(":") if lack == "gpu" or not (Path(p) / "vllm").exists())
     done = machine.run("prefill", ENGINE=engine, PATH=clean_path, EXTRA_SIM_ARGS="--no-such-flag")
     assert words[lack][status] in done.stderr
@@ -221,7 +221,9 @@ def test_only_the_gpus_this_user_may_use(machine: Machine, stubs: Stubs) -> None
     stubs.nvidia_smi(4)
     chosen = machine.ok("env", ENGINE="auto", CUDA_VISIBLE_DEVICES="1,GPU-0003").stdout
     assert "CUDA_VISIBLE_DEVICES=1 " in chosen and "CUDA_VISIBLE_DEVICES=GPU-0003 " in chosen
-    assert "disagg_sim" in machine.ok("env", ENGINE="auto", CUDA_VISIBLE_DEVICES="2").stdout
+    one = {"ENGINE": "auto", "CUDA_VISIBLE_DEVICES": "2"}
+    assert machine.ok("env", **one).stdout.count("CUDA_VISIBLE_DEVICES=2 ") == 2
+    assert "disagg_sim" in machine.ok("env", **one, ALLOW_SHARED_GPU="0").stdout
     done = machine.run("all", CUDA_VISIBLE_DEVICES="1,2", DECODE_GPU="3")
     assert done.returncode == 1 and "GPU 3" in done.stderr
 
@@ -233,6 +235,20 @@ def test_engines_on_one_gpu_start_one_after_the_other(machine: Machine, stubs: S
     producers = [r for r in stubs.started() if json.loads(r["argv"][-1])["kv_role"] == "kv_producer"]
     assert len(producers) == 2
     assert producers[1]["time"] - producers[0]["time"] >= 1
+
+
+def test_one_gpu_serves_prefill_and_decode_that_start_together(machine: Machine, stubs: Stubs) -> None:
+    stubs.vllm("0.33.0", randomises=True, switch=True, connector=False)
+    stubs.nvidia_smi(1)
+    done = machine.ok("all", STUB_STARTUP="1", KV_CONNECTOR="own")
+    assert "share GPU 0, with 8155 MiB of KV cache each" in done.stderr + done.stdout
+    started = stubs.started()
+    assert len(started) == 2
+    for record in started:
+        words = record["argv"]
+        assert words[words.index("--kv-cache-memory-bytes") + 1] == str(8155 << 20)
+        assert words[words.index("--gpu-memory-utilization") + 1] == "0.2"
+    assert "kv_consumer" in machine.ok("env").stdout
 
 
 def test_chunked_prefill(machine: Machine, stubs: Stubs) -> None:
