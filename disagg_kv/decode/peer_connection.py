@@ -286,6 +286,7 @@ class PeerConnections:
         if connection is None:
             self._pending.on_gone("", load.key, "too many connections")
         elif not load.failed:
+            self._context.trace("want", key=load.key.transfer, blocks=len(load.blocks), ready=connection.ready)
             connection.enqueue(load.want().encode())
             if connection.dead:
                 self._pending.on_gone(connection.peer, load.key, "the connection broke")

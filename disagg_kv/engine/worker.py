@@ -188,6 +188,8 @@ class ConnectorWorker:
             loads = self._decode and (not self._both or self._pending.waiting())
             transfers = self._pending if loads else self._send_queue
             transfers.wait(self._settings.idle_wait_ms / 1000)
+        if plan is not None and not plan.idle:
+            self._context.trace("step")
         sent = self._send_queue.collect()
         collected = self._pending.collect()
         self._connections.give_up(collected.unwanted)
@@ -220,6 +222,7 @@ class ConnectorWorker:
     def _open(self, plan: Plan) -> None:
         opens, plan.opens = plan.opens, []
         for opening in opens:
+            self._context.trace("open", key=opening.key.transfer, blocks=opening.total)
             self._send_queue.open(opening.key, opening.request, opening.total, opening.adapter)
 
     def _advance(self, plan: Plan, fence: StepFence) -> None:
