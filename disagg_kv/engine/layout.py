@@ -193,6 +193,17 @@ class TorchCache:
         """Copy some of the ``rows`` of ``rows_in`` into ``out``, as ``gather`` does with rows of this cache."""
         torch.index_select(rows, 0, index, out=out.view(rows.dtype).view(len(index), rows.shape[1]))
 
+    def take_into(self, rows: torch.Tensor, index: torch.Tensor, plane: int, first: int) -> bool:
+        """Copy some of the ``rows`` of ``rows_in`` to the adjacent rows of a plane from ``first`` on, without a buffer.
+
+        False if that is impossible here.
+        """
+        target = self._planes[plane][first : first + len(index)]
+        if target.dtype != rows.dtype or not target.is_contiguous():
+            return False
+        torch.index_select(rows, 0, index, out=target)
+        return True
+
     def buffer(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 

@@ -72,7 +72,8 @@ class ExportedCudaMemory:
 
 
 class CudaMemoryReader:
-    """See ``MemoryReader``. Rows of one plane are gathered into a scratch buffer and scattered into decode's blocks."""
+    """See ``MemoryReader``. Rows of one plane are gathered into decode's blocks, by way of a scratch buffer where these
+    are not adjacent."""
 
     def __init__(self, cache: TorchCache, memory: dict[str, Any], scratch_bytes: int) -> None:
         """Map the memory that READY describes. The first time takes about 0.1 s.
@@ -114,6 +115,7 @@ class CudaMemoryReader:
 
     def read(self, source: Sequence[int], target: Sequence[int], fence: Any, seconds: float) -> None:
         cache, size = self._cache, self._cache.row_bytes
+        adjacent = list(target) == list(range(target[0], target[0] + len(target)))
         done = torch.cuda.Event()
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             there = torch.tensor(source, dtype=torch.int64).to(cache.device)
@@ -123,7 +125,10 @@ class CudaMemoryReader:
                 place = slice(chunk.block, chunk.block + chunk.blocks)
                 rows = self._scratch[: chunk.blocks * size]
                 for plane in range(chunk.plane, chunk.plane + chunk.planes):
-                    cache.take(self._planes[plane], there[place], rows)
+                    source_rows = self._planes[plane]
+                    if adjacent and cache.take_into(source_rows, there[place], plane, target[chunk.block]):
+                        continue
+                    cache.take(source_rows, there[place], rows)
                     cache.scatter(plane, here[place], rows)
             done.record(self._stream)
         try:
