@@ -4,12 +4,13 @@ How to run, on a machine with one GPU (or two) and vLLM, from the root of this c
 
     python3 -m bench.gpu_shared --model /tmp/model --out "$OUT" [--limit 540] [--eager] [--only PHASES]
 
-One process drives all of it and ends by itself after --limit seconds, engines included. It starts five engines of about
-20 GB each at the same time (plain, prefill, decode behind the proxy, a second decode by IPC, a third by TCP), which
-took 112-163 s on one H200, and meanwhile kills a process whose memory is mapped, without any engine. Every finding is a
-line of JSON, printed and appended to OUT/results.jsonl as it comes; logs and traces of the engines stay in OUT.
+One process drives all of it and ends by itself after --limit seconds, engines included. At first it kills a process
+whose memory another one has mapped, without any engine (about 30 s). Then it starts five engines of about 20 GB each at
+the same time: plain, prefill, decode behind the proxy, a second decode by IPC, a third by TCP; five took 112-163 s on
+one H200. Every finding is a line of JSON, printed and appended to OUT/results.jsonl as it comes; logs and traces of the
+engines stay in OUT.
 
-Phases: mapping (CUDA alone, while engines start), answers, first_tokens, transfers, memory, decode_killed,
+Phases: mapping (CUDA alone), answers, first_tokens, transfers, memory, decode_killed,
 prefill_killed, prefill_back. With two GPUs prefill and plain are on the first one and the decodes on the second, so
 that ``proxy`` is NCCL and ``direct`` IPC. Needs aiohttp, and what the proxy needs (requirements-proxy.txt).
 
@@ -47,7 +48,7 @@ PHASES: dict[str, Callable[[Bench], AsyncIterator[dict[str, Any]]]] = {
 }
 _LEAST_SECONDS = 25.0
 """A phase does not begin with less time left."""
-_MAPPING_SECONDS = 100.0
+_MAPPING_SECONDS = 70.0
 
 
 class Results:
@@ -145,10 +146,9 @@ async def _run(arguments: argparse.Namespace, results: Results, processes: list[
         proxy = proxy_process(options, port, registration)
         processes += [proxy, *(one.process for one in (bench.prefill, *bench.decodes, bench.plain))]
         wanted = arguments.only.split(",") if arguments.only else ["mapping", *PHASES]
-        alone = asyncio.create_task(_mapping(results, gpus, out)) if "mapping" in wanted and not simulated else None
+        if "mapping" in wanted and not simulated:
+            await _mapping(results, gpus, out)
         if any(name in PHASES for name in wanted) and await _start(bench, results, proxy):
-            if alone is not None:
-                await alone
             for name in (name for name in PHASES if name in wanted):
                 if bench.left < _LEAST_SECONDS:
                     results(name, skipped=f"{bench.left:.0f} s left")
@@ -158,8 +158,6 @@ async def _run(arguments: argparse.Namespace, results: Results, processes: list[
                         results(name, **found)
                 except Exception as error:
                     results(name, error=f"{type(error).__name__}: {error}", at=traceback.format_exc()[-600:])
-        if alone is not None:
-            await alone
 
 
 def main() -> int:

@@ -326,7 +326,7 @@ def test_a_block_outside_prefills_cache_is_not_read(
     p.send_queue.progress("r", [64], 1, None)
     d.load(key("t"), p.address, [10])
     assert d.result().failed_blocks == {10}
-    assert "block 64 of a cache of 64 blocks" in caplog.text
+    _wait(lambda: "block 64 of a cache of 64 blocks" in caplog.text)
 
 
 def test_block_ids_are_little_endian() -> None:
