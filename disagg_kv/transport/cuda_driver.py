@@ -48,6 +48,20 @@ def _call(name: str, *arguments: Any) -> None:
         raise CudaError(f"{name}: {(text.value or str(code).encode()).decode()}")
 
 
+def use_device(number: int) -> None:
+    """Make the context that CUDA's runtime uses for this device current in this thread, unless one is.
+
+    The runtime does so at a thread's first call, which torch may avoid.
+    """
+    context, device = ctypes.c_void_p(), ctypes.c_int()
+    _call("cuCtxGetCurrent", ctypes.byref(context))
+    if context.value:
+        return
+    _call("cuDeviceGet", ctypes.byref(device), number)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    _call("cuCtxSetCurrent", context)
+
+
 def allocation_of(address: int) -> tuple[int, int]:
     """Return address and size in bytes of the allocation that contains ``address``."""
     base, size = ctypes.c_uint64(), ctypes.c_size_t()

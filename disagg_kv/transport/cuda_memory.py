@@ -93,6 +93,7 @@ class CudaMemoryReader:
         self._mapped: list[int] = []
         self._planes: list[torch.Tensor] = []
         torch.cuda.set_device(cache.device)
+        cuda_driver.use_device(cache.device.index or 0)
         self._stream = torch.cuda.Stream(cache.device, priority=_PRIORITY)
         self._scratch = cache.buffer(scratch_bytes)
         try:
@@ -118,7 +119,7 @@ class CudaMemoryReader:
         adjacent = list(target) == list(range(target[0], target[0] + len(target)))
         done = torch.cuda.Event()
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            there = torch.tensor(source, dtype=torch.int64).to(cache.device)
+            there = torch.tensor(list(source), dtype=torch.int64).to(cache.device)
             here = cache.index(target)
             cache.wait(fence)
             for chunk in split_into_chunks(cache.planes, len(source), size, self._scratch_bytes):

@@ -160,6 +160,7 @@ def set_up_ipc(context: RankContext) -> None:
         from disagg_kv.transport.cuda_memory import CannotShare, ExportedCudaMemory
 
         try:
+            cuda_driver.use_device(cast("TorchCache", cache).device.index or 0)
             gpu, partition = cuda_driver.current_gpu()
             place = replace(place, gpu=gpu, partition=partition)
             if prefill and context.settings.transport in ("auto", "ipc"):

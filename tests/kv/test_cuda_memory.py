@@ -28,11 +28,28 @@ class Driver:
         self.allocations: dict[int, int] = {}
         self.open: list[int] = []
         self.capable, self.fails = True, ""
+        self.context: int | None = None
 
     def own(self, *tensors: Any) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self.allocations[storage.data_ptr()] = storage.nbytes()
+
+    def cuCtxGetCurrent(self, context: Any) -> int:  # noqa: N802
+        context._obj.value = self.context
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
+        device._obj.value = number
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:  # noqa: N802
+        context._obj.value = 4711 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:  # noqa: N802
+        self.context = context.value
+        return 0
 
     def cuGetErrorName(self, code: int, text: Any) -> int:  # noqa: N802
         ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"CUDA_ERROR_MAP_FAILED"
@@ -119,6 +136,7 @@ def test_blocks_are_copied_out_of_the_mapped_memory(
         for block in set(range(BLOCKS)) - set(target_blocks):
             assert torch.equal(before[name][block], layer[block])
     assert len(driver.open) == len(memory["regions"])
+    assert driver.context == 4711, "the thread had none"
     reader.close()
     reader.close()
     assert driver.open == []
