@@ -15,8 +15,13 @@ torch = pytest.importorskip("torch")
 
 from disagg_kv.engine.layout import TorchCache  # noqa: E402
 from disagg_kv.protocol.frames import MAX_FRAME, Kind, WireError, encode  # noqa: E402
+from disagg_kv.protocol.handshake import Identity  # noqa: E402
+from disagg_kv.settings import Settings  # noqa: E402
+from disagg_kv.trace import Trace  # noqa: E402
 from disagg_kv.transport import cuda_driver  # noqa: E402
 from disagg_kv.transport.cuda_memory import CannotShare, CudaMemoryReader, ExportedCudaMemory  # noqa: E402
+from disagg_kv.transport.factory import RankContext, set_up_ipc  # noqa: E402
+from tests.kv.memory import SHAPE  # noqa: E402
 
 BLOCKS = 10
 
@@ -29,6 +34,7 @@ class Driver:
         self.open: list[int] = []
         self.capable, self.fails = True, ""
         self.context: int | None = None
+        self.name = b"NVIDIA H200"
 
     def own(self, *tensors: Any) -> None:
         for tensor in tensors:
@@ -49,6 +55,18 @@ class Driver:
 
     def cuCtxSetCurrent(self, context: Any) -> int:  # noqa: N802
         self.context = context.value
+        return 0
+
+    def cuCtxGetDevice(self, device: Any) -> int:  # noqa: N802
+        device._obj.value = 0
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = self.name
+        return 0
+
+    def cuDeviceGetUuid_v2(self, uuid: Any, device: Any) -> int:  # noqa: N802
+        uuid._obj[:] = list(range(0x1A, 0x2A))
         return 0
 
     def cuGetErrorName(self, code: int, text: Any) -> int:  # noqa: N802
@@ -162,6 +180,25 @@ def test_memory_that_cannot_be_mapped(driver: Driver) -> None:
     driver.fails = "open"
     with pytest.raises(cuda_driver.CudaError, match="cuIpcOpenMemHandle_v2"):
         CudaMemoryReader(cache, memory, 1 << 16)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_an_engine_finds_out_whether_it_can_use_ipc(driver: Driver, role: str, capable: bool) -> None:
+    layers = _layers(True)
+    driver.own(*layers.values())
+    driver.capable, driver.name = capable, b"NVIDIA H200 MIG 1g.18gb"
+    cache = TorchCache(layers, BLOCKS)
+    cache.on_gpu = True
+    context = RankContext(Identity(role, "boot", 0, SHAPE), Settings(), cache, Trace(""))
+    set_up_ipc(context)
+    assert context.place.gpu == "GPU-1a1b1c1d1e1f20212223242526272829" and context.place.partition
+    if role == "prefill" and not capable:
+        assert "sleep mode" in context.place.without["ipc"] and context.memory is None
+        assert context.transports() == ["nccl", "tcp"]
+    else:
+        assert context.transports() == ["nccl", "ipc", "tcp"]
+        assert (context.memory is not None) is (role == "prefill")
 
 
 @pytest.mark.parametrize(("change", "error"), [
