@@ -88,7 +88,7 @@ class ConnectorWorker:
                       digest)  # fmt: skip
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
         context = RankContext(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
-        set_up_ipc(context)
+        set_up_ipc(context, offers=self._both or not self._decode)
         transports = context.transports()
         self._overlap = self._overlap and any(context.overlaps(name) for name in transports)
         self._context = context

@@ -73,7 +73,8 @@ class RankContext:
             names = ["nccl", "ipc", "tcp"] if self.cache.on_gpu else ["tcp"]
         elif wanted == "ipc":
             names = ["ipc", "tcp"]
-        return [name for name in names if name not in self.place.without]
+        cannot_offer_ipc = self.identity.role == "prefill" and self.memory is None
+        return [name for name in names if name not in self.place.without and not (name == "ipc" and cannot_offer_ipc)]
 
     def overlaps(self, transport: str) -> bool:
         """Whether prefill sends layers while later ones are being computed. Over IPC decode reads complete blocks."""
@@ -148,12 +149,15 @@ def open_transport(context: RankContext, channel: Channel, ready: Mapping[str, A
                          context.settings.stall_timeout_s, channel)  # fmt: skip
 
 
-def set_up_ipc(context: RankContext) -> None:
-    """Find out where this process runs and, on a prefill engine that may use IPC, make its cache readable.
+def set_up_ipc(context: RankContext, offers: bool) -> None:
+    """Find out where this process runs and, where it may use IPC, make its cache readable.
 
     ``context.place`` gets the reason where IPC cannot be used.
+
+    Args:
+        offers: whether this engine offers KV (kv_producer, kv_both).
     """
-    cache, prefill, reason = context.cache, context.identity.role == "prefill", ""
+    cache, reason = context.cache, ""
     place = Place(host=host_mark())
     if cache.on_gpu:
         from disagg_kv.transport import cuda_driver
@@ -163,7 +167,7 @@ def set_up_ipc(context: RankContext) -> None:
             cuda_driver.use_device(cast("TorchCache", cache).device.index or 0)
             gpu, partition = cuda_driver.current_gpu()
             place = replace(place, gpu=gpu, partition=partition)
-            if prefill and context.settings.transport in ("auto", "ipc"):
+            if offers and context.settings.transport in ("auto", "ipc"):
                 context.memory = ExportedCudaMemory(cast("TorchCache", cache))
         except (CannotShare, cuda_driver.CudaError, OSError, AttributeError) as error:
             reason = str(error)
@@ -171,7 +175,7 @@ def set_up_ipc(context: RankContext) -> None:
         from disagg_kv.transport.process_memory import ExportedProcessMemory, why_unavailable
 
         reason = why_unavailable()
-        if prefill and not reason:
+        if offers and not reason:
             context.memory = ExportedProcessMemory(cache)
     if reason:
         logger.warning("KV is not read by IPC: %s", reason)

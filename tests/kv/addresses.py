@@ -41,11 +41,11 @@ class AddressCache(MemoryCache):
 
 def ipc_prefill(make: Callable[..., Prefill], num_blocks: int = 64, **settings: Any) -> Prefill:
     one = make(cache=AddressCache(num_blocks), settings={"transport": "ipc", **settings})
-    set_up_ipc(one.context)
+    set_up_ipc(one.context, offers=True)
     return one
 
 
 def ipc_decode(make: Callable[..., Decode], num_blocks: int = 64, **settings: Any) -> Decode:
     one = make(cache=AddressCache(num_blocks), settings={"transport": "ipc", **settings})
-    set_up_ipc(one.context)
+    set_up_ipc(one.context, offers=False)
     return one

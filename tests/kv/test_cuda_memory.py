@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -183,22 +184,27 @@ def test_memory_that_cannot_be_mapped(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("capable", [True, False])
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
 def test_an_engine_finds_out_whether_it_can_use_ipc(driver: Driver, role: str, capable: bool) -> None:
     layers = _layers(True)
     driver.own(*layers.values())
     driver.capable, driver.name = capable, b"NVIDIA H200 MIG 1g.18gb"
     cache = TorchCache(layers, BLOCKS)
     cache.on_gpu = True
-    context = RankContext(Identity(role, "boot", 0, SHAPE), Settings(), cache, Trace(""))
-    set_up_ipc(context)
+    context = RankContext(Identity("prefill", "boot", 0, SHAPE), Settings(), cache, Trace(""))
+    if role != "kv_producer":
+        context.identity = replace(context.identity, role="decode")
+    set_up_ipc(context, offers=role != "kv_consumer")
+    # What a kv_both engine serves with; see ConnectorWorker.register.
+    serving = replace(context, identity=replace(context.identity, role="prefill"))
+    assert ("ipc" in serving.transports()) is (role != "kv_consumer" and capable)
     assert context.place.gpu == "GPU-1a1b1c1d1e1f20212223242526272829" and context.place.partition
-    if role == "prefill" and not capable:
+    if role != "kv_consumer" and not capable:
         assert "sleep mode" in context.place.without["ipc"] and context.memory is None
         assert context.transports() == ["nccl", "tcp"]
     else:
         assert context.transports() == ["nccl", "ipc", "tcp"]
-        assert (context.memory is not None) is (role == "prefill")
+        assert (context.memory is not None) is (role != "kv_consumer")
 
 
 @pytest.mark.parametrize(("change", "error"), [
