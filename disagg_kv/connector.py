@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from disagg_kv.engine import digest, versions
-from disagg_kv.engine.layout import check_specs
+from disagg_kv.engine.groups import CacheGroups
 from disagg_kv.engine.metrics import PrometheusMetrics, Stats
 from disagg_kv.engine.plan import Plan
 from disagg_kv.engine.scheduler import ConnectorScheduler
@@ -26,6 +26,11 @@ from disagg_kv.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+
+if versions.serves_groups():
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA as _KVCacheGroups
+else:
+    _KVCacheGroups = object
 
 logger = logging.getLogger("vllm.disagg_kv")
 
@@ -54,9 +59,13 @@ class Metadata(KVConnectorMetadata):
         self.plan = plan
 
 
-class DisaggKVConnector(KVConnectorBase_V1):
+class DisaggKVConnector(KVConnectorBase_V1, _KVCacheGroups):
     """Pushes KV from prefill (``kv_producer``) to decode (``kv_consumer``). With ``kv_both`` an engine is one or the
-    other for each request."""
+    other for each request.
+
+    By its base class vLLM decides whether the hybrid KV cache manager stays on, before it knows the model. Where failed
+    loads of several groups cannot be reported it is off, so that layers with windows are in one group with the others.
+    """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -74,19 +83,19 @@ class DisaggKVConnector(KVConnectorBase_V1):
                 "not arrive fails with an error instead of being computed here"
             )
         settings = Settings.load(transfer.kv_connector_extra_config)
-        block_size, kinds = check_specs(kv_cache_config.kv_cache_groups)
+        groups = CacheGroups.of(kv_cache_config.kv_cache_groups, versions.serves_groups())
+        self._group_ids = tuple(range(len(groups.groups)))
         self._num_blocks = versions.num_blocks(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = ConnectorScheduler(decode, block_size, settings, self._num_blocks if both else 0)
+            self._scheduler = ConnectorScheduler(decode, groups, settings, self._num_blocks if both else 0)
             versions.watch_engine(self._scheduler.weights_written, self._scheduler.adapters.loaded)
         else:
             self._worker = ConnectorWorker(
-                decode, settings, model_identity(vllm_config, settings.model_version), block_size,
+                decode, settings, model_identity(vllm_config, settings.model_version), groups,
                 versions.tensor_parallel_size(vllm_config), versions.tensor_parallel_rank(), int(transfer.kv_port),
-                settings.host_ip or versions.host_ip(), versions.layers_run_once(vllm_config), kinds,
-                both,
+                settings.host_ip or versions.host_ip(), versions.layers_run_once(vllm_config), both,
             )  # fmt: skip
 
     # Worker side.
@@ -127,8 +136,14 @@ class DisaggKVConnector(KVConnectorBase_V1):
         sent, received = self._worker.finished(self._current(), finished_req_ids)
         return sent or None, received or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """As ``get_finished``, with the requests whose load failed; from vLLM 0.30 on."""
+        sent, received = self.get_finished(finished_req_ids)
+        failed = self._worker.take_failed_requests() if self._worker is not None else set()
+        return versions.transfer_results(sent or set(), received or set(), failed)
+
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._worker.take_failed() if self._worker is not None else set()
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
 
     def get_kv_connector_stats(self) -> Stats | None:
         counts = self._worker.outcomes.take() if self._worker is not None else {}
@@ -149,6 +164,14 @@ class DisaggKVConnector(KVConnectorBase_V1):
             self._worker.close()
 
     # Scheduler side.
+
+    def on_new_request(self, request: Any) -> None:
+        assert self._scheduler is not None
+        self._scheduler.added(request)
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        """Return all groups: vLLM need not zero the blocks that a load fills (called from 0.32 on)."""
+        return self._group_ids
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
@@ -171,6 +194,12 @@ class DisaggKVConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         return self._scheduler.finished(request), None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        return self._scheduler.finished(request, block_ids), None
 
     @property
     def requires_kv_delivery(self) -> bool:

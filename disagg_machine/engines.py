@@ -93,8 +93,10 @@ def with_vllm(settings: Settings, facts: VllmFacts, environ: Mapping[str, str], 
     problem = vllm_facts.problem(facts, connector, settings.engine_host)
     if problem:
         raise die(1, *problem)
-    if connector == "own" and (reason := why_unsupported(settings.model, settings.extra_prefill_args, environ)):
-        raise die(1, "model_unsupported", settings.model, reason)
+    if connector == "own":
+        arguments, all_sliding = settings.extra_prefill_args, facts.at_least(*vllm_facts.SEVERAL_CACHE_GROUPS)
+        if reason := why_unsupported(settings.model, arguments, environ, all_sliding):
+            raise die(1, "model_unsupported", settings.model, reason)
     return Engines(VLLM, vllm=facts, connector=connector)
 
 

@@ -44,11 +44,14 @@ def bytes_per_token(config: dict[str, Any], dtype: str) -> int:
     return 2 * layers * kv_heads * head_size * width
 
 
-def why_unsupported(model: str, arguments: str = "", environ: Mapping[str, str] = os.environ) -> str:
+def why_unsupported(
+    model: str, arguments: str = "", environ: Mapping[str, str] = os.environ, all_sliding: bool = False
+) -> str:
     """Why this project's connector cannot move the KV of a model; "" when it can, or its config.json does not tell.
 
     Args:
         arguments: of the engines, in one line.
+        all_sliding: models of which every layer has a sliding window can be served (vLLM 0.30 and newer).
     """
     path = find_config(model, environ)
     try:
@@ -57,8 +60,9 @@ def why_unsupported(model: str, arguments: str = "", environ: Mapping[str, str] 
         return ""
     if not isinstance(config, dict):
         return ""
-    if every_layer_slides(config) and "--disable-sliding-window" not in arguments:
-        return "every layer has a sliding window (EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS: --disable-sliding-window)"
+    if not all_sliding and every_layer_slides(config) and "--disable-sliding-window" not in arguments:
+        return ("every layer has a sliding window, which needs vLLM 0.30 or newer "
+                "(or EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS: --disable-sliding-window)")  # fmt: skip
     return unsupported(config)
 
 

@@ -22,6 +22,9 @@ PROBE = PACKAGE / "probes" / "vllm_probe.py"
 OWN_OLDEST, OWN_NEWEST = 21, 33
 """Minor versions of vLLM 0.x that disagg_kv/engine/versions.py accepts, and was tried with."""
 
+SEVERAL_CACHE_GROUPS = 0, 30
+"""The first vLLM with which the connector serves several KV cache groups (``versions.serves_groups`` there)."""
+
 Run = Callable[[Sequence[str]], "str | None"]
 """Runs a command: its stdout, None when it cannot be run, fails, or takes two minutes."""
 

@@ -32,7 +32,7 @@ class Load:
     key: Key
     request: str
     blocks: Sequence[int]
-    """Block ids to fill: the blocks ``first``, ``first + 1``, ... of the prompt."""
+    """Block ids to fill: blocks ``first``, ``first + 1``, ... of the prompt in the order of ``engine/groups.py``."""
     first: int
     deadline: float
     peer: str = ""
@@ -45,9 +45,11 @@ class Load:
     done: bool = False
     adapter: str = ""
     """Digest of the request's LoRA adapter."""
+    tails: tuple[int, ...] = ()
+    """As in ``Want``."""
 
     def want(self) -> Want:
-        return Want(self.key, self.first, len(self.blocks), self.adapter)
+        return Want(self.key, self.first, len(self.blocks), self.adapter, self.tails)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Collected:
     reasons: tuple[str, ...] = ()
     """One reason per failed load, except for aborted requests."""
     loaded: frozenset[str] = frozenset()
-    """Those of ``requests`` whose blocks were all filled."""
+    """Those of ``requests`` whose blocks were all filled; the others have failed."""
     unwanted: tuple[tuple[str, Key], ...] = ()
     """Peer and key of loads that were given up while the peer may still hold the blocks; RELEASE is to be sent."""
 

@@ -7,73 +7,27 @@ contiguous. Where a kernel's block is a fraction of the manager's block, its row
 
 (blocks, 1, block_size, width) or (blocks, block_size, width), MLA, one plane.
 
-Layers with sliding windows or attention chunks are supported where vLLM keeps the KV of all their tokens
-(``FullAttentionSpec`` with a window, as it does without the hybrid KV cache manager). Rejected with ``Unsupported``:
-several cache groups, caches that free blocks behind a window, MLA rows of several forms, Mamba, anything else.
+Layers of several cache groups (``groups``) share their tensors: a plane belongs to one layer of each group, and a block
+to one group at a time. Anything else is rejected with ``Unsupported``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from disagg_kv.engine.fences import StepFence
+from disagg_kv.engine.groups import CacheGroups, Unsupported
 
 _ROWS_OF_KERNELS = (1, 32)
 """torch has one index_select kernel for up to 16 rows and another for more."""
 _STEP_SECONDS = 60.0
 """How long a sender waits for a layer of a running step before it gives up."""
-
-
-class Unsupported(ValueError):
-    """This connector cannot move this engine's KV cache; the text is the reason."""
-
-
-def check_specs(groups: Sequence[Any]) -> tuple[int, str]:
-    """Return the block size in tokens, and what besides the tensors determines the meaning of a block ("" for plain
-    full attention).
-
-    Raises:
-        Unsupported: the cache is not one group that keeps the KV of every token.
-    """
-    if len(groups) != 1:
-        kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
-        raise Unsupported(f"this model has {len(groups)} KV cache groups ({kinds}); only one is supported")
-    spec = groups[0].kv_cache_spec
-    specs = list(getattr(spec, "kv_cache_specs", {}).values()) or [spec]
-    found = {_kind(one) for one in specs}
-    sizes = {int(one.page_size_bytes) for one in specs}
-    if len(sizes) != 1:
-        raise Unsupported(f"layers have blocks of different sizes ({sorted(sizes)} bytes)")
-    return int(spec.block_size), ", ".join(sorted(found - {""}))
-
-
-def _kind(spec: Any) -> str:
-    """Describe the KV of one layer; "" for plain full attention.
-
-    Raises:
-        Unsupported: its blocks are not final once they are computed, or not only keys and values.
-    """
-    name = type(spec).__name__
-    if name in ("SlidingWindowSpec", "ChunkedLocalAttentionSpec"):
-        raise Unsupported("every layer has a sliding window or attention chunks, so that vLLM frees blocks while it "
-                          "computes the prompt (--disable-sliding-window limits the context instead)")  # fmt: skip
-    if name == "MLAAttentionSpec":
-        rows = str(getattr(spec, "cache_dtype_str", None) or "")
-        role = getattr(getattr(spec, "cache_role", None), "value", "")
-        if rows.endswith("_ds_mla"):
-            raise Unsupported(f"the KV cache has rows of {rows} (set another --kv-cache-dtype)")
-        if role == "indexer" or getattr(spec, "model_version", None):
-            raise Unsupported("this model has a cache for sparse attention (an indexer) besides its KV")
-        return "MLA"
-    if name != "FullAttentionSpec":
-        raise Unsupported(f"the KV cache is a {name}; only full attention, MLA and sliding windows are supported")
-    window, chunk = getattr(spec, "sliding_window", None), getattr(spec, "attention_chunk_size", None)
-    return f"window {window}" if window else f"chunk {chunk}" if chunk else ""
 
 
 def planes_of(name: str, tensor: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
@@ -120,22 +74,31 @@ class TorchCache:
     """The registered KV cache of one rank; see ``BlockCache``."""
 
     def __init__(
-        self, layers: dict[str, torch.Tensor], num_blocks: int, widest: torch.dtype = torch.int64, kinds: str = ""
+        self,
+        layers: Mapping[str, torch.Tensor],
+        num_blocks: int,
+        widest: torch.dtype = torch.int64,
+        groups: CacheGroups | None = None,
     ) -> None:
         """Args:
-            layers: as vLLM registers them; layers that share one tensor count once.
-            kinds: second result of ``check_specs``; part of the layout.
+            layers: as vLLM registers them; layers of one group that share one tensor count once.
             widest: dtype as which bytes are copied, where they are aligned to it.
+            groups: the cache groups; their text is part of the layout. None: one of plain full attention.
 
         Raises:
             Unsupported: see the module.
         """
+        group_of = {
+            name: number for number, group in enumerate(groups.groups if groups else ()) for name in group.layers
+        }
         unique: dict[int, tuple[str, torch.Tensor]] = {}
+        writers: dict[int, dict[int, str]] = {}
         for name in sorted(layers, key=_by_number):
             tensor = layers[name]
             if not isinstance(tensor, torch.Tensor):
                 raise Unsupported(f"{name}: the cache is a {type(tensor).__name__}, not a tensor (a hybrid model?)")
             unique.setdefault(tensor.data_ptr(), (name, tensor))
+            writers.setdefault(tensor.data_ptr(), {}).setdefault(group_of.get(name, 0), name)
         if not unique:
             raise Unsupported("there are no layers with a KV cache")
         texts = list(dict.fromkeys(describe(name, tensor, num_blocks) for name, tensor in unique.values()))
@@ -147,12 +110,19 @@ class TorchCache:
         self.num_blocks = num_blocks
         self.planes = len(planes)
         per_layer = self.planes // len(unique)
-        self.layers = {
-            name: (place * per_layer, (place + 1) * per_layer) for place, (name, _) in enumerate(unique.values())
-        }
-        """First plane of each layer, and the one after its last."""
+        self.layers: dict[str, tuple[int, int]] = {}
+        """First plane of each layer that writes it, and the one after its last."""
+        self.writers: dict[tuple[int, int], frozenset[str]] = {}
+        """Layers that write the same planes: one of each cache group."""
+        for number, pointer in enumerate(unique):
+            place = (number * per_layer, (number + 1) * per_layer)
+            self.writers[place] = frozenset(writers[pointer].values())
+            self.layers |= dict.fromkeys(self.writers[place], place)
         self.block_bytes = self.row_bytes * self.planes
-        self.layout = "|".join(texts) + (f" {kinds}" if kinds else "")
+        text = groups.text if groups else ""
+        if groups and groups.have_tails:
+            text += f", layers {_digest(self.layers, group_of)}"
+        self.layout = "|".join(texts) + (f" {text}" if text else "")
         self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
         self.device = planes[0].device
         self.on_gpu = self.device.type == "cuda"
@@ -247,6 +217,12 @@ def _as_wide(plane: torch.Tensor, widest: torch.dtype) -> torch.Tensor:
         if size >= plane.element_size() and not any(place % size for place in places):
             return plane.view(dtype)
     return plane.view(torch.uint8)
+
+
+def _digest(layers: Mapping[str, tuple[int, int]], groups: Mapping[str, int]) -> str:
+    """Return 8 digits that are equal where each group has the same layers, in the same planes."""
+    places = sorted((name, groups.get(name, 0), *place) for name, place in layers.items())
+    return hashlib.sha256(repr(places).encode()).hexdigest()[:8]
 
 
 def _by_number(name: str) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from disagg_kv.protocol.keys import Key
 
 @dataclass
 class StartLoad:
-    """Decode: fill these blocks from the engine at ``address``. ``first`` is the prompt's number of the first block."""
+    """Decode: fill these blocks from the engine at ``address``. ``first`` numbers them in the order of ``groups``."""
 
     request: str
     key: Key
@@ -18,6 +18,8 @@ class StartLoad:
     blocks: list[int]
     adapter: str = ""
     """Digest of the request's LoRA adapter, "" without one."""
+    tails: tuple[int, ...] = ()
+    """How many of the last blocks are of each tail; see ``groups``."""
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Open:
     key: Key
     total: int
     adapter: str = ""
+    tails: tuple[int, ...] = ()
     """As in ``StartLoad``."""
 
 

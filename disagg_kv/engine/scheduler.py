@@ -16,6 +16,7 @@ from typing import Any
 
 from disagg_kv.engine import params, versions
 from disagg_kv.engine.adapters import Adapters
+from disagg_kv.engine.groups import NULL_BLOCK, CacheGroups
 from disagg_kv.engine.params import Transfer
 from disagg_kv.engine.plan import Open, Plan, Progress, StartLoad
 from disagg_kv.protocol.keys import Key
@@ -29,26 +30,28 @@ _MAX_REMEMBERED = 8192
 class _Offer:
     key: Key
     tokens: int
-    total: int
-    blocks: list[int]
+    ids: list[list[int]]
+    """Block ids of each cache group. Those behind a window may be freed: only the tails are read."""
     computed: bool = False
+    refused: bool = False
 
 
 class ConnectorScheduler:
     """Args:
     decode: whether this engine loads (kv_consumer) or offers (kv_producer).
-    block_size: tokens of a block.
+    groups: cache groups of the engine.
     both_blocks: blocks of the cache of an engine that loads and offers (kv_both), else 0. A request that names a peer
         loads, another one is offered. Two such engines wait for each other's prompts. So that each can always compute
         what the other one waits for, loads get half of the cache at most, prompts that nobody has fetched a quarter
         (``hold_fraction``), and a prompt that is longer than the remaining quarter is computed, not loaded.
     """
 
-    def __init__(self, decode: bool, block_size: int, settings: Settings, both_blocks: int = 0) -> None:
-        self._decode, self._block, self._settings = decode, block_size, settings
+    def __init__(self, decode: bool, groups: CacheGroups, settings: Settings, both_blocks: int = 0) -> None:
+        self._decode, self._groups, self._settings = decode, groups, settings
         self._both = both_blocks
         self._waiting_blocks: dict[str, int] = {}
-        self._min_load = settings.min_load_tokens or block_size + 1
+        self._min_load = settings.min_load_tokens or groups.block_size + 1
+        self._cut: set[str] = set()
         self._plan = Plan()
         self._transfers: dict[str, Transfer | None] = {}
         self._tried: set[str] = set()
@@ -70,6 +73,12 @@ class ConnectorScheduler:
         self._updated = self._plan.updated = True
         self._plan.drops += [(name, "the weights were updated") for name in self._offers]
 
+    def added(self, request: Any) -> None:
+        """Record that the engine has a new request, before it is scheduled for the first time."""
+        transfer = self._transfer(request) if self._groups.have_tails else None
+        if transfer is not None and not transfer.address and versions.cut_last_token(request):
+            self._cut.add(request.request_id)
+
     def num_matched_tokens(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Return how many tokens beyond the ``computed`` local ones can be loaded, and whether that is asynchronous."""
         if not self._decode or self._updated or request.request_id in self._tried:
@@ -79,14 +88,14 @@ class ConnectorScheduler:
             return 0, False
         if self._loading.get(transfer.key, request.request_id) != request.request_id:
             return None, False
-        missing = request.num_prompt_tokens - computed
+        missing = self._groups.loaded_tokens(request.num_prompt_tokens) - computed
         if transfer.key in self._loaded:
             self._tried.add(request.request_id)
             return 0, False
-        unusable = computed % self._block or request.num_tokens != request.num_prompt_tokens
+        unusable = computed % self._groups.block_size or request.num_tokens != request.num_prompt_tokens
         unusable = unusable or transfer.adapter == params.UNCERTAIN
-        needed = -(-missing // self._block)
-        unusable = unusable or (self._both > 0 and -(-request.num_prompt_tokens // self._block) > self._both // 4)
+        needed = self._groups.total(missing)
+        unusable = unusable or (self._both > 0 and self._groups.total(request.num_prompt_tokens) > self._both // 4)
         if missing < self._min_load or unusable or versions.must_compute_prompt(request):
             self._tried.add(request.request_id)
             self._plan.releases.append((transfer.address, transfer.key))
@@ -102,20 +111,26 @@ class ConnectorScheduler:
         transfer = self._transfer(request)
         if transfer is None:
             return
-        total = -(-request.num_prompt_tokens // self._block)
         if transfer.address:
             if external > 0:
-                first = (request.num_prompt_tokens - external) // self._block
-                ids = versions.first_group(blocks.get_block_ids())[first:total]
+                tokens = self._groups.loaded_tokens(request.num_prompt_tokens)
+                first, lists = tokens - external, self._lists(blocks.get_block_ids())
+                ids, tails = self._groups.on_decode(lists, tokens, first)
                 self._tried.add(name)
                 self._loading[transfer.key] = name
                 self._waiting_blocks[name] = len(ids)
-                load = StartLoad(name, transfer.key, transfer.address, first, ids, transfer.adapter)
+                load = StartLoad(name, transfer.key, transfer.address, self._groups.complete(first), ids,
+                                 transfer.adapter, tails)  # fmt: skip
                 self._plan.loads.append(load)
         elif name not in self._offers and transfer.key not in self._offered and not self._updated:
-            self._offers[name] = _Offer(transfer.key, request.num_prompt_tokens, total, [])
+            tokens = request.num_prompt_tokens
+            self._offers[name] = offer = _Offer(transfer.key, tokens, self._lists(None))
             self._offered[transfer.key] = name
-            self._plan.opens.append(Open(name, transfer.key, total, transfer.adapter))
+            self._plan.opens.append(Open(name, transfer.key, self._groups.total(tokens), transfer.adapter,
+                                         self._groups.tails(tokens)))  # fmt: skip
+            if self._groups.have_tails and name not in self._cut:
+                offer.refused = True
+                self._plan.drops.append((name, "prefill does not keep its tail: not a prompt for one token"))
 
     def plan(self, output: Any) -> Plan:
         """Return what the worker side has to do in the step of this scheduler output."""
@@ -125,16 +140,15 @@ class ConnectorScheduler:
             for name in output.preempted_req_ids or ():
                 offer = self._offers.get(name)
                 if offer is not None:
-                    offer.computed, offer.blocks = False, []
+                    offer.computed, offer.ids = False, self._lists(None)
                     plan.suspends.append(name)
             for new in output.scheduled_new_reqs:
-                blocks = versions.first_group(new.block_ids)
-                self._advance(plan, output, new.req_id, blocks, True, new.num_computed_tokens)
+                self._advance(plan, output, new.req_id, new.block_ids, True, new.num_computed_tokens)
             cached = output.scheduled_cached_reqs
             for index, name in enumerate(cached.req_ids):
                 if name in self._offers:
-                    blocks, resumed = versions.first_group(cached.new_block_ids[index]), name in cached.resumed_req_ids
-                    self._advance(plan, output, name, blocks, resumed, cached.num_computed_tokens[index])
+                    ids, resumed = cached.new_block_ids[index], name in cached.resumed_req_ids
+                    self._advance(plan, output, name, ids, resumed, cached.num_computed_tokens[index])
         return plan
 
     @property
@@ -143,9 +157,14 @@ class ConnectorScheduler:
         plan = self._plan
         return bool(plan.updated or plan.cancels or plan.releases or plan.drops)
 
-    def finished(self, request: Any) -> bool:
-        """Record that the request has finished. True if its blocks must stay until the worker side reports it."""
+    def finished(self, request: Any, block_ids: Any = None) -> bool:
+        """Record that the request has finished. True if its blocks must stay until the worker side reports it.
+
+        Args:
+            block_ids: all that it has, by cache group, where vLLM names them.
+        """
         name = request.request_id
+        self._cut.discard(name)
         transfer = self._transfer(request)
         del self._transfers[name]
         if self._decode and (not self._both or (transfer is not None and transfer.address)):
@@ -162,6 +181,9 @@ class ConnectorScheduler:
             return False
         if not offer.computed or versions.aborted(request):
             self._plan.drops.append((name, "aborted"))
+        elif self._groups.have_tails and block_ids is not None and not self._kept(offer, self._lists(block_ids)):
+            logger.error("request %s ended with other blocks than it was computed with: its KV is not sent", name)
+            self._plan.drops.append((name, "its blocks have changed"))
         return True
 
     def transfers_finished(self, sent: set[str], received: set[str]) -> None:
@@ -190,13 +212,24 @@ class ConnectorScheduler:
             self._transfers[name] = transfer
         return self._transfers[name]
 
-    def _advance(self, plan: Plan, output: Any, name: str, blocks: list[int], resumed: bool, computed: int) -> None:
+    def _lists(self, block_ids: Any) -> list[list[int]]:
+        return versions.block_lists(block_ids, len(self._groups.groups))
+
+    def _kept(self, offer: _Offer, ids: list[list[int]]) -> bool:
+        final = self._groups.on_prefill(ids, offer.tokens, offer.tokens)
+        return final == self._groups.on_prefill(offer.ids, offer.tokens, offer.tokens)
+
+    def _advance(self, plan: Plan, output: Any, name: str, block_ids: Any, resumed: bool, computed: int) -> None:
         offer = self._offers.get(name)
-        if offer is None or offer.computed or self._updated:
+        if offer is None or offer.computed or offer.refused or self._updated:
             return
-        offer.blocks = blocks if resumed else offer.blocks + blocks
+        for has, new in zip(offer.ids, self._lists(block_ids), strict=True):
+            has[:] = new if resumed else has + new
         done = computed + output.num_scheduled_tokens[name]
         offer.computed = done >= offer.tokens
-        ready = offer.total if offer.computed else done // self._block
-        if ready:
-            plan.progress.append(Progress(name, offer.blocks[: offer.total], ready))
+        blocks = self._groups.on_prefill(offer.ids, offer.tokens, min(done, offer.tokens))
+        if self._groups.have_tails and NULL_BLOCK in blocks:
+            offer.refused = True
+            plan.drops.append((name, "vLLM has freed a block that decode needs"))
+        elif blocks:
+            plan.progress.append(Progress(name, blocks, len(blocks)))

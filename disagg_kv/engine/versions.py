@@ -1,10 +1,10 @@
 """Differences between vLLM 0.21 and 0.33, and everything that is read from vLLM's configuration and requests.
 
 The same in all of them, and used elsewhere: the connector's constructor of three arguments, ``SchedulerOutput``'s new,
-cached, preempted and finished requests, ``get_finished`` and ``get_block_ids_with_load_errors`` (0.32 wraps them in
-``get_transfer_results``), ``kv_load_failure_policy``. ``start_load_kv`` runs before the forward pass up to 0.26 and
-after it from 0.32; ``wait_for_save`` is not called in steps without work up to 0.26. Nothing here depends on either:
-loads are asynchronous, and only steps with work have something to send.
+cached, preempted and finished requests, ``get_finished`` (from 0.30 on through ``get_transfer_results``),
+``get_block_ids_with_load_errors``, ``kv_load_failure_policy``. ``start_load_kv`` runs before the forward pass up to
+0.26 and after it from 0.32; ``wait_for_save`` is not called in steps without work up to 0.26. Nothing here depends on
+either: loads are asynchronous, and only steps with work have something to send.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from disagg_kv.model_config import unsupported
+from disagg_kv.model_config import every_layer_slides, unsupported
 
 logger = logging.getLogger("vllm.disagg_kv")
 
@@ -69,7 +69,10 @@ def check_model(config: Any) -> None:
         fields = config.model_config.hf_config.to_dict()
     except Exception:  # no configuration of transformers (``params.json``): checked by its cache later
         return
-    if reason := unsupported(fields):
+    reason = unsupported(fields)
+    if every_layer_slides(fields) and not serves_groups() and not config.model_config.disable_sliding_window:
+        reason = "every layer has a sliding window, which needs vLLM 0.30 or newer (or --disable-sliding-window)"
+    if reason:
         raise ValueError(f"{model_name(config)} cannot be served by prefill and decode engines: {reason}")
 
 
@@ -244,9 +247,44 @@ def must_compute_prompt(request: Any) -> bool:
     return getattr(sampling, "prompt_logprobs", None) is not None
 
 
-def first_group(block_ids: Any) -> list[int]:
-    """Return the block ids of the only cache group, from any form that vLLM uses."""
-    return list(block_ids[0]) if block_ids else []
+def serves_groups() -> bool:
+    """Whether this vLLM can recompute a failed load of a model with several cache groups.
+
+    From 0.30 on a connector may name failed requests (``KVConnectorTransferResults``). Failed blocks, all that older
+    ones know, end the engine there (0.32, v1/core/sched/scheduler.py, ``_handle_invalid_blocks``).
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+    return hasattr(base, "KVConnectorTransferResults")
+
+
+def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:
+    """Return vLLM's ``KVConnectorTransferResults``; those that failed are received too."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+    return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
+
+
+def block_lists(block_ids: Any, groups: int) -> list[list[int]]:
+    """Return the block ids of each cache group, from any form that vLLM uses."""
+    return [list(ids) for ids in block_ids] if block_ids else [[] for _ in range(groups)]
+
+
+def cut_last_token(request: Any) -> bool:
+    """Take the last token off a prompt of prefill; False where that is not possible, and nothing has changed.
+
+    Decode computes that token. It needs the tails of windows, and recurrent states, as they are before it, and vLLM
+    frees what is behind a window when the request ends. A request that generates more than one token goes on freeing.
+    """
+    tokens = request.prompt_token_ids
+    items = (item.mm_position for item in getattr(request, "mm_features", None) or ())
+    in_item = any(position.offset + position.length >= len(tokens) for position in items)
+    if len(tokens) < 2 or request.max_tokens != 1 or in_item or must_compute_prompt(request):
+        return False
+    request.prompt_token_ids = tokens[:-1]
+    del request._all_token_ids[-1:]
+    request.num_prompt_tokens -= 1
+    return True
 
 
 def aborted(request: Any) -> bool:

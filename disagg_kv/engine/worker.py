@@ -16,6 +16,7 @@ from disagg_kv.decode.pending_loads import Load, PendingLoads
 from disagg_kv.engine.announce import Announcer
 from disagg_kv.engine.energy import EnergyReader, gpus_of_rank
 from disagg_kv.engine.fences import StepFence
+from disagg_kv.engine.groups import CacheGroups
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.engine.plan import Plan
 from disagg_kv.outcomes import RECOMPUTED, UNFETCHED, Outcomes
@@ -42,33 +43,32 @@ class ConnectorWorker:
         decode: bool,
         settings: Settings,
         model: tuple[str, str],
-        block_size: int,
+        groups: CacheGroups,
         tp: int,
         rank: int,
         port: int,
         host: str,
         overlap: bool,
-        kinds: str = "",
         both: bool = False,
     ) -> None:
         """Args:
         decode: whether this engine loads (kv_consumer) or offers (kv_producer).
         model: name and digest.
-        block_size: tokens of a block.
+        groups: cache groups of the engine.
         tp: tensor parallel size.
         rank: tensor parallel rank; added to ``port``.
         host: IP address to announce.
         overlap: whether layers may be sent while later ones are computed.
-        kinds: second result of ``check_specs``.
         both: whether a decode engine offers KV too (kv_both).
         """
         self._decode, self._both, self._settings = decode, both, settings
-        self._model, self._block_size, self._tp, self._rank = model, block_size, tp, rank
+        self._model, self._groups, self._tp, self._rank = model, groups, tp, rank
         self._port, self._host = port, host
         self._overlap = overlap and (both or not decode)
-        self._kinds = kinds
         self._step: StepFence | None = None
-        self._failed: set[int] = set()
+        self._written: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self.outcomes = Outcomes()
         """Counts for vLLM's /metrics."""
         self._ready = False
@@ -82,10 +82,10 @@ class ConnectorWorker:
         """
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         settings, role = self._settings, "decode" if self._decode else "prefill"
-        self._cache = cache = TorchCache(layers, num_blocks, kinds=self._kinds)
+        self._cache = cache = TorchCache(layers, num_blocks, groups=self._groups)
         name, digest = self._model
-        shape = Shape(name, cache.dtype, self._block_size, cache.layout, cache.planes, cache.block_bytes, self._tp,
-                      digest)  # fmt: skip
+        shape = Shape(name, cache.dtype, self._groups.block_size, cache.layout, cache.planes, cache.block_bytes,
+                      self._tp, digest)  # fmt: skip
         identity = Identity(role, uuid.uuid4().hex, self._rank, shape)
         context = RankContext(identity, settings, cache, Trace(settings.trace, role=role, rank=self._rank))
         set_up_ipc(context, offers=self._both or not self._decode)
@@ -141,8 +141,12 @@ class ConnectorWorker:
         if self._step is None:
             self._open(plan)
             self._advance(plan, StepFence(self._cache.planes))
+            self._written.clear()
         assert self._step is not None
-        self._step.layer(*self._cache.layers[layer], self._cache.mark())
+        self._written.add(layer)
+        place = self._cache.layers[layer]
+        if self._cache.writers[place] <= self._written:
+            self._step.layer(*place, self._cache.mark())
 
     def begin(self, plan: Plan) -> None:
         """Start and end what the plan names. vLLM calls it before the layers up to 0.26, after them later."""
@@ -161,9 +165,10 @@ class ConnectorWorker:
             fence, deadline = self._cache.mark(), time.monotonic() + self._settings.load_timeout_s
             for load in plan.loads:
                 self._connections.start(
-                    Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence, adapter=load.adapter),
+                    Load(load.key, load.request, load.blocks, load.first, deadline, fence=fence, adapter=load.adapter,
+                         tails=load.tails),
                     load.address,
-                )
+                )  # fmt: skip
 
     def computed(self, plan: Plan) -> None:
         """Record that the GPU has all work of the step; its KV may be sent once that is complete."""
@@ -193,7 +198,10 @@ class ConnectorWorker:
         sent = self._send_queue.collect()
         collected = self._pending.collect()
         self._connections.give_up(collected.unwanted)
-        self._failed |= collected.failed_blocks
+        if self._groups.have_tails:
+            self._failed_requests |= collected.requests - collected.loaded
+        else:
+            self._failed_blocks |= collected.failed_blocks
         unfetched = tuple(self._send_queue.take_unfetched().elements())
         self._recomputed.add(collected.reasons)
         self._unfetched.add(unfetched)
@@ -204,9 +212,14 @@ class ConnectorWorker:
             self._context.trace("loaded", request=name, failed=len(collected.failed_blocks))
         return sent, set(collected.requests)
 
-    def take_failed(self) -> set[int]:
-        """Return the blocks of loads that failed, each once."""
-        failed, self._failed = self._failed, set()
+    def take_failed_blocks(self) -> set[int]:
+        """Return the blocks of loads that failed, each once; empty with several cache groups."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Return the requests whose load failed, each once; empty with one cache group, which names blocks."""
+        failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def _renew(self) -> None:
@@ -223,7 +236,7 @@ class ConnectorWorker:
         opens, plan.opens = plan.opens, []
         for opening in opens:
             self._context.trace("open", key=opening.key.transfer, blocks=opening.total)
-            self._send_queue.open(opening.key, opening.request, opening.total, opening.adapter)
+            self._send_queue.open(opening.key, opening.request, opening.total, opening.adapter, opening.tails)
 
     def _advance(self, plan: Plan, fence: StepFence) -> None:
         self._step = fence

@@ -11,6 +11,7 @@ Threads: the engine's thread opens, advances and drops jobs. Each decode connect
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -35,6 +36,8 @@ class Job:
     """Blocks of the complete prompt."""
     adapter: str = ""
     """Digest of the LoRA adapter that the prompt is computed with."""
+    tails: tuple[int, ...] = ()
+    """How many of the last blocks are of each tail (``engine/groups.py``)."""
     blocks: Sequence[int] = ()
     ready: int = 0
     """Leading blocks that hold their final KV."""
@@ -107,7 +110,7 @@ class SendQueue:
 
     # The engine's thread.
 
-    def open(self, key: Key, request: str, total: int, adapter: str = "") -> None:
+    def open(self, key: Key, request: str, total: int, adapter: str = "", tails: tuple[int, ...] = ()) -> None:
         """Register a prompt that will be computed.
 
         Opening a request again restarts its job, unless decode has released it.
@@ -116,7 +119,7 @@ class SendQueue:
             replaced = self._jobs.get(key)
             if replaced is not None:
                 replaced.ended = "replaced"
-            job = Job(key, request, total, adapter)
+            job = Job(key, request, total, adapter, tails)
             if self._ended.pop(key, "") == "released" or key.transfer in self._released:
                 job.ended = "released"
             self._jobs[key] = self._by_request[request] = job
@@ -349,10 +352,10 @@ class SendQueue:
                 # No other decode has this transfer, so its KV will not be fetched.
                 self._end(job, reason)
                 return self._ready_segment(peer)
-            start = peer.next_block[key]
-            if job.ready > start:
+            start, blocks = peer.next_block[key], _ready_blocks(job, want)
+            if len(blocks) > start:
                 job.reading = True
-                return Segment(job, start, job.blocks[start : job.ready], job.ready == job.total, job.fence)
+                return Segment(job, start, blocks[start:], job.ready == job.total, job.fence)
         return None
 
     def _end(self, job: Job, reason: str) -> None:
@@ -382,10 +385,25 @@ class SendQueue:
             self._ended.popitem(last=False)
 
 
+def _ready_blocks(job: Job, want: Want) -> Sequence[int]:
+    """Blocks of the job that may be read, numbered as decode does: of a tail it may need only the end."""
+    if job.ready < job.total or want.tails == job.tails:
+        return job.blocks[: job.ready]
+    at = job.total - sum(job.tails)
+    blocks = list(job.blocks[:at])
+    for has, needed in zip(job.tails, want.tails, strict=True):
+        at += has
+        blocks += job.blocks[at - needed : at]
+    return blocks
+
+
 def _mismatch(job: Job, want: Want) -> str:
     """Why the job does not fit decode's WANT; "" if it does."""
-    if want.first + want.count != job.total:
-        return f"the prompt has {job.total} blocks, not {want.first + want.count}"
+    before_tails = job.total - sum(job.tails)
+    if want.first + want.count - sum(want.tails) != before_tails:
+        return f"the prompt has {before_tails} blocks, not {want.first + want.count - sum(want.tails)}"
+    if len(want.tails) != len(job.tails) or any(map(operator.gt, want.tails, job.tails)):
+        return f"the prompt's tails have {list(job.tails)} blocks, not {list(want.tails)}"
     if want.adapter != job.adapter:
         return "the LoRA adapter has different content here"
     return ""

@@ -9,6 +9,7 @@ from disagg_kv.protocol.frames import Kind, WireError, encode
 from disagg_kv.protocol.keys import Key, transfer_id
 
 _MAX_BLOCKS = 1 << 24
+_MAX_TAILS = 256
 PING, PONG = encode(Kind.PING, {}), encode(Kind.PONG, {})
 PINGS = "ping"
 """Field of WELCOME, true: this prefill engine answers PING. Older ones close the connection instead."""
@@ -28,16 +29,20 @@ def _reason(body: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Want:
-    """Decode requests blocks ``first`` to ``first + count - 1`` of the prompt, numbered from its start."""
+    """Decode requests blocks ``first`` to ``first + count - 1`` of the prompt, in the order of ``engine/groups.py``."""
 
     key: Key
     first: int
     count: int
     adapter: str = ""
     """Digest of the prompt's LoRA adapter, "" without one. Older releases ignore it."""
+    tails: tuple[int, ...] = ()
+    """How many of the last blocks are of each tail, if there are tails. Older releases have no such caches."""
 
     def encode(self) -> bytes:
-        more = {"adapter": self.adapter} if self.adapter else {}
+        more: dict[str, Any] = {"adapter": self.adapter} if self.adapter else {}
+        if self.tails:
+            more["tails"] = list(self.tails)
         return encode(Kind.WANT, {**self.key.to_wire(), "first": self.first, "count": self.count, **more})
 
     @classmethod
@@ -46,7 +51,13 @@ class Want:
         if not isinstance(adapter, str) or len(adapter) > 64:
             raise WireError("not the digest of an adapter")
         first, count = _number(body, "first", 0, _MAX_BLOCKS), _number(body, "count", 1, _MAX_BLOCKS)
-        return cls(Key.from_wire(body), first, count, adapter)
+        tails = body.get("tails", [])
+        if not isinstance(tails, list) or len(tails) > _MAX_TAILS:
+            raise WireError("not the lengths of tails")
+        lengths = tuple(_number({"tails": length}, "tails", 0, count) for length in tails)
+        if sum(lengths) > count:
+            raise WireError("tails of more blocks than are requested")
+        return cls(Key.from_wire(body), first, count, adapter, lengths)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 
 from disagg_kv.decode.pending_loads import Load, PendingLoads
 from disagg_kv.engine.announce import announcement
+from disagg_kv.engine.groups import CacheGroup, CacheGroups
 from disagg_kv.engine.scheduler import ConnectorScheduler
 from disagg_kv.prefill.send_queue import Segment, SendQueue
 from disagg_kv.prefill.server import Server
@@ -27,6 +28,7 @@ from tests.kv.memory import SHAPE, Decode, key
 from tests.kv.test_scheduler import Request, _blocks, _output
 
 BLOCKS, BLOCK = 41, 4
+GROUPS = CacheGroups((CacheGroup(BLOCK),))
 ADDRESSES = ("127.0.0.1:21001", "127.0.0.1:21002")
 
 
@@ -133,7 +135,7 @@ class Engine:
 
 
 def _engines() -> tuple[Engine, Engine]:
-    first, second = (Engine(a, ConnectorScheduler(True, BLOCK, Settings(), BLOCKS)) for a in ADDRESSES)
+    first, second = (Engine(a, ConnectorScheduler(True, GROUPS, Settings(), BLOCKS)) for a in ADDRESSES)
     first.connect(second)
     second.connect(first)
     return first, second
@@ -182,7 +184,7 @@ def test_without_the_limits_they_block_each_other() -> None:
 
 
 def test_a_request_is_offered_or_loaded_by_its_params() -> None:
-    half = ConnectorScheduler(True, BLOCK, Settings(), BLOCKS)
+    half = ConnectorScheduler(True, GROUPS, Settings(), BLOCKS)
     fetching = Request("d", list(range(20)), {"transfer_id": "t", "from": ADDRESSES[1]})
     offered = Request("p", list(range(20)), {"transfer_id": "u"})
     plain = Request("x", list(range(20)), None)

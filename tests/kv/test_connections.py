@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from disagg_kv.control import Control
 from disagg_kv.decode.liveness import PROBES, Liveness
+from disagg_kv.decode.pending_loads import Load
 from disagg_kv.protocol.frames import Kind, encode
 from disagg_kv.protocol.handshake import Refused, Shape, nonce
 from disagg_kv.protocol.proven import check_announced
@@ -76,6 +78,19 @@ def test_blocks_are_read_behind_their_fence(prefill: Make, decode: Make) -> None
     passed.set()
     assert not d.result().failed_blocks
     assert d.cache.content([9]) == p.cache.content([2])
+
+
+def test_a_prompt_with_tails_of_which_decode_has_a_part(prefill: Make, decode: Make) -> None:
+    p, d = prefill(), decode()
+    blocks = [1, 2, 3, 11, 12, 13, 21]
+    load = Load(key("t"), "d", [30, 31, 40, 41, 50], 1, time.monotonic() + 30, tails=(2, 1))
+    d.connections.start(load, p.address)
+    p.cache.fill(blocks, 5)
+    p.send_queue.open(key("t"), "r", 7, "", (3, 1))
+    for ready in (1, 2, 7):
+        p.send_queue.progress("r", blocks[:ready], ready, None)
+    assert not d.result().failed_blocks
+    assert d.cache.content([30, 31, 40, 41, 50]) == p.cache.content([2, 3, 12, 13, 21])
 
 
 def test_many_transfers_over_one_connection(prefill: Make, decode: Make) -> None:

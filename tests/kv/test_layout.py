@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from disagg_kv.engine.fences import StepFence  # noqa: E402
-from disagg_kv.engine.layout import TorchCache, Unsupported, check_specs  # noqa: E402
+from disagg_kv.engine.groups import CacheGroup, CacheGroups, Unsupported  # noqa: E402
+from disagg_kv.engine.layout import TorchCache  # noqa: E402
 from disagg_kv.transport.channel import Channel  # noqa: E402
 from disagg_kv.transport.tcp import TcpTransport  # noqa: E402
 
@@ -104,54 +104,41 @@ def test_a_block_outside_the_cache() -> None:
             cache.index([block])
 
 
-def _group(name: str, **more: Any) -> Any:
-    return SimpleNamespace(kv_cache_spec=type(name, (), {"block_size": 16, "page_size_bytes": 64, **more})())
-
-
-def _uniform(*specs: Any) -> Any:
-    return _group("UniformTypeKVCacheSpecs", kv_cache_specs={str(n): g.kv_cache_spec for n, g in enumerate(specs)})
-
-
-@pytest.mark.parametrize(
-    ("group", "kinds"),
-    [
-        (_group("FullAttentionSpec"), ""),
-        (_uniform(_group("FullAttentionSpec")), ""),
-        (_group("FullAttentionSpec", sliding_window=128), "window 128"),
-        (_group("FullAttentionSpec", attention_chunk_size=64), "chunk 64"),
-        (_uniform(_group("FullAttentionSpec"), _group("FullAttentionSpec", sliding_window=4)), "window 4"),
-        (_group("MLAAttentionSpec", cache_dtype_str="auto", cache_role=SimpleNamespace(value="sparse")), "MLA"),
-        (_group("MLAAttentionSpec"), "MLA"),
-    ],
-)
-def test_caches_that_keep_every_token_are_accepted(group: Any, kinds: str) -> None:
-    assert check_specs([group]) == (16, kinds)
-
-
-@pytest.mark.parametrize(
-    ("groups", "word"),
-    [
-        ([_group("FullAttentionSpec"), _group("MambaSpec")], "2 KV cache groups .FullAttentionSpec, MambaSpec."),
-        ([_group("MambaSpec")], "MambaSpec"),
-        ([_group("RSWASpec")], "RSWASpec"),
-        ([_group("SlidingWindowSpec", sliding_window=128)], "every layer has a sliding window"),
-        ([_group("ChunkedLocalAttentionSpec", attention_chunk_size=8)], "every layer has a sliding window"),
-        ([_group("MLAAttentionSpec", cache_dtype_str="fp8_ds_mla")], "rows of fp8_ds_mla"),
-        ([_group("MLAAttentionSpec", cache_role=SimpleNamespace(value="indexer"))], "indexer"),
-        ([_group("MLAAttentionSpec", model_version="deepseek_v4")], "indexer"),
-        ([_uniform(_group("MLAAttentionSpec"), _group("MLAAttentionSpec", page_size_bytes=8))], "different sizes"),
-    ],
-)
-def test_other_models_are_refused(groups: Any, word: str) -> None:
-    with pytest.raises(Unsupported, match=word):
-        check_specs(groups)
-
-
 def test_what_the_tensors_do_not_show_is_part_of_the_layout() -> None:
     """An engine with another window computes other KV for the same tokens."""
     layers = {"a": _numbered(BLOCKS, 1, 4, 16)}
-    texts = {TorchCache(layers, BLOCKS, kinds=kinds).layout for kinds in ("", "MLA", "window 4", "window 8")}
+    kinds = [CacheGroups((CacheGroup(4, text),)) for text in ("", "MLA", "window 4", "window 8")]
+    texts = {TorchCache(layers, BLOCKS, groups=groups).layout for groups in kinds}
     assert len(texts) == 4 and "(B*1,1,4,16):0123" in texts
+
+
+def _shared(*windows: int) -> tuple[dict[str, Any], CacheGroups]:
+    """Two layers of full attention and two of each window, as vLLM puts them on two tensors."""
+    first, second = _numbered(BLOCKS, 1, 4, 16), _numbered(BLOCKS, 1, 4, 16)
+    names = [(f"l.{number}", f"l.{number + 10}") for number in range(1 + len(windows))]
+    layers = {name: tensor for pair in names for name, tensor in zip(pair, (first, second), strict=True)}
+    return layers, CacheGroups(tuple(
+        CacheGroup(4, f"sliding {window}" if window else "", pair, window)
+        for window, pair in zip((0, *windows), names, strict=True)
+    ))  # fmt: skip
+
+
+def test_layers_of_several_groups_share_planes() -> None:
+    layers, groups = _shared(8, 8)
+    cache = TorchCache(layers, BLOCKS, groups=groups)
+    assert cache.planes == 2 and cache.block_bytes == 2 * 256
+    assert cache.writers == {(0, 1): {"l.0", "l.1", "l.2"}, (1, 2): {"l.10", "l.11", "l.12"}}
+    assert {cache.layers[name] for name in cache.writers[0, 1]} == {(0, 1)}
+    assert cache.layout.startswith("(B*1,1,4,16):0123 groups full/4 x2, sliding 8/4 x2, sliding 8/4 x2, layers ")
+
+
+def test_other_windows_or_other_layers_in_a_group_make_another_layout() -> None:
+    layers, groups = _shared(8)
+    full, sliding = groups.groups
+    others = [_shared(16)[1], CacheGroups((sliding, full)),
+              CacheGroups((CacheGroup(4, "", sliding.layers), CacheGroup(4, "sliding 8", full.layers, 8)))]  # fmt: skip
+    texts = {TorchCache(layers, BLOCKS, groups=one).layout for one in [groups, *others]}
+    assert len(texts) == 4 and TorchCache(layers, BLOCKS, groups=_shared(8)[1]).layout in texts
 
 
 @pytest.mark.parametrize("staging", [256, 700, 1 << 20])

@@ -72,3 +72,21 @@ def test_the_engine_says_so_in_its_own_words() -> None:
         ValueError, match="granite cannot be served by prefill and decode engines: layers of kind mamba"
     ):
         versions.check_model(engine(layer_types=["mamba", "attention"]))
+
+
+@pytest.mark.parametrize(("several", "disabled"), [(True, False), (False, True), (False, False)])
+def test_a_window_in_every_layer_needs_a_newer_vllm(
+    several: bool, disabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "serves_groups", lambda: several)
+    fields = {"model_type": "mistral", "sliding_window": 4096}
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model="m", hf_config=SimpleNamespace(to_dict=lambda: fields), disable_sliding_window=disabled
+        )
+    )
+    if several or disabled:
+        versions.check_model(config)
+    else:
+        with pytest.raises(ValueError, match="every layer has a sliding window"):
+            versions.check_model(config)

@@ -6,7 +6,7 @@ import pytest
 
 from disagg_kv.decode.pending_loads import Load, PendingLoads
 from disagg_kv.protocol.frames import WireError
-from disagg_kv.protocol.messages import Go
+from disagg_kv.protocol.messages import Go, Want
 from tests.kv.memory import key
 
 
@@ -121,3 +121,14 @@ def test_the_proxy_releases_a_transfer_before_and_while_it_is_loaded() -> None:
     pending.start(Load(key("t", 1), "r2", (9,), 0, deadline=30, peer="p"))
     assert pending.collect().requests == {"r2"}
     assert pending.waiting() == 0
+
+
+def test_tails_are_requested_and_received_like_other_blocks() -> None:
+    pending = PendingLoads(Clock())
+    load = Load(key("t"), "r", (5, 6, 7, 8), 2, deadline=30, peer="p", tails=(1, 2))
+    assert load.want() == Want(key("t"), 2, 4, "", (1, 2))
+    pending.start(load)
+    assert pending.on_go("p", Go(key("t"), 2, 4, True)) is load
+    pending.on_received(load, 4, False)
+    news = pending.collect()
+    assert news.requests == {"r"} and not news.loaded, "a request that failed, for vLLM with several cache groups"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from disagg_kv.engine.groups import CacheGroup, CacheGroups
 from disagg_kv.engine.params import UNCERTAIN
 from disagg_kv.engine.scheduler import ConnectorScheduler
 from disagg_kv.settings import Settings
@@ -27,11 +28,12 @@ class Request:
     cache_salt: str | None = None
     lora_request: Any = None
     prompt_embeds: Any = None
+    max_tokens: int = 1
     mm_features: list[Any] = field(default_factory=list)
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids or ())
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.prompt_token_ids or ())
+        self._all_token_ids = list(self.prompt_token_ids or ())
 
     @property
     def num_tokens(self) -> int:
@@ -39,7 +41,7 @@ class Request:
 
 
 def _half(decode: bool, **settings: Any) -> ConnectorScheduler:
-    return ConnectorScheduler(decode, 4, Settings(**settings))
+    return ConnectorScheduler(decode, CacheGroups((CacheGroup(4),)), Settings(**settings))
 
 
 def _decode_request(name: str = "r", transfer: str = "t", tokens: int = 10, **more: Any) -> Request:
@@ -47,12 +49,16 @@ def _decode_request(name: str = "r", transfer: str = "t", tokens: int = 10, **mo
 
 
 def _blocks(*ids: int) -> Any:
-    return SimpleNamespace(get_block_ids=lambda: (list(ids),))
+    return _lists(list(ids))
+
+
+def _lists(*ids: list[int]) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: ids)
 
 
 def _output(new: dict[str, tuple[list[int], int, int]] | None = None, cached: Any = (), preempted: Any = ()) -> Any:
     """``new``: request -> (blocks, computed, scheduled); ``cached``: (request, new blocks, computed, scheduled,
-    resumed)."""
+    resumed). Blocks are a list, or a tuple of lists of several groups."""
     new = new or {}
     scheduled = {name: count for name, (_, _, count) in new.items()} | {one[0]: one[3] for one in cached}
     return SimpleNamespace(
@@ -60,16 +66,20 @@ def _output(new: dict[str, tuple[list[int], int, int]] | None = None, cached: An
         num_scheduled_tokens=scheduled,
         preempted_req_ids=set(preempted),
         scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, block_ids=(ids,), num_computed_tokens=computed)
+            SimpleNamespace(req_id=name, block_ids=_groups(ids), num_computed_tokens=computed)
             for name, (ids, computed, _) in new.items()
         ],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=[one[0] for one in cached],
-            new_block_ids=[(one[1],) if one[1] is not None else None for one in cached],
+            new_block_ids=[_groups(one[1]) if one[1] is not None else None for one in cached],
             num_computed_tokens=[one[2] for one in cached],
             resumed_req_ids={one[0] for one in cached if one[4]},
         ),
     )
+
+
+def _groups(ids: Any) -> tuple[list[int], ...]:
+    return ids if isinstance(ids, tuple) else (ids,)
 
 
 # Decode.
@@ -355,3 +365,106 @@ def test_an_idle_engine_steps_for_what_its_worker_side_must_know() -> None:
     decode.num_matched_tokens(request, 0)
     decode.finished(request)
     assert decode.has_news and decode.plan(_output()).releases and not decode.has_news
+
+
+# Several cache groups: full attention, a window of 8 tokens and chunks of 8, in blocks of 4.
+
+
+IMAGE = SimpleNamespace(identifier="image", mm_position=SimpleNamespace(offset=15, length=4))
+"""It ends with the prompts of these tests."""
+
+
+def _hybrid(decode: bool) -> ConnectorScheduler:
+    groups = CacheGroups((CacheGroup(4), CacheGroup(4, window=8), CacheGroup(4, chunk=8)))
+    return ConnectorScheduler(decode, groups, Settings(min_load_tokens=1))
+
+
+def _prompt(half: ConnectorScheduler, name: str = "r", tokens: int = 19, **more: Any) -> Request:
+    request = Request(name, list(range(tokens)), {"transfer_id": name}, **more)
+    half.added(request)
+    half.allocated(request, _lists([], [], []), 0)
+    return request
+
+
+def test_decode_loads_all_but_the_last_token_into_the_blocks_it_has() -> None:
+    half, request = _hybrid(True), _decode_request(tokens=19)
+    half.added(request)
+    assert half.num_matched_tokens(request, 0) == (18, True)
+    assert half.num_matched_tokens(request, 8) == (10, True)
+    half.allocated(request, _lists([1, 2, 3, 4, 5], [0, 0, 6, 7, 8], [0, 0, 0, 0, 9]), 10)
+    (load,) = half.plan(_output()).loads
+    assert (load.first, load.blocks, load.tails) == (2, [3, 4, 5, 6, 7, 8, 9], (3, 1))
+
+
+def test_both_sides_have_one_key_although_prefill_cuts_the_prompt() -> None:
+    decode, prefill, request = _hybrid(True), _hybrid(False), _decode_request("r", "r", tokens=19)
+    decode.num_matched_tokens(request, 0)
+    decode.allocated(request, _lists([1] * 5, [0, 0, 2, 2, 2], [0] * 4 + [3]), 18)
+    cut = _prompt(prefill)
+    (load,), (offer,) = decode.plan(_output()).loads, prefill.plan(_output()).opens
+    assert load.key == offer.key and len(load.blocks) == offer.total == 9 and load.tails == offer.tails == (3, 1)
+    assert (cut.num_prompt_tokens, cut.prompt_token_ids, cut._all_token_ids) == (18, [*range(18)], [*range(18)])
+
+
+def test_tails_are_sent_with_the_last_chunk_only() -> None:
+    """By then vLLM has freed blocks behind the window, and others may have them."""
+    half = _hybrid(False)
+    request = _prompt(half)
+    plan = half.plan(_output({"r": (([1, 2], [11, 12], [21, 22]), 0, 8)}))
+    assert [(one.blocks, one.ready) for one in plan.progress] == [([1, 2], 2)]
+    plan = half.plan(_output(cached=[("r", ([3, 4], [13, 14], [23, 24]), 8, 8, False)]))
+    assert [one.blocks for one in plan.progress] == [[1, 2, 3, 4]]
+    plan = half.plan(_output(cached=[("r", ([5], [15], [25]), 16, 2, False)]))
+    assert [(one.blocks, one.ready) for one in plan.progress] == [([1, 2, 3, 4, 5, 13, 14, 15, 25], 9)]
+    assert half.finished(request, ([1, 2, 3, 4, 5], [0, 0, 13, 14, 15], [0, 0, 0, 0, 25])) is True
+    assert not half.plan(_output()).drops
+
+
+def test_a_preempted_prompt_of_several_groups_starts_anew() -> None:
+    half = _hybrid(False)
+    request = _prompt(half)
+    half.plan(_output({"r": (([1, 2], [11, 12], [21, 22]), 0, 8)}))
+    half.plan(_output(preempted=["r"]))
+    half.allocated(request, _lists([], [], []), 0)
+    lists = ([31, 32, 33, 34, 35], [0, 0, 43, 44, 45], [0, 0, 0, 0, 55])
+    plan = half.plan(_output(cached=[("r", lists, 12, 6, True)]))
+    assert [one.blocks for one in plan.progress] == [[31, 32, 33, 34, 35, 43, 44, 45, 55]] and not plan.opens
+
+
+def test_blocks_that_vllm_has_freed_are_not_sent() -> None:
+    half = _hybrid(False)
+    request = _prompt(half)
+    plan = half.plan(_output({"r": (([1, 2, 3, 4, 5], [0, 0, 0, 14, 15], [0, 0, 0, 0, 25]), 16, 2)}))
+    assert not plan.progress and [name for name, _ in plan.drops] == ["r"]
+    assert half.finished(request, ([1], [], [])) is True
+
+
+def test_blocks_that_change_until_the_end_of_the_request_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    half = _hybrid(False)
+    request = _prompt(half)
+    half.plan(_output({"r": (([1, 2, 3, 4, 5], [0, 0, 13, 14, 15], [0, 0, 0, 0, 25]), 16, 2)}))
+    assert half.finished(request, ([1, 2, 3, 4, 5], [0, 0, 0, 14, 15], [0, 0, 0, 0, 25])) is True
+    assert half.plan(_output()).drops == [("r", "its blocks have changed")]
+    assert "ended with other blocks" in caplog.text
+
+
+@pytest.mark.parametrize("more", [{"tokens": 1}, {"max_tokens": 2}, {"max_tokens": None}, {"mm_features": [IMAGE]}])
+def test_what_prefill_cannot_cut_is_gone_at_once(more: dict[str, Any]) -> None:
+    half = _hybrid(False)
+    request = _prompt(half, **more)
+    assert request.num_prompt_tokens == len(request._all_token_ids) == more.get("tokens", 19)
+    plan = half.plan(_output({"r": (([1, 2, 3, 4, 5], [0] * 5, [0] * 5), 0, request.num_prompt_tokens)}))
+    assert len(plan.opens) == 1 and [name for name, _ in plan.drops] == ["r"] and not plan.progress
+    assert half.finished(request, ([1], [2], [3])) is True
+
+
+def test_requests_without_a_transfer_are_not_cut() -> None:
+    half, request = _hybrid(False), Request("r", list(range(19)), None)
+    half.added(request)
+    assert request.num_prompt_tokens == 19
+
+
+def test_one_group_is_not_cut() -> None:
+    half, request = _half(False), _decode_request(tokens=19)
+    half.added(request)
+    assert request.num_prompt_tokens == 19

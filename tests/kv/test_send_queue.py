@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from disagg_kv.outcomes import reason_label
 from disagg_kv.prefill.send_queue import DecodePeer, Segment, SendQueue
 from disagg_kv.protocol.messages import Release, Want
 from tests.kv.memory import key
@@ -58,6 +59,44 @@ def test_computed_before_it_is_wanted() -> None:
     send_queue.on_want(peer, Want(key("t"), 1, 2))
     segment = _next(send_queue, peer)
     assert (segment.first, list(segment.blocks), segment.last) == (1, [8, 9], True)
+
+
+def _with_tails(send_queue: SendQueue, ready: int = 9) -> None:
+    """Three blocks that every token needs, and tails of four and two."""
+    send_queue.open(key("t"), "r", 9, "", (4, 2))
+    send_queue.progress("r", [1, 2, 3, 11, 12, 13, 14, 21, 22][:ready], ready, None)
+
+
+def test_a_decode_that_has_the_begin_of_a_tail_gets_its_end() -> None:
+    send_queue, peer, _ = _send_queue()
+    send_queue.on_want(peer, Want(key("t"), 1, 5, "", (2, 1)))
+    _with_tails(send_queue, 2)
+    first = _next(send_queue, peer)
+    assert (first.first, list(first.blocks), first.last) == (1, [2], False)
+    send_queue.on_sent(peer, first, True)
+    _with_tails(send_queue)
+    second = _next(send_queue, peer)
+    assert (second.first, list(second.blocks), second.last) == (2, [3, 13, 14, 22], True)
+
+
+def test_whole_and_empty_tails() -> None:
+    for tails, blocks in (((4, 2), [1, 2, 3, 11, 12, 13, 14, 21, 22]), ((0, 2), [1, 2, 3, 21, 22])):
+        send_queue, peer, _ = _send_queue()
+        _with_tails(send_queue)
+        send_queue.on_want(peer, Want(key("t"), 0, len(blocks), "", tails))
+        segment = _next(send_queue, peer)
+        assert list(segment.blocks) == blocks and segment.last
+        send_queue.finish({"r"})
+        send_queue.on_sent(peer, segment, True)
+        assert send_queue.collect() == {"r"}
+
+
+def test_tails_that_prefill_does_not_have_are_refused() -> None:
+    for want in (Want(key("t"), 0, 9), Want(key("t"), 0, 9, "", (6,)), Want(key("t"), 0, 10, "", (5, 2))):
+        send_queue, peer, _ = _send_queue()
+        _with_tails(send_queue)
+        send_queue.on_want(peer, want)
+        assert reason_label(_gone(send_queue, peer)) == "mismatch"
 
 
 def test_blocks_are_freed_when_they_are_sent_and_the_request_is_over() -> None:

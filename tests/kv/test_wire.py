@@ -26,6 +26,7 @@ _KEYS = st.builds(
 _COUNTS = st.integers(1, 1 << 24)
 _MESSAGES = st.one_of(
     st.builds(Want, _KEYS, st.integers(0, 1 << 24), _COUNTS, st.text(max_size=64)),
+    st.builds(Want, _KEYS, st.integers(0, 9), st.integers(12, 99), tails=st.tuples(*[st.integers(0, 4)] * 3)),
     st.builds(Go, _KEYS, st.integers(0, 1 << 24), _COUNTS, st.booleans()),
     st.builds(Gone, _KEYS, st.text(max_size=200)),
     _KEYS.map(lambda key: Release(key.transfer, key)),
@@ -156,6 +157,12 @@ def test_an_own_frame_that_would_be_refused_is_not_sent() -> None:
 def test_a_count_of_blocks_is_a_number_within_limits(count: object) -> None:
     with pytest.raises(WireError, match="count"):
         Want.decode({**Key("t", "0" * 32).to_wire(), "first": 0, "count": count})
+
+
+@pytest.mark.parametrize("tails", [5, "1", [True], [-1], [1.5], [2, 2], [4], [0] * 257])
+def test_tails_are_a_few_numbers_within_the_count(tails: object) -> None:
+    with pytest.raises(WireError, match="tails"):
+        Want.decode({**Key("t", "0" * 32).to_wire(), "first": 0, "count": 3, "tails": tails})
 
 
 @pytest.mark.parametrize("name", ["", "x" * 129, "a b", "a\n", 5, None, "é"])

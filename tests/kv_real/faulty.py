@@ -1,9 +1,9 @@
 """The connector with faults that a test switches on and off, by writing words into the file FAULT_FILE.
 
-``corrupt``: what prefill sends has every bit flipped; ``corrupt-even``: that of every second layer only. ``slow``: each
-row takes a quarter of a second to gather. Over IPC decode does both, as it reads; it looks into prefill's file.
-``digest``: the digests of the rows that are read from and written to the
-cache, as they lie there, are appended to a file beside it (``.rows``), a line for each copy.
+``corrupt``: what prefill sends has every bit flipped; ``corrupt-last``: only the last third of the blocks, which are
+of tails where a short prompt has tails. ``slow``: each row takes a quarter of a second to gather. Over IPC
+decode does both, as it reads; it looks into prefill's file. ``digest``: the digests of the rows that are read from and
+written to the cache, as they lie there, are appended to a file beside it (``.rows``), a line for each copy.
 vLLM loads this module by its path; nothing but the engine's process imports it.
 """
 
@@ -41,8 +41,10 @@ def _gather(self: TorchCache, plane: int, index: Any, out: Any) -> None:
     _GATHER(self, plane, index, out)
     if "digest" in faults:
         _write_digests(self, plane, index)
-    if "corrupt" in faults or ("corrupt-even" in faults and plane % 2 == 0):
+    if "corrupt" in faults:
         out.bitwise_not_()
+    elif "corrupt-last" in faults:
+        out[-(len(index) // 3) * self.row_bytes :].bitwise_not_()
     elif "slow" in faults:
         time.sleep(0.25)
 
