@@ -15,6 +15,7 @@ from disagg_power.backends import NAMES, candidates, choose
 from disagg_power.devices import NoPermission, NotSupported, PowerError, throttle_names
 from disagg_power.gpus import open_devices
 from disagg_power.guard import Guard
+from disagg_power.owners import Process
 from disagg_power.state_file import BadState, State, claims_folder
 from disagg_power.undo import undo_file
 
@@ -122,7 +123,7 @@ def facts(state: Path) -> dict[str, Any]:
         "simulated": any(device.simulated for device in devices),
         "gpus": found,
         "guard": left.pid if left else None,
-        "guard_lives": left is not None and Path(f"/proc/{left.pid}").exists(),
+        "guard_lives": left is not None and Process(left.pid, left.start).runs,
         "unreadable": unreadable,
     }
 

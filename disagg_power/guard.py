@@ -5,7 +5,6 @@ It changes GPUs of its list only, writes down each change before it makes it, an
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from disagg_power import state_file
 from disagg_power.backends import Backend
 from disagg_power.clock_values import ClockSetting, nearest
 from disagg_power.devices import APPLICATION_CLOCKS, Device, Devices, NoPermission
+from disagg_power.owners import Process
 from disagg_power.state_file import Changed, Claimed, Claims, State
 from disagg_power.undo import is_undone, undo
 
@@ -82,7 +82,8 @@ class Guard:
         self._clock = clock
         self._take_over = take_over
         self._beat = beat
-        self._state = State(state_file.boot_id(), backend.name, os.getpid(), (), sys.executable)
+        me = Process.current()
+        self._state = State(state_file.boot_id(), backend.name, me.pid, (), sys.executable, me.start)
         self._touched: set[str] = set()
         self._heard = clock()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,17 +14,28 @@ class Process:
     pid: int
     start: str
 
+    @classmethod
+    def current(cls) -> Process:
+        """This process."""
+        pid = os.getpid()
+        return cls(pid, _read_stat(pid)[19].decode())
+
     @property
     def runs(self) -> bool:
         """Whether it has neither ended nor become a zombie."""
         try:
-            with open(f"/proc/{self.pid}/stat", "rb") as file:
-                line = file.read()
+            fields = _read_stat(self.pid)
         except OSError:
             return False
-        # The second field is the program's name in parentheses and may hold anything.
-        fields = line[line.rfind(b")") + 2 :].split()
         return fields[19].decode() == self.start and fields[0] not in (b"Z", b"X")
+
+
+def _read_stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third one on. Raises OSError."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        line = file.read()
+    # The second field is the program's name in parentheses and may hold anything.
+    return line[line.rfind(b")") + 2 :].split()
 
 
 def parse(text: str) -> Process:

@@ -45,7 +45,7 @@ class State:
     Attributes:
         boot: the boot in which it did; locks do not survive another one.
         backend: what it was changed with.
-        pid: of the guard.
+        pid, start: of the guard; ``start`` as in :class:`disagg_power.owners.Process`.
         python: its Python, which can read the GPUs.
     """
 
@@ -54,6 +54,7 @@ class State:
     pid: int
     gpus: tuple[Changed, ...]
     python: str = ""
+    start: str = ""
 
 
 class BadState(Exception):

@@ -55,13 +55,14 @@ def test_help_shows_the_kind_of_value_that_each_setting_takes(capsys) -> None:
         kinds.setdefault(metavar, set()).add(flag)
     assert set(shown) == {setting.flag for setting in SETTINGS}
     assert kinds.keys() == {
-        "0|1", "ADDRESS,...", "BYTES", "FACTOR", "FILE", "FORMAT", "HEADER", "HOST", "HOST:PORT,...", "KEY", "LEVEL",
-        "N", "ORIGIN,...", "POLICY", "PORT", "SECONDS", "URL[,KV_ADDRESS]",
+        "0|1", "ADDRESS,...", "BYTES", "FACTOR", "FILE", "FORMAT", "GPUS", "HEADER", "HOST", "HOST:PORT,...", "KEY",
+        "LEVEL", "N", "ORIGIN,...", "POLICY", "PORT", "SECONDS", "URL[,KV_ADDRESS]",
     }  # fmt: skip
     assert kinds["N"] >= {"--workers", "--max-tries", "--max-in-flight", "--max-queue", "--decode-alone-below"}
     assert kinds["BYTES"] == {"--max-body-bytes", "--max-header-bytes", "--kv-buffer-bytes", "--kv-bytes-per-token"}
     assert kinds["0|1"] == {
-        "--decode-alone", "--enable-profiling", "--served-by-header", "--stream-error-event", "--traces",
+        "--decode-alone", "--enable-profiling", "--power-meter", "--served-by-header", "--stream-error-event",
+        "--traces",
     }  # fmt: skip
     assert {"--freeze-after-min", "--freeze-after-max", "--instance-expiry"} <= kinds["SECONDS"]
 

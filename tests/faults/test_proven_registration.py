@@ -23,7 +23,7 @@ OWN: dict[str, Any] = {"connector": "disagg_kv", "kv_secret": "s"}
 
 
 def announced(engine: SimEngine) -> dict[str, Any]:
-    return dict(engine._pinger.fields)
+    return dict(engine._pinger.fields())
 
 
 def dropped(proxy: Proxy) -> dict[str, int]:

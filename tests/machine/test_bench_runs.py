@@ -39,9 +39,11 @@ made = pathlib.Path(words[1], "setups", "01-" + words[words.index("--name") + 1]
 made.mkdir(parents=True)
 (made / "rate-1.json").write_text("{}")
 if os.environ.get("HANGS"):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    # Blocked first: a signal between two statements would be lost to pause().
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     os.kill(os.getppid(), signal.SIGTERM)
-    signal.pause()
+    signal.sigwait({signal.SIGTERM})
+    sys.exit(130)
 sys.exit(int(os.environ.get("SWEEP_ENDS", "0")))
 """
 
@@ -281,8 +283,9 @@ def test_a_signal_ends_the_program_that_runs_again(
     context = make_context()
     script = (
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'w').close(), sys.exit(143)))\n"
-        f"os.kill(os.getppid(), {int(number)})\nsignal.pause()"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        f"os.kill(os.getppid(), {int(number)})\nsignal.sigwait({{signal.SIGTERM}})\n"
+        "open(sys.argv[1], 'w').close(); sys.exit(143)"
     )
     ended = tmp_path / "ended"
     monkeypatch.setattr(Context, "program", lambda self: [sys.executable, "-I", "-S", "-c", script, str(ended)])
