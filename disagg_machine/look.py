@@ -109,7 +109,7 @@ def _show_compiled(context: Context, part: Part, view: ProxyView) -> None:
         State.READY: lambda: text("compiled_ready", context.script),
         State.RUNNING: lambda: text("compiled_later", found.log, context.script),
         State.FAILED: lambda: text("compiled_failed", found.log),
-        State.LACKS: lambda: text("compiled_lacks", found.lacks),
+        State.BLOCKED: lambda: text("compiled_blocked", found.obstacle_text),
     }.get(found.state)
     ui.out(_INDENT + (more() if more else text("status_interpreted")))
 

@@ -159,7 +159,7 @@ class ZeusdBackend:
 
 
 def zeusd_socket(environ: Mapping[str, str]) -> str:
-    """Its path, as Zeus itself is told it."""
+    """Its path, in the variable that Zeus itself reads."""
     return environ.get("ZEUSD_SOCK_PATH") or ZEUSD_SOCKET
 
 

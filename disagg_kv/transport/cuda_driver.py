@@ -2,7 +2,7 @@
 
 The driver's interface is used instead of torch's ``UntypedStorage._share_cuda_``: it tells beforehand whether an
 allocation can be shared (not with expandable segments, nor with vLLM's allocator for sleep mode), keeps no files for
-reference counts, which a killed engine would leave behind, and unmaps exactly when it is told to.
+reference counts, which a killed engine would leave behind, and unmaps at a defined moment.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from disagg_kv.transport.base import BlockCache
 from disagg_kv.transport.ipc import NONCE_BYTES, check_nonce, read_nonce, read_planes
 
 KIND = "process"
-_MAX_PIECES = 1024
+_MAX_VECTORS = 1024
 """IOV_MAX of Linux."""
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
-class _Piece(ctypes.Structure):
+class _Vector(ctypes.Structure):
     """``struct iovec``."""
 
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -33,7 +33,7 @@ def _library() -> Any:
     library = ctypes.CDLL(None, use_errno=True)
     library.process_vm_readv.restype = ctypes.c_ssize_t
     library.process_vm_readv.argtypes = (
-        ctypes.c_int, ctypes.POINTER(_Piece), ctypes.c_ulong, ctypes.POINTER(_Piece), ctypes.c_ulong, ctypes.c_ulong,
+        ctypes.c_int, ctypes.POINTER(_Vector), ctypes.c_ulong, ctypes.POINTER(_Vector), ctypes.c_ulong, ctypes.c_ulong,
     )  # fmt: skip
     return library
 
@@ -81,19 +81,19 @@ class ProcessMemoryReader:
         check_nonce(found.raw, read_nonce(memory))
 
     def read(self, source: Sequence[int], target: Sequence[int], fence: Any, seconds: float) -> None:
-        pieces: list[tuple[int, int, int]] = []
-        for piece in self._pieces(source, target):
-            pieces.append(piece)
-            if len(pieces) == _MAX_PIECES:
-                self._copy(pieces)
-                pieces = []
-        if pieces:
-            self._copy(pieces)
+        spans: list[tuple[int, int, int]] = []
+        for span in self._spans(source, target):
+            spans.append(span)
+            if len(spans) == _MAX_VECTORS:
+                self._copy(spans)
+                spans = []
+        if spans:
+            self._copy(spans)
 
     def close(self) -> None:
         pass
 
-    def _pieces(self, source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    def _spans(self, source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Yield (address there, address here, bytes), rows that follow each other on both sides joined."""
         size = self._row_bytes
         for (there, there_stride), (here, here_stride) in zip(self._source, self._target, strict=True):
@@ -109,11 +109,11 @@ class ProcessMemoryReader:
             if last is not None:
                 yield last
 
-    def _copy(self, pieces: Sequence[tuple[int, int, int]]) -> None:
-        there = (_Piece * len(pieces))(*(_Piece(start, size) for start, _, size in pieces))
-        here = (_Piece * len(pieces))(*(_Piece(start, size) for _, start, size in pieces))
-        count = self._library.process_vm_readv(self._pid, here, len(pieces), there, len(pieces), 0)
-        if count == sum(size for _, _, size in pieces):
+    def _copy(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        there = (_Vector * len(spans))(*(_Vector(start, size) for start, _, size in spans))
+        here = (_Vector * len(spans))(*(_Vector(start, size) for _, start, size in spans))
+        count = self._library.process_vm_readv(self._pid, here, len(spans), there, len(spans), 0)
+        if count == sum(size for _, _, size in spans):
             return
         # The kernel copies less where an address is invalid.
         number = ctypes.get_errno() if count < 0 else errno.EFAULT

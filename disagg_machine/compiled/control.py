@@ -33,7 +33,7 @@ class State(Enum):
     """It is being built."""
     FAILED = auto()
     """It was tried without success, and is not tried again while the sources are the same."""
-    LACKS = auto()
+    BLOCKED = auto()
     """It cannot be built here."""
     WANTED = auto()
     """It can be built."""
@@ -46,14 +46,14 @@ class Look:
     Attributes:
         folder: the build, when it is ready.
         log: of the build that runs or has failed.
-        lacking: what keeps it from being built, as keys of texts with their arguments.
+        obstacles: what keeps it from being built, as keys of texts with their arguments.
     """
 
     state: State
     digest: str = ""
     folder: Path | None = None
     log: str = ""
-    lacking: tuple[tuple[str, str], ...] = ()
+    obstacles: tuple[tuple[str, str], ...] = ()
 
     @property
     def server(self) -> Path | None:
@@ -61,9 +61,9 @@ class Look:
         return None if self.folder is None else self.folder / identity.SERVER
 
     @property
-    def lacks(self) -> str:
+    def obstacle_text(self) -> str:
         """What is missing, in words."""
-        return "; ".join(text(key, argument) for key, argument in self.lacking)
+        return "; ".join(text(key, argument) for key, argument in self.obstacles)
 
 
 def builds_of(context: Context) -> Store:
@@ -90,22 +90,22 @@ def look(context: Context, python: str) -> Look:
     attempt = builds.attempt(digest)
     if attempt is not None:
         return Look(State.RUNNING if attempt.runs else State.FAILED, digest, log=attempt.log)
-    lacking = tuple(what_lacks(about, builds.root))
-    return Look(State.LACKS if lacking else State.WANTED, digest, lacking=lacking)
+    obstacles = tuple(obstacles_to_build(about, builds.root))
+    return Look(State.BLOCKED if obstacles else State.WANTED, digest, obstacles=obstacles)
 
 
-def what_lacks(about: PythonBuild, root: Path) -> list[tuple[str, str]]:
+def obstacles_to_build(about: PythonBuild, root: Path) -> list[tuple[str, str]]:
     """What a build needs of this machine besides the package index."""
     found = []
     if not about.has_compiler:
-        found.append(("lacks_compiler", about.compiler))
+        found.append(("build_compiler", about.compiler))
     if not about.has_header:
-        found.append(("lacks_header", about.header))
+        found.append(("build_header", about.header))
     if not about.can_make_venv:
-        found.append(("lacks_venv", ""))
+        found.append(("build_venv", ""))
     above = next((one for one in (root, *root.parents) if one.exists()), root)
     if not os.access(above, os.W_OK | os.X_OK):
-        found.append(("lacks_folder", str(root)))
+        found.append(("build_folder", str(root)))
     return found
 
 
@@ -178,8 +178,8 @@ def need(context: Context, python: str) -> None:
     found = look(context, python)
     if found.state is State.OFF:
         raise die(1, "compiled_no_sources", context.root)
-    if found.state is State.LACKS:
-        raise die(1, "compiled_cannot", found.lacks)
+    if found.state is State.BLOCKED:
+        raise die(1, "compiled_cannot", found.obstacle_text)
     if found.state is State.READY:
         return
     log = context.settings.log(build.PART)
@@ -221,8 +221,8 @@ def report(context: Context, python: str) -> bool:
             ui.say("compiled_ready", context.script)
     elif found.state is State.FAILED:
         ui.warn("compiled_failed", found.log)
-    elif found.state is State.LACKS:
-        ui.say("compiled_lacks", found.lacks)
+    elif found.state is State.BLOCKED:
+        ui.say("compiled_blocked", found.obstacle_text)
     elif found.state in (State.WANTED, State.RUNNING):
         log = context.settings.log(build.PART)
         if found.state is State.WANTED:

@@ -46,8 +46,8 @@ def check_compiled(machine: Machine) -> Iterator[Verdict]:
         yield ok("doc_compiling", found.log)
     elif found.state is State.FAILED:
         yield warning("compiled_failed", found.log)
-    elif found.state is State.LACKS:
-        yield warning("compiled_lacks", found.lacks)
+    elif found.state is State.BLOCKED:
+        yield warning("compiled_blocked", found.obstacle_text)
     elif machine.compiler:
         yield ok("doc_compile_later", machine.compiler)
     else:

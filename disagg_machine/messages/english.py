@@ -319,16 +319,16 @@ TEXTS: dict[str, str] = {
         "The proxy runs interpreted: its hot path could not be compiled, see {}. PROXY_COMPILED=1 tries again, 0 "
         "removes this warning."
     ),
-    "compiled_lacks": "The proxy runs interpreted; to compile its hot path: {}. PROXY_COMPILED=0 removes this line.",
+    "compiled_blocked": "The proxy runs interpreted; to compile its hot path: {}. PROXY_COMPILED=0 removes this line.",
     "compiled_cannot": "PROXY_COMPILED=1: the hot path cannot be compiled here: {}",
     "compiled_needed": "PROXY_COMPILED=1: the hot path could not be compiled; see {}",
     "compiled_no_sources": (
         "PROXY_COMPILED=1 needs a checkout, {} is none. For an installed package: DISAGG_PROXY_COMPILE=1 pip install"
     ),
-    "lacks_compiler": "no C compiler `{}` (Debian: apt-get install gcc)",
-    "lacks_header": "no {} (Debian: apt-get install python3-dev)",
-    "lacks_venv": "no module venv (Debian: apt-get install python3-venv)",
-    "lacks_folder": "{} cannot be written; XDG_CACHE_HOME names another folder",
+    "build_compiler": "no C compiler `{}` (Debian: apt-get install gcc)",
+    "build_header": "no {} (Debian: apt-get install python3-dev)",
+    "build_venv": "no module venv (Debian: apt-get install python3-venv)",
+    "build_folder": "{} cannot be written; XDG_CACHE_HOME names another folder",
     "compile_begins": "Compiling the hot path of {} for {}",
     "compile_done": "Compiled into {} in {} s",
     "compile_error": "the hot path could not be compiled: {}",

@@ -3,8 +3,9 @@
 An announcement counts once the handshake at its KV address has proved the shared secret and that the engine there sends
 this announcement (``disagg_kv.protocol.proven``). Later pings with the same fields need no handshake.
 
-What an unknown sender can cause is bounded: so many handshakes at a time, by sender and altogether, a pause after each
-one that fails, and nothing is queued: an engine's next ping comes 3 s later. A sender is logged once.
+What an unknown sender can cause is bounded: the number of handshakes at a time is limited by sender and in total, a
+failed one is followed by a pause, and nothing is queued, since an engine's next ping comes 3 s later. A sender is
+logged once.
 """
 
 from __future__ import annotations

@@ -263,12 +263,12 @@ def test_where_builds_are(environ: dict[str, str], folder: str) -> None:
 # -- what keeps it from being built
 
 
-def test_what_lacks_is_named_with_its_remedy(tmp_path: Path) -> None:
+def test_an_obstacle_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert PYTHON is not None
     bare = dataclasses.replace(PYTHON, has_compiler=False, compiler="gcc", has_header=False, can_make_venv=False)
-    said = Look(State.LACKS, lacking=tuple(control.what_lacks(bare, tmp_path))).lacks
+    said = Look(State.BLOCKED, obstacles=tuple(control.obstacles_to_build(bare, tmp_path))).obstacle_text
     assert all(word in said for word in ("`gcc`", "Python.h", "python3-dev", "python3-venv"))
-    assert control.what_lacks(PYTHON, tmp_path / "not yet/there") == []
+    assert control.obstacles_to_build(PYTHON, tmp_path / "not yet/there") == []
 
 
 @pytest.mark.parametrize("name", ["setup.py", "disagg_kv"])

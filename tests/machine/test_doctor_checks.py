@@ -134,9 +134,9 @@ def test_python(make: Make, facts: dict[str, Any], expected: Verdict) -> None:
         (Look(State.RUNNING, log="/log"), "", ok("doc_compiling", "/log")),
         (Look(State.FAILED, log="/log"), "", warning("compiled_failed", "/log")),
         (
-            Look(State.LACKS, lacking=(("lacks_compiler", "cc"),)),
+            Look(State.BLOCKED, obstacles=(("build_compiler", "cc"),)),
             "",
-            warning("compiled_lacks", "no C compiler `cc` (Debian: apt-get install gcc)"),
+            warning("compiled_blocked", "no C compiler `cc` (Debian: apt-get install gcc)"),
         ),
         (Look(State.WANTED), "mypy[mypyc]==2.4.1", ok("doc_compile_later", "mypy[mypyc]==2.4.1")),
         (Look(State.WANTED), "", warning("doc_compile_index")),
