@@ -4,7 +4,6 @@ AMD GPUs; no real one was run."""
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -306,7 +305,9 @@ def test_contributing_shows_what_is_tested_here() -> None:
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text.partition("## Add a KV connector")[2].partition("\n## ")[0]
     shown = section.partition("```python\n")[2].partition("```")[0]
-    source = iter(inspect.getsource(moriio).splitlines())
+    # By its path: a compiled module has no source.
+    path = Path(__file__).parents[2] / "disagg_proxy/connectors/moriio.py"
+    source = iter(path.read_text(encoding="utf-8").splitlines())
     lines = [line.strip() for line in shown.splitlines() if line.strip() not in ("", "...")]
     assert len(lines) > 15
     missing = [line for line in lines if not any(line == other.strip() for other in source)]
