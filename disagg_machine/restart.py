@@ -26,7 +26,7 @@ def cmd_restart(context: Context, words: Sequence[str]) -> int:
     reading.need_secrets(context.settings)
     plan = launch.plan(context)
     if "proxy" in words and parts.anything_alive(context.run_dir):
-        # Without the lock: the supervisor goes on while the build is waited for.
+        # Without the lock: the supervisor keeps working during the build.
         control.need(context, plan.python)
     with lock.held(context.settings, "restart"):
         names = _chosen(plan, words)

@@ -175,6 +175,6 @@ def _write(value: Mapping[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """One line for the log of whoever started this."""
+    """Write one line to stderr, which the parent process logs."""
     with contextlib.suppress(OSError):
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} power guard: {line}", file=sys.stderr, flush=True)

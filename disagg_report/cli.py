@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_setup(one: argparse.ArgumentParser) -> None:
-    """What every measurement of a setup is told."""
+    """The arguments of every measurement of a setup."""
     one.add_argument("folder", type=Path, help="of the report; created if missing")
     one.add_argument("--url", action="append", required=True, help="the proxy; or plain engines, once each")
     one.add_argument("--name", required=True, help="of the setup, short")

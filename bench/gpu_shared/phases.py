@@ -185,7 +185,7 @@ async def _until_event(engine: Engine, event: str, since: float, seconds: float)
 
 
 async def decode_killed(bench: Bench) -> Findings:
-    """Decode dies while it reads: prefill goes on for others, and its cache becomes free."""
+    """Kill decode during a copy: prefill keeps serving others, and its blocks are freed."""
     bench.decode.aids.write_text("long")
     since = time.time()
     asked = [asyncio.create_task(bench.client.complete(bench.proxy_port, bench.prompt(6000), 16)) for _ in range(4)]

@@ -274,7 +274,8 @@ def cut_last_token(request: Any) -> bool:
     """Take the last token off a prompt of prefill; False where that is not possible, and nothing has changed.
 
     Decode computes that token. It needs the tails of windows, and recurrent states, as they are before it, and vLLM
-    frees what is behind a window when the request ends. A request that generates more than one token goes on freeing.
+    frees what is behind a window when the request ends. A request that generates more than one token frees
+    further blocks.
     """
     tokens = request.prompt_token_ids
     items = (item.mm_position for item in getattr(request, "mm_features", None) or ())

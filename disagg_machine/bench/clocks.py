@@ -47,30 +47,15 @@ def clock_words(settings: Settings, setup: Setup, folder: Path, kind: str, facts
         raise die(2, "bench_clocks_short", settings.bench_seconds, SECONDS)
     rates = settings.bench_rates.replace(",", " ").split()
     options: dict[str, object] = {
-        "--name": setup.name,
-        "--title": setup.title,
-        "--kind": setup.kind,
-        "--model": settings.served_names[0],
-        "--tokenizer": settings.model,
         "--rate": rates[0] if rates else 0,
         "--seconds": settings.bench_seconds or (SECONDS if kind == VLLM else 5),
         "--settle": 2 if kind == VLLM else 0.5,
         "--clocks": settings.bench_clocks,
         "--rounds": settings.bench_rounds,
-        "--warm-up": 4 * setup.pairs + 4,
-        "--slo-ttft-ms": settings.bench_slo_ttft_ms,
-        "--slo-tpot-ms": settings.bench_slo_tpot_ms,
-        "--slo-attainment": settings.bench_slo_attainment,
-        "--input-len": settings.bench_input_len,
-        "--output-len": settings.bench_output_len,
         "--run-dir": settings.run_dir,
         "--backend": settings.power_backend,
     }
-    words = ["clocks", str(folder)]
-    for name, value in options.items():
-        words += [name, str(value)]
-    for url in setup.urls:
-        words += ["--url", url]
+    words = ["clocks", str(folder), *plan.setup_words(settings, setup, options)]
     roles = gpus_of(found)
     if not roles:
         raise die(1, "bench_clocks_gpus")

@@ -132,29 +132,14 @@ def sweep_words(
     """
     seconds, limit = (30, 900) if kind == VLLM else (10, 180)
     options: dict[str, object] = {
-        "--name": setup.name,
-        "--title": setup.title,
-        "--kind": setup.kind,
         "--question": setup.question,
         "--engines": setup.engines,
-        "--model": settings.served_names[0],
-        "--tokenizer": settings.model,
         "--client": generator,
         "--rates": settings.bench_rates,
         "--seconds": settings.bench_seconds or seconds,
         "--time-limit": settings.bench_time_limit or limit,
-        "--warm-up": 4 * setup.pairs + 4,
-        "--slo-ttft-ms": settings.bench_slo_ttft_ms,
-        "--slo-tpot-ms": settings.bench_slo_tpot_ms,
-        "--slo-attainment": settings.bench_slo_attainment,
-        "--input-len": settings.bench_input_len,
-        "--output-len": settings.bench_output_len,
     }
-    words = ["sweep", str(folder)]
-    for name, value in options.items():
-        words += [name, str(value)]
-    for url in setup.urls:
-        words += ["--url", url]
+    words = ["sweep", str(folder), *setup_words(settings, setup, options)]
     if kind == SIM:
         words.append("--simulated")
     if generator == VLLM_CLIENT and facts is not None:
@@ -163,6 +148,30 @@ def sweep_words(
         words += ["--gpus", f"{role}={gpus}"]
     for name, value in facts_of(settings, kind, facts, parts).items():
         words += ["--fact", f"{name}={value}"]
+    return words
+
+
+def setup_words(settings: Settings, setup: Setup, more: Mapping[str, object]) -> list[str]:
+    """The arguments that every measurement of a setup needs, and ``more``."""
+    options: dict[str, object] = {
+        "--name": setup.name,
+        "--title": setup.title,
+        "--kind": setup.kind,
+        "--model": settings.served_names[0],
+        "--tokenizer": settings.model,
+        "--warm-up": 4 * setup.pairs + 4,
+        "--slo-ttft-ms": settings.bench_slo_ttft_ms,
+        "--slo-tpot-ms": settings.bench_slo_tpot_ms,
+        "--slo-attainment": settings.bench_slo_attainment,
+        "--input-len": settings.bench_input_len,
+        "--output-len": settings.bench_output_len,
+        **more,
+    }
+    words: list[str] = []
+    for name, value in options.items():
+        words += [name, str(value)]
+    for url in setup.urls:
+        words += ["--url", url]
     return words
 
 

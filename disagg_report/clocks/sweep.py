@@ -63,7 +63,7 @@ class ClockSweep:
         lease: of the guard that sets clocks.
         warm_up: sends that many requests that are not measured.
         stop: set by the user's Ctrl+C.
-        wanted: whether the one for whom it is made still lives; else the sweep ends, and the clocks with it.
+        wanted: whether the process that requested the sweep still runs; otherwise it ends, and clocks are reset.
     """
 
     def __init__(self, title: str, folder: Path, plan: ClockPlan, devices: Devices, lease: Lease, client: Client,
