@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.circuit_breaker import Breaker
+from disagg_proxy.cluster.engine_load import EngineLoad
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.progress import ProgressTracker
 
@@ -103,6 +104,7 @@ class Instance:
         kv_orphans: on decode, the claims of KV that stays in its buffer until its process ends (this process only).
         peer_counts: the share of other workers in ``in_flight``, ``direct_requests``, ``kv_waiting`` and
             ``kv_waiting_tokens``, as last read.
+        engine_load: the engine's own figures, None until its /metrics were read.
 
     Totals, named as in /stats:
         requests_total, failures_total: legs sent to it, and those that failed through its fault.
@@ -152,6 +154,7 @@ class Instance:
     kv_waiting_tokens: int = 0
     kv_orphans: list[Releasable] = field(default_factory=list)
     peer_counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    engine_load: EngineLoad | None = None
 
     requests_total: int = 0
     failures_total: int = 0
