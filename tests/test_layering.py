@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "openai": "errors",
     "cluster": "address config errors",
     "telemetry": "cluster config disagg_power errors http1 runtime",
+    "placement": "",
     "admission": "cluster errors openai telemetry",
     "upstream": "address cluster disagg_kv.control disagg_kv.protocol errors http1 runtime",
     "health": "cluster errors runtime upstream",

@@ -22,8 +22,8 @@ CONFIG_FILE = "CONFIG_FILE"
 """The setting that names the file, and so the only one that cannot be in it."""
 
 _NUMBERS = (
-    values.count, values.factor, values.limit, values.port, values.seconds, values.size, values.size_or_none,
-    values.workers,
+    values.count, values.factor, values.limit, values.milliseconds, values.port, values.seconds,
+    values.size, values.size_or_none, values.workers,
 )  # fmt: skip
 _SWITCHES = (values.flag, values.traces)
 _SEPARATORS = {values.addresses: ",", values.instances: " ", values.origins: ",", values.registrants: ","}

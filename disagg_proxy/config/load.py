@@ -28,6 +28,7 @@ _METAVARS: dict[values.Reader, str] = {
     values.instances: "URL[,KV_ADDRESS]",
     values.key: "KEY",
     values.limit: "N",
+    values.milliseconds: "MS",
     values.origins: "ORIGIN,...",
     values.path: "FILE",
     values.port: "PORT",

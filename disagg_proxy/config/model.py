@@ -76,6 +76,9 @@ class Config:
     kv_bytes_per_token: int = 0
     decode_alone: bool = True
     decode_alone_below: int = 0
+    placement: Literal["split", "elastic"] = "split"
+    slo_ttft_ms: float = 0.0
+    slo_tpot_ms: float = 0.0
     max_queue: int = 4096
     queue_timeout: float = 120.0
     prefill_policy: str = "prefix_aware"

@@ -153,6 +153,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("decode_alone_below", "DECODE_ALONE_BELOW", "--decode-alone-below", "0", values.limit,
             "prompts of fewer tokens (estimated) go to a decode with the disagg_kv connector alone; 0: none",
             "估计 token 数低于此值的提示词只交给使用本项目连接器的 decode；0 表示不启用", reload=True),
+    Setting("placement", "PLACEMENT", "--placement", "split", values.choice("split", "elastic"),
+            "where a request is prefilled, with the disagg_kv connector: split, always on a prefill; elastic, decided "
+            "for each request: on a prefill, or on the engine of either role that then decodes it",
+            "使用本项目连接器时请求在何处 prefill：split 总是在 prefill 上；elastic 对每个请求单独决定："
+            "在 prefill 上，或在随后生成回答的任一角色的实例上", reload=True),
+    Setting("slo_ttft_ms", "SLO_TTFT_MS", "--slo-ttft-ms", "0", values.milliseconds,
+            "with PLACEMENT=elastic: longest time to first token in milliseconds that a request is to have; 0: none",
+            "PLACEMENT=elastic 时的首 token 时间目标（毫秒）；0 表示没有", reload=True),
+    Setting("slo_tpot_ms", "SLO_TPOT_MS", "--slo-tpot-ms", "0", values.milliseconds,
+            "with PLACEMENT=elastic: longest mean time between two output tokens in milliseconds that a request is to "
+            "have; 0: none",
+            "PLACEMENT=elastic 时每个输出 token 的平均间隔目标（毫秒）；0 表示没有", reload=True),
     Setting("max_queue", "MAX_QUEUE", "--max-queue", "4096", values.limit,
             "requests that may wait for capacity, then 429",
             "可排队等待的请求数，超出返回 429", reload=True),

@@ -102,6 +102,17 @@ def seconds(raw: str) -> float:
     return value
 
 
+def milliseconds(raw: str) -> float:
+    """A number of milliseconds; 0 for none."""
+    try:
+        value = float(raw)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e7:
+        raise ValueError("must be a number of milliseconds, 0 for none")
+    return value
+
+
 def size(raw: str) -> int:
     """A number of bytes, with an optional K, M or G (powers of 1024)."""
     number, unit = (raw[:-1], raw[-1].upper()) if raw[-1:].isalpha() else (raw, "")

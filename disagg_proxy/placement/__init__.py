@@ -1,0 +1,1 @@
+"""Where each request is prefilled, and which roles engines have: docs/elastic.md."""
