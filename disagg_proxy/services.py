@@ -28,6 +28,8 @@ from disagg_proxy.health.stall_detector import StallDetector
 from disagg_proxy.keys.key_table import KeyTable
 from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.peer_group import PeerGroup, SingleProcess
+from disagg_proxy.placement.elastic import Elastic
+from disagg_proxy.placement.goals import Goals
 from disagg_proxy.runtime.background import Background
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteBatch
@@ -39,6 +41,7 @@ from disagg_proxy.telemetry.energy import totals_of
 from disagg_proxy.telemetry.event_log import EventLog
 from disagg_proxy.telemetry.instance_events import InstanceEvents
 from disagg_proxy.telemetry.page_state import PageState, inherit, page_state_of
+from disagg_proxy.telemetry.request_record import RequestRecord
 from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from disagg_proxy.telemetry.stats import Stats
 from disagg_proxy.telemetry.timeseries import TimeSeries
@@ -94,6 +97,10 @@ class Services:
             self.registry, PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy],
             table=PrefixTable(ENDS), bound=config.load_bound,
         )  # fmt: skip
+        self.elastic = Elastic(self.registry, _goals(config))
+        self.selection.set_chooser(self._chooser(config))
+        self.recorder.learn_first_token = self.elastic.learn_first_token
+        self.recorder.learn_end = self._learn
         self.peers.join(self.registry, self)
         self.admission_queue = AdmissionQueue(
             self.selection, self.registry, _limits(config), self.stats, self.peers.admission_peers
@@ -105,7 +112,7 @@ class Services:
         self.kv_control = KvControl(config.kv_secret, config.connect_timeout)
         if not self.worker:
             self.connection_warmer = ConnectionWarmer(self.registry, self.background, self.kv_control)
-        self.sizes = PromptSizes(learns=bool(config.decode_alone_below), trusts=bool(config.kv_buffer_tokens))
+        self.sizes = PromptSizes(learns=_needs_sizes(config), trusts=bool(config.kv_buffer_tokens))
         self.engines = Engines(
             lambda: self.upstream, self.registry, config, self.background, self.sizes,
             KvReleaser(self.stats.kv_releases, self.instance_events.kv_release_ended), self.kv_control,
@@ -175,8 +182,10 @@ class Services:
         self.selection.set_policies(
             PREFILL_POLICIES[config.prefill_policy], DECODE_POLICIES[config.decode_policy], config.load_bound
         )
+        self.elastic.goals = _goals(config)
+        self.selection.set_chooser(self._chooser(config))
         self.coordinator.policies_changed()
-        self.sizes.configure(learns=bool(config.decode_alone_below), trusts=bool(config.kv_buffer_tokens))
+        self.sizes.configure(learns=_needs_sizes(config), trusts=bool(config.kv_buffer_tokens))
         self.admission_queue.set_limits(_limits(config))
         self.shutdown.grace = config.shutdown_grace
         self.discovery.reconfigure(config)
@@ -185,6 +194,20 @@ class Services:
             self._upstream.connect_timeout = config.connect_timeout
         if self._stall_detector is not None:
             self._stall_detector.set_bounds(config.freeze_after_min, config.freeze_after_max)
+
+    def _chooser(self, config: Config) -> Elastic | None:
+        return self.elastic if config.placement == "elastic" else None
+
+    def _learn(self, record: RequestRecord) -> None:
+        """A request has ended."""
+        if record.outcome == "ok":
+            if tokens := record.output_tokens or record.pieces:
+                self.sizes.outputs.observe(record.model, tokens)
+            self.elastic.learn_end(record)
+
+    def placement_report(self) -> dict[str, Any]:
+        """What the placement has learnt, as this process sees it."""
+        return {"mode": self.config.placement, **self.elastic.report()}
 
     # -- what /stats, /metrics and operators see: all processes of the proxy together
 
@@ -268,6 +291,15 @@ def _traces(config: Config, worker: int | None, energy: EnergyBook) -> SpanExpor
     from disagg_proxy.telemetry.tracing import SpanExporter
 
     return SpanExporter(worker, energy)
+
+
+def _goals(config: Config) -> Goals:
+    return Goals(config.slo_ttft_ms / 1000, config.slo_tpot_ms / 1000)
+
+
+def _needs_sizes(config: Config) -> bool:
+    """Whether the sizes of prompts are to be learnt although no decode has a KV buffer."""
+    return bool(config.decode_alone_below) or config.placement == "elastic"
 
 
 def _limits(config: Config) -> Limits:

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "openai": "errors",
     "cluster": "address config errors",
     "telemetry": "cluster config disagg_power errors http1 runtime",
-    "placement": "",
+    "placement": "cluster telemetry",
     "admission": "cluster errors openai telemetry",
     "upstream": "address cluster disagg_kv.control disagg_kv.protocol errors http1 runtime",
     "health": "cluster errors runtime upstream",
@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "telemetry upstream",
     "peer_group": "admission cluster discovery health telemetry",
     "services": "admission cluster config connectors coordinator disagg_power discovery health keys openai peer_group "
-    "runtime telemetry upstream",
+    "placement runtime telemetry upstream",
     "page": "errors runtime",
     "server": "address admission cluster config coordinator discovery downstream errors http1 keys openai page runtime "
     "services telemetry upstream",
@@ -131,7 +131,10 @@ LIBRARIES = {
 }
 """Library -> modules or folders that may import it."""
 
-WITHOUT_IO = ("cluster", "http1", "openai", "telemetry.stats", "errors", "address", "request_id")
+WITHOUT_IO = (
+    "cluster", "http1", "openai", "placement.elastic", "placement.fit", "placement.goals", "placement.pace",
+    "placement.trust", "telemetry.stats", "errors", "address", "request_id",
+)  # fmt: skip
 IO = {"aiohttp", "asyncio", "os", "select", "socket", "subprocess", "threading", "time", "urllib", "zmq"}
 """Units that decide without I/O and without a clock of their own, and the modules that would give them either."""
 

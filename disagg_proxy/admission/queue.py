@@ -3,7 +3,8 @@
 A burst of long prompts that went straight to the engines would overfill decode's KV buffer and stall prefill and
 decode, so it waits here instead. Requests of one model are FIFO, but each level of priority counts like an earlier
 arrival by :data:`PRIORITY_SECONDS`: a request is overtaken only by those that arrive within that time for each level
-between them, so no priority starves another. Models are served round robin, so that a model whose instances are busy
+between them, so no priority starves another; one that would miss its SLO wherever it went (PLACEMENT=elastic) goes
+behind those that can meet theirs. Models are served round robin, so that a model whose instances are busy
 does not block another. When an operator drains the last instance that could serve them, queued
 requests wait on, and new ones get the error. Requests that wait too long, or find the queue full, get 429.
 
@@ -18,14 +19,15 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from disagg_proxy.cluster.choice import NoCapacity, PlacementPreference, SingleEngine, Wish, WouldBeLate
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.policies import NO_TRAITS, Traits
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.cluster.selection import NoCapacity, PlacementPreference, Selection, SingleEngine
+from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.errors import NoPair, Overloaded, ProxyError
 from disagg_proxy.telemetry.stats import Stats
 
@@ -34,6 +36,9 @@ PRIORITY_SECONDS = 5.0
 
 _MAX_PRIORITY = 9
 """Only so that ranks stay positive."""
+
+_LATE = 1e6
+"""Seconds by which a request that cannot meet its SLO counts as a later arrival."""
 
 _FIRST = 1e-9
 """Rank of a request that was admitted before."""
@@ -62,16 +67,24 @@ class Limits:
     queue: int = 0
     queue_timeout: float = 60.0
 
-    def has_capacity(self, instance: Instance, kv_tokens: int) -> bool:
-        """Whether ``instance`` may get one more request, whose KV takes ``kv_tokens`` on decode.
+    def has_capacity(self, instance: Instance, kv_tokens: int, kv: int = 0) -> bool:
+        """Whether ``instance`` may get one more request, whose prompt's KV takes ``kv_tokens`` in decode's KV buffer.
 
         One request is admitted where no other's KV waits, whatever its size: waiting longer would not make it fit, and
         decode's pinned memory pool takes what the buffer does not.
+
+        Args:
+            kv: tokens of KV that the request is expected to take until its end. An engine whose KV cache is full would
+                let it wait, and prefill would drop the prompt's KV, so that it is computed twice.
         """
-        most = self.prefill if instance.role is Role.PREFILL else self.decode
-        if most and instance.in_flight >= most:
+        if instance.role is Role.PREFILL:
+            most = self.decode and instance.answering >= self.decode
+            return not most and not (self.prefill and instance.in_flight >= self.prefill)
+        if self.decode and instance.in_flight >= self.decode:
             return False
-        if instance.role is Role.PREFILL or instance.kind.computes or not instance.kv_waiting:
+        if instance.kind.either_alone and not instance.kv_fits(kv):
+            return False
+        if instance.kind.computes or not instance.kv_waiting:
             # A decode that computes has no KV buffer: KV is loaded directly into the blocks of a scheduled request.
             return True
         return instance.kv_waiting_tokens + kv_tokens <= (self.kv_tokens or instance.max_model_len)
@@ -115,6 +128,7 @@ class Demand:
         excluded: instances on which an earlier attempt failed. Such a request was admitted before, so it waits at the
             head of the queue.
         priority: higher ones leave the queue earlier; from 0 to 9.
+        wish: what the decision where it is prefilled may use of it.
     """
 
     model: str | None
@@ -123,6 +137,7 @@ class Demand:
     traits: Traits = NO_TRAITS
     excluded: Collection[Instance] = ()
     priority: int = 0
+    wish: Wish = field(default_factory=Wish)
 
 
 @dataclass(slots=True, eq=False)
@@ -180,10 +195,15 @@ class AdmissionQueue:
         Raises:
             ProxyError: there is no pair, or the model is unknown.
         """
-        if demand.model not in self._queues and not self._waiting_in_peers():
+        if (demand.model not in self._queues or self._only_late(demand.model)) and not self._waiting_in_peers():
             return self._try(demand)
         self._selection.check(demand.model, demand.preference, demand.excluded)
         return None
+
+    def _only_late(self, model: str | None) -> bool:
+        """Whether every request that waits for ``model`` is one that cannot meet its SLO: others overtake it."""
+        queue = self._queues[model]
+        return bool(queue) and queue[0].rank >= _LATE
 
     async def acquire(self, demand: Demand) -> Placement:
         """A placement: at once where there is capacity, else after a wait in the queue.
@@ -208,7 +228,7 @@ class AdmissionQueue:
             ProxyError: see :meth:`acquire`.
         """
         now = self._stats.clock()
-        rank = now + PRIORITY_SECONDS * (_MAX_PRIORITY - demand.priority)
+        rank = now + PRIORITY_SECONDS * (_MAX_PRIORITY - demand.priority) + _LATE * demand.wish.late
         waiter = _Waiter(demand, now, rank, asyncio.Future())
         if self.waiting + self._waiting_in_peers() >= self._limits.queue:
             raise self._queue_full()
@@ -296,27 +316,31 @@ class AdmissionQueue:
             return None
 
         def has_capacity(instance: Instance) -> bool:
-            return limits.has_capacity(instance, demand.kv_tokens)
+            return limits.has_capacity(instance, demand.kv_tokens, wish.kv)
 
+        wish = demand.wish
         try:
-            found = self._selection.place(demand.model, demand.preference, demand.excluded, has_capacity, demand.traits)
-        except NoCapacity:
+            found = self._selection.place(
+                demand.model, demand.preference, demand.excluded, has_capacity, demand.traits, wish
+            )
+        except NoCapacity as why:
+            wish.late = wish.late or isinstance(why, WouldBeLate)
             return None
         if peers is None:
-            return Placement(self._registry, found, demand.kv_tokens)
-        taken = [found.decode] if isinstance(found, SingleEngine) else [found.prefill, found.decode]
+            return Placement(self._registry, found, demand.kv_tokens, wish.kv)
+        taken = [found.engine] if isinstance(found, SingleEngine) else [found.prefill, found.decode]
         if not peers.claim(taken, demand.kv_tokens, lambda: not self._full() and all(map(has_capacity, taken))):
             self._dispatch_in(peers.pause)
             return None
         try:
-            return Placement(self._registry, found, demand.kv_tokens)
+            return Placement(self._registry, found, demand.kv_tokens, wish.kv)
         finally:
             peers.settle()
 
     def _full(self) -> bool:
         """Whether the proxy has reached its limit of concurrent requests."""
         limit = self._limits.in_flight
-        return limit > 0 and self._registry.in_flight(Role.DECODE) >= limit
+        return limit > 0 and self._registry.answering() >= limit
 
     def _dispatch_soon(self) -> None:
         if self._queues and not self._dispatch_scheduled:
@@ -350,6 +374,11 @@ class AdmissionQueue:
                 if placement is not None:
                     waiter.admitted.set_result(placement)
                     self._queues.move_to_end(model)
+                    admitted = True
+                elif waiter.demand.wish.late and waiter.rank < _LATE and not waiter.demand.excluded:
+                    queue.popleft()
+                    waiter.rank += _LATE
+                    _insert(queue, waiter)
                     admitted = True
         self._publish()
 

@@ -77,6 +77,11 @@ _BLOCK: Final = 16
 
 _MAX_MODELS: Final = 256
 
+_OUTPUT: Final = 256
+"""Tokens of an answer until some were counted."""
+
+_OUTPUT_WEIGHT: Final = 1 / 32
+
 
 def in_blocks(tokens: int, prompts: int = 1) -> int:
     """Upper bound of the tokens in full KV blocks that ``prompts`` prompts with ``tokens`` in all take."""
@@ -201,8 +206,31 @@ class TokenEstimator:
         return self._texts.get(model or "", _UNKNOWN)
 
 
+class OutputEstimator:
+    """Expected length of an answer: the mean of the recent ones of its model, or of all models until it has any."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, float] = {}
+        self._all = 0.0
+
+    def tokens(self, model: str | None, limit: int) -> int:
+        """Expected tokens of one answer, at most ``limit`` unless that is 0."""
+        expected = round(self._means.get(model or "", self._all)) or _OUTPUT
+        return min(expected, limit) if limit > 0 else expected
+
+    def observe(self, model: str | None, tokens: int) -> None:
+        """An answer had ``tokens``."""
+        name = model or ""
+        self._all += _OUTPUT_WEIGHT * (tokens - self._all) if self._all else tokens
+        known = self._means.get(name)
+        if known is not None:
+            self._means[name] = known + _OUTPUT_WEIGHT * (tokens - known)
+        elif len(self._means) < _MAX_MODELS:
+            self._means[name] = tokens
+
+
 class PromptSizes:
-    """Estimates the sizes of prompts, and updates the estimator with prefill's counts.
+    """Estimates the sizes of prompts and answers, and updates the estimators with the engines' counts.
 
     Args:
         learns: whether the estimator is updated also where no decode has a KV buffer.
@@ -213,6 +241,7 @@ class PromptSizes:
         self._learns = False
         self.configure(learns, trusts)
         self.estimator = TokenEstimator()
+        self.outputs = OutputEstimator()
 
     def configure(self, learns: bool, trusts: bool) -> None:
         """Change the arguments of the constructor. What is already learnt stays, and learning does not stop again."""
@@ -222,6 +251,10 @@ class PromptSizes:
     def tokens(self, prepared: Prepared) -> int:
         """Expected tokens of all prompts of a request."""
         return self.estimator.tokens(prepared.model, prepared.prompt)
+
+    def output(self, prepared: Prepared) -> int:
+        """Expected tokens of all answers of a request together."""
+        return self.outputs.tokens(prepared.model, prepared.limit) * prepared.choices * prepared.prompts
 
     def kv_tokens(self, route: Route, prepared: Prepared) -> int:
         """Upper bound of the tokens of the KV that a request's prompts take on decode."""

@@ -47,6 +47,10 @@ class Source(Enum):
     STATIC = "static"
 
 
+_KV_SHARE = 0.95
+"""Share of a KV cache that is promised to requests. The rest is for answers that become longer than expected."""
+
+
 class Releasable(Protocol):
     """A claim on an instance (cluster/lease.py)."""
 
@@ -102,8 +106,13 @@ class Instance:
         kv_waiting: on both roles, prompts that were sent to prefill and whose KV decode has not loaded.
         kv_waiting_tokens: on decode, the tokens of these, estimated until prefill has counted them, and of orphans.
         kv_orphans: on decode, the claims of KV that stays in its buffer until its process ends (this process only).
-        peer_counts: the share of other workers in ``in_flight``, ``direct_requests``, ``kv_waiting`` and
-            ``kv_waiting_tokens``, as last read.
+        answering: requests on it now whose answer it generates, or is going to: pairs with it as decode, and those that
+            are alone on it.
+        kv_committed: tokens of KV that these are expected to take until their end.
+        computing_tokens: prompt tokens that it has to compute and has not (this process only).
+        decoding: of ``answering`` those whose prompt is computed (this process only).
+        peer_counts: the share of other workers in ``in_flight``, ``direct_requests``, ``kv_waiting``,
+            ``kv_waiting_tokens``, ``answering`` and ``kv_committed``, as last read.
         engine_load: the engine's own figures, None until its /metrics were read.
 
     Totals, named as in /stats:
@@ -153,7 +162,11 @@ class Instance:
     kv_waiting: int = 0
     kv_waiting_tokens: int = 0
     kv_orphans: list[Releasable] = field(default_factory=list)
-    peer_counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    answering: int = 0
+    kv_committed: int = 0
+    computing_tokens: int = 0
+    decoding: int = 0
+    peer_counts: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
     engine_load: EngineLoad | None = None
 
     requests_total: int = 0
@@ -190,6 +203,16 @@ class Instance:
     def default_model(self) -> str | None:
         """The model that vLLM takes when a request names none."""
         return next(iter(self.models), None)
+
+    def kv_fits(self, tokens: int) -> bool:
+        """Whether its KV cache holds ``tokens`` besides what it has promised; True when its capacity is not known.
+
+        A single request always fits: waiting would not make the cache larger.
+        """
+        load = self.engine_load
+        if load is None or not load.kv_capacity_tokens or not self.kv_committed:
+            return True
+        return self.kv_committed + tokens <= _KV_SHARE * load.kv_capacity_tokens
 
     @property
     def idle(self) -> bool:

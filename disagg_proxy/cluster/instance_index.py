@@ -19,7 +19,6 @@ class InstanceIndex:
         self.version = 0
         self._instances: dict[str, Instance] = {}
         self._serving: dict[tuple[Role, str | None], tuple[Instance, ...]] = {}
-        self._by_role: dict[Role, tuple[Instance, ...]] = {}
 
     def knows(self, instance: Instance) -> bool:
         """Whether it is still the instance at its endpoint."""
@@ -33,14 +32,9 @@ class InstanceIndex:
         """All known instances, prefills first, in the order of registration."""
         return sorted(self._instances.values(), key=lambda i: i.role is Role.DECODE)
 
-    def in_flight(self, role: Role) -> int:
-        """Requests on all instances of one role, in any state; all requests of one that has both."""
-        found = self._by_role.get(role)
-        if found is None:
-            found = self._by_role[role] = tuple(i for i in self._instances.values() if i.serves(role))
-        if len(found) == 1:
-            return found[0].in_flight
-        return sum([i.in_flight for i in found])
+    def answering(self) -> int:
+        """Requests on all instances, in any state, each counted where its answer is generated."""
+        return sum([i.answering for i in self._instances.values()])
 
     def ready(self, role: Role) -> Sequence[Instance]:
         """Ready instances of one role, drained ones included."""

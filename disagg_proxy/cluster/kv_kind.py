@@ -30,6 +30,7 @@ class KvKind:
         needs_address: whether the proxy must know an instance's KV address before it can serve.
         both_roles: whether the engine prefills for others and decodes as well (vLLM's ``kv_role`` ``kv_both``). The
             role of such an instance is decode, for proxies that know one role only.
+        either_alone: whether an engine of either role serves requests alone, whatever its KV transfer.
         peer_params: ``kv_transfer_params`` that describe this instance to the engine on the other side of a pair.
     """
 
@@ -39,6 +40,7 @@ class KvKind:
     computes: bool = True
     needs_address: bool = True
     both_roles: bool = False
+    either_alone: bool = False
     peer_params: tuple[tuple[str, str | int], ...] = ()
 
     @property

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from disagg_proxy.cluster.instance import Instance, State
+from disagg_proxy.cluster.choice import Forecast, Pair, SingleEngine
+from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.cluster.selection import Pair, SingleEngine
 
-IN_FLIGHT, DIRECT_REQUESTS, KV_WAITING, KV_WAITING_TOKENS = range(4)
+IN_FLIGHT, DIRECT_REQUESTS, KV_WAITING, KV_WAITING_TOKENS, ANSWERING, KV_COMMITTED = range(6)
 """The shared counts, in the order of :attr:`Instance.peer_counts`."""
 
 
@@ -26,28 +26,63 @@ class SharedLoad(Protocol):
 class Lease:
     """Counts one leg and its ``tokens`` on ``instance``, until :meth:`end`.
 
+    Args:
+        computing: prompt tokens that it computes first.
+        answer: tokens of KV that the request is expected to take where this leg generates its answer, else None.
+
     Attributes:
         progress: the tracker of the process that the lease began with.
     """
 
-    __slots__ = ("_breaker", "_ended", "_epoch", "_registry", "_tokens", "instance", "progress")
+    __slots__ = (
+        "_answer", "_breaker", "_computing", "_decoding", "_ended", "_epoch", "_registry", "_tokens", "instance",
+        "progress",
+    )  # fmt: skip
 
-    def __init__(self, registry: Registry, instance: Instance, tokens: int = 0) -> None:
+    def __init__(
+        self, registry: Registry, instance: Instance, tokens: int = 0, computing: int = 0, answer: int | None = None
+    ) -> None:
         self.instance = instance
         self._registry = registry
         self._epoch = instance.epoch
-        self._ended = False
+        self._ended = self._decoding = False
         self._tokens = tokens
+        self._computing = computing
+        self._answer = answer
         instance.in_flight += 1
         instance.tokens_in_flight += tokens
-        if registry.shared_load is not None:
-            registry.shared_load.add(instance, IN_FLIGHT, 1)
+        instance.computing_tokens += computing
+        shared = registry.shared_load
+        if shared is not None:
+            shared.add(instance, IN_FLIGHT, 1)
+        if answer is not None:
+            instance.answering += 1
+            instance.kv_committed += answer
+            if shared is not None:
+                shared.add(instance, ANSWERING, 1)
+                shared.add(instance, KV_COMMITTED, answer)
         instance.requests_total += 1
         # Those of the current process of the engine; a restarted one gets new ones.
         self._breaker = breaker = instance.breaker
         if not breaker.healthy:
             breaker.record_sent(registry.now())
         self.progress = instance.progress
+
+    def computed(self) -> None:
+        """The prompt is computed, and the answer is generated from now on. Further calls have no effect."""
+        if self._ended or self._decoding:
+            return
+        self._decoding = True
+        instance = self.instance
+        instance.decoding += 1
+        if self._computing:
+            instance.computing_tokens -= self._computing
+            self._computing = 0
+            if instance.role is Role.PREFILL:
+                # On a prefill the tokens in flight are those that it has to compute.
+                instance.tokens_in_flight -= self._tokens
+                self._tokens = 0
+            self._registry.freed()
 
     def end(self, *, failed: bool | None = None, certain: bool = True) -> None:
         """Stop counting the leg; only the first call has an effect.
@@ -62,8 +97,17 @@ class Lease:
         instance, registry = self.instance, self._registry
         instance.in_flight -= 1
         instance.tokens_in_flight -= self._tokens
-        if registry.shared_load is not None:
-            registry.shared_load.add(instance, IN_FLIGHT, -1)
+        instance.computing_tokens -= self._computing
+        instance.decoding -= self._decoding
+        shared, answer = registry.shared_load, self._answer
+        if shared is not None:
+            shared.add(instance, IN_FLIGHT, -1)
+        if answer is not None:
+            instance.answering -= 1
+            instance.kv_committed -= answer
+            if shared is not None:
+                shared.add(instance, ANSWERING, -1)
+                shared.add(instance, KV_COMMITTED, -answer)
         if failed or not self._breaker.healthy:
             self._update_breaker(failed, certain)
         registry.freed()
@@ -193,34 +237,45 @@ class Placement:
     """The leases of one attempt. Creating it takes them, :meth:`release` gives back those still held.
 
     Args:
-        found: a pair, or a decode that computes the prompt without a prefill.
+        found: a pair, or one engine that computes the prompt itself.
         kv_tokens: upper bound of the tokens of the prompts' KV; counted only where decode has a KV buffer.
+        kv: tokens of KV that the request is expected to take until its end.
 
     Attributes:
-        prefill, decode: the instances; ``prefill`` is None when decode computes the prompt itself.
+        prefill: the instance that computes the prompt for another; None when ``decode`` computes it itself.
+        decode: the instance that generates the answer. Its role is prefill where a prefill serves the request alone.
         kv: the claim on decode's KV buffer, None without a prefill.
+        forecast: what was predicted of the request; None where nothing is.
     """
 
-    __slots__ = ("decode", "decode_lease", "kv", "prefill", "prefill_lease")
+    __slots__ = ("decode", "decode_lease", "forecast", "kv", "prefill", "prefill_lease")
 
-    def __init__(self, registry: Registry, found: Pair | SingleEngine, kv_tokens: int = 0) -> None:
-        decode = found.decode
+    def __init__(self, registry: Registry, found: Pair | SingleEngine, kv_tokens: int = 0, kv: int = 0) -> None:
         self.prefill: Instance | None = None
         self.prefill_lease: Lease | None = None
         self.kv: KvClaim | None = None
+        self.forecast: Forecast | None = found.forecast
         if isinstance(found, Pair):
+            decode = found.decode
             self.prefill = found.prefill
-            self.prefill_lease = Lease(registry, found.prefill, found.prefill_tokens)
+            self.prefill_lease = Lease(registry, found.prefill, found.prefill_tokens, found.prefill_tokens)
             self.kv = KvClaim(registry, found.prefill, decode, 0 if decode.kind.computes else kv_tokens)
+            self.decode_lease = Lease(registry, decode, found.decode_tokens, 0, kv)
+        else:
+            decode = found.engine
+            self.decode_lease = Lease(registry, decode, found.tokens, found.computes, kv)
         self.decode = decode
-        self.decode_lease = Lease(registry, decode, found.decode_tokens)
+
+    def computed(self) -> None:
+        """The prompt is computed, and the answer is generated from now on. Further calls have no effect."""
+        self.decode_lease.computed()
 
     def drop_prefill(self) -> None:
         """This attempt sends nothing to prefill: give back its lease and the claim on KV."""
         if self.prefill_lease is not None:
             self.prefill_lease.end()
         self.release_kv()
-        self.prefill = self.prefill_lease = self.kv = None
+        self.prefill = self.prefill_lease = self.kv = self.forecast = None
 
     def release_kv(self) -> None:
         """Decode has loaded the KV, or will not get it. Further calls have no effect."""

@@ -216,13 +216,11 @@ class Registry(InstanceIndex):
 
     def _remove(self, instance: Instance) -> None:
         del self._instances[instance.key]
-        self._by_role.clear()
 
     def _add(self, instance: Instance) -> None:
         instance.draining = instance.key in self._drained
         instance.progress = ProgressTracker(self._clock())
         self._instances[instance.key] = instance
-        self._by_role.clear()
         self._set_state(instance, State.PROBING, instance.reason)
         self._request_probe(instance)
 
@@ -406,10 +404,11 @@ def _fail_prefills(instance: Instance, progress: ProgressTracker, reason: str) -
     """Fail the legs in flight on a prefill that will not answer them, where decode can compute without the KV.
 
     Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never failed: its decode would hang.
+    What the instance serves alone goes on: its answers end with their connections.
     """
     if instance.serves(Role.PREFILL) and instance.kind.computes:
         error = EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False)
-        progress.fail(error, prefills_only=instance.kind.both_roles)
+        progress.fail(error, prefills_only=True)
 
 
 async def _no_refresh() -> None:

@@ -34,6 +34,7 @@ class Attempt:
         request_id: the id that both engines get, and the one that the client sees instead.
 
     Attributes:
+        leg: name of the leg that generates the answer, for messages: the role of its engine.
         detached: other work has taken over the placement and releases it.
     """
 
@@ -42,6 +43,7 @@ class Attempt:
         self.placement = placement
         self.id = request_id
         self.detached = False
+        self.leg = placement.decode.role.value
         self._engines = engines
         self._decoding: PendingResponse | None = None
         lines = b"%sx-request-id: %s\r\n" % (request.headers, request_id.internal.encode())
@@ -49,6 +51,7 @@ class Attempt:
         self._prefill_headers = lines if trace is None else lines + trace.prefill_lines
         self._decode_headers = lines if trace is None else lines + trace.decode_lines
         request.record.on_attempt(placement.prefill, placement.decode, request_id.public)
+        request.record.forecast = placement.forecast
 
     @property
     def log_fields(self) -> dict[str, str]:
@@ -57,7 +60,7 @@ class Attempt:
 
     @property
     def decode(self) -> Instance:
-        """The decode instance."""
+        """The instance that generates the answer."""
         return self.placement.decode
 
     @property
@@ -104,7 +107,7 @@ class Attempt:
         """
         return self._engines.upstream().request(
             "POST", self.decode, self.request.route.path, headers=self._decode_headers, body=body,
-            idle_timeout=self._engines.config.decode_timeout, leg="decode", fresh=fresh, until=until, resend=resend,
+            idle_timeout=self._engines.config.decode_timeout, leg=self.leg, fresh=fresh, until=until, resend=resend,
             resend_body=resend_body, pending=self._decoding,
         )  # fmt: skip
 
@@ -169,7 +172,7 @@ class Attempt:
         if stream.error is not None:
             status, said = stream.error
             log.warning(
-                "The decode leg ended with an error in its stream, status %d: %.300r", status, said,
+                "The %s leg ended with an error in its stream, status %d: %.300r", self.leg, status, said,
                 extra=self.log_fields,
             )  # fmt: skip
             self.end_refused(status)

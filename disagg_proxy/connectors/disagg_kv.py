@@ -34,7 +34,7 @@ from disagg_proxy.runtime.inline_coroutine import Event, InlineCoroutine
 from disagg_proxy.upstream import CompleteResponse
 from disagg_proxy.upstream.kv_control import KvControl
 
-KIND: KvKind = KvKind("disagg_kv")
+KIND: KvKind = KvKind("disagg_kv", either_alone=True)
 
 REQUIRED = ("protocol_version", "tp", "layout", "dtype", "block_size", "block_bytes", "kv_model")
 """Fields of an announcement that must be equal on both sides. Every engine announces them."""
@@ -64,7 +64,7 @@ def read(fields: Fields) -> Announced | None:
     if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
         raise ValueError("roles is no list of texts")
     both = {role.value for role in Role} <= set(roles) and fields.get("type") == "D"
-    kind = KvKind(KIND.protocol, tuple(traits), frozenset(transports), both_roles=both)
+    kind = KvKind(KIND.protocol, tuple(traits), frozenset(transports), both_roles=both, either_alone=True)
     links = fields.get("kv_links", {})
     if not isinstance(links, dict) or not all(isinstance(text, str) for pair in links.items() for text in pair):
         raise ValueError("kv_links is no map of texts")

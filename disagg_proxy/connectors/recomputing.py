@@ -56,6 +56,9 @@ class RecomputingAttempt(Attempt):
             # The engines of an earlier attempt may still have its request.
             name = f"{name}-{record.tries + 1}"
         super().__init__(engines, request, placement, RequestId(name, name))
+        if placement.prefill is None and not request.prepared.streams:
+            # Nothing shows when the prompt is computed.
+            placement.computed()
         self.repair = UsageRepair(request.route, None)
         self._refusal: CompleteResponse | None = None
         self._prefill_busy: EngineBusy | None = None
@@ -141,6 +144,7 @@ class RecomputingAttempt(Attempt):
                 self._count_disagreement()
             return None
         record.on_prefill_response()
+        self.placement.computed()
         self.take_count(prompt_tokens(answer.body))
         self.repair.use = use = cache_use(self.request.route, answer.body)
         record.cached_tokens = use.cached
@@ -197,11 +201,12 @@ class RecomputingAttempt(Attempt):
         if refused is not None:
             # The KV stays claimed: prefill still holds it, and gets a RELEASE at the end of the attempt.
             end_lease(self._engines.registry, self.placement.decode_lease, self.request.route, refused.status)
-            self.refuse(reply, refused, "decode")
+            self.refuse(reply, refused, self.leg)
             return
         request, record = self.request, self.request.record
         if is_stream(answer.headers):
             self.placement.release_kv()
+            self.placement.computed()
             request.prepared.forget_bodies()
             await self.deliver(reply, answer, NoRewriting(), self.repair, None)
             return

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from disagg_proxy.admission.client_key import ClientKey
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
+from disagg_proxy.cluster.choice import PlacementPreference, Wish
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.cluster.policies import Traits
-from disagg_proxy.cluster.selection import PlacementPreference, Selection
+from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.config import Config
 from disagg_proxy.connectors import table
 from disagg_proxy.connectors.base import CLIENT_GIVEN_UP, Engines, Request
@@ -112,7 +113,8 @@ class Coordinator:
     @property
     def wanted(self) -> AffinityNeeds:
         """What the policies need to know of a request: the input of :func:`disagg_proxy.openai.prepare.prepare`."""
-        return self._wanted if len(self._registry.ready(Role.PREFILL)) > 1 else self._wanted_of_one
+        several = self._selection.chooser is not None or len(self._registry.ready(Role.PREFILL)) > 1
+        return self._wanted if several else self._wanted_of_one
 
     def start(self, head: RequestHead, body: bytes, reply: Reply) -> None:
         """Serve one request and deliver the outcome to ``reply``, possibly within this call. Raises no ProxyError."""
@@ -196,7 +198,11 @@ class Coordinator:
         if head.session and self.wanted.session:
             name = session_name(head.session.decode("latin-1"))
         traits = Traits(tokens, shared.prefix, shared.size, shared.home, name)
-        demand = Demand(prepared.model, self._preference(head.route, prepared, tokens), kv_tokens, traits)
+        output = self._sizes.output(prepared)
+        demand = Demand(
+            prepared.model, self._preference(head.route, prepared, tokens), kv_tokens, traits,
+            wish=Wish(output, tokens + output, record.arrived),
+        )  # fmt: skip
         if head.key is not None:
             demand.priority = head.key.priority
         return Request(head.route, lines, prepared, record, tokens, demand)

@@ -12,10 +12,11 @@ import logging
 from collections.abc import Collection
 
 from disagg_proxy.admission.queue import AdmissionQueue, Demand
+from disagg_proxy.cluster.choice import PlacementPreference
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.lease import Placement
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.cluster.selection import PlacementPreference, Selection
+from disagg_proxy.cluster.selection import Selection
 from disagg_proxy.connectors.base import Failure
 from disagg_proxy.downstream.reply import Reply
 from disagg_proxy.errors import EngineBusy, ProxyError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from disagg_proxy.cluster.choice import Way
 from disagg_proxy.downstream.refusal import ClientResponse
 from disagg_proxy.downstream.response_stream import ResponseStream
 from disagg_proxy.errors import ProxyError
@@ -73,6 +74,8 @@ class Reply:
         record = self.record
         if record is None or record.decode is None:
             return ""
+        if record.way == Way.PREFILL_ALONE.value:
+            return f"prefill={record.decode}"
         decode = f"decode={record.decode}"
         return decode if record.prefill is None else f"prefill={record.prefill}, {decode}"
 

@@ -34,7 +34,7 @@ _MAX_LINE: Final = 4096
 """Bytes that are kept of an event that arrives in several reads, as the last one of /v1/responses: it repeats the whole
 answer, with usage behind it."""
 
-_ENDED_WITH_ERROR: Final = "The decode instance ended its stream with an error."
+_ENDED_WITH_ERROR: Final = "The %s instance ended its stream with an error."
 
 
 def _discard(data: bytes) -> None:
@@ -194,7 +194,7 @@ class ResponseStream:
         if self.error is None:
             self._record.complete()
         else:
-            self._record.cut(EngineFailed(_ENDED_WITH_ERROR))
+            self._record.cut(EngineFailed(_ENDED_WITH_ERROR % self._answer.leg))
         self._finish(complete=self.error is None)
         sink.end()
 

@@ -33,7 +33,7 @@ class ServingMonitor:
 
     def progressed(self, instance: Instance) -> None:
         """An instance has sent output, or its counters have changed."""
-        if instance.role is Role.DECODE and self._since is not None:
+        if (instance.role is Role.DECODE or instance.answering) and self._since is not None:
             self._since = self._registry.now()
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class ServingMonitor:
         return f"{requests} requests are in flight or queued, and no decode has made progress for {idle:.0f} s"
 
     def _requests(self) -> int:
-        return self._registry.in_flight(Role.DECODE) + self._queued()
+        return self._registry.answering() + self._queued()
 
     def _deadline(self) -> float:
         learnt = [

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from disagg_proxy.cluster.instance import Instance, Role, State
+from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Suspicion:
 
     def _watched(self, instance: Instance) -> bool:
         # The decodes of requests of all workers show whether the proxy serves at all.
-        return _owes(instance) or (instance.role is Role.DECODE and instance.in_flight > 0)
+        return _owes(instance) or instance.answering > 0
 
     async def _poll(self, instance: Instance) -> None:
         progress, outputs = instance.progress, instance.progress.outputs

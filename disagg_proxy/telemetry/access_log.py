@@ -117,6 +117,7 @@ class AccessLog:
             "model": record.model,
             "prefill": record.prefill,
             "decode": record.decode,
+            "way": record.way,
             "tries": record.tries,
             "status": record.status,
             "outcome": record.outcome,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from disagg_power.book import EnergyBook
 from disagg_proxy.cluster.instance import Instance
@@ -37,6 +37,9 @@ class ProxyState(Protocol):
     @property
     def worker(self) -> int | None:
         """The number of the worker that serves this report, None for a single process."""
+
+    def placement_report(self) -> dict[str, Any]:
+        """What the placement has learnt, as this process sees it."""
 
     def not_serving(self) -> str:
         """Why nothing is answered although requests wait; empty while the proxy serves."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from disagg_proxy.cluster.choice import way_of
 from disagg_proxy.errors import (
     ClientError,
     EngineBusy,
@@ -35,6 +36,7 @@ from disagg_proxy.errors import (
 )
 
 if TYPE_CHECKING:
+    from disagg_proxy.cluster.choice import Forecast
     from disagg_proxy.cluster.instance import Instance
     from disagg_proxy.telemetry.request_recorder import Flow, RequestRecorder
     from disagg_proxy.telemetry.tracing import TraceContext
@@ -57,7 +59,9 @@ class RequestRecord:
         charged: estimated prompt tokens charged to the key, None if it has no limit of tokens.
         stream_events: events of a streamed body, None if they are not counted.
         public_id: the id in the response body.
-        prefill, decode: keys of the instances of the last attempt; prefill is None for a decode alone.
+        prefill, decode: keys of the instances of the last attempt; prefill is None where one engine serves it alone.
+        way: how that attempt is served, a value of :class:`disagg_proxy.cluster.choice.Way`.
+        forecast: what was predicted of that attempt, None where nothing is.
         flow: the counts of that pair.
         tries: attempts so far.
         status: HTTP status of the response, None if none was sent.
@@ -69,6 +73,7 @@ class RequestRecord:
         prompt_tokens, cached_tokens: as prefill reports them.
         output_tokens: as decode reports it.
         pieces: chunks of a streamed body.
+        paused: the client did not read for a while.
         gaps: gaps measured; gap_sum, gap_max: their sum and maximum in seconds.
         packed: msgpack of the record, cached by page_state.py.
         trace: its W3C trace context, if tracing is on.
@@ -76,10 +81,10 @@ class RequestRecord:
 
     __slots__ = (
         "_gap_start", "_interval", "_recorder", "admitted", "arrived", "cached_tokens", "cause", "charged",
-        "client_id", "decode", "decode_sent", "ended", "first_byte", "flow", "gap_max", "gap_sum", "gaps", "key",
-        "model", "outcome", "output_tokens", "own_id", "packed", "pieces", "prefill", "prefill_done", "prefill_sent",
-        "prompt_tokens", "public_id", "ready", "route", "seq", "status", "stream_events", "streamed", "trace", "tries",
-        "unix", "waited",
+        "client_id", "decode", "decode_sent", "ended", "first_byte", "flow", "forecast", "gap_max", "gap_sum", "gaps",
+        "key", "model", "outcome", "output_tokens", "own_id", "packed", "paused", "pieces", "prefill", "prefill_done",
+        "prefill_sent", "prompt_tokens", "public_id", "ready", "route", "seq", "status", "stream_events", "streamed",
+        "trace", "tries", "unix", "waited", "way",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +112,8 @@ class RequestRecord:
         self.model: str | None = None
         self.prefill: str | None = None
         self.decode: str | None = None
+        self.way: str | None = None
+        self.forecast: Forecast | None = None
         self.flow: Flow | None = None
         self.tries: int = 0
         self.status: int | None = None
@@ -116,6 +123,7 @@ class RequestRecord:
         self.prompt_tokens: int | None = None
         self.cached_tokens: int | None = None
         self.output_tokens: int | None = None
+        self.paused: bool = False
         self.pieces: int = 0
         self.gaps: int = 0
         self.gap_sum: float = 0.0
@@ -151,6 +159,7 @@ class RequestRecord:
             return
         self.prefill = None if prefill is None else prefill.key
         self.decode = decode.key
+        self.way = way_of(prefill, decode).value
         self.prefill_sent = self.prefill_done = self.decode_sent = None
         if self.model is None:
             self.model = decode.default_model
@@ -180,6 +189,8 @@ class RequestRecord:
             self.first_byte = now
         if streamed:
             self._recorder.add_ttft(now - self.arrived)
+            if self.forecast is not None:
+                self._recorder.learn_first_token(self)
 
     # -- outcome: the last call before end() counts
 
@@ -252,6 +263,7 @@ class RequestRecord:
     def skip_gap(self) -> None:
         """Discard the gap being measured: it includes time during which the client did not read. Measure the next."""
         self._gap_start = None
+        self.paused = True
 
     def end_of_stream(self, left: int) -> None:
         """The body is over, ``left`` chunks before the next :meth:`sample_gap`."""

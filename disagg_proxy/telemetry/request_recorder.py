@@ -20,7 +20,7 @@ Sink = Callable[[RequestRecord], None]
 
 @dataclass(slots=True)
 class Flow:
-    """The requests of one pair, by the keys of its instances; prefill is None for a decode alone."""
+    """The requests of one pair, by the keys of its instances; prefill is None where one engine serves alone."""
 
     prefill: str | None
     decode: str
@@ -36,6 +36,8 @@ class RequestRecorder:
         force_closing: whether the proxy is closing exchanges because the grace time of its shutdown is over.
         served: tells whether some instance serves a model; only such names become label values.
         settle_key: called with each record of a client that has a key of API_KEYS_FILE.
+        learn_first_token: called with each record of a forecast request at the first byte of its streamed answer.
+        learn_end: called with each record when its request has ended.
         sinks: called with each record when its request has ended.
         flows: by the keys of prefill and decode.
     """
@@ -49,6 +51,8 @@ class RequestRecorder:
         self.flows: dict[tuple[str | None, str], Flow] = {}
         self.force_closing = False
         self.settle_key: Sink = lambda record: None
+        self.learn_first_token: Sink = lambda record: None
+        self.learn_end: Sink = lambda record: None
         self.served: Callable[[str], bool] = lambda model: False
         self._models: set[str] = set()
         self._phase = 0
@@ -67,7 +71,8 @@ class RequestRecorder:
         """Count the request for the pair of its current attempt, and no longer for that of the previous one."""
         if record.flow is not None:
             record.flow.in_flight -= 1
-        assert record.decode is not None
+        assert record.decode is not None and record.way is not None
+        self.stats.ways[record.way] += 1
         pair = (record.prefill, record.decode)
         flow = self.flows.get(pair)
         if flow is None:
@@ -122,6 +127,7 @@ class RequestRecorder:
         if record.key is not None:
             self._count_key(record.key, record)
         self.event_log.add(record)
+        self.learn_end(record)
         for sink in self.sinks:
             sink(record)
 

@@ -155,6 +155,7 @@ class Stats:
         prompts, outputs: lengths in tokens of finished requests whose engines reported them.
         prompt_tokens, cached_tokens, output_tokens: sums over finished requests whose engines reported them.
         alone_prompt_tokens: the part of ``prompt_tokens - cached_tokens`` that decode computed without a prefill.
+        ways: attempts by where they are prefilled (:class:`disagg_proxy.cluster.choice.Way`).
         uncounted_chunks: chunks of streamed responses whose output tokens were not reported.
         labelled: finished requests by route, outcome, cause and model, joined by tabs.
         kv_releases: releases of abandoned KV.
@@ -183,6 +184,7 @@ class Stats:
     cached_tokens: int = 0
     output_tokens: int = 0
     alone_prompt_tokens: int = 0
+    ways: Counter[str] = field(default_factory=Counter)
     uncounted_chunks: int = 0
     labelled: Counter[str] = field(default_factory=Counter)
     kv_releases: KvReleases = field(default_factory=KvReleases)

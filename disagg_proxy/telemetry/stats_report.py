@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from disagg_proxy import __version__, compiled
+from disagg_proxy.cluster.choice import Way
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.health_report import health_report
@@ -39,6 +40,7 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
             "queued": overview.queued,
             "turned_away": stats.turned_away,
         },
+        "placement": {**proxy.placement_report(), "requests": {way.value: stats.ways[way.value] for way in Way}},
         "latency": {
             "queue": stats.queued.summary(),
             "prefill": stats.prefill.summary(),

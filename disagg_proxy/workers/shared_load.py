@@ -16,7 +16,7 @@ from disagg_proxy.cluster.lease import IN_FLIGHT, KV_WAITING, KV_WAITING_TOKENS
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.workers.shared_table import LOADS, SLOTS, RowHeader, SharedTable, now
 
-_NO_LOAD = (0, 0, 0, 0)
+_NO_LOAD = (0, 0, 0, 0, 0, 0)
 _PAUSE = 0.001
 
 
@@ -150,13 +150,15 @@ class WorkerLoad:
         return any(0 < row.head[RowHeader.OLDEST] < own and row.is_alive(time) for row in self._others)
 
 
-def _own(instance: Instance) -> tuple[int, int, int, int]:
-    in_flight, direct_requests, kv_waiting, kv_tokens = instance.peer_counts
+def _own(instance: Instance) -> tuple[int, int, int, int, int, int]:
+    in_flight, direct_requests, kv_waiting, kv_tokens, answering, kv_committed = instance.peer_counts
     return (
         instance.in_flight - in_flight,
         instance.direct_requests - direct_requests,
         instance.kv_waiting - kv_waiting,
         instance.kv_waiting_tokens - kv_tokens,
+        instance.answering - answering,
+        instance.kv_committed - kv_committed,
     )
 
 
@@ -166,7 +168,9 @@ def _set_elsewhere(instance: Instance, new: tuple[int, ...]) -> None:
     instance.direct_requests += new[1] - old[1]
     instance.kv_waiting += new[2] - old[2]
     instance.kv_waiting_tokens += new[3] - old[3]
-    instance.peer_counts = (new[0], new[1], new[2], new[3])
+    instance.answering += new[4] - old[4]
+    instance.kv_committed += new[5] - old[5]
+    instance.peer_counts = (new[0], new[1], new[2], new[3], new[4], new[5])
 
 
 class RowIndex:

@@ -67,7 +67,7 @@ class FlagColumn(IntEnum):
     HUNG = 11
 
 
-LOADS = 4
+LOADS = 6
 """Load counts of each instance, in the order of cluster/lease.py."""
 
 _WORD = 8

@@ -213,7 +213,7 @@ def test_alone_counts_its_tokens(world: World) -> None:
     world.ready(D, 2, kind=OWN)
     selection = Selection(world.registry, prefix_aware, joint, table=PrefixTable(ENDS))
     found = selection.place("m", PlacementPreference.EITHER, traits=asked(1))
-    assert found.decode_tokens == 400
+    assert (found.tokens, found.computes) == (400, 400)
 
 
 @pytest.mark.parametrize("change", ["breaker", "drain", "epoch", "new", "lost"])

@@ -187,7 +187,8 @@ def test_a_new_process_starts_with_a_closed_breaker(world) -> None:
 def test_legs_on_a_prefill_that_will_not_answer_end_where_decode_can_compute(world, end, role, kind) -> None:
     instance, errors = world.ready(role, 1, kind=kind, boot="a"), []
     for _ in range(2):
-        instance.progress.begin(world.registry.now).answer = SimpleNamespace(fail=errors.append)
+        leg = instance.progress.begin(world.registry.now)
+        leg.answer, leg.prefill = SimpleNamespace(fail=errors.append), role is Role.PREFILL
     world.time += 9.9
     world.registry.expire()
     assert not errors

@@ -137,7 +137,10 @@ class Load(RuleBasedStateMachine):
         for worker in self.workers:
             worker.load.refresh()
             for instance in (worker.prefill, worker.decode):
-                seen = [instance.in_flight, instance.direct_requests, instance.kv_waiting, instance.kv_waiting_tokens]
+                seen = [
+                    instance.in_flight, instance.direct_requests, instance.kv_waiting, instance.kv_waiting_tokens,
+                    instance.answering, instance.kv_committed,
+                ]  # fmt: skip
                 assert seen == total(self.table, instance) and min(seen) >= 0
 
 
@@ -183,12 +186,12 @@ def test_an_unused_claim_is_released() -> None:
     assert worker.claim(10)
     lease = Lease(worker.world.registry, worker.decode)
     worker.load.settle()
-    assert total(table, worker.prefill) == [0, 0, 0, 0] and total(table, worker.decode) == [1, 0, 0, 0]
+    assert total(table, worker.prefill) == [0] * LOADS and total(table, worker.decode) == [1, *[0] * (LOADS - 1)]
     assert worker.wakeups == 1
     other.load.refresh()
-    assert other.decode.in_flight == 1 and other.decode.peer_counts == (1, 0, 0, 0)
+    assert other.decode.in_flight == 1 and other.decode.peer_counts == (1, 0, 0, 0, 0, 0)
     lease.end()
-    assert total(table, worker.decode) == [0, 0, 0, 0]
+    assert total(table, worker.decode) == [0] * LOADS
 
 
 def test_a_visit_counts_in_other_workers_and_makes_the_instance_busy() -> None:
