@@ -18,7 +18,7 @@ from disagg_proxy.cluster.choice import Forecast, NoCapacity, Pair, SingleEngine
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.placement.goals import Goals, Outlook, cost, missed
+from disagg_proxy.placement.goals import Goals, Outlook, cost, harm, missed
 from disagg_proxy.placement.pace import Pace
 from disagg_proxy.placement.trust import Trust
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -32,7 +32,7 @@ waits behind others, so it has their errors of prediction on top of its own."""
 _UNLOADED: Final = 1.5
 """A prompt that takes longer than the SLO alone counts as in time up to this multiple of what it takes."""
 
-_SPARE: Final = 0.25
+_SPARE: Final = 0.1
 """Share of the SLO's time to first token that an engine's prompts may take where a late request is added to them."""
 
 _GAP_TOKENS: Final = 8.0
@@ -87,6 +87,7 @@ class Elastic:
         if pair is not None:
             found, best = pair, self._outlook_of_pair(now, pair, wish)
             lowest = self._cost(best, waited, Way.SPLIT)
+        mean_rate = sum([self.pace(i).rate(now) for i in engines]) / len(engines) if engines else 0.0
         for engine, tokens in zip(engines, uncached, strict=True):
             way = Way.PREFILL_ALONE if engine.role is Role.PREFILL else Way.DECODE_ALONE
             if way is Way.PREFILL_ALONE:
@@ -94,7 +95,7 @@ class Elastic:
                     continue
             elif pair is not None and self._gap_too_long(engine, tokens):
                 continue
-            outlook = self._outlook_alone(now, engine, tokens, wish)
+            outlook = self._outlook_alone(now, engine, tokens, wish, mean_rate)
             price = self._cost(outlook, waited, way)
             if best is None or price < lowest:
                 found, best, lowest = SingleEngine(engine, traits.tokens, tokens), outlook, price
@@ -131,32 +132,39 @@ class Elastic:
         takes = first.compute_seconds(tokens)
         step = second.step.values()[1]
         joined = second.token_seconds(joining + 1, there)
+        before = first.token_seconds(sharing, rate) if sharing else 0.0
         return Outlook(
             first.prefill_seconds(tokens, backlog(prefill)) + second.handover,
             joined,
+            second.token_spread(joined, there, tokens, wish.output),
+            0.0,
             wish.output,
             sharing * takes + joining * wish.output * step,
             sharing,
-            first.token_seconds(sharing, rate) if sharing else 0.0,
-            first.token_seconds(sharing, rate + tokens / 1000) if sharing else 0.0,
+            before,
+            before + takes / max(1, wish.output),
             joining,
             second.token_seconds(joining, there) if joining else 0.0,
             joined if joining else 0.0,
         )
 
-    def _outlook_alone(self, now: float, engine: Instance, tokens: int, wish: Wish) -> Outlook:
+    def _outlook_alone(self, now: float, engine: Instance, tokens: int, wish: Wish, mean_rate: float) -> Outlook:
         pace = self.pace(engine)
         rate = pace.rate(now)
         sharing = running(engine)
         step = pace.step.values()[1]
+        takes = pace.compute_seconds(tokens)
+        joined = pace.token_seconds(sharing + 1, rate)
         return Outlook(
             pace.prefill_seconds(tokens, backlog(engine)),
-            pace.token_seconds(sharing + 1, rate),
+            joined,
+            pace.token_spread(joined, rate, tokens, wish.output),
+            pace.token_seconds(sharing + 1, max(rate, mean_rate)) if engine.role is Role.PREFILL else 0.0,
             wish.output,
-            sharing * (pace.compute_seconds(tokens) + wish.output * step),
+            sharing * (takes + wish.output * step),
             sharing,
             pace.token_seconds(sharing, rate) if sharing else 0.0,
-            pace.token_seconds(sharing + 1, rate + tokens / 1000) if sharing else 0.0,
+            joined + takes / max(1, wish.output),
         )
 
     def _check(self, found: Pair | SingleEngine, outlook: Outlook, waited: float, wish: Wish) -> None:
@@ -172,11 +180,8 @@ class Elastic:
         tokens = found.computes if isinstance(found, SingleEngine) else found.prefill_tokens
         pace = self.pace(computes)
         if goals.tpot and (outlook.sharing or outlook.joining):
-            others = outlook.sharing * (
-                missed(outlook.tpot_after, goals.tpot) - missed(outlook.tpot_before, goals.tpot)
-            ) + outlook.joining * (missed(outlook.joined_after, goals.tpot) - missed(outlook.joined_before, goals.tpot))
             reachable = missed(self.pace(answers).token_seconds(1, 0.0), goals.tpot) < 1.0
-            if others >= 1.0 or (reachable and missed(outlook.tpot, goals.tpot) >= 1.0):
+            if harm(goals, outlook) >= 1.0 or (reachable and missed(outlook.tpot, goals.tpot) >= 1.0):
                 self.waits["tpot"] += 1
                 raise NoCapacity
         if not goals.ttft:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-_SAFE: Final = 0.85
-_LOST: Final = 1.05
-"""Share of a limit up to which a prediction counts as meeting it, and from which on as missing it."""
+_EVEN: Final = 0.95
+_SPREAD: Final = 0.1
+"""In shares of a limit: the prediction that is as likely to meet it as to miss it, and the least by which the outcome
+differs from the prediction."""
 
 _TTFT: Final = 0.2
 _TPOT: Final = 0.05
 """What a time to first token, and a time between two tokens, as long as the SLO count: in requests that miss theirs."""
+
+_CALM: Final = 0.5
+_RISK: Final = 5.0
+"""Share of the limit from which on the time between two tokens of all engines together counts for answers on a prefill,
+with the square of what is beyond it. They would have to end before it can prefill for others only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,8 @@ class Outlook:
 
     Attributes:
         ttft: seconds from its arrival to its first token.
-        tpot: seconds between two tokens of it.
+        tpot: seconds between two tokens of it. spread: by how much that usually differs.
+        shared: on a prefill alone, ``tpot`` if all engines computed an equal part of all prompts; else 0.
         output: expected tokens of its answer.
         delay: seconds that others' answers are delayed in all.
         sharing: requests in the batch of the engine that computes the prompt, with their ``tpot_before`` and
@@ -42,6 +49,8 @@ class Outlook:
 
     ttft: float
     tpot: float
+    spread: float
+    shared: float
     output: int
     delay: float
     sharing: int
@@ -52,14 +61,22 @@ class Outlook:
     joined_after: float = 0.0
 
 
-def missed(seconds: float, limit: float) -> float:
-    """How likely ``seconds`` are to exceed ``limit``, 0 to 1; 0 without a limit."""
+def missed(seconds: float, limit: float, spread: float = 0.0) -> float:
+    """How likely ``seconds``, which the outcome differs from by ``spread``, are to exceed ``limit``: 0 to 1; 0 without a
+    limit."""
     if not limit:
         return 0.0
-    share = seconds / limit
-    if share <= _SAFE:
+    chance = 0.5 + (seconds - _EVEN * limit) / (2.0 * max(spread, _SPREAD * limit))
+    return min(1.0, max(0.0, chance))
+
+
+def harm(goals: Goals, outlook: Outlook) -> float:
+    """How many others are expected to miss the limit on the time between two tokens because of this request."""
+    limit = goals.tpot
+    if not limit:
         return 0.0
-    return 1.0 if share >= _LOST else (share - _SAFE) / (_LOST - _SAFE)
+    lost = outlook.sharing * (missed(outlook.tpot_after, limit) - missed(outlook.tpot_before, limit))
+    return lost + outlook.joining * (missed(outlook.joined_after, limit) - missed(outlook.joined_before, limit))
 
 
 def cost(goals: Goals, outlook: Outlook) -> float:
@@ -71,10 +88,10 @@ def cost(goals: Goals, outlook: Outlook) -> float:
     limit = goals.tpot
     if not limit and not goals.ttft:
         return outlook.ttft + outlook.output * outlook.tpot + outlook.delay
-    late, slow = missed(outlook.ttft, goals.ttft), missed(outlook.tpot, limit)
-    lost = late + slow - late * slow
+    late, slow = missed(outlook.ttft, goals.ttft), missed(outlook.tpot, limit, outlook.spread)
+    lost = late + slow - late * slow + harm(goals, outlook)
     if limit:
-        lost += outlook.sharing * (missed(outlook.tpot_after, limit) - missed(outlook.tpot_before, limit))
-        lost += outlook.joining * (missed(outlook.joined_after, limit) - missed(outlook.joined_before, limit))
-        return lost + _TTFT * outlook.ttft / (goals.ttft or 1.0) + _TPOT * outlook.tpot / limit
+        share = outlook.shared / limit
+        risk = _RISK * (share - _CALM) ** 2 if share > _CALM else 0.0
+        return lost + risk + _TTFT * outlook.ttft / (goals.ttft or 1.0) + _TPOT * outlook.tpot / limit
     return lost + _TTFT * (outlook.ttft + outlook.output * outlook.tpot + outlook.delay) / goals.ttft

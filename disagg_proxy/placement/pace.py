@@ -11,7 +11,7 @@ Tokens are counted in thousands, so that the coefficients are of similar size.
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, sqrt
 from typing import Final
 
 from disagg_proxy.placement.fit import ENOUGH, Fit
@@ -96,6 +96,14 @@ class Pace:
         """Mean seconds between two tokens in a batch of ``running``, while prompts come at ``rate``."""
         a, b, c = self.step.values()
         return (a + b * running) / (1.0 - min(_BUSIEST, c * rate))
+
+    def token_spread(self, seconds: float, rate: float, tokens: int, output: int) -> float:
+        """By how much the mean time between two tokens of an answer of ``output`` tokens differs from ``seconds``: as
+        prompts of ``tokens`` come at ``rate``, some answers have more of them in their time than others."""
+        if not tokens or not output:
+            return 0.0
+        prompts = rate * 1000 / tokens * output * seconds
+        return self.compute_seconds(tokens) * sqrt(prompts) / output
 
     @property
     def handover(self) -> float:

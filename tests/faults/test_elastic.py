@@ -153,6 +153,15 @@ async def test_a_stream_goes_on_where_only_the_pings_stop(machine: Machine, engi
     await soon(machine.proxy.until_idle())
 
 
+async def test_where_every_decode_fails_a_prefill_serves(machine: Machine) -> None:
+    prefill, decode = await machine.pair(**OWN)
+    decode.faults.fail_next(502, b"broken", path=PATH, times=9)
+    assert await ask(machine, False) == RIGHT[PATH]
+    assert machine.proxy.services.stats.failovers == 1
+    assert [r.json.get("kv_transfer_params") for r in prefill.received(PATH)][-1] is None
+    await clean(machine, prefill, decode)
+
+
 @pytest.mark.parametrize("way", ALONE, ids=lambda way: way.value)
 async def test_messages_name_the_role(machine: Machine, way: Way) -> None:
     prefill, decode = await machine.pair(**OWN)

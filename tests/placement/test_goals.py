@@ -9,13 +9,24 @@ import pytest
 from disagg_proxy.placement.goals import Goals, Outlook, cost, missed
 
 SLO = Goals(0.4, 0.010)
-IDLE = Outlook(0.05, 0.005, 128, 0.0, 0, 0.0, 0.0)
+IDLE = Outlook(0.05, 0.005, 0.0, 0.0, 128, 0.0, 0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, 0.0), (0.34, 0.0), (0.38, 0.5), (0.42, 1.0), (9.0, 1.0)])
 def test_missed(seconds: float, expected: float) -> None:
     assert missed(seconds, 0.4) == pytest.approx(expected)
     assert missed(seconds, 0.0) == 0.0
+
+
+def test_a_wide_spread_misses_earlier() -> None:
+    assert missed(0.3, 0.4) == 0.0 < missed(0.3, 0.4, 0.1) < missed(0.3, 0.4, 0.4) < 0.5
+
+
+def test_answers_on_a_prefill_are_a_risk_where_prompts_are_many() -> None:
+    """They are the sooner, and still kept away, before they are too slow."""
+    alone = replace(IDLE, ttft=0.045, shared=0.005)
+    assert cost(SLO, alone) < cost(SLO, replace(IDLE, ttft=0.06))
+    assert cost(SLO, replace(alone, shared=0.008)) > cost(SLO, replace(IDLE, ttft=0.06))
 
 
 def test_without_an_slo_the_delay_of_others_counts() -> None:
