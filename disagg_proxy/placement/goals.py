@@ -62,8 +62,7 @@ class Outlook:
 
 
 def missed(seconds: float, limit: float, spread: float = 0.0) -> float:
-    """How likely ``seconds``, which the outcome differs from by ``spread``, are to exceed ``limit``: 0 to 1; 0 without a
-    limit."""
+    """How likely a time of ``seconds``, give or take ``spread``, is to exceed ``limit``: 0 to 1; 0 without a limit."""
     if not limit:
         return 0.0
     chance = 0.5 + (seconds - _EVEN * limit) / (2.0 * max(spread, _SPREAD * limit))
