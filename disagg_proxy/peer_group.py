@@ -16,6 +16,7 @@ from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.power import PackedReports
 from disagg_proxy.discovery.service import PingSource
+from disagg_proxy.health.load_reader import LoadPeers
 from disagg_proxy.health.peer_view import PeerView
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.page_state import PageState
@@ -63,6 +64,10 @@ class PeerGroup(Protocol):
     def peer_view(self) -> PeerView | None:
         """What the others report of stalled engines; from :meth:`join` on."""
 
+    @property
+    def load_peers(self) -> LoadPeers | None:
+        """With whom the reading of the engines' load is shared; from :meth:`join` on."""
+
     def join(self, registry: Registry, process: LocalProcess) -> None:
         """Share the load and the health of the instances in ``registry``."""
 
@@ -96,6 +101,7 @@ class SingleProcess:
     key_usage = None
     pings = None
     peer_view = None
+    load_peers = None
 
     def join(self, registry: Registry, process: LocalProcess) -> None:
         self._registry = registry

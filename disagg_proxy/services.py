@@ -24,6 +24,7 @@ from disagg_proxy.coordinator.coordinator import Coordinator
 from disagg_proxy.discovery.announcement import Announcement
 from disagg_proxy.discovery.power import PackedReports
 from disagg_proxy.discovery.service import Discovery
+from disagg_proxy.health.load_reader import LoadReader
 from disagg_proxy.health.stall_detector import StallDetector
 from disagg_proxy.keys.key_table import KeyTable
 from disagg_proxy.openai.prefix_hash import ENDS
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 
 _SAMPLE_INTERVAL = 1.0
 """Seconds between two samples of the time series."""
+
+_PAGE_OPEN = 5.0
+"""Seconds since the last view for the page within which it counts as open."""
 
 _ENERGY_INTERVAL = 2.5
 """Seconds between two intervals of the energy figures: two in each step of the time series."""
@@ -120,6 +124,8 @@ class Services:
         self.coordinator = Coordinator(self.engines, self.selection, self.admission_queue, self.recorder, self.traces)
         self._upstream: Upstream | None = None
         self._stall_detector: StallDetector | None = None
+        self._load_reader: LoadReader | None = None
+        self._viewed_at = -_PAGE_OPEN
         self._access_log: AccessLog | None = None
         self._sample_timer: asyncio.TimerHandle | None = None
         self._energy_task: asyncio.Task[None] | None = None
@@ -141,6 +147,10 @@ class Services:
             self.instance_events.replayed, lambda: self.admission_queue.waiting,
         )  # fmt: skip
         self._stall_detector.start()
+        self._load_reader = LoadReader(
+            self.registry, self._upstream, self.discovery.headers, self._loads_needed, self.peers.load_peers
+        )
+        self._load_reader.start()
         self._sample()
         if self.config.power_meter:
             self._energy_task = asyncio.get_running_loop().create_task(self._mark_energy(), name="energy")
@@ -166,6 +176,8 @@ class Services:
             await asyncio.gather(self._energy_task, return_exceptions=True)
         if self._stall_detector is not None:
             await self._stall_detector.stop()
+        if self._load_reader is not None:
+            await self._load_reader.stop()
         await self.discovery.stop()
         if self._access_log is not None:
             await self._access_log.stop()
@@ -217,6 +229,7 @@ class Services:
 
     async def page_view(self) -> dict[str, Any]:
         """The data of the page: docs/observe.md."""
+        self._viewed_at = self.registry.now()
         overview = await self.overview()
         return page_view.view(self, overview, self.peers.page_states())
 
@@ -263,6 +276,10 @@ class Services:
     def own_page_state(self) -> PageState:
         """The newest records, events and steps of this process, for the page."""
         return page_state_of(self.recorder)
+
+    def _loads_needed(self) -> bool:
+        """Whether the load that engines show is needed: the page is open in this process."""
+        return self.registry.now() - self._viewed_at < _PAGE_OPEN
 
     def _sample(self) -> None:
         """Record the current load for the page's charts, and look at the clocks."""

@@ -14,9 +14,10 @@ class EngineLoad:
         running: requests in the batch (``vllm:num_requests_running``).
         waiting: requests that wait for a step or for KV (``vllm:num_requests_waiting``).
         kv_usage: share of the KV cache in use, 0 to 1 (``vllm:kv_cache_usage_perc``).
-        kv_capacity_tokens: tokens that the KV cache holds: ``vllm:kv_cache_size_tokens`` where present, else the
-            number of blocks times the block size (labels of ``vllm:cache_config_info``).
-        kv_dropped: prompts so far whose KV prefill gave up before decode loaded it, so that it was computed again.
+        kv_capacity_tokens: tokens that the KV cache holds, by the labels of ``vllm:cache_config_info``:
+            ``kv_cache_size_tokens`` where present, else the number of blocks times the block size.
+        kv_dropped: prompts so far whose KV prefill gave up before decode loaded it, since too much of it waited or it
+            waited for too long: on decode those that it computed again, on prefill those that were not fetched.
     """
 
     at: float

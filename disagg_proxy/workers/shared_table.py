@@ -27,7 +27,8 @@ class RowHeader(IntEnum):
     HEARTBEAT: time of the last iteration of its event loop. PID. INCARNATION: processes started so far. WAITING:
     requests in its admission queue; OLDEST: the lowest rank of them (admission/queue.py), as a time. CONNECTIONS:
     clients. REQUESTED: time at which it requested the totals of all processes; PUBLISHED: the newest such request that
-    it has fulfilled. READY: 1 while it serves. FLAG_CHANGES: counter of changes to its flags.
+    it has fulfilled. READY: 1 while it serves. FLAG_CHANGES: counter of changes to its flags. LOADS_NEEDED: 1 while it
+    needs the load that engines show (health/load_reader.py).
     """
 
     HEARTBEAT = 0
@@ -40,6 +41,7 @@ class RowHeader(IntEnum):
     PUBLISHED = 7
     READY = 8
     FLAG_CHANGES = 9
+    LOADS_NEEDED = 10
 
 
 class FlagColumn(IntEnum):

@@ -32,6 +32,7 @@ from disagg_proxy.telemetry.aggregate import RetiredTotals, retire, unpack
 from disagg_proxy.telemetry.logs import configure_logging
 from disagg_proxy.workers.channel import Message, Wakeups, new_wakeups
 from disagg_proxy.workers.replay_log import ReplayLog, message_name
+from disagg_proxy.workers.shared_engine_loads import LOAD
 from disagg_proxy.workers.shared_load import RowIndex
 from disagg_proxy.workers.shared_memory import SharedMemory
 from disagg_proxy.workers.shared_table import RowHeader, now
@@ -158,7 +159,8 @@ class Supervisor:
                 log.info("Worker %d serves again", worker.worker)
             self._log_serving()
             return
-        forwarded = self._replay_log.on_message(message)
+        # Of no use to a worker that starts later, so it is not kept.
+        forwarded = message if message[0] == LOAD else self._replay_log.on_message(message)
         if forwarded is not None:
             for other in self._workers:
                 if other is not worker:

@@ -19,6 +19,7 @@ from disagg_proxy.telemetry.stats import RegistrationCounts
 from disagg_proxy.workers.channel import Channel, Message, Wakeups
 from disagg_proxy.workers.kv_history import SharedKvHistory
 from disagg_proxy.workers.replay_log import message_name
+from disagg_proxy.workers.shared_engine_loads import LOAD, SharedEngineLoads
 from disagg_proxy.workers.shared_flags import SharedFlags
 from disagg_proxy.workers.shared_load import WorkerLoad
 from disagg_proxy.workers.shared_memory import MAX_SNAPSHOT, SharedMemory
@@ -102,6 +103,7 @@ class WorkerPeers:
         self._kv_history = SharedKvHistory(
             registry, self._broadcast, lambda s, then: asyncio.get_running_loop().call_later(s, then)
         )
+        self.load_peers = SharedEngineLoads(self._table, self.worker, registry, self._broadcast)
         registry.watch(changed=self._on_change, freed=self._notify_soon)
 
     def attach(self, stop: Callable[[bool], None], clients: Callable[[], int]) -> None:
@@ -156,6 +158,8 @@ class WorkerPeers:
             self._assign_slot(message[2], message[1])
         elif message[0] in ("sent", "ended"):
             self._kv_history.on_message(message)
+        elif message[0] == LOAD:
+            self.load_peers.on_message(message)
         elif message[0] == "synced":
             self._synced.set()
         elif message[0] == "settings":
