@@ -207,6 +207,9 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
     def seen(name: str) -> _Value:
         return lambda instance: overview.seen_count(instance, name)
 
+    def shown(name: str) -> _Value:
+        return lambda instance: getattr(instance.engine_load, name, None)
+
     gauges: list[tuple[str, str, _Value]] = [
         ("ready", "1 while it may receive requests", lambda i: i.state is State.READY and not i.draining),
         ("draining", "1 while drained for maintenance", lambda i: i.draining),
@@ -223,6 +226,10 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
             "The same in bytes; 0 without KV_BYTES_PER_TOKEN",
             lambda i: i.kv_waiting_tokens * kv_bytes_per_token,
         ),
+        ("engine_requests_running", "Requests in its batch, as its own /metrics show", shown("running")),
+        ("engine_requests_waiting", "Requests that wait in its scheduler, likewise", shown("waiting")),
+        ("kv_cache_usage_ratio", "Share of its KV cache in use, likewise", shown("kv_usage")),
+        ("kv_cache_capacity_tokens", "Tokens that its KV cache holds, likewise", shown("kv_capacity_tokens")),
         ("ping_age_seconds", "Time since its last ping", age),
         ("pings_missed", "Pings missed since its last one", missed),
     ]
@@ -238,6 +245,7 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
         ("drains_failed", _deprecated("instance_kv_releases_failed_total"), counted("kv_releases_failed")),
         ("kv_missing", "Prefill responses without the location of their KV", counted("kv_missing")),
         ("prefills_refused", "Prefills it refused of requests that decode accepted", counted("prefills_refused")),
+        ("kv_dropped_prompts", "Prompts whose KV prefill gave up before decode loaded it", shown("kv_dropped")),
         ("times_lost", "Times it stopped being ready", seen("times_lost")),
         ("restarts", "Times its process was seen to end", seen("restarts")),
     ]

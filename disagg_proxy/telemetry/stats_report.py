@@ -120,4 +120,20 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
         "suspect": overview.suspect(instance),
         "busy": overview.busy(instance),
         "restart_wanted": instance.restart_wanted,
+        "engine_load": _engine_load(instance, now),
+    }
+
+
+def _engine_load(instance: Instance, now: float) -> dict[str, Any] | None:
+    """What the engine shows of itself; None where it shows nothing, or nothing in the proxy needs it now."""
+    load = instance.engine_load
+    if load is None:
+        return None
+    return {
+        "age_s": round(now - load.at, 3),
+        "running": load.running,
+        "waiting": load.waiting,
+        "kv_usage": None if load.kv_usage is None else round(load.kv_usage, 4),
+        "kv_capacity_tokens": load.kv_capacity_tokens,
+        "kv_dropped": load.kv_dropped,
     }

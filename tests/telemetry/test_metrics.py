@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from disagg_power import status_file
 from disagg_power.status_file import Status
 from disagg_proxy.cluster.circuit_breaker import FAILURES_TO_OPEN
+from disagg_proxy.cluster.engine_load import EngineLoad
 from disagg_proxy.cluster.lease import Lease
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.clock_status import ClockStatus
@@ -37,6 +38,9 @@ RENAMED = {
 """New name -> the deprecated one, which has the same samples for one release."""
 
 ASK = REQUESTS[PATH]
+
+LATER = 1e12
+"""Time of a reading that the proxy keeps."""
 
 
 async def scrape(machine) -> dict[tuple[str, frozenset], float]:
@@ -138,6 +142,21 @@ async def test_instances(machine, pair) -> None:
     assert at(found, "pairs_ready") == 0
 
 
+async def test_the_load_that_an_engine_shows(machine, pair) -> None:
+    _, decode = pair
+    instance = machine.proxy.instance(decode.http_address)
+    where = {"role": "decode", "address": decode.http_address}
+    names = ("engine_requests_running", "engine_requests_waiting", "kv_cache_usage_ratio", "kv_cache_capacity_tokens")
+    instance.engine_load = EngineLoad(LATER, 12, 3, 0.25, 4096, 7)
+    found = await scrape(machine)
+    assert [at(found, f"instance_{name}", **where) for name in names] == [12, 3, 0.25, 4096]
+    assert at(found, "instance_kv_dropped_prompts_total", **where) == 7
+    instance.engine_load = EngineLoad(LATER, running=12)
+    found = await scrape(machine)
+    assert at(found, "instance_engine_requests_running", **where) == 12
+    assert not {name for name, _ in found} & {f"instance_{name}" for name in names[1:]}, "unknown, not 0"
+
+
 def test_bucket_bounds_are_inclusive() -> None:
     histogram = Histogram((1, 2, 5))
     for value in (0.5, 1, 1.5, 5, 7):
@@ -156,6 +175,8 @@ async def test_every_metric_is_listed_and_every_listed_one_exists(machine, pair,
     status_file.write(tmp_path / "status", Status(os.getpid(), "set", clocks_mhz={"prefill": 990}))
     services.clock_status = ClockStatus(str(tmp_path / "status"))
     services.clock_status.poll()
+    for engine in pair:
+        machine.proxy.instance(engine.http_address).engine_load = EngineLoad(LATER, 1, 0, 0.5, 16, 0)
     alone = await services.overview()
     count_energy(services.energy, services.registry.now())
     workers = [{"pid": os.getpid(), "responding": True}, {"pid": None, "responding": False}]

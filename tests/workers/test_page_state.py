@@ -72,3 +72,18 @@ async def test_a_replacement_keeps_what_a_dead_worker_published(fleet, engines) 
     kinds = [e["kind"] for e in whole["events"]]
     assert kinds.count("admitted") == 2 and kinds[-1] == "worker_replaced", kinds
     assert whole["flows"][0]["total"] == 3 and whole["totals"]["requests"] == {"ok": 3}
+
+
+async def test_every_worker_shows_the_load_that_one_of_them_reads(fleet, engines) -> None:
+    proxy = await fleet(2)
+    pair = await engines(proxy.zmq)
+    for engine in pair:
+        await proxy.until_known(engine)
+    viewer = (await proxy.doors())[1]
+    for door in await proxy.doors():
+
+        async def shown(door: Door = door) -> bool:
+            await view(viewer)
+            return all((i["engine_load"] or {}).get("running") == 0 for i in (await door.get("/stats"))["instances"])
+
+        await until(shown)
