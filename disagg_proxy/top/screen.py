@@ -6,7 +6,7 @@ characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -39,6 +39,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _BAR = 24
 _WIDE = 110
 """Columns from which every column is shown."""
+_WIDEST = 150
+"""Columns from which those with the load that engines show are there."""
 _MOST_FLOWS = 8
 
 
@@ -286,6 +288,8 @@ def _instances(shown: Sequence[dict[str, Any]], words: Words, width: int, more: 
     narrow = width < _WIDE
     columns = ["", ">" + words.say("tile_flight")]
     columns += [] if narrow else [">" + words.say("tokens_in_flight"), ">" + words.say("kv_waiting")]
+    loads = width >= _WIDEST and any(i.get("engine_load") for i in shown)
+    columns += [">" + words.say(name) for name in ("top_batch", "top_kv_cache", "kv_dropped")] if loads else []
     table = _table(words.say("machine"), *columns, ">" + words.say("served"), ">" + words.say("failed"), "")
     for i in shown:
         state = state_of(i)
@@ -296,7 +300,8 @@ def _instances(shown: Sequence[dict[str, Any]], words: Words, width: int, more: 
         table.add_row(
             _text(f"{_roles(i, words)} {_fitted(i['http_address'], 24 if narrow else 60)}"),
             Text(f"{_SIGNS.get(state, '?')} {words.word('state', state)}", _STATE_STYLES.get(state, "")),
-            count(i["in_flight"]), *([] if narrow else [count(i["tokens_in_flight"]), kv]), count(i["requests_total"]),
+            count(i["in_flight"]), *([] if narrow else [count(i["tokens_in_flight"]), kv]),
+            *(_engine_load(i["engine_load"] or {}) if loads else ()), count(i["requests_total"]),
             Text(count(i["failures_total"]), "red" if i["failures_total"] else ""), _rest(why),
         )  # fmt: skip
     if more:
@@ -305,6 +310,19 @@ def _instances(shown: Sequence[dict[str, Any]], words: Words, width: int, more: 
         table.add_row(words.say("none_prefill"))
         table.add_row(words.say("none_decode"))
     return table
+
+
+def _engine_load(load: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+    """Requests that run and wait, share of the KV cache in use and its size, prompts whose KV was dropped."""
+    running, waiting, usage, capacity, dropped = (
+        load.get(name) for name in ("running", "waiting", "kv_usage", "kv_capacity_tokens", "kv_dropped")
+    )
+    of = "" if capacity is None else f" / {capacity / 1000:,.0f}k"
+    return (
+        Text("–" if running is None else f"{count(running)} / {count(waiting or 0)}"),
+        Text("–" if usage is None else f"{100 * usage:.0f} %{of}"),
+        Text("–" if dropped is None else count(dropped), "red" if dropped else ""),
+    )
 
 
 def _rest(value: str) -> Text:

@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-from disagg_proxy.cluster.instance import State
+from disagg_proxy.cluster.engine_load import EngineLoad
+from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config.keys_file import table_of
 from disagg_proxy.page.document import strings
 from disagg_proxy.telemetry.timeseries import SECONDS, Step
@@ -47,6 +48,30 @@ async def test_a_pair_that_serves(machine, pair, browser) -> None:
     await says(page, "#labels", "in flight")
     await says(page, "#events .kind", "Ready")
     assert await page.locator("#requests .bar .seg:visible").count() >= 2
+
+
+@pytest.mark.parametrize("shows", [True, False])
+async def test_the_load_of_an_engine_is_on_its_card(machine, pair, browser, shows: bool) -> None:
+    _, decode = pair
+    load = EngineLoad(machine.proxy.services.registry.now() + 600, 12, 3, 0.456, 310592, 7)
+    machine.proxy.services._load_reader.read = _leave  # This test sets what is shown.
+    machine.proxy.instance(decode.http_address).engine_load = load if shows else None
+    page = await browser.open(machine.proxy.url)
+    card = page.locator(".side.decode .card")
+    if not shows:
+        await card.get_by_text("Requests").wait_for()
+        assert await card.get_by_text("KV cache").is_hidden() and await card.get_by_text("KV dropped").is_hidden()
+        return
+    await card.get_by_text("KV cache 46 % full").wait_for()
+    assert await card.locator(".kv .meter-name").text_content() == "KV cache 46 % full310,592 tokens"
+    assert await card.locator(".figures").get_by_text("12 / 3").is_visible()
+    await card.get_by_text("KV dropped: 7 prompts were computed again").wait_for()
+    await page.locator("#language").click()
+    await card.get_by_text("KV 缓存已用 46 %").wait_for()
+
+
+async def _leave(instance: Instance) -> None:
+    return
 
 
 async def test_nobody_has_registered(machine, browser) -> None:

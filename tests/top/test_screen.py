@@ -52,6 +52,18 @@ async def test_a_pair_that_serves(machine, pair) -> None:
     assert re.search(rf"Ready {decode.http_address} serves sim-model", text)
 
 
+async def test_the_load_that_engines_show_is_there_where_it_fits(machine, pair) -> None:
+    view = await soon(look(machine))
+    load = {"running": 12, "waiting": 3, "kv_usage": 0.4567, "kv_capacity_tokens": 310_592, "kv_dropped": 7}
+    for instance in view["instances"]:
+        instance["engine_load"] = load if instance["role"] == "decode" else None
+    text = shown(view)
+    assert re.search(r"Run / wait +KV cache +KV dropped +Requests", text), text
+    assert re.search(r"Decode \S+ +● Ready +0 +0 +0 +12 / 3 +46 % / 311k +7 +0 +0 +sim-model", text), text
+    assert re.search(r"Prefill \S+ +● Ready +0 +0 +0 +– +– +– +0 +0 +sim-model", text), text
+    assert "KV cache" not in shown(view, width=140)
+
+
 async def test_one_instance_with_both_roles(machine) -> None:
     engine = await machine.engine("decode", connector="disagg_kv", kv_both=True)
     await machine.proxy.until_state(engine.http_address, State.READY)

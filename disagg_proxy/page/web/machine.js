@@ -9,8 +9,10 @@ const makeCard = (instance) =>
     el("p", { class: "models quiet" }),
     el("p", { class: "meter-name" }, el("span"), el("span")),
     el("div", { class: "meter", "aria-hidden": "true" }, el("span")),
+    el("div", { class: "kv" }, el("p", { class: "meter-name" }, el("span"), el("span")), el("div", { class: "meter", "aria-hidden": "true" }, el("span"))),
     el("dl", { class: "figures" },
-      figure("tokens_in_flight"), figure("kv_waiting"), figure("served"), figure("failed", "failures")),
+      figure("tokens_in_flight"), figure("kv_waiting"), figure("served"), figure("failed", "failures"),
+      figure("batch"), figure("kv_dropped", "failures")),
     el("ul", { class: "notes" }));
 
 // Bytes are known only where KV_BYTES_PER_TOKEN is set.
@@ -23,16 +25,26 @@ const notesOf = (instance) => {
   else if (state !== "ready" && instance.reason) notes.push(instance.reason);
   if (instance.breaker === "half-open") notes.push(t("breaker_half"));
   if (instance.rejections_total) notes.push(plural("rejections", instance.rejections_total));
+  const dropped = instance.engine_load?.kv_dropped;
+  if (dropped) notes.push(plural(instance.role === "prefill" ? "unfetched" : "recomputed", dropped));
   if (instance.freezes) notes.push(plural("froze", instance.freezes, { replays: instance.replays }));
   if (instance.cannot_exchange_with?.length) notes.push(t("apart", { names: instance.cannot_exchange_with.join(", ") }));
   return notes;
+};
+
+const showKvCache = (node, { kv_usage: usage, kv_capacity_tokens: capacity }) => {
+  const [caption, meter] = node.children;
+  put(caption.firstChild, t("kv_cache", { share: number(100 * usage) }));
+  put(caption.lastChild, known(capacity) ? t("kv_cache_capacity", { tokens: number(capacity) }) : "");
+  meter.firstChild.style.setProperty("width", `${Math.min(100, 100 * usage)}%`);
 };
 
 const showCard = (most) => (node, instance) => {
   const state = stateOf(instance);
   attribute(node, "data-state", state);
   attribute(node, "data-key", instance.key);
-  const [line, address, models, caption, meter, figures, notes] = node.children;
+  const [line, address, models, caption, meter, kvCache, figures, notes] = node.children;
+  const load = instance.engine_load;
   drawn(line.children[0], state);
   put(line.children[1], word("state", state));
   put(line.children[2], instance.simulated ? t("simulated") : "");
@@ -43,13 +55,19 @@ const showCard = (most) => (node, instance) => {
   put(caption.lastChild, t("meter_scale", { most: number(most) }));
   meter.firstChild.style.setProperty("width", `${Math.min(100, (100 * instance.in_flight) / most)}%`);
   const kv = kvText(instance.kv_waiting_bytes, instance.kv_waiting);
-  const values = [instance.tokens_in_flight, kv, instance.requests_total, instance.failures_total];
+  shown(kvCache, known(load?.kv_usage));
+  if (known(load?.kv_usage)) showKvCache(kvCache, load);
+  const batch = `${number(load?.running)} / ${number(load?.waiting)}`;
+  const values = [instance.tokens_in_flight, kv, instance.requests_total, instance.failures_total, batch, load?.kv_dropped ?? null];
   values.forEach((value, place) => {
     const [term, data] = figures.children[place].children;
     put(term, t(term.dataset.text));
     put(data, typeof value === "string" ? value : number(value));
   });
   attribute(figures.children[3], "data-some", instance.failures_total > 0);
+  shown(figures.children[4], known(load?.running));
+  shown(figures.children[5], known(load?.kv_dropped));
+  attribute(figures.children[5], "data-some", load?.kv_dropped > 0);
   keyed(notes, notesOf(instance), (text) => text, () => el("li"), put);
 };
 
