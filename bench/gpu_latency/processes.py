@@ -146,17 +146,27 @@ def _lives(group: int) -> bool:
 
 
 class Stack:
-    """Prefill, decode and proxy of one run."""
+    """Prefill, decode and proxy of one run.
 
-    def __init__(self, machine: Machine) -> None:
+    Args:
+        gpus: of prefill and of decode, as in CUDA_VISIBLE_DEVICES.
+    """
+
+    def __init__(self, machine: Machine, gpus: tuple[str, str] = ("0", "1")) -> None:
         self.machine = machine
         self._zmq = free_port()
         self._kv = {role: free_port() for role in ("prefill", "decode")}
         machine.out.mkdir(parents=True, exist_ok=True)
-        self.prefill = self._engine("prefill", 0)
-        self.decode = self._engine("decode", 1)
+        self.prefill = self._engine("prefill", gpus[0])
+        self.decode = self._engine("decode", gpus[1])
         self.proxy = self._proxy()
-        self.processes = (self.proxy, self.prefill, self.decode)
+        self.engines = [self.prefill, self.decode]
+        self.proxies = [self.proxy]
+
+    @property
+    def processes(self) -> list[Process]:
+        """All of them, proxies first."""
+        return [*self.proxies, *self.engines]
 
     @property
     def kv_addresses(self) -> tuple[str, str]:
@@ -164,7 +174,7 @@ class Stack:
         return f"{HOST}:{self._kv['prefill']}", f"{HOST}:{self._kv['decode']}"
 
     async def start(self, deadline: float) -> None:
-        """Everything at the same time, until the proxy knows a pair.
+        """Everything at the same time, until each proxy knows a pair.
 
         Raises:
             NotReady: something did not come up.
@@ -172,15 +182,17 @@ class Stack:
         for process in self.processes:
             process.start()
         # A proxy that lacks a package says so at once, not after the engines' minute.
-        await self.proxy.wait("/livez", lambda answer: answer.status == 200, min(deadline, time.monotonic() + 30))
-        waits = [asyncio.ensure_future(self._answers(one, deadline)) for one in (self.prefill, self.decode)]
+        for proxy in self.proxies:
+            await proxy.wait("/livez", lambda answer: answer.status == 200, min(deadline, time.monotonic() + 30))
+        waits = [asyncio.ensure_future(self._answers(one, deadline)) for one in self.engines]
         try:
             await asyncio.gather(*waits)
         finally:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
-        await self.proxy.wait("/health", _knows_a_pair, min(deadline, time.monotonic() + 30))
+        for proxy in self.proxies:
+            await proxy.wait("/health", _knows_a_pair, min(deadline, time.monotonic() + 30))
 
     async def _answers(self, engine: Process, deadline: float) -> None:
         await engine.wait("/health", lambda answer: answer.status == 200, deadline)
@@ -223,12 +235,12 @@ class Stack:
             command += ["--kv-buffer-bytes", str(machine.kv_buffer), "--kv-bytes-per-token", str(machine.per_token)]
         return self._process("proxy", [*command, *machine.proxy_arguments], {}, port)
 
-    def _engine(self, role: str, gpu: int) -> Process:
+    def _engine(self, role: str, gpu: str) -> Process:
         port = free_port()
         if self.machine.engines == "sim":
             return self._process(role, self._sim(role, port), {}, port)
         environment = {
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(gpu), "VLLM_HOST_IP": HOST,
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu, "VLLM_HOST_IP": HOST,
             "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
         }  # fmt: skip

@@ -59,7 +59,7 @@ async def test_the_load_of_an_engine_is_on_its_card(machine, pair, browser, show
     page = await browser.open(machine.proxy.url)
     card = page.locator(".side.decode .card")
     if not shows:
-        await card.get_by_text("Requests").wait_for()
+        await card.locator(".state-word").wait_for()
         assert await card.get_by_text("KV cache").is_hidden() and await card.get_by_text("KV dropped").is_hidden()
         return
     await card.get_by_text("KV cache 46 % full").wait_for()
