@@ -125,9 +125,9 @@ class Run:
                 failed = [shot.error for shot in await client.warm_up(count) if not shot.answered]
                 if failed:
                     raise RuntimeError(f"warm-up of {arm}: {failed[0]}")
-        stats = await self._json(self._stack.elastic.client, "/stats")
-        if "placement" not in stats:
-            self._write("note", text="the proxy does not place requests: the elastic arm is another split")
+        placement = (await self._json(self._stack.elastic.client, "/stats")).get("placement") or {}
+        if placement.get("mode") != ELASTIC:
+            raise RuntimeError(f"the proxy of {ELASTIC} says that its placement is {placement.get('mode')}")
 
     async def _idle(self) -> None:
         if self._meter is None:
