@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from disagg_report import machine
@@ -28,7 +29,7 @@ from disagg_report.clocks import plots as clock_plots
 from disagg_report.clocks import summary as clock_summary
 from disagg_report.clocks.folder import is_about_clocks
 from disagg_report.folder import Header, Setup, read_header, read_report, setup_folder, write_header
-from disagg_report.open_loop import OpenLoopClient, key_from_environment
+from disagg_report.open_loop import OpenLoopClient, key_from_environment, read_placed
 from disagg_report.plots import NO_MATPLOTLIB, NoPlots, draw
 from disagg_report.power import NoPower, PowerMeter
 from disagg_report.progress import Progress
@@ -96,7 +97,7 @@ def _add_setup(one: argparse.ArgumentParser) -> None:
     one.add_argument("--url", action="append", required=True, help="the proxy; or plain engines, once each")
     one.add_argument("--name", required=True, help="of the setup, short")
     one.add_argument("--title", required=True, help="of the setup, for people")
-    one.add_argument("--kind", choices=("pd", "plain"), default="pd")
+    one.add_argument("--kind", choices=("pd", "plain", "elastic"), default="pd")
     one.add_argument("--model", required=True, help="served name")
     one.add_argument("--tokenizer", default="", help="folder or name; for vllm bench serve")
     one.add_argument("--seconds", type=float, default=30.0, help="time in which a rate's requests are sent")
@@ -166,11 +167,12 @@ async def _sweep(args: argparse.Namespace) -> Ended:
     setup = Setup(args.name, args.title, args.kind, client.name, tuple(args.url), args.engines, no_power=no_power,
                   notes=tuple(notes))  # fmt: skip
     plan = Plan(workload, header.slo, args.rates, args.time_limit, max(1, args.warm_up))
+    placed = partial(read_placed, args.url[0], key) if args.kind == "elastic" else None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    return await Sweep(setup, folder, plan, client, own, meter, Progress(sys.stderr), stop).run()
+    return await Sweep(setup, folder, plan, client, own, meter, Progress(sys.stderr), stop, placed).run()
 
 
 def _write(args: argparse.Namespace, only_plots: bool) -> int:

@@ -42,6 +42,7 @@ class Figures:
         output_tokens_per_s: until the last response.
         joules_per_token: energy of a role's GPUs per output token.
         late_ms: p99 of the load generator's delay in sending; None if unknown.
+        placed: as in :class:`Measurement`.
     """
 
     rate: float
@@ -61,6 +62,7 @@ class Figures:
     client_cpu: float | None
     interrupted: bool
     errors: tuple[str, ...]
+    placed: dict[str, int]
 
     @property
     def share(self) -> float:
@@ -98,6 +100,7 @@ def figures(measured: Measurement, slo: Slo) -> Figures:
         client_cpu=measured.client_cpu,
         interrupted=measured.interrupted,
         errors=tuple(sorted({shot.error for shot in measured.shots if shot.error}))[:3],
+        placed=measured.placed,
     )
 
 

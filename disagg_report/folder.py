@@ -44,7 +44,8 @@ class Setup:
     """One way to use the GPUs.
 
     Attributes:
-        kind: ``pd`` (prefill and decode behind the proxy) or ``plain`` (engines that do both).
+        kind: ``pd`` (prefill and decode behind the proxy), ``elastic`` (the same, and the proxy chooses for each
+            request where it is prefilled) or ``plain`` (engines that do both).
         client: the load generator.
         ended: why its sweep ended; empty while it runs.
         no_power: why power was not measured; empty if it was.

@@ -20,6 +20,8 @@ from disagg_report.client import Watch
 from disagg_report.load_client import Broken, LoadClient, Response
 from disagg_report.records import Measurement, Shot
 
+_STATS_SECONDS = 5.0
+
 
 class OpenLoopClient:
     """Sends the requests of a workload and records their times.
@@ -149,6 +151,19 @@ async def _cancel(tasks: Iterable[asyncio.Task[Shot]]) -> None:
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
+
+
+async def read_placed(url: str, key: str) -> dict[str, int]:
+    """Requests so far by the way that the proxy placed them, by its ``/stats``; empty where it shows none."""
+    client = LoadClient(url, {"Authorization": f"Bearer {key}"} if key else {})
+    try:
+        answer = await asyncio.wait_for(client.get("/stats"), _STATS_SECONDS)
+        found = answer.json()["placement"]["requests"]
+        return {str(way): int(count) for way, count in found.items()}
+    except (Broken, asyncio.TimeoutError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    finally:
+        client.close()
 
 
 def key_from_environment() -> str:

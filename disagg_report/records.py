@@ -79,6 +79,7 @@ class Measurement:
         shots: every planned request, answered or not.
         power: by role; empty if it was not measured.
         client_cpu: share of one core that the load generator used; None if unknown.
+        placed: requests by the way that an elastic proxy placed them; empty where it is not one.
         interrupted: the user stopped it.
     """
 
@@ -88,6 +89,7 @@ class Measurement:
     power: dict[str, Power] = field(default_factory=dict)
     client_cpu: float | None = None
     interrupted: bool = False
+    placed: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to what :meth:`from_json` reads."""
@@ -116,6 +118,7 @@ class Measurement:
                 },
                 client_cpu=value["client_cpu"],
                 interrupted=bool(value["interrupted"]),
+                placed=dict(value.get("placed", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadRecord(f"{where}: not a measurement of this report ({type(error).__name__}: {error})") from None

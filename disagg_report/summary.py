@@ -8,6 +8,7 @@ from pathlib import Path
 from disagg_report.figures import MIN_FOR_P99, Figures
 from disagg_report.folder import Report
 from disagg_report.open_loop import OpenLoopClient
+from disagg_report.placed import shares
 from disagg_report.verdict import Outcome, outcomes, verdict
 
 _LATE_MS = 50.0
@@ -104,6 +105,8 @@ def _notes(one: Outcome) -> list[str]:
     if worst > _DEVIATES:
         notes.append(f"The integral of power deviates from the GPUs' energy counters, which are used, by {worst:.0%}.")
     for rate in one.rates:
+        if placed := shares(rate.placed):
+            notes.append(f"At {rate.rate:g} requests/s requests were placed: {placed}.")
         late = rate.late_ms is not None and rate.late_ms > _LATE_MS
         busy = rate.client_cpu is not None and rate.client_cpu > _BUSY
         if late or busy:

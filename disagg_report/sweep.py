@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from disagg_report.client import Client, ClientFailed
 from disagg_report.figures import Figures, figures, percentile, saturated
 from disagg_report.folder import Setup, write_rate, write_setup
 from disagg_report.open_loop import OpenLoopClient
+from disagg_report.placed import between
 from disagg_report.power import PowerMeter
 from disagg_report.progress import Progress
 from disagg_report.rates import Ended, Tried, next_rate
@@ -42,10 +43,12 @@ class Sweep:
 
     Args:
         stop: set by the user's Ctrl+C.
+        placed: reads where the proxy has placed requests so far; None where it does not choose.
     """
 
     def __init__(self, setup: Setup, folder: Path, plan: Plan, client: Client, warmer: OpenLoopClient,
-                 meter: PowerMeter | None, progress: Progress, stop: asyncio.Event) -> None:  # fmt: skip
+                 meter: PowerMeter | None, progress: Progress, stop: asyncio.Event,
+                 placed: Callable[[], Awaitable[dict[str, int]]] | None = None) -> None:  # fmt: skip
         self._setup = setup
         self._folder = folder
         self._plan = plan
@@ -54,6 +57,7 @@ class Sweep:
         self._meter = meter
         self._progress = progress
         self._stop = stop
+        self._placed = placed
         self._tried: list[Tried] = []
         self._quiet_ms: float | None = None
 
@@ -102,6 +106,7 @@ class Sweep:
 
     async def _rate(self, rate: float) -> None:
         self._progress.begin(f"{self._setup.title}, {rate:g} requests/s", self._plan.workload.seconds)
+        before = await self._placed() if self._placed else {}
         if self._meter:
             self._meter.start()
         try:
@@ -110,7 +115,8 @@ class Sweep:
             power = self._meter.stop(self._client.window()) if self._meter else {}
         if not any(shot.answered for shot in measured.shots) and measured.interrupted:
             return
-        measured = replace(measured, power=power)
+        placed = between(before, await self._placed()) if self._placed else {}
+        measured = replace(measured, power=power, placed=placed)
         write_rate(self._folder, measured)
         found = figures(measured, self._plan.slo)
         behind = self._saturates(measured)

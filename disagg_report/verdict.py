@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from disagg_report.figures import MIN_FOR_P99, Figures, figures
 from disagg_report.folder import Report, Setup
+from disagg_report.placed import shares
 
 EQUAL_WITHIN = 0.05
+ELASTIC = "elastic"
+"""Kind of the setup whose proxy chooses for each request where it is prefilled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,11 @@ def verdict(report: Report) -> str:
     all_of_them = [one for one in outcomes(report) if one.rates]
     if not all_of_them:
         return "Nothing was measured."
-    sentence = _single(all_of_them[0]) if len(all_of_them) == 1 else _compared(all_of_them)
+    elastic = next((one for one in all_of_them if one.setup.kind == ELASTIC), None)
+    if elastic is not None:
+        sentence = _elastic(elastic, all_of_them)
+    else:
+        sentence = _single(all_of_them[0]) if len(all_of_them) == 1 else _compared(all_of_them)
     return " ".join([sentence, *_doubts(all_of_them)])
 
 
@@ -61,6 +68,37 @@ def _single(one: Outcome) -> str:
         return f"{one.setup.title} kept the SLO at no rate that was tried."
     kept = f"{one.best.rate:g}/s"
     return f"{one.setup.title} serves {one.capacity:.2f} requests/s within the SLO (highest rate kept: {kept})."
+
+
+def _elastic(one: Outcome, every: Sequence[Outcome]) -> str:
+    """What elastic placement chose, and what the best static split and plain engines served instead."""
+    title = one.setup.title
+    if one.best is None:
+        parts = [f"{title} kept the SLO at no rate that was tried"]
+    else:
+        chose = f"; at {one.best.rate:g}/s it chose: {placed}" if (placed := shares(one.best.placed)) else ""
+        parts = [f"{title} serves {one.capacity:.2f} requests/s within the SLO{chose}"]
+    splits = [other for other in every if other.setup.kind == "pd"]
+    plain = [other for other in every if other.setup.kind == "plain"]
+    for name, found in (("the best static split", splits), ("plain engines", plain)):
+        best = max(found, key=lambda other: other.capacity, default=None)
+        if best is None:
+            parts.append(f"{name}: not measured")
+        elif best.best is None:
+            parts.append(f"{name}: the SLO was kept at no rate that was tried")
+        else:
+            parts.append(f"{name} ({best.setup.title}): {best.capacity:.2f}{_relative(one, best)}")
+    return "; ".join(parts) + ". All figures are measured."
+
+
+def _relative(one: Outcome, other: Outcome) -> str:
+    """How much more or fewer requests ``one`` serves; nothing where it serves none."""
+    if one.best is None:
+        return ""
+    ratio = one.capacity / other.capacity
+    if abs(ratio - 1) <= EQUAL_WITHIN:
+        return ", as many as far as this can tell"
+    return f", so elastic serves {ratio:.2f} times as many"
 
 
 def _compared(every: Sequence[Outcome]) -> str:

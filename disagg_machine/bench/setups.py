@@ -5,8 +5,8 @@ Each `all` and `stop` is a run of this program, with the settings of this one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from disagg_machine import engines, files, gpus, lock, net, parts, ui
 from disagg_machine.bench import child, plan
@@ -86,7 +86,12 @@ class Comparison:
     @property
     def setups(self) -> int:
         """How many there are."""
-        return (len(self.pool) - 1 if self.ratio else 1) + self.plain
+        return (len(self.pool) - 1 + self._elastic_too if self.ratio else 1) + self.plain
+
+    @property
+    def _elastic_too(self) -> bool:
+        """Whether elastic placement is measured beside the splits: only this project's connector can."""
+        return self.ratio and self.engines.own_connector
 
     def run(self) -> int:
         """Measure all of them; the exit code."""
@@ -97,6 +102,8 @@ class Comparison:
         if self.ratio:
             for prefills, decodes in plan.splits(self.pool):
                 self._split(prefills, decodes)
+            if self._elastic_too:
+                self._elastic()
         else:
             placed = layout(settings)
             setup = plan.pd_setup("pd", "sweep", len(placed.prefills), len(placed.decodes), self.context.url)
@@ -107,8 +114,23 @@ class Comparison:
     def _split(self, prefills: Sequence[str], decodes: Sequence[str]) -> None:
         name = f"p{len(prefills)}d{len(decodes)}"
         setup = plan.pd_setup(name, "ratio", len(prefills), len(decodes), self.context.url)
+        self._start_pd(setup, prefills, decodes, {"PLACEMENT": "split"})
+
+    def _elastic(self) -> None:
+        """The split in the middle, of which the proxy makes what it wants."""
+        settings = self.context.settings
+        prefills, decodes = plan.splits(self.pool)[(len(self.pool) - 2) // 2]
+        setup = replace(
+            plan.pd_setup("elastic", "ratio", len(prefills), len(decodes), self.context.url),
+            title=f"Elastic placement on {plan.pd_title(len(prefills), len(decodes))}", kind="elastic",
+        )  # fmt: skip
+        slo = {"SLO_TTFT_MS": settings.bench_slo_ttft_ms, "SLO_TPOT_MS": settings.bench_slo_tpot_ms}
+        self._start_pd(setup, prefills, decodes, {"PLACEMENT": "elastic", **slo})
+
+    def _start_pd(self, setup: Setup, prefills: Sequence[str], decodes: Sequence[str], more: Mapping[str, str]) -> None:
         self._make_room(setup.title)
-        self._again("all", "--no-supervise", PREFILL_GPUS=",".join(prefills), DECODE_GPUS=",".join(decodes))
+        gpus_of = {"PREFILL_GPUS": ",".join(prefills), "DECODE_GPUS": ",".join(decodes)}
+        self._again("all", "--no-supervise", **gpus_of, **more)
         self.report.measure(setup, self.context.settings.api_key)
 
     def _plain(self) -> None:

@@ -19,7 +19,7 @@ from disagg_machine.bench.plan import Setup
 from disagg_machine.bench.report import Report
 from disagg_machine.bench.setups import Before, Comparison
 from disagg_machine.context import Context
-from disagg_machine.engines import SIM, Engines
+from disagg_machine.engines import SIM, VLLM, Engines
 from disagg_machine.messages import MachineError
 from tests.machine.bench_parts import part, refused
 from tests.machine.conftest import MakeContext
@@ -171,7 +171,9 @@ def test_the_setup_that_runs(make_context: MakeContext, monkeypatch: pytest.Monk
 class Played(Comparison):
     """What would be run, in order; an entry of ``ends`` says how."""
 
-    def __init__(self, context: Context, before: Before, ratio: bool, plain: bool, **ends: int) -> None:
+    def __init__(
+        self, context: Context, before: Before, ratio: bool, plain: bool, engines: Engines | None = None, **ends: int
+    ) -> None:
         self.said: list[str] = []
         self.ends = ends
         played = self
@@ -185,7 +187,7 @@ class Played(Comparison):
 
         noted = Noted(context, "/python", SIM, None, "own", Path("/report"))
         pool = ["0", "1", "2"] if ratio else ["0", "1"]
-        super().__init__(context, noted, Engines(SIM), pool, before, ratio, plain)
+        super().__init__(context, noted, engines or Engines(SIM), pool, before, ratio, plain)
 
     def note(self, words: str) -> int:
         self.said.append(words)
@@ -206,10 +208,10 @@ def test_each_split_and_what_ran_before(make_context: MakeContext, capsys: pytes
     assert played.run() == 0
     assert played.said == [
         "stop",
-        "all --no-supervise 0 1,2",
+        "all --no-supervise 0 1,2 split",
         "measure p1d2 pd ratio 3 p",
         "stop",
-        "all --no-supervise 0,1 2",
+        "all --no-supervise 0,1 2 split",
         "measure p2d1 pd ratio 3 p",
         "stop",
         "start plain1:20003 plain2:20004 plain3:20005",
@@ -220,6 +222,20 @@ def test_each_split_and_what_ran_before(make_context: MakeContext, capsys: pytes
     ]
     err = capsys.readouterr().err
     assert "1 prefill + 2 decode (1 of 3)" in err and "3 plain engines (3 of 3)" in err
+
+
+def test_elastic_placement_is_measured_after_the_splits(
+    make_context: MakeContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = make_context(BENCH_SLO_TTFT_MS="400", BENCH_SLO_TPOT_MS="12.5")
+    own = Engines(VLLM, connector="own")
+    played = Played(context, Before(False, False), ratio=True, plain=False, engines=own)
+    assert played.run() == 0
+    assert played.said[6:9] == [
+        "stop", "all --no-supervise 0 1,2 elastic 400 12.5", "measure elastic elastic ratio 3 ",
+    ]  # fmt: skip
+    assert "Elastic placement on 1 prefill + 2 decode (3 of 3)" in capsys.readouterr().err
+    assert played.setups == 3
 
 
 def test_plain_engines_beside_what_runs(make_context: MakeContext, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +261,7 @@ def test_nothing_is_started_again_that_did_not_run(make_context: MakeContext) ->
 def test_a_setup_that_does_not_start(make_context: MakeContext) -> None:
     played = Played(make_context(), Before(True, True), ratio=True, plain=False, all=1)
     assert played.run() == 1
-    assert played.said == ["stop", "all --no-supervise 0 1,2", "write", "stop", "all --supervise"]
+    assert played.said == ["stop", "all --no-supervise 0 1,2 split", "write", "stop", "all --supervise"]
 
 
 def test_a_measurement_that_fails_before_anything_was_changed(make_context: MakeContext) -> None:

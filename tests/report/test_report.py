@@ -43,6 +43,39 @@ def test_the_best_split_and_how_much_better_it_is(tmp_path: Path) -> None:
     )
 
 
+ELASTIC = "Elastic placement on 1 prefill + 1 decode"
+
+
+def elastic_report(folder: Path, plain: list[Measurement] | None, chose: dict[str, int]) -> Path:
+    """Elastic placement beside two splits, and plain engines if they were measured."""
+    worse = [measured(4, 200), measured(8, 100, 100)]
+    elastic = [measured(4, 200), measured(8, 200, placed=chose), measured(16, 50, 150, placed={"split": 1})]
+    setups = {"1 prefill + 2 decode": worse, "2 prefill + 1 decode": GOOD, ELASTIC: elastic}
+    written(folder, setups if plain is None else {**setups, "3 plain engines": plain}, "ratio")
+    for place, kind in ((3, "elastic"), (4, "plain")):
+        for path in folder.glob(f"setups/{place:02d}-*/setup.json"):
+            path.write_text(path.read_text().replace('"kind": "pd"', f'"kind": "{kind}"'))
+    return folder
+
+
+def test_what_elastic_chose_and_what_the_others_served(tmp_path: Path) -> None:
+    chose = {"split": 120, "decode_alone": 80, "prefill_alone": 0}
+    folder = elastic_report(tmp_path, [measured(4, 200), measured(8, 0, 200)], chose)
+    assert says(folder) == (
+        f"{ELASTIC} serves 8.00 requests/s within the SLO; at 8/s it chose: split 60%, decode alone 40%; the best"
+        " static split (2 prefill + 1 decode): 7.60, so elastic serves 1.05 times as many; plain engines"
+        " (3 plain engines): 4.00, so elastic serves 2.00 times as many. All figures are measured."
+    )
+    page = summary(read_report(folder), [])
+    assert "- At 8 requests/s requests were placed: split 60%, decode alone 40%." in page
+
+
+def test_elastic_beside_what_was_not_measured_or_served_nothing(tmp_path: Path) -> None:
+    assert "; plain engines: not measured. All" in says(elastic_report(tmp_path / "one", None, {}))
+    text = says(elastic_report(tmp_path / "two", [measured(4, 0, 200)], {}))
+    assert "; plain engines: the SLO was kept at no rate that was tried." in text and "it chose" not in text
+
+
 def test_a_small_difference_is_none(tmp_path: Path) -> None:
     written(tmp_path, {"a": [measured(8, 200), measured(9, 0, 200)], "b": [measured(8, 194, 6), measured(9, 0, 200)]})
     assert says(tmp_path).startswith("a and b serve equally many requests within the SLO as far as this can tell: 8.00")
