@@ -94,10 +94,11 @@ def screen(
     if energy:
         parts += [*energy, *gap]
     # One for the figures and one for the titles of each list, and at least one entry in the latter two.
+    placement = _placement(view, words)
     room = (
         count_of
         if height is None
-        else max(1, height - head_lines - len(keys) - (6 if short else 16) - (5 if energy else 0))
+        else max(1, height - head_lines - len(keys) - (6 if short else 16) - (5 if energy else 0) - len(placement))
     )
     shown, more = _ordered(view, whole=count_of <= room), ""
     if count_of > room:
@@ -111,7 +112,9 @@ def screen(
         + 2
         + (1 if short else 11)
         + (5 if energy else 0)
+        + len(placement)
     )
+    parts += placement
     if not short:
         parts += [*gap, _flows(view, words, width)]
         used += max(1, min(_MOST_FLOWS, len(view["flows"])))
@@ -340,6 +343,21 @@ def _fitted(address: str, width: int) -> str:
     return f"{host[: max(1, width - len(port) - 2)]}…:{port}"
 
 
+def _placement(view: View, words: Words) -> list[Text]:
+    """Where elastic placement has requests prefilled, in one line; nothing where every request is split."""
+    placement = view.get("placement") or {}
+    if placement.get("mode") != "elastic":
+        return []
+    total = sum(placement["requests"].values())
+    parts = [
+        words.say("placement_share", share=count(100 * found / total), way=words.word("way", way))
+        for way, found in placement["requests"].items()
+        if found
+    ]
+    text = words.say("placement", parts=words.say("comma").join(parts), count=count(total))
+    return [Text(text if total else words.say("placement_none"), "bold", no_wrap=True, overflow="ellipsis")]
+
+
 def _flows(view: View, words: Words, width: int) -> RenderableType:
     if not view["flows"]:
         return Text(words.say("flow_none"), "dim")
@@ -350,7 +368,7 @@ def _flows(view: View, words: Words, width: int) -> RenderableType:
             _fitted(_name(view, flow[role]), 24 if width < _WIDE else 60) for role in ("prefill", "decode")
         )
         load = words.say("flow_label", count=flow["in_flight"]), words.say("flow_total", total=count(flow["total"]))
-        lines.append(_text(f"{prefill or words.say('alone')} {arrow} {decode}  {', '.join(load)}"))
+        lines.append(_text(f"{prefill or _alone(view, words, flow['decode'])} {arrow} {decode}  {', '.join(load)}"))
     return Group(*lines)
 
 
@@ -364,7 +382,7 @@ def _recent(view: View, shown: Sequence[dict[str, Any]], words: Words, width: in
     table = _table(words.say("column_time"), *(("", title) if narrow else (title, "")), *bars, ">", "", "")
     for r in shown:
         prefill, decode = (_fitted(_port(view, r[role]), 14 if narrow else 40) for role in ("prefill", "decode"))
-        path = f"{prefill or words.say('alone')} → {decode}" if r["decode"] else "–"
+        path = f"{prefill or _alone(view, words, r['decode'])} → {decode}" if r["decode"] else "–"
         route = (r["route"] or "").split("/")
         ok, client = r["outcome"] == "ok", r["outcome"] in CLIENT_OUTCOMES
         table.add_row(
@@ -405,6 +423,12 @@ def _events(view: View, events: Iterable[dict[str, Any]], words: Words, width: i
 
 def _name(view: View, key: str | None) -> str:
     return next((str(i["http_address"]) for i in view["instances"] if i["key"] == key), key or "")
+
+
+def _alone(view: View, words: Words, key: str) -> str:
+    """What takes the place of the prefill where the engine ``key`` serves alone."""
+    prefill = any(i["key"] == key and i["role"] == "prefill" for i in view["instances"])
+    return words.say("way_prefill_alone" if prefill else "alone")
 
 
 def _port(view: View, key: str | None) -> str:

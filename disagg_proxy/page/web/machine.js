@@ -18,8 +18,11 @@ const makeCard = (instance) =>
 // Bytes are known only where KV_BYTES_PER_TOKEN is set.
 const kvText = (size, prompts) => (size ? bytes(size) : plural("prompts", prompts));
 
-const notesOf = (instance) => {
+const notesOf = (view, instance) => {
   const notes = [];
+  const served = view.flows.filter((flow) => flow.decode === instance.key);
+  const alone = served.filter((flow) => !flow.prefill).reduce((sum, flow) => sum + flow.total, 0);
+  if (alone) notes.push(t("served_alone", { count: number(alone), total: number(served.reduce((sum, flow) => sum + flow.total, 0)) }));
   const state = stateOf(instance);
   if (KEPT_FROM.includes(state)) notes.push(t(`why_${state}`));
   else if (state !== "ready" && instance.reason) notes.push(instance.reason);
@@ -39,7 +42,7 @@ const showKvCache = (node, { kv_usage: usage, kv_capacity_tokens: capacity }) =>
   meter.firstChild.style.setProperty("width", `${Math.min(100, 100 * usage)}%`);
 };
 
-const showCard = (most) => (node, instance) => {
+const showCard = (view, most) => (node, instance) => {
   const state = stateOf(instance);
   attribute(node, "data-state", state);
   attribute(node, "data-key", instance.key);
@@ -68,7 +71,7 @@ const showCard = (most) => (node, instance) => {
   shown(figures.children[4], known(load?.running));
   shown(figures.children[5], known(load?.kv_dropped));
   attribute(figures.children[5], "data-some", load?.kv_dropped > 0);
-  keyed(notes, notesOf(instance), (text) => text, () => el("li"), put);
+  keyed(notes, notesOf(view, instance), (text) => text, () => el("li"), put);
 };
 
 const showMachine = (view) => {
@@ -76,17 +79,28 @@ const showMachine = (view) => {
   for (const role of ["prefill", "decode"]) {
     const all = byRole(view, role);
     shown($(`none-${role}`), !all.length);
-    keyed($(`${role}-cards`), all, (i) => i.key, makeCard, showCard(most));
+    keyed($(`${role}-cards`), all, (i) => i.key, makeCard, showCard(view, most));
   }
+  showPlacement(view);
   showFlowList(view);
   drawLane(view);
+};
+
+// Where elastic placement has requests prefilled; nothing where every request is split.
+const showPlacement = ({ placement }) => {
+  const elastic = placement?.mode === "elastic";
+  const ways = elastic ? Object.entries(placement.requests) : [];
+  const total = ways.reduce((sum, [, count]) => sum + count, 0);
+  const parts = ways.filter(([, count]) => count).map(([way, count]) => t("placement_share", { share: number((100 * count) / total), way: word("way", way) }));
+  shown($("placement"), elastic);
+  put($("placement"), elastic ? t(total ? "placement" : "placement_none", { parts: parts.join(t("comma")), count: number(total) }) : "");
 };
 
 const showFlowList = (view) => {
   shown($("flow-none"), !view.flows.length);
   keyed($("flow-list"), view.flows, flowKey, () => el("li"), (node, flow) =>
     put(node, t("flow_line", {
-      prefill: flow.prefill ? nameOf(view, flow.prefill) : t("alone"), decode: nameOf(view, flow.decode), count: number(flow.in_flight), total: number(flow.total),
+      prefill: flow.prefill ? nameOf(view, flow.prefill) : aloneOf(view, flow.decode), decode: nameOf(view, flow.decode), count: number(flow.in_flight), total: number(flow.total),
     })));
 };
 
@@ -117,7 +131,7 @@ const drawLane = (view) => {
   if (!box.width || getComputedStyle(lane).display === "none") return;
   attribute(lane, "viewBox", `0 0 ${box.width} ${box.height}`);
   const cards = new Map([...document.querySelectorAll("#stage .card")].map((card) => [card.dataset.key, card]));
-  const paths = pathsOf(view).filter((flow) => cards.has(flow.decode) && (!flow.prefill || cards.has(flow.prefill)));
+  const paths = pathsOf(view).filter((flow) => cards.has(flow.decode) && (flow.prefill ? cards.has(flow.prefill) : !isPrefill(view, flow.decode)));
   const many = paths.length > 6;
   const plates = [];
   const wayOf = (flow) => {

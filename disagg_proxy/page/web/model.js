@@ -68,6 +68,11 @@ const shortName = (view, key) => {
 
 const nameOf = (view, key) => view.instances.find((i) => i.key === key)?.http_address || key;
 
+const isPrefill = (view, key) => view.instances.find((i) => i.key === key)?.role === "prefill";
+
+// What takes the place of the prefill where the engine `key` serves alone.
+const aloneOf = (view, key) => t(isPrefill(view, key) ? "way_prefill_alone" : "alone");
+
 const GOOD = "ok";
 
 // What the client is the cause of; every other outcome but "ok" is a failure of the service.

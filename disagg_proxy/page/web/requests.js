@@ -17,7 +17,7 @@ const routeName = (route) => String(route || "").split("/")[2] || t("unknown");
 
 const pathOf = (view, r) => {
   if (!r.decode) return t("unknown");
-  return `${r.prefill ? shortName(view, r.prefill) : t("alone")} → ${shortName(view, r.decode)}`;
+  return `${r.prefill ? shortName(view, r.prefill) : aloneOf(view, r.decode)} → ${shortName(view, r.decode)}`;
 };
 
 const makeRequest = () =>
