@@ -278,8 +278,8 @@ class Services:
         return page_state_of(self.recorder)
 
     def _loads_needed(self) -> bool:
-        """Whether the load that engines show is needed: the page is open in this process."""
-        return self.registry.now() - self._viewed_at < _PAGE_OPEN
+        """Whether the load that engines show is needed: the placement uses it, or the page is open in this process."""
+        return self.config.placement == "elastic" or self.registry.now() - self._viewed_at < _PAGE_OPEN
 
     def _sample(self) -> None:
         """Record the current load for the page's charts, and look at the clocks."""

@@ -14,7 +14,7 @@ from disagg_proxy.cluster.engine_load import EngineLoad
 from disagg_proxy.cluster.instance import Instance, Role, State
 from disagg_proxy.errors import EngineDeadline
 from disagg_proxy.health import load_reader
-from disagg_proxy.health.load_reader import FORGET_AFTER, LoadReader, engine_load
+from disagg_proxy.health.load_reader import FILTERED, FORGET_AFTER, LoadReader, engine_load
 from tests.cluster.conftest import World, world
 from tests.conftest import soon
 
@@ -88,16 +88,20 @@ class Engines:
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
+        self.paths: Counter[str] = Counter()
         self.text: bytes | None = ONE
+        self.filters = True
 
     async def request(self, method: str, instance: Instance, path: str, **more: Any) -> Any:
-        assert (method, path, more["headers"]) == ("GET", "/metrics", b"key: 1\r\n")
+        assert (method, path.partition("?")[0].rstrip("/"), more["headers"]) == ("GET", "/metrics", b"key: 1\r\n")
         self.asked[instance.key] += 1
+        self.paths[path] += 1
         if self.text is None:
             raise EngineDeadline("no answer")
 
         async def read() -> Any:
-            return SimpleNamespace(status=200, body=self.text)
+            knows = self.filters or path == "/metrics"
+            return SimpleNamespace(status=200 if knows else 404, body=self.text if knows else b"")
 
         return SimpleNamespace(read_all=read)
 
@@ -153,6 +157,17 @@ async def test_ready_engines_are_read_while_the_load_is_needed(world: World, mon
         assert one.state is State.PROBING
     finally:
         await reader.stop()
+
+
+async def test_an_engine_that_shows_nothing_by_names_is_asked_for_everything(world: World) -> None:
+    instance, engines = world.ready(Role.DECODE, 1), Engines()
+    reader = LoadReader(world.registry, engines, b"key: 1\r\n", lambda: True)  # type: ignore[arg-type]
+    await reader.read(instance)
+    assert dict(engines.paths) == {FILTERED: 1} and instance.engine_load is not None
+    engines.filters, instance.engine_load = False, None
+    for _ in range(3):
+        await reader.read(instance)
+    assert dict(engines.paths) == {FILTERED: 2, "/metrics": 3} and instance.engine_load is not None
 
 
 async def test_one_worker_reads_for_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
