@@ -56,8 +56,8 @@ class ElasticStack(Stack):
         if self.machine.engines == "sim":
             command = [
                 self.machine.python, "-m", "disagg_sim", "--role", "decode", "--host", HOST, "--port", str(port),
-                "--kv-port", "0", "--connector", "disagg_kv", "--model", SERVED, "--max-model-len", str(self.machine.max_model_len),
-                *self.machine.arguments,
+                "--kv-port", "0", "--connector", "disagg_kv", "--model", SERVED,
+                "--max-model-len", str(self.machine.max_model_len), *self.machine.arguments,
             ]  # fmt: skip
             return self._process(name, command, {}, port)
         command = self._vllm("decode", port)
