@@ -97,6 +97,7 @@ def test_every_text_that_the_page_asks_for_is_there_and_none_is_left_over() -> N
         "ask",
         "top",
         "energy",
+        "way",
     }
     rest = {text for text in texts - asked if text.partition("_")[0] not in stems}
     assert all(f'"{text}"' in sources for text in rest), rest
@@ -114,5 +115,6 @@ def test_every_word_of_the_proxys_has_a_text() -> None:
     words = [("role", role.value) for role in Role] + [("state", state.value) for state in State]
     kinds, outcomes = documented("Events"), documented("How a request ends")
     assert "frozen" in kinds and "ok" in outcomes
+    words += [("way", name) for name in ("split", "decode_alone", "prefill_alone")]
     words += [("event", kind) for kind in kinds] + [("outcome", outcome) for outcome in outcomes]
     assert [word for word in words if "_".join(word) not in strings()["en"]] == []

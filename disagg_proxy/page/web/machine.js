@@ -29,7 +29,7 @@ const notesOf = (view, instance) => {
   if (instance.breaker === "half-open") notes.push(t("breaker_half"));
   if (instance.rejections_total) notes.push(plural("rejections", instance.rejections_total));
   const dropped = instance.engine_load?.kv_dropped;
-  if (dropped) notes.push(plural(instance.role === "prefill" ? "unfetched" : "recomputed", dropped));
+  if (dropped) notes.push(instance.role === "prefill" ? plural("unfetched", dropped) : plural("recomputed", dropped));
   if (instance.freezes) notes.push(plural("froze", instance.freezes, { replays: instance.replays }));
   if (instance.cannot_exchange_with?.length) notes.push(t("apart", { names: instance.cannot_exchange_with.join(", ") }));
   return notes;
