@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from disagg_proxy import __version__
+from disagg_proxy.cluster.choice import Way
 from disagg_proxy.cluster.circuit_breaker import BreakerState
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
@@ -116,6 +117,13 @@ class ProxyCollector(Collector):
         yield requests
         # A metric of its own: rate() needs a first sample of 0, which a labelled series does not have.
         yield _counter("requests_turned_away", _TURNED_AWAY, stats.turned_away)
+        placements = CounterMetricFamily(
+            PREFIX + "placements", "Attempts by where they are prefilled: split, decode_alone, prefill_alone",
+            labels=["way"],
+        )  # fmt: skip
+        for way in Way:
+            placements.add_metric([way.value], stats.ways[way.value])
+        yield placements
         yield _counter("failovers", "Attempts on another pair after an instance failed", stats.failovers)
         yield _counter("prompt_tokens", "Prompt tokens of finished requests", stats.prompt_tokens)
         yield _counter(

@@ -18,7 +18,7 @@ from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.page_state import PageState, merge_states, merge_step, unpack_record
 from disagg_proxy.telemetry.proxy_state import ProxyState
 from disagg_proxy.telemetry.stats import Latency
-from disagg_proxy.telemetry.stats_report import instance_report
+from disagg_proxy.telemetry.stats_report import instance_report, placement_report
 from disagg_proxy.telemetry.timeseries import SECONDS
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -48,6 +48,7 @@ def view(proxy: ProxyState, overview: Overview, states: Sequence[PageState]) -> 
         "workers": max(1, len(overview.workers)),
         "instances": [_instance(i, proxy, overview) for i in proxy.registry.instances()],
         "energy": proxy.energy.report(proxy.registry.now()),
+        "placement": placement_report(proxy, overview),
         "flows": [
             {"prefill": f.prefill, "decode": f.decode, "in_flight": f.in_flight, "total": f.total} for f in merged.flows
         ],

@@ -40,7 +40,7 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
             "queued": overview.queued,
             "turned_away": stats.turned_away,
         },
-        "placement": {**proxy.placement_report(), "requests": {way.value: stats.ways[way.value] for way in Way}},
+        "placement": placement_report(proxy, overview),
         "latency": {
             "queue": stats.queued.summary(),
             "prefill": stats.prefill.summary(),
@@ -62,6 +62,12 @@ def stats_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
         report["answered_by"] = proxy.worker
         report["workers"] = overview.workers
     return report
+
+
+def placement_report(proxy: ProxyState, overview: Overview) -> dict[str, Any]:
+    """What the placement of this process has learnt, and attempts by way, of all processes."""
+    ways = overview.stats.ways
+    return {**proxy.placement_report(), "requests": {way.value: ways[way.value] for way in Way}}
 
 
 def instance_reports(proxy: ProxyState, overview: Overview) -> list[dict[str, Any]]:
