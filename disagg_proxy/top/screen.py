@@ -355,7 +355,10 @@ def _placement(view: View, words: Words) -> list[Text]:
         if found
     ]
     text = words.say("placement", parts=words.say("comma").join(parts), count=count(total))
-    return [Text(text if total else words.say("placement_none"), "bold", no_wrap=True, overflow="ellipsis")]
+    text = text if total else words.say("placement_none")
+    if placement["state"] != "elastic":
+        text += " " + words.word("placement", placement["state"])
+    return [Text(plain(text), "bold", no_wrap=True, overflow="ellipsis")]
 
 
 def _flows(view: View, words: Words, width: int) -> RenderableType:

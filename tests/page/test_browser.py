@@ -12,6 +12,7 @@ from disagg_proxy.cluster.engine_load import EngineLoad
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.config.keys_file import table_of
 from disagg_proxy.page.document import strings
+from disagg_proxy.telemetry.request_recorder import Flow
 from disagg_proxy.telemetry.timeseries import SECONDS, Step
 from disagg_sim import expected_chat_text, expected_text
 from tests.conftest import running_proxy, soon
@@ -72,6 +73,25 @@ async def test_the_load_of_an_engine_is_on_its_card(machine, pair, browser, show
 
 async def _leave(instance: Instance) -> None:
     return
+
+
+@pytest.mark.settings(placement="elastic")
+async def test_where_elastic_placement_has_requests_prefilled(machine, pair, browser) -> None:
+    prefill, decode = (machine.proxy.instance(engine.http_address) for engine in pair)
+    services = machine.proxy.services
+    page = await browser.open(machine.proxy.url)
+    await says(page, "#placement", "Elastic placement: no requests yet. It is still learning how fast the engines are.")
+    services.stats.ways.update({"split": 5, "decode_alone": 2, "prefill_alone": 1})
+    for pair_of, total in (((prefill.key, decode.key), 5), ((None, decode.key), 2), ((None, prefill.key), 1)):
+        services.recorder.flows[pair_of] = Flow(*pair_of, 0, total)
+    placed = "Elastic placement: 63 % split, 25 % decode alone, 13 % prefill alone, of 8 requests."
+    await says(page, "#placement", placed)
+    await says(page, ".side.decode .notes", "Served alone, without another engine: 2 of 7 requests")
+    await says(page, ".side.prefill .notes", "Served alone, without another engine: 1 of 1 requests")
+    await says(page, "#flow-list", f"prefill alone to {prefill.http.text}: 0 in flight, 1 in total")
+    assert await page.locator("#wires .flow").count() == 2, "no arrow ends at a prefill"
+    await page.locator("#language").click()
+    await says(page, "#placement", "弹性放置：分离 63 %、仅 decode 25 %、仅 prefill 13 %，共 8 个请求。")
 
 
 async def test_nobody_has_registered(machine, browser) -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 
+from disagg_proxy.cluster.choice import Way
 from disagg_proxy.cluster.instance import Role, State
 from disagg_proxy.page.document import SCRIPTS, WEB, document, strings
 from tools.settings_tables import ROOT
@@ -98,6 +99,7 @@ def test_every_text_that_the_page_asks_for_is_there_and_none_is_left_over() -> N
         "top",
         "energy",
         "way",
+        "placement",
     }
     rest = {text for text in texts - asked if text.partition("_")[0] not in stems}
     assert all(f'"{text}"' in sources for text in rest), rest
@@ -115,6 +117,6 @@ def test_every_word_of_the_proxys_has_a_text() -> None:
     words = [("role", role.value) for role in Role] + [("state", state.value) for state in State]
     kinds, outcomes = documented("Events"), documented("How a request ends")
     assert "frozen" in kinds and "ok" in outcomes
-    words += [("way", name) for name in ("split", "decode_alone", "prefill_alone")]
+    words += [("way", way.value) for way in Way] + [("placement", state) for state in ("learning", "fallback")]
     words += [("event", kind) for kind in kinds] + [("outcome", outcome) for outcome in outcomes]
     assert [word for word in words if "_".join(word) not in strings()["en"]] == []

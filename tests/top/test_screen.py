@@ -64,6 +64,20 @@ async def test_the_load_that_engines_show_is_there_where_it_fits(machine, pair) 
     assert "KV cache" not in shown(view, width=140)
 
 
+async def test_where_elastic_placement_has_requests_prefilled(machine, pair) -> None:
+    view = await soon(look(machine))
+    assert view["placement"]["mode"] == "split" and "lastic placement" not in shown(view)
+    ways = {"split": 3, "decode_alone": 1, "prefill_alone": 0}
+    view["placement"] |= {"mode": "elastic", "state": "elastic", "requests": ways}
+    assert "Elastic placement: 75 % split, 25 % decode alone, of 4 requests." in shown(view)
+    view["placement"]["state"] = "fallback"
+    assert "of 4 requests. Its predictions are wrong" in shown(view)
+    view["events"] += view["events"] * 20
+    for height in range(24, 50):
+        text = shown(view, height=height)
+        assert len(text.splitlines()) <= height and "Elastic placement" in text
+
+
 async def test_one_instance_with_both_roles(machine) -> None:
     engine = await machine.engine("decode", connector="disagg_kv", kv_both=True)
     await machine.proxy.until_state(engine.http_address, State.READY)

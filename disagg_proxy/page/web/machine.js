@@ -93,7 +93,8 @@ const showPlacement = ({ placement }) => {
   const total = ways.reduce((sum, [, count]) => sum + count, 0);
   const parts = ways.filter(([, count]) => count).map(([way, count]) => t("placement_share", { share: number((100 * count) / total), way: word("way", way) }));
   shown($("placement"), elastic);
-  put($("placement"), elastic ? t(total ? "placement" : "placement_none", { parts: parts.join(t("comma")), count: number(total) }) : "");
+  const chose = elastic ? t(total ? "placement" : "placement_none", { parts: parts.join(t("comma")), count: number(total) }) : "";
+  put($("placement"), elastic && placement.state !== "elastic" ? `${chose} ${word("placement", placement.state)}` : chose);
 };
 
 const showFlowList = (view) => {
