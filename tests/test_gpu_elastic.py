@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.gpu_elastic import __main__ as command
-from bench.gpu_elastic import plan
+from bench.gpu_elastic import plan, run
 from bench.gpu_elastic.figures import figures, table
 from bench.gpu_elastic.plan import LEAST, MOST, seconds_for, windows
 from bench.gpu_elastic.run import ARMS, ArmWorkload
@@ -98,8 +98,9 @@ def test_the_table_pools_the_rounds() -> None:
 def test_a_short_run_on_simulated_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "LEAST", 0.2)
     monkeypatch.setattr(plan, "MOST", 1.0)
+    monkeypatch.setattr(run, "PATIENCE", 60.0)
     arguments = [
-        "--engines", "sim", "--out", str(tmp_path), "--limit", "60", "--rates", "6,9", "--rounds", "1",
+        "--engines", "sim", "--out", str(tmp_path), "--limit", "240", "--rates", "6,9", "--rounds", "1",
         "--tokens", "300", "--answer", "4", "--lengths", "200", "--singles", "2",
         "--engine-argument=--time-per-output-token", "--engine-argument=0.002",
     ]  # fmt: skip
@@ -117,7 +118,7 @@ def test_a_short_run_on_simulated_engines(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_engine_that_does_not_start_is_said_and_nothing_is_left(tmp_path: Path) -> None:
-    arguments = ["--engines", "sim", "--limit", "30", "--out", str(tmp_path), "--engine-argument=--no-such-flag"]
+    arguments = ["--engines", "sim", "--limit", "120", "--out", str(tmp_path), "--engine-argument=--no-such-flag"]
     assert command.main(arguments) == 1
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     error = next(line for line in lines if line["step"] == "error")

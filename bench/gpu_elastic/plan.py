@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEAST, MOST = 3.0, 12.0
+LEAST, MOST = 2.5, 12.0
 """Seconds of arrivals in one window, at least and at most."""
 
 

@@ -29,9 +29,10 @@ from disagg_report.slo import Slo
 ARMS = (PLAIN, SPLIT, ELASTIC)
 WRAP_UP = 12.0
 """Seconds kept for the end of the processes and the files."""
-PATIENCE = 6.0
-"""Seconds that a window waits for responses after its last arrival; what is missing then has failed."""
-_OVERHEAD = 4.0
+PATIENCE = 3.0
+"""Seconds that a window waits for responses after its last arrival; what is missing then has failed. It is longer than
+the SLO of the default lengths permits, so a good request is never cut off."""
+_OVERHEAD = 2.5
 """Seconds of a window beside its arrivals, before one was measured."""
 _FIRST_TOKENS_SHARE = 0.2
 """Share of the time left that single requests may take."""
