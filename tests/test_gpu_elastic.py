@@ -82,6 +82,7 @@ def test_the_table_pools_the_rounds() -> None:
         {"step": "ttft", "tokens": 1000, "requests": 30, "arms": {"plain": 40.0, "split": 61.25, "elastic": None}},
         *({"step": "window", "round": number, "rate": 12.0, "arm": "elastic", "answered": 2, "joules": 100.0 * number,
            "joules_idle": 20.0, "recomputed": number, "placed": {"split": 3, "alone": 1}} for number in (1, 2)),
+        {"step": "note", "why": "nothing is placed"},
         {"step": "skipped", "why": "round 3: 1 s was left"},
     ]  # fmt: skip
     requests = [
@@ -92,7 +93,7 @@ def test_the_table_pools_the_rounds() -> None:
     assert "**REHEARSAL**" in text and "| 1,000 tokens | 40.0 | 61.2 | – | 30 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| 12 |"))
     assert row == ("| 12 | elastic | 0.750 | 200 / 600 | 5.0 / 5.0 | 5 | 0 | 3 | split 75%, alone 25% | 75.0 (65.0) |")
-    assert text.endswith("Skipped: round 3: 1 s was left\n")
+    assert text.endswith("\nNote: nothing is placed\n\nSkipped: round 3: 1 s was left\n")
 
 
 def test_a_short_run_on_simulated_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

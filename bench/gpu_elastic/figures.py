@@ -69,7 +69,7 @@ def table(lines: Sequence[Line], requests: Iterable[tuple[Line, Sequence[Shot]]]
             _number(_sum(line.get("recomputed") for line in mine), 0), _placed(mine), _energy(mine),
         ]) + " |")  # fmt: skip
     for line in lines:
-        if line["step"] in ("skipped", "error"):
+        if line["step"] in ("note", "skipped", "error"):
             text.append(f"\n{line['step'].capitalize()}: {line['why']}")
     return "\n".join(text) + "\n"
 

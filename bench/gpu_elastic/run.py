@@ -128,7 +128,7 @@ class Run:
                     raise RuntimeError(f"warm-up of {arm}: {failed[0]}")
         placement = (await self._json(self._stack.elastic.client, "/stats")).get("placement") or {}
         if placement.get("mode") != ELASTIC:
-            self._write("note", text=f"the elastic arm is another split: its proxy says {placement.get('mode')}")
+            self._write("note", why=f"the elastic arm is another split: its proxy says {placement.get('mode')}")
 
     async def _idle(self) -> None:
         if self._meter is None:
