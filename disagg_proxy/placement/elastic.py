@@ -133,13 +133,14 @@ class Elastic:
         step = second.step.values()[1]
         joined = second.token_seconds(joining + 1, there)
         before = first.token_seconds(sharing, rate) if sharing else 0.0
+        prefilled = first.prefill_seconds(tokens, backlog(prefill))
         return Outlook(
-            first.prefill_seconds(tokens, backlog(prefill)) + second.handover,
+            prefilled + second.handover,
             joined,
             second.token_spread(joined, there, tokens, wish.output),
             0.0,
             wish.output,
-            sharing * takes + joining * wish.output * step,
+            (sharing + first.prompts(rate, tokens, prefilled)) * takes + joining * wish.output * step,
             sharing,
             before,
             before + takes / max(1, wish.output),
@@ -155,13 +156,14 @@ class Elastic:
         step = pace.step.values()[1]
         takes = pace.compute_seconds(tokens)
         joined = pace.token_seconds(sharing + 1, rate)
+        prefilled = pace.prefill_seconds(tokens, backlog(engine))
         return Outlook(
-            pace.prefill_seconds(tokens, backlog(engine)),
+            prefilled,
             joined,
             pace.token_spread(joined, rate, tokens, wish.output),
             pace.token_seconds(sharing + 1, max(rate, mean_rate)) if engine.role is Role.PREFILL else 0.0,
             wish.output,
-            sharing * (takes + wish.output * step),
+            (sharing + pace.prompts(rate, tokens, prefilled)) * takes + sharing * wish.output * step,
             sharing,
             pace.token_seconds(sharing, rate) if sharing else 0.0,
             joined + takes / max(1, wish.output),

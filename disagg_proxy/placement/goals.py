@@ -41,7 +41,7 @@ class Outlook:
         tpot: seconds between two tokens of it. spread: by how much that usually differs.
         shared: on a prefill alone, ``tpot`` if all engines computed an equal part of all prompts; else 0.
         output: expected tokens of its answer.
-        delay: seconds that others' answers are delayed in all.
+        delay: seconds in all that others' answers are delayed, and the prompts behind this one.
         sharing: requests in the batch of the engine that computes the prompt, with their ``tpot_before`` and
             ``tpot_after`` it has to.
         joining: the same for the engine that generates the answer, where that is another one.

@@ -97,13 +97,18 @@ class Pace:
         a, b, c = self.step.values()
         return (a + b * running) / (1.0 - min(_BUSIEST, c * rate))
 
+    def prompts(self, rate: float, tokens: int, seconds: float) -> float:
+        """How many prompts of ``tokens`` come at ``rate`` within ``seconds``."""
+        return rate * 1000 * seconds / tokens if tokens else 0.0
+
     def token_spread(self, seconds: float, rate: float, tokens: int, output: int) -> float:
-        """By how much the mean time between two tokens of an answer of ``output`` tokens differs from ``seconds``: as
-        prompts of ``tokens`` come at ``rate``, some answers have more of them in their time than others."""
-        if not tokens or not output:
+        """By how much the mean time between two tokens of an answer of ``output`` tokens differs from ``seconds``.
+
+        As prompts of ``tokens`` come at ``rate``, some answers have more of them in their time than others.
+        """
+        if not output:
             return 0.0
-        prompts = rate * 1000 / tokens * output * seconds
-        return self.compute_seconds(tokens) * sqrt(prompts) / output
+        return self.compute_seconds(tokens) * sqrt(self.prompts(rate, tokens, output * seconds)) / output
 
     @property
     def handover(self) -> float:
