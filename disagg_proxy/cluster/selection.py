@@ -19,6 +19,10 @@ from disagg_proxy.errors import NoPair, UnknownModel
 __all__ = ["NoCapacity", "Pair", "PlacementPreference", "Selection", "SingleEngine"]
 
 
+_MOST_ALONE = 8
+"""Engines that one decision compares, in turn."""
+
+
 class Selection:
     """Chooses the instances of each attempt, with one policy per role.
 
@@ -232,7 +236,12 @@ class Selection:
         with suppress(NoCapacity):
             pair = self._choose(model, (), has_capacity, traits)
         plan = self._candidates.plan(model)
-        alone = [] if plan is None else [i for i in plan.alone if self._can_take(i, has_capacity)]
+        able = () if plan is None else plan.alone
+        if len(able) > _MOST_ALONE:
+            # The cost of a decision must not grow with the number of engines.
+            begin = self._turn % len(able)
+            able = [*able[begin:], *able[:begin]][:_MOST_ALONE]
+        alone = [i for i in able if self._can_take(i, has_capacity)]
         table = self._table
         if table is not None and traits.tokens:
             uncached = table.uncached_tokens(traits, alone)

@@ -19,7 +19,7 @@ from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.placement.goals import Goals, Outlook, cost, harm, missed
-from disagg_proxy.placement.pace import Pace
+from disagg_proxy.placement.pace import Pace, View
 from disagg_proxy.placement.trust import Trust
 from disagg_proxy.telemetry.request_record import RequestRecord
 
@@ -83,20 +83,28 @@ class Elastic:
         waited = now - wish.arrived if wish.arrived else 0.0
         found: Pair | SingleEngine | None = None
         best: Outlook | None = None
-        lowest = 0.0
+        lowest = rates = 0.0
+        views = []
+        for engine in engines:
+            view = self._view(now, engine)
+            rates += view.rate
+            views.append(view)
+        mean = rates / len(views) if views else 0.0
+        goals, last = self.goals, self._last
+        stay = _STAY if goals.ttft or goals.tpot else _STAY_SECONDS
         if pair is not None:
-            found, best = pair, self._outlook_of_pair(now, pair, wish)
-            lowest = self._cost(best, waited, Way.SPLIT)
-        mean_rate = sum([self.pace(i).rate(now) for i in engines]) / len(engines) if engines else 0.0
-        for engine, tokens in zip(engines, uncached, strict=True):
-            way = Way.PREFILL_ALONE if engine.role is Role.PREFILL else Way.DECODE_ALONE
-            if way is Way.PREFILL_ALONE:
+            found, best = pair, self._outlook_of_pair(now, pair, wish, views)
+            lowest = cost(goals, best, waited) - (stay if last is Way.SPLIT else 0.0)
+        for index, view in enumerate(views):
+            engine, tokens, way = view.instance, uncached[index], Way.DECODE_ALONE
+            if engine.role is Role.PREFILL:
+                way = Way.PREFILL_ALONE
                 if not engine.kv_fits(wish.kv):
                     continue
-            elif pair is not None and self._gap_too_long(engine, tokens):
+            elif pair is not None and self._gap_too_long(view, tokens):
                 continue
-            outlook = self._outlook_alone(now, engine, tokens, wish, mean_rate)
-            price = self._cost(outlook, waited, way)
+            outlook = _outlook_alone(view, tokens, wish.output, mean if way is Way.PREFILL_ALONE else -1.0)
+            price = cost(goals, outlook, waited) - (stay if last is way else 0.0)
             if best is None or price < lowest:
                 found, best, lowest = SingleEngine(engine, traits.tokens, tokens), outlook, price
         if found is None or best is None:
@@ -105,68 +113,43 @@ class Elastic:
             self._check(found, best, waited, wish)
         return self._take(now, found, best)
 
-    def _cost(self, outlook: Outlook, waited: float, way: Way) -> float:
-        goals = self.goals
-        stay = 0.0
-        if way is self._last:
-            stay = _STAY if goals.ttft or goals.tpot else _STAY_SECONDS
-        predicted = outlook.ttft
-        outlook.ttft = predicted + waited
-        price = cost(goals, outlook) - stay
-        outlook.ttft = predicted
-        return price
-
-    def _gap_too_long(self, decode: Instance, tokens: int) -> bool:
+    def _gap_too_long(self, decode: View, tokens: int) -> bool:
         """Whether another prompt would hold up the answers of ``decode`` for too long at one time."""
-        waiting = decode.computing_tokens
-        if not waiting or not decode.decoding:
+        waiting = decode.instance.computing_tokens
+        if not waiting or not decode.running:
             return False
-        bound = _GAP_TOKENS * self.goals.tpot or _GAP_SECONDS
-        return self.pace(decode).compute_seconds(waiting + tokens) > bound
+        return decode.per_token * (waiting + tokens) > (_GAP_TOKENS * self.goals.tpot or _GAP_SECONDS)
 
-    def _outlook_of_pair(self, now: float, pair: Pair, wish: Wish) -> Outlook:
-        prefill, decode, tokens = pair.prefill, pair.decode, pair.prefill_tokens
-        first, second = self.pace(prefill), self.pace(decode)
-        rate, there = first.rate(now), second.rate(now)
-        sharing, joining = running(prefill), running(decode)
-        takes = first.compute_seconds(tokens)
-        step = second.step.values()[1]
-        joined = second.token_seconds(joining + 1, there)
-        before = first.token_seconds(sharing, rate) if sharing else 0.0
-        prefilled = first.prefill_seconds(tokens, backlog(prefill))
+    def _view(self, now: float, instance: Instance) -> View:
+        return View(instance, self.pace(instance), now, backlog(instance), running(instance))
+
+    def _outlook_of_pair(self, now: float, pair: Pair, wish: Wish, views: Sequence[View] = ()) -> Outlook:
+        first = second = None
+        for view in views:
+            if view.instance is pair.prefill:
+                first = view
+            if view.instance is pair.decode:
+                second = view
+        first, second = first or self._view(now, pair.prefill), second or self._view(now, pair.decode)
+        tokens, output = pair.prefill_tokens, wish.output
+        sharing, joining = first.running, second.running
+        takes = first.per_token * tokens
+        prefilled = first.prefill_seconds(tokens)
+        joined = second.token_seconds(joining + 1)
+        before = first.token_seconds(sharing) if sharing else 0.0
         return Outlook(
-            prefilled + second.handover,
+            prefilled + second.pace.handover,
             joined,
-            second.token_spread(joined, there, tokens, wish.output),
+            second.spread(joined, tokens, output),
             0.0,
-            wish.output,
-            (sharing + first.prompts(rate, tokens, prefilled)) * takes + joining * wish.output * step,
+            output,
+            (sharing + first.prompts(tokens, prefilled)) * takes + joining * output * second.per_request,
             sharing,
             before,
-            before + takes / max(1, wish.output),
+            before + takes / max(1, output),
             joining,
-            second.token_seconds(joining, there) if joining else 0.0,
+            second.token_seconds(joining) if joining else 0.0,
             joined if joining else 0.0,
-        )
-
-    def _outlook_alone(self, now: float, engine: Instance, tokens: int, wish: Wish, mean_rate: float) -> Outlook:
-        pace = self.pace(engine)
-        rate = pace.rate(now)
-        sharing = running(engine)
-        step = pace.step.values()[1]
-        takes = pace.compute_seconds(tokens)
-        joined = pace.token_seconds(sharing + 1, rate)
-        prefilled = pace.prefill_seconds(tokens, backlog(engine))
-        return Outlook(
-            prefilled,
-            joined,
-            pace.token_spread(joined, rate, tokens, wish.output),
-            pace.token_seconds(sharing + 1, max(rate, mean_rate)) if engine.role is Role.PREFILL else 0.0,
-            wish.output,
-            (sharing + pace.prompts(rate, tokens, prefilled)) * takes + sharing * wish.output * step,
-            sharing,
-            pace.token_seconds(sharing, rate) if sharing else 0.0,
-            joined + takes / max(1, wish.output),
         )
 
     def _check(self, found: Pair | SingleEngine, outlook: Outlook, waited: float, wish: Wish) -> None:
@@ -182,7 +165,7 @@ class Elastic:
         tokens = found.computes if isinstance(found, SingleEngine) else found.prefill_tokens
         pace = self.pace(computes)
         if goals.tpot and (outlook.sharing or outlook.joining):
-            reachable = missed(self.pace(answers).token_seconds(1, 0.0), goals.tpot) < 1.0
+            reachable = missed(self.pace(answers).step_seconds(1), goals.tpot) < 1.0
             if harm(goals, outlook) >= 1.0 or (reachable and missed(outlook.tpot, goals.tpot) >= 1.0):
                 self.waits["tpot"] += 1
                 raise NoCapacity
@@ -300,6 +283,32 @@ class Elastic:
                 if self._registry.knows(instance)
             },
         }
+
+
+def _outlook_alone(view: View, tokens: int, output: int, mean: float) -> Outlook:
+    """What is predicted where one engine serves alone.
+
+    Args:
+        mean: on a prefill the mean rate of prompts of all engines, else -1.
+    """
+    sharing = view.running
+    takes = view.per_token * tokens
+    prefilled = view.prefill_seconds(tokens)
+    joined = view.token_seconds(sharing + 1)
+    shared = 0.0
+    if mean >= 0.0:
+        shared = view.token_seconds(sharing + 1, mean) if mean > view.rate else joined
+    return Outlook(
+        prefilled,
+        joined,
+        view.spread(joined, tokens, output),
+        shared,
+        output,
+        (sharing + view.prompts(tokens, prefilled)) * takes + sharing * output * view.per_request,
+        sharing,
+        view.token_seconds(sharing) if sharing else 0.0,
+        joined + takes / max(1, output),
+    )
 
 
 def backlog(instance: Instance) -> int:

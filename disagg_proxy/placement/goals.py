@@ -37,7 +37,7 @@ class Outlook:
     """What is predicted of one way to serve a request.
 
     Attributes:
-        ttft: seconds from its arrival to its first token.
+        ttft: seconds from now to its first token.
         tpot: seconds between two tokens of it. spread: by how much that usually differs.
         shared: on a prefill alone, ``tpot`` if all engines computed an equal part of all prompts; else 0.
         output: expected tokens of its answer.
@@ -63,10 +63,13 @@ class Outlook:
 
 def missed(seconds: float, limit: float, spread: float = 0.0) -> float:
     """How likely a time of ``seconds``, give or take ``spread``, is to exceed ``limit``: 0 to 1; 0 without a limit."""
-    if not limit:
+    width = _SPREAD * limit
+    if spread > width:
+        width = spread
+    beyond = seconds - _EVEN * limit
+    if not limit or beyond <= -width:
         return 0.0
-    chance = 0.5 + (seconds - _EVEN * limit) / (2.0 * max(spread, _SPREAD * limit))
-    return min(1.0, max(0.0, chance))
+    return 1.0 if beyond >= width else 0.5 + beyond / (2.0 * width)
 
 
 def harm(goals: Goals, outlook: Outlook) -> float:
@@ -74,12 +77,16 @@ def harm(goals: Goals, outlook: Outlook) -> float:
     limit = goals.tpot
     if not limit:
         return 0.0
-    lost = outlook.sharing * (missed(outlook.tpot_after, limit) - missed(outlook.tpot_before, limit))
-    return lost + outlook.joining * (missed(outlook.joined_after, limit) - missed(outlook.joined_before, limit))
+    lost = 0.0
+    if outlook.sharing and (after := missed(outlook.tpot_after, limit)):
+        lost += outlook.sharing * (after - missed(outlook.tpot_before, limit))
+    if outlook.joining and (after := missed(outlook.joined_after, limit)):
+        lost += outlook.joining * (after - missed(outlook.joined_before, limit))
+    return lost
 
 
-def cost(goals: Goals, outlook: Outlook) -> float:
-    """What it costs to serve a request so; the lowest is the best.
+def cost(goals: Goals, outlook: Outlook, waited: float = 0.0) -> float:
+    """What it costs to serve a request so, ``waited`` seconds after its arrival; the lowest is the best.
 
     With an SLO: the requests that are expected to miss it, this one and others, and then how soon its tokens come.
     Without one: seconds until the answer is complete, and seconds that others are delayed.
@@ -87,7 +94,7 @@ def cost(goals: Goals, outlook: Outlook) -> float:
     limit = goals.tpot
     if not limit and not goals.ttft:
         return outlook.ttft + outlook.output * outlook.tpot + outlook.delay
-    late, slow = missed(outlook.ttft, goals.ttft), missed(outlook.tpot, limit, outlook.spread)
+    late, slow = missed(waited + outlook.ttft, goals.ttft), missed(outlook.tpot, limit, outlook.spread)
     lost = late + slow - late * slow + harm(goals, outlook)
     if limit:
         share = outlook.shared / limit

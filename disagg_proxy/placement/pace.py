@@ -14,6 +14,7 @@ from __future__ import annotations
 from math import exp, sqrt
 from typing import Final
 
+from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.placement.fit import ENOUGH, Fit
 
 FAST, SLOW = 1.0, 4.0
@@ -92,23 +93,10 @@ class Pace:
         """Seconds of its time that ``tokens`` of prompts take."""
         return self.prefill.values()[1] * tokens / 1000
 
-    def token_seconds(self, running: int, rate: float) -> float:
-        """Mean seconds between two tokens in a batch of ``running``, while prompts come at ``rate``."""
-        a, b, c = self.step.values()
-        return (a + b * running) / (1.0 - min(_BUSIEST, c * rate))
-
-    def prompts(self, rate: float, tokens: int, seconds: float) -> float:
-        """How many prompts of ``tokens`` come at ``rate`` within ``seconds``."""
-        return rate * 1000 * seconds / tokens if tokens else 0.0
-
-    def token_spread(self, seconds: float, rate: float, tokens: int, output: int) -> float:
-        """By how much the mean time between two tokens of an answer of ``output`` tokens differs from ``seconds``.
-
-        As prompts of ``tokens`` come at ``rate``, some answers have more of them in their time than others.
-        """
-        if not output:
-            return 0.0
-        return self.compute_seconds(tokens) * sqrt(self.prompts(rate, tokens, output * seconds)) / output
+    def step_seconds(self, running: int) -> float:
+        """Seconds of a step for ``running`` requests, without prompts."""
+        a, b, _ = self.step.values()
+        return a + b * running
 
     @property
     def handover(self) -> float:
@@ -131,3 +119,48 @@ class Pace:
             "step_per_1000_prompt_tokens_ms": round(step[2] * 1000, 2) if knows_step else None,
             "handover_ms": round(self.handover * 1000, 2) if self.handovers else None,
         }
+
+
+class View:
+    """One engine at the time of a decision: its load, and what is predicted of it.
+
+    Attributes:
+        rate: thousand prompt tokens a second that it got recently.
+        backlog, running: prompt tokens that it has to compute, and answers that it generates.
+        per_token: seconds for each prompt token. per_request: seconds of a step for each request in the batch.
+    """
+
+    __slots__ = ("_fixed", "_per_prompt", "_step", "backlog", "instance", "pace", "per_request", "per_token", "rate",
+                 "running")  # fmt: skip
+
+    def __init__(self, instance: Instance, pace: Pace, now: float, backlog: int, running: int) -> None:
+        self.instance = instance
+        self.pace = pace
+        self.backlog = backlog
+        self.running = running
+        self.rate = pace.rate(now)
+        self._fixed, per_thousand, _ = pace.prefill.values()
+        self.per_token = per_thousand / 1000
+        self._step, self.per_request, self._per_prompt = pace.step.values()
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """Seconds until the first token of a prompt with ``tokens`` to compute."""
+        return self._fixed + self.per_token * (tokens + self.backlog)
+
+    def token_seconds(self, running: int, rate: float = -1.0) -> float:
+        """Mean seconds between two tokens in a batch of ``running``, while prompts come at ``rate``, or as recently."""
+        busy = self._per_prompt * (self.rate if rate < 0.0 else rate)
+        return (self._step + self.per_request * running) / (1.0 - (busy if busy < _BUSIEST else _BUSIEST))
+
+    def prompts(self, tokens: int, seconds: float) -> float:
+        """How many prompts of ``tokens`` come within ``seconds``."""
+        return self.rate * 1000 * seconds / tokens if tokens else 0.0
+
+    def spread(self, seconds: float, tokens: int, output: int) -> float:
+        """By how much the mean time between two tokens of an answer of ``output`` tokens differs from ``seconds``.
+
+        As prompts of ``tokens`` come, some answers have more of them in their time than others.
+        """
+        if not output:
+            return 0.0
+        return self.per_token * tokens * sqrt(self.prompts(tokens, output * seconds)) / output

@@ -208,6 +208,23 @@ def test_without_capacity_on_decode_prefill_serves_alone(bench: Bench) -> None:
         bench.place(has_capacity=lambda i: False)
 
 
+def test_a_decision_compares_eight_engines_at_most(bench: Bench) -> None:
+    for port in range(10, 30):
+        bench.world.ready(Role.DECODE, port, kind=KIND)
+    bench.learn()
+    compared: list[int] = []
+    decide = bench.elastic.decide
+
+    class Counting:
+        def decide(self, pair: Any, engines: Any, uncached: Any, traits: Any, wish: Any) -> Any:
+            compared.append(len(engines))
+            return decide(pair, engines, uncached, traits, wish)
+
+    bench.selection.set_chooser(Counting())
+    chosen = [bench.serve(bench.place()).decode for _ in range(22)]
+    assert set(compared) == {8} and len(set(chosen)) > 8
+
+
 def test_what_an_engine_has_in_its_prefix_cache_is_not_computed(bench: Bench) -> None:
     bench.learn()
     loaded(bench.prefill, computing=3000)
@@ -285,7 +302,7 @@ def test_what_is_learnt_from_an_answer(bench: Bench) -> None:
     bench.elastic.learn_end(record)
     prefill, decode = bench.elastic.pace(bench.prefill), bench.elastic.pace(bench.decode)
     assert prefill.prefill.samples == 1 and prefill.prefill_seconds(2000, 0) == pytest.approx(0.038)
-    assert decode.step.samples == 1 and decode.token_seconds(1, 0.0) == pytest.approx(0.6 / 127)
+    assert decode.step.samples == 1 and decode.step_seconds(1) == pytest.approx(0.6 / 127)
     report = bench.elastic.report()
     assert set(report["engines"]) == {"127.0.0.1:1", "127.0.0.1:2"} and report["state"] == "learning"
 

@@ -6,9 +6,11 @@ import random
 
 import pytest
 
+from disagg_proxy.cluster.instance import Role
 from disagg_proxy.placement.fit import ENOUGH, Fit
-from disagg_proxy.placement.pace import Pace
+from disagg_proxy.placement.pace import Pace, View
 from disagg_proxy.placement.trust import Trust
+from tests.cluster.conftest import World
 
 PER_TOKEN, FIXED = 15e-6, 0.008
 
@@ -18,6 +20,10 @@ def prefill_samples(pace: Pace, count: int, factor: float = 1.0, seed: int = 1) 
     for _ in range(count):
         tokens, backlog = numbers.randrange(100, 4000), numbers.randrange(0, 8000)
         pace.add_prefill(factor * (FIXED + PER_TOKEN * (tokens + backlog)), tokens, backlog)
+
+
+def view(pace: Pace, running: int) -> View:
+    return View(World().ready(Role.DECODE, 1), pace, 0.0, 0, running)
 
 
 def test_nothing_is_learnt_at_first() -> None:
@@ -64,7 +70,7 @@ def test_a_step_has_parts_for_the_batch_and_for_prompts() -> None:
     assert pace.step.values() == (
         pytest.approx(0.004, rel=0.1), pytest.approx(45e-6, rel=0.1), pytest.approx(PER_TOKEN * 1000, rel=0.1),
     )  # fmt: skip
-    assert pace.token_seconds(10, 20.0) == pytest.approx(0.00445 / (1 - 0.3), rel=0.1)
+    assert view(pace, 10).token_seconds(10, 20.0) == pytest.approx(0.00445 / (1 - 0.3), rel=0.1)
 
 
 def test_without_prompts_between_steps_the_pace_of_prefill_counts() -> None:
