@@ -327,13 +327,13 @@ class AdmissionQueue:
             wish.late = wish.late or isinstance(why, WouldBeLate)
             return None
         if peers is None:
-            return Placement(self._registry, found, demand.kv_tokens, wish.kv)
+            return Placement(self._registry, found, demand.kv_tokens, wish.kv, wish.output)
         taken = [found.engine] if isinstance(found, SingleEngine) else [found.prefill, found.decode]
         if not peers.claim(taken, demand.kv_tokens, lambda: not self._full() and all(map(has_capacity, taken))):
             self._dispatch_in(peers.pause)
             return None
         try:
-            return Placement(self._registry, found, demand.kv_tokens, wish.kv)
+            return Placement(self._registry, found, demand.kv_tokens, wish.kv, wish.output)
         finally:
             peers.settle()
 

@@ -109,6 +109,7 @@ class Instance:
         answering: requests on it now whose answer it generates, or is going to: pairs with it as decode, and those that
             are alone on it.
         kv_committed: tokens of KV that these are expected to take until their end.
+        output_tokens: tokens that their answers are expected to have (this process only).
         computing_tokens: prompt tokens that it has to compute and has not (this process only).
         decoding: of ``answering`` those whose prompt is computed (this process only).
         peer_counts: the share of other workers in ``in_flight``, ``direct_requests``, ``kv_waiting``,
@@ -164,6 +165,7 @@ class Instance:
     kv_orphans: list[Releasable] = field(default_factory=list)
     answering: int = 0
     kv_committed: int = 0
+    output_tokens: int = 0
     computing_tokens: int = 0
     decoding: int = 0
     peer_counts: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)

@@ -29,18 +29,25 @@ class Lease:
     Args:
         computing: prompt tokens that it computes first.
         answer: tokens of KV that the request is expected to take where this leg generates its answer, else None.
+        output: expected tokens of that answer.
 
     Attributes:
         progress: the tracker of the process that the lease began with.
     """
 
     __slots__ = (
-        "_answer", "_breaker", "_computing", "_decoding", "_ended", "_epoch", "_registry", "_tokens", "instance",
-        "progress",
+        "_answer", "_breaker", "_computing", "_decoding", "_ended", "_epoch", "_output", "_registry", "_tokens",
+        "instance", "progress",
     )  # fmt: skip
 
     def __init__(
-        self, registry: Registry, instance: Instance, tokens: int = 0, computing: int = 0, answer: int | None = None
+        self,
+        registry: Registry,
+        instance: Instance,
+        tokens: int = 0,
+        computing: int = 0,
+        answer: int | None = None,
+        output: int = 0,
     ) -> None:
         self.instance = instance
         self._registry = registry
@@ -49,6 +56,7 @@ class Lease:
         self._tokens = tokens
         self._computing = computing
         self._answer = answer
+        self._output = output
         instance.in_flight += 1
         instance.tokens_in_flight += tokens
         instance.computing_tokens += computing
@@ -58,6 +66,7 @@ class Lease:
         if answer is not None:
             instance.answering += 1
             instance.kv_committed += answer
+            instance.output_tokens += output
             if shared is not None:
                 shared.add(instance, ANSWERING, 1)
                 shared.add(instance, KV_COMMITTED, answer)
@@ -105,6 +114,7 @@ class Lease:
         if answer is not None:
             instance.answering -= 1
             instance.kv_committed -= answer
+            instance.output_tokens -= self._output
             if shared is not None:
                 shared.add(instance, ANSWERING, -1)
                 shared.add(instance, KV_COMMITTED, -answer)
@@ -239,7 +249,7 @@ class Placement:
     Args:
         found: a pair, or one engine that computes the prompt itself.
         kv_tokens: upper bound of the tokens of the prompts' KV; counted only where decode has a KV buffer.
-        kv: tokens of KV that the request is expected to take until its end.
+        kv, output: tokens of KV that the request is expected to take until its end, and of its answer.
 
     Attributes:
         prefill: the instance that computes the prompt for another; None when ``decode`` computes it itself.
@@ -250,7 +260,9 @@ class Placement:
 
     __slots__ = ("decode", "decode_lease", "forecast", "kv", "prefill", "prefill_lease")
 
-    def __init__(self, registry: Registry, found: Pair | SingleEngine, kv_tokens: int = 0, kv: int = 0) -> None:
+    def __init__(
+        self, registry: Registry, found: Pair | SingleEngine, kv_tokens: int = 0, kv: int = 0, output: int = 0
+    ) -> None:
         self.prefill: Instance | None = None
         self.prefill_lease: Lease | None = None
         self.kv: KvClaim | None = None
@@ -260,10 +272,10 @@ class Placement:
             self.prefill = found.prefill
             self.prefill_lease = Lease(registry, found.prefill, found.prefill_tokens, found.prefill_tokens)
             self.kv = KvClaim(registry, found.prefill, decode, 0 if decode.kind.computes else kv_tokens)
-            self.decode_lease = Lease(registry, decode, found.decode_tokens, 0, kv)
+            self.decode_lease = Lease(registry, decode, found.decode_tokens, 0, kv, output)
         else:
             decode = found.engine
-            self.decode_lease = Lease(registry, decode, found.tokens, found.computes, kv)
+            self.decode_lease = Lease(registry, decode, found.tokens, found.computes, kv, output)
         self.decode = decode
 
     def computed(self) -> None:

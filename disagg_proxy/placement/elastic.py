@@ -18,7 +18,7 @@ from disagg_proxy.cluster.choice import Forecast, NoCapacity, Pair, SingleEngine
 from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policies import Traits
 from disagg_proxy.cluster.registry import Registry
-from disagg_proxy.placement.goals import Goals, Outlook, cost, harm, missed
+from disagg_proxy.placement.goals import Goals, Outlook, cost, missed
 from disagg_proxy.placement.pace import Pace, View
 from disagg_proxy.placement.trust import Trust
 from disagg_proxy.telemetry.request_record import RequestRecord
@@ -146,7 +146,7 @@ class Elastic:
             (sharing + first.prompts(tokens, prefilled)) * takes + joining * output * second.per_request,
             sharing,
             before,
-            before + takes / max(1, output),
+            before + takes / first.output if sharing else 0.0,
             joining,
             second.token_seconds(joining) if joining else 0.0,
             joined if joining else 0.0,
@@ -164,11 +164,14 @@ class Elastic:
             found.prefill, found.decode)  # fmt: skip
         tokens = found.computes if isinstance(found, SingleEngine) else found.prefill_tokens
         pace = self.pace(computes)
-        if goals.tpot and (outlook.sharing or outlook.joining):
-            reachable = missed(self.pace(answers).step_seconds(1), goals.tpot) < 1.0
-            if harm(goals, outlook) >= 1.0 or (reachable and missed(outlook.tpot, goals.tpot) >= 1.0):
-                self.waits["tpot"] += 1
-                raise NoCapacity
+        # Where even a single answer would be too slow, waiting does not help.
+        if (
+            (outlook.sharing or outlook.joining)
+            and missed(outlook.tpot, goals.tpot) >= 0.5
+            and missed(self.pace(answers).step_seconds(1), goals.tpot) < 0.5
+        ):
+            self.waits["tpot"] += 1
+            raise NoCapacity
         if not goals.ttft:
             return
         if wish.late:
@@ -307,7 +310,7 @@ def _outlook_alone(view: View, tokens: int, output: int, mean: float) -> Outlook
         (sharing + view.prompts(tokens, prefilled)) * takes + sharing * output * view.per_request,
         sharing,
         view.token_seconds(sharing) if sharing else 0.0,
-        joined + takes / max(1, output),
+        joined + takes / view.output if sharing else 0.0,
     )
 
 

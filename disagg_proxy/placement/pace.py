@@ -127,17 +127,22 @@ class View:
     Attributes:
         rate: thousand prompt tokens a second that it got recently.
         backlog, running: prompt tokens that it has to compute, and answers that it generates.
+        output: expected tokens of one of these answers.
         per_token: seconds for each prompt token. per_request: seconds of a step for each request in the batch.
     """
 
-    __slots__ = ("_fixed", "_per_prompt", "_step", "backlog", "instance", "pace", "per_request", "per_token", "rate",
-                 "running")  # fmt: skip
+    __slots__ = (
+        "_fixed", "_per_prompt", "_step", "backlog", "instance", "output", "pace", "per_request", "per_token", "rate",
+        "running",
+    )  # fmt: skip
 
     def __init__(self, instance: Instance, pace: Pace, now: float, backlog: int, running: int) -> None:
         self.instance = instance
         self.pace = pace
         self.backlog = backlog
         self.running = running
+        own = instance.answering - instance.peer_counts[4]
+        self.output = instance.output_tokens / own if own > 0 and instance.output_tokens else 1.0
         self.rate = pace.rate(now)
         self._fixed, per_thousand, _ = pace.prefill.values()
         self.per_token = per_thousand / 1000

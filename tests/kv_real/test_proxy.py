@@ -12,10 +12,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from disagg_proxy.cluster.choice import Way
 from disagg_proxy.cluster.instance import State
 from tests.conftest import Proxy, running_proxy
 from tests.kv_real.conftest import Trio, texts
 from tests.kv_real.engines import MODEL, PYTHON
+from tests.placed import dictate
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Where is San Francisco?"}]
@@ -90,6 +92,25 @@ async def test_the_answer_is_that_of_one_engine_and_the_kv_came_from_prefill(tri
     assert texts(answer) == texts(await trio.plain.post(body))
     assert await external(trio) - before >= length - 1 or length < 33
     assert answer["usage"]["prompt_tokens"] == length
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_tokens_are_the_same_whichever_way(trio, proxy, stream: bool) -> None:
+    """A prefill serves alone, with the KV of other prompts held for decode, and goes on to prefill for it."""
+    for way in (*Way, Way.SPLIT):
+        dictate(proxy, way)
+        body = {"prompt": trio.prompt(300), "max_tokens": 24, "ignore_eos": True}
+        want, before = texts(await trio.plain.post(body)), await external(trio)
+        status, _, answer = await ask(proxy, COMPLETIONS, {**body, "stream": stream})
+        assert status == 200, answer
+        if stream:
+            events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith(b"data: {")]
+            assert ["".join(event["choices"][0]["text"] for event in events)] == want
+        else:
+            assert texts(answer) == want
+        assert bool(await external(trio) - before) is (way is Way.SPLIT)
+    ways = proxy.services.stats.ways
+    assert ways == {Way.SPLIT.value: 2, Way.DECODE_ALONE.value: 1, Way.PREFILL_ALONE.value: 1}
 
 
 async def test_chat_streams_lists_and_choices(trio, proxy) -> None:

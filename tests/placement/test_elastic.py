@@ -74,7 +74,9 @@ def bench() -> Bench:
 
 
 def loaded(instance: Instance, decoding: int = 0, computing: int = 0) -> None:
+    """With answers of 128 tokens."""
     instance.decoding, instance.computing_tokens = decoding, computing
+    instance.answering, instance.output_tokens = decoding, 128 * decoding
 
 
 def test_until_something_is_learnt_everything_is_split(bench: Bench) -> None:
@@ -156,8 +158,8 @@ def test_a_prompt_that_takes_longer_than_the_slo_alone_is_served_nevertheless(be
 
 def test_where_answers_would_become_too_slow_requests_wait(bench: Bench) -> None:
     bench.learn()
-    loaded(bench.decode, decoding=115)
-    loaded(bench.prefill, decoding=115)
+    loaded(bench.decode, decoding=140)
+    loaded(bench.prefill, decoding=140)
     with pytest.raises(NoCapacity) as why:
         bench.place()
     assert why.type is NoCapacity, "others do not overtake it"
