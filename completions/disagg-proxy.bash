@@ -60,7 +60,7 @@ _disagg_proxy() {
       choices='DEBUG INFO WARNING ERROR'
       ;;
     'bench sweep --kind' | 'bench clocks --kind')
-      choices='pd plain'
+      choices='pd plain elastic'
       ;;
     'bench sweep --question')
       choices='sweep ratio'
