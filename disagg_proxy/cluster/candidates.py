@@ -67,7 +67,7 @@ class Candidates:
         prefills = self.with_partner(found, decodes)
         if not prefills:
             return None
-        prefills, decodes = self._rather(prefills, decodes, lambda i: not i.suspect)
+        prefills, decodes = self._by_role(*self._rather(prefills, decodes, lambda i: not i.suspect))
         partners = {p: tuple(d for d in decodes if kv_compatibility.compatible(p, d)) for p in prefills}
         connected = {p: all(kv_compatibility.connected(p, d) for d in partners[p]) for p in prefills}
         version = self._registry.version
@@ -105,7 +105,7 @@ class Candidates:
         partnered = self.with_partner(prefills, decodes)
         if not partnered:
             raise incompatible(self._registry, model, prefills, decodes)
-        return self._rather(partnered, decodes, lambda i: not i.suspect and not i.breaker.busy(now))
+        return self._by_role(*self._rather(partnered, decodes, lambda i: not i.suspect and not i.breaker.busy(now)))
 
     def _rather(
         self, prefills: Sequence[Instance], decodes: Sequence[Instance], wanted: Callable[[Instance], bool]
@@ -116,6 +116,19 @@ class Candidates:
         partners = [i for i in decodes if wanted(i)]
         if better := self.with_partner(prefills, partners):
             return better, partners
+        return prefills, decodes
+
+    def _by_role(
+        self, prefills: Sequence[Instance], decodes: Sequence[Instance]
+    ) -> tuple[Sequence[Instance], Sequence[Instance]]:
+        """Without those whose assigned role is the other one, as far as pairs are left; each prefill has a partner."""
+        prefer_prefill = [i for i in prefills if i.prefers(Role.PREFILL)]
+        prefer_decode = [i for i in decodes if i.prefers(Role.DECODE)]
+        if len(prefer_prefill) == len(prefills) and len(prefer_decode) == len(decodes):
+            return prefills, decodes
+        for some, others in ((prefer_prefill, prefer_decode), (prefills, prefer_decode), (prefer_prefill, decodes)):
+            if partnered := self.with_partner(some, others):
+                return partnered, others
         return prefills, decodes
 
     def with_partner(self, prefills: Sequence[Instance], decodes: Sequence[Instance]) -> list[Instance]:

@@ -6,13 +6,16 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from disagg_proxy.address import Address
 from disagg_proxy.cluster.circuit_breaker import Breaker
 from disagg_proxy.cluster.engine_load import EngineLoad
 from disagg_proxy.cluster.kv_kind import KvKind
 from disagg_proxy.cluster.progress import ProgressTracker
+
+if TYPE_CHECKING:
+    from disagg_proxy.cluster.assignment import Assignment
 
 
 class Role(Enum):
@@ -81,6 +84,7 @@ class Instance:
         reason: why it is in this state, for people.
         changed_at: clock reading of the last change of its state or reason.
         draining: drained by an operator: it gets no new requests, in any state, until the operator undoes that.
+        assignment: the role that it has at present, of an instance with both; None where none was assigned.
         last_ping: clock reading of the last ping, None if there was none.
         last_probe_response: clock reading of the last response to a probe from a process that has been ready; None
             before it was ready, and once its port refuses connections.
@@ -120,6 +124,7 @@ class Instance:
         requests_total, failures_total: legs sent to it, and those that failed through its fault.
         rejections_total: legs that it rejected because it is busy.
         times_lost: how often it stopped being ready. restarts: how often its process was seen to have ended.
+        role_moves: how often its assigned role changed between prefill and decode.
         freezes, replays: how often it stalled, and prefills that were replayed to free it.
         kv_releases, kv_releases_failed: on decode, KV releases of abandoned requests that succeeded, and that failed.
         kv_missing: prefills that finished without reporting where their KV is, so decode computed (NixlConnector).
@@ -142,6 +147,7 @@ class Instance:
     reason: str = NOT_PROBED
     changed_at: float = 0.0
     draining: bool = False
+    assignment: Assignment | None = None
     last_ping: float | None = None
     last_probe_response: float | None = None
     probe_failures: int = 0
@@ -176,6 +182,7 @@ class Instance:
     rejections_total: int = 0
     times_lost: int = 0
     restarts: int = 0
+    role_moves: int = 0
     freezes: int = 0
     replays: int = 0
     kv_releases: int = 0
@@ -200,6 +207,15 @@ class Instance:
     def roles(self) -> list[Role]:
         """The roles that it may get legs of."""
         return [role for role in Role if self.serves(role)]
+
+    @property
+    def assigned_role(self) -> Role | None:
+        """The role that it is assigned; None where it may get legs of each role that it serves."""
+        return self.assignment.role if self.assignment is not None and self.kind.both_roles else None
+
+    def prefers(self, role: Role) -> bool:
+        """Whether it gets legs of this role although other instances could take them."""
+        return self.serves(role) and self.assigned_role in (None, role)
 
     @property
     def default_model(self) -> str | None:

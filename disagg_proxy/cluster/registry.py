@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from disagg_proxy.address import Address, parse_address
+from disagg_proxy.cluster.assignment import Assignment
 from disagg_proxy.cluster.circuit_breaker import Breaker
 from disagg_proxy.cluster.instance import Instance, Role, Source, State
 from disagg_proxy.cluster.instance_index import InstanceIndex
@@ -66,6 +67,7 @@ class Registry(InstanceIndex):
         self.set_expiry(expiry)
         self.kv_compatibility = KvCompatibility(MAX_INSTANCES)
         self._drained: set[str] = set()
+        self._by_hand: dict[str, Assignment] = {}
         self.has_liveness_connection: Callable[[Instance], bool] = lambda instance: False
         self.refresh_models: Callable[[], Awaitable[None]] = _no_refresh
         self.shared_load: SharedLoad | None = None
@@ -76,6 +78,7 @@ class Registry(InstanceIndex):
         self._on_freed: list[Callable[[], None]] = []
         self._on_ended: list[Watcher] = []
         self._on_breaker: list[Watcher] = []
+        self._on_assigned: list[Watcher] = []
 
     def set_expiry(self, seconds: float) -> None:
         """Take an instance for LOST after this time without a ping from now on."""
@@ -91,6 +94,7 @@ class Registry(InstanceIndex):
         freed: Callable[[], None] | None = None,
         ended: Watcher | None = None,
         breaker: Watcher | None = None,
+        assigned: Watcher | None = None,
     ) -> None:
         """Register callbacks, which must not block or raise.
 
@@ -100,7 +104,10 @@ class Registry(InstanceIndex):
             freed: an instance may have capacity again.
             ended: the process of an instance has ended.
             breaker: the circuit breaker of an instance has opened or closed.
+            assigned: an instance was assigned a role.
         """
+        if assigned:
+            self._on_assigned.append(assigned)
         if breaker:
             self._on_breaker.append(breaker)
         if ended:
@@ -219,6 +226,8 @@ class Registry(InstanceIndex):
 
     def _add(self, instance: Instance) -> None:
         instance.draining = instance.key in self._drained
+        if instance.kind.both_roles:
+            instance.assignment = self._by_hand.get(instance.key)
         instance.progress = ProgressTracker(self._clock())
         self._instances[instance.key] = instance
         self._set_state(instance, State.PROBING, instance.reason)
@@ -364,6 +373,21 @@ class Registry(InstanceIndex):
     def drained(self, role: Role) -> Sequence[Instance]:
         """Drained instances of one role, in any state."""
         return [i for i in self._instances.values() if i.serves(role) and i.draining] if self._drained else ()
+
+    # -- roles
+
+    def assign(self, instance: Instance, assignment: Assignment) -> None:
+        """Assign a role to an instance of both. An operator's is remembered for the endpoint, as a drain is."""
+        if assignment.by_hand:
+            self._by_hand[instance.key] = assignment
+        else:
+            self._by_hand.pop(instance.key, None)
+        before, instance.assignment = instance.assigned_role, assignment
+        instance.role_moves += before is not None and assignment.role not in (None, before)
+        self.version += 1
+        for watcher in self._on_assigned:
+            watcher(instance)
+        self.freed()
 
     # -- load
 

@@ -287,6 +287,7 @@ class Selection:
             raise NoPair([NO_STANDALONE_DECODE], drained=error.drained)
         now = self._registry.now()
         able = [i for i in able if not i.suspect and not i.breaker.busy(now)] or able
+        able = [i for i in able if i.prefers(Role.DECODE)] or able
         if has_capacity is not None:
             able = [i for i in able if has_capacity(i)]
             if not able:
@@ -310,7 +311,7 @@ class Selection:
             ready = [i for i in ready if i.kind.computes]
         ready = [i for i in ready if i not in avoided and not i.suspect] or ready
         if computes:
-            ready = [i for i in ready if i.serves(Role.PREFILL)] or ready
+            ready = [i for i in ready if i.prefers(Role.PREFILL)] or ready
         if not ready:
             raise no_candidates(self._registry, model, (), ())
         self._turn += 1
