@@ -245,6 +245,12 @@ class Elastic:
             computes.computed += forecast.tokens
             pace.add_step((record.ended - record.prefill_done) / tokens, now, 0.0)
 
+    def prefill_wait(self, instance: Instance) -> float | None:
+        """Predicted seconds until ``instance`` could compute another prompt; None while nothing is predicted."""
+        if not (self._pool.learnt and self.trust.given):
+            return None
+        return self.pace(instance).compute_seconds(backlog(instance))
+
     def _log_trust(self) -> None:
         trust = self.trust
         if trust.given:
