@@ -41,6 +41,9 @@ _disagg_proxy() {
     'serve --decode-policy' | 'check --decode-policy')
       choices='joint least_loaded power_of_two round_robin session'
       ;;
+    'serve --roles' | 'check --roles')
+      choices='placement auto announced'
+      ;;
     'serve --log-level' | 'check --log-level' | 'chaos --log-level')
       choices='debug info warning error'
       ;;
@@ -77,10 +80,10 @@ _disagg_proxy() {
     *)
       case $path in
         '')
-          choices='serve check machine sim top key bench power demo chaos -h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --power-meter --power-gpus --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --placement --slo-ttft-ms --slo-tpot-ms --max-queue --queue-timeout --prefill-policy --decode-policy --session-header --load-bound --api-key --api-keys-file --engine-api-key --admin-key --kv-secret --kv-secret-file --cors-origins --enable-profiling --served-by-header --stream-error-event --log-level --log-format --power-status-file --access-log --traces'
+          choices='serve check machine sim top key bench power demo chaos -h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --power-meter --power-gpus --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --placement --slo-ttft-ms --slo-tpot-ms --max-queue --queue-timeout --prefill-policy --decode-policy --roles --session-header --load-bound --api-key --api-keys-file --engine-api-key --admin-key --kv-secret --kv-secret-file --cors-origins --enable-profiling --served-by-header --stream-error-event --log-level --log-format --power-status-file --access-log --traces'
           ;;
         'serve' | 'check')
-          choices='-h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --power-meter --power-gpus --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --placement --slo-ttft-ms --slo-tpot-ms --max-queue --queue-timeout --prefill-policy --decode-policy --session-header --load-bound --api-key --api-keys-file --engine-api-key --admin-key --kv-secret --kv-secret-file --cors-origins --enable-profiling --served-by-header --stream-error-event --log-level --log-format --power-status-file --access-log --traces'
+          choices='-h --help --version --config --http-host --http-port --workers --zmq-host --zmq-port --prefill --decode --allow-register --instance-expiry --forward-registrations --power-meter --power-gpus --probe-interval --connect-timeout --prefill-timeout --decode-timeout --freeze-after-min --freeze-after-max --body-timeout --header-timeout --send-timeout --shutdown-grace --max-body-bytes --max-header-bytes --max-tries --max-in-flight --prefill-max-in-flight --decode-max-in-flight --kv-buffer-bytes --kv-bytes-per-token --decode-alone --decode-alone-below --placement --slo-ttft-ms --slo-tpot-ms --max-queue --queue-timeout --prefill-policy --decode-policy --roles --session-header --load-bound --api-key --api-keys-file --engine-api-key --admin-key --kv-secret --kv-secret-file --cors-origins --enable-profiling --served-by-header --stream-error-event --log-level --log-format --power-status-file --access-log --traces'
           ;;
         'machine')
           choices='menu proxy prefill decode all test status logs stop restart config doctor bench env page top power help'

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from disagg_proxy.admission.client_key import SharedUsage
 from disagg_proxy.admission.queue import Peers
+from disagg_proxy.cluster.assignment import Assignment
 from disagg_proxy.cluster.instance import Instance
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import Announcement
@@ -18,6 +19,8 @@ from disagg_proxy.discovery.power import PackedReports
 from disagg_proxy.discovery.service import PingSource
 from disagg_proxy.health.load_reader import LoadPeers
 from disagg_proxy.health.peer_view import PeerView
+from disagg_proxy.placement.roles_figures import prefill_wait
+from disagg_proxy.placement.roles_task import RolePeers
 from disagg_proxy.telemetry.aggregate import Overview
 from disagg_proxy.telemetry.page_state import PageState
 
@@ -41,7 +44,7 @@ class LocalProcess(Protocol):
         """The newest records, events and steps of this process, for the page."""
 
 
-class PeerGroup(Protocol):
+class PeerGroup(RolePeers, Protocol):
     """Created before the event loop, joined to a registry, started on the loop."""
 
     @property
@@ -89,6 +92,9 @@ class PeerGroup(Protocol):
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Take ``instance`` out of rotation in all processes, or put it back; returns when they follow."""
 
+    async def assigned(self, instance: Instance) -> None:
+        """Return when all processes follow the role that ``instance`` is assigned."""
+
     def idle(self, instance: Instance) -> bool:
         """Whether no process has a request on ``instance``, or KV waiting there."""
 
@@ -124,6 +130,18 @@ class SingleProcess:
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         self._registry.drain(instance, draining)
+
+    def decides_roles(self) -> bool:
+        return True
+
+    def assign(self, instance: Instance, assignment: Assignment) -> None:
+        self._registry.assign(instance, assignment)
+
+    def prefill_wait(self, instance: Instance) -> float:
+        return prefill_wait(instance, self._registry.now())
+
+    async def assigned(self, instance: Instance) -> None:
+        return
 
     def idle(self, instance: Instance) -> bool:
         return instance.idle

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from disagg_power.book import EnergyBook
 from disagg_proxy.admission.queue import AdmissionQueue, Limits
 from disagg_proxy.admission.token_estimate import PromptSizes
-from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.policies import DECODE_POLICIES, PREFILL_POLICIES
 from disagg_proxy.cluster.policies.table import PrefixTable
 from disagg_proxy.cluster.registry import Registry
@@ -31,6 +32,8 @@ from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.peer_group import PeerGroup, SingleProcess
 from disagg_proxy.placement.elastic import Elastic
 from disagg_proxy.placement.goals import Goals
+from disagg_proxy.placement.roles import RoleLimits
+from disagg_proxy.placement.roles_task import Roles
 from disagg_proxy.runtime.background import Background
 from disagg_proxy.runtime.shutdown import Shutdown
 from disagg_proxy.runtime.write_coalescing import WriteBatch
@@ -109,6 +112,7 @@ class Services:
         self.admission_queue = AdmissionQueue(
             self.selection, self.registry, _limits(config), self.stats, self.peers.admission_peers
         )
+        self.roles = Roles(self.registry, self.peers, self._prefill_wait, _moves_roles(config), _role_limits(config))
         self.background = Background()
         self.write_batch = WriteBatch()
         self.shutdown = Shutdown(config.shutdown_grace, clock)
@@ -151,6 +155,7 @@ class Services:
             self.registry, self._upstream, self.discovery.headers, self._loads_needed, self.peers.load_peers
         )
         self._load_reader.start()
+        self.roles.start()
         self._sample()
         if self.config.power_meter:
             self._energy_task = asyncio.get_running_loop().create_task(self._mark_energy(), name="energy")
@@ -174,6 +179,7 @@ class Services:
         if self._energy_task is not None:
             self._energy_task.cancel()
             await asyncio.gather(self._energy_task, return_exceptions=True)
+        await self.roles.stop()
         if self._stall_detector is not None:
             await self._stall_detector.stop()
         if self._load_reader is not None:
@@ -196,6 +202,7 @@ class Services:
         )
         self.elastic.goals = _goals(config)
         self.selection.set_chooser(self._chooser(config))
+        self.roles.configure(_moves_roles(config), _role_limits(config))
         self.coordinator.policies_changed()
         self.sizes.configure(learns=_needs_sizes(config), trusts=bool(config.kv_buffer_tokens))
         self.admission_queue.set_limits(_limits(config))
@@ -206,6 +213,11 @@ class Services:
             self._upstream.connect_timeout = config.connect_timeout
         if self._stall_detector is not None:
             self._stall_detector.set_bounds(config.freeze_after_min, config.freeze_after_max)
+
+    def _prefill_wait(self, instance: Instance) -> float:
+        """Seconds that prompts wait for prefill on ``instance``: as predicted, else as seen by all workers."""
+        predicted = self.elastic.prefill_wait(instance)
+        return self.peers.prefill_wait(instance) if predicted is None else predicted
 
     def _chooser(self, config: Config) -> Elastic | None:
         return self.elastic if config.placement == "elastic" else None
@@ -236,6 +248,11 @@ class Services:
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Take an instance out of rotation for maintenance, or put it back."""
         await self.peers.drain(instance, draining)
+
+    async def set_role(self, instance: Instance, role: Role | None) -> None:
+        """Assign a role by hand; None leaves it to the proxy again. Returns when all processes follow."""
+        self.roles.set_by_hand(instance, role)
+        await self.peers.assigned(instance)
 
     def not_serving(self) -> str:
         """Why nothing is answered although requests wait; empty while the proxy serves."""
@@ -278,8 +295,9 @@ class Services:
         return page_state_of(self.recorder)
 
     def _loads_needed(self) -> bool:
-        """Whether the load that engines show is needed: the placement uses it, or the page is open in this process."""
-        return self.config.placement == "elastic" or self.registry.now() - self._viewed_at < _PAGE_OPEN
+        """Whether the load that engines show is needed: placement or roles use it, or the page is open in this process."""
+        used = self.config.placement == "elastic" or self.roles.automatic
+        return used or self.registry.now() - self._viewed_at < _PAGE_OPEN
 
     def _sample(self) -> None:
         """Record the current load for the page's charts, and look at the clocks."""
@@ -312,6 +330,21 @@ def _traces(config: Config, worker: int | None, energy: EnergyBook) -> SpanExpor
 
 def _goals(config: Config) -> Goals:
     return Goals(config.slo_ttft_ms / 1000, config.slo_tpot_ms / 1000)
+
+
+def _moves_roles(config: Config) -> bool:
+    return config.roles == "auto" or (config.roles == "placement" and config.placement == "elastic")
+
+
+def _role_limits(config: Config) -> RoleLimits:
+    goals, limits = _goals(config), RoleLimits()
+    return replace(
+        limits,
+        # Admission keeps to the SLO where it can, so moves begin before it.
+        prefill_wait=goals.ttft / 2 or limits.prefill_wait,
+        token_gap=0.9 * goals.tpot or None,
+        in_flight=config.decode_max_in_flight,
+    )
 
 
 def _needs_sizes(config: Config) -> bool:

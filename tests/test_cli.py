@@ -56,7 +56,7 @@ def test_help_shows_the_kind_of_value_that_each_setting_takes(capsys) -> None:
     assert set(shown) == {setting.flag for setting in SETTINGS}
     assert kinds.keys() == {
         "0|1", "ADDRESS,...", "BYTES", "FACTOR", "FILE", "FORMAT", "GPUS", "HEADER", "HOST", "HOST:PORT,...", "KEY",
-        "LEVEL", "N", "ORIGIN,...", "POLICY", "PORT", "SECONDS", "URL[,KV_ADDRESS]",
+        "LEVEL", "MS", "N", "ORIGIN,...", "PLACEMENT", "POLICY", "PORT", "ROLES", "SECONDS", "URL[,KV_ADDRESS]",
     }  # fmt: skip
     assert kinds["N"] >= {"--workers", "--max-tries", "--max-in-flight", "--max-queue", "--decode-alone-below"}
     assert kinds["BYTES"] == {"--max-body-bytes", "--max-header-bytes", "--kv-buffer-bytes", "--kv-bytes-per-token"}

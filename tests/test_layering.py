@@ -62,13 +62,13 @@ MAY_IMPORT = {
     # All of it together, and what serves it:
     "discovery": "address cluster config connectors disagg_kv.control disagg_kv.protocol disagg_power health http1 "
     "telemetry upstream",
-    "peer_group": "admission cluster discovery health telemetry",
+    "peer_group": "admission cluster discovery health placement telemetry",
     "services": "admission cluster config connectors coordinator disagg_power discovery health keys openai peer_group "
     "placement runtime telemetry upstream",
     "page": "errors runtime",
     "server": "address admission cluster config coordinator discovery downstream errors http1 keys openai page runtime "
     "services telemetry upstream",
-    "workers": "address cluster config discovery health peer_group runtime server services telemetry",
+    "workers": "address cluster config discovery health peer_group placement runtime server services telemetry",
     "top": "page",
     "serve": "config connectors discovery server services telemetry workers",
     "check": "config connectors",
@@ -133,7 +133,8 @@ LIBRARIES = {
 
 WITHOUT_IO = (
     "cluster", "http1", "openai", "placement.elastic", "placement.fit", "placement.goals", "placement.pace",
-    "placement.trust", "telemetry.stats", "errors", "address", "request_id",
+    "placement.roles", "placement.roles_figures", "placement.trust", "telemetry.stats", "errors", "address",
+    "request_id",
 )  # fmt: skip
 IO = {"aiohttp", "asyncio", "os", "select", "socket", "subprocess", "threading", "time", "urllib", "zmq"}
 """Units that decide without I/O and without a clock of their own, and the modules that would give them either."""

@@ -83,6 +83,7 @@ class Config:
     queue_timeout: float = 120.0
     prefill_policy: str = "prefix_aware"
     decode_policy: str = "joint"
+    roles: Literal["placement", "auto", "announced"] = "placement"
     session_header: str = "X-Session-Id"
     load_bound: float = 2.0
     api_key: str = ""

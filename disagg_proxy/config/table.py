@@ -159,12 +159,13 @@ SETTINGS: tuple[Setting, ...] = (
             "使用本项目连接器时请求在何处 prefill：split 总是在 prefill 上；elastic 对每个请求单独决定："
             "在 prefill 上，或在随后生成回答的任一角色的实例上", reload=True),
     Setting("slo_ttft_ms", "SLO_TTFT_MS", "--slo-ttft-ms", "0", values.milliseconds,
-            "with PLACEMENT=elastic: longest time to first token in milliseconds that a request is to have; 0: none",
-            "PLACEMENT=elastic 时的首 token 时间目标（毫秒）；0 表示没有", reload=True),
-    Setting("slo_tpot_ms", "SLO_TPOT_MS", "--slo-tpot-ms", "0", values.milliseconds,
-            "with PLACEMENT=elastic: longest mean time between two output tokens in milliseconds that a request is to "
+            "with PLACEMENT=elastic or ROLES=auto: longest time to first token in milliseconds that a request is to "
             "have; 0: none",
-            "PLACEMENT=elastic 时每个输出 token 的平均间隔目标（毫秒）；0 表示没有", reload=True),
+            "PLACEMENT=elastic 或 ROLES=auto 时的首 token 时间目标（毫秒）；0 表示没有", reload=True),
+    Setting("slo_tpot_ms", "SLO_TPOT_MS", "--slo-tpot-ms", "0", values.milliseconds,
+            "with PLACEMENT=elastic or ROLES=auto: longest mean time between two output tokens in milliseconds that a "
+            "request is to have; 0: none",
+            "PLACEMENT=elastic 或 ROLES=auto 时每个输出 token 的平均间隔目标（毫秒）；0 表示没有", reload=True),
     Setting("max_queue", "MAX_QUEUE", "--max-queue", "4096", values.limit,
             "requests that may wait for capacity, then 429",
             "可排队等待的请求数，超出返回 429", reload=True),
@@ -181,6 +182,11 @@ SETTINGS: tuple[Setting, ...] = (
                           {"prefix_aware": "a decode computes no prompts, set it as PREFILL_POLICY"}),
             "how a decode is chosen: joint, least_loaded, power_of_two, round_robin or session",
             "decode 的选择策略：joint、least_loaded、power_of_two、round_robin 或 session", reload=True),
+    Setting("roles", "ROLES", "--roles", "placement", values.choice("placement", "auto", "announced"),
+            "auto assigns prefill or decode to each engine of both roles (kv_both) and moves them by load; announced: "
+            "they get requests of either role; placement: auto with PLACEMENT=elastic",
+            "auto 为每个双角色实例（kv_both）分配 prefill 或 decode，并按负载调整；announced：两种请求都可分配；"
+            "placement：PLACEMENT=elastic 时同 auto", reload=True),
     Setting("session_header", "SESSION_HEADER", "--session-header", "X-Session-Id", values.header_name,
             "header that names a client's session for the policy session; without it the body's user counts",
             "session 策略用来识别会话的请求头；没有时使用请求体的 user", reload=True),
@@ -199,8 +205,8 @@ SETTINGS: tuple[Setting, ...] = (
             "key that the instances ask for (vllm serve --api-key); replaces the client's Authorization",
             "实例自身的密钥（vllm serve --api-key）；会替换客户端的 Authorization", secret=True),
     Setting("admin_key", "ADMIN_KEY", "--admin-key", "", values.key,
-            "key that opens /admin/drain, /admin/undrain and /admin/instances, which are off without one",
-            "/admin/drain、/admin/undrain 与 /admin/instances 的密钥；不设置则关闭这些接口", secret=True),
+            "key that opens /admin/drain, /admin/undrain, /admin/role and /admin/instances, which are off without one",
+            "/admin/drain、/admin/undrain、/admin/role 与 /admin/instances 的密钥；不设置则关闭这些接口", secret=True),
     Setting("kv_secret", "DISAGG_KV_SECRET", "--kv-secret", "", values.key,
             "secret shared with engines of the disagg_kv connector, if they have one",
             "与使用本项目连接器的实例共享的密钥（若已设置）", secret=True),

@@ -24,7 +24,7 @@ COUNTED = (
 )  # fmt: skip
 """Attributes of an instance that each process counts for its own requests: summed over all processes."""
 
-SEEN = ("times_lost", "restarts")
+SEEN = ("times_lost", "restarts", "role_moves")
 """Attributes of an instance that every process observes alike: the highest of all processes."""
 
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 SEEN_BY_EVERY_WORKER = frozenset(
     {"admitted", "probing", "lost", "frozen", "restart_wanted", "freed", "restarted", "drained", "undrained",
-     "pair_refused"}
+     "pair_refused", "role"}
 )  # fmt: skip
 """Kinds that every worker detects on its own, so that the page shows each of them once."""
 
@@ -32,10 +32,12 @@ class InstanceEvents:
     """Turns changes in a registry into events; stall recovery and KV releases report theirs by a call.
 
     Args:
-        logs: whether this process logs pairs without a common KV format at WARNING; only one worker does.
+        logs: whether this process logs roles at INFO and pairs without a common KV format at WARNING; only one worker
+            does, the others log them at DEBUG.
 
     Attributes:
-        quiet: suppresses ``admitted``: a replacement worker registers instances that its predecessor has reported.
+        quiet: suppresses ``admitted`` and ``role``: a replacement worker registers instances that its predecessor has
+            reported.
     """
 
     def __init__(self, registry: Registry, event_log: EventLog, logs: bool = True) -> None:
@@ -46,7 +48,9 @@ class InstanceEvents:
         self._pair_refusals: dict[tuple[str, str], str] = {}
         self._unpaired_reasons: dict[str, str] = {}
         self.quiet = False
-        registry.watch(changed=self._on_change, ended=self._on_end, breaker=self._on_breaker)
+        registry.watch(
+            changed=self._on_change, ended=self._on_end, breaker=self._on_breaker, assigned=self._on_assigned
+        )
 
     def _on_change(self, instance: Instance) -> None:
         now = _Snapshot(instance.state, instance.restart_wanted, instance.draining)
@@ -61,6 +65,15 @@ class InstanceEvents:
             self._on_state(instance, before.state)
         if now.restart_wanted and not before.restart_wanted:
             self._add("restart_wanted", instance, instance.reason)
+
+    def _on_assigned(self, instance: Instance) -> None:
+        assignment = instance.assignment
+        if assignment is None or self.quiet:
+            return
+        role = assignment.role.value if assignment.role is not None else "prefill and decode"
+        text = f"{role} from now on: {assignment.reason}"
+        self._add("role", instance, text)
+        log.log(logging.INFO if self._logs else logging.DEBUG, "%s is %s", instance, text)
 
     def _prune(self) -> None:
         known = {i.key for i in self._registry.instances()}

@@ -256,6 +256,7 @@ def instance_metrics(registry: Registry, overview: Overview, kv_bytes_per_token:
         ("kv_dropped_prompts", "Prompts whose KV prefill gave up before decode loaded it", shown("kv_dropped")),
         ("times_lost", "Times it stopped being ready", seen("times_lost")),
         ("restarts", "Times its process was seen to end", seen("restarts")),
+        ("role_moves", "Times its assigned role changed between prefill and decode", seen("role_moves")),
     ]
     for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
         for name, text, value in table:

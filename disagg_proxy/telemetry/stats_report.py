@@ -80,6 +80,7 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
     registry = proxy.registry
     counted = overview.counted(instance)
     now = registry.now()
+    assignment = instance.assignment
     decodes = registry.ready(Role.DECODE) if instance.serves(Role.PREFILL) else ()
     incompatible = {
         d.http.text: why
@@ -89,6 +90,10 @@ def instance_report(instance: Instance, proxy: ProxyState, overview: Overview) -
     return {
         "role": instance.role.value,
         "roles": [role.value for role in instance.roles],
+        "assigned_role": instance.assigned_role.value if instance.assigned_role is not None else None,
+        "assigned_role_age_s": None if assignment is None else round(max(0.0, now - assignment.at), 3),
+        "assigned_role_reason": None if assignment is None else assignment.reason,
+        "role_moves": overview.seen_count(instance, "role_moves"),
         "http_address": instance.http.text,
         "kv_address": instance.kv.text if instance.kv else None,
         "models": list(instance.models),

@@ -1,15 +1,18 @@
-"""Drains and stalls of instances, shared by all workers as flags in the shared table.
+"""Drains, roles and stalls of instances, shared by all workers as flags in the shared table.
 
 A flag is the time at which a worker set it, and of two opposite flags the newer one holds: an engine is stalled while
-the newest FROZEN is later than the newest RECOVERED, an instance is drained while DRAINED is later than UNDRAINED. No
-state depends on a message: a worker that was stopped, or is new, only has to read the table.
+the newest FROZEN is later than the newest RECOVERED, an instance is drained while DRAINED is later than UNDRAINED. An
+assigned role is one word that begins with its time, so the greatest one holds. No state depends on a message: a worker
+that was stopped, or is new, only has to read the table.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
+from disagg_proxy.cluster.assignment import Assignment, unpack
 from disagg_proxy.cluster.instance import Instance, State
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.health.recovery import MAX_REPLAYS
@@ -78,6 +81,49 @@ class SharedFlags:
 
     def _drain_requested(self, slot: int) -> int:
         return max(self._table.newest(slot, FlagColumn.DRAINED), self._table.newest(slot, FlagColumn.UNDRAINED))
+
+    # -- assigned roles
+
+    def assign(self, instance: Instance, assignment: Assignment) -> None:
+        """Assign a role to ``instance`` in all workers."""
+        slot = instance.slot
+        if slot >= 0 and (newest := self._table.newest(slot, FlagColumn.ROLE)) >= assignment.pack():
+            assignment = replace(assignment, at=unpack(newest).at + 0.001)
+        self._registry.assign(instance, assignment)
+        if slot >= 0:
+            self._own.set_flag(slot, FlagColumn.ROLE, assignment.pack())
+            self._own.set_flag(slot, FlagColumn.ROLE_APPLIED, assignment.pack())
+            self._notify()
+
+    def apply_role(self, instance: Instance) -> None:
+        """Apply the newest assignment of any worker to this one."""
+        slot = instance.slot
+        newest = self._table.newest(slot, FlagColumn.ROLE)
+        if not newest:
+            return
+        if instance.assignment is None or instance.assignment.pack() != newest:
+            self._registry.assign(instance, unpack(newest))
+        if self._own.flag(slot, FlagColumn.ROLE_APPLIED) != newest:
+            self._own.set_flag(slot, FlagColumn.ROLE_APPLIED, newest)
+            self._notify()
+
+    def role_applied_by_all(self, instance: Instance) -> bool:
+        """Whether every worker has applied the newest assignment, unresponsive ones included."""
+        slot = instance.slot
+        if slot < 0:
+            return True
+        newest = self._table.newest(slot, FlagColumn.ROLE)
+        return all(
+            row.flag(slot, FlagColumn.ROLE_APPLIED) >= newest or not any(row.head) for row in self._table.workers
+        )
+
+    def report_prefill_wait(self, instance: Instance, seconds: float) -> None:
+        """Publish how long this worker's prompts wait for prefill on ``instance``."""
+        self._own.set_flag(instance.slot, FlagColumn.PREFILL_WAIT, round(seconds * 1000))
+
+    def prefill_wait(self, instance: Instance) -> float:
+        """Seconds that prompts wait for prefill on ``instance``: the longest of all workers, as last published."""
+        return 0.0 if instance.slot < 0 else self._table.newest(instance.slot, FlagColumn.PREFILL_WAIT) / 1000
 
     # -- stalled engines
 

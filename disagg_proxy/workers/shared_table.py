@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from enum import IntEnum
 
+from disagg_proxy.cluster.assignment import unpack
+
 SLOTS = 1024
 """Maximum number of instances, as in the registry."""
 
@@ -53,6 +55,9 @@ class FlagColumn(IntEnum):
     in that round; GIVEN_UP: the round that it has given up. STALLED_SENDERS: on a decode, one bit for each prefill that
     stalled while sending to it. DRAINED, UNDRAINED: time of the operator's request to this worker; DRAIN_APPLIED: the
     newest such request of all workers that this worker has applied. HUNG: time at which its process was found hung.
+    ROLE: the newest assignment of a role that this worker has made (cluster/assignment.py), 0 without one;
+    ROLE_APPLIED: the newest one of all workers that this worker has applied. PREFILL_WAIT: milliseconds that prompts of
+    this worker wait for prefill (placement/roles_figures.py).
     """
 
     PROGRESS = 0
@@ -67,6 +72,9 @@ class FlagColumn(IntEnum):
     UNDRAINED = 9
     DRAIN_APPLIED = 10
     HUNG = 11
+    ROLE = 12
+    ROLE_APPLIED = 13
+    PREFILL_WAIT = 14
 
 
 LOADS = 6
@@ -79,7 +87,7 @@ _ROW = _HEAD + SLOTS * (LOADS + _FLAGS)
 
 INHERITED = (
     FlagColumn.FROZEN, FlagColumn.RECOVERED, FlagColumn.GIVEN_UP, FlagColumn.DRAINED, FlagColumn.UNDRAINED,
-    FlagColumn.HUNG,
+    FlagColumn.HUNG, FlagColumn.ROLE,
 )  # fmt: skip
 """Flags that survive the worker that set them. The newest value of any row counts."""
 
@@ -166,8 +174,10 @@ class SharedTable:
         dead.clear()
 
     def is_unused(self, slot: int) -> bool:
-        """Whether the instance at ``slot`` has no load in any process and is not drained."""
+        """Whether the instance at ``slot`` has no load in any process, and an operator has set nothing for it."""
         if any(any(row.loads[slot * LOADS : (slot + 1) * LOADS]) for row in self.rows):
+            return False
+        if (role := self.newest(slot, FlagColumn.ROLE)) and unpack(role).by_hand:
             return False
         return self.newest(slot, FlagColumn.DRAINED) <= self.newest(slot, FlagColumn.UNDRAINED)
 

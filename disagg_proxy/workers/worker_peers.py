@@ -8,10 +8,12 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 
-from disagg_proxy.cluster.instance import NOT_PROBED, Instance
+from disagg_proxy.cluster.assignment import Assignment
+from disagg_proxy.cluster.instance import NOT_PROBED, Instance, Role
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.discovery.announcement import decode
 from disagg_proxy.peer_group import LocalProcess
+from disagg_proxy.placement.roles_figures import prefill_wait
 from disagg_proxy.runtime.within import within
 from disagg_proxy.telemetry.aggregate import Overview, ProcessTotals, merge, unpack, unpack_retired
 from disagg_proxy.telemetry.page_state import PageState
@@ -41,8 +43,8 @@ _TOTALS_TIMEOUT = 0.1
 _SYNC_TIMEOUT, _PROBES_TIMEOUT = 5.0, 1.0
 """Seconds that a new worker waits for the supervisor's messages, and for its first probes."""
 
-_DRAIN_TIMEOUT = 0.25
-"""Seconds that a drain waits for all workers to apply it."""
+_APPLY_TIMEOUT = 0.25
+"""Seconds that an operator's request waits for all workers to apply it."""
 
 
 class SupervisorPings:
@@ -191,6 +193,7 @@ class WorkerPeers:
         if slot is not None and instance.slot != slot and self._registry.knows(instance):
             self.admission_peers.assign_slot(instance, slot)
             self.peer_view.apply_drain(instance)
+            self.peer_view.apply_role(instance)
 
     async def _probed(self) -> None:
         while any(i.reason == NOT_PROBED for i in self._registry.instances()):
@@ -202,6 +205,7 @@ class WorkerPeers:
         self._own.head[RowHeader.HEARTBEAT] = now()
         self._heartbeat_timer = asyncio.get_running_loop().call_later(_HEARTBEAT, self._heartbeat)
         self._apply_flags()
+        self._report_prefill_waits()
         self._wake_queue()
         requested = max(row.head[RowHeader.REQUESTED] for row in self._table.rows)
         self._heartbeats += 1
@@ -224,10 +228,11 @@ class WorkerPeers:
         self._wake_queue()
 
     def _apply_flags(self) -> None:
-        """Apply drains and stalls that other workers have set."""
+        """Apply drains, roles and stalls that other workers have set."""
         for instance in self._registry.instances():
             if instance.slot >= 0:
                 self.peer_view.apply_drain(instance)
+                self.peer_view.apply_role(instance)
                 self.peer_view.apply_recovery(instance)
         self._process.check_engines()
 
@@ -269,22 +274,49 @@ class WorkerPeers:
             if row is not self._own
         )
 
+    # -- roles
+
+    def decides_roles(self) -> bool:
+        """Whether this is the responsive worker with the lowest number."""
+        time = now()
+        return not any(row.is_alive(time) for row in self._table.rows[: self.worker])
+
+    def assign(self, instance: Instance, assignment: Assignment) -> None:
+        """Assign a role to ``instance`` in all workers."""
+        self.peer_view.assign(instance, assignment)
+
+    def prefill_wait(self, instance: Instance) -> float:
+        """Seconds that prompts wait for prefill on ``instance``: the longest of all workers."""
+        return self.peer_view.prefill_wait(instance)
+
+    def _report_prefill_waits(self) -> None:
+        time = self._registry.now()
+        for instance in self._registry.instances():
+            if instance.slot >= 0 and instance.serves(Role.PREFILL):
+                self.peer_view.report_prefill_wait(instance, prefill_wait(instance, time))
+
+    async def assigned(self, instance: Instance) -> None:
+        """Return when all workers have applied the newest assignment of ``instance``, or after a time limit."""
+        await self._applied(lambda: self.peer_view.role_applied_by_all(instance), f"the role of {instance}")
+
     # -- drains and totals
 
     async def drain(self, instance: Instance, draining: bool) -> None:
         """Drain or undrain ``instance`` in all workers; returns when they have applied it, or after a time limit."""
         self.peer_view.drain(instance, draining)
+        await self._applied(lambda: self.peer_view.drain_applied_by_all(instance), f"the drain of {instance}")
 
+    async def _applied(self, by_all: Callable[[], bool], what: str) -> None:
         async def applied() -> None:
-            while not self.peer_view.drain_applied_by_all(instance):
+            while not by_all():
                 self._woken.clear()
                 await self._woken.wait()
 
         try:
-            async with within(_DRAIN_TIMEOUT):
+            async with within(_APPLY_TIMEOUT):
                 await applied()
         except asyncio.TimeoutError:
-            log.warning("Not every worker has applied the drain of %s yet", instance)
+            log.warning("Not every worker has applied %s yet", what)
 
     def idle(self, instance: Instance) -> bool:
         """Whether ``instance`` is idle in all workers and, if it is drained, all of them have applied the drain."""

@@ -2,7 +2,7 @@
 
 const EVENT_SHAPE = {
   admitted: "ready", freed: "ready", undrained: "ready", breaker_closed: "ready", frozen: "frozen",
-  lost: "lost", restart_wanted: "warning", restarted: "lost", worker_replaced: "lost", drain_failed: "warning", replayed: "arrow", kv_drained: "arrow", drained: "draining",
+  lost: "lost", restart_wanted: "warning", restarted: "lost", worker_replaced: "lost", drain_failed: "warning", replayed: "arrow", kv_drained: "arrow", role: "arrow", drained: "draining",
   probing: "probing", breaker_opened: "warning", pair_refused: "warning",
   clocks_set: "ready", clocks_default: "warning",
 };

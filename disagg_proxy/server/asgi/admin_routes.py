@@ -1,4 +1,4 @@
-"""The operator's routes: drain an instance for maintenance, and put it back. Usage: docs/admin.md.
+"""The operator's routes: drain an instance for maintenance and put it back, and set its role. Usage: docs/admin.md.
 
 They exist only if ADMIN_KEY is set, and require it.
 """
@@ -6,25 +6,31 @@ They exist only if ADMIN_KEY is set, and require it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from quart import Blueprint, Response, request
 
 from disagg_proxy.address import parse_address
-from disagg_proxy.cluster.instance import Instance
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.registry import Registry
 from disagg_proxy.errors import BadRequest, UnknownInstance
 from disagg_proxy.runtime.shutdown import first_of
 from disagg_proxy.server.asgi.error_responses import json_response
+from disagg_proxy.server.asgi.request import read_body
 from disagg_proxy.services import Services
 from disagg_proxy.telemetry.stats_report import instance_report, instance_reports
 
 _MAX_WAIT = 3600.0
 """Seconds."""
 
+_AUTO = "auto"
+_ROLE_NAMES = (*(role.value for role in Role), _AUTO)
+
 
 def admin_routes(services: Services) -> Blueprint:
-    """Drain, undrain, and the state of all instances."""
+    """Drain, undrain, roles, and the state of all instances."""
     blueprint = Blueprint("admin", __name__)
     changes = _Changes(services.registry)
 
@@ -35,7 +41,8 @@ def admin_routes(services: Services) -> Blueprint:
 
     @blueprint.post("/admin/drain")
     async def drain() -> Response:
-        instance, seconds = _requested_instance(services.registry), _requested_wait()
+        instance = _requested_instance(services.registry, request.args.getlist("instance"))
+        seconds = _requested_wait()
         await services.drain(instance, True)
         if seconds:
             settled = changes.until(lambda: services.idle(instance) or not instance.draining)
@@ -44,21 +51,63 @@ def admin_routes(services: Services) -> Blueprint:
 
     @blueprint.post("/admin/undrain")
     async def undrain() -> Response:
-        instance = _requested_instance(services.registry)
+        instance = _requested_instance(services.registry, request.args.getlist("instance"))
         await services.drain(instance, False)
+        return json_response(instance_report(instance, services, await services.overview()))
+
+    @blueprint.post("/admin/role")
+    async def role() -> Response:
+        body = await _body()
+        instance = _requested_instance(services.registry, _given("instance", body))
+        await services.set_role(instance, _requested_role(instance, _given("role", body)))
         return json_response(instance_report(instance, services, await services.overview()))
 
     return blueprint
 
 
-def _requested_instance(registry: Registry) -> Instance:
-    """The instance in the query string.
+async def _body() -> Mapping[str, Any]:
+    """The JSON object in the body; empty without a body.
+
+    Raises:
+        BadRequest: it is something else.
+    """
+    raw = await read_body()
+    try:
+        body = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise BadRequest('The body must be a JSON object such as {"instance": "HOST:PORT", "role": "prefill"}.')
+    return body
+
+
+def _given(name: str, body: Mapping[str, Any]) -> list[str]:
+    """Every value of a parameter, in the query string and in the body."""
+    return [*request.args.getlist(name), *([str(body[name])] if name in body else [])]
+
+
+def _requested_role(instance: Instance, given: Sequence[str]) -> Role | None:
+    """The role to be assigned; None for auto.
+
+    Raises:
+        BadRequest: none of the known ones, or one that the instance does not serve.
+    """
+    if len(given) != 1 or given[0] not in _ROLE_NAMES:
+        raise BadRequest(f"role must be one of {', '.join(_ROLE_NAMES)}.", param="role")
+    if not instance.kind.both_roles:
+        raise BadRequest(
+            f"{instance} has one role: only an engine with kv_role kv_both can be assigned another.", param="instance"
+        )
+    return None if given[0] == _AUTO else Role(given[0])
+
+
+def _requested_instance(registry: Registry, given: Sequence[str]) -> Instance:
+    """The instance with the only address in ``given``.
 
     Raises:
         BadRequest: no instance, or more than one.
         UnknownInstance: no instance has this address.
     """
-    given = request.args.getlist("instance")
     if len(given) != 1 or not given[0]:
         raise BadRequest("Name one instance, as /stats shows its http_address: ?instance=HOST:PORT.", param="instance")
     known = registry.instances()
