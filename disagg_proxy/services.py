@@ -295,7 +295,7 @@ class Services:
         return page_state_of(self.recorder)
 
     def _loads_needed(self) -> bool:
-        """Whether the load that engines show is needed: placement or roles use it, or the page is open in this process."""
+        """Whether the load that engines show is needed: by placement, by roles, or by a page open in this process."""
         used = self.config.placement == "elastic" or self.roles.automatic
         return used or self.registry.now() - self._viewed_at < _PAGE_OPEN
 

@@ -140,4 +140,4 @@ def way_of(prefill: Instance | None, answers: Instance) -> Way:
     """How an attempt on these instances is served."""
     if prefill is not None:
         return Way.SPLIT
-    return Way.PREFILL_ALONE if answers.role is Role.PREFILL else Way.DECODE_ALONE
+    return Way.PREFILL_ALONE if answers.present_role is Role.PREFILL else Way.DECODE_ALONE

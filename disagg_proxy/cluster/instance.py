@@ -213,6 +213,11 @@ class Instance:
         """The role that it is assigned; None where it may get legs of each role that it serves."""
         return self.assignment.role if self.assignment is not None and self.kind.both_roles else None
 
+    @property
+    def present_role(self) -> Role:
+        """The assigned role, else the announced one."""
+        return self.assigned_role or self.role
+
     def prefers(self, role: Role) -> bool:
         """Whether it gets legs of this role although other instances could take them."""
         return self.serves(role) and self.assigned_role in (None, role)

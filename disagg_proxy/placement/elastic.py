@@ -97,7 +97,7 @@ class Elastic:
             lowest = cost(goals, best, waited) - (stay if last is Way.SPLIT else 0.0)
         for index, view in enumerate(views):
             engine, tokens, way = view.instance, uncached[index], Way.DECODE_ALONE
-            if engine.role is Role.PREFILL:
+            if engine.present_role is Role.PREFILL:
                 way = Way.PREFILL_ALONE
                 if not engine.kv_fits(wish.kv):
                     continue
@@ -189,7 +189,7 @@ class Elastic:
             way, computes, answers, tokens = Way.SPLIT, found.prefill, found.decode, found.prefill_tokens
         else:
             computes = answers = found.engine
-            way = Way.PREFILL_ALONE if computes.role is Role.PREFILL else Way.DECODE_ALONE
+            way = Way.PREFILL_ALONE if computes.present_role is Role.PREFILL else Way.DECODE_ALONE
             tokens = found.computes
         self._last = way
         found.forecast = Forecast(way, computes, answers, tokens, backlog(computes))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_proxy.cluster.assignment import Assignment, Cause, unpack
+from disagg_proxy.cluster.choice import Way, way_of
 from disagg_proxy.cluster.instance import Role
 from disagg_proxy.cluster.kv_kind import KvKind
 from tests.cluster.conftest import World
@@ -62,6 +63,13 @@ def test_only_changes_between_the_two_roles_are_moves(world: World) -> None:
     for role in (Role.DECODE, Role.DECODE, None, Role.PREFILL, Role.DECODE, Role.DECODE, Role.PREFILL):
         world.registry.assign(one, Assignment(role, Cause.FIRST, world.time))
     assert one.role_moves == 2
+
+
+def test_elastic_placement_takes_it_for_an_engine_of_that_role(world: World) -> None:
+    one = world.ready(Role.DECODE, 1, kind=BOTH)
+    for role, way in ((Role.PREFILL, Way.PREFILL_ALONE), (Role.DECODE, Way.DECODE_ALONE), (None, Way.DECODE_ALONE)):
+        world.registry.assign(one, Assignment(role, Cause.FIRST, world.time))
+        assert way_of(None, one) is way and one.present_role is (role or Role.DECODE)
 
 
 def test_an_engine_with_one_role_has_no_other(world: World) -> None:
