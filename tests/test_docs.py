@@ -147,7 +147,7 @@ def test_every_failure_moment_has_tests_and_they_exist() -> None:
                 tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
                 there[file] = {
                     node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-                }
+                } | {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
             assert name.startswith("test_") and name in there[file], test
 
 
