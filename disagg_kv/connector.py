@@ -83,8 +83,9 @@ class DisaggKVConnector(KVConnectorBase_V1, _KVCacheGroups):
                 "not arrive fails with an error instead of being computed here"
             )
         settings = Settings.load(transfer.kv_connector_extra_config)
-        groups = CacheGroups.of(kv_cache_config.kv_cache_groups, versions.serves_groups())
+        groups = CacheGroups.of(kv_cache_config.kv_cache_groups, versions.serves_groups(), versions.serves_states())
         self._group_ids = tuple(range(len(groups.groups)))
+        self._completes_prefix = decode and groups.load_completes_prefix
         self._num_blocks = versions.num_blocks(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
@@ -200,6 +201,12 @@ class DisaggKVConnector(KVConnectorBase_V1, _KVCacheGroups):
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         return self._scheduler.finished(request, block_ids), None
+
+    @property
+    def supports_divergent_local_hybrid_hits(self) -> bool:
+        """Return whether ``num_computed_tokens`` may count a prefix without its recurrent states (read from vLLM 0.32
+        on); if nothing is loaded, vLLM begins at the last state that it has."""
+        return self._completes_prefix
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -17,25 +17,38 @@ _RECURRENT_MODELS = frozenset(
      "minimax_text_01", "nemotron_h", "plamo2", "qwen3_next", "zamba2"}
 )  # fmt: skip
 """``model_type`` of models whose layers of that kind need not be listed in their configuration."""
+_OTHER_LAYERS = frozenset({"conv", "recurrent"})
+_OTHER_MODELS = frozenset(
+    {"falcon_mamba", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba", "mamba2", "minimax_text_01", "qwen3_5",
+     "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}
+)  # fmt: skip
+"""Those whose state is not Mamba-2's, all that ``engine/groups.py`` accepts, or that have no attention. The kind
+``linear_attention`` does not tell: transformers 5.19 calls Granite-4's Mamba-2 layers so too."""
 _SLIDING_MODELS = frozenset({"mistral", "mixtral"})
 """``model_type`` of models of which every layer slides if there is a window and no list of layers."""
 
 
-def unsupported(config: Mapping[str, Any]) -> str:
+def unsupported(config: Mapping[str, Any], *, states: bool = False) -> str:
     """Return why this connector cannot move the KV of a model, "" where the configuration does not tell.
 
     Args:
         config: the fields of config.json; those of a multimodal model's ``text_config`` count.
+        states: this vLLM lets the connector move recurrent states (0.32 and newer).
     """
     text = config.get("text_config")
     fields = text if isinstance(text, Mapping) else config
     if config.get("is_encoder_decoder") is True:
         return "it is an encoder-decoder model, whose cross attention has a cache of its own"
-    kinds = _layer_kinds(fields)
-    if recurrent := sorted(set(kinds) & _RECURRENT_LAYERS):
-        return f"layers of kind {', '.join(recurrent)} keep a recurrent state, which cannot be moved"
-    if not kinds and fields.get("model_type") in _RECURRENT_MODELS:
-        return f"a model of type {fields['model_type']} keeps a recurrent state, which cannot be moved"
+    kinds, model = _layer_kinds(fields), fields.get("model_type")
+    others = sorted(set(kinds) & _OTHER_LAYERS)
+    if others or model in _OTHER_MODELS:
+        what = f"layers of kind {', '.join(others)} keep" if others else f"a model of type {model} keeps"
+        return f"{what} a recurrent state that cannot be moved (only Mamba-2's can)"
+    if not states:
+        if recurrent := sorted(set(kinds) & _RECURRENT_LAYERS):
+            return f"layers of kind {', '.join(recurrent)} keep a recurrent state, which needs vLLM 0.32 or newer"
+        if not kinds and model in _RECURRENT_MODELS:
+            return f"a model of type {model} keeps a recurrent state, which needs vLLM 0.32 or newer"
     if fields.get("index_topk"):
         return "it has sparse attention with an indexer (index_topk), whose cache cannot be moved"
     return ""

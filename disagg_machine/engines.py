@@ -93,11 +93,18 @@ def with_vllm(settings: Settings, facts: VllmFacts, environ: Mapping[str, str], 
     problem = vllm_facts.problem(facts, connector, settings.engine_host)
     if problem:
         raise die(1, *problem)
-    if connector == "own":
-        arguments, all_sliding = settings.extra_prefill_args, facts.at_least(*vllm_facts.SEVERAL_CACHE_GROUPS)
-        if reason := why_unsupported(settings.model, arguments, environ, all_sliding):
-            raise die(1, "model_unsupported", settings.model, reason)
+    if connector == "own" and (reason := model_problem(settings, facts, environ)):
+        raise die(1, "model_unsupported", settings.model, reason)
     return Engines(VLLM, vllm=facts, connector=connector)
+
+
+def model_problem(settings: Settings, facts: VllmFacts, environ: Mapping[str, str]) -> str:
+    """Why this project's connector cannot move the model's KV with this vLLM; "" if it can, or that is not known."""
+    return why_unsupported(
+        settings.model, settings.extra_prefill_args, environ,
+        all_sliding=facts.at_least(*vllm_facts.SEVERAL_CACHE_GROUPS),
+        states=facts.at_least(*vllm_facts.RECURRENT_STATES),
+    )  # fmt: skip
 
 
 def connector_shown(connector: str) -> str:

@@ -45,13 +45,19 @@ def bytes_per_token(config: dict[str, Any], dtype: str) -> int:
 
 
 def why_unsupported(
-    model: str, arguments: str = "", environ: Mapping[str, str] = os.environ, all_sliding: bool = False
+    model: str,
+    arguments: str = "",
+    environ: Mapping[str, str] = os.environ,
+    *,
+    all_sliding: bool = False,
+    states: bool = False,
 ) -> str:
     """Why this project's connector cannot move the KV of a model; "" when it can, or its config.json does not tell.
 
     Args:
         arguments: of the engines, in one line.
         all_sliding: models of which every layer has a sliding window can be served (vLLM 0.30 and newer).
+        states: models with recurrent states can (vLLM 0.32 and newer).
     """
     path = find_config(model, environ)
     try:
@@ -63,7 +69,7 @@ def why_unsupported(
     if not all_sliding and every_layer_slides(config) and "--disable-sliding-window" not in arguments:
         return ("every layer has a sliding window, which needs vLLM 0.30 or newer "
                 "(or EXTRA_PREFILL_ARGS and EXTRA_DECODE_ARGS: --disable-sliding-window)")  # fmt: skip
-    return unsupported(config)
+    return unsupported(config, states=states)
 
 
 def kv_bytes_per_token(model: str, dtype: str = "auto", environ: Mapping[str, str] = os.environ) -> int:

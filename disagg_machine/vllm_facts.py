@@ -25,6 +25,9 @@ OWN_OLDEST, OWN_NEWEST = 21, 33
 SEVERAL_CACHE_GROUPS = 0, 30
 """The first vLLM with which the connector serves several KV cache groups (``versions.serves_groups`` there)."""
 
+RECURRENT_STATES = 0, 32
+"""The first one with which it serves models with recurrent states (``versions.serves_states``)."""
+
 Run = Callable[[Sequence[str]], "str | None"]
 """Runs a command: its stdout, None when it cannot be run, fails, or takes two minutes."""
 

@@ -4,6 +4,7 @@ With its hybrid KV cache manager vLLM puts layers of each kind into groups of th
 v1/core/kv_cache_utils.py). A request has one list of blocks per group. All lists are from one pool, and a block has the
 same bytes whichever group has it. Layers with a sliding window or with attention chunks need only the *tail* of a
 prompt: vLLM frees blocks behind it while the prompt is still being computed, and lists the null block in their place.
+Of layers with a recurrent state the tail is one block: the state after the last token.
 
 The order of a transfer, equal on both sides: the blocks of groups that keep every token, position by position and by
 group within a position, then the tail of each other group. Pure: no vLLM, no torch.
@@ -12,8 +13,12 @@ group within a position, then the tail of each other group. Pure: no vLLM, no to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+_STATES = frozenset({"MAMBA2"})
+"""Kinds of recurrent states that are supported, by name in vLLM's ``MambaAttentionBackendEnum``: those whose answers
+were compared with a plain engine's."""
 
 NULL_BLOCK = 0
 """vLLM's placeholder for freed blocks (0.32, v1/core/block_pool.py)."""
@@ -32,6 +37,8 @@ class CacheGroup:
         text: what besides the tensors determines the meaning of a block; "" for plain full attention.
         window: tokens of a sliding window, 0 without one.
         chunk: tokens of an attention chunk, 0 without chunks.
+        state: whether a block is a recurrent state: what the layers remember of all tokens before.
+        page_bytes: bytes of a block in one plane, padding included.
     """
 
     block_size: int
@@ -39,14 +46,18 @@ class CacheGroup:
     layers: tuple[str, ...] = ()
     window: int = 0
     chunk: int = 0
+    state: bool = False
+    page_bytes: int = 0
 
     @property
     def keeps_all(self) -> bool:
-        return not self.window and not self.chunk
+        return not self.window and not self.chunk and not self.state
 
     def tail(self, tokens: int) -> range:
         """Positions of the blocks that are needed to go on after ``tokens`` tokens; vLLM frees those before them."""
-        if self.window:
+        if self.state:
+            skipped = max(0, tokens - 1)
+        elif self.window:
             skipped = max(0, tokens - self.window + 1)
         else:
             skipped = tokens // self.chunk * self.chunk if self.chunk else 0
@@ -60,16 +71,19 @@ class CacheGroups:
     groups: tuple[CacheGroup, ...]
 
     @classmethod
-    def of(cls, groups: Sequence[Any], several: bool = True) -> CacheGroups:
+    def of(cls, groups: Sequence[Any], several: bool = True, states: bool = True) -> CacheGroups:
         """Read vLLM's ``KVCacheConfig.kv_cache_groups``.
 
         Args:
             several: whether this vLLM can recompute a failed load of several groups (``versions.serves_groups``).
+            states: whether recurrent states are supported with it (``versions.serves_states``).
 
         Raises:
             Unsupported: blocks of these groups cannot be moved.
         """
         found = cls(tuple(_read(group) for group in groups))
+        if found.have_states and not states:
+            raise Unsupported("layers keep a recurrent state, which needs vLLM 0.32 or newer")
         if found.have_tails and not several:
             if len(groups) == 1:
                 raise Unsupported("every layer has a sliding window, which needs vLLM 0.30 or newer "
@@ -77,14 +91,28 @@ class CacheGroups:
             raise Unsupported(f"this model has {len(groups)} KV cache groups, which needs vLLM 0.30 or newer")
         if len({group.block_size for group in found.groups if group.keeps_all}) > 1:
             raise Unsupported("KV cache groups that keep every token have blocks of different sizes")
-        if not found._full and any(group.chunk for group in found.groups):
-            raise Unsupported("every layer has attention chunks or a sliding window, and some have chunks")
+        if not found._full and any(group.chunk or group.state for group in found.groups):
+            raise Unsupported("no layer keeps every token, and some have attention chunks or a recurrent state")
         return found
 
     @property
     def have_tails(self) -> bool:
         """Whether prompts are transferred without their last token; see ``loaded_tokens``."""
         return len(self.groups) > 1 or not self.groups[0].keeps_all
+
+    @property
+    def have_states(self) -> bool:
+        """Whether some layers keep a recurrent state, for which vLLM does not call ``save_kv_layer``."""
+        return any(group.state for group in self.groups)
+
+    @property
+    def load_completes_prefix(self) -> bool:
+        """Whether a load may begin behind a prefix of which the cache has the blocks of full attention only.
+
+        It always brings the states. Windows and chunks it does not, as far as they begin within the prefix.
+        """
+        kept = {group.text for group in self._full}
+        return self.have_states and len(kept) == 1 and not any(group.window or group.chunk for group in self.groups)
 
     @property
     def block_size(self) -> int:
@@ -159,28 +187,29 @@ def _read(group: Any) -> CacheGroup:
     sizes = {int(one.page_size_bytes) for one in specs}
     if len(sizes) != 1:
         raise Unsupported(f"layers have blocks of different sizes ({sorted(sizes)} bytes)")
-    text = ", ".join(sorted(kind for kind, _, _ in kinds if kind))
-    _, window, chunk = max(kinds, key=lambda kind: kind[1:])
-    if (window or chunk) and len(kinds) > 1:
+    text = ", ".join(sorted(kind.text for kind in kinds if kind.text))
+    if len(kinds) > 1 and not all(kind.keeps_all for kind in kinds):
         raise Unsupported(f"one KV cache group has layers of several kinds ({text})")
     names = tuple(getattr(group, "layer_names", ()))
-    return CacheGroup(int(spec.block_size), text, names, window, chunk)
+    return replace(next(iter(kinds)), block_size=int(spec.block_size), text=text, layers=names, page_bytes=sizes.pop())
 
 
-def _kind(spec: Any) -> tuple[str, int, int]:
-    """Describe the KV of one layer, "" for plain full attention; its window and chunk if vLLM frees blocks behind them.
+def _kind(spec: Any) -> CacheGroup:
+    """Describe the KV of one layer, as a group without its size and layers.
 
     Raises:
-        Unsupported: not only keys and values, or of a kind that is not known here.
+        Unsupported: of a kind that is not known here.
     """
     name = type(spec).__name__
     window, chunk = (int(getattr(spec, size, None) or 0) for size in ("sliding_window", "attention_chunk_size"))
     if name == "SlidingWindowSpec":
         if getattr(spec, "extra_retained_tokens", 0) or window < 2:
             raise Unsupported(f"a sliding window of {window} tokens with speculative decoding over several of them")
-        return f"sliding {window}", window, 0
+        return CacheGroup(0, f"sliding {window}", window=window)
     if name == "ChunkedLocalAttentionSpec":
-        return f"chunked {chunk}", 0, chunk
+        return CacheGroup(0, f"chunked {chunk}", chunk=chunk)
+    if name == "MambaSpec":
+        return CacheGroup(0, _state(spec), state=True)
     if name == "MLAAttentionSpec":
         rows = str(getattr(spec, "cache_dtype_str", None) or "")
         role = getattr(getattr(spec, "cache_role", None), "value", "")
@@ -188,7 +217,24 @@ def _kind(spec: Any) -> tuple[str, int, int]:
             raise Unsupported(f"the KV cache has rows of {rows} (set another --kv-cache-dtype)")
         if role == "indexer" or getattr(spec, "model_version", None):
             raise Unsupported("this model has a cache for sparse attention (an indexer) besides its KV")
-        return "MLA", 0, 0
+        return CacheGroup(0, "MLA")
     if name != "FullAttentionSpec":
-        raise Unsupported(f"the KV cache is a {name}; only full attention, MLA and sliding windows are supported")
-    return f"window {window}" if window else f"chunk {chunk}" if chunk else "", 0, 0
+        raise Unsupported(f"the KV cache is a {name}, which is not supported")
+    return CacheGroup(0, f"window {window}" if window else f"chunk {chunk}" if chunk else "")
+
+
+def _state(spec: Any) -> str:
+    """Describe a recurrent state: everything that determines the meaning of its bytes.
+
+    Raises:
+        Unsupported: of a kind that is not supported.
+    """
+    kind = getattr(spec.mamba_type, "name", str(spec.mamba_type))
+    if kind not in _STATES or len(spec.shapes) != 2:
+        raise Unsupported(f"layers keep a recurrent state of kind {kind} with {len(spec.shapes)} parts; "
+                          f"only {', '.join(sorted(_STATES))} with two is supported")  # fmt: skip
+    if getattr(spec, "num_speculative_blocks", 0):
+        raise Unsupported("layers keep a recurrent state, and speculative decoding is on")
+    parts = ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}"
+                      for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))  # fmt: skip
+    return f"{kind} {parts} {spec.mamba_cache_mode}"

@@ -8,7 +8,8 @@ contiguous. Where a kernel's block is a fraction of the manager's block, its row
 (blocks, 1, block_size, width) or (blocks, block_size, width), MLA, one plane.
 
 Layers of several cache groups (``groups``) share their tensors: a plane belongs to one layer of each group, and a block
-to one group at a time. Anything else is rejected with ``Unsupported``.
+to one group at a time. With recurrent states layers have different forms; a row is a complete page as bytes then, with
+the padding that makes pages of all groups equally long. Anything else is rejected with ``Unsupported``.
 """
 
 from __future__ import annotations
@@ -58,6 +59,23 @@ def _rows(name: str, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
     return split.as_strided((num_blocks, expected), (split.stride(0), 1))
 
 
+def _pages(name: str, tensor: torch.Tensor, num_blocks: int, page_bytes: int) -> torch.Tensor:
+    """Return a view of the pages of one layer's cache as bytes, (num_blocks, page_bytes): also what is behind its own.
+
+    Raises:
+        Unsupported: the first dimension is not that of blocks, or pages overlap or end outside the cache.
+    """
+    size, memory = tensor.element_size(), tensor.untyped_storage()
+    stride, offset = tensor.stride(0) * (tensor.shape[0] // num_blocks) * size, tensor.storage_offset() * size
+    if tensor.shape[0] % num_blocks or stride < page_bytes:
+        raise Unsupported(f"{name}: pages of {page_bytes} bytes do not fit (shape {tuple(tensor.shape)}, "
+                          f"strides {tensor.stride()}, {num_blocks} blocks)")  # fmt: skip
+    if offset + (num_blocks - 1) * stride + page_bytes > memory.nbytes():
+        raise Unsupported(f"{name}: the last page ends outside the cache")
+    rows = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return rows.set_(memory, offset, (num_blocks, page_bytes), (stride, 1))
+
+
 def describe(name: str, tensor: torch.Tensor, num_blocks: int) -> str:
     """Describe a layout: sizes and their order in memory, without the number of blocks.
 
@@ -101,9 +119,15 @@ class TorchCache:
             writers.setdefault(tensor.data_ptr(), {}).setdefault(group_of.get(name, 0), name)
         if not unique:
             raise Unsupported("there are no layers with a KV cache")
-        texts = list(dict.fromkeys(describe(name, tensor, num_blocks) for name, tensor in unique.values()))
-        planes = [plane for name, tensor in unique.values() for plane in planes_of(name, tensor, num_blocks)]
-        sizes = {plane.shape[1] * plane.element_size() for plane in planes}
+        forms = list(unique.values())
+        if groups and groups.have_states:
+            sizes = {group.page_bytes for group in groups.groups}
+            planes = [_pages(name, tensor, num_blocks, max(sizes)) for name, tensor in forms]
+            forms = [(name, layers[name]) for name in sorted(layers, key=_by_number)]
+        else:
+            planes = [plane for name, tensor in forms for plane in planes_of(name, tensor, num_blocks)]
+            sizes = {plane.shape[1] * plane.element_size() for plane in planes}
+        texts = list(dict.fromkeys(describe(name, tensor, num_blocks) for name, tensor in forms))
         if len(sizes) != 1:
             raise Unsupported(f"layers have blocks of different sizes ({sorted(sizes)} bytes)")
         (self.row_bytes,) = sizes
@@ -123,7 +147,7 @@ class TorchCache:
         if groups and groups.have_tails:
             text += f", layers {_digest(self.layers, group_of)}"
         self.layout = "|".join(texts) + (f" {text}" if text else "")
-        self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in unique.values()))
+        self.dtype = "|".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for _, tensor in forms))
         self.device = planes[0].device
         self.on_gpu = self.device.type == "cuda"
         self._planes = [_as_wide(plane, widest) for plane in planes]

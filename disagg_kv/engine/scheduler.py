@@ -50,7 +50,8 @@ class ConnectorScheduler:
         self._decode, self._groups, self._settings = decode, groups, settings
         self._both = both_blocks
         self._waiting_blocks: dict[str, int] = {}
-        self._min_load = settings.min_load_tokens or groups.block_size + 1
+        # What vLLM computes begins behind the last state in its cache, which can be long before what is missing.
+        self._min_load = settings.min_load_tokens or (1 if groups.load_completes_prefix else groups.block_size + 1)
         self._cut: set[str] = set()
         self._plan = Plan()
         self._transfers: dict[str, Transfer | None] = {}

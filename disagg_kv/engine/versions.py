@@ -69,7 +69,7 @@ def check_model(config: Any) -> None:
         fields = config.model_config.hf_config.to_dict()
     except Exception:  # no configuration of transformers (``params.json``): checked by its cache later
         return
-    reason = unsupported(fields)
+    reason = unsupported(fields) and unsupported(fields, states=serves_states())
     if every_layer_slides(fields) and not serves_groups() and not config.model_config.disable_sliding_window:
         reason = "every layer has a sliding window, which needs vLLM 0.30 or newer (or --disable-sliding-window)"
     if reason:
@@ -256,6 +256,17 @@ def serves_groups() -> bool:
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
     return hasattr(base, "KVConnectorTransferResults")
+
+
+def serves_states() -> bool:
+    """Whether models with recurrent states are supported with this vLLM: from 0.32 on, the oldest one they ran with.
+
+    vLLM zeroes new blocks of such models. From 0.32 on it asks the connector which groups a load fills, and does not
+    zero those; older versions decide that otherwise.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    return hasattr(KVConnectorBase_V1, "get_loaded_kv_cache_group_ids")
 
 
 def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> Any:

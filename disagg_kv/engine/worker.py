@@ -58,13 +58,13 @@ class ConnectorWorker:
         tp: tensor parallel size.
         rank: tensor parallel rank; added to ``port``.
         host: IP address to announce.
-        overlap: whether layers may be sent while later ones are computed.
+        overlap: whether layers may be sent while later ones are computed; never with recurrent states.
         both: whether a decode engine offers KV too (kv_both).
         """
         self._decode, self._both, self._settings = decode, both, settings
         self._model, self._groups, self._tp, self._rank = model, groups, tp, rank
         self._port, self._host = port, host
-        self._overlap = overlap and (both or not decode)
+        self._overlap = overlap and (both or not decode) and not groups.have_states
         self._step: StepFence | None = None
         self._written: set[str] = set()
         self._failed_blocks: set[int] = set()

@@ -11,9 +11,8 @@ from disagg_machine.commands import chunks_may_kill
 from disagg_machine.compiled.control import State
 from disagg_machine.doctor.machine import Machine
 from disagg_machine.doctor.verdict import Verdict, error, ok, warning
-from disagg_machine.engines import connector_shown
-from disagg_machine.kv_bytes import why_unsupported
-from disagg_machine.vllm_facts import SEVERAL_CACHE_GROUPS, is_untried, problem
+from disagg_machine.engines import connector_shown, model_problem
+from disagg_machine.vllm_facts import is_untried, problem
 
 SWITCH = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -98,10 +97,9 @@ def check_request_ids(machine: Machine) -> Iterator[Verdict]:
 def check_model(machine: Machine) -> Iterator[Verdict]:
     """The model is a complete folder, or is in the cache of downloads, or can be downloaded."""
     model = machine.settings.model
-    if machine.vllm is not None and machine.own_connector:
-        arguments, all_sliding = machine.settings.extra_prefill_args, machine.vllm.at_least(*SEVERAL_CACHE_GROUPS)
-        if reason := why_unsupported(model, arguments, machine.environ, all_sliding):
-            yield (error if machine.wants_vllm else warning)("model_unsupported", model, reason)
+    own = machine.vllm if machine.own_connector else None
+    if own is not None and (reason := model_problem(machine.settings, own, machine.environ)):
+        yield (error if machine.wants_vllm else warning)("model_unsupported", model, reason)
     if model.startswith("/") or os.path.exists(model):
         yield from _model_folder(Path(model), error if machine.wants_vllm else warning)
     elif not machine.wants_vllm:

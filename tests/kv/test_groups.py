@@ -10,6 +10,7 @@ import pytest
 from disagg_kv.engine.groups import CacheGroup, CacheGroups, Unsupported
 
 FULL, SLIDING, CHUNKED = CacheGroup(4), CacheGroup(4, "sliding 8", window=8), CacheGroup(4, "chunked 8", chunk=8)
+STATE = CacheGroup(4, "state", state=True)
 
 
 def _group(name: str, **more: Any) -> Any:
@@ -18,6 +19,11 @@ def _group(name: str, **more: Any) -> Any:
 
 def _sliding(window: int, **more: Any) -> Any:
     return _group("SlidingWindowSpec", sliding_window=window, **more)
+
+
+def _state(kind: str, **more: Any) -> Any:
+    fields = {"shapes": ((3, 8), (2, 4)), "dtypes": ("torch.float32",) * 2, "mamba_cache_mode": "align", **more}
+    return _group("MambaSpec", mamba_type=SimpleNamespace(name=kind), **fields)
 
 
 def _uniform(*specs: Any) -> Any:
@@ -44,13 +50,17 @@ def test_caches_that_keep_every_token_are_accepted(group: Any, kinds: str) -> No
 @pytest.mark.parametrize(
     ("groups", "word"),
     [
-        ([_group("FullAttentionSpec"), _group("MambaSpec")], "MambaSpec"),
+        ([_group("FullAttentionSpec"), _state("MAMBA1")], "state of kind MAMBA1 with 2 parts"),
+        ([_group("FullAttentionSpec"), _state("MAMBA2", shapes=((3, 8),) * 5)], "MAMBA2 with 5 parts"),
+        ([_group("FullAttentionSpec"), _state("GDN_ATTN")], "GDN_ATTN with 2 parts"),
+        ([_group("FullAttentionSpec"), _state("MAMBA2", num_speculative_blocks=1)], "speculative decoding"),
+        ([_state("MAMBA2")], "no layer keeps every token"),
+        ([_uniform(_state("MAMBA2"), _state("MAMBA2", mamba_cache_mode="none"))], "layers of several kinds"),
         ([_group("FullAttentionSpec"), _group("FullAttentionSpec", block_size=32)], "blocks of different sizes"),
         ([_uniform(_sliding(8), _group("FullAttentionSpec"))], "layers of several kinds"),
         ([_sliding(8, extra_retained_tokens=1)], "speculative decoding"),
-        ([_group("MambaSpec")], "MambaSpec"),
         ([_group("RSWASpec")], "RSWASpec"),
-        ([_group("ChunkedLocalAttentionSpec", attention_chunk_size=8)], "every layer has attention chunks"),
+        ([_group("ChunkedLocalAttentionSpec", attention_chunk_size=8)], "no layer keeps every token"),
         ([_group("MLAAttentionSpec", cache_dtype_str="fp8_ds_mla")], "rows of fp8_ds_mla"),
         ([_group("MLAAttentionSpec", cache_role=SimpleNamespace(value="indexer"))], "indexer"),
         ([_group("MLAAttentionSpec", model_version="deepseek_v4")], "indexer"),
@@ -76,6 +86,47 @@ def test_groups_as_vllm_makes_them() -> None:
     assert [(group.window, group.chunk, group.keeps_all) for group in found.groups] == [
         (8, 0, False), (0, 0, True), (0, 64, False)
     ]  # fmt: skip
+
+
+def test_states_need_a_newer_vllm() -> None:
+    groups = [_state("MAMBA2"), _group("FullAttentionSpec"), _state("MAMBA2")]
+    with pytest.raises(Unsupported, match=r"needs vLLM 0\.32 or newer"):
+        CacheGroups.of(groups, states=False)
+    found = CacheGroups.of(groups)
+    assert found.have_states and [group.state for group in found.groups] == [True, False, True]
+    assert found.groups[0].text == "MAMBA2 (3, 8) float32, (2, 4) float32 align" and found.groups[0].page_bytes == 64
+
+
+@pytest.mark.parametrize(("tokens", "place"), [(1, 0), (3, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
+def test_a_state_is_one_block(tokens: int, place: int) -> None:
+    """The one with the last of the tokens, also where that is the last of a block."""
+    groups, blocks = CacheGroups((FULL, STATE)), [0] * place + [9]
+    full = list(range(1, place + 2))
+    assert groups.on_prefill([full, blocks], tokens, tokens) == [*full, 9] and groups.tails(tokens) == (1,)
+    assert groups.on_decode([full, blocks], tokens, 0) == ([*full, 9], (1,))
+    assert groups.total(tokens) == len(full) + 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "completes"),
+    [
+        ((FULL, STATE), True),
+        ((STATE, FULL, STATE), True),
+        ((FULL, SLIDING), False),
+        ((FULL, STATE, SLIDING), False),
+        ((FULL, STATE, CHUNKED), False),
+        ((FULL, CacheGroup(4, "MLA"), STATE), False),
+    ],
+)
+def test_a_load_completes_a_prefix_that_lacks_states_only(groups: tuple[CacheGroup, ...], completes: bool) -> None:
+    """A window may begin within the prefix, where nothing is loaded."""
+    assert CacheGroups(groups).load_completes_prefix is completes
+
+
+def test_a_state_in_the_prefix_cache_of_decode_is_not_overwritten() -> None:
+    groups = CacheGroups((FULL, STATE))
+    assert groups.on_decode([[1, 2, 3], [0, 8, 9]], 10, 8) == ([3, 9], (1,))
+    assert groups.on_decode([[1, 2, 3], [0, 0, 9]], 10, 8) == ([3, 9], (1,)), "the state before them was evicted"
 
 
 @pytest.mark.parametrize("tokens", range(1, 40))

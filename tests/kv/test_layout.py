@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,6 +131,47 @@ def test_layers_of_several_groups_share_planes() -> None:
     assert cache.writers == {(0, 1): {"l.0", "l.1", "l.2"}, (1, 2): {"l.10", "l.11", "l.12"}}
     assert {cache.layers[name] for name in cache.writers[0, 1]} == {(0, 1)}
     assert cache.layout.startswith("(B*1,1,4,16):0123 groups full/4 x2, sliding 8/4 x2, sliding 8/4 x2, layers ")
+
+
+def _with_states() -> tuple[dict[str, Any], CacheGroups]:
+    """A layer with states of 100 bytes and one of full attention on each of two parts of one storage."""
+    memory, layers = _numbered(2 * BLOCKS, 32), {}
+    for number in range(2):
+        pages = memory[number * BLOCKS : (number + 1) * BLOCKS]
+        layers[f"l.{number}"] = pages.view(torch.int8)[:, :100].unflatten(1, (1, 1, 100))
+        layers[f"l.{number + 2}"] = pages.view(BLOCKS, 1, 4, 8)
+    groups = (CacheGroup(4, "state", ("l.0", "l.1"), state=True, page_bytes=128),
+              CacheGroup(4, "", ("l.2", "l.3"), page_bytes=128))  # fmt: skip
+    return layers, CacheGroups(groups)
+
+
+def test_states_are_moved_as_complete_pages() -> None:
+    layers, groups = _with_states()
+    empty = _with_states()[0]
+    for tensor in empty.values():
+        tensor.zero_()
+    source, target = TorchCache(layers, BLOCKS, groups=groups), TorchCache(empty, BLOCKS, groups=groups)
+    assert (source.planes, source.row_bytes, source.dtype) == (2, 128, "int8|float32")
+    assert source.layout == target.layout and "state/4 x2, full/4 x2" in source.layout
+    for plane in range(2):
+        buffer = source.buffer(2 * source.row_bytes)
+        source.gather(plane, source.index([3, 7]), buffer)
+        target.scatter(plane, target.index([5, 1]), buffer)
+    for name in layers:
+        assert torch.equal(layers[name][[3, 7]], empty[name][[5, 1]])
+        assert not empty[name][[0, 2, 3, 4, 6, 7, 8, 9]].any()
+
+
+def test_pages_that_do_not_fit_are_refused() -> None:
+    layers, groups = _with_states()
+    state, full = groups.groups
+    for sizes, word in (((136, 136), "do not fit"), ((128, 64), "different sizes")):
+        pages = (replace(one, page_bytes=size) for one, size in zip((state, full), sizes, strict=True))
+        with pytest.raises(Unsupported, match=word):
+            TorchCache(layers, BLOCKS, groups=CacheGroups(tuple(pages)))
+    short = torch.zeros(BLOCKS * 128 - 20, dtype=torch.int8).as_strided((BLOCKS, 1, 1, 100), (128, 100, 100, 1))
+    with pytest.raises(Unsupported, match="outside the cache"):
+        TorchCache({"l.0": short}, BLOCKS, groups=groups)
 
 
 def test_other_windows_or_other_layers_in_a_group_make_another_layout() -> None:

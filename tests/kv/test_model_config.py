@@ -43,6 +43,29 @@ def test_unsupported_models(config: dict[str, Any], word: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, ""),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention"]}, ""),
+        ({"model_type": "falcon_h1", "mamba_d_ssm": 1024}, ""),
+        ({"model_type": "qwen3_next"}, "type qwen3_next"),
+        ({"text_config": {"model_type": "qwen3_5_text", "layer_types": ["linear_attention"]}}, "type qwen3_5_text"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["linear_attention", "full_attention"]}, ""),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "kind conv"),
+        ({"model_type": "lfm2"}, "type lfm2"),
+        ({"model_type": "minimax_text_01", "layer_types": ["linear_attention", "full_attention"]}, "minimax_text_01"),
+        ({"model_type": "jamba", "layers_block_type": ["mamba", "attention"]}, "type jamba"),
+        ({"model_type": "mamba2"}, "type mamba2"),
+        ({"model_type": "deepseek_v32", "index_topk": 2048}, "indexer"),
+    ],
+)
+def test_states_that_can_be_moved_need_a_newer_vllm(config: dict[str, Any], word: str) -> None:
+    assert unsupported(config)
+    reason = unsupported(config, states=True)
+    assert (word in reason) if word else reason == ""
+
+
+@pytest.mark.parametrize(
     ("config", "slides"),
     [
         ({"model_type": "mistral", "sliding_window": 4096}, True),
@@ -60,7 +83,9 @@ def test_models_of_which_every_layer_slides(config: dict[str, Any], slides: bool
     assert every_layer_slides(config) is slides
 
 
-def test_the_engine_says_so_in_its_own_words() -> None:
+def test_the_engine_says_so_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "serves_states", lambda: False)
+
     def engine(**fields: Any) -> Any:
         return SimpleNamespace(
             model_config=SimpleNamespace(model="/models/granite", hf_config=SimpleNamespace(to_dict=lambda: fields))
@@ -72,6 +97,8 @@ def test_the_engine_says_so_in_its_own_words() -> None:
         ValueError, match="granite cannot be served by prefill and decode engines: layers of kind mamba"
     ):
         versions.check_model(engine(layer_types=["mamba", "attention"]))
+    monkeypatch.setattr(versions, "serves_states", lambda: True)
+    versions.check_model(engine(layer_types=["mamba", "attention"]))
 
 
 @pytest.mark.parametrize(("several", "disabled"), [(True, False), (False, True), (False, False)])

@@ -396,6 +396,16 @@ def test_decode_loads_all_but_the_last_token_into_the_blocks_it_has() -> None:
     assert (load.first, load.blocks, load.tails) == (2, [3, 4, 5, 6, 7, 8, 9], (3, 1))
 
 
+def test_a_prefix_without_its_state_is_loaded_however_little_follows() -> None:
+    """If nothing is loaded, vLLM computes from the last state that it has."""
+    groups = CacheGroups((CacheGroup(4), CacheGroup(4, state=True)))
+    half, request = ConnectorScheduler(True, groups, Settings()), _decode_request(tokens=19)
+    assert half.num_matched_tokens(request, 16) == (2, True)
+    half.allocated(request, _lists([1, 2, 3, 4, 5], [0, 0, 0, 0, 9]), 2)
+    (load,) = half.plan(_output()).loads
+    assert (load.first, load.blocks, load.tails) == (4, [5, 9], (1,))
+
+
 def test_both_sides_have_one_key_although_prefill_cuts_the_prompt() -> None:
     decode, prefill, request = _hybrid(True), _hybrid(False), _decode_request("r", "r", tokens=19)
     decode.num_matched_tokens(request, 0)

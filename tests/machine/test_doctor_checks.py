@@ -224,7 +224,8 @@ def test_a_model_folder(make: Make, tmp_path: Path, lack: str, expected: list[st
     ("config", "word"),
     [
         ('{"model_type": "qwen3"}', ""),
-        ('{"layer_types": ["mamba", "attention"]}', "recurrent state"),
+        ('{"layer_types": ["conv", "attention"]}', "cannot be moved"),
+        ('{"layer_types": ["mamba", "attention"]}', "needs vLLM 0.32 or newer"),
         ('{"model_type": "mistral", "sliding_window": 4096}', "--disable-sliding-window"),
         ("[]", ""),
         ("{", ""),
@@ -243,7 +244,8 @@ def test_a_model_whose_kv_cannot_be_moved(make: Make, tmp_path: Path, config: st
     assert all(word in str(verdict.arguments[1]) for verdict in found)
     assert not reasons(OLD, KV_CONNECTOR="p2p_nccl")
     allowed = reasons(ONE_CACHE_GROUP, EXTRA_PREFILL_ARGS="--enforce-eager --disable-sliding-window")
-    assert bool(allowed) is bool(reasons(NEW)) is (word == "recurrent state")
+    assert bool(allowed) is ("layer_types" in config)
+    assert bool(reasons(NEW)) is (word == "cannot be moved")
 
 
 def test_a_model_by_its_name(make: Make, tmp_path: Path) -> None:

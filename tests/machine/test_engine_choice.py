@@ -121,8 +121,8 @@ def test_gpus_that_engines_may_share(make_context: MakeContext, settings: dict[s
 def test_a_model_whose_kv_cannot_be_moved_is_refused_before_its_weights_are_loaded(
     choose: Choose, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "falcon_h1"}')
-    reason = "a model of type falcon_h1 keeps a recurrent state, which cannot be moved"
+    (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
+    reason = "a model of type jamba keeps a recurrent state that cannot be moved (only Mamba-2's can)"
     with refused("model_unsupported", str(tmp_path), reason):
         choose("vllm", 2, NEW, MODEL=str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
