@@ -63,7 +63,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     try:
         for engine in found.all:
             engine.start()
-            asyncio.run(engine.ready())
+
+        async def ready() -> None:
+            await asyncio.gather(*(engine.ready() for engine in found.all))
+
+        asyncio.run(ready())
         yield found
     finally:
         for engine in found.all:
