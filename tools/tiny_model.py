@@ -60,6 +60,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
          "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 4, "n_group": 1,
          "topk_group": 1, "tie_word_embeddings": False},
     ),
+    "granite-4": (
+        "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM",
+        {"num_key_value_heads": 2, "layer_types": ["mamba"] * 3 + ["attention"], "mamba_n_heads": 8,
+         "mamba_d_head": 64, "mamba_d_state": 64, "mamba_n_groups": 1, "num_local_experts": 4,
+         "num_experts_per_tok": 2, "shared_intermediate_size": 256, "position_embedding_type": "rope"},
+    ),
+    "falcon-h1": (
+        "FalconH1Config", "FalconH1ForCausalLM",
+        {**HEADS, "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64,
+         "mamba_n_groups": 1},
+    ),
 }  # fmt: skip
 """Configuration and model class of transformers, and fields besides ``SIZES``, by family."""
 
@@ -84,7 +95,7 @@ def model(family: str) -> Any:
     config = getattr(transformers, config_class)(**{**SIZES, **fields})
     made = getattr(transformers, model_class)(config).to(torch.bfloat16)
     with torch.no_grad():
-        norm = made.model.norm.weight
+        norm = (made.model.final_layernorm if family == "falcon-h1" else made.model.norm).weight
         norm.mul_(4) if norm.any() else norm.add_(3)  # Gemma's norms multiply by 1 + weight.
     return made
 

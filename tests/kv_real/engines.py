@@ -18,7 +18,7 @@ import aiohttp
 
 PYTHON, MODEL = os.environ.get("VLLM_CPU_PYTHON"), os.environ.get("VLLM_CPU_MODEL")
 ROOT = Path(__file__).parents[2]
-_START_SECONDS = 300
+_START_SECONDS = 500
 _ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -124,7 +124,7 @@ class Engine:
         message = {"model": "tiny", "temperature": 0, **body}
         if params:
             message["kv_transfer_params"] = {name.rstrip("_"): value for name, value in params.items()}
-        timeout = aiohttp.ClientTimeout(120)
+        timeout = aiohttp.ClientTimeout(400)
         url = f"http://127.0.0.1:{self.port}{path}"
         async with aiohttp.ClientSession(timeout=timeout) as http, http.post(url, json=message) as answer:
             assert answer.status == 200, await answer.text()

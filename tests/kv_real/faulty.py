@@ -1,9 +1,10 @@
 """The connector with faults that a test switches on and off, by writing words into the file FAULT_FILE.
 
 ``corrupt``: what prefill sends has every bit flipped; ``corrupt-last``: only the last third of the blocks, which are
-of tails where a short prompt has tails. ``slow``: each row takes a quarter of a second to gather. Over IPC
-decode does both, as it reads; it looks into prefill's file. ``digest``: the digests of the rows that are read from and
-written to the cache, as they lie there, are appended to a file beside it (``.rows``), a line for each copy.
+of tails where a short prompt has tails; ``zero-last``: those are zeros. ``slow``: each row takes a quarter of a second
+to gather. Over IPC decode does ``corrupt`` and ``slow``, as it reads; it looks into prefill's file. ``digest``: the
+digests of the rows that are read from and written to the cache, as they lie there, are appended to a file beside it
+(``.rows``), a line for each copy.
 vLLM loads this module by its path; nothing but the engine's process imports it.
 """
 
@@ -45,6 +46,8 @@ def _gather(self: TorchCache, plane: int, index: Any, out: Any) -> None:
         out.bitwise_not_()
     elif "corrupt-last" in faults:
         out[-(len(index) // 3) * self.row_bytes :].bitwise_not_()
+    elif "zero-last" in faults:
+        out[-(len(index) // 3) * self.row_bytes :].zero_()
     elif "slow" in faults:
         time.sleep(0.25)
 
