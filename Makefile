@@ -24,7 +24,7 @@ real-vllm:  ## real vLLM engines on the CPU; installs 2.5 GB a version
 	tests/real_vllm
 
 families:  ## real vLLM engines with a tiny model of each supported family, 3 minutes each; then `make tables`
-	KV_FAMILIES=all KV_RECORD=docs/kv-families.json tests/real_vllm 0.32.0 tests/kv_real/test_families.py
+	KV_FAMILIES=all KV_RECORD=docs/kv-families.json tests/real_vllm 0.32.0 tests/kv_real/test_families.py tests/kv_real/test_pair.py
 
 speed:  ## CPU time of the proxy against a reference, about a minute
 	tests/speed
