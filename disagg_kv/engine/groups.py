@@ -235,6 +235,10 @@ def _state(spec: Any) -> str:
                           f"only {', '.join(sorted(_STATES))} with two is supported")  # fmt: skip
     if getattr(spec, "num_speculative_blocks", 0):
         raise Unsupported("layers keep a recurrent state, and speculative decoding is on")
+    mode = spec.mamba_cache_mode
+    if mode != "align":
+        raise Unsupported(f"layers keep a recurrent state in mode {mode}, which has not been tried: "
+                          "leave prefix caching on, without --mamba-cache-mode")  # fmt: skip
     parts = ", ".join(f"{shape} {str(dtype).removeprefix('torch.')}"
                       for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True))  # fmt: skip
-    return f"{kind} {parts} {spec.mamba_cache_mode}"
+    return f"{kind} {parts} {mode}"
