@@ -138,12 +138,19 @@ def engine(
 
 
 def own_connector(
-    settings: Settings, facts: VllmFacts, place: Place, root: str, environ: Mapping[str, str], kv_cache_bytes: int = 0
+    settings: Settings,
+    facts: VllmFacts,
+    place: Place,
+    root: str,
+    environ: Mapping[str, str],
+    kv_cache_bytes: int = 0,
+    extra: Mapping[str, object] | None = None,
 ) -> Command:
     """A vLLM engine with this project's connector, which sends after the step: CUDA graphs and chunks cost nothing.
 
     Args:
         kv_cache_bytes: size of its KV cache; 0: what its share of the GPU leaves.
+        extra: see :func:`own_transfer_config`.
     """
     path = environ.get("PYTHONPATH", "")
     variables = {
@@ -159,7 +166,7 @@ def own_connector(
         words.append("--no-enable-chunked-prefill")
     if kv_cache_bytes:
         words += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
-    words += ["--kv-transfer-config", own_transfer_config(settings, place)]
+    words += ["--kv-transfer-config", own_transfer_config(settings, place, extra)]
     return Command((*words, *_extra(settings, place)), variables)
 
 
@@ -282,21 +289,24 @@ def chunks_may_kill(settings: Settings, engines: Engines) -> bool:
     return chunked_prefill(settings, facts) and facts.at_least(0, 11)
 
 
-def own_transfer_config(settings: Settings, place: Place) -> str:
+def own_transfer_config(settings: Settings, place: Place, further: Mapping[str, object] | None = None) -> str:
     """``--kv-transfer-config`` of this project's connector (docs/connector.md).
 
     It listens and fetches on the loopback interface unless it is configured otherwise.
+
+    Args:
+        further: keys of ``kv_connector_extra_config`` that win; with ``proxies`` among them the engine announces
+            itself to those alone.
     """
     host = announced_host(settings.engine_host)
-    extra: dict[str, object] = {
-        "proxy_ip": net.reach(settings.proxy_host),
-        "proxy_port": settings.proxy_port,
-        "http_port": place.http,
-    }
+    extra: dict[str, object] = {"http_port": place.http}
+    if "proxies" not in (further or {}):
+        extra = {"proxy_ip": net.reach(settings.proxy_host), "proxy_port": settings.proxy_port, **extra}
     if host != "127.0.0.1":
         extra["listen"] = host
     if not net.is_loopback(host):
         extra["peers"] = host
+    extra |= further or {}
     config: dict[str, object] = {
         "kv_connector": "DisaggKVConnector",
         "kv_connector_module_path": "disagg_kv.connector",

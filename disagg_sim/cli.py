@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn, get_args
 
+from disagg_kv.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, read_secret
 from disagg_power.devices import PowerError
 from disagg_sim.config import Connector, SimConfig, SimConfigError, split_address
 from disagg_sim.engine import SimEngine
@@ -30,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(
         prog="disagg-proxy sim",
         description=_DESCRIPTION,
@@ -114,7 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     kv.add_argument("--kv-both", action="store_true", help="disagg_kv, decode: prefill for others as well (kv_both)")
     kv.add_argument("--read-mode", action="store_true", help="moriio: decode reads, instead of prefill writing")
-    kv.add_argument("--kv-secret", default="", help="disagg_kv: secret shared by engines and proxy")
+    kv.add_argument(
+        "--kv-secret",
+        help="disagg_kv: secret shared by engines and proxy; without it DISAGG_KV_SECRET, or the "
+        "first line of the file that DISAGG_KV_SECRET_FILE names",
+    )
     kv.add_argument("--kv-block-size", type=int, default=16, help="disagg_kv, nixl, moriio: tokens of one block")
     kv.add_argument(
         "--load-timeout", type=float, default=30.0, help="disagg_kv: seconds that decode waits for KV, then computes"
@@ -153,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[SimConfig]:
+def _configs(parser: _Parser, args: argparse.Namespace) -> list[SimConfig]:
     for proxy in args.proxy.split(",") if args.proxy is not None else ():
         try:
             host, _ = split_address(proxy)
@@ -172,7 +177,7 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
             connector=args.connector,
             kv_both=args.kv_both,
             read_mode=args.read_mode,
-            kv_secret=args.kv_secret,
+            kv_secret=_secret(parser, args.kv_secret),
             kv_block_size=args.kv_block_size,
             load_timeout=args.load_timeout,
             hold_timeout=args.hold_timeout,
@@ -209,6 +214,16 @@ def _configs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[
         return [first, replace(first, role="decode", port=args.decode_port, kv_port=args.decode_kv_port, gpu=gpu)]
     except SimConfigError as error:
         parser.error(str(error))
+
+
+def _secret(parser: _Parser, given: str | None) -> str:
+    """The secret, from where disagg_kv's settings take it too."""
+    if given is not None or SECRET_VARIABLE in os.environ or not os.environ.get(SECRET_FILE_VARIABLE):
+        return given if given is not None else os.environ.get(SECRET_VARIABLE, "")
+    try:
+        return read_secret(os.environ[SECRET_FILE_VARIABLE])
+    except ValueError as error:
+        parser.error(f"{SECRET_FILE_VARIABLE}: {error}")
 
 
 async def _run(engines: Sequence[SimEngine]) -> int:

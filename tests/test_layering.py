@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report", "disagg_machine", "disagg_power")
+PACKAGES = ("disagg_proxy", "disagg_kv", "disagg_sim", "disagg_report", "disagg_machine", "disagg_power", "disagg_ray")
 
 MAY_IMPORT = {
     # The KV connector, which vLLM loads: it must work where the proxy is not installed.
@@ -77,18 +77,20 @@ MAY_IMPORT = {
     # Reports of the benchmarks are made without the proxy; the load client is in there.
     "disagg_report": "disagg_power",
     # Simulated engines know the KV connector and not the proxy; a chaos run starts both.
-    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.outcomes disagg_kv.prefill disagg_kv.protocol disagg_kv.within "
-    "disagg_power",
+    "disagg_sim": "disagg_kv disagg_kv.decode disagg_kv.outcomes disagg_kv.prefill disagg_kv.protocol disagg_kv.secret "
+    "disagg_kv.within disagg_power",
     "disagg_sim.chaos": "cluster config disagg_power disagg_report disagg_sim runtime server services",
     # Their former names as commands.
     "sim": "disagg_sim",
     "chaos": "disagg_sim.chaos",
     # The machine starts the others as processes, and knows their command lines and which models the connector refuses.
     "disagg_machine": "disagg_kv.model_config",
+    # The cluster takes the machine's command lines, and the names of both tables of settings.
+    "disagg_ray": "config disagg_kv.secret disagg_machine disagg_proxy",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
-disagg_proxy have no prefix; disagg_report, disagg_machine and disagg_power are one unit each, disagg_sim another one
-without its ``chaos``. A package's own ``__init__`` may be imported by all of it."""
+disagg_proxy have no prefix; disagg_report, disagg_machine, disagg_power and disagg_ray are one unit each, disagg_sim
+another one without its ``chaos``. A package's own ``__init__`` may be imported by all of it."""
 
 FOR_TYPES = {
     # The transports move the tensors of vLLM's cache, whose layout stands with the rest that is read from vLLM.
@@ -114,9 +116,13 @@ LIBRARIES = {
     "disagg_sim.ping",
     # The proxy's own HTTP client (upstream) is not aiohttp.
     "aiohttp": "disagg_sim top.follow",
-    "prometheus_client": "server.asgi.status_routes telemetry.clock_status telemetry.energy_metrics telemetry.metrics",
+    # disagg_ray.scaling reads what the proxies' /metrics say.
+    "prometheus_client": "disagg_ray.scaling server.asgi.status_routes telemetry.clock_status telemetry.energy_metrics "
+    "telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
+    "ray": "disagg_ray.app disagg_ray.cli disagg_ray.service disagg_ray.store",
+    "yaml": "disagg_ray.settings",
     "rich": "top",
     "matplotlib": "disagg_power.record_plot disagg_report.plots",
     "vllm": "disagg_kv.connector disagg_kv.engine.metrics disagg_kv.engine.versions disagg_kv.transport.nccl",
@@ -125,7 +131,7 @@ LIBRARIES = {
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's. The machine asks with the standard library alone.
     "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
-    "disagg_kv.transport.channel disagg_machine.net disagg_power.backends",
+    "disagg_kv.transport.channel disagg_machine.net disagg_power.backends disagg_ray.claims",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
     "disagg_kv disagg_power.hold disagg_power.reader disagg_report.power disagg_machine.bench.load",
 }
@@ -208,7 +214,7 @@ def edges(for_types: bool) -> Iterator[tuple[str, str]]:
 
 def unit(module: str) -> str:
     package, _, rest = module.partition(".")
-    if not rest or package in ("disagg_report", "disagg_machine", "disagg_power"):
+    if not rest or package in ("disagg_report", "disagg_machine", "disagg_power", "disagg_ray"):
         return package
     top = rest.partition(".")[0]
     if package == "disagg_sim":

@@ -24,6 +24,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "check": Command("disagg_proxy.check", "check the settings and show those that are not defaults; starts nothing"),
     "machine": Command("disagg_machine.cli", "proxy and engines on this machine: start, stop, supervise, measure"),
+    "cluster": Command("disagg_ray.cli", "the same on the nodes of a Ray cluster: start, status, scale, drain, stop"),
     "sim": Command("disagg_sim.cli", "simulated vLLM engines that need no GPU"),
     "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
     "key": Command("disagg_proxy.keys.cli", "new keys for API_KEYS_FILE"),
