@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -69,6 +72,11 @@ class RayCluster:
         (folder / "secret").write_text(SECRET)
         self.nodes: dict[str, Any] = {}
         self._hold = hold
+        # A short path, because sockets are in it; Ray also writes beside what it is told to.
+        self._temporary = tempfile.mkdtemp(prefix="ray-")
+        hold.callback(shutil.rmtree, self._temporary, ignore_errors=True)
+        hold.enter_context(mock.patch.dict(os.environ, RAY_TMPDIR=self._temporary, PYTHONPATH=str(ROOT)))
+        os.mkdir(f"{self._temporary}/ray")
         self.ray = Cluster(initialize_head=False)
         self.proxy_host = self.address(proxy_node)
         self.proxy_port, self.registration_port = (hold_port(hold, self.proxy_host) for _ in range(2))
@@ -123,11 +131,10 @@ class RayCluster:
             "resources": resources,
             "object_store_memory": 80 * 2**20,
             "include_dashboard": False,
-            "env_vars": {"PYTHONPATH": str(ROOT), **environment},
+            "env_vars": environment,
         }
         if not self.nodes:
-            # Ray wants a short path: sockets are in it.
-            options["temp_dir"] = f"/tmp/ray-{os.getpid()}"
+            options["temp_dir"] = f"{self._temporary}/ray"
             options["gcs_server_port"] = hold_port(self._hold, self.address(number))
         self.nodes[self.address(number)] = self.ray.add_node(**options)
 
@@ -155,10 +162,11 @@ class RayCluster:
     def processes(self) -> dict[str, int]:
         """PIDs of engines and proxies by `KIND-ADDRESS-PORT`, from their claims."""
         found = {}
-        for path in (self.folder / "run/claims").iterdir():
-            fields = path.read_text().split()
-            if fields and not gone(int(fields[0])):
-                found[path.name] = int(fields[0])
+        for path in (self.folder / "run/claims").glob("*"):
+            with suppress(FileNotFoundError):
+                fields = path.read_text().split()
+                if fields and not gone(int(fields[0])):
+                    found[path.name] = int(fields[0])
         return found
 
     def pid(self, engine: str) -> int:
