@@ -1,6 +1,6 @@
 # The stages of CI by name. Each makes the environment that it needs; `make ci` is all of them, as CI runs them.
 
-.PHONY: help test lint coverage compiled wheel real-vllm families speed ci tables
+.PHONY: help test lint coverage compiled wheel cluster real-vllm families speed ci tables
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -19,6 +19,9 @@ compiled:  ## the tests of the hot path again, compiled to C, and both wheels
 
 wheel:  ## a pure and a compiled wheel in dist/
 	tools/wheels
+
+cluster:  ## the service on Ray clusters of this machine, with simulated engines; installs Ray
+	tests/cluster_ray
 
 real-vllm:  ## real vLLM engines on the CPU; installs 2.5 GB a version
 	tests/real_vllm

@@ -2,7 +2,7 @@
 #
 #   copy it to ~/.config/fish/completions, or: source it
 
-set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine power' 'machine help' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench clocks' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'power guard' 'power clocks' 'power reset' 'power hold' 'demo' 'chaos'
+set -g __disagg_proxy_paths 'serve' 'check' 'machine' 'machine menu' 'machine proxy' 'machine prefill' 'machine decode' 'machine all' 'machine test' 'machine status' 'machine logs' 'machine stop' 'machine restart' 'machine config' 'machine doctor' 'machine bench' 'machine env' 'machine page' 'machine top' 'machine power' 'machine help' 'cluster' 'cluster up' 'cluster check' 'cluster status' 'cluster scale' 'cluster drain' 'cluster undrain' 'cluster down' 'sim' 'top' 'key' 'key new' 'bench' 'bench sweep' 'bench clocks' 'bench write' 'bench plots' 'power' 'power show' 'power record' 'power guard' 'power clocks' 'power reset' 'power hold' 'demo' 'chaos'
 
 # Whether the words so far are those of this command.
 function __disagg_proxy_at
@@ -29,6 +29,7 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n __disagg_proxy_at -a serve -d 'the proxy'
     complete -c $name -n __disagg_proxy_at -a check -d 'check the settings and show those that are not defaults'
     complete -c $name -n __disagg_proxy_at -a machine -d 'proxy and engines on this machine'
+    complete -c $name -n __disagg_proxy_at -a cluster -d 'the same on the nodes of a Ray cluster'
     complete -c $name -n __disagg_proxy_at -a sim -d 'simulated vLLM engines that need no GPU'
     complete -c $name -n __disagg_proxy_at -a top -d 'the live page of a running proxy, in a terminal'
     complete -c $name -n __disagg_proxy_at -a key -d 'new keys for API_KEYS_FILE'
@@ -253,6 +254,25 @@ for name in disagg-proxy test_single_machine.sh
     complete -c $name -n '__disagg_proxy_at machine bench' -l traditional
     complete -c $name -n '__disagg_proxy_at machine bench' -l once
     complete -c $name -n '__disagg_proxy_at machine top' -l once
+    complete -c $name -n '__disagg_proxy_at cluster' -a up -d 'start it, or change what runs to what the file says, without losing requests'
+    complete -c $name -n '__disagg_proxy_at cluster' -a check -d 'check the cluster file on every node'
+    complete -c $name -n '__disagg_proxy_at cluster' -a status -d 'nodes, replicas, and engines as the proxies see them'
+    complete -c $name -n '__disagg_proxy_at cluster' -a scale -d 'change the number of engines'
+    complete -c $name -n '__disagg_proxy_at cluster' -a drain -d 'send no more requests to engines, and wait until theirs have ended'
+    complete -c $name -n '__disagg_proxy_at cluster' -a undrain -d 'the opposite of drain'
+    complete -c $name -n '__disagg_proxy_at cluster' -a down -d 'stop it'
+    complete -c $name -n '__disagg_proxy_at cluster' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster' -l address -x -d 'of the Ray cluster'
+    complete -c $name -n '__disagg_proxy_at cluster' -l name -x -d 'which application, where several run'
+    complete -c $name -n '__disagg_proxy_at cluster up' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster up' -l no-wait -d 'return when Serve has accepted it'
+    complete -c $name -n '__disagg_proxy_at cluster check' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster status' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster scale' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster drain' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster drain' -l wait -x -d 'how long to wait (default'
+    complete -c $name -n '__disagg_proxy_at cluster undrain' -s h -l help -d 'show this help message and exit'
+    complete -c $name -n '__disagg_proxy_at cluster down' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at sim' -s h -l help -d 'show this help message and exit'
     complete -c $name -n '__disagg_proxy_at sim' -l role -x -a 'prefill decode pair' -d 'what to run'
     complete -c $name -n '__disagg_proxy_at sim' -l host -x -d 'address to bind and to announce'

@@ -23,7 +23,7 @@ def test_without_ray_it_says_what_to_install(words: list[str], capsys: pytest.Ca
     assert 'pip install "disagg-proxy[ray]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "words"), [("name: [", "c.yaml"), ("nam: x", "nam: is unknown")])
+@pytest.mark.parametrize(("text", "words"), [("name: [", "c.yaml"), ("models: x", "models: is unknown")])
 def test_a_bad_file_is_refused_before_ray_is_looked_for(
     tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

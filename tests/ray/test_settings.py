@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, text: str | None, w
         ({"name": None}, "name: is missing"),
         ({"secret_file": None}, "secret_file: is missing"),
         ({"secret_file": "secret"}, "secret_file: must be an absolute path"),
-        ({"nmae": "x"}, "nmae: is unknown .known: name"),
+        ({"models": "x"}, "models: is unknown .known: name"),
         ({"name": "a/b"}, "name: must be letters"),
         ({"engine": "ray"}, "engine: must be vllm or sim"),
         ({"prefill": {"cuont": 1}}, "prefill.cuont: is unknown"),
