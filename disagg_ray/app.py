@@ -114,7 +114,11 @@ def this_node(cluster: Cluster) -> Node:
     Raises:
         ClusterFileError: the secret cannot be read here.
     """
-    return Node(ray.util.get_node_ip_address(), keys.secret(cluster), keys.secret_file(cluster), proxy_hosts(cluster))
+    host = ray.util.get_node_ip_address()
+    try:
+        return Node(host, keys.secret(cluster), keys.secret_file(cluster), proxy_hosts(cluster))
+    except ClusterFileError as error:
+        raise ClusterFileError(f"node {host}: {error}") from None
 
 
 def proxy_hosts(cluster: Cluster) -> tuple[str, ...]:

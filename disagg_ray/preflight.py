@@ -136,7 +136,8 @@ def problems(
     found += [f"proxy.nodes: {name} is no node of this Ray cluster" for name, host in placed.items() if host is None]
     for name in ROLES:
         found += _capacity(cluster, name, hosts)
-    reference = next((reports[host.node_id].fingerprint for host in placed.values() if host is not None), "")
+    known = (reports.get(host.node_id) for host in placed.values() if host is not None)
+    reference = next((report.fingerprint for report in known if report is not None), "")
     for host in hosts:
         if (report := reports.get(host.node_id)) is not None:
             found += [f"node {host.address}: {line}" for line in _of_node(cluster, report, reference, running)]

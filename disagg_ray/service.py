@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -13,11 +14,12 @@ from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from disagg_ray import app, keys, preflight, store
+from disagg_ray.app import proxy_hosts
 from disagg_ray.commands import authority
 from disagg_ray.preflight import Host, Report
 from disagg_ray.proxies import Proxies
 from disagg_ray.settings import ROLES, Cluster, parse
-from disagg_ray.status import Deployment, View
+from disagg_ray.status import Deployment, View, unknown_on
 
 _LOOK_TIMEOUT = 180.0
 """Seconds for the checks of one node: its vLLM is imported."""
@@ -131,7 +133,7 @@ def proxies(cluster: Cluster) -> Proxies:
     Raises:
         ClusterFileError: the secret cannot be read on this node.
     """
-    addresses = [authority(host, cluster.proxy.port) for host in app.proxy_hosts(cluster)]
+    addresses = [authority(host, cluster.proxy.port) for host in proxy_hosts(cluster)]
     return Proxies.of(addresses, keys.secret(cluster, os.environ))
 
 
@@ -157,8 +159,11 @@ def view(name: str, raw: Mapping[str, Any]) -> View:
     cluster = parse(raw)
     nodes = hosts()
     app_status, _, found = deployments(name)
-    problems = preflight.problems(cluster, nodes, reports(cluster, raw, nodes), running=True)
-    return View(name, app_status, nodes, found, _replicas(name), proxies(cluster).instances(), problems)
+    seen = View(name, app_status, nodes, found, _replicas(name), proxies(cluster).instances())
+    # Where all engines are known to the proxies, their secret is the right one: no node need be looked at.
+    wanted = {*unknown_on(seen), *proxy_hosts(cluster)} if unknown_on(seen) else set()
+    looked = reports(cluster, raw, [host for host in nodes if host.address in wanted])
+    return replace(seen, problems=preflight.problems(cluster, nodes, looked, running=True))
 
 
 def _replicas(name: str) -> list[tuple[str, str]]:

@@ -43,9 +43,7 @@ class View:
 
 def healthy(view: View) -> bool:
     """Whether everything that should serve does."""
-    return (
-        view.app == "RUNNING" and not view.problems and not list(_missing(view)) and None not in view.proxies.values()
-    )
+    return view.app == "RUNNING" and not view.problems and not unknown_on(view) and None not in view.proxies.values()
 
 
 def lines(view: View) -> Iterator[str]:
@@ -69,12 +67,17 @@ def lines(view: View) -> Iterator[str]:
             drained = "  draining" if engine["draining"] else ""
             load = f"{engine['in_flight']} in flight"
             yield f"  {engine['role']} {engine['http_address']}  {engine['state']}{drained}  {load}  {engine['reason']}"
-    for line in (*view.problems, *_missing(view)):
+    for line in (*view.problems, *(line for _, line in _missing(view))):
         yield f"problem: {line}"
 
 
-def _missing(view: View) -> Iterator[str]:
-    """Nodes whose engines run, but are not known to a proxy."""
+def unknown_on(view: View) -> set[str]:
+    """Addresses of nodes whose engines run, but are not known to a proxy."""
+    return {address for address, _ in _missing(view)}
+
+
+def _missing(view: View) -> Iterator[tuple[str, str]]:
+    """Those nodes, each with a line that says how many."""
     running = Counter(view.running)
     for url, instances in view.proxies.items():
         if instances is None:
@@ -86,4 +89,4 @@ def _missing(view: View) -> Iterator[str]:
         )
         for (role, address), count in sorted(running.items()):
             if role in ROLES and count > seen[role, address]:
-                yield f"node {address}: {count} {role} run, {url} knows {seen[role, address]}"
+                yield address, f"node {address}: {count} {role} run, {url} knows {seen[role, address]}"
