@@ -92,7 +92,6 @@ def engine(
     kv: int,
     *,
     python: str,
-    root: str,
     environ: Mapping[str, str],
     vllm: VllmFacts | None,
 ) -> Command:
@@ -101,7 +100,6 @@ def engine(
     Args:
         http, kv: its ports; of KV the first of as many as it has GPUs.
         python: the Python that has this project.
-        root: folder that holds ``disagg_kv``, for vLLM's Python.
         environ: of the replica; CUDA_VISIBLE_DEVICES in it are the GPUs that Ray has given to it.
         vllm: None for a simulated engine.
     """
@@ -122,9 +120,9 @@ def engine(
             "proxies": list(registration(cluster, node)),
             "peers": list(cluster.network.peers),
         }
-        command = machine.own_connector(settings, vllm, place, root, environ, extra=extra)
-        variables |= cluster.network.nccl
-    return replace(command, environment={**command.environment, **variables})
+        command = machine.own_connector(settings, vllm, place, "", environ, extra=extra)
+    mine = {name: value for name, value in command.environment.items() if name != "PYTHONPATH"}
+    return replace(command, environment={**mine, **cluster.environment, **variables})
 
 
 def registration(cluster: Cluster, node: Node) -> tuple[str, ...]:
@@ -158,7 +156,7 @@ def environment(command: Command, environ: Mapping[str, str], hosts: Sequence[st
     """All of a process's environment: that of the replica without Ray's, and without an internet proxy for ``hosts``.
 
     Args:
-        root: folder that holds this project, for its own processes.
+        root: folder that is added to PYTHONPATH; empty where nothing is.
     """
     kept = {name: value for name, value in environ.items() if not name.startswith(("RAY_", "SERVE_"))}
     before = kept.get("no_proxy") or kept.get("NO_PROXY") or ""

@@ -24,8 +24,10 @@ from disagg_ray.settings import Cluster
 
 log = logging.getLogger(__name__)
 
-ROOT = str(Path(__file__).parents[1])
-"""Folder that holds this project's packages."""
+_PACKAGES = Path(__file__).parents[1]
+ROOT = "" if _PACKAGES.name in ("site-packages", "dist-packages") else str(_PACKAGES)
+"""The checkout, for the processes' Pythons. Empty where this is installed: in another environment, such as vLLM's, it
+must be installed too, because the packages around this one are not that environment's."""
 
 _PORT_TAKEN = ("address already in use", "eaddrinuse")
 _TRIES = 5
@@ -173,7 +175,7 @@ class Engine(Part):
     def _command(self, facts: VllmFacts | None) -> Command:
         return commands.engine(
             self.cluster, self.node, self.role, self.http, self.kv,
-            python=sys.executable, root=ROOT, environ=self.environ, vllm=facts,
+            python=sys.executable, environ=self.environ, vllm=facts,
         )  # fmt: skip
 
     def drain_and_stop(self) -> None:

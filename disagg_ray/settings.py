@@ -99,11 +99,9 @@ class Network:
 
     Attributes:
         peers: whose KV ports an engine connects to, and who may connect to its own.
-        nccl: environment variables of vLLM engines, such as NCCL_SOCKET_IFNAME.
     """
 
     peers: tuple[str, ...] = PRIVATE_NETWORKS
-    nccl: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,7 @@ class Cluster:
         ports: first and last port that engines of one node use, by kind: ``http`` and ``kv``.
         secret_file: on every node; DISAGG_KV_SECRET_FILE in the environment of a node's ``ray start`` wins.
         settings: settings of the script that concern engines.
+        environment: variables of the engines, such as NCCL_SOCKET_IFNAME.
         run_dir: on every node, claims of ports and logs of engines and proxies.
         start_timeout: seconds until an engine answers.
         drain_timeout: seconds in which an engine that is to stop may finish its requests.
@@ -146,6 +145,7 @@ class Cluster:
     network: Network = field(default_factory=Network)
     slo: Slo = field(default_factory=Slo)
     settings: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     run_dir: str = "/tmp/disagg-ray"
     start_timeout: float = 1800.0
     drain_timeout: float = 300.0
@@ -196,7 +196,8 @@ def parse(raw: Mapping[str, Any]) -> Cluster:
             ("name", _name), ("model", _text), ("secret_file", _path), ("engine", _one_of("vllm", "sim")),
             ("device", _one_of("gpu", "cpu")), ("python", _path), ("prefill", _role), ("decode", _role),
             ("proxy", _proxy), ("ports", _ports), ("network", _network), ("slo", _slo), ("settings", _engine_settings),
-            ("run_dir", _path), ("start_timeout", _positive), ("drain_timeout", _seconds), ("stop_timeout", _positive),
+            ("environment", _variables), ("run_dir", _path), ("start_timeout", _positive), ("drain_timeout", _seconds),
+            ("stop_timeout", _positive),
         )
         if name in given
     }  # fmt: skip
@@ -414,7 +415,7 @@ def _peers(key: str, value: object) -> tuple[str, ...]:
 
 
 def _network(key: str, value: object) -> Network:
-    network: Network = _section(key, value, Network, {"peers": _peers, "nccl": _variables})
+    network: Network = _section(key, value, Network, {"peers": _peers})
     return network
 
 

@@ -21,7 +21,7 @@ FACTS = VllmFacts("0.32.0", command=("/opt/vllm/bin/python", "-m", "vllm"), pyth
 
 def engine(cluster: Cluster, role: str, vllm: VllmFacts | None, gpus: str = "") -> Command:
     return commands.engine(
-        cluster, NODE, role, 20000, 21000, python="python", root="/project",
+        cluster, NODE, role, 20000, 21000, python="python",
         environ={"CUDA_VISIBLE_DEVICES": gpus}, vllm=vllm,
     )  # fmt: skip
 
@@ -41,7 +41,8 @@ def test_a_vllm_engine_gets_a_configuration_that_the_connector_accepts(cluster: 
         cluster,
         engine="vllm",
         prefill=Role(tensor_parallel=2, args=("--max-num-seqs", "8")),
-        network=Network(("10.0.0.0/8",), {"NCCL_SOCKET_IFNAME": "eth0"}),
+        network=Network(("10.0.0.0/8",)),
+        environment={"NCCL_SOCKET_IFNAME": "eth0"},
     )
     command = engine(cluster, "prefill", FACTS, "3,5")
     words = command.words
