@@ -61,6 +61,7 @@ class RayCluster:
     Attributes:
         net: the first three numbers of its addresses, so that test runs do not meet.
         raw: the cluster file as it was last written.
+        patience: seconds that one command may take.
     """
 
     def __init__(self, folder: Path, hold: ExitStack, proxy_node: int = 1) -> None:
@@ -71,6 +72,7 @@ class RayCluster:
         self.folder = folder
         (folder / "secret").write_text(SECRET)
         self.nodes: dict[str, Any] = {}
+        self.patience = LIMIT
         self._hold = hold
         # A short path, because sockets are in it; Ray also writes beside what it is told to.
         self._temporary = tempfile.mkdtemp(prefix="ray-")
@@ -78,6 +80,9 @@ class RayCluster:
         ray_settings = {"RAY_TMPDIR": self._temporary, "RAY_USAGE_STATS_ENABLED": "0"}
         # Workers that nobody needs yet would only take CPU time.
         ray_settings |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+        # A busy machine is no reason to give a node up.
+        patient = ("RAY_raylet_start_wait_time_s", "RAY_worker_register_timeout_seconds")
+        ray_settings |= dict.fromkeys(patient, f"{LIMIT:.0f}")
         hold.enter_context(mock.patch.dict(os.environ, ray_settings, PYTHONPATH=str(ROOT)))
         os.mkdir(f"{self._temporary}/ray")
         self.ray = Cluster(initialize_head=False)
@@ -148,7 +153,7 @@ class RayCluster:
     def run(self, *words: str, code: int = 0) -> str:
         """Run `disagg-proxy cluster`. Returns all that it printed."""
         command = [sys.executable, "-m", "disagg_proxy", "cluster", "--address", self.gcs, *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self.patience)
         output = done.stdout + done.stderr
         assert done.returncode == code, output
         return output
