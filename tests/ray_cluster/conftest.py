@@ -55,6 +55,20 @@ def parent(pid: int) -> int:
     return int(text[text.rindex(")") + 2 :].split()[1])
 
 
+def patient(get_node: Callable[..., Any]) -> Callable[..., Any]:
+    """`ray._private.services.get_node` for a busy machine: a Node gives up after 30 s otherwise (Ray 2.60)."""
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        def there() -> Any:
+            with suppress(RuntimeError):
+                return get_node(*args, **options)
+            return None
+
+        return until(there, "the node has started")
+
+    return wrapped
+
+
 class RayCluster:
     """A Ray cluster, and the application on it.
 
@@ -65,6 +79,7 @@ class RayCluster:
     """
 
     def __init__(self, folder: Path, hold: ExitStack, proxy_node: int = 1) -> None:
+        from ray._private import services
         from ray.cluster_utils import Cluster
 
         pid = os.getpid()
@@ -80,11 +95,11 @@ class RayCluster:
         ray_settings = {"RAY_TMPDIR": self._temporary, "RAY_USAGE_STATS_ENABLED": "0"}
         # Workers that nobody needs yet would only take CPU time.
         ray_settings |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
-        # A busy machine is no reason to give a node up.
-        patient = ("RAY_raylet_start_wait_time_s", "RAY_worker_register_timeout_seconds")
-        ray_settings |= dict.fromkeys(patient, f"{LIMIT:.0f}")
+        # A busy machine is no reason to give a worker up.
+        ray_settings["RAY_worker_register_timeout_seconds"] = f"{LIMIT:.0f}"
         hold.enter_context(mock.patch.dict(os.environ, ray_settings, PYTHONPATH=str(ROOT)))
         os.mkdir(f"{self._temporary}/ray")
+        hold.enter_context(mock.patch.object(services, "get_node", patient(services.get_node)))
         self.ray = Cluster(initialize_head=False)
         self.proxy_host = self.address(proxy_node)
         self.proxy_port, self.registration_port = (hold_port(hold, self.proxy_host) for _ in range(2))
