@@ -6,7 +6,7 @@ Secrets are in files or in the environment, never in a command line.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,13 @@ class Node:
 def authority(host: str, port: int) -> str:
     """``HOST:PORT``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def proxy_addresses(cluster: Cluster, hosts: Iterable[str]) -> tuple[str, ...]:
+    """Where the proxies on these nodes answer, each ``HOST:PORT``."""
+    chosen = cluster.proxy.host
+    wildcard = chosen in ("", "0.0.0.0", "::")
+    return tuple(authority(host if wildcard else chosen, cluster.proxy.port) for host in hosts)
 
 
 # -- the proxy

@@ -51,8 +51,7 @@ class Part:
 
     def __init__(self, cluster: Cluster, node: Node, environ: Mapping[str, str] = os.environ) -> None:
         self.cluster, self.node, self.environ = cluster, node, environ
-        hosts = [authority(host, cluster.proxy.port) for host in node.proxies]
-        self.proxies = Proxies.of(hosts, node.secret)
+        self.proxies = Proxies.of(commands.proxy_addresses(cluster, node.proxies), node.secret)
         self.process: Process | None = None
         self._claims: list[Claim] = []
         self._stopped = False
@@ -208,8 +207,7 @@ class ProxyServer(Part):
     @property
     def http_address(self) -> str:
         """Where it answers, ``HOST:PORT``."""
-        host = self.cluster.proxy.host
-        return authority(self.node.host if host in ("", "0.0.0.0", "::") else host, self.cluster.proxy.port)
+        return commands.proxy_addresses(self.cluster, [self.node.host])[0]
 
     def start(self) -> None:
         """Return when it answers. Its predecessor on the same ports may still be finishing requests.

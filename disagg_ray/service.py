@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from disagg_ray import app, keys, preflight, store
 from disagg_ray.app import proxy_hosts
-from disagg_ray.commands import authority
+from disagg_ray.commands import proxy_addresses
 from disagg_ray.preflight import Host, Report
 from disagg_ray.proxies import Proxies
 from disagg_ray.settings import ROLES, Cluster, parse
 from disagg_ray.status import Deployment, View, unknown_on
 
+_POLL = 0.5
 _LOOK_TIMEOUT = 180.0
 """Seconds for the checks of one node: its vLLM is imported."""
 
@@ -121,7 +123,10 @@ def deploy(raw: Mapping[str, Any]) -> None:
 
 def delete(name: str) -> None:
     """Stop an application; returns when its replicas have. Serve itself ends with the last application."""
-    serve.delete(name)
+    # Serve's own wait ends after 60 s, a drain may take longer.
+    serve.delete(name, _blocking=False)
+    while name in serve.status().applications:
+        time.sleep(_POLL)
     store.remove(name)
     if not serve.status().applications:
         serve.shutdown()
@@ -133,8 +138,7 @@ def proxies(cluster: Cluster) -> Proxies:
     Raises:
         ClusterFileError: the secret cannot be read on this node.
     """
-    addresses = [authority(host, cluster.proxy.port) for host in proxy_hosts(cluster)]
-    return Proxies.of(addresses, keys.secret(cluster, os.environ))
+    return Proxies.of(proxy_addresses(cluster, proxy_hosts(cluster)), keys.secret(cluster, os.environ))
 
 
 def deployments(name: str) -> tuple[str, str, list[Deployment]]:

@@ -82,7 +82,7 @@ class Proxy:
     Attributes:
         nodes: one proxy on each: ``head``, or a node's address. Engines announce themselves to these, so adding a node
             here restarts the engines, one after the other.
-        host: address that clients connect to; empty: the node's address.
+        host: address that clients connect to; empty: the node's. With several proxies empty or all addresses.
         settings: the proxy's own settings by environment variable. Limits are divided among the proxies.
     """
 
@@ -238,6 +238,12 @@ def _text(key: str, value: object) -> str:
     return value
 
 
+def _host(key: str, value: object) -> str:
+    if value != "" and not _is_address(value):
+        raise _bad(key, "an address, or empty for the node's", value)
+    return str(value)
+
+
 def _name(key: str, value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", value, re.ASCII):
         raise _bad(key, "letters, digits, _ . and -, at most 63", value)
@@ -377,10 +383,12 @@ def _proxy_settings(key: str, value: object) -> dict[str, str]:
 
 def _proxy(key: str, value: object) -> Proxy:
     readers: dict[str, Callable[[str, Any], Any]] = {
-        "nodes": _nodes, "host": _text, "port": _whole(1, 65535), "registration_port": _whole(1, 65535),
+        "nodes": _nodes, "host": _host, "port": _whole(1, 65535), "registration_port": _whole(1, 65535),
         "settings": _proxy_settings,
     }  # fmt: skip
     proxy: Proxy = _section(key, value, Proxy, readers)
+    if len(proxy.nodes) > 1 and proxy.host not in ("", "0.0.0.0", "::"):
+        raise _bad(f"{key}.host", "empty, 0.0.0.0 or :: with several proxies", proxy.host)
     if proxy.port == proxy.registration_port:
         raise _bad(f"{key}.registration_port", f"another port than {key}.port", proxy.port)
     return proxy

@@ -91,6 +91,12 @@ def test_proxies_share_the_limits(cluster: Cluster, proxies: int, part: str) -> 
     assert proxy["MAX_IN_FLIGHT"] == "0", "no limit"
 
 
+def test_the_proxies_addresses(cluster: Cluster) -> None:
+    assert commands.proxy_addresses(cluster, NODE.proxies) == ("10.0.0.1:10001", "10.0.0.9:10001")
+    cluster = replace(cluster, proxy=Proxy(host="fd00::1"))
+    assert commands.proxy_addresses(cluster, ["10.0.0.1"]) == ("[fd00::1]:10001",)
+
+
 def test_processes_get_nothing_of_rays_environment() -> None:
     given = {"RAY_ADDRESS": "x", "HOME": "/root", "no_proxy": "internal", "PYTHONPATH": "/a"}
     made = commands.environment(Command(("x",), {"A": "1"}), given, ["10.0.0.2"], "/project")

@@ -74,6 +74,8 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, text: str | None, w
         ({"decode": {"args": "--a"}}, "decode.args: must be a list"),
         ({"proxy": {"nodes": []}}, "proxy.nodes: must be"),
         ({"proxy": {"nodes": ["node7"]}}, "proxy.nodes: must be .* not 'node7'"),
+        ({"proxy": {"host": "gateway"}}, "proxy.host: must be an address, or empty"),
+        ({"proxy": {"host": "10.1.0.1", "nodes": ["10.0.0.1", "10.0.0.2"]}}, "proxy.host: must be .* with several"),
         ({"proxy": {"port": 30001}}, "proxy.registration_port: must be another port"),
         ({"proxy": {"settings": {"MAX_QUEU": 1}}}, "proxy.settings.MAX_QUEU: is no setting of the proxy"),
         ({"proxy": {"settings": {"MAX_QUEUE": "many"}}}, "proxy.settings.MAX_QUEUE: must be"),
