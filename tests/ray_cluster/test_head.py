@@ -12,7 +12,7 @@ from tests.ray_cluster.conftest import Load, RayCluster
 pytest.importorskip("ray", reason="Ray is not installed: tests/cluster_ray")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_requests_go_on_without_the_head(tmp_path: Path) -> None:
     with ExitStack() as hold:
         cluster = RayCluster(tmp_path, hold, proxy_node=2)

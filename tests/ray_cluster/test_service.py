@@ -14,7 +14,7 @@ from tests.ray_cluster.conftest import Load, RayCluster, gone, parent, until
 
 pytest.importorskip("ray", reason="Ray is not installed: tests/cluster_ray")
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module", autouse=True)
