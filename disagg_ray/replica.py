@@ -33,6 +33,9 @@ _PORT_TAKEN = ("address already in use", "eaddrinuse")
 _TRIES = 5
 _POLL = 0.1
 _HEALTH_TIMEOUT = 10.0
+_READY_TIMEOUT = 5.0
+_PORT_WAIT = 15.0
+"""Seconds that a proxy waits for the ports of its predecessor, besides stop_timeout."""
 
 
 class Unhealthy(Exception):
@@ -79,7 +82,7 @@ class Part:
         """
         deadline = time.monotonic() + self.cluster.start_timeout
         url = f"http://{self.http_address}{self.health_path}"
-        while request("GET", url)[0] != 200:
+        while request("GET", url, seconds=_READY_TIMEOUT)[0] != 200:
             process.check()
             if time.monotonic() > deadline:
                 raise Unhealthy(f"{process.name} did not answer within start_timeout, see {process.log}")
@@ -218,7 +221,7 @@ class ProxyServer(Part):
         settings = self.cluster.proxy
         base = claims.folder(self.cluster.run_dir)
         claims.sweep(self.cluster.run_dir, self.node.host)
-        deadline = time.monotonic() + self.cluster.stop_timeout + 15
+        deadline = time.monotonic() + self.cluster.stop_timeout + _PORT_WAIT
         while (claim := claims.claim_port(base, self.node.host, "proxy", settings.port)) is None or not (
             claims.may_bind(settings.host or self.node.host, settings.port)
             and claims.may_bind(self.node.host, settings.registration_port)
