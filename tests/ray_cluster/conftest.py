@@ -95,8 +95,9 @@ class RayCluster:
         ray_settings = {"RAY_TMPDIR": self._temporary, "RAY_USAGE_STATS_ENABLED": "0"}
         # Workers that nobody needs yet would only take CPU time.
         ray_settings |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
-        # A busy machine is no reason to give a worker up.
+        # A busy machine is no reason to give a worker or a node up.
         ray_settings["RAY_worker_register_timeout_seconds"] = f"{LIMIT:.0f}"
+        ray_settings["RAY_agent_register_timeout_ms"] = f"{1000 * LIMIT:.0f}"
         hold.enter_context(mock.patch.dict(os.environ, ray_settings, PYTHONPATH=str(ROOT)))
         os.mkdir(f"{self._temporary}/ray")
         hold.enter_context(mock.patch.object(services, "get_node", patient(services.get_node)))
