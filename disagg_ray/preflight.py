@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disagg_machine import vllm_facts
+from disagg_machine.messages import text
 from disagg_proxy import __version__
 from disagg_ray import claims, keys
 from disagg_ray.settings import HEAD, ROLES, Cluster, ClusterFileError, Role
@@ -45,7 +46,7 @@ class Report:
         fingerprint: of its secret.
         model: whether the model's folder is there; True for a name.
         vllm: version of vLLM; empty without one, and with simulated engines.
-        vllm_problem: why this vLLM cannot serve, as a message key.
+        vllm_problem: why this vLLM cannot serve.
         http, kv: free ports of the ranges.
         proxy_taken: ports of the proxy that something listens on.
     """
@@ -84,7 +85,8 @@ def look(cluster: Cluster, address: str, engines: bool, proxy: bool, environ: Ma
         python = cluster.python or sys.executable
         facts = vllm_facts.of_python(python, vllm_facts.runs_in(environ))
         vllm = facts.version if facts else ""
-        problem = " ".join(vllm_facts.problem(facts, "own", address)) if facts else ""
+        why = vllm_facts.problem(facts, "own", address) if facts else ()
+        problem = text(*why) if why else ""
     return Report(
         engines=True,
         fingerprint=fingerprint,
@@ -177,7 +179,7 @@ def _of_node(cluster: Cluster, report: Report, reference: str, running: bool) ->
     if not report.model:
         found.append(f"model: {cluster.model} is not there")
     if report.vllm_problem:
-        found.append(f"python: vLLM {report.vllm} cannot be used ({report.vllm_problem})")
+        found.append(f"python: {report.vllm_problem}")
     if report.engines and cluster.engine == "vllm" and not report.vllm:
         found.append(f"python: {cluster.python or sys.executable} has no vLLM")
     for kind, count in (("http", report.http), ("kv", report.kv)):
