@@ -129,7 +129,7 @@ def engine(
         }
         command = machine.own_connector(settings, vllm, place, "", environ, extra=extra)
     mine = {name: value for name, value in command.environment.items() if name != "PYTHONPATH"}
-    return replace(command, environment={**mine, **cluster.environment, **variables})
+    return replace(command, environment={**mine, **cluster.environment, **cluster.network.nccl, **variables})
 
 
 def registration(cluster: Cluster, node: Node) -> tuple[str, ...]:

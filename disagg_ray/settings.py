@@ -99,9 +99,11 @@ class Network:
 
     Attributes:
         peers: whose KV ports an engine connects to, and who may connect to its own.
+        nccl: variables of the engines that concern NCCL, such as NCCL_SOCKET_IFNAME.
     """
 
     peers: tuple[str, ...] = PRIVATE_NETWORKS
+    nccl: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Cluster:
         ports: first and last port that engines of one node use, by kind: ``http`` and ``kv``.
         secret_file: on every node; DISAGG_KV_SECRET_FILE in the environment of a node's ``ray start`` wins.
         settings: settings of the script that concern engines.
-        environment: variables of the engines, such as NCCL_SOCKET_IFNAME.
+        environment: further variables of the engines, such as HF_HOME.
         run_dir: on every node, claims of ports and logs of engines and proxies.
         start_timeout: seconds until an engine answers.
         drain_timeout: seconds in which an engine that is to stop may finish its requests.
@@ -423,7 +425,7 @@ def _peers(key: str, value: object) -> tuple[str, ...]:
 
 
 def _network(key: str, value: object) -> Network:
-    network: Network = _section(key, value, Network, {"peers": _peers})
+    network: Network = _section(key, value, Network, {"peers": _peers, "nccl": _variables})
     return network
 
 

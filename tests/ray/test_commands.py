@@ -41,8 +41,8 @@ def test_a_vllm_engine_gets_a_configuration_that_the_connector_accepts(cluster: 
         cluster,
         engine="vllm",
         prefill=Role(tensor_parallel=2, args=("--max-num-seqs", "8")),
-        network=Network(("10.0.0.0/8",)),
-        environment={"NCCL_SOCKET_IFNAME": "eth0"},
+        network=Network(("10.0.0.0/8",), {"NCCL_SOCKET_IFNAME": "eth0"}),
+        environment={"HF_HOME": "/models/hf"},
     )
     command = engine(cluster, "prefill", FACTS, "3,5")
     words = command.words
@@ -55,7 +55,7 @@ def test_a_vllm_engine_gets_a_configuration_that_the_connector_accepts(cluster: 
     assert words[words.index("--tensor-parallel-size") + 1] == "2"
     assert words[words.index("--distributed-executor-backend") + 1] == "mp"
     assert command.environment["CUDA_VISIBLE_DEVICES"] == "3,5"
-    assert command.environment["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert command.environment["NCCL_SOCKET_IFNAME"] == "eth0" and command.environment["HF_HOME"] == "/models/hf"
 
 
 def test_no_secret_is_in_a_command_line(cluster: Cluster) -> None:

@@ -20,8 +20,8 @@ proxy: {nodes: [head, 10.0.0.2], settings: {MAX_QUEUE: 500, SERVED_BY_HEADER: tr
 ports: {http: 20000-20099, kv: 21000-21999}
 secret_file: /etc/disagg/secret
 settings: {MAX_MODEL_LEN: 8192, GPU_MEMORY_UTILIZATION: 0.9}
-network: {peers: [10.0.0.0/8]}
-environment: {NCCL_SOCKET_IFNAME: eth0}
+network: {peers: [10.0.0.0/8], nccl: {NCCL_SOCKET_IFNAME: eth0}}
+environment: {HF_HOME: /models/hf}
 slo: {ttft_ms: 500}
 """
 
