@@ -176,18 +176,20 @@ class ProxyReplica:
 
 def prefill_policy(context: Any) -> tuple[int, dict[str, Any]]:
     """How many prefills there should be."""
-    count = context.target_num_replicas
-    return scaling.wanted(count, _highest(context, "pressure")), {}
+    count, pressure = context.target_num_replicas, _highest(context, "pressure")
+    return count if pressure is None else scaling.wanted(count, pressure), {}
 
 
 def decode_policy(context: Any) -> tuple[int, dict[str, Any]]:
     """How many decodes there should be."""
     count = context.target_num_replicas
-    pressure = scaling.decode_pressure(_highest(context, "load"), _highest(context, "latency"), count)
-    return scaling.wanted(count, pressure), {}
+    load, latency = _highest(context, "load"), _highest(context, "latency")
+    if load is None or latency is None:
+        return count, {}
+    return scaling.wanted(count, scaling.decode_pressure(load, latency, count)), {}
 
 
-def _highest(context: Any, name: str) -> float:
-    """The highest value that a replica reported over the last look-back period."""
+def _highest(context: Any, name: str) -> float | None:
+    """The highest value that a replica reported over the last look-back period; None without one."""
     values = (context.aggregated_metrics or {}).get(name) or {}
-    return max(map(float, values.values()), default=0.0)
+    return max(map(float, values.values()), default=None)

@@ -190,9 +190,15 @@ class Engine(Part):
         self.stop()
 
     def figures(self) -> dict[str, float]:
-        """What the scaling policy of its role needs, measured since the last call (:mod:`disagg_ray.scaling`)."""
+        """What the scaling policy of its role needs, measured since the last call (:mod:`disagg_ray.scaling`).
+
+        Empty while no proxy answers: nothing is known then, which is no reason to scale.
+        """
         key = self.proxies.monitoring_key
-        now = scaling.read_metrics(get_text(f"{url}/metrics", key) for url in self.proxies.urls)
+        texts = [text for url in self.proxies.urls if (text := get_text(f"{url}/metrics", key))]
+        if not texts:
+            return {}
+        now = scaling.read_metrics(texts)
         before, self._before = self._before, now
         if self.role == "prefill":
             return {"pressure": scaling.prefill_pressure(now, before, self.cluster.slo)}

@@ -148,11 +148,11 @@ class RayCluster:
     def proxies(self) -> Proxies:
         return Proxies.of([f"{self.proxy_host}:{self.proxy_port}"], SECRET)
 
-    def add_node(self, number: int, resources: dict[str, float], **environment: str) -> None:
+    def add_node(self, number: int, resources: dict[str, float], cpus: int = 2, **environment: str) -> None:
         """A further node; the first is the head."""
         options: dict[str, Any] = {
             "node_ip_address": self.address(number),
-            "num_cpus": 2,
+            "num_cpus": cpus,
             "resources": resources,
             "object_store_memory": 80 * 2**20,
             "include_dashboard": False,
