@@ -217,3 +217,5 @@ def test_figures_for_scaling_come_from_the_proxies(machine: Machine) -> None:
     until(lambda: decode.figures()["load"] == 1 / 256, "one request of 256")
     running.join()
     assert prefill.figures() == {"pressure": 0.0} and scaling.wanted(2, 0.0) == 1
+    machine.proxy.stop()
+    assert prefill.figures() == {}, "nothing is known, so nothing is changed"
