@@ -186,6 +186,7 @@ def test_a_port_that_is_taken_in_between_is_left_to_its_owner(
     first, last = machine.cluster.ports["http"]
     monkeypatch.setattr(claims, "may_bind", lambda host, port: True)
     with socket.socket() as intruder:
+        intruder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         intruder.bind((machine.host, first))
         intruder.listen()
         intruder.setblocking(False)
