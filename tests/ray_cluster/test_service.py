@@ -99,17 +99,6 @@ def test_a_killed_proxy_is_replaced_on_its_ports(cluster: RayCluster, victim: st
     assert cluster.complete() == 200
 
 
-def test_decodes_follow_their_load(cluster: RayCluster) -> None:
-    """More in-flight requests than 0.8 of the slots of two decodes."""
-    plain = cluster.raw["decode"]
-    cluster.up(decode={**plain, "autoscale": {"min": 2, "max": 3, "up_s": 1, "down_s": 1}})
-    with Load(cluster, clients=16, tokens=40) as load:
-        cluster.until_ready(1, 3)
-    cluster.until_ready(1, 2)
-    assert load.failed == []
-    cluster.up(decode=plain)
-
-
 def test_down_leaves_nothing_behind(cluster: RayCluster) -> None:
     pids = cluster.processes().values()
     assert len(pids) == 4
