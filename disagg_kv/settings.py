@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from disagg_kv.ports import PortRange
 from disagg_kv.protocol.frames import WireError
 from disagg_kv.protocol.keys import join_address, parse_address
 from disagg_kv.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, read_secret
 
 TRACE_VARIABLE = "DISAGG_KV_TRACE"
+_NAMED = re.compile(r"(?=[^:]*[A-Za-z])[A-Za-z0-9][A-Za-z0-9.-]{0,252}:([1-9][0-9]{0,4})")
 _LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
@@ -25,6 +28,9 @@ class Settings:
     the address that vLLM chooses (VLLM_HOST_IP)."""
     listen: str = "127.0.0.1"
     """IP address that the KV port is bound to. Default: ``host_ip``, or loopback."""
+    kv_ports: str = ""
+    """Range such as ``21000-22999``. The engine listens on the first block of free ports in it, one port for each
+    tensor parallel rank, instead of on ``kv_port`` and those after it."""
     peers: tuple[str, ...] = _LOOPBACK
     """Networks that decode may fetch KV from, and from which connections to the KV port are accepted. Default:
     loopback. Connections from ``proxy_ip`` are accepted too."""
@@ -32,7 +38,8 @@ class Settings:
     """Proxy to announce this engine to; empty: no announcement."""
     proxy_port: int = 0
     proxies: tuple[str, ...] = ()
-    """Further proxies to announce this engine to, each ``ip:port``. Connections from them are accepted."""
+    """Further proxies to announce this engine to, each ``ip:port`` or ``name:port``. Connections from these IP
+    addresses are accepted; a name is resolved at each connect, and its addresses must be in ``peers``."""
     http_port: int = 0
     """Port of this engine's HTTP server, for the announcement."""
     transport: str = "auto"
@@ -124,14 +131,21 @@ class Settings:
             if text := getattr(self, name):
                 _check_ip(name, text)
         for network in self.peers:
-            ipaddress.ip_network(network)
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"kv_connector_extra_config: peers: {error}") from None
+        if self.kv_ports:
+            try:
+                PortRange.parse(self.kv_ports)
+            except ValueError as error:
+                raise ValueError(f"kv_connector_extra_config: kv_ports: {error}") from None
         if bool(self.proxy_ip) != bool(self.proxy_port) or (self.proxy_ip and not self.http_port):
             raise ValueError("kv_connector_extra_config: proxy_ip, proxy_port and http_port must be set together")
         for proxy in self.proxies:
-            try:
-                parse_address(proxy)
-            except WireError as error:
-                raise ValueError(f"kv_connector_extra_config: proxies: {error}") from None
+            named = _NAMED.fullmatch(proxy)
+            if not _ip_of(proxy) and not (named and int(named[1]) < 65536):
+                raise ValueError(f"kv_connector_extra_config: proxies: {proxy!r} is not ip:port or name:port")
         if self.proxies and not self.http_port:
             raise ValueError("kv_connector_extra_config: proxies and http_port must be set together")
 
@@ -140,6 +154,11 @@ class Settings:
         """Registration ports of all proxies that this engine is announced to, each ``ip:port``."""
         first = (join_address(self.proxy_ip, self.proxy_port),) if self.proxy_ip else ()
         return tuple(dict.fromkeys((*first, *self.proxies)))
+
+    @property
+    def port_range(self) -> PortRange | None:
+        """``kv_ports``, None where it is not set."""
+        return PortRange.parse(self.kv_ports) if self.kv_ports else None
 
     def may_fetch_from(self, address: str) -> bool:
         """Whether decode may connect to this ``ip:port``.
@@ -153,7 +172,7 @@ class Settings:
         """Whether a connection from this IP address is accepted: a peer's, or a proxy's."""
         ip = ipaddress.ip_address(host.partition("%")[0])
         mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-        proxies = {self.proxy_ip, *(parse_address(proxy)[0] for proxy in self.proxies)}
+        proxies = {self.proxy_ip, *map(_ip_of, self.proxies)} - {""}
         return str(mapped or ip) in proxies or self._is_peer(mapped or ip)
 
     @property
@@ -163,6 +182,14 @@ class Settings:
 
     def _is_peer(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         return any(ip in ipaddress.ip_network(network) for network in self.peers)
+
+
+def _ip_of(proxy: str) -> str:
+    """The IP address in ``ip:port``; empty where it is a name, or malformed."""
+    try:
+        return parse_address(proxy)[0]
+    except WireError:
+        return ""
 
 
 def _check_ip(name: str, text: str) -> None:

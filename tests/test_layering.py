@@ -26,15 +26,16 @@ MAY_IMPORT = {
     "disagg_kv.tally": "",
     "disagg_kv.protocol": "",
     "disagg_kv.secret": "",
-    "disagg_kv.settings": "disagg_kv.protocol disagg_kv.secret",
+    "disagg_kv.ports": "",
+    "disagg_kv.settings": "disagg_kv.ports disagg_kv.protocol disagg_kv.secret",
     "disagg_kv.model_config": "",
     "disagg_kv.outcomes": "",
     "disagg_kv.control": "disagg_kv.protocol disagg_kv.within",
     "disagg_kv.transport": "disagg_kv.protocol disagg_kv.settings disagg_kv.trace",
     "disagg_kv.prefill": "disagg_kv.protocol disagg_kv.tally disagg_kv.transport",
     "disagg_kv.decode": "disagg_kv.protocol disagg_kv.transport",
-    "disagg_kv.engine": "disagg_kv.protocol disagg_kv.settings disagg_kv.tally disagg_kv.trace disagg_kv.transport "
-    "disagg_kv.prefill disagg_kv.decode disagg_kv.model_config disagg_kv.outcomes",
+    "disagg_kv.engine": "disagg_kv.ports disagg_kv.protocol disagg_kv.settings disagg_kv.tally disagg_kv.trace "
+    "disagg_kv.transport disagg_kv.prefill disagg_kv.decode disagg_kv.model_config disagg_kv.outcomes",
     "disagg_kv.connector": "disagg_kv.settings disagg_kv.engine",
     # Power, energy and clocks of GPUs, real or simulated.
     "disagg_power": "",
@@ -130,8 +131,8 @@ LIBRARIES = {
     "disagg_kv.transport.tcp",
     # Sockets for clients (serve, server, workers), between workers (workers), for registrations (discovery); those to
     # instances are asyncio's. The machine asks with the standard library alone.
-    "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.prefill.server "
-    "disagg_kv.transport.channel disagg_machine.net disagg_power.backends disagg_ray.claims",
+    "socket": "check serve server workers discovery.allow discovery.listener disagg_sim disagg_kv.ports "
+    "disagg_kv.prefill.server disagg_kv.transport.channel disagg_machine.net disagg_power.backends disagg_ray.claims",
     "threading": "discovery.listener discovery.mailbox telemetry.access_log telemetry.tracing workers.shared_load "
     "disagg_kv disagg_power.hold disagg_power.reader disagg_report.power disagg_machine.bench.load",
 }

@@ -92,6 +92,13 @@ def tensor_parallel_rank() -> int:
     return int(get_tensor_model_parallel_rank())
 
 
+def from_first_rank(value: int) -> int:
+    """Return what tensor parallel rank 0 passed. Every rank must call it."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return int(get_tp_group().broadcast_object(value, src=0))
+
+
 def model_name(config: Any) -> str:
     """Return the last part of the model's name or path: engines may load the same model from different places."""
     return os.path.basename(str(config.model_config.model).rstrip("/"))

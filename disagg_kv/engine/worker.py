@@ -13,6 +13,7 @@ import torch
 
 from disagg_kv.decode.peer_connection import PeerConnections
 from disagg_kv.decode.pending_loads import Load, PendingLoads
+from disagg_kv.engine import versions
 from disagg_kv.engine.announce import Announcer
 from disagg_kv.engine.energy import EnergyReader, gpus_of_rank
 from disagg_kv.engine.fences import StepFence
@@ -20,6 +21,7 @@ from disagg_kv.engine.groups import CacheGroups
 from disagg_kv.engine.layout import TorchCache
 from disagg_kv.engine.plan import Plan
 from disagg_kv.outcomes import RECOMPUTED, UNFETCHED, Outcomes
+from disagg_kv.ports import PortBlock, port_of_rank
 from disagg_kv.prefill.send_queue import SendQueue
 from disagg_kv.prefill.server import Server
 from disagg_kv.protocol.handshake import Identity, Shape
@@ -56,7 +58,8 @@ class ConnectorWorker:
         model: name and digest.
         groups: cache groups of the engine.
         tp: tensor parallel size.
-        rank: tensor parallel rank; added to ``port``.
+        rank: tensor parallel rank.
+        port: KV port of rank 0, unless ``kv_ports`` is set.
         host: IP address to announce.
         overlap: whether layers may be sent while later ones are computed; never with recurrent states.
         both: whether a decode engine offers KV too (kv_both).
@@ -71,6 +74,7 @@ class ConnectorWorker:
         self._failed_requests: set[str] = set()
         self.outcomes = Outcomes()
         """Counts for vLLM's /metrics."""
+        self._block: PortBlock | None = None
         self._ready = False
 
     def register(self, layers: dict[str, torch.Tensor], num_blocks: int) -> None:
@@ -78,7 +82,7 @@ class ConnectorWorker:
 
         Raises:
             Unsupported: this cache cannot be moved.
-            OSError: the port is taken.
+            OSError: the port is taken, or no block of ``kv_ports`` is free.
         """
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         settings, role = self._settings, "decode" if self._decode else "prefill"
@@ -101,7 +105,7 @@ class ConnectorWorker:
         self._pending = PendingLoads()
         self._connections = PeerConnections(context, self._pending)
         self._server = Server(
-            self._serving, self._send_queue, self._port + self._rank, self._pending.release,
+            self._serving, self._send_queue, self._kv_port(), self._pending.release,
             self._connections.connect if self._decode else None,
         )  # fmt: skip
         self._announcer: Announcer | None = None
@@ -127,6 +131,15 @@ class ConnectorWorker:
             "block, layout %s", "prefill and decode" if self._both else role, name, digest[:12], self._rank, self._tp,
             settings.listen, self._server.port, "/".join(transports), cache.planes, cache.row_bytes, cache.layout,
         )  # fmt: skip
+
+    def _kv_port(self) -> int:
+        ports = self._settings.port_range
+        if ports is None:
+            return self._port + self._rank
+        port, self._block = port_of_rank(
+            ports, self._tp, self._rank, self._settings.listen, "kv_ports", versions.from_first_rank
+        )
+        return port
 
     def on_preemption(self, plan: Plan) -> None:
         """Stop reading blocks of preempted requests, which this step may overwrite."""
@@ -251,4 +264,6 @@ class ConnectorWorker:
             if self._energy is not None:
                 self._energy.close()
             self._server.close()
+            if self._block is not None:
+                self._block.close()
             self._connections.close()

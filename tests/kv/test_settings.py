@@ -62,11 +62,18 @@ def test_every_proxy_gets_announcements_and_may_connect() -> None:
     assert not settings.may_fetch_from("10.0.0.2:1")
 
 
+def test_a_proxy_may_have_a_name_whose_addresses_are_peers() -> None:
+    settings = Settings.load({"proxies": "proxy-0.registration:30001", "http_port": 2, "peers": "10.8.0.0/16"}, {})
+    assert settings.announce_to == ("proxy-0.registration:30001",)
+    assert settings.may_connect("10.8.3.4") and not settings.may_connect("10.9.0.1")
+
+
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
         ({"host_ip": "node-1"}, "host_ip is 'node-1', not an IP address"),
-        ({"proxies": "node-1:30001", "http_port": 1}, "proxies: not an IP address and port"),
+        ({"proxies": "node-1", "http_port": 1}, "proxies: 'node-1' is not ip:port or name:port"),
+        ({"proxies": "10.0.0:30001", "http_port": 1}, "'10.0.0:30001' is not"),
         ({"proxies": "10.0.0.1:30001"}, "proxies and http_port must be set together"),
         ({"kv_buffer": 1}, "'kv_buffer' is unknown"),
         ({"transport": "rdma"}, "transport"),
@@ -75,7 +82,8 @@ def test_every_proxy_gets_announcements_and_may_connect() -> None:
         ({"staging_mb": True}, "staging_mb"),
         ({"hold_fraction": 1.5}, "hold_fraction"),
         ({"listen": "localhost"}, "localhost"),
-        ({"peers": ["everywhere"]}, "everywhere"),
+        ({"peers": ["everywhere"]}, "peers: 'everywhere' does not appear to be"),
+        ({"peers": "10.0.0.5/24"}, "peers: 10.0.0.5/24 has host bits set"),
         ({"proxy_ip": "127.0.0.1", "proxy_port": 1}, "must be set together"),
         ({"staging_buffers": 1}, "staging_buffers"),
     ],
