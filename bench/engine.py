@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import httptools
@@ -24,7 +25,7 @@ _DETAILS = {"cached_tokens": 3}
 
 
 class Engine:
-    """One prefill or decode instance on a port of the kernel's choice, pinging the proxy.
+    """One prefill or decode instance on a port of the kernel's choice, pinging proxies.
 
     Args:
         role: "P" or "D".
@@ -36,12 +37,12 @@ class Engine:
         self._server: asyncio.Server | None = None
         self._pings: asyncio.Task[None] | None = None
 
-    async def start(self, proxy: str) -> None:
-        """Listen, and register at ``proxy`` ("host:port")."""
+    async def start(self, *proxies: str) -> None:
+        """Listen, and register at each of ``proxies`` ("host:port")."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", 0, backlog=2048)
         port = self._server.sockets[0].getsockname()[1]
-        self._pings = asyncio.create_task(self._ping(proxy, port))
+        self._pings = asyncio.create_task(self._ping(proxies, port))
 
     async def stop(self) -> None:
         """Stop listening and pinging."""
@@ -51,17 +52,19 @@ class Engine:
         if self._server is not None:
             self._server.close()
 
-    async def _ping(self, proxy: str, port: int) -> None:
+    async def _ping(self, proxies: Sequence[str], port: int) -> None:
         # Nothing listens at the KV address, and no peer connects to it: there is no KV.
         kv = f"127.0.0.2:{port}"
         message = msgpack.packb({"type": self.role, "http_address": f"127.0.0.1:{port}", "zmq_address": kv})
         context = zmq.asyncio.Context()
         try:
-            socket = context.socket(zmq.DEALER)
-            socket.setsockopt_string(zmq.IDENTITY, kv)
-            socket.connect(f"tcp://{proxy}")
+            sockets = [context.socket(zmq.DEALER) for _ in proxies]
+            for socket, proxy in zip(sockets, proxies, strict=True):
+                socket.setsockopt_string(zmq.IDENTITY, kv)
+                socket.connect(f"tcp://{proxy}")
             while True:
-                await socket.send(message)
+                for socket in sockets:
+                    await socket.send(message)
                 await asyncio.sleep(_PING)
         finally:
             context.destroy(linger=0)

@@ -87,7 +87,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 @contextlib.asynccontextmanager
-async def _proxy(workers: int, cores: set[int] | None) -> AsyncIterator[tuple[str, str, list[int]]]:
+async def proxy_processes(workers: int, cores: set[int] | None) -> AsyncIterator[tuple[str, str, list[int]]]:
     """Yields host:port for clients, host:port for engines, and the process ids."""
     options = "--http-host 127.0.0.1 --http-port 0 --zmq-host 127.0.0.1 --zmq-port 0 --decode-max-in-flight 0"
     pin = ["taskset", "-c", ",".join(map(str, sorted(cores)))] if cores else []
@@ -115,18 +115,20 @@ async def _proxy(workers: int, cores: set[int] | None) -> AsyncIterator[tuple[st
         await process.wait()
 
 
-async def _helper(cores: set[int] | None, *args: str) -> asyncio.subprocess.Process:
+async def helper(cores: set[int] | None, *args: str, module: str = "bench.workers") -> asyncio.subprocess.Process:
+    """Start ``python -m module args``."""
     pin = ["taskset", "-c", ",".join(map(str, sorted(cores)))] if cores else []
     return await asyncio.create_subprocess_exec(
-        *pin, sys.executable, "-m", "bench.workers", *args,
+        *pin, sys.executable, "-m", module, *args,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
 
 
-async def _until_pairs(address: str) -> None:
+async def until_pairs(address: str, pairs: int) -> None:
+    """Wait until a proxy has so many pairs."""
     # A new connection each time, so that every worker gets some of them.
     client = LoadClient(f"http://{address}", reuse=False)
-    while (await client.get("/health")).json().get("pairs") != _PAIRS * _PAIRS:
+    while (await client.get("/health")).json().get("pairs") != pairs:
         await asyncio.sleep(0.1)
 
 
@@ -134,15 +136,15 @@ async def measure(workers: int, requests: int, connections: int, loads: int) -> 
     """Measure one round with ``workers`` workers."""
     split = cores_for(workers, sorted(os.sched_getaffinity(0)))
     ours, theirs = split if split else (None, None)
-    async with _proxy(workers, ours) as (address, zmq, pids):
-        engines = await _helper(theirs, "--engines", zmq)
+    async with proxy_processes(workers, ours) as (address, zmq, pids):
+        engines = await helper(theirs, "--engines", zmq)
         try:
             # Every worker answers some of these.
             for _ in range(4 * workers):
-                await asyncio.wait_for(_until_pairs(address), 30)
-            await _load(theirs, address, max(200, requests // 10), connections, loads)
+                await asyncio.wait_for(until_pairs(address, _PAIRS * _PAIRS), 30)
+            await send_load(theirs, address, max(200, requests // 10), connections, loads)
             before, begun = cpu_seconds(pids), time.monotonic()
-            results = await _load(theirs, address, requests, connections, loads)
+            results = await send_load(theirs, address, requests, connections, loads)
             seconds, cpu = time.monotonic() - begun, cpu_seconds(pids) - before
             each = [cpu_seconds([pid]) for pid in pids]
         finally:
@@ -161,11 +163,12 @@ async def measure(workers: int, requests: int, connections: int, loads: int) -> 
     }
 
 
-async def _load(
+async def send_load(
     cores: set[int] | None, address: str, requests: int, connections: int, loads: int
 ) -> list[dict[str, float]]:
+    """Send requests from ``loads`` processes; what each of them reports."""
     share = [str(requests // loads), str(connections // loads)]
-    processes = [await _helper(cores, "--load", address, *share) for _ in range(loads)]
+    processes = [await helper(cores, "--load", address, *share) for _ in range(loads)]
     outputs = await asyncio.gather(*(process.communicate() for process in processes))
     return [json.loads(out) for out, _ in outputs]
 
