@@ -109,6 +109,9 @@ class _Connection(asyncio.Protocol):
         elif self._url == b"/v1/models":
             card = {"id": MODEL, "object": "model", "owned_by": "bench", "max_model_len": 32768}
             self._say(json.dumps({"object": "list", "data": [card]}).encode())
+        elif not self._body:
+            # /metrics, which the proxy reads where an engine has it.
+            self._say(b"", b"404 Not Found")
         else:
             self._generate(json.loads(self._body))
 
