@@ -87,7 +87,7 @@ MAY_IMPORT = {
     # The machine starts the others as processes, and knows their command lines and which models the connector refuses.
     "disagg_machine": "disagg_kv.model_config",
     # The cluster takes the machine's command lines, and the names of both tables of settings.
-    "disagg_ray": "config disagg_kv.secret disagg_machine disagg_proxy",
+    "disagg_ray": "config disagg_kv.ports disagg_kv.protocol disagg_kv.secret disagg_machine disagg_proxy",
 }
 """Unit -> units that it may import at run time, from the bottom up: each names only units above it. The units of
 disagg_proxy have no prefix; disagg_report, disagg_machine, disagg_power and disagg_ray are one unit each, disagg_sim
@@ -122,7 +122,7 @@ LIBRARIES = {
     "telemetry.metrics",
     # config.values: whether it is installed.
     "opentelemetry": "config.values telemetry.tracing",
-    "ray": "disagg_ray.app disagg_ray.cli disagg_ray.service disagg_ray.store",
+    "ray": "disagg_ray.app disagg_ray.cli disagg_ray.serve_llm disagg_ray.service disagg_ray.store",
     "yaml": "disagg_ray.settings",
     "rich": "top",
     "matplotlib": "disagg_power.record_plot disagg_report.plots",
