@@ -28,7 +28,7 @@ from tests.ports import hold_port
 from tools.settings_tables import ROOT
 
 FOLDER = ROOT / "deploy/docker"
-DOCKERFILES = [FOLDER / "Dockerfile", FOLDER / "Dockerfile.vllm"]
+DOCKERFILES = [FOLDER / "Dockerfile", FOLDER / "Dockerfile.vllm", FOLDER / "Dockerfile.engine"]
 DEFAULTS = {setting.env: setting.default for setting in SETTINGS}
 DOCKERFILE = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 
@@ -103,15 +103,22 @@ def test_nothing_else_is_in_the_context() -> None:
     assert not in_context("disagg_proxy/upstream/client.cpython-312-x86_64-linux-gnu.so")
 
 
-def test_what_pip_needs_is_copied_before_it_runs() -> None:
-    found = instructions(FOLDER / "Dockerfile")
-    install = next(index for index, (_, rest) in enumerate(found) if rest == '["pip", "install", "--no-deps", "."]')
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("Dockerfile", '["pip", "install", "--no-deps", "."]'),
+        ("Dockerfile.engine", '["uv", "build", "--no-cache", "--wheel", "--out-dir", "/wheels", "."]'),
+    ],
+)
+def test_what_pip_needs_is_copied_before_it_runs(name: str, command: str) -> None:
+    found = instructions(FOLDER / name)
+    install = next(index for index, (_, rest) in enumerate(found) if rest == command)
     there = {source for name, rest in found[:install] if name == "COPY" for source in rest.split()[:-1]}
     text = (ROOT / "pyproject.toml").read_text()
     named = set(re.findall(r'"((?:requirements-\w+\.txt|README\.md|LICENSE))"', text)) | {"pyproject.toml", "setup.py"}
     packages = {name.removesuffix("*") for name in re.findall(r'"(disagg_\w+\*)"', text)}
     folders = {name.split("/")[0] for name in re.findall(r'= \["((?:man|completions)/[^"]+)"\]', text)}
-    assert named | packages | folders <= there and len(packages) == 6
+    assert named | packages | folders <= there and len(packages) == 7
 
 
 def test_the_machine_finds_its_checkout_in_the_image() -> None:
