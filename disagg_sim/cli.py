@@ -21,6 +21,7 @@ from disagg_kv.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE, read_secret
 from disagg_power.devices import PowerError
 from disagg_sim.config import Connector, SimConfig, SimConfigError, split_address
 from disagg_sim.engine import SimEngine
+from disagg_sim.step_model import H200, ProfileError, load_profile
 
 _DESCRIPTION = """Simulated vLLM engines for prefill/decode disaggregation: no GPU, real sockets, real hand-over of
 KV, and the failures of real engines. With p2p_nccl every request needs the X-Request-Id that a P/D proxy makes."""
@@ -88,6 +89,12 @@ def _parser() -> _Parser:
         "--time-per-output-token", type=float, default=0.02, metavar="SECONDS", help="time of a decode step"
     )
     speed.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="steps and hand-over as on a measured engine (disagg-proxy calibrate), instead of the two speeds above; "
+        f"{H200} is installed",
+    )
+    speed.add_argument(
         "--communicator-seconds", type=float, default=0.0, help="extra time of a pair's first request (NCCL: 1.1)"
     )
 
@@ -132,6 +139,12 @@ def _parser() -> _Parser:
         "--kv-wire-bytes-per-token", type=int, default=0, help="padding per token that really travels over the socket"
     )
     kv.add_argument("--kv-layers", type=int, default=4, help="tensors per request")
+    kv.add_argument(
+        "--kv-cache-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="size of the KV cache (default: the profile's, or as many as requests can need)",
+    )
     kv.add_argument("--prefix-cache-blocks", type=int, default=4096, help="blocks of 16 tokens in the prefix cache")
 
     failure = parser.add_argument_group("failure")
@@ -168,6 +181,19 @@ def _configs(parser: _Parser, args: argparse.Namespace) -> list[SimConfig]:
             parser.error(f"argument --proxy: {proxy!r} is not HOST:PORT")
     death = args.exit_after_death_seconds
     try:
+        profile = load_profile(args.profile) if args.profile else None
+    except ProfileError as error:
+        parser.error(f"argument --profile: {error}")
+    cache = args.kv_cache_tokens or (
+        profile.kv_cache_tokens if profile else args.max_num_seqs * (args.max_model_len + args.kv_block_size)
+    )
+
+    def measured(name: str) -> int:
+        """A limit of the scheduler: the profile's, unless the flag says something else."""
+        value: int = getattr(args, name)
+        return getattr(profile, name) if profile and value == parser.get_default(name) else value
+
+    try:
         first = SimConfig(
             role="prefill" if args.role == "pair" else args.role,
             host=args.host,
@@ -187,11 +213,13 @@ def _configs(parser: _Parser, args: argparse.Namespace) -> list[SimConfig]:
             startup_seconds=args.startup_seconds,
             prefill_tokens_per_second=args.prefill_tokens_per_second,
             time_per_output_token=args.time_per_output_token,
+            profile=profile,
             communicator_seconds=args.communicator_seconds,
             max_model_len=args.max_model_len,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_num_seqs=measured("max_num_seqs"),
+            max_num_batched_tokens=measured("max_num_batched_tokens"),
             randomize_request_ids=args.randomize_request_ids,
+            kv_cache_tokens=cache,
             prefix_cache_blocks=args.prefix_cache_blocks,
             kv_layers=args.kv_layers,
             kv_bytes_per_token=args.kv_bytes_per_token,

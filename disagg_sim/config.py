@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from disagg_sim.step_model import EngineProfile
 from disagg_sim.vllm_rules import NEWEST, WITH_P2P_NCCL, VllmRules, parse_version, rules_of
 
 Role = Literal["prefill", "decode"]
@@ -49,6 +50,8 @@ class SimConfig:
     prefill_tokens_per_second: float = 0.0
     time_per_output_token: float = 0.0
     """Seconds of one decode step, whatever the batch holds."""
+    profile: EngineProfile | None = None
+    """Figures of a measured engine, whose steps and hand-over take that long, instead of the two speeds above."""
     communicator_seconds: float = 0.0
     """Extra time of the first request between one prefill and one decode engine; 1.1 s with NCCL."""
 
@@ -59,6 +62,9 @@ class SimConfig:
     """Prompt tokens of one prefill step; a longer prompt is prefilled in chunks."""
     randomize_request_ids: bool = False
     """As vLLM >= 0.14 without VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1: P and D no longer agree on the KV's key."""
+    kv_cache_tokens: int = 8_388_608
+    """Tokens that the KV cache holds, in blocks of ``kv_block_size``. The default holds as many requests of the default
+    ``max_model_len`` as are in a batch."""
     prefix_cache_blocks: int = 4096
     """Blocks of 16 tokens that a prefill engine's prefix cache holds; 0 turns the cache off."""
 
@@ -146,6 +152,11 @@ class SimConfig:
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise SimConfigError(f"{name} must be at least {least}")
+        if self.kv_cache_tokens < self.max_model_len + self.kv_block_size:
+            raise SimConfigError(
+                f"kv_cache_tokens must hold one request of max_model_len and a block more: at least"
+                f" {self.max_model_len + self.kv_block_size}; a lower max_model_len needs less"
+            )
         if self.exit_after_death_seconds is not None and self.exit_after_death_seconds < 0:
             raise SimConfigError("exit_after_death_seconds must be at least 0")
         if self.gpu is not None and not 0 <= self.gpu < 64:
@@ -175,6 +186,11 @@ class SimConfig:
         return cached if shown else None
 
     @property
+    def kv_blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self.kv_cache_tokens // self.kv_block_size
+
+    @property
     def is_producer(self) -> bool:
         """True on a prefill engine (vLLM's kv_role kv_producer)."""
         return self.role == "prefill"
@@ -188,6 +204,7 @@ _AT_LEAST: dict[str, float] = {
     "max_model_len": 2,
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
+    "kv_cache_tokens": 1,
     "prefix_cache_blocks": 0,
     "kv_layers": 2,
     "kv_bytes_per_token": 1,

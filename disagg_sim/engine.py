@@ -15,7 +15,7 @@ from disagg_sim.exchange import RecordedRequest
 from disagg_sim.faults import Faults
 from disagg_sim.gpu import EngineGpu
 from disagg_sim.http import HttpSide
-from disagg_sim.metrics import Counters, exposition
+from disagg_sim.metrics import Counters, KvCache, exposition
 from disagg_sim.ping import Pinger
 from disagg_sim.step_loop import StepLoop
 
@@ -179,13 +179,18 @@ class SimEngine:
 
     def metrics(self) -> str:
         """The text of /metrics."""
+        config = self.config
         running, waiting = self._loop.last_step
         return exposition(
             self._counters,
-            model=self.config.models[0],
+            model=config.models[0],
             running=running,
             waiting=waiting,
             steps=self._loop.steps,
+            kv_cache=KvCache(
+                config.kv_block_size, config.kv_blocks, self._loop.kv_blocks_used, config.rules.kv_cache_size_label
+            ),
+            prefix_caching=config.prefix_cache_blocks > 0,
             transfers=self._connector.outcomes(),
         )
 

@@ -109,6 +109,10 @@ class EngineRequest:
     external_tokens: int = 0
     finished: bool = False
     prompt_logprobs: list[LogprobEntry | None] | None = None
+    allocated: bool = False
+    """Its blocks in the KV cache are allocated."""
+    preempted: bool = False
+    """It gave its blocks up for older requests, and its prompt is computed again (``v1/core/sched/scheduler.py``)."""
     load_ended: bool = False
     """A load outside of steps has ended, with KV or without."""
     received: ReceivedKv | None = None

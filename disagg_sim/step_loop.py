@@ -25,6 +25,9 @@ from disagg_sim.vocabulary import EOS_ID
 
 logger = logging.getLogger(__name__)
 
+_POLL = 0.002
+"""Seconds between two attempts to schedule while nothing runs."""
+
 
 class StepLoop:
     """Runs requests to their end; a :class:`WorkerError` of the connector ends the engine.
@@ -61,6 +64,9 @@ class StepLoop:
         self._died = died
         self._gpu = gpu
         self._cache = PrefixCache(config.prefix_cache_blocks)
+        # Otherwise nothing has to be counted in each step.
+        self._kv_limited = config.kv_cache_tokens < config.max_num_seqs * config.max_model_len
+        self._link_free = 0.0
         self._commands: deque[tuple[str, EngineRequest]] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -110,6 +116,16 @@ class StepLoop:
     def pending(self) -> int:
         """Requests that wait for their first step."""
         return len(self.waiting) + len(self.loading) + sum(1 for command, _ in self._commands if command == "add")
+
+    @property
+    def kv_blocks_used(self) -> int:
+        """Blocks in the KV cache that are not free."""
+        requests = (*self.running, *self.loading, *self.waiting)
+        return self._connector.held_blocks + sum(self._blocks(one) for one in requests if one.allocated)
+
+    def _blocks(self, request: EngineRequest) -> int:
+        """Blocks that the request needs with its next token."""
+        return (len(request.prompt_ids) + request.generated) // self._config.kv_block_size + 1
 
     @property
     def aborting(self) -> int:
@@ -172,6 +188,16 @@ class StepLoop:
 
     def _loaded(self, request: EngineRequest, kv: ReceivedKv | None, loader: bool) -> None:
         """See :data:`disagg_sim.connectors.base.Loaded`."""
+        profile = self._config.profile
+        if profile is not None and kv is not None and loader:
+            event_loop, tokens = asyncio.get_running_loop(), len(request.prompt_ids)
+            self._link_free = max(event_loop.time(), self._link_free) + profile.transfer_seconds(tokens)
+            event_loop.call_at(self._link_free + profile.hand_over_seconds, self._join, request, kv, loader)
+            return
+        self._join(request, kv, loader)
+
+    def _join(self, request: EngineRequest, kv: ReceivedKv | None, loader: bool) -> None:
+        """A load has ended: the request is to be scheduled, unless it was aborted."""
         if request not in self.loading:
             return
         self.loading.remove(request)
@@ -184,38 +210,66 @@ class StepLoop:
         self.waiting.append(request)
         self._wake.set()
 
-    def _schedule(self) -> tuple[list[EngineRequest], list[EngineRequest], int]:
+    def _schedule(self) -> tuple[list[EngineRequest], list[EngineRequest], list[tuple[int, int]]]:
         """Form the batch.
 
         Returns:
-            The requests that are new in it, those whose prompt is complete after this step, and the number of prompt
-            tokens that the step computes. The last token of a prompt whose KV came from prefill is not counted: it is
-            computed as in a decode step.
+            The requests that are new in it, those whose prompt is complete after this step, and the chunks of prompts
+            that the step computes, each with the tokens in front of it. The last token of a prompt whose KV came from
+            prefill is not among them: it is computed as in a decode step.
         """
         config = self._config
         self._connector.check_batch(self.running)
+        free = self._preempt() if self._kv_limited else 0
         fresh: list[EngineRequest] = []
         while self.waiting and len(self.running) < config.max_num_seqs:
-            request = self.waiting.popleft()
-            if not request.load_ended and self._begin_load(request):
+            request = self.waiting[0]
+            if self._kv_limited and not request.allocated:
+                free -= self._blocks(request)
+                if free < 0:
+                    break
+            self.waiting.popleft()
+            request.allocated = True
+            if not request.load_ended and not request.preempted and self._begin_load(request):
                 continue
-            if not request.cached_tokens and request.sampling.prompt_logprobs is None:
-                request.local_cached = self._cache.hits(request.prompt_ids)
-            request.prefilled = request.cached_tokens
+            if request.preempted:
+                request.prefilled = self._cache.hits(request.prompt_ids)
+            else:
+                if not request.cached_tokens and request.sampling.prompt_logprobs is None:
+                    request.local_cached = self._cache.hits(request.prompt_ids)
+                request.prefilled = request.cached_tokens
             self.running.append(request)
             fresh.append(request)
         budget = config.max_num_batched_tokens
         ready: list[EngineRequest] = []
-        computed = 0
+        chunks: list[tuple[int, int]] = []
         for request in self.running:
             missing = min(len(request.prompt_ids) - request.prefilled, budget)
+            if missing and (not request.external_tokens or request.preempted):
+                chunks.append((missing, request.prefilled))
             request.prefilled += missing
             budget -= missing
-            if not request.external_tokens:
-                computed += missing
             if request.prompt_complete:
                 ready.append(request)
-        return fresh, ready, computed
+        return fresh, ready, chunks
+
+    def _preempt(self) -> int:
+        """Take the blocks of the newest requests that decode until the others fit. Returns the number of free blocks.
+
+        The tokens that a preempted request has generated are computed again with its prompt; here they take no time.
+        """
+        free = self._config.kv_blocks - self.kv_blocks_used
+        while free < 0:
+            decoding = [request for request in self.running if request.answer is not None]
+            if len(decoding) < 2:
+                break
+            newest = decoding[-1]
+            self.running.remove(newest)
+            free += self._blocks(newest)
+            newest.allocated, newest.preempted, newest.prefilled = False, True, 0
+            self._counters.preemptions += 1
+            self.waiting.appendleft(newest)
+        return free
 
     def _begin_load(self, request: EngineRequest) -> bool:
         # In the list before the load begins: a load may end at once.
@@ -228,13 +282,16 @@ class StepLoop:
     # One step.
 
     async def _step(self) -> None:
-        fresh, ready, computed = self._schedule()
+        fresh, ready, chunks = self._schedule()
         self._changed()
         if not self.running:
+            if self.waiting:
+                # KV that decode has not fetched fills the cache. vLLM's engine core polls too.
+                await asyncio.sleep(_POLL)
             return
         await self._faults.gate("forward")
         await self._connector.load(fresh)
-        await asyncio.sleep(self._seconds(ready, computed))
+        await asyncio.sleep(self._seconds(fresh, ready, chunks))
         await self._connector.save([request for request in self.running if request.answer is None])
         for request in ready:
             if request.answer is None:
@@ -247,12 +304,22 @@ class StepLoop:
         self.last_step = len(self.running), len(self.waiting) + len(self.loading)
         self._changed()
 
-    def _seconds(self, ready: list[EngineRequest], computed: int) -> float:
+    def _seconds(self, fresh: list[EngineRequest], ready: list[EngineRequest], chunks: list[tuple[int, int]]) -> float:
         """Duration of the forward pass: the prompt tokens at prefill's speed, and one decode step if any decodes."""
-        config = self._config
-        prefill = computed / config.prefill_tokens_per_second if config.prefill_tokens_per_second else 0.0
-        decodes = any(request.generated or request.received is not None for request in ready)
-        decode = config.time_per_output_token if decodes else 0.0
+        config, profile = self._config, self._config.profile
+        decoding = [request for request in ready if request.generated or request.received is not None]
+        if profile is not None:
+            prefill = profile.prefill_seconds(chunks)
+            context = sum(len(request.prompt_ids) + request.generated for request in decoding)
+            loads = sum(request.received is not None for request in fresh)
+            decode = profile.decode_seconds(len(decoding), context, loads)
+            # Which clock the fixed part follows matters to simulated GPUs only.
+            fixed = profile.fixed_seconds(connector=True, mixed=bool(chunks and decoding))
+            prefill, decode = (prefill, decode + fixed) if decoding else (prefill + fixed, decode)
+        else:
+            speed = config.prefill_tokens_per_second
+            prefill = sum(tokens for tokens, _ in chunks) / speed if speed else 0.0
+            decode = config.time_per_output_token if decoding else 0.0
         return prefill + decode if self._gpu is None else self._gpu.step(prefill, decode)
 
     def _complete_prompt(self, request: EngineRequest) -> None:

@@ -36,6 +36,8 @@ class VllmRules:
             ``openai/responses/serving.py``); before, to ``response.completed``.
         chat_billing: chat leaves Claude Code's billing header out of system messages (0.32,
             ``renderers/chat_utils.py``, ``_strip_claude_code_billing_header``); /v1/messages does so in all versions.
+        kv_cache_size_label: ``vllm:cache_config_info`` has the label ``kv_cache_size_tokens`` (``config/cache.py``, in
+            0.27.1 and 0.32; older versions were not read).
     """
 
     null_max_tokens_is_default: bool
@@ -47,6 +49,7 @@ class VllmRules:
     responses_cache_writes: bool
     responses_incomplete: bool
     chat_billing: bool
+    kv_cache_size_label: bool
 
 
 def parse_version(version: str) -> tuple[int, int]:
@@ -76,4 +79,5 @@ def rules_of(version: str) -> VllmRules:
         responses_cache_writes=number >= (0, 31),
         responses_incomplete=number >= (0, 33),
         chat_billing=number >= (0, 32),
+        kv_cache_size_label=number >= (0, 27),
     )

@@ -55,6 +55,11 @@ class KvConnector(ABC):
         """Totals for /metrics, as ``disagg_kv/outcomes.py`` names them; None for a connector without such metrics."""
         return None
 
+    @property
+    def held_blocks(self) -> int:
+        """Blocks of finished requests that stay in the KV cache until decode has fetched them."""
+        return 0
+
     # Between steps.
 
     def check_batch(self, running: Sequence[EngineRequest]) -> None:  # noqa: B027

@@ -64,6 +64,10 @@ class Offers:
             "kv_sent": self.sent,
         }
 
+    @property
+    def held_blocks(self) -> int:
+        return sum(len(self._rows[request]) for request in self._names if request.finished)
+
     # The engine.
 
     def begin(self, request: EngineRequest) -> None:

@@ -67,6 +67,10 @@ class HeldKv:
         size = row_bytes(self._config)
         return {"kv_waiting": {name: len(rows) * size for name, rows in self._rows.items()}, "kv_reads": self.reads}
 
+    @property
+    def held_blocks(self) -> int:
+        return sum(map(len, self._rows.values()))
+
     def begin(self, request: EngineRequest) -> None:
         """Nothing is promised before the request has ended."""
 

@@ -29,6 +29,11 @@ class PrefillSide(Protocol):
     def finished(self, request: EngineRequest, *, aborted: bool) -> None:
         """Called when the request has ended."""
 
+    @property
+    def held_blocks(self) -> int:
+        """As :attr:`KvConnector.held_blocks`."""
+        ...
+
     def stop(self) -> None:
         """Cancel every timer. Safe to call twice."""
 
@@ -78,6 +83,10 @@ class TransferParamsConnector(KvConnector):
     def state(self) -> dict[str, Any]:
         side = self._prefill if self._decode is None else self._decode
         return {"kv_buffer_used": 0, "listener": "alive", "sender": None, **side.state()}
+
+    @property
+    def held_blocks(self) -> int:
+        return self._prefill.held_blocks
 
     def begin(self, request: EngineRequest) -> bool:
         if self._decode is not None:
