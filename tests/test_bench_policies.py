@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench.policies import report
-from bench.policies.clock import VirtualLoop
-from bench.policies.engines import COMMUNICATOR, CONTEXT, LATENCY, STEP, TOKEN, Decode, Job, Prefill
+from bench.policies.engines import COMMUNICATOR, PREFILL, Decode, Job, Prefill
 from bench.policies.trial import Setup, Trial
 from bench.policies.workloads import NAMES, arrivals, trace
+from bench.virtual.clock import VirtualLoop
 
 
 def ran(work: Callable[[VirtualLoop], None]) -> float:
@@ -42,8 +42,8 @@ def test_a_prefix_is_computed_once() -> None:
     jobs: list[Job] = []
     ran(work)
     cold, warm = done[0], done[1] - 1
-    assert cold == pytest.approx(STEP + LATENCY + 1280 * TOKEN * (1 + 640 / CONTEXT))
-    assert jobs[1].hits == 1279 and warm == pytest.approx(STEP + LATENCY + TOKEN * (1 + 1279.5 / CONTEXT))
+    assert cold == pytest.approx(PREFILL.request_seconds + PREFILL.step([(1280, 0)], 0, 0))
+    assert jobs[1].hits == 1279 and warm == pytest.approx(PREFILL.request_seconds + PREFILL.step([(1, 1279)], 0, 0))
 
 
 def test_a_full_cache_drops_what_was_not_used() -> None:

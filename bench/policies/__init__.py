@@ -5,10 +5,11 @@
     python -m bench.policies --trace FILE       a Mooncake trace (JSON lines with hash_ids of 512 tokens) as well
     python -m bench.policies --capacity         how much load each policy carries
 
-clock      an asyncio event loop whose time jumps to the next event
 engines    prefill and decode engines; the constants and where they are from
 workloads  who asks what when; the published shapes and where they are from
 trial      one run: the real Registry, Pairing, Gate, leases and policies between the two
 capacity   the highest load that a policy carries
 report     tables, JSON and plots
+
+The clock, the step model, the prefix cache and the proxy's parts are those of :mod:`bench.virtual`.
 """

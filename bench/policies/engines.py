@@ -11,43 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-TOKEN = 12.3e-6
-"""Seconds to prefill a token without context."""
-
-CONTEXT = 12_400
-"""Tokens of context that make a prefilled token cost twice as much."""
-
-STEP = 4e-3
-"""Seconds that a prefill step takes beside its tokens."""
-
-LATENCY = 6e-3
-"""Seconds that a request takes in front of and behind the engine's step, while others compute."""
-
-BATCHED = 8192
-"""Prompt tokens of one prefill step (max_num_batched_tokens)."""
+from bench.virtual.cache import TokenCache
+from disagg_sim.step_model import EngineProfile
 
 CACHE = 262_144
 """Tokens in a prefill's prefix cache: 38 GB for this model, or a larger model on the same GPU."""
 
-KV_BYTES = 147_456
-BANDWIDTH = 60e9
-"""Bytes a second from one prefill, P2pNcclConnector end to end."""
-
 COMMUNICATOR = 1.1
 """Seconds, once for each pair."""
 
-DECODE_STEP = 7e-3
-DECODE_SEQUENCE = 20e-6
-DECODE_TOKEN = 42e-9
-"""Seconds of a decode step: at least, for each sequence, and for each token of context."""
+PREFILL = EngineProfile(
+    name="4B model on an H200, prefill", source="docs/gpu-results.md, vLLM 0.21", step_seconds=4e-3,
+    connector_step_seconds=0.0, mixed_step_seconds=0.0, prefill_token_seconds=12.3e-6, prefill_context_tokens=12_400,
+    sequence_seconds=20e-6, context_token_seconds=42e-9, load_seconds=0.0, hand_over_seconds=0.0,
+    hand_over_tokens_per_second=60e9 / 147_456, request_seconds=6e-3, delivery_seconds=0.0, kv_cache_tokens=700_000,
+)  # fmt: skip
+"""60e9 bytes a second from one prefill, P2pNcclConnector end to end."""
 
-SEQUENCES = 256
-HELD = 700_000
-"""Sequences, and tokens of context, that a decode runs at once; others wait."""
+DECODE = replace(PREFILL, name="4B model on an H200, decode", step_seconds=7e-3)
 
 
 @dataclass(eq=False, slots=True)
@@ -75,9 +60,7 @@ class Prefill:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, cache: int) -> None:
         self._loop = loop
-        self._room = cache
-        self._cache: OrderedDict[int, int] = OrderedDict()
-        self._held = 0
+        self._cache = TokenCache(cache)
         self._queue: deque[Job] = deque()
         self._running = False
         self._link_free = 0.0
@@ -94,7 +77,6 @@ class Prefill:
     def restart(self) -> None:
         """Restart: an empty cache and no connections."""
         self._cache.clear()
-        self._held = 0
         self._met.clear()
 
     def send(self, job: Job, decode: Decode) -> None:
@@ -103,20 +85,19 @@ class Prefill:
         if decode not in self._met:
             self._met.add(decode)
             begin += COMMUNICATOR
-        self._link_free = begin + job.tokens * KV_BYTES / BANDWIDTH
+        self._link_free = begin + PREFILL.hand_over(job.tokens)
         self._loop.call_at(self._link_free, decode.submit, job)
 
     def _step(self) -> None:
         if not self._queue:
             self._running = False
             return
-        room, seconds, ready = BATCHED, STEP, []
+        room, chunks, ready = PREFILL.max_num_batched_tokens, [], []
         for job in self._queue:
             if job.left < 0:
                 self._look_up(job)
             part = min(room, job.left)
-            context = job.tokens - job.left
-            seconds += part * TOKEN * (1 + (context + part / 2) / CONTEXT)
+            chunks.append((part, job.tokens - job.left))
             job.left -= part
             room -= part
             self.computed += part
@@ -124,35 +105,20 @@ class Prefill:
                 ready.append(job)
             if not room:
                 break
+        seconds = PREFILL.step(chunks, 0, 0)
         self.busy += seconds
         self._loop.call_later(seconds, self._ended, ready)
 
     def _ended(self, ready: list[Job]) -> None:
         for job in ready:
             self._queue.remove(job)
-            self._remember(job)
-            self._loop.call_later(LATENCY, job.done_prefill)
+            self._cache.remember(job.blocks, job.block)
+            self._loop.call_later(PREFILL.request_seconds, job.done_prefill)
         self._step()
 
     def _look_up(self, job: Job) -> None:
-        hits = 0
-        for block in job.blocks:
-            if block not in self._cache:
-                break
-            hits += job.block
-        # As in vLLM the last token is always computed.
-        job.hits = min(hits, max(0, job.tokens - 1))
+        job.hits = self._cache.hits(job.blocks, job.block, job.tokens)
         job.left = job.tokens - job.hits
-
-    def _remember(self, job: Job) -> None:
-        # Deepest first, so that the beginning is the last to go.
-        for block in reversed(job.blocks):
-            if block not in self._cache:
-                self._held += job.block
-            self._cache[block] = job.block
-            self._cache.move_to_end(block)
-        while self._held > self._room:
-            self._held -= self._cache.popitem(last=False)[1]
 
 
 class Decode:
@@ -179,9 +145,9 @@ class Decode:
     def _step(self) -> None:
         joined = []
         before = len(self._ends)
-        while self._waiting and len(self._ends) < SEQUENCES:
+        while self._waiting and len(self._ends) < DECODE.max_num_seqs:
             job = self._waiting[0]
-            if self._ends and self._context + job.tokens > HELD:
+            if self._ends and self._context + job.tokens > DECODE.kv_cache_tokens:
                 break
             self._waiting.popleft()
             self._order += 1
@@ -192,7 +158,7 @@ class Decode:
         if not count:
             self._running = False
             return
-        seconds = DECODE_STEP + DECODE_SEQUENCE * count + DECODE_TOKEN * self._context
+        seconds = DECODE.step((), count, self._context)
         if before:
             self.gaps.append((self._loop.time(), seconds, before))
         self._loop.call_later(seconds, self._ended, joined)

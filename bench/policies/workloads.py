@@ -21,58 +21,23 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-BLOCK = 64
-"""Tokens of a block; a power of two that divides nearly every length above."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request.
-
-    Attributes:
-        at: seconds from the start, or from the end of the same session's last answer when ``turn`` is above 0.
-        blocks, block, tokens, output: as :class:`bench.policies.engines.Job`.
-        home: blocks up to the end of the first message. session: who asks.
-    """
-
-    at: float
-    blocks: tuple[int, ...]
-    tokens: int
-    output: int
-    home: int
-    session: int
-    turn: int = 0
-    block: int = BLOCK
-
-
-Session = list[Ask]
-"""Turns of one client in their order; the first one's ``at`` is absolute."""
-
-
-class Names:
-    """Block names that were not used before."""
-
-    def __init__(self) -> None:
-        self._next = itertools.count(1)
-
-    def new(self, tokens: int) -> tuple[int, ...]:
-        return tuple(next(self._next) for _ in range(max(1, round(tokens / BLOCK))))
+from bench.virtual.requests import BLOCK, Ask, Names, Session
 
 
 def lognormal(rng: random.Random, mean: float, most: float, sigma: float = 1.0) -> float:
     return min(most, rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma))
 
 
-def _chat(rng: random.Random, names: Names, session: Iterator[int]) -> Callable[[float], Session]:
+def chat(rng: random.Random, names: Names, session: Iterator[int]) -> Callable[[float], Session]:
+    """Conversations; each call of the result makes one that begins then."""
     common = names.new(500)
 
     def make(at: float) -> Session:
         who = next(session)
         history = common + names.new(lognormal(rng, 1000, 5000))
-        turns = []
+        turns: Session = []
         for turn in range(rng.randint(6, 9)):
             history += names.new(rng.randint(120, 160))
             home = len(history) if turn == 0 else turns[0].home
@@ -130,7 +95,7 @@ def _random(rng: random.Random, names: Names, session: Iterator[int]) -> Callabl
     return make
 
 
-_KINDS = {"chat": _chat, "shared": _shared, "tenants": _tenants, "bursts": _bursts, "random": _random}
+_KINDS = {"chat": chat, "shared": _shared, "tenants": _tenants, "bursts": _bursts, "random": _random}
 _TOKENS = {"chat": 18_500.0, "shared": 2176.0, "tenants": 4224.0, "bursts": 15_000.0, "random": 1024.0}
 """Prompt tokens of one arrival (a whole conversation in chat), about."""
 

@@ -29,6 +29,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         return self.now
 
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """An error in a callback ends the run."""
+        raise context.get("exception") or RuntimeError(context["message"])
+
     def _process_events(self, event_list: list[Any]) -> None:
         pass
 
