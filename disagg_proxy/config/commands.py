@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "sim": Command("disagg_sim.cli", "simulated vLLM engines that need no GPU"),
     "top": Command("disagg_proxy.top.cli", "the live page of a running proxy, in a terminal"),
     "key": Command("disagg_proxy.keys.cli", "new keys for API_KEYS_FILE"),
+    "calibrate": Command("disagg_sim.calibrate.cli", "an engine profile for sim, from running engines"),
     "bench": Command("disagg_report.cli", "latency and goodput at rising request rates, as a report"),
     "power": Command("disagg_power.cli", "clocks and energy of the GPUs"),
     "demo": Command("disagg_sim.chaos.demo", "a minute of it without a GPU: proxy, simulated engines, load, a freeze"),

@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="disagg-proxy",
         usage=f"%(prog)s [{SERVE}] [OPTION...]\n       %(prog)s {{{','.join(COMMANDS)}}} [OPTION...]",
         description="One OpenAI-compatible endpoint in front of vLLM prefill and decode engines.\n\ncommands:\n"
-        + "\n".join(f"  {name:<8}{text}" for name, text in commands.items())
+        + "\n".join(f"  {name:<10}{text}" for name, text in commands.items())
         + "\n\n%(prog)s COMMAND --help lists the options of a command; the options below are those of the proxy.",
         epilog="Each option can be set by the environment variable in brackets, or under that name in the TOML file "
         "of --config.\nThe option wins over the environment, which wins over the file. SIGHUP reads the file again: "
