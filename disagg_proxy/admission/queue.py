@@ -43,6 +43,10 @@ _LATE = 1e6
 _FIRST = 1e-9
 """Rank of a request that was admitted before."""
 
+_PREDICT_SECONDS = 0.05
+"""Time after which requests that wait because of a prediction are decided again: it changes with time alone, and with
+long answers nothing may be freed for seconds."""
+
 _YIELD_SECONDS = 0.01
 """Time for which a request in another worker that has waited longer goes first."""
 
@@ -245,6 +249,8 @@ class AdmissionQueue:
                 raise self._queue_full()
             # Capacity that was freed before the other workers could know that a request waits here.
             self._dispatch_soon()
+        if self._selection.chooser is not None:
+            self._dispatch_in(_PREDICT_SECONDS)
         seconds = self._limits.queue_timeout
         timer = asyncio.get_running_loop().call_later(seconds, self._on_timeout, waiter, seconds)
         try:
@@ -380,6 +386,8 @@ class AdmissionQueue:
                     waiter.rank += _LATE
                     _insert(queue, waiter)
                     admitted = True
+        if self._queues and self._selection.chooser is not None:
+            self._dispatch_in(_PREDICT_SECONDS)
         self._publish()
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from disagg_proxy.admission.queue import PRIORITY_SECONDS, AdmissionQueue, Demand, Limits
-from disagg_proxy.cluster.instance import Role
+from disagg_proxy.cluster.choice import NoCapacity, SingleEngine, Wish
+from disagg_proxy.cluster.instance import Instance, Role
 from disagg_proxy.cluster.lease import KvClaim, Placement
-from disagg_proxy.cluster.policies import round_robin
+from disagg_proxy.cluster.policies import Traits, round_robin
 from disagg_proxy.cluster.selection import Pair, PlacementPreference, Selection
+from disagg_proxy.connectors.disagg_kv import KIND
 from disagg_proxy.errors import NoPair, Overloaded, UnknownModel
 from disagg_proxy.telemetry.stats import Stats
 from tests.cluster.conftest import World
@@ -23,9 +26,9 @@ class Door:
     def __init__(self, **limits: int) -> None:
         self.world = World()
         registry = self.world.registry
-        selection = Selection(registry, round_robin, round_robin)
+        self.selection = Selection(registry, round_robin, round_robin)
         self.admission_queue = AdmissionQueue(
-            selection, registry, Limits(**{"queue": 100, **limits}), Stats(lambda: self.world.time)
+            self.selection, registry, Limits(**{"queue": 100, **limits}), Stats(lambda: self.world.time)
         )
 
     def admit(self, model: str = "m") -> Placement | None:
@@ -367,3 +370,27 @@ async def test_other_workers_get_the_rank_of_the_first_in_line() -> None:
     first.release()
     for one in (asked[1], asked[2], asked[0]):
         (await soon(one)).release()
+
+
+class _Undecided:
+    """A placement whose prediction changes although nothing happens."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def decide(
+        self, pair: Pair | None, engines: Sequence[Instance], uncached: Sequence[int], traits: Traits, wish: Wish
+    ) -> Pair | SingleEngine:
+        self.asked += 1
+        if self.asked < 4 or pair is None:
+            raise NoCapacity
+        return pair
+
+
+async def test_a_prediction_is_made_again_although_nothing_was_freed() -> None:
+    door, undecided = Door(), _Undecided()
+    for port, role in enumerate(Role, start=1):
+        door.world.ready(role, port, kind=KIND)
+    door.selection.set_chooser(undecided)
+    placement = await soon(door.admission_queue.acquire(Demand("m", PlacementPreference.EITHER)))
+    assert undecided.asked == 4 and placement.prefill is not None
