@@ -348,6 +348,14 @@ def test_the_addresses_in_request_ids_are_spelt_in_one_module_of_the_proxy() -> 
     assert users == set(KNOW_REQUEST_ID)
 
 
+def test_only_simulated_engines_know_how_long_their_steps_take() -> None:
+    """The placement (docs/elastic.md) learns the pace of engines from their answers, never from the step model."""
+    step_model = "disagg_sim.step_model"
+    users = {module for module, found in IMPORTS.items() if any(within(i, step_model) for i in set().union(*found))}
+    assert users and {unit(user) for user in users} == {"disagg_sim"}
+    assert "disagg_sim" not in MAY_IMPORT["placement"] and within("disagg_proxy.placement.elastic", "placement")
+
+
 # -- the reader of imports
 
 
