@@ -3,7 +3,7 @@
 A block is held while its :class:`PortBlock` is open. The sockets are bound and never listen, and SO_REUSEADDR is set
 after bind. So another bind without SO_REUSEADDR fails, which is how other processes that choose from the same range
 find the block taken, while a server that sets SO_REUSEADDR (``socket.create_server`` does) can listen on its ports.
-Whoever chooses for a process that it starts keeps the block open until that process has ended.
+A caller that chooses for a process which it starts keeps the block open until that process has ended.
 """
 
 from __future__ import annotations

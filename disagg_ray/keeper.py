@@ -1,4 +1,4 @@
-"""Runs one command and ends it with whoever started it: ``python keeper.py GRACE COMMAND...``.
+"""Runs one command and ends it when its parent ends: ``python keeper.py GRACE COMMAND...``.
 
 It stands between a Ray actor and its engine, because an actor that is killed with SIGKILL cannot end what it started
 (ray-project/ray#26118). Standard input is a pipe whose other end the actor holds: at its end, or on SIGTERM, the

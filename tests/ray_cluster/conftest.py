@@ -89,7 +89,7 @@ class RayCluster:
         self.nodes: dict[str, Any] = {}
         self.patience = LIMIT
         self._hold = hold
-        # A short path, because sockets are in it; Ray also writes beside what it is told to.
+        # A short path, because sockets are in it; Ray also writes outside its configured folder.
         self._temporary = tempfile.mkdtemp(prefix="ray-")
         hold.callback(shutil.rmtree, self._temporary, ignore_errors=True)
         ray_settings = {"RAY_TMPDIR": self._temporary, "RAY_USAGE_STATS_ENABLED": "0"}
