@@ -262,8 +262,8 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
     cells = [(proxies, engines) for proxies in given.proxies for engines in given.engine_counts]
     found: dict[str, Any] = {"throughput": [], "idle": []}
     found["choice"] = [choice(engines) for engines in given.choices]
-    for proxies in (min(given.proxies), max(given.proxies)):
-        for engines in (min(given.engine_counts), max(given.engine_counts)):
+    for proxies in sorted({min(given.proxies), max(given.proxies)}):
+        for engines in sorted({min(given.engine_counts), max(given.engine_counts)}):
             found["idle"].append(await idle(proxies, engines, given.idle))
             print(json.dumps(found["idle"][-1]), file=sys.stderr)
     for number in range(given.rounds):

@@ -12,7 +12,7 @@ import pytest
 
 from tests.script.machine import REPOSITORY, SCRIPT
 
-STAGES = ("tests/run", "tests/compiled", "tests/real_vllm", "tests/speed")
+STAGES = ("tests/run", "tests/compiled", "tests/cluster_ray", "tests/real_vllm", "tests/speed")
 CHECKS = [REPOSITORY / name for name in (*STAGES, "tests/lint", "tests/environment.sh", ".ci/run", "tools/wheels")]
 COMPLETION = REPOSITORY / "completions/disagg-proxy.bash"
 
