@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from disagg_proxy.connectors.disagg_kv import KIND
 from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_proxy.placement.elastic import Elastic
 from disagg_proxy.placement.goals import Goals
+from disagg_proxy.telemetry.request_record import RequestRecord
+from disagg_proxy.telemetry.request_recorder import RequestRecorder
 from tests.cluster.conftest import World
 
 SLO = Goals(0.4, 0.010)
@@ -59,13 +60,16 @@ class Bench:
     def serve(self, found: Pair | SingleEngine) -> Placement:
         return Placement(self.world.registry, found, 0, self.wish.kv)
 
-    def record(self, found: Pair | SingleEngine, ttft: float, **more: Any) -> Any:
+    def record(self, found: Pair | SingleEngine, ttft: float, **more: Any) -> RequestRecord:
         pair = isinstance(found, Pair)
-        return SimpleNamespace(
-            forecast=found.forecast, first_byte=ttft, admitted=0.0, prefill="p" if pair else None,
-            prefill_sent=0.0 if pair else None, prefill_done=ttft - HANDOVER if pair else None, decode_sent=0.0,
-            output_tokens=128, pieces=0, outcome="ok", ended=ttft + 0.6, streamed=True, paused=False, **more,
-        )  # fmt: skip
+        record = RequestRecorder.standalone().open("/v1/completions", None)
+        for name, value in {
+            "forecast": found.forecast, "first_byte": ttft, "admitted": 0.0, "prefill": "p" if pair else None,
+            "prefill_sent": 0.0 if pair else None, "prefill_done": ttft - HANDOVER if pair else None,
+            "decode_sent": 0.0, "output_tokens": 128, "outcome": "ok", "ended": ttft + 0.6, "streamed": True, **more,
+        }.items():  # fmt: skip
+            setattr(record, name, value)
+        return record
 
 
 @pytest.fixture
@@ -315,7 +319,8 @@ def test_what_is_learnt_from_an_answer(bench: Bench) -> None:
 def test_what_says_nothing_of_the_step_is_not_learnt(bench: Bench, change: dict[str, Any]) -> None:
     found = bench.place()
     record = bench.record(found, 0.05)
-    record.__dict__.update(change)
+    for name, value in change.items():
+        setattr(record, name, value)
     bench.elastic.learn_end(record)
     assert bench.elastic.pace(bench.decode).step.samples == 0
 
