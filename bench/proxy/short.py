@@ -25,9 +25,9 @@ EXPECTED = HERE / "expected.json"
 _PAIRS = 5
 _TRIES = 3
 _SECONDS = 2.0
-_NOISE = 0.4
-"""Recorded with a new ratio: how much worse, as a share, is still taken for noise. Within one recording the ratios of
-W1 went from 0.38 to 0.53."""
+_NOISE = {"W1": 0.6, "W3": 0.4}
+"""Recorded with a new ratio: how much worse, as a share, is still taken for noise. The same code had a median of 0.40
+in W1 on one machine and of 0.29 on another; within one recording the ratios went from 0.38 to 0.53."""
 
 _LOADS = {
     "W1": replace(WORKLOADS["W1"], warmup=0.4),
@@ -95,7 +95,7 @@ def _judge(
     for _ in range(_TRIES):
         ratios += _ratios(bench, both[0], both[1], load)
         if record:
-            expected[name] = {"ratio": round(median(ratios), 3), "noise": _NOISE}
+            expected[name] = {"ratio": round(median(ratios), 3), "noise": _NOISE[name]}
         if name not in expected:
             raise Unable(f"no ratio is recorded for {name}: --short --record")
         limit = expected[name]
