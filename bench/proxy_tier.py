@@ -31,13 +31,14 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from bench.engine import Engine
+from bench.observe import microseconds
 from bench.workers import cores_for, cpu_seconds, helper, proxy_processes, send_load, until_pairs
 from disagg_proxy.address import parse_address
 from disagg_proxy.cluster.instance import Role
@@ -50,6 +51,7 @@ from disagg_proxy.openai.prefix_hash import ENDS
 from disagg_sim import SimConfig, SimEngine
 
 _ENGINES_OF_PROCESS = 4
+_ROUNDS = 5
 _INSIDE = "BENCH_PROXY_TIER_NAMESPACE"
 
 _ANNOUNCEMENT = {
@@ -174,17 +176,6 @@ async def idle(proxies: int, engines: int, seconds: float) -> dict[str, Any]:
 # -- the choice of a pair
 
 
-def _best(work: Callable[[], object], times: int, rounds: int = 5) -> float:
-    """CPU microseconds of one call: the least of several rounds."""
-    best = float("inf")
-    for _ in range(rounds):
-        begun = time.process_time()
-        for _ in range(times):
-            work()
-        best = min(best, time.process_time() - begun)
-    return best / times * 1e6
-
-
 def choice(engines: int) -> dict[str, Any]:
     """CPU time of the proxy's own selection with the default policies, half of the engines prefill."""
     registry = Registry(time.monotonic, expiry=1e9)
@@ -208,8 +199,9 @@ def choice(engines: int) -> dict[str, Any]:
 
     adapters = iter(range(10**9))
     selection.choose("m", traits=traits)
-    found = _best(lambda: selection.choose("m", traits=traits), max(20, 20_000 // engines))
-    return {"engines": engines, "choose_us": found, "after_a_change_us": _best(changed, 1 if engines > 100 else 20)}
+    found = microseconds(lambda: selection.choose("m", traits=traits), max(20, 20_000 // engines), _ROUNDS)
+    after = microseconds(changed, 1 if engines > 100 else 20, _ROUNDS)
+    return {"engines": engines, "choose_us": found, "after_a_change_us": after}
 
 
 # -- all of it
