@@ -60,12 +60,7 @@ class Trial:
         self._end: asyncio.Future[None] = self.loop.create_future()
 
     def run(self, sessions: list[Session]) -> None:
-        asyncio.set_event_loop(self.loop)
-        try:
-            self.loop.run_until_complete(self._run(sessions))
-        finally:
-            asyncio.set_event_loop(None)
-            self.loop.close()
+        self.loop.run_alone(self._run(sessions))
 
     async def _run(self, sessions: list[Session]) -> None:
         self._open = len(sessions)

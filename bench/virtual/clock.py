@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 
@@ -28,6 +29,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def time(self) -> float:
         return self.now
+
+    def run_alone(self, main: Coroutine[Any, Any, None]) -> None:
+        """Run ``main`` as the current loop, and close the loop."""
+        asyncio.set_event_loop(self)
+        try:
+            self.run_until_complete(main)
+        finally:
+            asyncio.set_event_loop(None)
+            self.close()
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """An error in a callback ends the run."""
