@@ -69,7 +69,7 @@ class PeerGroup(RolePeers, Protocol):
 
     @property
     def load_peers(self) -> LoadPeers | None:
-        """With whom the reading of the engines' load is shared; from :meth:`join` on."""
+        """The workers that share the polling of the engines' load; from :meth:`join` on."""
 
     def join(self, registry: Registry, process: LocalProcess) -> None:
         """Share the load and the health of the instances in ``registry``."""

@@ -17,7 +17,7 @@ _TAIL = 2000
 
 
 class Ended(Exception):
-    """The process has ended by itself; the text has its exit code and its last lines."""
+    """The process ended unexpectedly; the message has its exit code and the last lines of its log."""
 
 
 class Process:

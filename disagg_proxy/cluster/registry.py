@@ -428,7 +428,7 @@ def _fail_prefills(instance: Instance, progress: ProgressTracker, reason: str) -
     """Fail the legs in flight on a prefill that will not answer them, where decode can compute without the KV.
 
     Each leg then releases its transfer on decode. A leg of P2pNcclConnector is never failed: its decode would hang.
-    What the instance serves alone goes on: its answers end with their connections.
+    Requests that it serves alone continue until their connections end.
     """
     if instance.serves(Role.PREFILL) and instance.kind.computes:
         error = EngineUnreachable(f"The prefill instance is out of service: {reason}.", refused=False)
